@@ -1,0 +1,292 @@
+"""A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling head.
+
+Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+DOWN_BLOCK_TYPES = {
+    "conv": ("DownBlock2D", "AttnDownBlock2D"),
+    "resnet": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
+
+
+@dataclass
+class NoiseAwareClassifierOutput(BaseOutput):
+    """Output of [`NoiseAwareClassifier`]: `logits` (B, num_labels), unnormalised log p(y | x_t)."""
+
+    logits: Tensor
+
+
+class AttentionPool2d(nn.Module):
+    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C, H, W) feature map.
+
+    Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), section 2.4.
+    """
+
+    def __init__(self, size: tuple[int, int], channels: int, head_dim: int, out_features: int):
+        super().__init__()
+        self.heads = channels // head_dim
+        self.positional_embedding = nn.Parameter(torch.randn(size[0] * size[1] + 1, channels) / channels**0.5)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, out_features)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.flatten(2).mT
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positional_embedding
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
+        return self.out(F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1))
+
+
+class NoiseAwareClassifier(ModelMixin, ConfigMixin):
+    """Classifier p(y | x_t, t) of noisy images: a UNet's encoder and middle block, then a pooling head.
+
+    Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021), section 4. Arguments named as in
+    `UNet2DModel` mean what they mean there. The last layer of the head starts at zero, so that a fresh classifier is
+    uniform and its guidance is off.
+
+    Args:
+        sample_size: Height and width of the images, an integer if square. Binding with `pool="attention"`, whose
+            positional embedding needs a multiple of 2 ** (levels - 1); the other heads take any size.
+        num_labels: Number of classes.
+        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by `downsample_type`;
+            "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have none, and must agree with it.
+        downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided convolutions).
+        resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised features, as ADM) or
+            "default" (it is added).
+        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is one head.
+        time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None` is
+            `block_out_channels[0]`.
+        pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features), "spatial" and
+            "spatial_v2" (averages of every block's features, then a perceptron of width 2048).
+        id2label, label2id: Class names, either or both. A name that several ids share is in no derived `label2id`.
+        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained
+            with, in `DDPMScheduler`'s words: it says which noise level a `timestep` is. Guidance reads it.
+
+    Raises:
+        ValueError: For unknown or contradictory values; the message names argument, value and what is allowed.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm", "head"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        num_labels: int = 1000,
+        block_out_channels: tuple[int, ...] = (64, 128, 192, 256),
+        down_block_types: tuple[str, ...] = ("ResnetDownsampleBlock2D",) + ("AttnDownBlock2D",) * 3,
+        layers_per_block: int = 2,
+        downsample_type: str = "resnet",
+        resnet_time_scale_shift: str = "scale_shift",
+        attention_head_dim: int | tuple[int, ...] | None = 64,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        time_proj_dim: int | None = None,
+        pool: str = "attention",
+        id2label: dict[int, str] | None = None,
+        label2id: dict[str, int] | None = None,
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        trained_betas: list[float] | None = None,
+    ):
+        super().__init__()
+        levels = len(block_out_channels)
+        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        if attention_head_dim is None or isinstance(attention_head_dim, int):
+            head_dims = [attention_head_dim if attention_head_dim is not None else c for c in block_out_channels]
+        else:
+            head_dims = list(attention_head_dim)
+        _check_architecture(self.config, size, head_dims)
+        _check_schedule(self.config)
+        id2label, label2id = _matched_labels(num_labels, id2label, label2id)
+        self.register_to_config(id2label=id2label, label2id=label2id)
+
+        self.size = size
+        time_proj_dim = time_proj_dim or block_out_channels[0]
+        shared = {
+            "temb_channels": 4 * time_proj_dim,
+            "dropout": dropout,
+            "resnet_eps": norm_eps,
+            "resnet_act_fn": "silu",
+            "resnet_groups": norm_num_groups,
+            "resnet_time_scale_shift": resnet_time_scale_shift,
+        }
+        self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(time_proj_dim, 4 * time_proj_dim)
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            get_down_block(
+                down_block_types[level],
+                num_layers=layers_per_block,
+                in_channels=block_out_channels[max(level - 1, 0)],
+                out_channels=block_out_channels[level],
+                add_downsample=level < levels - 1,
+                downsample_padding=1,
+                downsample_type=downsample_type,
+                attention_head_dim=head_dims[level],
+                **shared,
+            )
+            for level in range(levels)
+        )
+        channels = block_out_channels[-1]
+        self.mid_block = UNetMidBlock2D(
+            channels, attention_head_dim=head_dims[-1], attn_groups=norm_num_groups, **shared
+        )
+        self.head = _head(self.config, size, head_dims[-1])
+        last_layer = self.head[-1].out if pool == "attention" else self.head[-1]
+        nn.init.zeros_(last_layer.weight)
+        nn.init.zeros_(last_layer.bias)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+    ) -> NoiseAwareClassifierOutput | tuple[Tensor]:
+        """Logits of p(y | x_t).
+
+        Args:
+            sample: x_t, (B, C, H, W), as the training's forward process left it:
+                sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
+            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional allowed: a number, or
+                a tensor () or (B,).
+
+        Raises:
+            ValueError: If the shape of `sample` or `timestep` doesn't fit.
+        """
+        shape = tuple(sample.shape)
+        allowed = f"(B, {self.config.in_channels}, H, W)"
+        _require(len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed)
+        if self.config.pool == "attention":
+            allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
+            _require(shape[2:] == self.size, "sample.shape", shape, allowed)
+        if torch.is_tensor(timestep):
+            allowed = f"() or (B,) = ({shape[0]},)"
+            _require(timestep.shape in ((), (1,), shape[:1]), "timestep.shape", tuple(timestep.shape), allowed)
+            timesteps = timestep.to(sample.device).expand(shape[0])
+        else:
+            timesteps = torch.full(shape[:1], timestep, dtype=torch.float32, device=sample.device)
+
+        # The sinusoid is float32 whatever the weights are, as in the original.
+        temb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
+        hidden = self.conv_in(sample)
+        features = (hidden,)
+        for block in self.down_blocks:
+            hidden, outputs = block(hidden, temb)
+            features += outputs
+        hidden = self.mid_block(hidden, temb)
+        if self.config.pool in ("spatial", "spatial_v2"):
+            hidden = torch.cat([feature.mean((2, 3)) for feature in (*features, hidden)], dim=1)
+        logits = self.head(hidden)
+        return NoiseAwareClassifierOutput(logits=logits) if return_dict else (logits,)
+
+
+def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
+    widths, depth, pool = list(config.block_out_channels), config.layers_per_block, config.pool
+    channels, groups, eps = widths[-1], config.norm_num_groups, config.norm_eps
+    if pool in ("spatial", "spatial_v2"):
+        # It sees conv_in, every residual block and down-sampler, and the middle block.
+        seen = widths[0] + depth * sum(widths) + sum(widths[:-1]) + channels
+        v2 = pool == "spatial_v2"
+        activation = (nn.GroupNorm(groups, SPATIAL_WIDTH, eps=eps), nn.SiLU()) if v2 else (nn.ReLU(),)
+        return nn.Sequential(nn.Linear(seen, SPATIAL_WIDTH), *activation, nn.Linear(SPATIAL_WIDTH, config.num_labels))
+    normed = (nn.GroupNorm(groups, channels, eps=eps), nn.SiLU())
+    if pool == "adaptive":
+        return nn.Sequential(*normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.num_labels))
+    grid = (size[0] >> (len(widths) - 1), size[1] >> (len(widths) - 1))
+    return nn.Sequential(*normed, AttentionPool2d(grid, channels, head_dim, config.num_labels))
+
+
+def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{argument} is {value!r}; allowed: {allowed}.")
+
+
+def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]) -> None:
+    """Refuse what the blocks would misread, or fail on later with a message about something else."""
+    channels, types, pool = tuple(config.block_out_channels), tuple(config.down_block_types), config.pool
+    levels = len(channels)
+    for name in ("in_channels", "num_labels", "layers_per_block"):
+        _require(config[name] >= 1, name, config[name], "a positive integer")
+    _require(levels >= 1 and min(channels) >= 1, "block_out_channels", channels, "positive widths, one a level")
+    for name, choices in (
+        ("downsample_type", tuple(DOWN_BLOCK_TYPES)),
+        ("resnet_time_scale_shift", ("default", "scale_shift")),
+        ("pool", POOLS),
+    ):
+        _require(config[name] in choices, name, config[name], f"one of {choices}")
+    known = DOWN_BLOCK_TYPES[config.downsample_type]
+    allowed = f"{levels} of {known} (levels in block_out_channels) with downsample_type={config.downsample_type!r}"
+    _require(len(types) == levels and set(types) <= set(known), "down_block_types", types, allowed)
+    _require(0 <= config.dropout < 1, "dropout", config.dropout, "0 (off) up to, not including, 1")
+    _require(config.norm_eps > 0, "norm_eps", config.norm_eps, "a positive number")
+    normed, groups = (*channels, SPATIAL_WIDTH) if pool == "spatial_v2" else channels, config.norm_num_groups
+    allowed = f"a positive divisor of each of the widths {normed}"
+    _require(groups >= 1 and not any(c % groups for c in normed), "norm_num_groups", groups, allowed)
+    attended = [level for level in range(levels) if "Attn" in types[level] or level == levels - 1]
+    fits = len(head_dims) == levels and all(
+        head_dims[level] >= 1 and channels[level] % head_dims[level] == 0 for level in attended
+    )
+    allowed = (
+        f"a divisor of the widths {[channels[level] for level in attended]} with attention, or one a level, or None"
+    )
+    _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
+    width = config.time_proj_dim
+    allowed = "None or a positive even number"
+    _require(width is None or (width >= 2 and width % 2 == 0), "time_proj_dim", width, allowed)
+    step = 2 ** (levels - 1) if pool == "attention" else 1
+    allowed = f"one or two positive multiples of {step} for {levels} levels and pool={pool!r}"
+    _require(len(size) == 2 and all(n >= 1 and n % step == 0 for n in size), "sample_size", config.sample_size, allowed)
+
+
+def _check_schedule(config: Any) -> None:
+    steps, betas, name = config.num_train_timesteps, config.trained_betas, config.beta_schedule
+    _require(steps >= 1, "num_train_timesteps", steps, "a positive integer")
+    _require(name in BETA_SCHEDULES, "beta_schedule", name, f"one of {BETA_SCHEDULES}")
+    start, end = config.beta_start, config.beta_end
+    _require(0 < start <= end < 1, "(beta_start, beta_end)", (start, end), "0 < beta_start <= beta_end < 1")
+    if betas is not None:
+        allowed = f"None or num_train_timesteps = {steps} values above 0 and up to 1"
+        _require(len(betas) == steps and all(0 < beta <= 1 for beta in betas), "trained_betas", betas, allowed)
+
+
+def _matched_labels(
+    num_labels: int, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
+) -> tuple[dict[int, str] | None, dict[str, int] | None]:
+    """Both directions of the class names, ids as integers in rising order (JSON makes them strings)."""
+    if id2label is None and label2id is None:
+        return None, None
+    if id2label is None:
+        id2label = {int(i): name for name, i in label2id.items()}
+        _require(len(id2label) == len(label2id), "label2id", label2id, "one name an id")
+    else:
+        id2label = {int(i): name for i, name in id2label.items()}
+    allowed = f"the ids 0 to {num_labels - 1} of num_labels = {num_labels}"
+    _require(sorted(id2label) == list(range(num_labels)), "ids of id2label or label2id", sorted(id2label), allowed)
+    id2label = dict(sorted(id2label.items()))
+    count = Counter(id2label.values())
+    unique = {name: i for i, name in id2label.items() if count[name] == 1}
+    if label2id is None:
+        return id2label, unique
+    label2id = {name: int(i) for name, i in label2id.items()}
+    fits = all(id2label.get(i) == name for name, i in label2id.items()) and unique.keys() <= label2id.keys()
+    _require(fits, "label2id", label2id, f"the inverse of id2label = {id2label}")
+    return id2label, dict(sorted(label2id.items(), key=lambda item: item[1]))

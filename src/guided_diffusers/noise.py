@@ -1,0 +1,320 @@
+"""How noisy a scheduler's sample is, and what the network's output means at that noise level.
+
+    sample  = alpha * x0 + sigma * eps        in the scheduler's own space: variance preserving, alpha = 1, flow, ...
+    x0_pred = a * sample + b * output         whatever the network predicts
+
+Everything else in this package uses these two lines, and nothing else knows which scheduler runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot, log, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+#: alpha = 0 (zero terminal SNR, the first step of flow matching) is read as Diffusers' sigma-based schedulers read it.
+SMALLEST_ALPHA = 2.0**-24
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A step's `sample = alpha * x0 + sigma * eps` and `x0_pred = a * sample + b * output`, as plain floats."""
+
+    alpha: float
+    sigma: float
+    a: float
+    b: float
+
+    def x0(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The predicted x0 of a network's output."""
+        return self.a * sample + self.b * output
+
+    def output(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """The network's output that predicts `x0`."""
+        return (x0 - self.a * sample) / self.b
+
+    def score(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """The score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie)."""
+        return (self.alpha * x0 - sample) / self.sigma**2
+
+    def corrected(self, output: torch.Tensor, score_shift: torch.Tensor) -> torch.Tensor:
+        """The output whose score is `score_shift` larger: `output + (sigma^2 / alpha) / b * score_shift`.
+
+        By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that predicts
+        epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
+        """
+        if self.sigma == 0:
+            return output
+        return output + (self.sigma**2 / self.alpha / self.b * score_shift).to(output.dtype)
+
+
+def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5, sigma_min: float = 0.002,
+           ) -> tuple[float, float]:
+    """(a, b) of `x0_pred = a * sample + b * output`: the one table of what networks predict.
+
+    Args:
+        prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
+            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al. 2022,
+            Table 1) | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
+        sigma_data, sigma_min: the constants of the last four.
+    """
+    edm = sqrt(sigma**2 + sigma_data**2)
+    match prediction:
+        case "epsilon":
+            return 1 / alpha, -sigma / alpha
+        case "sample":
+            return 0.0, 1.0
+        case "v_prediction":
+            return alpha / (alpha**2 + sigma**2), -sigma / hypot(alpha, sigma)
+        case "flow":
+            return 1.0, -sigma
+        case "data_flow":
+            return 1.0, sigma
+        case "score":
+            return 1 / alpha, sigma**2 / alpha
+        case "edm_epsilon":
+            return sigma_data**2 / edm**2, sigma * sigma_data / edm
+        case "edm_v_prediction":
+            return sigma_data**2 / edm**2, -sigma * sigma_data / edm
+        case "consistency":
+            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (sigma - sigma_min) * sigma_data / edm
+        case "trigflow":
+            return alpha, -sigma / sigma_data
+    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
+                     "edm_epsilon, edm_v_prediction, consistency, trigflow")
+
+
+FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+        "FlowMapEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"}
+EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
+FIXED = {"IPNDMScheduler": "v_prediction", "SCMScheduler": "trigflow", "ScoreSdeVeScheduler": "score",
+         "CMStochasticIterativeScheduler": "consistency", "DDPMWuerstchenScheduler": "epsilon"}
+MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
+READS_VARIANCE = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
+TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+_DISCRETE = "it is for discrete tokens, which have no score"
+OUT_OF_REACH = {
+    "DDIMInverseScheduler": "its sample is one step behind its timestep",
+    "DPMSolverMultistepInverseScheduler": "it adds noise, so there is no x0 to guide",
+    "ConsistencyDecoderScheduler": "it is part of a decoder, not a sampler of images",
+    "HeliosScheduler": "its stages change the sample's size between steps",
+    "HeliosDMDScheduler": "its stages change the sample's size between steps",
+    "PiflowScheduler": "its network gives a policy for several steps, not a prediction",
+    "RePaintScheduler": "it needs a mask and an image in every step",
+    "RFD4ProteinaScheduler": "its samples are protein structures",
+    "MiniMaxH3Scheduler": "it runs two modalities with a schedule each",
+    "VQDiffusionScheduler": _DISCRETE, "AmusedScheduler": _DISCRETE, "DiscreteDDIMScheduler": _DISCRETE,
+    "BlockRefinementScheduler": _DISCRETE, "EntropyBoundScheduler": _DISCRETE,
+}
+
+
+def _name(scheduler: SchedulerMixin, names: Any) -> str | None:
+    """The name of the scheduler's class, or of the class it extends, that is in `names`."""
+    return next((cls.__name__ for cls in type(scheduler).__mro__ if cls.__name__ in names), None)
+
+
+def prediction_type(scheduler: SchedulerMixin) -> str:
+    """What the scheduler takes the network's output for, in the words of `affine`.
+
+    Raises:
+        ValueError: for a scheduler that guidance can't work with; the message says why.
+    """
+    if name := _name(scheduler, OUT_OF_REACH):
+        raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
+    if name := _name(scheduler, FIXED):
+        return FIXED[name]
+    config = scheduler.config
+    if _name(scheduler, FLOW):
+        return "data_flow" if config.get("invert_sigmas") else "flow"
+    prediction = config.get("prediction_type")
+    if _name(scheduler, EDM):
+        prediction = f"edm_{prediction}"
+    elif prediction == "flow_prediction":
+        prediction = "flow"
+    if config.get("use_flow_sigmas") and prediction == "v_prediction":
+        raise ValueError("scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; use "
+                         "'flow_prediction', 'epsilon' or 'sample'")
+    try:
+        affine(str(prediction), 1.0, 1.0)
+    except ValueError as error:
+        raise ValueError(f"scheduler {type(scheduler).__name__}: {error}") from None
+    return prediction
+
+
+def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The timesteps of which each is one call of the network, after `scheduler.set_timesteps`."""
+    return scheduler.timesteps[:-1] if _name(scheduler, TERMINAL_TIMESTEP) else scheduler.timesteps
+
+
+def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
+    """The noise level of each of `sampling_timesteps`, read once after `set_timesteps`, so that no step waits for it.
+
+    Leaves the scheduler at its first step (`set_begin_index(0)`, without which a duplicated first timestep makes
+    Diffusers' schedulers start at the second).
+
+    Raises:
+        ValueError: for a scheduler that guidance can't work with.
+    """
+    prediction = prediction_type(scheduler)
+    constants = {name: scheduler.config[name] for name in ("sigma_data", "sigma_min") if name in scheduler.config}
+    levels = []
+    for index, t in enumerate(sampling_timesteps(scheduler).cpu()):
+        alpha, sigma = _alpha_sigma(scheduler, index, t)
+        alpha = max(alpha, SMALLEST_ALPHA)
+        levels.append(NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma, **constants)))
+    _begin(scheduler, 0)
+    return levels
+
+
+def _begin(scheduler: SchedulerMixin, index: int) -> None:
+    if callable(getattr(scheduler, "set_begin_index", None)):
+        scheduler.set_begin_index(index)
+
+
+def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tuple[float, float]:
+    """(alpha, sigma) of the sample that the scheduler's step number `index` gets.
+
+    What `add_noise` does to (x0, eps) = (1, 0) and (0, 1), but where that is not what `step` assumes.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if (kind := _name(scheduler, MID_SIGMA)) and index % 2:  # a step from the mid-point of DPM-Solver-2
+        return 1.0, float(scheduler.sigmas_interpol[index - MID_SIGMA[kind]])
+    if _name(scheduler, {"DPMSolverSDEScheduler"}) and index % 2:  # likewise, half-way in log sigma
+        return 1.0, float((sigmas[index - 1] * sigmas[index]).sqrt())
+    if _name(scheduler, {"IPNDMScheduler"}):
+        return float(scheduler.alphas[index]), float(scheduler.betas[index])
+    if _name(scheduler, {"SCMScheduler"}):
+        return float(t.cos()), float(t.sin()) * scheduler.config.sigma_data
+    if scheduler.config.get("invert_sigmas"):  # counts the share of data, not of noise
+        return float(sigmas[index]), 1 - float(sigmas[index])
+    if _name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"):
+        return 1 - float(sigmas[index]), float(sigmas[index])
+    if _name(scheduler, {"SASolverScheduler"}):
+        scale = sqrt(1 + float(sigmas[index]) ** 2)
+        return 1 / scale, float(sigmas[index]) / scale
+    if _name(scheduler, {"ScoreSdeVeScheduler"}):
+        return 1.0, float(scheduler.discrete_sigmas[index])
+    _begin(scheduler, index)
+    one, zero, t = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), t.reshape(1)
+    if not callable(getattr(scheduler, "add_noise", None)):
+        raise ValueError(f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read")
+    return scheduler.add_noise(one, zero, t).item(), scheduler.add_noise(zero, one, t).item()
+
+
+def reads_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's step takes a network's learned variance along with its prediction."""
+    return bool(_name(scheduler, READS_VARIANCE)) and scheduler.config.variance_type in ("learned", "learned_range")
+
+
+def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A network's output (B, C or 2C, H, W) as (prediction, learned variance or None), C = `channels` of the sample.
+
+    Raises:
+        ValueError: for any other number of channels.
+    """
+    if output.shape[1] == channels:
+        return output, None
+    if output.shape[1] == 2 * channels:
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
+    raise ValueError(f"the network gave {output.shape[1]} channels for a sample of {channels}; {channels} or, with a "
+                     f"learned variance, {2 * channels} are allowed")
+
+
+def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's step is an ancestral one, N(mean, Sigma), whose mean guidance can shift."""
+    return bool(_name(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
+
+
+def posterior_variance(scheduler: SchedulerMixin, timesteps: Sequence[int], index: int,
+                       learned: torch.Tensor | None) -> float | torch.Tensor:
+    """Sigma of DDPM's step number `index` from t to s: with beta_t = 1 - abar_t / abar_s,
+
+        fixed_small  beta_t (1 - abar_s) / (1 - abar_t);    fixed_large  beta_t;    learned  the network's;
+        learned_range  exp(w log beta_t + (1 - w) log fixed_small), w = (v + 1) / 2    (Nichol & Dhariwal 2021, eq. 15)
+
+    as `DDPMScheduler` has it, whose smallest variance is 1e-20. No noise is drawn in the last step.
+    """
+    abar_t = float(scheduler.alphas_cumprod[timesteps[index]])
+    abar_s = float(scheduler.alphas_cumprod[timesteps[index + 1]]) if index + 1 < len(timesteps) else 1.0
+    beta = 1 - abar_t / abar_s
+    small = max(beta * (1 - abar_s) / (1 - abar_t), 1e-20)
+    match scheduler.config.variance_type:
+        case "fixed_small" | "fixed_small_log":
+            return small
+        case "fixed_large" | "fixed_large_log":
+            return beta
+        case "learned":
+            return learned
+        case "learned_range":
+            weight = (learned.to(torch.promote_types(learned.dtype, torch.float32)) + 1) / 2
+            return (weight * log(beta) + (1 - weight) * log(small)).exp()
+    raise ValueError(f"scheduler: variance_type={scheduler.config.variance_type!r} is unknown")
+
+
+def starting_sigma(scheduler: SchedulerMixin) -> Any:
+    """What unit noise is multiplied by to start from, after `set_timesteps`."""
+    if _name(scheduler, {"SCMScheduler"}):
+        return scheduler.config.sigma_data
+    return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
+
+
+def wants_batched_timestep(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` wants one timestep an image."""
+    return bool(_name(scheduler, {"DDPMWuerstchenScheduler"}))
+
+
+def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
+    """The noise schedule in a classifier's config, in `DDPMScheduler`'s words.
+
+    Raises:
+        ValueError: if the module has no config or the config no `num_train_timesteps`.
+    """
+    config = getattr(module, "config", None)
+    config = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+    found = {name: config[name] for name in names if config.get(name) is not None}
+    if "num_train_timesteps" not in found or not {"beta_schedule", "trained_betas"} & found.keys():
+        raise ValueError(f"classifier {type(module).__name__}: its config must hold the noise schedule that it was "
+                         f"trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}")
+    return found
+
+
+class TrainedSchedule:
+    """The variance-preserving schedule that a classifier was trained with: z_t = alpha_t x0 + sigma_t eps.
+
+    Args:
+        config: `num_train_timesteps`, `beta_schedule`, `beta_start`, `beta_end`, `trained_betas` of `DDPMScheduler`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        betas = DDPMScheduler(**config).betas.double()  # the products in float64: float32 loses digits of 1 - alpha_bar
+        alpha_bar = torch.cumprod(1 - betas, 0).clamp(min=SMALLEST_ALPHA**2).numpy()
+        self.log_ratio = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))  # log(sigma_t / alpha_t), rising
+
+    def timestep(self, level: NoiseLevel) -> float:
+        """The fractional t with `sigma_t / alpha_t` of `level`, clamped to the noise levels trained on."""
+        if level.sigma == 0:
+            return 0.0
+        t = float(np.interp(np.log(level.sigma / level.alpha), self.log_ratio, np.arange(len(self.log_ratio))))
+        return float(round(t)) if abs(t - round(t)) < 2e-3 else t  # schedulers' float32 tables are no better
+
+    def beyond(self, level: NoiseLevel) -> float:
+        """By how much a score is scaled: 1, or less where `level` is noisier than anything trained on.
+
+        There the classifier is asked at its noisiest level (alpha_T, sigma_T), and what it moves the predicted x0 by,
+        sigma^2 / alpha * score, is kept: an exact classifier's converges as the noise grows.
+        """
+        if level.sigma == 0:
+            return 1.0
+        # sigma^2 / (alpha |(alpha, sigma)|) is sigma^2 / alpha of the variance-preserving sample, up to the chain rule
+        log_excess = np.log(level.sigma / level.alpha) - self.log_ratio[-1]
+        if log_excess <= 0:
+            return 1.0
+        here, last = level.sigma / level.alpha, np.exp(self.log_ratio[-1])
+        return float(last * last / sqrt(1 + last * last) / (here * here / sqrt(1 + here * here)))
