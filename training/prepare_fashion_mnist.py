@@ -23,9 +23,11 @@ def read_idx(path: Path) -> np.ndarray:
     """The array in an idx file of unsigned bytes, gzipped or not: magic 00 00 08 ndim, big-endian sizes, data."""
     data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
     if data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an idx file of unsigned bytes")
-    shape = np.frombuffer(data, ">u4", data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+        raise SystemExit(f"--source: {path} is not an idx file of unsigned bytes")
+    shape, values = np.frombuffer(data, ">u4", data[3], offset=4), np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != shape.prod():
+        raise SystemExit(f"--source: {path} has {values.size} bytes of data, its header says {shape.tolist()}")
+    return values.reshape(shape)
 
 
 def find(source: Path, stem: str) -> Path:
@@ -37,7 +39,8 @@ def find(source: Path, stem: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
+                        help="the folder of the idx files, gzipped or not (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist yet")
     options = parser.parse_args()
     if options.output.exists():

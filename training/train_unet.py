@@ -2,8 +2,10 @@
 
     accelerate launch training/train_unet.py --train_data_dir data/fashion-mnist --resolution 28 --output_dir out/unet
     accelerate launch training/train_unet.py --train_data_dir photos --class_conditional --prediction_type v_prediction
-    accelerate launch training/train_unet.py ... --resume_from_checkpoint latest       # a run that was stopped goes on
-    accelerate launch --num_processes 2 training/train_unet.py ...                     # several processes
+    accelerate launch training/train_unet.py ... --objective hybrid_rescaled         # learns the variance, as ADM does
+    accelerate launch training/train_unet.py ... --resume_from_checkpoint latest     # a run that was stopped goes on
+    accelerate launch --multi_gpu --num_processes 2 training/train_unet.py ...       # several GPUs
+    torchrun --nproc_per_node 2 training/train_unet.py --cpu ...                     # several processes on CPUs
 
 --output_dir becomes a folder that `ClassifierGuidedPipeline.from_pretrained` reads: `unet`, `scheduler` and the labels'
 names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `samples-STEP.png`.
@@ -11,31 +13,21 @@ names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `sampl
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
-from common import (
-    Draws,
-    Options,
-    generator_for,
-    load_data,
-    load_scheduler,
-    make_accelerator,
-    model_config,
-    option,
-    parse,
-    ten_levels,
-    train,
-    validation_batches,
-    write_json,
-)
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.utils import make_image_grid
+from loop import Batch, Draws, Run, collate, finish, generator_for, held_out_figures, ten_levels
+from options import Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
 from torch.nn import functional as F
+
+from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.data import LabelledImages
+from guided_diffusers.losses import LossSecondMomentSampler, Objective, Process, bits_per_dim, diffusion_loss
 
 DEFAULT = {"block_out_channels": [64, 128, 256, 256], "layers_per_block": 2,
            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
@@ -45,10 +37,32 @@ DEFAULT = {"block_out_channels": [64, 128, 256, 256], "layers_per_block": 2,
 
 @dataclass
 class UNetOptions(Options):
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
+        None, "what the network predicts; what --scheduler says if left out, else epsilon")
     class_conditional: bool = option(False, "give the network the label")
-    label_dropout: float = option(0.1, "share of labels replaced by the null label (id `number of labels`)")
+    label_dropout: float = option(0.1, "share of labels replaced by the null label, id `number of labels`, with "
+                                       "--class_conditional")
+    objective: Objective = option("simple", "the loss, of guided_diffusers.losses: the mean squared error, or with a "
+                                            "learned variance one of the others")
+    timestep_sampler: Literal["uniform", "second_moment"] = option(
+        "uniform", "second_moment: timesteps of large loss more often, meant for --objective bound")
+    bits_per_dim_images: int = option(0, "held-out images whose bits a dimension are measured at the end, at every "
+                                         "timestep")
     sample_images: int = option(40, "images of the picture that an evaluation draws; 0: none")
+
+
+def make_unet(options: UNetOptions, data: LabelledImages) -> UNet2DModel:
+    if options.class_conditional and not data.id2label:
+        raise ValueError("--class_conditional: the dataset has no column of class ids; --label_column can name one of "
+                         f"integers or strings, of {data.dataset.column_names}")
+    model = make_model(UNet2DModel, options, DEFAULT, sample_size=options.resolution, in_channels=data.channels,
+                       out_channels=data.channels * (1 if options.objective == "simple" else 2),
+                       num_class_embeds=len(data.id2label) + 1 if options.class_conditional else None)
+    levels = len(model.config.block_out_channels)
+    if options.resolution % 2 ** (levels - 1):
+        raise ValueError(f"--resolution {options.resolution}: the multiples of {2 ** (levels - 1)} are allowed for a "
+                         f"network of {levels} levels")
+    return model
 
 
 def target(scheduler: DDPMScheduler, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -62,83 +76,86 @@ def target(scheduler: DDPMScheduler, x0: torch.Tensor, eps: torch.Tensor, t: tor
             return scheduler.get_velocity(x0, eps, t)
 
 
+def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> None:
+    """A picture of about `count` DDIM samples, a row a label."""
+    pipeline.set_progress_bar_config(disable=True)
+    labels = list(range(pipeline.num_labels or 0))[:count] or None
+    rows = len(labels) if labels else 1
+    images = pipeline(
+        labels, num_images_per_label=max(1, count // rows), guidance_scale=0.0,
+        num_inference_steps=min(50, pipeline.scheduler.config.num_train_timesteps),
+        generator=torch.Generator().manual_seed(0)).images
+    make_image_grid(images, rows, len(images) // rows).save(path)
+
+
 def main() -> None:
     options = parse(UNetOptions, __doc__)
-    accelerator = make_accelerator(options)
-    set_seed(options.seed)
-    with accelerator.main_process_first():
-        data, held_out = load_data(options)
-    scheduler = load_scheduler(options, prediction_type=options.prediction_type)
-    null = len(data.id2label)
-    if options.class_conditional and null == 0:
-        raise ValueError("--class_conditional: the dataset has no label column; name it with --label_column")
-    model = UNet2DModel(**model_config(
-        options, DEFAULT, sample_size=options.resolution, in_channels=data.channels, out_channels=data.channels,
-        num_class_embeds=null + 1 if options.class_conditional else None))
+    with explained():
+        accelerator = make_accelerator(options)
+        data, held_out = load_data(options, accelerator)
+        scheduler = load_scheduler(options, options.prediction_type)
+        if options.objective != "simple":
+            scheduler = DDPMScheduler.from_config(scheduler.config, variance_type="learned_range")
+        process = Process(scheduler)
+        sampler = LossSecondMomentSampler(len(process)) if options.timestep_sampler == "second_moment" else None
+        if sampler is not None:
+            accelerator.register_for_checkpointing(sampler)
+        set_seed(options.seed)
+        run = Run(options, accelerator, make_unet(options, data), data)
+    names = data.id2label if options.class_conditional else None
 
-    def errors(model: torch.nn.Module, batch: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor,
-               dropped: torch.Tensor) -> torch.Tensor:
-        x0 = batch["pixel_values"]
-        labels = torch.where(dropped, null, batch["label"]) if options.class_conditional else None
+    def errors(model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor,
+               labels: torch.Tensor) -> torch.Tensor:
+        """The loss of each image, (B,)."""
+        x0, labels = batch["pixel_values"], labels if options.class_conditional else None
         output = model(scheduler.add_noise(x0, eps, t), t, class_labels=labels).sample
+        if options.objective != "simple":
+            return diffusion_loss(process, output.float(), x0, eps, t, options.objective)["loss"]
         return F.mse_loss(output.float(), target(scheduler, x0, eps, t), reduction="none").mean(dim=(1, 2, 3))
 
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
-        device = batch["pixel_values"].device
-        t = draws.randint(scheduler.config.num_train_timesteps).to(device)
-        eps = draws.randn(*batch["pixel_values"].shape[1:]).to(device)
-        dropped = (draws.rand() < options.label_dropout).to(device)
-        return errors(model, batch, t, eps, dropped).mean()
+    def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
+        if sampler is None:
+            t = draws.randint(scheduler.config.num_train_timesteps)
+        else:
+            drawn = sampler.sample(draws.total, draws.generator)
+            t, weight = (part[draws.mine].to(draws.device) for part in drawn)
+        eps = draws.randn(*batch["pixel_values"].shape[1:])
+        labels = torch.where(draws.rand() < options.label_dropout, len(data.id2label), batch["label"])
+        losses = errors(model, batch, eps, t, labels)
+        if sampler is None:
+            return losses.mean()
+        sampler.update(*accelerator.gather((t, losses.detach())))
+        return (weight * losses).mean()
 
-    @torch.no_grad()
-    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
-        sums = torch.zeros(10, dtype=torch.float64, device=accelerator.device)
-        count = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        levels = ten_levels(scheduler)
-        if held_out is not None:
-            for start, batch in validation_batches(held_out, options, accelerator.process_index,
-                                                   accelerator.num_processes):
-                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-                rows, shape = len(batch["label"]), batch["pixel_values"].shape
-                kept = torch.zeros(rows, dtype=torch.bool, device=accelerator.device)
-                for k, level in enumerate(levels):
-                    eps = torch.randn(shape, generator=generator_for(0, 3, start, k)).to(accelerator.device)
-                    t = torch.full((rows,), level, device=accelerator.device)
-                    sums[k] += errors(model, batch, t, eps, kept).double().sum()
-                count += rows
-        means = (accelerator.reduce(sums) / accelerator.reduce(count)).tolist()
-        figures = {f"loss/t={level}": value for level, value in zip(levels, means, strict=True)} if held_out else {}
-        if accelerator.is_main_process:
-            if held_out:
-                write_json(Path(options.output_dir) / "metrics.json", {"step": step, "held_out_loss": figures})
-                accelerator.print(f"step {step}: " + json.dumps({k: round(v, 4) for k, v in figures.items()}))
-            if options.sample_images:
-                draw_samples(accelerator.unwrap_model(model), step)
+    def bits(model: torch.nn.Module) -> float:
+        """Mean bits a dimension of held-out images, evenly spread; an image's noise is the same in any batch."""
+        count, world = min(options.bits_per_dim_images, len(held_out)), accelerator.num_processes
+        share, total = range(count)[accelerator.process_index :: world], torch.zeros((), device=accelerator.device)
+        for start in range(0, len(share), options.train_batch_size):
+            numbers = share[start : start + options.train_batch_size]
+            batch = collate([held_out[i * len(held_out) // count] for i in numbers])
+            x0, labels = (batch[name].to(accelerator.device) for name in ("pixel_values", "label"))
+            total += bits_per_dim(model, process, x0, labels if options.class_conditional else None,
+                                  generator=[generator_for(0, 4, i) for i in numbers])["total"].sum()
+        return accelerator.reduce(total, "sum").item() / count
+
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
+        if options.sample_images and accelerator.is_main_process:
+            ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+            pipeline = ClassifierGuidedPipeline(unet=model, scheduler=ddim, id2label=names)
+            draw_samples(pipeline, Path(options.output_dir) / f"samples-{step}.png", options.sample_images)
         accelerator.wait_for_everyone()
+        figures = held_out_figures(
+            options, accelerator, held_out, ten_levels(scheduler.config.num_train_timesteps), ("loss",),
+            lambda batch, eps, t: errors(model, batch, eps, t, batch["label"])[None])
+        if figures and options.bits_per_dim_images and step == run.steps:
+            figures["bits_per_dim"] = bits(model)
         return figures
 
-    def draw_samples(model: UNet2DModel, step: int) -> None:
-        """A picture of DDIM samples, a row a label."""
-        count, device = options.sample_images, accelerator.device
-        rows = max(1, min(null, count)) if options.class_conditional else 4
-        labels = torch.arange(rows, device=device).repeat_interleave(max(1, count // rows))
-        ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-        ddim.set_timesteps(50, device=device)
-        x = torch.randn(len(labels), data.channels, options.resolution, options.resolution,
-                        generator=torch.Generator().manual_seed(0)).to(device)
-        for t in ddim.timesteps:
-            output = model(x, t, class_labels=labels if options.class_conditional else None).sample
-            x = ddim.step(output, t, x).prev_sample
-        arrays = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        from PIL import Image
-        images = [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
-        grid = make_image_grid(images, rows, len(images) // rows)
-        grid.save(Path(options.output_dir) / f"samples-{step}.png")
-
-    model = train(options, accelerator, model, data, loss, evaluate)
+    model = run.train(loss, evaluate)
     if accelerator.is_main_process:
-        model.save_pretrained(Path(options.output_dir) / "unet")
-        scheduler.save_pretrained(Path(options.output_dir) / "scheduler")
+        ClassifierGuidedPipeline(unet=model, scheduler=scheduler, id2label=names).save_pretrained(options.output_dir)
+    finish(accelerator)
 
 
 if __name__ == "__main__":

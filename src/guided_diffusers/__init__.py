@@ -1,5 +1,6 @@
 """Guidance of diffusion sampling for every Diffusers scheduler, network and pipeline."""
 
+from . import openai  # noqa: F401 - from_pretrained finds ADMUNet2DModel only in a module that is imported
 from .classifier import NoiseAwareClassifier
 from .guidance import ClassifierGuidance, Guidance, Step, gradient
 from .noise import NoiseLevel, noise_levels

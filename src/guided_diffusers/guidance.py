@@ -27,12 +27,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from .noise import NoiseLevel, TrainedSchedule, schedule_config
+from .noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
 
 Label = int | str | Mapping[int | str, float]
 
@@ -92,7 +93,14 @@ class Guidance(ABC):
         return self.start <= index / count < self.stop
 
     def scale_at(self, step: Step) -> torch.Tensor:
-        """The scale, broadcast over the sample's dimensions."""
+        """The scale, broadcast over the sample's dimensions.
+
+        Raises:
+            ValueError: for a scale an image, of another number of images.
+        """
+        if self.scale.numel() not in (1, len(step.sample)):
+            raise ValueError(f"scale holds {self.scale.numel()} numbers for {len(step.sample)} images; one, or one an "
+                             "image, is allowed")
         return self.scale.to(step.sample).reshape(-1, *[1] * (step.sample.ndim - 1))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -111,7 +119,7 @@ class Sum(Guidance):
 
     def __init__(self, terms: Sequence[Guidance] = ()):
         super().__init__()
-        self._terms = tuple(terms)
+        self._terms = tuple(one for term in terms for one in term.terms())
 
     def terms(self) -> tuple[Guidance, ...]:
         return self._terms
@@ -161,19 +169,25 @@ class ClassifierGuidance(Guidance):
         super().__init__(scale, start, stop)
         self.classifier = classifier
         self.schedule = TrainedSchedule(schedule_config(classifier))
-        config = classifier.config
-        num_labels, id2label = (config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-                                for name in ("num_labels", "id2label"))
-        self.labels = parse_labels(label, id2label, num_labels)
+        config = module_config(classifier)
+        self.labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
         self._weights: torch.Tensor | None = None
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.classifier,)
 
     def log_probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """sum_y w_y log p(y | x_t), (B,), of logits (B, num_labels), in float32 or wider."""
+        """sum_y w_y log p(y | x_t), (B,), of logits (B, num_labels), in float32 or wider.
+
+        Raises:
+            ValueError: if the labels don't fit the logits.
+        """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._weights is None or self._weights.device != wide.device:
+            largest = max(i for label in self.labels for i in label)
+            if largest >= wide.shape[1] or len(self.labels) not in (1, len(wide)):
+                raise ValueError(f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "
+                                 f"the {len(wide)} images, below the classifier's {wide.shape[1]} logits is allowed")
             rows = [[label.get(i, 0.0) for i in range(wide.shape[1])] for label in self.labels]
             self._weights = torch.tensor(rows, device=wide.device)  # (B or 1, num_labels)
         return (self._weights.to(wide.dtype) * wide.log_softmax(dim=-1)).sum(dim=-1)
@@ -200,14 +214,19 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 @contextmanager
 def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Within, no parameter of the modules wants a gradient: nothing is kept or computed for it. Restored at the end."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    trained = [[name for name, p in module.named_parameters() if p.requires_grad] for module in modules]
+
+    def want(gradient: bool) -> None:
+        for module, names in zip(modules, trained, strict=True):
+            parameters = dict(module.named_parameters())  # anew: sequential offloading replaces them at each forward
+            for name in names:
+                parameters[name].requires_grad_(gradient)
+
     try:
-        for p in parameters:
-            p.requires_grad_(False)
+        want(False)
         yield
     finally:
-        for p in parameters:
-            p.requires_grad_(True)
+        want(True)
 
 
 class FiniteCheck:
@@ -215,28 +234,36 @@ class FiniteCheck:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype  # of the network that guides
-        self._seen: list[tuple[torch.Tensor, str]] = []
+        self._seen: list[tuple[torch.Tensor, torch.dtype, str]] = []
 
-    def __call__(self, score: torch.Tensor, step: Step) -> None:
-        """Note the score of a step; on the CPU raise at once."""
+    def __call__(self, step: Step, score: torch.Tensor, guided: torch.Tensor) -> None:
+        """Note the score of a step and what it made of the network's output; on the CPU raise at once."""
         place = f"step {step.index} of {step.count} (timestep {step.timestep:g}, sigma {step.level.sigma:.4g})"
-        self._seen.append((score.isfinite().all(), place))
-        if score.device.type == "cpu":
+        finite = torch.stack([tensor.isfinite().all() for tensor in (step.sample, score, guided)])
+        self._seen.append((finite, guided.dtype, place))
+        if finite.device.type == "cpu":
             self.finish()
 
     def finish(self) -> None:
-        """Look at the scores noted.
+        """Look at the steps noted.
 
         Raises:
             FloatingPointError: for the first that is not finite, naming the step, the timestep and the likely cause.
         """
-        for finite, place in self._seen:
-            if not finite:
-                cause = (f"the classifier computes in {self.dtype}, whose range is small: load it in float32"
-                         if self.dtype == torch.float16 else
-                         "the sample left the range that the classifier knows: lower guidance_scale, take more steps "
+        for finite, dtype, place in self._seen:
+            sample, score, guided = finite.tolist()
+            if sample and score and guided:
+                continue
+            if not sample:
+                cause = "the sample was not finite before: look at the network and the scheduler"
+            elif not score and self.dtype == torch.float16:
+                cause = f"the classifier computes in {self.dtype}, whose range is small: load it in float32"
+            elif not score:
+                cause = ("the sample left the range that the classifier knows: lower guidance_scale, take more steps "
                          "or a first-order scheduler, or raise guidance_start")
-                raise FloatingPointError(f"the guidance is not finite at {place}; likely cause: {cause}")
+            else:
+                cause = f"the guided output left the range of {dtype}: lower guidance_scale or load the unet in float32"
+            raise FloatingPointError(f"the guidance is not finite at {place}; likely cause: {cause}")
         self._seen.clear()
 
 
@@ -250,19 +277,25 @@ def parse_labels(label: Label | Sequence[Label] | torch.Tensor, id2label: Mappin
         num_labels: ids run below it; None: not checked.
 
     Raises:
-        ValueError: for an unknown name or id, or anything that is no label; the message says what is allowed.
+        ValueError: for an unknown name or id, a name of several ids, or anything that is no label; the message says
+            what is allowed.
     """
-    names = {name: int(i) for i, name in (id2label or {}).items()}
+    names: dict[str, list[int]] = {}
+    for i, name in (id2label or {}).items():
+        names.setdefault(name, []).append(int(i))
     known = f"ids 0 to {num_labels - 1}" if num_labels else "ids from 0"
     known += f" and the names {sorted(names)}" if names else " (the classifier has no names)"
 
     def one(value: Any) -> int:
         if isinstance(value, str) and value in names:
-            return names[value]
-        if isinstance(value, (Integral, torch.Tensor)) and not isinstance(value, bool):
-            i = int(value)
-            if 0 <= i and (num_labels is None or i < num_labels):
-                return i
+            if len(names[value]) > 1:
+                raise ValueError(f"label {value!r} is the name of several ids; use one of {names[value]}")
+            return names[value][0]
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            if 0 <= value and (num_labels is None or value < num_labels):
+                return int(value)
         raise ValueError(f"label {value!r} is unknown; allowed: {known}")
 
     def weighted(value: Any) -> dict[int, float]:
@@ -270,7 +303,13 @@ def parse_labels(label: Label | Sequence[Label] | torch.Tensor, id2label: Mappin
             return {one(value): 1.0}
         if not value:
             raise ValueError("label is an empty mapping; a mixture is {label: weight, ...}")
-        return {one(name): float(weight) for name, weight in value.items()}
+        mixture: dict[int, float] = {}
+        for name, weight in value.items():
+            if not isinstance(weight, Real) or not isfinite(weight) or one(name) in mixture:
+                raise ValueError(f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite number "
+                                 "for each label is allowed")
+            mixture[one(name)] = float(weight)
+        return mixture
 
     if isinstance(label, torch.Tensor):
         if label.ndim > 1 or label.is_floating_point() or label.dtype == torch.bool:

@@ -8,9 +8,10 @@ Everything else in this package uses these two lines, and nothing else knows whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, log, sqrt
+from math import hypot, sqrt
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,17 @@ class NoiseLevel:
     b: float
 
     def x0(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The predicted x0 of a network's output."""
-        return self.a * sample + self.b * output
+        """The predicted x0 of a network's output, in the sample's dtype: in much noise it is a small difference."""
+        return self.a * sample + self.b * output.to(sample.dtype)
 
     def output(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """The network's output that predicts `x0`."""
         return (x0 - self.a * sample) / self.b
+
+    def clipped(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The network's output that predicts the x0 of `output` clipped to [-1, 1]."""
+        wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        return self.output(wide, self.x0(wide, output).clamp(-1, 1)).to(output.dtype) if self.b else output
 
     def score(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """The score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie)."""
@@ -48,7 +54,7 @@ class NoiseLevel:
         By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that predicts
         epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
         """
-        if self.sigma == 0:
+        if self.sigma == 0 or self.b == 0:  # no noise, or a consistency model's boundary: the output has no say
             return output
         return output + (self.sigma**2 / self.alpha / self.b * score_shift).to(output.dtype)
 
@@ -59,8 +65,8 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
 
     Args:
         prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
-            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al. 2022,
-            Table 1) | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
+            flow (noise - data) | data_flow (data - noise) | edm_epsilon, edm_v_prediction (Karras et al. 2022, Table 1)
+            | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
         sigma_data, sigma_min: the constants of the last four.
     """
     edm = sqrt(sigma**2 + sigma_data**2)
@@ -75,8 +81,6 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
             return 1.0, -sigma
         case "data_flow":
             return 1.0, sigma
-        case "score":
-            return 1 / alpha, sigma**2 / alpha
         case "edm_epsilon":
             return sigma_data**2 / edm**2, sigma * sigma_data / edm
         case "edm_v_prediction":
@@ -85,19 +89,20 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
             return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (sigma - sigma_min) * sigma_data / edm
         case "trigflow":
             return alpha, -sigma / sigma_data
-    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
+    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, "
                      "edm_epsilon, edm_v_prediction, consistency, trigflow")
 
 
 FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
         "FlowMapEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"}
 EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
-FIXED = {"IPNDMScheduler": "v_prediction", "SCMScheduler": "trigflow", "ScoreSdeVeScheduler": "score",
+FIXED = {"IPNDMScheduler": "v_prediction", "SCMScheduler": "trigflow",
          "CMStochasticIterativeScheduler": "consistency", "DDPMWuerstchenScheduler": "epsilon"}
 MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
 READS_VARIANCE = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
 TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
 _DISCRETE = "it is for discrete tokens, which have no score"
+_OWN_LOOP = "it needs a loop of its own, with corrector steps"
 OUT_OF_REACH = {
     "DDIMInverseScheduler": "its sample is one step behind its timestep",
     "DPMSolverMultistepInverseScheduler": "it adds noise, so there is no x0 to guide",
@@ -105,6 +110,7 @@ OUT_OF_REACH = {
     "HeliosScheduler": "its stages change the sample's size between steps",
     "HeliosDMDScheduler": "its stages change the sample's size between steps",
     "PiflowScheduler": "its network gives a policy for several steps, not a prediction",
+    "ScoreSdeVeScheduler": _OWN_LOOP, "KarrasVeScheduler": _OWN_LOOP,
     "RePaintScheduler": "it needs a mask and an image in every step",
     "RFD4ProteinaScheduler": "its samples are protein structures",
     "MiniMaxH3Scheduler": "it runs two modalities with a schedule each",
@@ -165,6 +171,9 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
     levels = []
     for index, t in enumerate(sampling_timesteps(scheduler).cpu()):
         alpha, sigma = _alpha_sigma(scheduler, index, t)
+        if not (alpha > -1e-6 and sigma >= 0):  # as of a flow's sigma above 1; not even NaN
+            raise ValueError(f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
+                             f"(alpha={alpha:.4g}, sigma={sigma:.4g})")
         alpha = max(alpha, SMALLEST_ALPHA)
         levels.append(NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma, **constants)))
     _begin(scheduler, 0)
@@ -197,8 +206,6 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
     if _name(scheduler, {"SASolverScheduler"}):
         scale = sqrt(1 + float(sigmas[index]) ** 2)
         return 1 / scale, float(sigmas[index]) / scale
-    if _name(scheduler, {"ScoreSdeVeScheduler"}):
-        return 1.0, float(scheduler.discrete_sigmas[index])
     _begin(scheduler, index)
     one, zero, t = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), t.reshape(1)
     if not callable(getattr(scheduler, "add_noise", None)):
@@ -231,30 +238,54 @@ def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
     return bool(_name(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
 
 
-def posterior_variance(scheduler: SchedulerMixin, timesteps: Sequence[int], index: int,
-                       learned: torch.Tensor | None) -> float | torch.Tensor:
-    """Sigma of DDPM's step number `index` from t to s: with beta_t = 1 - abar_t / abar_s,
+def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(beta_t, small_t) of the steps t -> s of a DDPM process, from abar of its timesteps, rising, in float64:
 
-        fixed_small  beta_t (1 - abar_s) / (1 - abar_t);    fixed_large  beta_t;    learned  the network's;
-        learned_range  exp(w log beta_t + (1 - w) log fixed_small), w = (v + 1) / 2    (Nichol & Dhariwal 2021, eq. 15)
+        beta_t = 1 - abar_t / abar_s,    small_t = beta_t (1 - abar_s) / (1 - abar_t),    the posterior's variance
 
-    as `DDPMScheduler` has it, whose smallest variance is 1e-20. No noise is drawn in the last step.
+    The step to the data, abar_s = 1, draws no noise: its small_t would be 0 and gets the value of the step before, so
+    that it has a logarithm, as in the code of Dhariwal & Nichol 2021 (`DDPMScheduler` has 1e-20).
     """
-    abar_t = float(scheduler.alphas_cumprod[timesteps[index]])
-    abar_s = float(scheduler.alphas_cumprod[timesteps[index + 1]]) if index + 1 < len(timesteps) else 1.0
-    beta = 1 - abar_t / abar_s
-    small = max(beta * (1 - abar_s) / (1 - abar_t), 1e-20)
-    match scheduler.config.variance_type:
+    alpha_bar = alpha_bar.double()
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / before
+    small = beta * (1 - before) / (1 - alpha_bar)
+    small[0] = small[1] if len(small) > 1 else 1e-20
+    return beta, small
+
+
+def log_variance(variance_type: str, beta: torch.Tensor, small: torch.Tensor, to_data: torch.Tensor | bool,
+                 learned: torch.Tensor | None) -> torch.Tensor:
+    """log Sigma of DDPM steps with these `step_variances`:
+
+        fixed_small  log small_t;    fixed_large  log beta_t, but log small_t in the step `to_data`;
+        learned_range  w log beta_t + (1 - w) log small_t, w = (v + 1) / 2    (Nichol & Dhariwal 2021, eq. 15)
+
+    Raises:
+        ValueError: for another `variance_type`.
+    """
+    match variance_type:
         case "fixed_small" | "fixed_small_log":
-            return small
+            return small.log()
         case "fixed_large" | "fixed_large_log":
-            return beta
-        case "learned":
-            return learned
+            return torch.where(torch.as_tensor(to_data, device=beta.device), small, beta).log()
         case "learned_range":
             weight = (learned.to(torch.promote_types(learned.dtype, torch.float32)) + 1) / 2
-            return (weight * log(beta) + (1 - weight) * log(small)).exp()
-    raise ValueError(f"scheduler: variance_type={scheduler.config.variance_type!r} is unknown")
+            return weight * beta.log() + (1 - weight) * small.log()
+    raise ValueError(f"variance_type {variance_type!r}: fixed_small, fixed_large and learned_range are allowed")
+
+
+def posterior_variance(scheduler: SchedulerMixin, timesteps: Sequence[int], index: int,
+                       learned: torch.Tensor | None) -> float | torch.Tensor:
+    """Sigma of DDPM's step number `index`, which guidance_algorithm="mean" multiplies the score shift by."""
+    to_data, variance_type = index + 1 == len(timesteps), scheduler.config.variance_type
+    if variance_type == "learned":
+        return learned
+    if to_data and variance_type in ("fixed_small", "fixed_small_log"):
+        return 0.0
+    beta, small = step_variances(scheduler.alphas_cumprod[list(timesteps[::-1])].cpu())
+    step = len(timesteps) - 1 - index
+    return log_variance(variance_type, beta[step], small[step], to_data, learned).exp()
 
 
 def starting_sigma(scheduler: SchedulerMixin) -> Any:
@@ -264,9 +295,43 @@ def starting_sigma(scheduler: SchedulerMixin) -> Any:
     return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
 
 
-def wants_batched_timestep(scheduler: SchedulerMixin) -> bool:
-    """Whether `step` wants one timestep an image."""
-    return bool(_name(scheduler, {"DDPMWuerstchenScheduler"}))
+def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float,
+            batch_size: int) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+    """(output, index, sample) -> the next sample: `scheduler.step` with the arguments that this one takes.
+
+    Raises:
+        ValueError: for an `eta` that it doesn't take.
+    """
+    schedule, takes = sampling_timesteps(scheduler), inspect.signature(scheduler.step).parameters
+    if not 0 <= eta <= ("eta" in takes):
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {'0 to 1' if 'eta' in takes else 'only 0'}")
+    options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+    if _name(scheduler, {"DPMSolverSDEScheduler"}):  # draws for itself, from a seed
+        each = generator if isinstance(generator, list) else [generator] if generator is not None else []
+        seeds = [torch.randint(2**62, (), generator=one, device=one.device).item() for one in each]
+        own = scheduler.config.noise_sampler_seed
+        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0] if seeds else own
+    wants_batched_timestep = _name(scheduler, {"DDPMWuerstchenScheduler"})
+    previous_x0 = None
+
+    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
+        nonlocal previous_x0
+        t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
+        if "old_pred_original_sample" in takes:  # CogVideoX's DPM solver leaves its memory to the caller
+            back = schedule[index - 1] if index else None
+            sample, previous_x0 = scheduler.step(output, previous_x0, t, back, sample, **options, return_dict=False)
+            return sample
+        more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
+        t = t.expand(batch_size) if wants_batched_timestep else t
+        return scheduler.step(output, t, sample, **options, **more, return_dict=False)[0]
+
+    return step
+
+
+def module_config(module: torch.nn.Module | None) -> Mapping[str, Any]:
+    """A module's `config` as a mapping, be it a mapping or an object; empty where there is none."""
+    config = getattr(module, "config", None)
+    return config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
 
 
 def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -275,8 +340,7 @@ def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
     Raises:
         ValueError: if the module has no config or the config no `num_train_timesteps`.
     """
-    config = getattr(module, "config", None)
-    config = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
+    config = module_config(module)
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
     found = {name: config[name] for name in names if config.get(name) is not None}
     if "num_train_timesteps" not in found or not {"beta_schedule", "trained_betas"} & found.keys():
@@ -314,7 +378,7 @@ class TrainedSchedule:
             return 1.0
         # sigma^2 / (alpha |(alpha, sigma)|) is sigma^2 / alpha of the variance-preserving sample, up to the chain rule
         log_excess = np.log(level.sigma / level.alpha) - self.log_ratio[-1]
-        if log_excess <= 0:
+        if log_excess <= 1e-4:  # its own noisiest level, up to the rounding of float32 tables
             return 1.0
         here, last = level.sigma / level.alpha, np.exp(self.log_ratio[-1])
         return float(last * last / sqrt(1 + last * last) / (here * here / sqrt(1 + here * here)))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
+from . import bundled
+from .classifier import NoiseAwareClassifier
 from .guidance import ClassifierGuidance, FiniteCheck, Guidance, Label, Step, Sum, frozen, parse_labels
 from .noise import (
     NoiseLevel,
     has_posterior_variance,
+    module_config,
     noise_levels,
     posterior_variance,
     prediction_type,
@@ -23,8 +29,10 @@ from .noise import (
     sampling_timesteps,
     split_variance,
     starting_sigma,
-    wants_batched_timestep,
+    stepper,
 )
+
+DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 50, "guidance_algorithm": "output"}
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -37,18 +45,28 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` whose `config` has its noise
             schedule; None: the network alone.
         id2label: names of the labels, where there is no classifier that has them.
+        defaults: what `guidance_scale`, `num_inference_steps` and `guidance_algorithm` are in a call without them;
+            they are saved with the pipeline. By default 1.0, 50 and "output".
+
+    Raises:
+        ValueError: for other names in `defaults`.
     """
 
-    model_cpu_offload_seq = "unet->classifier"
+    model_cpu_offload_seq = "unet"  # the classifier stays beside it: they take turns at every step
     _optional_components = ["classifier"]
     _callback_tensor_inputs = ["latents", "model_output", "score_shift"]
 
-    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin, classifier: torch.nn.Module | None = None,
-                 id2label: dict[int, str] | None = None):
+    # `from_pipe` hands over only models of the classes named here
+    def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin,
+                 classifier: NoiseAwareClassifier | torch.nn.Module | None = None,
+                 id2label: dict | None = None, defaults: dict[str, Any] | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
-        names = id2label or getattr(getattr(classifier, "config", None), "id2label", None)
-        self.register_to_config(id2label={int(i): name for i, name in names.items()} if names else None)
+        names = module_config(classifier).get("id2label") or id2label
+        if unknown := (defaults or {}).keys() - DEFAULTS.keys():
+            raise ValueError(f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}")
+        self.register_to_config(id2label={int(i): name for i, name in names.items()} if names else None,
+                                defaults={**DEFAULTS, **(defaults or {})})
 
     @classmethod
     def from_bundled(cls, name: str = "fashion-mnist", **kwargs: Any) -> ClassifierGuidedPipeline:
@@ -57,12 +75,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a name that is not bundled.
         """
-        folder = resources.files(__package__) / "bundled"
-        known = sorted(entry.name for entry in folder.iterdir() if (entry / "model_index.json").is_file())
-        if name not in known:
-            raise ValueError(f"name {name!r} is not bundled; allowed: {known}")
-        with resources.as_file(folder / name) as path:
-            return cls.from_pretrained(path, **kwargs)
+        return cls.from_pretrained(bundled.folder(name), **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -71,24 +84,25 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's, and so the samples'."""
-        return next((p.dtype for p in self.unet.parameters()), torch.float32)
+        """What the network computes in, and so the samples'."""
+        return get_parameter_dtype(self.unet) or torch.float32
 
     @property
     def num_labels(self) -> int | None:
         """How many labels there are, as far as the classifier or the names tell."""
-        count = getattr(getattr(self.classifier, "config", None), "num_labels", None)
+        count = module_config(self.classifier).get("num_labels")
         return count or (len(self.config.id2label) if self.config.id2label else None)
 
+    @torch.inference_mode(False)  # within it, a term couldn't differentiate through the network
     @torch.no_grad()
     def __call__(
         self,
         label: Label | Sequence[Label] | torch.Tensor | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float | Sequence[float] | torch.Tensor = 1.0,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -99,8 +113,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        guidance_algorithm: Literal["output", "mean"] = "output",
+        guidance_algorithm: Literal["output", "mean"] | None = None,
+        clip_x0: bool = False,
         guidance: Guidance | None = None,
+        image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -108,9 +124,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
             num_images_per_label: consecutive images of each label.
             guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off, the
-                classifier doesn't run; 1: exact, as far as the classifier is; more: sharper and less varied.
+                classifier doesn't run; 1: exact, as far as the classifier is; more: sharper and less varied. None: the
+                pipeline's own (`config.defaults`), 1 unless it was made with another.
             guidance_start, guidance_stop: the fractions of the run between which the classifier steers, in [0, 1].
-            num_inference_steps: scheduler steps.
+            num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
             timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
             eta: the noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
             conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings.
@@ -123,8 +140,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 change.
             callback_on_step_end_tensor_inputs: which of "latents", "model_output" (guided), "score_shift" it gets.
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
-                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1).
+                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1). None: the
+                pipeline's own where the scheduler has a DDPM step, else "output".
+            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, whatever the scheduler
+                (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips what guidance made of it.
             guidance: further terms that are added to the classifier's.
+            image: for an up-sampling network (its input has twice the sample's channels) the low-resolution images,
+                one or one an image: PIL, or (B, C, h, w) in [-1, 1].
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -133,10 +155,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         # 1. What is asked for
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if guidance_algorithm is None:
+            own = self.config.defaults["guidance_algorithm"]
+            guidance_algorithm = own if has_posterior_variance(self.scheduler) else "output"
         self._check(num_images_per_label, output_type, guidance_algorithm, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels = self._labels(label, num_images_per_label)
-        batch_size = len(labels) if labels else latents.shape[0] if latents is not None else num_images_per_label
+        low_res = self._low_resolution(image, device)
+        given = next((tensor for tensor in (latents, low_res) if tensor is not None), None)
+        alone = given is None or num_images_per_label > 1
+        batch_size = len(labels) or (num_images_per_label if alone else len(given))
         class_labels = self._class_labels(labels, batch_size, conditional, device)
         terms = self._terms(labels, num_images_per_label, guidance_scale, guidance_start, guidance_stop, guidance)
 
@@ -144,28 +172,35 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
         schedule, levels = sampling_timesteps(self.scheduler), noise_levels(self.scheduler)
         numbers, count = schedule.tolist(), len(levels)
-        latents = self._starting_noise(batch_size, generator, latents, device)
-        scheduler_step = self._scheduler_step(schedule, generator, eta, batch_size)
+        if low_res is not None and len(low_res) not in (1, batch_size):
+            raise ValueError(f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed")
+        latents = self._starting_noise(batch_size, generator, latents, low_res, device)
+        if output_type == "pil" and latents.shape[1] not in (1, 3, 4):
+            raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an up-sampling "
+                             "network needs image, others allow 'np', 'pt' and 'latent'")
+        scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
         check = FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), latents.dtype))
 
         with frozen([self.unet, *terms.modules()]), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
                 conditions = [class_labels, *terms.active_conditions(index, count)]
-                output, variance, *others = self._predict(latents, t, conditions)
+                output, variance, *others = self._predict(latents, t, conditions, low_res)
+                if clip_x0:
+                    output, *others = (level.clipped(latents, prediction) for prediction in (output, *others))
                 score_shift = mean_shift = None
 
                 # 4. What guidance adds to the score
                 if terms.active(index, count):
                     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-                    step = Step(wide, level.x0(wide, output), self._predict_x0(t, level, class_labels), level, index,
-                                count, numbers[index], tuple(level.x0(wide, other) for other in others))
+                    step = Step(wide, level.x0(wide, output), self._predict_x0(t, level, class_labels, low_res), level,
+                                index, count, numbers[index], tuple(level.x0(wide, other) for other in others))
                     score_shift = terms.score(step)
-                    check(score_shift, step)
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
                     else:
                         mean_shift = score_shift * posterior_variance(self.scheduler, numbers, index, variance)
+                    check(step, score_shift, output if mean_shift is None else mean_shift)
 
                 # 5. The scheduler's step, which doesn't know
                 if variance is not None and reads_variance(self.scheduler):
@@ -207,13 +242,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                more: Guidance | None) -> Sum:
         """All that guides: nothing at scale 0."""
         images = len(labels)
-        scale = torch.as_tensor(scale, dtype=torch.float32)
+        if not images and scale is not None and torch.as_tensor(scale).any():
+            raise ValueError(f"guidance_scale={scale} needs a label to steer to")
+        scale = torch.as_tensor(self.config.defaults["guidance_scale"] if scale is None else scale, dtype=torch.float32)
         if scale.ndim == 1 and images and len(scale) * per_label == images:
             scale = scale.repeat_interleave(per_label)
         if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
             raise ValueError(f"guidance_scale has shape {tuple(scale.shape)}; a number, or one a label or an image "
                              f"({images // per_label} or {images}), is allowed")
         terms: tuple[Guidance, ...] = more.terms() if more is not None else ()
+        if any(term.conditions for term in terms) and module_config(self.unet).get("num_class_embeds") is None:
+            raise ValueError("guidance: a term has conditions, class labels, and the network has no class embeddings")
         if labels and scale.any():
             if self.classifier is None:
                 raise ValueError(f"guidance_scale={scale.tolist()} needs a classifier, and the pipeline has none: pass "
@@ -231,8 +270,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _class_labels(self, labels: list[dict[int, float]], batch_size: int, conditional: bool | None,
                       device: torch.device) -> torch.Tensor | None:
         """What a class-conditional network is told, (B,); None for an unconditional one."""
-        config = getattr(self.unet, "config", None)
-        embeddings = getattr(config, "num_class_embeds", None)
+        embeddings = module_config(self.unet).get("num_class_embeds")
         if embeddings is None:
             if conditional:
                 raise ValueError("conditional=True needs a network with class embeddings; this one is unconditional")
@@ -252,42 +290,68 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                                  "label an image")
             else:
                 ids.append(null)
+        if max(ids) >= embeddings:
+            raise ValueError(f"label {max(ids)} is unknown to the network; ids 0 to {embeddings - 1} are allowed")
         return torch.tensor(ids, device=device)
 
-    def _set_timesteps(self, steps: int, timesteps: Any, sigmas: Any, device: torch.device) -> None:
+    def _set_timesteps(self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device) -> None:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
-        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
-            if values is None:
-                continue
-            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"{name}: {type(self.scheduler).__name__} takes none of one's own")
-            return self.scheduler.set_timesteps(device=device, **{name: values})
+        steps = self.config.defaults["num_inference_steps"] if steps is None else steps
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps}: at least 1 is allowed")
-        self.scheduler.set_timesteps(steps, device=device)
+        choices = {"timesteps": timesteps, "sigmas": sigmas, "num_inference_steps": steps}
+        name, value = next((name, value) for name, value in choices.items() if value is not None)
+        if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name}: {type(self.scheduler).__name__} takes none of one's own")
+        try:
+            self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
+        except (TypeError, AttributeError) as error:  # it wants something beside them, or something else
+            raise ValueError(f"{name}={value}: {type(self.scheduler).__name__} can't take it: {error}") from error
+
+    def _low_resolution(self, image: Any, device: torch.device) -> torch.Tensor | None:
+        """What an up-sampling network is given beside the sample, (1 or B, C, h, w) in [-1, 1]."""
+        if image is None:
+            return None
+        channels = self.unet.config.in_channels
+        if not isinstance(image, torch.Tensor):
+            images = [image] if isinstance(image, Image.Image) else image
+            mode = "L" if channels == 2 else "RGB"
+            arrays = [np.atleast_3d(np.asarray(one.convert(mode), np.float32)) for one in images]
+            image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+        if image.ndim != 4 or 2 * image.shape[1] != channels:
+            raise ValueError(f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
+                             f"{channels} input channels")
+        return image.to(device, self.dtype)
 
     def _starting_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None,
-                        device: torch.device) -> torch.Tensor:
+                        low_res: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Noise of the scheduler's largest standard deviation, (B, C, H, W), in the network's dtype."""
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator is a list of {len(generator)}; one, or one for each of the {batch_size} "
                              "images, is allowed")
         if latents is None:
-            size = self.unet.config.sample_size
+            config = module_config(self.unet)
+            if not config.get("sample_size") or not config.get("in_channels"):
+                raise ValueError("latents is needed: the network's config has no sample_size and in_channels")
+            size, channels = config["sample_size"], config["in_channels"]
             height, width = (size, size) if isinstance(size, int) else size
-            latents = randn_tensor((batch_size, self.unet.config.in_channels, height, width), generator, device, self.dtype)
+            channels -= (0 if low_res is None else low_res.shape[1])
+            shape = (batch_size, channels, height, width)
+            latents = randn_tensor(shape, generator, device, self.dtype)
         elif latents.ndim != 4 or latents.shape[0] != batch_size:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _predict(self, latents: torch.Tensor, t: torch.Tensor, conditions: Sequence[torch.Tensor | None]) \
-            -> list[torch.Tensor | None]:
+    def _predict(self, latents: torch.Tensor, t: torch.Tensor, conditions: Sequence[torch.Tensor | None],
+                 low_res: torch.Tensor | None = None) -> list[torch.Tensor | None]:
         """[output, learned variance or None, outputs for the further conditions ...] of one call of the network."""
         batch_size, channels = latents.shape[:2]
         scaled = latents
         if hasattr(self.scheduler, "scale_model_input"):  # Euler and Heun for flow matching have none
             scaled = self.scheduler.scale_model_input(latents, t)
+        if low_res is not None:
+            scaled = join_low_resolution(scaled, low_res)
         if len(conditions) > 1:
             scaled = torch.cat([scaled] * len(conditions))
         kwargs = {}
@@ -301,35 +365,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         first, *others = prediction.split(batch_size)
         return [first, None if variance is None else variance[:batch_size], *others]
 
-    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, class_labels: torch.Tensor | None) \
-            -> Callable[[torch.Tensor], torch.Tensor]:
+    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, class_labels: torch.Tensor | None,
+                    low_res: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
         """The predicted x0 as a function of the sample, for terms that differentiate through the network."""
-        return lambda sample: level.x0(sample, self._predict(sample.to(self.dtype), t, [class_labels])[0])
+        return lambda sample: level.x0(sample, self._predict(sample.to(self.dtype), t, [class_labels], low_res)[0])
 
-    def _scheduler_step(self, schedule: torch.Tensor, generator: Any, eta: float, batch_size: int) \
-            -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
-        """(output, index, sample) -> the next sample, with the arguments that this scheduler's `step` takes."""
-        scheduler, takes = self.scheduler, inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in takes:
-            raise ValueError(f"eta={eta}: {type(scheduler).__name__} has no such noise; only 0 is allowed")
-        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
-        if hasattr(scheduler, "noise_sampler_seed") and generator is not None:  # DPMSolverSDE draws for itself
-            seeds = [g.initial_seed() for g in (generator if isinstance(generator, list) else [generator])]
-            scheduler.noise_sampler, scheduler.noise_sampler_seed = None, seeds if len(seeds) > 1 else seeds[0]
-        previous_x0 = None
 
-        def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
-            nonlocal previous_x0
-            t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
-            if "old_pred_original_sample" in takes:  # CogVideoX's DPM solver leaves its memory to the caller
-                back = schedule[index - 1] if index else None
-                sample, previous_x0 = scheduler.step(output, previous_x0, t, back, sample, **options, return_dict=False)
-                return sample
-            more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
-            t = t.expand(batch_size) if wants_batched_timestep(scheduler) else t
-            return scheduler.step(output, t, sample, **options, **more, return_dict=False)[0]
-
-        return step
+def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
+    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B, C, h, w) enlarged
+    bilinearly."""
+    enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
 
 
 def _images(latents: torch.Tensor, output_type: str) -> Any:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor
 
@@ -75,7 +74,7 @@ def convert_classifier(state_dict: Mapping[str, Tensor], config: Mapping[str, An
             time_proj_dim=args["model_channels"],
             attention_head_dim=_compact(_head_dims(args, args["num_heads"]), args),
             **_shared_config(args),
-            **_schedule(config),
+            **noise_schedule(config),
         )
     return _filled(model, state_dict, args)
 
@@ -108,12 +107,6 @@ def export_classifier(model: NoiseAwareClassifier) -> tuple[State, Arguments]:
     args |= {"out_channels": config.num_labels, "pool": config.pool}
     args |= _heads(dims, dims, args)
     return extract(model, args), args
-
-
-def join_low_resolution(sample: Tensor, low_res: Tensor) -> Tensor:
-    """The up-samplers' input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (B, C, h, w) enlarged bilinearly."""
-    enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
-    return torch.cat([sample, enlarged], dim=1)
 
 
 # Arguments of the original -> our models
@@ -169,7 +162,7 @@ def _shared_config(args: Arguments) -> dict[str, Any]:
     }
 
 
-def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+def noise_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """`diffusion_steps` T and `noise_schedule` in DDPMScheduler's words: linear is 0.1 / T to 20 / T."""
     steps, name = config.get("diffusion_steps", 1000), config.get("noise_schedule", "linear")
     if name not in ("linear", "cosine"):

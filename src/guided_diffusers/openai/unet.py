@@ -5,7 +5,10 @@ Self-contained on purpose (torch and diffusers only): this file travels to the H
 
 import inspect
 
-from diffusers import UNet2DModel
+from diffusers import (
+    ModelMixin,  # noqa: F401 - a pipeline's from_pretrained looks for it in the module that the class is from
+    UNet2DModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps

@@ -1,0 +1,186 @@
+"""What a guided step costs: the pipeline against the floor, and against an unguided step, in time and memory.
+
+    python examples/benchmark_step.py                                   # two sizes, about three minutes on a CPU
+    python examples/benchmark_step.py --size small --steps 200 --output figures.json
+    OMP_NUM_THREADS=1 python examples/benchmark_step.py --cpu-time      # on a machine that is busy with other things
+    python examples/benchmark_step.py --device cuda
+
+The floor is what no implementation can do without: one forward of the network, one forward of the classifier and the
+gradient by its input, parameters frozen, and nothing else. It is timed after every step of the pipeline, within the
+same run, so that whatever else the machine does falls on both alike.
+
+Peak memory is that of three steps in a fresh process each, as torch's allocator counts it: every tensor above the
+weights, to the byte, without the allocator's reserves. (The memory of the whole process, which is also printed, is
+mostly Python and torch themselves.)
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+
+PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
+SIZES: dict[str, dict[str, Any]] = {  # as the bundled models, and a network of 64 channels at 64x64
+    "small": {"batch": 16, "image": (1, 28), "unet": (32, 64, 128), "classifier": (32, 64, 96), "groups": 16},
+    "large": {"batch": 4, "image": (3, 64), "unet": (64, 128, 192), "classifier": (64, 128, 192), "groups": 32}}
+STEPS_A_CALL = 6
+
+
+def make_pipeline(size: str, device: str) -> ClassifierGuidedPipeline:
+    settings, levels = SIZES[size], len(SIZES[size]["unet"])
+    channels, resolution = settings["image"]
+    shared = {"sample_size": resolution, "in_channels": channels, "layers_per_block": 1, "attention_head_dim": 32,
+              "norm_num_groups": settings["groups"]}
+    unet = UNet2DModel(out_channels=channels, block_out_channels=settings["unet"],
+                       down_block_types=(PLAIN,) * (levels - 1) + (ATTENTION,),
+                       up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1), **shared)
+    classifier = NoiseAwareClassifier(num_labels=10, block_out_channels=settings["classifier"],
+                                      down_block_types=("ResnetDownsampleBlock2D",) * (levels - 1) + (ATTENTION,),
+                                      **shared)
+    pipeline = ClassifierGuidedPipeline(unet.eval(), DDIMScheduler(), classifier.eval()).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_floor(pipeline: ClassifierGuidedPipeline, size: str) -> Callable[[], None]:
+    """What each guided step must do, on the same networks."""
+    settings, labels = SIZES[size], torch.zeros(SIZES[size]["batch"], 1, dtype=torch.long, device=pipeline.device)
+    channels, resolution = settings["image"]
+    x = torch.randn(settings["batch"], channels, resolution, resolution, device=pipeline.device)
+    for part in (pipeline.unet, pipeline.classifier):
+        part.requires_grad_(False)
+
+    def floor() -> None:
+        with torch.no_grad():
+            pipeline.unet(x, 500)
+        with torch.enable_grad():
+            z = x.detach().requires_grad_(True)
+            log_p = pipeline.classifier(z, 500).logits.log_softmax(-1).gather(1, labels)
+            torch.autograd.grad(log_p.sum(), z)
+
+    return floor
+
+
+def call(pipeline: ClassifierGuidedPipeline, size: str, guided: bool, **more: Any) -> None:
+    pipeline([0] * SIZES[size]["batch"], guidance_scale=float(guided), output_type="latent", **more)
+
+
+def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, list[float]]:
+    """Seconds of each step, the floor after each step of the pipeline."""
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.process_time() if cpu_time else time.perf_counter()
+
+    pipeline = make_pipeline(size, device)
+    floor, seconds = make_floor(pipeline, size), {"floor": [], "guided": [], "unguided": []}
+    kind, begin = "", 0.0
+
+    def after_step(pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict) -> dict:
+        nonlocal begin
+        if index:  # the first one has the call's preparations in it
+            seconds[kind].append(now() - begin)
+        begin = now()
+        floor()
+        seconds["floor"].append(now() - begin)
+        begin = now()
+        return {}
+
+    for warm in (True, False):
+        for _ in range(1 if warm else max(1, steps // (STEPS_A_CALL - 1))):
+            for kind in ("guided", "unguided"):
+                steps_and_hook = {"num_inference_steps": STEPS_A_CALL, "callback_on_step_end": after_step}
+                call(pipeline, size, kind == "guided", **steps_and_hook)
+        if warm:
+            seconds = {name: [] for name in seconds}
+    return seconds
+
+
+def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
+    """MiB: the tensors of three steps at their peak, the weights, and the whole process at its peak."""
+    pipeline = make_pipeline(size, device)
+    floor = make_floor(pipeline, size)
+    weights = sum(part.get_memory_footprint() for part in (pipeline.unet, pipeline.classifier))
+
+    def three_steps() -> None:
+        if kind == "floor":
+            for _ in range(3):
+                floor()
+        else:
+            call(pipeline, size, kind == "guided", num_inference_steps=3)
+
+    three_steps()  # once before, for what is allocated once for all
+    if device == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            three_steps()
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+        tensors = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        three_steps()
+        tensors = torch.cuda.max_memory_allocated() - before
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {name: value / 2**20 for name, value in (("tensors", tensors), ("weights", weights), ("process", process))}
+
+
+def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a size, memory first, each in a process of its own."""
+    figures: dict[str, Any] = {}
+    for kind in ("floor", "guided", "unguided"):
+        command = [sys.executable, __file__, "--size", size, "--device", options.device, "--probe", kind]
+        figures[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for kind, seconds in time_steps(size, options.device, options.steps, options.cpu_time).items():
+        tenths = statistics.quantiles(seconds, n=10)
+        figures[kind] |= {"ms": 1e3 * statistics.median(seconds), "ms_10%": 1e3 * tenths[0], "ms_90%": 1e3 * tenths[-1],
+                          "steps": len(seconds)}
+    figures["guided / floor"] = {name: figures["guided"][name] / figures["floor"][name] for name in ("ms", "tensors")}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, action="append", help="a size (default: all)")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps of each kind (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--probe", choices=["floor", "guided", "unguided"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.probe:
+        return print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
+
+    results = {}
+    for size in options.size or SIZES:
+        results[size] = figures = measure(size, options)
+        settings = SIZES[size]
+        channels, resolution = settings["image"]
+        print(f"\n{size}: {settings['batch']} images of {resolution}x{resolution}x{channels}, network "
+              f"{settings['unet']}, classifier {settings['classifier']}, weights {figures['floor']['weights']:.0f} MiB")
+        print(f"{'':>10} {'ms a step':>10} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}")
+        for kind in ("floor", "guided", "unguided"):
+            row = figures[kind]
+            print(f"{kind:>10} {row['ms']:10.1f} {row['ms_10%']:8.1f}{row['ms_90%']:8.1f} {row['tensors']:12.1f} "
+                  f"{row['process']:12.0f}")
+        ratio = figures["guided / floor"]
+        print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

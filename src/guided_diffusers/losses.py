@@ -1,0 +1,249 @@
+"""Losses of diffusion training with a learned variance, bits per dimension, and which timesteps to draw.
+
+Ho et al., Denoising Diffusion Probabilistic Models (2020); Nichol & Dhariwal, Improved Denoising Diffusion
+Probabilistic Models (2021). Everything is per image, (B,), and gives what OpenAI's guided-diffusion gives.
+
+    process = Process(scheduler)                                       # variance_type="learned_range"
+    k = torch.randint(len(process), (len(x0),))
+    output = unet(process.noised(x0, eps, k), process.timesteps[k]).sample
+    loss = diffusion_loss(process, output, x0, eps, k, "hybrid_rescaled")["loss"].mean()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import log, pi, sqrt
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .noise import affine, log_variance, split_variance, step_variances
+
+Objective = Literal["simple", "hybrid", "hybrid_rescaled", "bound"]
+HALF_BIN = 1 / 255  # of a pixel value in [-1, 1]
+
+
+class Process:
+    """A scheduler's noise process q and the network's way back p(x_s | x_t), from step k to k - 1, 0 <= k < T.
+
+        q(x_t | x0) = N(alpha x0, sigma^2),    q(x_s | x_t, x0) = N(c_0 x0 + c_t x_t, small)    (Ho et al., eq. 4 and 7)
+
+    Args:
+        scheduler: its betas, `prediction_type` and `variance_type`: "learned_range", or a fixed one.
+        timesteps: those that a shorter process keeps; None: all. Step k has the k-th smallest.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, timesteps: Sequence[int] | None = None):
+        self.prediction_type, self.variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
+        count = scheduler.config.num_train_timesteps
+        self.timesteps = torch.tensor(sorted(range(count) if timesteps is None else timesteps))
+        alpha_bar = torch.cumprod(1 - scheduler.betas.double().cpu(), 0)[self.timesteps]
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        beta, small = step_variances(alpha_bar)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
+        a, b = torch.tensor([affine(self.prediction_type, *level) for level in levels], dtype=torch.float64).T
+        self._tables = {
+            "alpha": alpha, "sigma": sigma, "a": a, "b": b, "beta": beta, "small": small,
+            "c_0": before.sqrt() * beta / (1 - alpha_bar),
+            "c_t": (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar),
+        }
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def at(self, k: Tensor, like: Tensor, *names: str) -> list[Tensor]:
+        """Coefficients of the steps k (B,), in the dtype of `like` (B, C, H, W) and broadcast over it."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        return [self._tables[name][k.cpu()].to(like).reshape(shape) for name in names]
+
+    def noised(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps."""
+        alpha, sigma = self.at(k, x0, "alpha", "sigma")
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
+        """What the network should say: eps, x0, or v = alpha eps - sigma x0."""
+        if self.prediction_type == "v_prediction":
+            alpha, sigma = self.at(k, x0, "alpha", "sigma")
+            return alpha * eps - sigma * x0
+        return {"epsilon": eps, "sample": x0}[self.prediction_type]
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, k: Tensor, clip: bool = False) -> Tensor:
+        """The x0 that the network predicts, with `clip` clipped to [-1, 1]."""
+        a, b = self.at(k, x_t, "a", "b")
+        x0 = a * x_t + b * prediction
+        return x0.clamp(-1, 1) if clip else x0
+
+    def mean(self, x0: Tensor, x_t: Tensor, k: Tensor) -> Tensor:
+        """The mean of q(x_s | x_t, x0), and with the predicted x0 that of p(x_s | x_t)."""
+        c_0, c_t = self.at(k, x_t, "c_0", "c_t")
+        return c_0 * x0 + c_t * x_t
+
+    def log_variance(self, learned: Tensor | None, like: Tensor, k: Tensor) -> Tensor:
+        """That of p(x_s | x_t); `learned` is the second half of the network's output."""
+        beta, small = self.at(k, like, "beta", "small")
+        return log_variance(self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned)
+
+
+def diffusion_loss(process: Process, output: Tensor, x0: Tensor, eps: Tensor, k: Tensor,
+                   objective: Objective = "simple") -> dict[str, Tensor]:
+    """The loss of a network's output at `process.noised(x0, eps, k)`, and its parts, each (B,).
+
+    Args:
+        output: (B, C, H, W), or with a learned variance (B, 2C, H, W).
+        x0, eps: images in [-1, 1] and standard normal noise, (B, C, H, W).
+        k: steps of the process, (B,).
+        objective: "simple": `mse`, of the network's target (Ho et al., eq. 14). "hybrid": mse + vb, where `vb` is
+            `variational_bound` and teaches the variance only (Nichol & Dhariwal, eq. 16); "hybrid_rescaled": vb times
+            T / 1000, as the published models. "bound": T * vb alone.
+
+    Raises:
+        ValueError: if the network's channels don't fit the objective, or the objective is unknown.
+    """
+    prediction, learned = split_variance(output, x0.shape[1])
+    hybrid = objective in ("hybrid", "hybrid_rescaled")
+    if objective not in ("simple", "bound") and not hybrid:
+        raise ValueError(f"objective {objective!r}: simple, hybrid, hybrid_rescaled and bound are allowed")
+    if objective != "bound" and hybrid != (learned is not None):
+        raise ValueError(f"objective {objective!r}: the network has {'a' if learned is not None else 'no'} learned "
+                         "variance; simple is for networks without, hybrid for those with")
+    if objective == "bound":
+        vb = variational_bound(process, output, x0, process.noised(x0, eps, k), k)
+        return {"loss": len(process) * vb, "vb": vb}
+    mse = (process.target(x0, eps, k) - prediction).square().mean(dim=(1, 2, 3))
+    if not hybrid:
+        return {"loss": mse, "mse": mse}
+    fixed_mean = torch.cat([prediction.detach(), learned], dim=1)
+    vb = variational_bound(process, fixed_mean, x0, process.noised(x0, eps, k), k)
+    vb = vb * len(process) / 1000 if objective == "hybrid_rescaled" else vb
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def variational_bound(process: Process, output: Tensor, x0: Tensor, x_t: Tensor, k: Tensor,
+                      clip: bool = False) -> Tensor:
+    """A step's term of the bound on -log p(x0), (B,), in bits a dimension (Ho et al., eq. 5):
+
+        KL(q(x_s | x_t, x0) || p(x_s | x_t)),    and for k = 0    -log p(x0 | x_1) of 256 pixel values.
+
+    With `clip`, the x0 that the network predicts is clipped first.
+    """
+    prediction, learned = split_variance(output, x0.shape[1])
+    predicted = process.mean(process.denoised(prediction, x_t, k, clip), x_t, k)
+    log_sigma2 = process.log_variance(learned, x_t, k).expand_as(x_t)
+    (small,) = process.at(k, x_t, "small")
+    kl = normal_kl(process.mean(x0, x_t, k), small.log(), predicted, log_sigma2)
+    decoder = -discretized_log_likelihood(x0, predicted, 0.5 * log_sigma2)
+    first = (k == 0).to(x0.device).reshape(small.shape)
+    return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / log(2)
+
+
+def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(other_mean, other_variance)) of every element, in nats."""
+    ratio = log_variance - other_log_variance
+    return 0.5 * (-1 - ratio + ratio.exp() + (mean - other_mean).square() * (-other_log_variance).exp())
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """log of the Gaussian's mass in the bin of x, of 256 values in [-1, 1], the outer two open (Ho et al., eq. 13).
+
+    In nats. The distribution function is the tanh approximation of GELU's paper, as in the published code.
+    """
+    upper = _normal_cdf((x - mean + HALF_BIN) * (-log_sigma).exp())
+    lower = _normal_cdf((x - mean - HALF_BIN) * (-log_sigma).exp())
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
+
+
+@torch.no_grad()
+def bits_per_dim(network: torch.nn.Module, process: Process, x0: Tensor, class_labels: Tensor | None = None,
+                 clip: bool = True, generator: torch.Generator | list[torch.Generator] | None = None,
+                 ) -> dict[str, Tensor]:
+    """The variational bound on -log2 p(x0) a dimension: T calls of the network for a batch.
+
+    Of a data set: the mean of `total` over its images.
+
+    Args:
+        network: (x_t, timestep[, class_labels]) -> `.sample`.
+        x0: images in [-1, 1] on the grid of 256 values, (B, C, H, W).
+        clip: whether the predicted x0 is clipped to [-1, 1].
+        generator: of the noise; one, or one an image.
+
+    Returns:
+        `total` (B,) = `bound` summed + `prior`; `prior` (B,), KL(q(x_T | x0) || N(0, I)); and of every step k, (B, T),
+        `bound`, `x0_mse` (of the predicted x0) and `eps_mse`.
+    """
+    # In float64: the decoder's differences of a distribution function lose three digits in float32.
+    wide = x0 if x0.device.type == "mps" else x0.double()
+    dtype = next((p.dtype for p in network.parameters()), x0.dtype)
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    columns: dict[str, list[Tensor]] = {"bound": [], "x0_mse": [], "eps_mse": []}
+    for step in reversed(range(len(process))):
+        k = torch.full((len(x0),), step)
+        eps = randn_tensor(x0.shape, generator, x0.device, x0.dtype).to(wide)
+        x_t = process.noised(wide, eps, k)
+        output = network(x_t.to(dtype), process.timesteps[step].to(x0.device), **labels).sample.to(wide)
+        predicted = process.denoised(split_variance(output, x0.shape[1])[0], x_t, k, clip)
+        alpha, sigma = process.at(k, x_t, "alpha", "sigma")
+        columns["bound"].append(variational_bound(process, output, wide, x_t, k, clip))
+        columns["x0_mse"].append((predicted - wide).square().mean(dim=(1, 2, 3)))
+        columns["eps_mse"].append(((x_t - alpha * predicted) / sigma - eps).square().mean(dim=(1, 2, 3)))
+    result = {name: torch.stack(terms[::-1], dim=1) for name, terms in columns.items()}
+    alpha, sigma = process.at(torch.full((len(x0),), len(process) - 1), wide, "alpha", "sigma")
+    zero = torch.zeros_like(wide)
+    result["prior"] = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(dim=(1, 2, 3)) / log(2)
+    return result | {"total": result["bound"].sum(dim=1) + result["prior"]}
+
+
+class LossSecondMomentSampler:
+    """Draws steps k with p_k proportional to sqrt(E[loss_k^2]), once every step has its history of losses.
+
+    Nichol & Dhariwal 2021, eq. 18. The importance weights 1 / (T p_k) keep the mean loss that of uniform draws.
+
+    Args:
+        steps: T.
+        history: how many last losses of each step are kept.
+        uniform: the share of uniform draws, so that no step is forgotten.
+    """
+
+    def __init__(self, steps: int, history: int = 10, uniform: float = 0.001):
+        self.uniform = uniform
+        self._losses = torch.zeros(steps, history, dtype=torch.float64)
+        self._counts = torch.zeros(steps, dtype=torch.long)
+
+    def probabilities(self) -> Tensor:
+        """p_k, (T,), float64."""
+        steps, history = self._losses.shape
+        if (self._counts < history).any():
+            return torch.full((steps,), 1 / steps, dtype=torch.float64)
+        moment = self._losses.square().mean(dim=1).sqrt()
+        return moment / moment.sum() * (1 - self.uniform) + self.uniform / steps
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Steps (count,) and their importance weights."""
+        p = self.probabilities()
+        k = torch.multinomial(p, count, replacement=True, generator=generator)
+        return k, (1 / (len(p) * p[k])).float()
+
+    def update(self, k: Tensor, losses: Tensor) -> None:
+        """Note the losses of steps, both (B,), of all processes in the same order on each."""
+        for step, loss in zip(k.tolist(), losses.tolist(), strict=True):
+            if self._counts[step] == self._losses.shape[1]:
+                self._losses[step] = self._losses[step].roll(-1)
+                self._losses[step, -1] = loss
+            else:
+                self._losses[step, self._counts[step]] = loss
+                self._counts[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self._losses, "counts": self._counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._losses, self._counts = state["losses"].clone(), state["counts"].clone()

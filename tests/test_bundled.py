@@ -1,0 +1,65 @@
+"""The models that the package ships."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.bundled import folder
+from guided_diffusers.sampling import sample
+
+LABELS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> ClassifierGuidedPipeline:
+    pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_safe() -> None:
+    files = [path for path in folder("fashion-mnist").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 16e6
+
+
+def test_labels_and_figures(pipeline: ClassifierGuidedPipeline) -> None:
+    assert list(pipeline.config.id2label.values()) == LABELS
+    assert pipeline.unet.config.num_class_embeds == 11  # ten labels and the null label
+    figures = json.loads((folder("fashion-mnist") / "figures.json").read_text())
+    accuracy = {row["timestep"]: row["accuracy"] for row in figures["classifier"]["held_out"]}
+    assert len(accuracy) == 10 and accuracy[49] > 0.85 and accuracy[49] > accuracy[449] > accuracy[949]
+
+
+@pytest.mark.parametrize("conditional, least", [(True, 0.85), (False, 0.75)])
+def test_the_judge_agrees(pipeline: ClassifierGuidedPipeline, conditional: bool, least: float) -> None:
+    """With few steps and images; `examples/judge_agreement.py` measures it in full."""
+    judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
+    agreed = {}
+    for scale in (0.0, 3.0):
+        (_, images), = sample(pipeline, LABELS, 0, 40, range(40), guidance_scale=scale, conditional=conditional,
+                              num_inference_steps=15, output_type="latent")
+        with torch.no_grad():
+            told = judge(images.clamp(-1, 1), 0).logits.argmax(-1)
+        agreed[scale] = (told == torch.arange(40) % 10).float().mean().item()
+    assert agreed[3.0] >= least
+    assert agreed[3.0] >= agreed[0.0]
+    if not conditional:
+        assert agreed[0.0] < 0.35  # chance is 0.1
+
+
+def test_the_first_command(tmp_path: Path) -> None:
+    """What the README says first, from another folder."""
+    command = [sys.executable, "-m", "guided_diffusers", "sample", "--label", "sneaker", "--guidance-scale", "3",
+               "--num-images", "2", "--num-inference-steps", "5", "--output", "sneaker.png"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "sneaker.png").is_file() and "2 images of sneaker" in ran.stdout
+    assert "step" in ran.stderr  # the progress bar

@@ -1,0 +1,237 @@
+"""`LabelledImages` against arrays worked out by hand, for each form that data comes in."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from guided_diffusers.data import LabelledImages, load_splits
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+import prepare_fashion_mnist  # noqa: E402
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def split(images: list[np.ndarray], labels: list | None = None, feature: object = None) -> Dataset:
+    """A split of the images, with a column `y` of labels of that feature."""
+    rows, features = {"picture": [PILImage.fromarray(image) for image in images]}, {"picture": Image()}
+    if labels is not None:
+        rows, features = {**rows, "y": labels}, {**features, "y": feature}
+    return Dataset.from_dict(rows, features=Features(features))
+
+
+def scaled(array: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W) or (H, W, C) -> (C, H, W) in [-1, 1]."""
+    array = array if array.ndim == 3 else array[..., None]
+    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def test_pixels_span_minus_one_to_one() -> None:
+    array = RAMP.copy()
+    array[0, 0], array[7, 7] = 0, 255
+    item = LabelledImages(split([array]), resolution=8)[0]
+    assert item["pixel_values"].dtype == torch.float32
+    assert item["pixel_values"].min() == -1 and item["pixel_values"].max() == 1
+    torch.testing.assert_close(item["pixel_values"], scaled(array))
+    assert item["label"] == 0
+
+
+def test_channels() -> None:
+    grey, colour = RAMP, np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
+    assert LabelledImages(split([grey]), resolution=8)[0]["pixel_values"].shape == (1, 8, 8)
+    torch.testing.assert_close(LabelledImages(split([colour]), resolution=8)[0]["pixel_values"], scaled(colour))
+    # one grey image first doesn't make a coloured split grey
+    mixed = LabelledImages(split([grey, colour]), resolution=8)
+    assert mixed.channels == 3
+    torch.testing.assert_close(mixed[0]["pixel_values"], scaled(np.stack([grey] * 3, axis=2)))
+    assert LabelledImages(split([colour]), resolution=8, channels=1)[0]["pixel_values"].shape == (1, 8, 8)
+
+
+def test_sixteen_bit_images_keep_their_range() -> None:
+    data = LabelledImages(split([RAMP.astype(np.uint16) * 256 + 77]), resolution=8)
+    assert data.channels == 1
+    torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
+
+
+def test_resizes_the_shorter_side_and_crops_the_longer() -> None:
+    wide = np.tile(np.arange(32, dtype=np.uint8) * 8, (8, 1))
+    centre = LabelledImages(split([wide]), resolution=8, center_crop=True)[0]["pixel_values"]
+    torch.testing.assert_close(centre, scaled(wide[:, 12:20]))
+    data = LabelledImages(split([wide]), resolution=8)
+    lefts = set()
+    for seed in range(200):
+        crop = data[0, seed]["pixel_values"]
+        left = round((crop[0, 0, 0].item() + 1) * 127.5 / 8)
+        torch.testing.assert_close(crop, scaled(wide[:, left:left + 8]))
+        lefts.add(left)
+    assert lefts == set(range(25))  # every place, the two ends included
+    smaller = LabelledImages(split([wide]), resolution=4, center_crop=True)[0]["pixel_values"]
+    expected = PILImage.fromarray(wide).resize((16, 4), PILImage.Resampling.BICUBIC).crop((6, 0, 10, 4))
+    torch.testing.assert_close(smaller, scaled(np.asarray(expected)))
+
+
+def test_flip_is_of_half_the_images() -> None:
+    data = LabelledImages(split([RAMP]), resolution=8, random_flip=True)
+    flipped = 0
+    for seed in range(200):
+        pixels = data[0, seed]["pixel_values"]
+        mirrored = not torch.equal(pixels, scaled(RAMP))
+        torch.testing.assert_close(pixels, scaled(RAMP[:, ::-1].copy() if mirrored else RAMP))
+        flipped += mirrored
+    assert 70 < flipped < 130  # 100 +- 4 standard deviations
+
+
+def test_shift_repeats_the_edge_and_reaches_all_places() -> None:
+    data = LabelledImages(split([RAMP]), resolution=8, random_shift=2)
+    places = {(y, x): scaled(np.pad(RAMP, 2, mode="edge")[y:y + 8, x:x + 8]) for y in range(5) for x in range(5)}
+    seen = set()
+    for seed in range(300):
+        pixels = data[0, seed]["pixel_values"]
+        seen.add(next(place for place, expected in places.items() if torch.equal(pixels, expected)))
+    assert seen == set(places)
+
+
+def test_an_item_depends_on_its_index_and_seed_alone() -> None:
+    data = LabelledImages(split([RAMP, RAMP.T]), resolution=6, random_flip=True, random_shift=1)
+    first = data[1, 7]["pixel_values"]
+    random.seed(3)
+    _ = data[0, 8], data[1, 9]
+    assert torch.equal(first, data[1, 7]["pixel_values"])
+    assert torch.equal(data[1]["pixel_values"], data[1, 0]["pixel_values"])
+
+
+@pytest.mark.parametrize(("labels", "feature", "names", "ids"), [
+    ([2, 0, 1], ClassLabel(names=["x", "y", "z"]), {0: "x", 1: "y", 2: "z"}, [2, 0, 1]),
+    ([3, 0, 3], Value("int64"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
+    ([3, 0, 3], Value("uint8"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
+    (["dog", "cat", "dog"], Value("string"), {0: "cat", 1: "dog"}, [1, 0, 1]),
+])
+def test_labels(labels: list, feature: object, names: dict[int, str], ids: list[int]) -> None:
+    data = LabelledImages(split([RAMP] * 3, labels, feature), label_column="y", resolution=8)
+    assert data.id2label == names
+    assert [data[i]["label"] for i in range(len(data))] == ids
+
+
+def test_labels_without_a_column() -> None:
+    assert LabelledImages(split([RAMP]), resolution=8).id2label == {}
+    # integers could be anything: they are labels only if asked for
+    assert LabelledImages(split([RAMP], [4], Value("int64")), resolution=8).id2label == {}
+    assert LabelledImages(split([RAMP], [0], ClassLabel(names=["a", "b"])), resolution=8).id2label == {0: "a", 1: "b"}
+
+
+def test_another_splits_labels_keep_their_ids() -> None:
+    train = LabelledImages(split([RAMP] * 2, ["cat", "dog"], Value("string")), label_column="y", resolution=8)
+    held_out = LabelledImages(split([RAMP], ["dog"], Value("string")), label_column="y", resolution=8,
+                              labels=train.id2label)
+    assert held_out[0]["label"] == 1
+    unknown = LabelledImages(split([RAMP], ["cow"], Value("string")), label_column="y", labels=train.id2label)
+    with pytest.raises(ValueError, match=r"label 'cow' of row 0 is none of the 2 labels \['cat', 'dog'\]"):
+        _ = unknown[0]
+    with pytest.raises(ValueError, match="label_column='y' has the labels .*, the other split"):
+        LabelledImages(split([RAMP], [0], ClassLabel(names=["dog", "cat"])), labels=train.id2label)
+
+
+@pytest.mark.parametrize(("dataset", "options", "message"), [
+    (split([]), {}, "no rows"),
+    (split([RAMP]), {"image_column": "foto"}, r"image_column='foto': the dataset has the columns \['picture'\]"),
+    (split([RAMP]), {"label_column": "foto"}, r"label_column='foto': the dataset has the columns \['picture'\]"),
+    (split([RAMP], [1], Value("int64")), {"image_column": "y"}, "image_column='y' holds Value.*not images"),
+    (split([RAMP], [-1], Value("int64")), {"label_column": "y"}, "label_column='y' holds Value.*from -1 on"),
+    (split([RAMP], [1.5], Value("float32")), {"label_column": "y"}, "label_column='y' holds Value.*from 1.5 on"),
+    (split([RAMP] * 2, ["a", None], Value("string")), {"label_column": "y"}, "in every row"),
+    (Dataset.from_dict({"y": [1]}), {}, r"image_column=None: the dataset has the columns \['y'\]"),
+])
+def test_wrong_columns(dataset: Dataset, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(dataset, **options)
+
+
+def test_a_hidden_label_is_named() -> None:
+    data = LabelledImages(split([RAMP] * 2, [0, -1], ClassLabel(names=["a", "b"])), resolution=8)
+    with pytest.raises(ValueError, match="label -1 of row 1 is none of the 2 labels"):
+        _ = data[1]
+
+
+def test_bytes_of_files_are_images_where_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    PILImage.fromarray(RAMP).save(buffer, "PNG")
+    plain = Dataset.from_dict({"png": [buffer.getvalue()], "file": [{"bytes": buffer.getvalue(), "path": None}]})
+    for column in ("png", "file"):
+        data = LabelledImages(plain, image_column=column, resolution=8)
+        torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
+
+
+def test_image_folder_and_parquet_folder(tmp_path: Path) -> None:
+    for name, part, label in (("a", "train", "cat"), ("b", "train", "dog"), ("c", "test", "dog")):
+        folder = tmp_path / "photos" / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(RAMP).save(folder / f"{name}.png")
+    splits = load_splits(str(tmp_path / "photos"))
+    train, test = (LabelledImages(splits[part], resolution=8) for part in ("train", "test"))
+    assert (len(train), len(test)) == (2, 1)
+    assert train.id2label == test.id2label == {0: "cat", 1: "dog"}
+    assert test[0]["label"] == 1
+
+    (tmp_path / "parquet").mkdir()
+    split([RAMP], [1], ClassLabel(names=["cat", "dog"])).to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    data = LabelledImages(load_splits(str(tmp_path / "parquet"))["train"], resolution=8)
+    assert data.id2label == {0: "cat", 1: "dog"}
+    torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
+
+
+def test_missing_folder() -> None:
+    with pytest.raises(ValueError, match="dataset: no folder './nowhere'"):
+        load_splits("./nowhere")
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_prepare_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gzipped: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    labels = np.array([9, 0, 7], dtype=np.uint8)
+    (tmp_path / "idx").mkdir()
+    for prefix in ("train", "t10k"):
+        for stem, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
+            content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+            path = tmp_path / "idx" / f"{stem}-ubyte{'.gz' if gzipped else ''}"
+            path.write_bytes(gzip.compress(content) if gzipped else content)
+    command = ["prepare", "--source", str(tmp_path / "idx"), "--output", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", command)
+    prepare_fashion_mnist.main()
+
+    splits = load_splits(str(tmp_path / "data"))
+    assert sorted(splits) == ["test", "train"]
+    data = LabelledImages(splits["train"], resolution=28)
+    assert [data.id2label[data[i]["label"]] for i in range(3)] == ["ankle boot", "t-shirt", "sneaker"]
+    for i in range(3):
+        torch.testing.assert_close(data[i]["pixel_values"], scaled(images[i]))
+
+    with pytest.raises(SystemExit, match="exists already"):
+        prepare_fashion_mnist.main()
+    monkeypatch.setattr(sys, "argv", [*command[:-1], str(tmp_path / "other"), "--source", str(tmp_path)])
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte.* dataset-fashion-mnist"):
+        prepare_fashion_mnist.main()
+
+
+def test_prepare_refuses_what_is_no_idx_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not images")
+    with pytest.raises(SystemExit, match="text is not an idx file"):
+        prepare_fashion_mnist.read_idx(tmp_path / "text")
+    (tmp_path / "cut").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2, 3]))
+    with pytest.raises(SystemExit, match=r"cut has 3 bytes of data, its header says \[9\]"):
+        prepare_fashion_mnist.read_idx(tmp_path / "cut")

@@ -1,0 +1,568 @@
+"""The training scripts on scikit-learn's digits: what they compute, save, refuse, and how they go on after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.noise import TrainedSchedule
+
+TRAINING = Path(__file__).parents[1] / "training"
+sys.path.append(str(TRAINING))
+import loop  # noqa: E402
+import options  # noqa: E402
+import train_classifier  # noqa: E402
+import train_unet  # noqa: E402
+
+SCRIPTS = {"unet": train_unet, "classifier": train_classifier}
+NAMES = list("abcdefghij")
+SHARED = {"layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4, "block_out_channels": [8, 16]}
+UNET = {**SHARED, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+CLASSIFIER = {**SHARED, "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]}
+TINY = ("--resolution 8 --train_batch_size 4 --lr_warmup_steps 2 --learning_rate 1e-3 --validation_samples 6 "
+        "--no_progress")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Digits as an image folder and as Parquet, and the configs of tiny networks."""
+    root = tmp_path_factory.mktemp("training")
+    digits = load_digits()
+    images = [PILImage.fromarray(image) for image in (digits.images[:60] * 255 / 16).astype(np.uint8)]
+    labels = digits.target[:60].tolist()
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = root / "folder" / ("train" if i < 48 else "test") / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    features = Features({"other": Image(), "digit": Image(), "class": ClassLabel(names=NAMES), "number": Value("int64"),
+                         "name": Value("string")})
+    rows = {"other": images[::-1], "digit": images, "class": labels, "number": labels,
+            "name": [NAMES[label] for label in labels]}
+    data = Dataset.from_dict(rows, features=features)
+    (root / "parquet").mkdir()
+    for name, part in (("train", range(48)), ("dev", range(48, 60))):
+        data.select(part).to_parquet(root / "parquet" / f"{name}.parquet")
+    (root / "unlabelled").mkdir()
+    for i in range(8):
+        images[i].convert("RGB").save(root / "unlabelled" / f"{i}.png")
+    for name, config in (("unet", UNET), ("classifier", CLASSIFIER)):
+        (root / f"{name}.json").write_text(json.dumps({**config, "_class_name": "whatever"}))
+    return SimpleNamespace(root=root, folder=root / "folder", parquet=root / "parquet", unlabelled=root / "unlabelled",
+                           unet=root / "unet.json", classifier=root / "classifier.json")
+
+
+@pytest.fixture
+def train(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run a script's `main` on the image folder in this process: (script, options, output folder's name) -> folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place.root / "cache"))
+
+    def run(script: str, line: str = "", output: str = "out", data: str | None = "--train_data_dir {folder}") -> Path:
+        folder = tmp_path / output
+        command = f"{TINY} --cpu --model_config_name_or_path {{{script}}} {data or ''} {line} --output_dir {folder}"
+        if script == "unet" and "--sample_images" not in line:
+            command += " --sample_images 0"
+        monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command.format(**vars(place)))])
+        start_afresh()
+        try:
+            SCRIPTS[script].main()
+        finally:
+            start_afresh()
+        return folder
+
+    return run
+
+
+def start_afresh() -> None:
+    """Let the next Accelerator be another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(iter([*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors")])))
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def shadow(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=True)
+    return {str(i): tensor for i, tensor in enumerate(state["shadow_params"])}
+
+
+# What is saved
+
+
+def test_unet_becomes_a_pipeline(train: Callable[..., Path]) -> None:
+    folder = train("unet", "--class_conditional --prediction_type v_prediction --ddpm_num_steps 20 --max_train_steps 2 "
+                           "--ddpm_beta_schedule squaredcos_cap_v2 --sample_images 20 --mixed_precision bf16")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
+    assert pipeline.config.id2label == dict(enumerate(NAMES))
+    assert pipeline.unet.config.num_class_embeds == 11 and pipeline.unet.dtype == torch.float32
+    scheduler = pipeline.scheduler.config
+    assert (scheduler.prediction_type, scheduler.num_train_timesteps) == ("v_prediction", 20)
+    assert scheduler.beta_schedule == "squaredcos_cap_v2"
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(["c", 4], guidance_scale=0.0, num_inference_steps=2).images[1].size == (8, 8)
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["step"], metrics["images"]) == (2, 6)
+    assert [row["timestep"] for row in metrics["held_out"]] == list(range(0, 20, 2))
+    assert all(0 < row["loss"] < 10 for row in metrics["held_out"])
+    assert PILImage.open(folder / "samples-2.png").size == (16, 80)  # a row a label
+    assert json.loads((folder / "options.json").read_text())["max_train_steps"] == 2
+
+
+def test_classifier_becomes_a_model(train: Callable[..., Path]) -> None:
+    folder = train("classifier", "--max_train_steps 2")
+    model = NoiseAwareClassifier.from_pretrained(folder)
+    assert model.config.id2label == dict(enumerate(NAMES)) and model.config.label2id["c"] == 2
+    assert (model.config.num_train_timesteps, model.config.beta_schedule) == (1000, "linear")
+    assert model.config.trained_betas is None
+    rows = json.loads((folder / "metrics.json").read_text())["held_out"]
+    assert [row["timestep"] for row in rows] == list(range(49, 1000, 100))
+    assert all(0 <= row["accuracy"] <= 1 and 0 < row["cross_entropy"] < 10 for row in rows)
+
+
+def test_unconditional_unet_of_unlabelled_colours(train: Callable[..., Path]) -> None:
+    folder = train("unet", "--max_train_steps 1 --prediction_type sample --sample_images 3",
+                   data="--train_data_dir {unlabelled}")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
+    assert pipeline.unet.config.num_class_embeds is None and pipeline.unet.config.in_channels == 3
+    assert pipeline.scheduler.config.prediction_type == "sample" and pipeline.config.id2label is None
+    assert not (folder / "metrics.json").exists()  # nothing is held out
+    assert PILImage.open(folder / "samples-1.png").size == (24, 8)
+
+
+def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: SimpleNamespace) -> None:
+    """Accuracy and cross entropy at each level, worked out from the saved folder alone."""
+    folder = train("classifier", "--max_train_steps 3 --validation_samples 100")
+    model = NoiseAwareClassifier.from_pretrained(folder).eval()
+    scheduler = DDPMScheduler(1000)
+    splits = datasets.load_dataset(str(place.folder))
+    images = torch.stack([torch.from_numpy(np.array(row["image"], np.float32))[None] for row in splits["test"]])
+    x0, label = images / 127.5 - 1, torch.tensor(splits["test"]["label"])
+    for k, row in enumerate(json.loads((folder / "metrics.json").read_text())["held_out"]):
+        eps = torch.stack([torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(12)])
+        t = torch.full((12,), row["timestep"])
+        with torch.no_grad():
+            logits = model(scheduler.add_noise(x0, eps, t), t).logits
+        assert row["accuracy"] == pytest.approx((logits.argmax(1) == label).float().mean().item(), abs=1e-5)
+        assert row["cross_entropy"] == pytest.approx(F.cross_entropy(logits, label).item(), abs=2e-5)
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_unet_training_is_the_plain_loop(train: Callable[..., Path], place: SimpleNamespace, prediction: str) -> None:
+    """Four steps, two passes each, written out: data order, draws, loss, clipping, AdamW, warm-up, moving average."""
+    folder = train("unet", f"--class_conditional --label_dropout 0.4 --prediction_type {prediction} --seed 5 "
+                           "--random_flip --gradient_accumulation_steps 2 --max_train_steps 4 --checkpointing_steps 4 "
+                           "--adam_beta2 0.99 --max_grad_norm 0.1 --ema_power 0.6")
+    data = loop.LabelledImages(datasets.load_dataset(str(place.folder))["train"], resolution=8, random_flip=True)
+    torch.manual_seed(5)
+    model = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)
+    order = torch.randperm(48, generator=loop.generator_for(5, 0, 0)).tolist()
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 2)
+        for number in (2 * step, 2 * step + 1):
+            positions = range(4 * number, 4 * number + 4)
+            items = [data[order[position], 5 * 1_000_003 + position] for position in positions]
+            x0, label = torch.stack([item["pixel_values"] for item in items]), [item["label"] for item in items]
+            generator = loop.generator_for(5, 2, number)
+            t = torch.randint(1000, (4,), generator=generator)
+            eps = torch.randn(4, 1, 8, 8, generator=generator)
+            dropped = torch.rand(4, generator=generator) < 0.4
+            label = torch.where(dropped, 10, torch.tensor(label))
+            alpha = alpha_bar[t].sqrt()[:, None, None, None]
+            sigma = (1 - alpha_bar[t]).sqrt()[:, None, None, None]
+            output = model(alpha * x0 + sigma * eps, t, class_labels=label).sample
+            wanted = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[prediction]
+            ((output - wanted).square().mean() / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = 1 - (1 + step) ** -0.6 if step else 0.0
+        for mean, parameter in zip(average, model.parameters(), strict=True):
+            mean.lerp_(parameter.detach(), 1 - decay)
+    assert apart(load_file(folder / "checkpoint-4" / "model.safetensors"), model.state_dict()) < 1e-6
+    saved = weights(folder)
+    for (name, _), mean in zip(model.named_parameters(), average, strict=True):
+        torch.testing.assert_close(saved[name], mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("script", "line"), [
+    ("unet", "--class_conditional --random_flip"),
+    ("unet", "--gradient_accumulation_steps 3 --mixed_precision bf16"),
+    ("classifier", "--random_shift 1"),  # with dropout
+    ("classifier", "--gradient_accumulation_steps 2 --no_use_ema --lr_scheduler cosine"),
+])
+def test_resumed_equals_uninterrupted(train: Callable[..., Path], place: SimpleNamespace, script: str,
+                                      line: str) -> None:
+    """Bit for bit: weights, moving average, optimizer; the whole run with evaluations in between."""
+    config = place.root / "dropout.json"
+    config.write_text(json.dumps({**(UNET if script == "unet" else CLASSIFIER), "dropout": 0.2}))
+    line += f" --model_config_name_or_path {config} --checkpointing_steps 2 --checkpoints_total_limit 0"
+    line += " --max_train_steps 6"
+    whole = train(script, line + " --validation_steps 2", "whole")
+    parts = shutil.copytree(whole, whole.with_name("parts"))  # what a run leaves that is killed while it writes step 6
+    os.replace(parts / "checkpoint-6", parts / "checkpoint-6.partial")
+    (parts / "checkpoint-6.partial" / "model.safetensors").write_bytes(b"half")
+    train(script, line + " --resume_from_checkpoint latest", "parts")
+    assert apart(weights(whole), weights(parts)) == 0
+    one, other = whole / "checkpoint-6", parts / "checkpoint-6"
+    assert apart(load_file(one / "model.safetensors"), load_file(other / "model.safetensors")) == 0
+    first, second = (torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in (one, other))
+    assert first and all(torch.equal(first[i][name], second[i][name]) for i in first for name in first[i])
+    if "--no_use_ema" in line:
+        assert apart(weights(whole), load_file(one / "model.safetensors")) == 0  # the last weights are saved
+    else:
+        assert apart(shadow(one), shadow(other)) == 0
+        assert apart(weights(whole), load_file(one / "model.safetensors")) > 0  # their average is
+    # a run that is complete only saves again; the checkpoint may be named
+    train(script, line + f" --resume_from_checkpoint {one}", "again")
+    assert apart(weights(whole), weights(whole.with_name("again"))) == 0
+
+
+def launched(folder: Path, place: SimpleNamespace, commands: list[list[str]]) -> str:
+    """What the commands print, one after the other in one `accelerate launch` of two processes.
+
+    One launch, since an import of torch costs more than a training; each command meets at a port of its own.
+    """
+    driver = folder / "driver.py"
+    driver.write_text(f"""
+import os, runpy, sys
+from accelerate.state import AcceleratorState, GradientState
+sys.path.append({str(TRAINING)!r})
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for port, sys.argv in {[(free_port(), command) for command in commands]!r}:
+    os.environ["MASTER_PORT"] = str(port)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+""")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place.root / "cache"),
+                   "OMP_NUM_THREADS": "1"}
+    line = ("--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+            "--main_process_port 0")
+    launch = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *line.split(), str(driver)],
+                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    try:
+        printed, errors = launch.communicate(timeout=600)
+    finally:
+        if launch.poll() is None:
+            os.killpg(launch.pid, signal.SIGKILL)
+    assert launch.returncode == 0, errors
+    return printed
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(train: Callable[..., Path], place: SimpleNamespace,
+                                                      tmp_path: Path) -> None:
+    """Both scripts, on two processes by `accelerate launch`, one of which has no share of the held-out images."""
+    shared = "--adam_epsilon 1e-4 --validation_samples 1 --checkpointing_steps 2 --max_train_steps 4 --cpu "
+    lines = {"unet": shared + "--class_conditional --random_flip --gradient_accumulation_steps 2 --sample_images 10",
+             "classifier": shared + "--random_shift 1"}
+    commands = []
+    for script, line in lines.items():
+        command = [str(TRAINING / f"train_{script}.py"), *TINY.replace("batch_size 4", "batch_size 2").split(),
+                   *line.split(), "--train_data_dir", str(place.folder), "--model_config_name_or_path",
+                   str(vars(place)[script])]
+        commands += [[*command, "--output_dir", str(tmp_path / f"two-{script}")]]
+        if script == "classifier":
+            commands += [[*command, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint",
+                          str(tmp_path / "two-classifier" / "checkpoint-2")]]
+    assert launched(tmp_path, place, commands).count("step 4: loss") == 1  # the main process speaks for both
+    for script, line in lines.items():
+        one, two = train(script, line, f"one-{script}"), tmp_path / f"two-{script}"
+        assert apart(weights(one), weights(two)) < 1e-5
+        assert apart(shadow(one / "checkpoint-4"), shadow(two / "checkpoint-4")) < 1e-5
+        figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+        assert [figure["images"] for figure in figures] == [1, 1]
+        for first, second in zip(figures[0]["held_out"], figures[1]["held_out"], strict=True):
+            assert first == pytest.approx(second, abs=1e-4)
+    assert (two / "checkpoint-4" / "random_states_1.pkl").exists()
+    assert apart(weights(two), weights(tmp_path / "resumed")) == 0
+
+
+def test_dropped_labels_are_the_null_label(train: Callable[..., Path]) -> None:
+    line = "--class_conditional --no_use_ema --adam_weight_decay 0 --max_train_steps 3 --seed 3 --label_dropout "
+    all_dropped, none_dropped = (weights(train("unet", line + share, share)) for share in ("1.0", "0.0"))
+    torch.manual_seed(3)
+    start = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11)
+    start = start.class_embedding.weight.detach()
+    moved = [(final["class_embedding.weight"] - start).abs().amax(1) > 0 for final in (all_dropped, none_dropped)]
+    assert moved[0].tolist() == [False] * 10 + [True]
+    assert moved[1][:10].any() and not moved[1][10]
+
+
+@pytest.mark.parametrize(("line", "factors"), [
+    ("--lr_scheduler constant_with_warmup", [0, 1 / 3, 2 / 3, 1, 1, 1]),
+    ("--lr_scheduler cosine", [0, 1 / 3, 2 / 3] + [0.5 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]),
+    ("--lr_scheduler linear", [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+    ("--lr_scheduler constant", [1] * 6),
+])
+def test_learning_rate_counts_optimizer_steps(train: Callable[..., Path], line: str, factors: list[float]) -> None:
+    """The rate of the step after each checkpoint, though every step has two passes."""
+    folder = train("classifier", f"{line} --lr_warmup_steps 3 --max_train_steps 6 --gradient_accumulation_steps 2 "
+                                 "--checkpointing_steps 1 --checkpoints_total_limit 0 --learning_rate 0.01")
+    for step in range(1, 6):
+        state = torch.load(folder / f"checkpoint-{step}" / "optimizer.bin", weights_only=True)
+        assert state["param_groups"][0]["lr"] == pytest.approx(0.01 * factors[step], abs=1e-9)
+
+
+def test_epochs_and_checkpoints_limit(train: Callable[..., Path]) -> None:
+    """48 images in steps of 2 * 4 are 6 steps an epoch."""
+    folder = train("classifier", "--num_train_epochs 2 --gradient_accumulation_steps 2 --checkpointing_steps 3 "
+                                 "--checkpoints_total_limit 3")
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 12
+    assert [path.name for path in loop.checkpoints(folder)] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+
+
+def test_stream_is_the_same_for_any_number_of_processes() -> None:
+    whole = [item for batch in loop.Stream(7, 4, 3, 0, 1, 0, 7) for item in batch]
+    assert sorted(index for index, _ in whole[:7]) == sorted(index for index, _ in whole[7:14]) == list(range(7))
+    assert [index for index, _ in whole[:7]] != [index for index, _ in whole[7:14]]
+    shares = [list(loop.Stream(7, 2, 3, rank, 2, 0, 7)) for rank in range(2)]
+    assert [item for pair in zip(*shares, strict=True) for batch in pair for item in batch] == whole
+    assert list(loop.Stream(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
+    assert [index for index, _ in whole[:7]] != [items[0][0] for items in loop.Stream(7, 1, 4, 0, 1, 0, 7)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(train: Callable[..., Path]) -> None:
+    with pytest.raises(FloatingPointError, match="the loss at step 10 is .*--learning_rate"):
+        train("classifier", "--learning_rate 1e18 --lr_scheduler constant --max_grad_norm 0 --max_train_steps 10")
+
+
+# Where data and schedules come from
+
+
+@pytest.mark.parametrize(("data", "names"), [
+    ("--dataset_name {folder}", NAMES),
+    ("--train_data_dir {parquet} --image_column digit", NAMES),  # the label is the first column of class ids
+    ("--dataset_name {parquet} --label_column name", NAMES),
+    ("--train_data_dir {parquet} --label_column number", list("0123456789")),
+    ("--train_data_dir {parquet} --train_split validation --validation_split train", NAMES),
+])
+def test_data_forms_and_columns(train: Callable[..., Path], data: str, names: list[str]) -> None:
+    folder = train("classifier", "--max_train_steps 1", data=data)
+    assert NoiseAwareClassifier.from_pretrained(folder).config.id2label == dict(enumerate(names))
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 6
+
+
+def test_the_named_columns_are_read(train: Callable[..., Path]) -> None:
+    default, same, other = (
+        weights(train("classifier", "--max_train_steps 3", output, data="--train_data_dir {parquet} " + column))
+        for output, column in (("a", ""), ("b", "--image_column other"), ("c", "--image_column digit")))
+    assert apart(default, same) == 0 and apart(default, other) > 0
+
+
+def test_scheduler_of_a_pipeline_or_a_config(train: Callable[..., Path], tmp_path: Path) -> None:
+    made = train("unet", "--max_train_steps 1 --ddpm_num_steps 40 --ddpm_beta_schedule scaled_linear "
+                         "--prediction_type sample")
+    for source in (made, made / "scheduler", made / "scheduler" / "scheduler_config.json"):
+        config = NoiseAwareClassifier.from_pretrained(
+            train("classifier", f"--max_train_steps 1 --scheduler {source}", source.name + "-classifier")).config
+        assert (config.num_train_timesteps, config.beta_schedule) == (40, "scaled_linear")
+    again = ClassifierGuidedPipeline.from_pretrained(train("unet", f"--max_train_steps 1 --scheduler {made}", "again"))
+    assert again.scheduler.config.prediction_type == "sample"
+
+    # any scheduler with betas; a network without a learned variance isn't saved with one
+    EulerDiscreteScheduler(60, prediction_type="v_prediction").save_pretrained(tmp_path / "euler")
+    file = tmp_path / "euler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "variance_type": "learned_range"}))
+    config = ClassifierGuidedPipeline.from_pretrained(
+        train("unet", f"--max_train_steps 1 --scheduler {file}", "of-euler")).scheduler.config
+    assert (config.num_train_timesteps, config.prediction_type) == (60, "v_prediction")
+    assert config.variance_type == "fixed_small"
+
+
+def test_the_saved_schedule_is_what_was_trained_on(train: Callable[..., Path], tmp_path: Path) -> None:
+    rescaled = DDPMScheduler(50, rescale_betas_zero_snr=True)
+    rescaled.save_pretrained(tmp_path / "rescaled")
+    folder = train("classifier", f"--max_train_steps 1 --scheduler {tmp_path / 'rescaled'}", "a")
+    betas = NoiseAwareClassifier.from_pretrained(folder).config.trained_betas
+    torch.testing.assert_close(torch.tensor(betas), rescaled.betas)
+
+    folder = train("classifier", "--max_train_steps 1 --max_timestep 299", "b")
+    config = NoiseAwareClassifier.from_pretrained(folder).config
+    alpha_bar = DDPMScheduler(1000).alphas_cumprod[299].item()
+    noisiest = TrainedSchedule({"num_train_timesteps": 300, "trained_betas": config.trained_betas}).log_ratio[-1]
+    assert config.num_train_timesteps == 300
+    assert noisiest == pytest.approx(0.5 * math.log((1 - alpha_bar) / alpha_bar), abs=1e-5)
+    rows = json.loads((folder / "metrics.json").read_text())["held_out"]
+    assert [row["timestep"] for row in rows] == list(range(14, 300, 30))
+
+    folder = train("classifier", "--max_train_steps 1 --max_timestep 0", "c")  # a judge of clean images
+    assert [row["timestep"] for row in json.loads((folder / "metrics.json").read_text())["held_out"]] == [0]
+
+
+def test_a_trained_model_is_a_config(train: Callable[..., Path]) -> None:
+    """A model's own folder is a config for the next, with other labels."""
+    first = train("classifier", "--max_train_steps 1", "first")
+    second = train("classifier", f"--max_train_steps 1 --model_config_name_or_path {first}", "second",
+                   data="--train_data_dir {parquet} --label_column number")
+    assert NoiseAwareClassifier.from_pretrained(second).config.label2id == {str(i): i for i in range(10)}
+
+
+# Trackers, the progress bar, the help
+
+
+def test_tensorboard_gets_losses_and_figures(train: Callable[..., Path]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = train("classifier", "--max_train_steps 20 --validation_steps 10 --validation_samples 2 "
+                                 "--report_to tensorboard --logging_dir tracks")
+    events = accumulator.EventAccumulator(str(next((folder / "tracks").rglob("events.out*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+    assert [event.step for event in events.Scalars("accuracy/t=49")] == [10, 20]
+
+
+def test_progress_bar_can_be_off(train: Callable[..., Path], capfd: pytest.CaptureFixture) -> None:
+    train("classifier", "--max_train_steps 10")
+    assert "10/10" not in capfd.readouterr().err
+    train("classifier", "--max_train_steps 10 --progress", "other")
+    assert "10/10" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[script].main()
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert SCRIPTS[script].__doc__.strip() in text
+    assert "(default: 1e-08)" in text and "--no_use_ema" in text and "--adam-epsilon" not in text
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("script", "data", "line", "message"), [
+    ("unet", None, "", "--dataset_name None and --train_data_dir None: one of the two is needed"),
+    ("unet", "--train_data_dir {folder} --dataset_name {folder}", "", "--train_data_dir .*only one"),
+    ("unet", "--train_data_dir nowhere", "", "--train_data_dir nowhere: there is no such folder"),
+    ("unet", "--train_data_dir {root}/empty", "", "--train_data_dir .*empty: "),
+    ("unet", "--dataset_name no/such-dataset", "", "--dataset_name no/such-dataset: "),
+    ("unet", "--train_data_dir {folder}", "--train_split night",
+     r"--train_split night: the dataset has \['test', 'train'\]"),
+    ("unet", "--train_data_dir {folder}", "--validation_split night", "--validation_split night: the dataset has"),
+    ("unet", "--train_data_dir {folder}", "--image_column foto", r"image_column='foto': .*\['image', 'label'\]"),
+    ("classifier", "--train_data_dir {folder}", "--label_column foto", r"label_column='foto': .*\['image', 'label'\]"),
+    ("classifier", "--train_data_dir {unlabelled}", "", r"--label_column None: 0 labels found, .*\['image'\]"),
+    ("unet", "--train_data_dir {unlabelled}", "--class_conditional", r"--class_conditional: .*\['image'\]"),
+    ("unet", "--train_data_dir {folder}", "--resolution 9", "--resolution 9: the multiples of 2 are allowed"),
+    ("classifier", "--train_data_dir {folder}", "--resolution 9", "--resolution 9: sample_size is 9; allowed"),
+    ("unet", "--train_data_dir {folder}", "--model_config_name_or_path {root}/none.json",
+     "--model_config_name_or_path .*none.json"),
+    ("unet", "--train_data_dir {folder}", "--model_config_name_or_path {classifier} --resolution 8",
+     "--model_config_name_or_path .*classifier.json.*: "),
+    ("classifier", "--train_data_dir {folder}", "--model_config_name_or_path {unet}",
+     "--model_config_name_or_path .*unet.json.*up_block_types"),
+    ("classifier", "--train_data_dir {folder}", "--max_timestep 1000", "--max_timestep 1000: 0 to 999 is allowed"),
+    ("classifier", "--train_data_dir {folder}", "--scheduler {root}/flow", "--scheduler .*FlowMatchEuler.* no betas"),
+    ("classifier", "--train_data_dir {folder}", "--scheduler {folder}", "--scheduler .*no file named"),
+    ("classifier", "--train_data_dir {folder}", "--scheduler {root}/flow --ddpm_num_steps 10",
+     "--scheduler .*: --ddpm_num_steps and --ddpm_beta_schedule are not allowed"),
+    ("classifier", "--train_data_dir {folder}", "--mixed_precision fp64",
+     "--mixed_precision.*: invalid choice: 'fp64'.*bf16"),
+    ("classifier", "--train_data_dir {folder}", "--report_to paper", "--report_to paper: .*'all'.* are installed"),
+    ("classifier", "--train_data_dir {folder}", "--lr_scheduler steep",
+     "--lr_scheduler.*: invalid choice: 'steep'.*cosine"),
+    ("classifier", "--train_data_dir {folder}", "--max_train_steps 0", "--max_train_steps 0: 1 or more is allowed"),
+    ("classifier", "--train_data_dir {folder}", "--adam_beta1 1.5", "--adam_beta1 1.5: 0 to 1 is allowed"),
+    ("unet", "--train_data_dir {folder}", "--label_dropout nan", "--label_dropout nan: 0 to 1 is allowed"),
+    ("classifier", "--train_data_dir {folder}", "--batch 3", r"--batch.*3"),
+    ("classifier", "--train_data_dir {folder}", "--train_batch_size many", "--train_batch_size.*: invalid int.*'many'"),
+    ("classifier", "--train_data_dir {folder}", "--resume_from_checkpoint {root}",
+     "--resume_from_checkpoint .*: not the folder of a checkpoint; `latest`"),
+])
+def test_wrong_options_are_named(train: Callable[..., Path], place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture, script: str, data: str | None, line: str,
+                                 message: str) -> None:
+    """A message that names option, value and what is allowed; no traceback, and nothing written."""
+    (place.root / "empty").mkdir(exist_ok=True)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(place.root / "flow")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as end:
+        train(script, line, "refused", data=data)
+    said = capsys.readouterr().err + str(end.value)
+    assert re.search(message, said, re.DOTALL), said
+    assert end.value.code not in (None, 0)
+    assert not (place.root / "refused").exists()
+
+
+def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> None:
+    line = "--max_train_steps 2 --checkpointing_steps 2"
+    folder = train("classifier", line)
+    with pytest.raises(SystemExit, match="--output_dir .* has checkpoint-2 of another run.*--resume_from_checkpoint"):
+        train("classifier", line)
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-2: .*size mismatch"):
+        wider = folder.parent / "wider.json"
+        wider.write_text(json.dumps({**CLASSIFIER, "block_out_channels": [8, 32]}))
+        train("classifier", line + f" --resume_from_checkpoint latest --model_config_name_or_path {wider}")
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-2: .*custom"):
+        train("classifier", line + " --resume_from_checkpoint latest --no_use_ema")
+
+
+# The recipe of the bundled models
+
+
+def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks fit into 16 MiB together, and every command of the recipe is understood."""
+    configs = {name: json.loads((TRAINING / "configs" / f"fashion_mnist_{name}.json").read_text())
+               for name in ("unet", "classifier", "judge")}
+    unet = UNet2DModel(**configs["unet"], sample_size=28, in_channels=1, out_channels=1, num_class_embeds=11)
+    rest = [NoiseAwareClassifier(**configs[name], sample_size=28, in_channels=1, num_labels=10)
+            for name in ("classifier", "judge")]
+    assert sum(4 * parameter.numel() for model in (unet, *rest) for parameter in model.parameters()) < 16 * 2**20
+    assert configs["judge"] != configs["classifier"]
+
+    recipe, readme = (
+        [line[line.index("training/train_"):].split() for line in text.replace("\\\n", "").splitlines()
+         if "training/configs" in line]
+        for text in ((TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
+                     (TRAINING / "README.md").read_text()))
+    assert len(recipe) == 3 and [sorted(command) for command in recipe] == [sorted(command) for command in readme]
+    for command in recipe:
+        module = SCRIPTS[Path(command[0]).stem.removeprefix("train_")]
+        monkeypatch.setattr(sys, "argv", ["1" if word.startswith("STEPS") else word for word in command])
+        parsed = options.parse(module.UNetOptions if module is train_unet else module.ClassifierOptions, None)
+        assert (TRAINING.parent / parsed.model_config_name_or_path).is_file()
