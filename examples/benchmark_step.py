@@ -174,8 +174,8 @@ def main() -> None:
         print(f"{'':>10} {'ms a step':>10} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}")
         for kind in ("floor", "guided", "unguided"):
             row = figures[kind]
-            print(f"{kind:>10} {row['ms']:10.1f} {row['ms_10%']:8.1f}{row['ms_90%']:8.1f} {row['tensors']:12.1f} "
-                  f"{row['process']:12.0f}")
+            spread = f"{row['ms_10%']:.1f} to {row['ms_90%']:.1f}"
+            print(f"{kind:>10} {row['ms']:10.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}")
         ratio = figures["guided / floor"]
         print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
     if options.output:

@@ -1,7 +1,7 @@
 """OpenAI's guided-diffusion sampling: every reference trajectory, single steps and schedules, recorded noise fed in."""
 
 import json
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ def described(file: str) -> dict[str, dict[str, Any]]:
     return {entry["key"]: entry for entry in entries if entry["file"] == file}
 
 
+@cache
 def network(name: str, dtype: torch.dtype, **config: Any) -> Any:
     state, args = original(REFERENCE, name)
     return pair(name)[0](state, args | config).to(dtype)
@@ -77,7 +78,7 @@ class Enough(Exception):
 
 
 def states(pipeline: ClassifierGuidedPipeline, recorded: Recorded, noise: Tensor, steps: int | None = None,
-           **call: Any) -> Iterator[dict[str, Tensor]]:
+           **call: Any) -> list[dict[str, Tensor]]:
     """What a run has after each step, or after each of its first `steps`; step k draws noise[k]."""
     seen: list[dict[str, Tensor]] = []
 

@@ -497,6 +497,8 @@ def test_a_ddpm_folder_and_a_classifier_are_a_pipeline(tmp_path: Path) -> None:
     guided = ClassifierGuidedPipeline.from_pretrained(tmp_path, classifier=small_classifier())
     for pipeline in (alone, guided):
         pipeline.set_progress_bar_config(disable=True)
+    alone.save_pretrained(tmp_path / "again")
+    assert ClassifierGuidedPipeline.from_pretrained(tmp_path / "again").classifier is None
     expected = images(quiet(small_unet(), DDPMScheduler(), small_classifier()), "dog")
     assert torch.equal(images(guided, "dog"), expected)
     assert torch.equal(images(alone), images(guided, "dog", guidance_scale=0))
@@ -550,8 +552,9 @@ def test_wrong_input_is_refused(call: dict[str, Any], message: str) -> None:
 
 def test_wrong_pipelines_are_refused() -> None:
     conditional = small_unet(**CONDITIONAL)
-    with pytest.raises(ValueError, match="conditional=True: the network can't be told the mixture"):
-        images(quiet(conditional, DDIMScheduler(), small_classifier()), {"cat": 1.0, "dog": 1.0}, conditional=True)
+    for label, named in (({"cat": 1.0, "dog": 1.0}, "{0: 1.0, 1: 1.0}"), (None, "no label")):
+        with pytest.raises(ValueError, match=f"conditional=True: the network can't be told {named}; use None or False"):
+            images(quiet(conditional, DDIMScheduler(), small_classifier()), label, conditional=True)
     with pytest.raises(ValueError, match=r"guidance_scale=1.0 needs a classifier, and the pipeline has none: pass"):
         images(quiet(conditional, DDIMScheduler(), id2label=NAMES), "cat")
     with pytest.raises(ValueError, match="label 7 is unknown to the network; ids 0 to 3 are allowed"):

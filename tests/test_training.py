@@ -288,6 +288,7 @@ for port, sys.argv in {[(free_port(), command) for command in commands]!r}:
 
 
 def free_port() -> int:
+    """A port that nothing listened at a moment ago."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -363,6 +364,11 @@ def test_stream_is_the_same_for_any_number_of_processes() -> None:
     assert [item for pair in zip(*shares, strict=True) for batch in pair for item in batch] == whole
     assert list(loop.Stream(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
     assert [index for index, _ in whole[:7]] != [items[0][0] for items in loop.Stream(7, 1, 4, 0, 1, 0, 7)]
+
+
+def test_workers_change_nothing(train: Callable[..., Path]) -> None:
+    line = "--max_train_steps 2 --random_shift 1 --dataloader_num_workers "
+    assert apart(weights(train("classifier", line + "0", "a")), weights(train("classifier", line + "2", "b"))) == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train: Callable[..., Path]) -> None:
@@ -514,9 +520,9 @@ def test_help_explains(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ("classifier", "--train_data_dir {folder}", "--resume_from_checkpoint {root}",
      "--resume_from_checkpoint .*: not the folder of a checkpoint; `latest`"),
 ])
-def test_wrong_options_are_named(train: Callable[..., Path], place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture, script: str, data: str | None, line: str,
-                                 message: str) -> None:
+def test_wrong_options_are_named(train: Callable[..., Path], place: SimpleNamespace, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, script: str,
+                                 data: str | None, line: str, message: str) -> None:
     """A message that names option, value and what is allowed; no traceback, and nothing written."""
     (place.root / "empty").mkdir(exist_ok=True)
     FlowMatchEulerDiscreteScheduler().save_pretrained(place.root / "flow")
@@ -526,7 +532,7 @@ def test_wrong_options_are_named(train: Callable[..., Path], place: SimpleNamesp
     said = capsys.readouterr().err + str(end.value)
     assert re.search(message, said, re.DOTALL), said
     assert end.value.code not in (None, 0)
-    assert not (place.root / "refused").exists()
+    assert not (tmp_path / "refused").exists()
 
 
 def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> None:

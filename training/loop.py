@@ -217,8 +217,7 @@ class Run:
     def _check_and_log(self, value: torch.Tensor, bar: tqdm) -> None:
         mean = self.accelerator.reduce(value, "mean").item()
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss at step {self.progress.step} is {mean}; try a smaller --learning_rate, "
-                                     "or --resume_from_checkpoint latest with it")
+            raise FloatingPointError(f"the loss at step {self.progress.step} is {mean}; try a smaller --learning_rate")
         bar.set_postfix(loss=f"{mean:.4f}")
         self.accelerator.log({"loss": mean, "learning_rate": self.schedule.get_last_lr()[0]}, self.progress.step)
 

@@ -5,7 +5,7 @@
     accelerate launch training/train_classifier.py --train_data_dir photos --scheduler google/ddpm-cat-256
     accelerate launch training/train_classifier.py ... --resume_from_checkpoint latest # a run that was stopped goes on
     accelerate launch --multi_gpu --num_processes 2 training/train_classifier.py ...   # several GPUs
-    torchrun --nproc_per_node 2 training/train_classifier.py --cpu ...                 # several processes on CPUs
+    torchrun --standalone --nproc_per_node 2 training/train_classifier.py --cpu ...    # several processes on CPUs
 
 --output_dir becomes a folder that `NoiseAwareClassifier.from_pretrained` reads, with the labels' names and the noise
 schedule in its config. Next to it: `metrics.json`, accuracy and cross entropy at ten noise levels of the held-out

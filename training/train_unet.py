@@ -5,7 +5,7 @@
     accelerate launch training/train_unet.py ... --objective hybrid_rescaled         # learns the variance, as ADM does
     accelerate launch training/train_unet.py ... --resume_from_checkpoint latest     # a run that was stopped goes on
     accelerate launch --multi_gpu --num_processes 2 training/train_unet.py ...       # several GPUs
-    torchrun --nproc_per_node 2 training/train_unet.py --cpu ...                     # several processes on CPUs
+    torchrun --standalone --nproc_per_node 2 training/train_unet.py --cpu ...        # several processes on CPUs
 
 --output_dir becomes a folder that `ClassifierGuidedPipeline.from_pretrained` reads: `unet`, `scheduler` and the labels'
 names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `samples-STEP.png`.

@@ -164,14 +164,14 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
     Diffusers' schedulers start at the second).
 
     Raises:
-        ValueError: for a scheduler that guidance can't work with.
+        ValueError: for a scheduler that guidance can't work with, or timesteps of one's own that are no noise levels.
     """
     prediction = prediction_type(scheduler)
     constants = {name: scheduler.config[name] for name in ("sigma_data", "sigma_min") if name in scheduler.config}
     levels = []
     for index, t in enumerate(sampling_timesteps(scheduler).cpu()):
         alpha, sigma = _alpha_sigma(scheduler, index, t)
-        if not (alpha > -1e-6 and sigma >= 0):  # as of a flow's sigma above 1; not even NaN
+        if not (alpha > -1e-4 and sigma >= 0):  # a sigma above 1 of a flow, NaN; SCM starts at -4e-6
             raise ValueError(f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
                              f"(alpha={alpha:.4g}, sigma={sigma:.4g})")
         alpha = max(alpha, SMALLEST_ALPHA)

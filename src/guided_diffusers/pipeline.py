@@ -176,8 +176,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed")
         latents = self._starting_noise(batch_size, generator, latents, low_res, device)
         if output_type == "pil" and latents.shape[1] not in (1, 3, 4):
-            raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an up-sampling "
-                             "network needs image, others allow 'np', 'pt' and 'latent'")
+            raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
+                             "up-sampling network needs image, others allow 'np', 'pt' and 'latent'")
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
         check = FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), latents.dtype))
 
@@ -282,8 +282,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         for one in labels or [{}] * batch_size:
             if conditional is not False and len(one) == 1 and list(one.values()) == [1.0]:
                 ids.extend(one)
-            elif conditional and one:
-                raise ValueError(f"conditional=True: the network can't be told the mixture {one}; use None or False")
+            elif conditional:
+                raise ValueError(f"conditional=True: the network can't be told {one or 'no label'}; use None or False")
             elif null is None:
                 raise ValueError(f"conditional={conditional}, label={one or None}: the network has no null label "
                                  f"({embeddings} class embeddings, {self.num_labels} known labels), so it needs one "
