@@ -4,7 +4,7 @@
         --judge out/fashion-mnist-judge --output src/guided_diffusers/bundled/fashion-mnist
 
 Sampling is by DDIM, with the spacing that includes the last timestep, and without its clipping, which leaves eps as it
-was and so spoils guided samples. `figures.json` is what the training scripts measured on held-out images, with their
+was and so spoils guided samples. The judge is stored in half precision, to save space. `figures.json` is what the training scripts measured on held-out images, with their
 options.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
     aside = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside)
-    NoiseAwareClassifier.from_pretrained(options.judge).save_pretrained(aside / "judge")
+    NoiseAwareClassifier.from_pretrained(options.judge).half().save_pretrained(aside / "judge")
     measured = {name: figures(getattr(options, name)) for name in ("unet", "classifier", "judge")}
     (aside / "figures.json").write_text(json.dumps(measured, indent=2) + "\n")
     shutil.rmtree(options.output, ignore_errors=True)

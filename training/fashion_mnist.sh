@@ -13,22 +13,22 @@ test -d data/fashion-mnist || python training/prepare_fashion_mnist.py --source 
 python training/train_unet.py --train_data_dir data/fashion-mnist --resolution 28 \
     --model_config_name_or_path training/configs/fashion_mnist_unet.json \
     --class_conditional --label_dropout 0.15 --prediction_type v_prediction \
-    --mixed_precision bf16 --train_batch_size 64 --max_train_steps STEPS_UNET \
+    --mixed_precision bf16 --train_batch_size 64 --max_train_steps 5250 \
     --learning_rate 6e-4 --lr_warmup_steps 300 --adam_beta2 0.99 \
     --checkpointing_steps 250 --validation_steps 1000 --validation_samples 1000 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-unet"
 
 python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 1 \
     --model_config_name_or_path training/configs/fashion_mnist_classifier.json \
-    --mixed_precision bf16 --train_batch_size 128 --max_train_steps STEPS_CLASSIFIER \
+    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 4000 \
     --learning_rate 6e-4 --lr_warmup_steps 300 --adam_beta2 0.99 --seed 1 \
-    --checkpointing_steps 250 --validation_steps 1000 --validation_samples 1000 \
+    --checkpointing_steps 250 --validation_steps 1000 --validation_samples 5000 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-classifier"
 
 # The judge: other weights, another architecture, clean images only. It is never used for guidance.
 python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 2 --random_flip \
     --model_config_name_or_path training/configs/fashion_mnist_judge.json --max_timestep 0 \
-    --mixed_precision bf16 --train_batch_size 128 --max_train_steps STEPS_JUDGE \
+    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 5000 \
     --learning_rate 1e-3 --lr_warmup_steps 300 --adam_beta2 0.99 --seed 2 \
     --checkpointing_steps 250 --validation_steps 1000 --validation_samples 10000 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-judge"
