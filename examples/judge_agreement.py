@@ -20,6 +20,8 @@ from guided_diffusers.bundled import folder
 from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.sampling import sample
 
+STEERED_BY = {"classifier": False, "network-and-classifier": True}  # whether the network gets the label
+
 
 @torch.no_grad()
 def judged(judge: NoiseAwareClassifier, images: torch.Tensor) -> torch.Tensor:
@@ -31,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=folder("fashion-mnist"), help="pipeline folder with a judge")
     parser.add_argument("--scales", type=float, nargs="+", default=[0, 1, 2, 3, 5, 8])
+    parser.add_argument("--steered-by", choices=STEERED_BY, nargs="+", default=list(STEERED_BY))
     parser.add_argument("--images-per-label", type=int, default=100)
     parser.add_argument("--num-inference-steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=100)
@@ -57,12 +60,12 @@ def main() -> None:
         print(f"judge on {len(test)} real test images: {right.float().mean():.2%}")
 
     print("steered by               scale   agreement   diversity   per label")
-    for conditional, name in ((False, "classifier alone"), (True, "network and classifier")):
+    for name in options.steered_by:
         unguided = None
         for scale in options.scales:
             parts = []
             for _, batch in tqdm(sample(pipeline, labels, options.seed, options.batch_size, range(count),
-                                        guidance_scale=scale, conditional=conditional, output_type="latent",
+                                        guidance_scale=scale, conditional=STEERED_BY[name], output_type="latent",
                                         num_inference_steps=options.num_inference_steps),
                                  total=-(-count // options.batch_size), leave=False):
                 parts.append(batch.clamp(-1, 1))

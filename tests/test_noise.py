@@ -52,6 +52,8 @@ def definition(prediction: str, x0: torch.Tensor, eps: torch.Tensor, alpha: floa
         case "consistency":
             late = sigma - KARRAS["sigma_min"]
             return (x0 - data**2 / (late**2 + data**2) * x_t) / (late * data / sqrt(sigma**2 + data**2))
+        case "score":
+            return -eps / sigma
         case "trigflow":  # dx_t / dt of x_t = cos(t) x0 + sin(t) sigma_d eps
             return alpha * data * eps - sigma / data * x0
     raise AssertionError(prediction)
@@ -59,7 +61,7 @@ def definition(prediction: str, x0: torch.Tensor, eps: torch.Tensor, alpha: floa
 
 TABLE = [(prediction, space) for prediction, spaces in {
     "epsilon": (VP, VE, FLOW), "sample": (VP, VE, FLOW), "v_prediction": (VP, VE), "flow": (FLOW,),
-    "data_flow": (FLOW,), "edm_epsilon": (VE,), "edm_v_prediction": (VE,),
+    "data_flow": (FLOW,), "score": (VP, VE, FLOW), "edm_epsilon": (VE,), "edm_v_prediction": (VE,),
     "consistency": (VE,), "trigflow": (TRIG,)}.items()
     for space in spaces]
 

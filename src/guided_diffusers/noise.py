@@ -65,8 +65,8 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
 
     Args:
         prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
-            flow (noise - data) | data_flow (data - noise) | edm_epsilon, edm_v_prediction (Karras et al. 2022, Table 1)
-            | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
+            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al. 2022,
+            Table 1) | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
         sigma_data, sigma_min: the constants of the last four.
     """
     edm = sqrt(sigma**2 + sigma_data**2)
@@ -81,6 +81,8 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
             return 1.0, -sigma
         case "data_flow":
             return 1.0, sigma
+        case "score":
+            return 1 / alpha, sigma**2 / alpha
         case "edm_epsilon":
             return sigma_data**2 / edm**2, sigma * sigma_data / edm
         case "edm_v_prediction":
@@ -89,7 +91,7 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
             return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (sigma - sigma_min) * sigma_data / edm
         case "trigflow":
             return alpha, -sigma / sigma_data
-    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, "
+    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
                      "edm_epsilon, edm_v_prediction, consistency, trigflow")
 
 

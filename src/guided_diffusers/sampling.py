@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from math import ceil, sqrt
+from math import ceil, isqrt, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, smal
     """
     factor = max(1, round(smallest / images[0].width))
     size = (images[0].width * factor, images[0].height * factor)
-    rows = len(names) if names and len(names) > 1 else max(1, round(sqrt(len(images))))
+    rows = len(names) if names and len(names) > 1 else _rows(len(images))
     columns, margin = ceil(len(images) / rows), 0
     font = ImageFont.load_default(max(10, size[1] // 5))
     if names and len(names) > 1:
@@ -60,6 +60,12 @@ def grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, smal
     for row, name in enumerate(names if margin else []):
         ImageDraw.Draw(picture).text((6, (row + 0.5) * size[1]), name, "black", font, "lm")
     return picture
+
+
+def _rows(count: int) -> int:
+    """Of a rectangle without holes that is no longer than five times its height, else of a square."""
+    whole = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
+    return whole if count <= 5 * whole**2 else round(sqrt(count))
 
 
 def save_image(image: Image.Image, path: Path) -> None:
