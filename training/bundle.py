@@ -4,8 +4,8 @@
         --judge out/fashion-mnist-judge --output src/guided_diffusers/bundled/fashion-mnist
 
 Sampling is by DDIM, with the spacing that includes the last timestep, and without its clipping, which leaves eps as it
-was and so spoils guided samples. The judge is stored in half precision, to save space. `figures.json` is what the training scripts measured on held-out images, with their
-options.
+was and so spoils guided samples. The judge is stored in half precision, to save space. `figures.json` is what the
+training scripts measured on held-out images, with their options.
 """
 
 import argparse
