@@ -573,3 +573,12 @@ def test_guidance_of_ones_own_adds_to_the_classifiers() -> None:
     term = ClassifierGuidance(pipeline.classifier, "cat", 1.0)
     torch.testing.assert_close(images(pipeline, "cat", guidance_scale=1.0, guidance=term), twice)
     torch.testing.assert_close(images(pipeline, "cat", guidance_scale=0, guidance=term + term), twice)
+
+
+@pytest.mark.parametrize(("scheduler", "scale", "warned"), [
+    (DDIMScheduler(), 1.0, True), (DDIMScheduler(), 0.0, False), (DDIMScheduler(clip_sample=False), 1.0, False),
+    (DDPMScheduler(), 1.0, False)])
+def test_warns_of_clipping_that_spoils_guidance(scheduler: Any, scale: float, warned: bool,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    images(quiet(small_unet(), scheduler, small_classifier()), 0, guidance_scale=scale)
+    assert ("clip_sample=False" in caplog.text) == warned

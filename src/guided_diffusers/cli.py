@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .openai import add_convert_command
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -21,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("guided-diffusers", description="Guidance of diffusion sampling.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
+    add_convert_command(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

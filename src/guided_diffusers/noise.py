@@ -297,6 +297,14 @@ def starting_sigma(scheduler: SchedulerMixin) -> Any:
     return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
 
 
+def clips_without_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether the step clips the predicted x0 to [-1, 1] and goes on with the noise of the unclipped one, as DDIM's.
+
+    Guidance moves x0 beyond that range at high noise; the two then disagree, and sneakers become shirts.
+    """
+    return type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler") and scheduler.config.clip_sample
+
+
 def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float,
             batch_size: int) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
     """(output, index, sample) -> the next sample: `scheduler.step` with the arguments that this one takes.

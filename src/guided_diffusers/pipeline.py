@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -20,6 +21,7 @@ from .classifier import NoiseAwareClassifier
 from .guidance import ClassifierGuidance, FiniteCheck, Guidance, Label, Step, Sum, frozen, parse_labels
 from .noise import (
     NoiseLevel,
+    clips_without_noise,
     has_posterior_variance,
     module_config,
     noise_levels,
@@ -32,6 +34,7 @@ from .noise import (
     stepper,
 )
 
+logger = get_logger(__name__)
 DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 50, "guidance_algorithm": "output"}
 
 
@@ -167,6 +170,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         batch_size = len(labels) or (num_images_per_label if alone else len(given))
         class_labels = self._class_labels(labels, batch_size, conditional, device)
         terms = self._terms(labels, num_images_per_label, guidance_scale, guidance_start, guidance_stop, guidance)
+
+        if terms.terms() and clips_without_noise(self.scheduler):
+            logger.warning(f"{type(self.scheduler).__name__} clips x0 but not the noise that goes with it, which "
+                           "spoils guided samples: use clip_sample=False in its config")
 
         # 2. Noise levels, known before the first step
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
