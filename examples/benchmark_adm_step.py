@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, on a machine with other things to do")
+parser.add_argument("--cpu-time", action="store_true", help="the CPU time, for a busy machine")
 options = parser.parse_args()
 
 torch.manual_seed(0)
