@@ -28,11 +28,13 @@ parser.add_argument("--ddim-steps", type=int)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", type=Path, default=Path("adm.png"))
 options = parser.parse_args()
+if options.upsampler and not options.label:
+    parser.error("--upsampler needs --label: OpenAI's up-samplers are class-conditional")
 
 
 def load(file: Path, classifier: Path | None = None) -> ClassifierGuidedPipeline:
     """The pipeline of OpenAI's files, converted when they are used for the first time."""
-    folder = file.with_suffix("")
+    folder = file.with_name("-with-".join(path.stem for path in (file, classifier) if path))
     if not folder.exists():
         convert_checkpoint(file, folder, classifier)
     return ClassifierGuidedPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,7 +40,7 @@ def run(folder: str, *arguments: str) -> None:
 
 def test_a_picture(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(folder, "--label", "boot", "--guidance-scale", "3", "--output", str(tmp_path / "a" / "boots.png"))
-    assert min(Image.open(tmp_path / "a" / "boots.png").size) == 3 * 80  # 8 pixels, enlarged tenfold
+    assert Image.open(tmp_path / "a" / "boots.png").size == (5 * 80, 2 * 80)  # 8 pixels, enlarged tenfold
     said = capsys.readouterr().out
     assert "10 images of boot (guidance scale 3, DDIMScheduler" in said and " s: " in said
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["boots.png"]  # nothing temporary is left
@@ -82,6 +82,8 @@ def test_all_labels_in_rows(folder: str, tmp_path: Path) -> None:
     (["--label", "hat"], r"label 'hat' is unknown; allowed: ids 0 to 2 and the names \['7', 'boot', 'coat'\]"),
     (["--label", "9"], "label 9 is unknown"),
     (["--label", "boot", "--scheduler", "fast"], "scheduler 'fast' is unknown; allowed: .*DDIMScheduler"),
+    (["--label", "boot", "--scheduler", "FlowMatchEuler"], "FlowMatchEulerDiscreteScheduler doesn't fit the model"),
+    (["--label", "boot", "--device", "abacus"], "abacus"),
     (["--label", "boot", "--num-images", "0"], "--num-images 0: at least 1"),
     (["--label", "boot", "--batch-size", "0"], "--batch-size 0: at least 1"),
 ])
@@ -126,5 +128,7 @@ def test_sample_is_the_same_for_any_share(pipeline: ClassifierGuidedPipeline) ->
 def test_grid() -> None:
     images = [Image.new("L", (28, 28), i * 20) for i in range(6)]
     assert grid(images).size == (3 * 84, 2 * 84)
+    assert grid(images[:1]).size == (84, 84)
+    assert grid(images + images[:1]).size == (3 * 84, 3 * 84)  # seven in a row would be too long
     picture = grid(images, ["a", "b", "c"])
     assert picture.height == 3 * 84 and picture.getpixel((picture.width - 1, 0))[0] == 20

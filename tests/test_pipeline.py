@@ -445,7 +445,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
             return super().score(step)
 
     latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = images(pipeline, "cat", guidance_scale=20.0, latents=latents, guidance=Look(0.0))
+    found = images(pipeline, "cat", guidance_scale=20.0, latents=latents, guidance=Look(1e-9))
     assert found.dtype == dtype and set(seen) == {torch.float32}
     torch.testing.assert_close(found.float(), full, rtol=0.1, atol=0.1)
     mixed = quiet(small_unet(), DDIMScheduler(), small_classifier().to(dtype))  # a float32 network, a half classifier
@@ -532,7 +532,7 @@ def test_an_unknown_bundled_name_is_refused() -> None:
     ({"num_inference_steps": 0}, "num_inference_steps=0: at least 1 is allowed"),
     ({"output_type": "jpg"}, "output_type='jpg': 'pil', 'np', 'pt' and 'latent' are allowed"),
     ({"guidance_algorithm": "both"}, "guidance_algorithm='both': 'output' and 'mean' are allowed"),
-    ({"guidance_start": 0.9, "guidance_stop": 0.1}, "start=0.9, stop=0.1: 0 <= start <= stop <= 1 is allowed"),
+    ({"guidance_start": 0.9, "guidance_stop": 0.1}, "guidance_start=0.9, guidance_stop=0.1: 0 <= start <= stop <= 1 is allowed"),
     ({"guidance_scale": float("inf")}, "scale is .*inf.*; a finite number or one an image is allowed"),
     ({"label": None, "guidance_scale": 2.0}, "guidance_scale=2.0 needs a label to steer to"),
     ({"label": "cow"}, "label 'cow' is unknown"), ({"label": 3}, "label 3 is unknown; allowed: ids 0 to 2"),
@@ -582,3 +582,27 @@ def test_warns_of_clipping_that_spoils_guidance(scheduler: Any, scale: float, wa
                                                 caplog: pytest.LogCaptureFixture) -> None:
     images(quiet(small_unet(), scheduler, small_classifier()), 0, guidance_scale=scale)
     assert ("clip_sample=False" in caplog.text) == warned
+
+
+def test_a_term_of_scale_0_is_off() -> None:
+    class Refuses(Pull):
+        def score(self, step: Step) -> torch.Tensor:
+            raise AssertionError("was asked")
+
+    pipeline = quiet(small_unet(), DDPMScheduler(), small_classifier())
+    assert torch.equal(images(pipeline, "cat", guidance=Refuses(0.0)), images(pipeline, "cat"))
+
+
+def test_the_interval_is_checked_at_scale_0() -> None:
+    with pytest.raises(ValueError, match=r"guidance_start=5, guidance_stop=1.0: 0 <= start <= stop <= 1 is allowed"):
+        images(quiet(small_unet(), DDPMScheduler(), small_classifier()), "cat", guidance_scale=0, guidance_start=5)
+
+
+def test_names_are_those_of_an_exchanged_classifier() -> None:
+    pipeline = quiet(small_unet(), DDPMScheduler(), small_classifier())
+    cat = images(pipeline, "cat")
+    pipeline.classifier = small_classifier()
+    pipeline.classifier.register_to_config(id2label={0: "x", 1: "y", 2: "z"})
+    with pytest.raises(ValueError, match="'cat' is unknown"):
+        images(pipeline, "cat")
+    assert torch.equal(images(pipeline, "x"), cat)

@@ -169,7 +169,7 @@ class Run:
             progress.step += 1
             bar.update()
             save = progress.step % options.checkpointing_steps == 0
-            if save or progress.step % 10 == 0:
+            if save or progress.step % 10 == 0 or progress.step == self.steps:
                 self._check_and_log(value, bar)
             if save:
                 save_checkpoint(accelerator, self.folder, progress.step, options.checkpoints_total_limit)
@@ -342,4 +342,9 @@ def find_checkpoint(options: Options) -> Path | None:
     if not (Path(asked) / "custom_checkpoint_0.pkl").is_file():
         raise ValueError(f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
                          f"{[str(path) for path in there]} are allowed")
+    known = [path.resolve() for path in there]
+    if Path(asked).resolve() in known[:-1]:
+        raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has newer ones, up to "
+                         f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
+                         "--output_dir")
     return Path(asked)

@@ -195,7 +195,7 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
         raise ValueError(f"--scheduler {options.scheduler}: {config.get('_class_name')} has no betas; a scheduler of a "
                          "variance-preserving model (DDPM, DDIM, Euler, DPM-Solver, ...) is allowed")
     changes = {"prediction_type": prediction_type} if prediction_type else {}
-    if "learned" in config.get("variance_type", ""):  # which the networks trained here don't give
+    if config.get("variance_type", "learned") in (None, "learned", "learned_range"):  # DDPM's own, without a network's
         changes["variance_type"] = "fixed_small"
     scheduler = DDPMScheduler.from_config(config, **changes)
     if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"guided-diffusers {options.command}: {error}")
 
 
@@ -73,13 +73,18 @@ def run_sample(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
     if options.quiet:
         disable_progress_bar()
-    device = torch.device(options.device or (torch.accelerator.current_accelerator() or "cpu"))
+    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(options.device or fastest)
     pipeline = load_pipeline(options.model).to(device)
     if options.scheduler:
-        pipeline.scheduler = find_scheduler(options.scheduler).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = exchanged(pipeline.scheduler, options.scheduler)
     id2label = pipeline.config.id2label or {}
-    labels: list[Any] = sorted(id2label) if options.label == ["all"] else [
-        int(label) if label.isdigit() and label not in id2label.values() else label for label in options.label]
+    labels: list[Any] = [int(label) if label.isdigit() and label not in id2label.values() else label
+                         for label in options.label]
+    if options.label == ["all"]:
+        labels = list(range(pipeline.num_labels or 0))
+        if not labels:
+            raise ValueError("--label all: the model doesn't say how many labels it has; give their ids")
     count = options.num_images or 10 * len(labels)
 
     call = {name: value for name, value in vars(options).items() if name in ("guidance_scale", "num_inference_steps")}
@@ -112,6 +117,20 @@ def load_pipeline(model: str) -> ClassifierGuidedPipeline:
     if "/" not in model and not Path(model).exists():
         return ClassifierGuidedPipeline.from_bundled(model)
     return ClassifierGuidedPipeline.from_pretrained(model)
+
+
+def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+    """The scheduler called `name`, for the network that `scheduler` is for.
+
+    Raises:
+        ValueError: if there is none, or it is for networks of another kind.
+    """
+    found = find_scheduler(name)
+    fitting = {cls.__name__ for cls in (type(scheduler), *scheduler.compatibles)}
+    if found.__name__ not in fitting:
+        raise ValueError(f"--scheduler {name}: {found.__name__} doesn't fit the model, whose "
+                         f"{type(scheduler).__name__} can be exchanged for {', '.join(sorted(fitting))}")
+    return found.from_config(scheduler.config)
 
 
 def find_scheduler(name: str) -> type[SchedulerMixin]:

@@ -82,15 +82,15 @@ class Guidance(ABC):
             raise ValueError(f"scale is {scale!r}; a finite number or one an image is allowed")
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
-        self.start, self.stop = start, stop
+        self.start, self.stop, self._on = start, stop, bool(self.scale.any())
 
     @abstractmethod
     def score(self, step: Step) -> torch.Tensor:
         """What is added to the score grad log p(sample): (B, C, H, W), the scale included."""
 
     def active(self, index: int, count: int) -> bool:
-        """Whether the term acts at step `index` of `count`."""
-        return self.start <= index / count < self.stop
+        """Whether the term acts at step `index` of `count`; with scale 0 never."""
+        return self._on and self.start <= index / count < self.stop
 
     def scale_at(self, step: Step) -> torch.Tensor:
         """The scale, broadcast over the sample's dimensions.
@@ -183,7 +183,7 @@ class ClassifierGuidance(Guidance):
             ValueError: if the labels don't fit the logits.
         """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._weights is None or self._weights.device != wide.device:
+        if len(self.labels) not in (1, len(wide)) or self._weights is None or self._weights.device != wide.device:
             largest = max(i for label in self.labels for i in label)
             if largest >= wide.shape[1] or len(self.labels) not in (1, len(wide)):
                 raise ValueError(f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "

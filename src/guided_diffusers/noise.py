@@ -298,11 +298,12 @@ def starting_sigma(scheduler: SchedulerMixin) -> Any:
 
 
 def clips_without_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether the step clips the predicted x0 to [-1, 1] and goes on with the noise of the unclipped one, as DDIM's.
+    """Whether the step clips the predicted x0, or thresholds it, and goes on with the noise of the unclipped one.
 
     Guidance moves x0 beyond that range at high noise; the two then disagree, and sneakers become shirts.
     """
-    return type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler") and scheduler.config.clip_sample
+    return type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler") and (
+        scheduler.config.clip_sample or scheduler.config.thresholding)
 
 
 def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float,

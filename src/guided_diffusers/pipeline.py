@@ -133,15 +133,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
             timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
             eta: the noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
-            conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings.
-                False: it gets its null label (id `num_labels`), as it did for dropped labels in training.
+            conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings and
+                the label is a single one; mixtures are left to the classifier. False: it gets its null label (id
+                `num_labels`), as it did for dropped labels in training.
             generator: one, or one an image; with the latter an image is the same in any batch.
             latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by default.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the sample as it is.
             return_dict: `ImagePipelineOutput` with `.images`, else a tuple.
-            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns tensors to
-                change.
-            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (guided), "score_shift" it gets.
+            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary,
+                in which "latents" are those to go on with.
+            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got) and
+                "score_shift" (what guidance added to the score) it gets.
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
                 scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1). None: the
                 pipeline's own where the scheduler has a DDPM step, else "output".
@@ -161,7 +163,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if guidance_algorithm is None:
             own = self.config.defaults["guidance_algorithm"]
             guidance_algorithm = own if has_posterior_variance(self.scheduler) else "output"
-        self._check(num_images_per_label, output_type, guidance_algorithm, callback_on_step_end_tensor_inputs)
+        self._check(num_images_per_label, output_type, guidance_algorithm, guidance_start, guidance_stop,
+                    callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels = self._labels(label, num_images_per_label)
         low_res = self._low_resolution(image, device)
@@ -228,7 +231,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, num_images_per_label: int, output_type: str, guidance_algorithm: str,
+    def _check(self, num_images_per_label: int, output_type: str, guidance_algorithm: str, start: float, stop: float,
                tensor_inputs: Sequence[str]) -> None:
         """Refuse what needs no computation to be seen wrong."""
         prediction_type(self.scheduler)
@@ -241,6 +244,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if guidance_algorithm == "mean" and not has_posterior_variance(self.scheduler):
             raise ValueError("guidance_algorithm='mean' shifts the mean of a DDPM step; with "
                              f"{type(self.scheduler).__name__} only 'output' is allowed")
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
                              f"{self._callback_tensor_inputs}")
@@ -271,7 +276,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """One {id: weight} an image; empty without a label."""
         if label is None:
             return []
-        labels = parse_labels(label, self.config.id2label, self.num_labels)
+        labels = parse_labels(label, module_config(self.classifier).get("id2label") or self.config.id2label,
+                              self.num_labels)
         return [one for one in labels for _ in range(per_label)]
 
     def _class_labels(self, labels: list[dict[int, float]], batch_size: int, conditional: bool | None,

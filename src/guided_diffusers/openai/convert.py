@@ -104,13 +104,13 @@ def convert_checkpoint(unet: str | Path, output: str | Path, classifier: str | P
         config = {"classifier_scale": chosen.guidance_scale, "timestep_respacing": str(chosen.num_inference_steps),
                   **chosen.config}
     flags, classifier_flags = _flags(config)
-    learn_sigma = flags.get("out_channels") == 2 * flags.get("in_channels", 3)
-    scheduler = convert_scheduler({"learn_sigma": learn_sigma, **flags})
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0, **_default_steps(flags.get("timestep_respacing"))}
 
     with tqdm(total=3, unit="step", disable=not progress) as bar:
         bar.set_description(f"convert {unet.name}")
         network, guide = _converted(_convert_network, unet, flags, source, dtype), None
+        learn_sigma = network.config.out_channels == 2 * flags.get("in_channels", 3)
+        scheduler = convert_scheduler({**flags, "learn_sigma": learn_sigma})
         bar.update()
         if classifier is not None:
             classifier = Path(classifier)
