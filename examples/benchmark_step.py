@@ -49,7 +49,7 @@ def make_pipeline(size: str, device: str) -> ClassifierGuidedPipeline:
     classifier = NoiseAwareClassifier(num_labels=10, block_out_channels=settings["classifier"],
                                       down_block_types=("ResnetDownsampleBlock2D",) * (levels - 1) + (ATTENTION,),
                                       **shared)
-    pipeline = ClassifierGuidedPipeline(unet.eval(), DDIMScheduler(), classifier.eval()).to(device)
+    pipeline = ClassifierGuidedPipeline(unet.eval(), DDIMScheduler(clip_sample=False), classifier.eval()).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -145,8 +145,8 @@ def test_the_example_draws_a_picture_in_two_stages(ddim: list[str], tmp_path: Pa
     small = UNET | {"num_classes": 6}
     config = {"unet": small, "classifier": CLASSIFIER, "timestep_respacing": "3"}
     guide = save(random_state(CLASSIFIER), tmp_path / "classifier.pt")
-    convert_checkpoint(save(random_state(small), tmp_path / "base.pt"), tmp_path / "base", guide, config=config,
-                       progress=False)
+    convert_checkpoint(save(random_state(small), tmp_path / "base.pt"), tmp_path / "base-with-classifier", guide,
+                       config=config, progress=False)
     large = small | {"image_size": 32}
     upsampler = save(random_state(large | {"super_resolution": True}), tmp_path / "large.pt")
     convert_checkpoint(upsampler, tmp_path / "large", config={"unet": large, "timestep_respacing": "2"}, progress=False)
@@ -155,6 +155,15 @@ def test_the_example_draws_a_picture_in_two_stages(ddim: list[str], tmp_path: Pa
         "--label", "3", "5", "--num-images", "2", "--output", f"{tmp_path}/out.png", *ddim])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "adm_imagenet.py"))
     assert Image.open(tmp_path / "out.png").size == (64, 64)  # 2 x 2 images of 32 x 32
+
+
+def test_a_learned_variance_is_read_off_the_tensors(tmp_path: Path) -> None:
+    said = {name: value for name, value in UNET.items() if name != "out_channels"}
+    for channels, variance_type in ((6, "learned_range"), (3, "fixed_large")):
+        file = save(random_state(UNET | {"out_channels": channels}), tmp_path / f"{channels}.pt")
+        convert_checkpoint(file, tmp_path / str(channels), config={"unet": said}, progress=False)
+        pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / str(channels))
+        assert pipeline.scheduler.config.variance_type == variance_type
 
 
 def test_schedulers_of_the_flags() -> None:
