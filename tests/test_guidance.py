@@ -15,6 +15,7 @@ from conftest import Clock, Mixture, OracleClassifier, OracleUNet
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DModel
 
 from guided_diffusers import (
+    ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
     Guidance,
@@ -174,7 +175,7 @@ def test_a_sum_of_terms_is_the_sum_of_their_scores() -> None:
     for total in (a + b + c, a + (b + c), Sum([a, Sum([b, c])])):
         assert len(total.terms()) == 3
         torch.testing.assert_close(total.score(step), expected)
-    assert not Sum().active(0, 1) and torch.equal(Sum().score(step), torch.zeros_like(x))
+    assert not Sum().active(0, 1, level_at(1.0)) and torch.equal(Sum().score(step), torch.zeros_like(x))
 
 
 def test_labels_and_scales_are_each_images_own() -> None:
@@ -220,7 +221,7 @@ def test_a_term_acts_between_start_and_stop(mixture: Mixture, start: float, stop
 def test_terms_in_a_sum_keep_their_own_intervals() -> None:
     level, x = level_at(0.5), normal(2, 1, 8, 8).float()
     total = Pull(1.0, 0.0, 0.5) + Pull(10.0, 0.3, 1.0)
-    scores = [float((total.score(step_at(level, x, index)) / x).mean()) for index in range(10)]
+    scores = [float((total.at(index, 10, level).score(step_at(level, x, index)) / x).mean()) for index in range(10)]
     assert scores == pytest.approx([-1] * 3 + [-11] * 2 + [-10] * 5)
 
 
@@ -323,18 +324,6 @@ def test_frozen_restores_parameters_that_were_exchanged_meanwhile() -> None:
 
 # terms of one's own
 
-class TowardsLabel(Guidance):
-    """Classifier-free guidance, as the module's docstring has it."""
-
-    def __init__(self, null_label: torch.Tensor, *args: Any):
-        super().__init__(*args)
-        self.conditions = (null_label,)
-
-    def score(self, step: Step) -> torch.Tensor:
-        conditional, unconditional = (step.level.score(step.sample, x0) for x0 in (step.x0, step.others[0]))
-        return self.scale_at(step) * (conditional - unconditional)
-
-
 def counted(unet: torch.nn.Module) -> list[int]:
     """The batch sizes of the network's calls, as they come."""
     calls: list[int] = []
@@ -347,7 +336,7 @@ def test_a_term_with_conditions_costs_one_batched_call(scheduler: type) -> None:
     """Classifier-free guidance beside the classifier's, against a loop written out."""
     unet, classifier, w = small_unet(num_class_embeds=4), small_classifier(), 1.5
     pipeline, calls = quiet(unet, scheduler(), classifier), counted(unet)
-    term = TowardsLabel(torch.tensor([3]), w, 0.0, 0.75)
+    term = ClassifierFreeGuidance(3, w, 0.0, 0.75)
     found = sample(pipeline, ["dog", "cat"], num_inference_steps=4, guidance_scale=0, guidance=term)
     assert calls == [4, 4, 4, 2]
 
@@ -368,7 +357,7 @@ def test_a_term_with_conditions_costs_one_batched_call(scheduler: type) -> None:
 
 def test_a_term_with_conditions_needs_a_class_conditional_network() -> None:
     with pytest.raises(ValueError, match="guidance: a term has conditions, class labels, and the network has no class"):
-        sample(quiet(small_unet(), DDIMScheduler()), guidance=TowardsLabel(torch.tensor([3])), num_inference_steps=2)
+        sample(quiet(small_unet(), DDIMScheduler()), guidance=ClassifierFreeGuidance(3), num_inference_steps=2)
 
 
 @pytest.mark.parametrize(("scheduler", "prediction"), [(DDIMScheduler(clip_sample=False), "epsilon"),

@@ -535,7 +535,7 @@ def test_an_unknown_bundled_name_is_refused() -> None:
     ({"guidance_start": 0.9, "guidance_stop": 0.1},
      "guidance_start=0.9, guidance_stop=0.1: 0 <= start <= stop <= 1 is allowed"),
     ({"guidance_scale": float("inf")}, "scale is .*inf.*; a finite number or one an image is allowed"),
-    ({"label": None, "guidance_scale": 2.0}, "guidance_scale=2.0 needs a label to steer to"),
+    ({"label": None, "guidance_scale": 2.0}, "guidance_scale=2.0, classifier_free_scale=None need a label to steer to"),
     ({"label": "cow"}, "label 'cow' is unknown"), ({"label": 3}, "label 3 is unknown; allowed: ids 0 to 2"),
     ({"conditional": True}, "conditional=True needs a network with class embeddings; this one is unconditional"),
     ({"generator": generators(3)}, "generator is a list of 3; one, or one for each of the 1 images, is allowed"),

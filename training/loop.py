@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusers.data import LabelledImages
 
-Batch = dict[str, torch.Tensor]  # pixel_values (B, C, H, W) in [-1, 1], label (B,)
+Batch = dict[str, torch.Tensor]  # pixel_values (B, C, H, W) in [-1, 1], label (B,), and what else the items have
 
 
 def generator_for(*numbers: int) -> torch.Generator:
@@ -83,8 +83,7 @@ class Draws:
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:
-    return {"pixel_values": torch.stack([item["pixel_values"] for item in items]),
-            "label": torch.tensor([item["label"] for item in items])}
+    return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
 
 
 @dataclass

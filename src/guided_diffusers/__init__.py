@@ -2,9 +2,17 @@
 
 from . import openai  # noqa: F401 - from_pretrained finds ADMUNet2DModel only in a module that is imported
 from .classifier import NoiseAwareClassifier
-from .guidance import ClassifierGuidance, Guidance, Step, gradient
+from .guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    EnergyGuidance,
+    Guidance,
+    ModelGuidance,
+    Step,
+    gradient,
+)
 from .noise import NoiseLevel, noise_levels
 from .pipeline import ClassifierGuidedPipeline
 
-__all__ = ["ClassifierGuidance", "ClassifierGuidedPipeline", "Guidance", "NoiseAwareClassifier", "NoiseLevel", "Step",
-           "gradient", "noise_levels"]
+__all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "ClassifierGuidedPipeline", "EnergyGuidance", "Guidance",
+           "ModelGuidance", "NoiseAwareClassifier", "NoiseLevel", "Step", "gradient", "noise_levels"]

@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 DOWN_BLOCK_TYPES = {
     "conv": ("DownBlock2D", "AttnDownBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
@@ -74,6 +75,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             `block_out_channels[0]`.
         pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features), "spatial" and
             "spatial_v2" (averages of every block's features, then a perceptron of width 2048).
+        problem_type: What the logits are, in `transformers`' words: "single_label_classification" (of a softmax),
+            "multi_label_classification" (each of a sigmoid) or "regression" (the values themselves).
         id2label, label2id: Class names, either or both. A name that several ids share is in no derived `label2id`.
         num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained
             with, in `DDPMScheduler`'s words: it says which noise level a `timestep` is. Guidance reads it.
@@ -109,6 +112,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         trained_betas: list[float] | None = None,
+        problem_type: str = "single_label_classification",
     ):
         super().__init__()
         levels = len(block_out_channels)
@@ -231,6 +235,7 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
         ("downsample_type", tuple(DOWN_BLOCK_TYPES)),
         ("resnet_time_scale_shift", ("default", "scale_shift")),
         ("pool", POOLS),
+        ("problem_type", PROBLEM_TYPES),
     ):
         _require(config[name] in choices, name, config[name], f"one of {choices}")
     known = DOWN_BLOCK_TYPES[config.downsample_type]

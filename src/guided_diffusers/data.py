@@ -1,8 +1,12 @@
-"""Labelled images: a Hub dataset, an image folder or local Parquet files -> {pixel_values in [-1, 1], label}."""
+"""Labelled images: a Hub dataset, an image folder or local Parquet files -> {pixel_values in [-1, 1], label}.
+
+With captions, too, from a column or by label.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +148,55 @@ class LabelledImages(torch.utils.data.Dataset):
         left, top = ((width - size) // 2, (height - size) // 2) if self.center_crop else (
             draw.randint(0, width - size), draw.randint(0, height - size))
         return image.crop((left, top, left + size, top + size))
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Items of `LabelledImages` with a `"caption"`, a string, drawn from the captions of the row or of its label.
+
+    An item is asked for by its index, which then is the seed, or by `(index, seed)`.
+
+    Args:
+        images: the images and labels.
+        captions: a column of strings or of lists of strings, or captions by label, {id: [caption, ...]}.
+
+    Raises:
+        ValueError: if the column is missing or holds something else, or a label has no caption.
+    """
+
+    def __init__(self, images: LabelledImages, captions: str | Mapping[int, Sequence[str]]):
+        self.images, self._rows, self._by_label = images, None, None
+        if not isinstance(captions, str):
+            if without := [name for i, name in images.id2label.items() if not captions.get(i)] or not images.id2label:
+                raise ValueError(f"captions: none of the labels {without}" if images.id2label else
+                                 "captions by label need labels, and the dataset has none")
+            self._by_label = captions
+            return
+        dataset = images.dataset
+        if captions not in dataset.column_names:
+            raise ValueError(f"captions={captions!r}: the dataset has the columns {dataset.column_names}")
+        feature = dataset.features[captions]
+        if getattr(getattr(feature, "feature", feature), "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"captions={captions!r} holds {feature}; strings or lists of strings are allowed")
+        self._rows = dataset.select_columns([captions])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int | str]:
+        index, seed = item if isinstance(item, tuple) else (item, item)
+        found = self.images[item]
+        captions = self._captions(index) if self._by_label is None else self._by_label[found["label"]]
+        return {**found, "caption": random.Random(f"caption {seed}").choice(captions)}
+
+    def _captions(self, index: int) -> Sequence[str]:
+        (value,) = self._rows[index].values()
+        captions = [value] if isinstance(value, str) else value
+        if not captions or None in captions:
+            raise ValueError(f"row {index} has the captions {captions!r}; one or more strings are allowed")
+        return captions
+
+    def captions(self) -> Iterator[str]:
+        """All captions that an item may get."""
+        groups = self._by_label.values() if self._by_label is not None else map(self._captions, range(len(self)))
+        for group in groups:
+            yield from group

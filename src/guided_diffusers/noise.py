@@ -48,6 +48,10 @@ class NoiseLevel:
         """The score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie)."""
         return (self.alpha * x0 - sample) / self.sigma**2
 
+    def score_shift(self, x0_shift: torch.Tensor) -> torch.Tensor:
+        """What the score moves by where the predicted x0 does by `x0_shift`: alpha / sigma^2 x0_shift."""
+        return self.alpha / self.sigma**2 * x0_shift
+
     def corrected(self, output: torch.Tensor, score_shift: torch.Tensor) -> torch.Tensor:
         """The output whose score is `score_shift` larger: `output + (sigma^2 / alpha) / b * score_shift`.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.logging import get_logger
@@ -18,7 +17,18 @@ from PIL import Image
 
 from . import bundled
 from .classifier import NoiseAwareClassifier
-from .guidance import ClassifierGuidance, FiniteCheck, Guidance, Label, Step, Sum, frozen, parse_labels
+from .guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    FiniteCheck,
+    Guidance,
+    Label,
+    Step,
+    Sum,
+    frozen,
+    parse_labels,
+)
+from .images import convert, decode, join_low_resolution, low_resolution
 from .noise import (
     NoiseLevel,
     clips_without_noise,
@@ -35,7 +45,8 @@ from .noise import (
 )
 
 logger = get_logger(__name__)
-DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 50, "guidance_algorithm": "output"}
+DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_steps": 50,
+            "guidance_algorithm": "output"}
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -47,24 +58,26 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler: any Diffusers scheduler of continuous samples.
         classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` whose `config` has its noise
             schedule; None: the network alone.
+        vae: the autoencoder of a latent model, `AutoencoderKL` or alike, with its scaling in its config: network and
+            classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, where there is no classifier that has them.
-        defaults: what `guidance_scale`, `num_inference_steps` and `guidance_algorithm` are in a call without them;
-            they are saved with the pipeline. By default 1.0, 50 and "output".
+        defaults: what `guidance_scale`, `classifier_free_scale`, `num_inference_steps` and `guidance_algorithm` are in
+            a call without them; they are saved with the pipeline. By default 1.0, 0.0, 50 and "output".
 
     Raises:
         ValueError: for other names in `defaults`.
     """
 
-    model_cpu_offload_seq = "unet"  # the classifier stays beside it: they take turns at every step
-    _optional_components = ["classifier"]
+    model_cpu_offload_seq = "unet->vae"  # the classifier stays beside the unet: they take turns at every step
+    _optional_components = ["classifier", "vae"]
     _callback_tensor_inputs = ["latents", "model_output", "score_shift"]
 
     # `from_pipe` hands over only models of the classes named here
     def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin,
                  classifier: NoiseAwareClassifier | torch.nn.Module | None = None,
-                 id2label: dict | None = None, defaults: dict[str, Any] | None = None):
+                 vae: AutoencoderKL | torch.nn.Module | None = None, id2label: dict | None = None, defaults: dict[str, Any] | None = None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         names = module_config(classifier).get("id2label") or id2label
         if unknown := (defaults or {}).keys() - DEFAULTS.keys():
             raise ValueError(f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}")
@@ -120,6 +133,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         clip_x0: bool = False,
         guidance: Guidance | None = None,
         image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
+        classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -152,6 +166,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             guidance: further terms that are added to the classifier's.
             image: for an up-sampling network (its input has twice the sample's channels) the low-resolution images,
                 one or one an image: PIL, or (B, C, h, w) in [-1, 1].
+            classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
+                itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
+                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, 0 unless it was made with another.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -167,12 +184,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     callback_on_step_end_tensor_inputs)
         device = self._execution_device
         labels = self._labels(label, num_images_per_label)
-        low_res = self._low_resolution(image, device)
+        low_res = None
+        if image is not None:
+            low_res = low_resolution(image, self.unet.config.in_channels).to(device, self.dtype)
         given = next((tensor for tensor in (latents, low_res) if tensor is not None), None)
         alone = given is None or num_images_per_label > 1
         batch_size = len(labels) or (num_images_per_label if alone else len(given))
         class_labels = self._class_labels(labels, batch_size, conditional, device)
-        terms = self._terms(labels, num_images_per_label, guidance_scale, guidance_start, guidance_stop, guidance)
+        terms = self._terms(labels, num_images_per_label, guidance_scale, classifier_free_scale, guidance_start,
+                            guidance_stop, class_labels, guidance)
 
         if terms.terms() and clips_without_noise(self.scheduler):
             logger.warning(f"{type(self.scheduler).__name__} clips x0 but not the noise that goes with it, which "
@@ -185,27 +205,28 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if low_res is not None and len(low_res) not in (1, batch_size):
             raise ValueError(f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed")
         latents = self._starting_noise(batch_size, generator, latents, low_res, device)
-        if output_type == "pil" and latents.shape[1] not in (1, 3, 4):
+        if output_type == "pil" and self.vae is None and latents.shape[1] not in (1, 3, 4):
             raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
                              "up-sampling network needs image, others allow 'np', 'pt' and 'latent'")
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
         check = FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), latents.dtype))
+        components = [module for module in (self.unet, self.vae, *terms.modules()) if module is not None]
 
-        with frozen([self.unet, *terms.modules()]), self.progress_bar(total=count) as bar:
+        with frozen(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
-                conditions = [class_labels, *terms.active_conditions(index, count)]
-                output, variance, *others = self._predict(latents, t, conditions, low_res)
+                acting, own = terms.at(index, count, level), {"class_labels": class_labels}
+                output, variance, *others = self._predict(latents, t, [own, *acting.conditions], low_res)
                 if clip_x0:
                     output, *others = (level.clipped(latents, prediction) for prediction in (output, *others))
                 score_shift = mean_shift = None
 
                 # 4. What guidance adds to the score
-                if terms.active(index, count):
+                if acting.terms():
                     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-                    step = Step(wide, level.x0(wide, output), self._predict_x0(t, level, class_labels, low_res), level,
-                                index, count, numbers[index], tuple(level.x0(wide, other) for other in others))
-                    score_shift = terms.score(step)
+                    step = Step(wide, level.x0(wide, output), self._predict_x0(t, level, own, low_res), level, index,
+                                count, numbers[index], tuple(level.x0(wide, other) for other in others), self._decode)
+                    score_shift = acting.score(step)
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
                     else:
@@ -227,7 +248,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         check.finish()
 
         # 6. Images
-        images = _images(latents, output_type)
+        images = latents
+        if output_type != "latent":
+            images = convert(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -250,27 +273,47 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
                              f"{self._callback_tensor_inputs}")
 
-    def _terms(self, labels: list[dict[int, float]], per_label: int, scale: Any, start: float, stop: float,
-               more: Guidance | None) -> Sum:
+    def _terms(self, labels: list[dict[int, float]], per_label: int, scale: Any, free_scale: Any, start: float,
+               stop: float, class_labels: torch.Tensor | None, more: Guidance | None) -> Sum:
         """All that guides: nothing at scale 0."""
-        images = len(labels)
-        if not images and scale is not None and torch.as_tensor(scale).any():
-            raise ValueError(f"guidance_scale={scale} needs a label to steer to")
-        scale = torch.as_tensor(self.config.defaults["guidance_scale"] if scale is None else scale, dtype=torch.float32)
-        if scale.ndim == 1 and images and len(scale) * per_label == images:
-            scale = scale.repeat_interleave(per_label)
-        if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
-            raise ValueError(f"guidance_scale has shape {tuple(scale.shape)}; a number, or one a label or an image "
-                             f"({images // per_label} or {images}), is allowed")
+        wanted = scale is not None and bool(torch.as_tensor(scale).any())
+        if not labels and (wanted or (free_scale is not None and torch.as_tensor(free_scale).any())):
+            raise ValueError(f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to steer to")
+        scale = self._scale("guidance_scale", scale, len(labels), per_label)
+        free_scale = self._scale("classifier_free_scale", free_scale, len(labels), per_label)
         terms: tuple[Guidance, ...] = more.terms() if more is not None else ()
-        if any(term.conditions for term in terms) and module_config(self.unet).get("num_class_embeds") is None:
+        if any(term.conditions for term in terms) and class_labels is None:
             raise ValueError("guidance: a term has conditions, class labels, and the network has no class embeddings")
+        if labels and free_scale.any():
+            if class_labels is None or self._null is None:
+                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with a "
+                                 "null label, one class embedding more than labels")
+            if (class_labels == self._null).any():
+                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a network that is told a label; "
+                                 "mixtures and conditional=False hide it")
+            terms = (ClassifierFreeGuidance(self._null, free_scale), *terms)
         if labels and scale.any():
             if self.classifier is None:
                 raise ValueError(f"guidance_scale={scale.tolist()} needs a classifier, and the pipeline has none: pass "
                                  "classifier=... when loading it, or guidance_scale=0 to use the network alone")
             terms = (ClassifierGuidance(self.classifier, labels, scale, start, stop), *terms)
         return Sum(terms)
+
+    def _scale(self, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
+        """() or one an image."""
+        scale = torch.as_tensor(self.config.defaults[name] if scale is None else scale, dtype=torch.float32)
+        if scale.ndim == 1 and images and len(scale) * per_label == images:
+            scale = scale.repeat_interleave(per_label)
+        if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
+            raise ValueError(f"{name} has shape {tuple(scale.shape)}; a number, or one a label or an image "
+                             f"({images // per_label} or {images}), is allowed")
+        return scale
+
+    @property
+    def _null(self) -> int | None:
+        """The label that tells the network none, one more than there are labels; None where it wasn't trained so."""
+        embeddings = module_config(self.unet).get("num_class_embeds")
+        return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
 
     def _labels(self, label: Any, per_label: int) -> list[dict[int, float]]:
         """One {id: weight} an image; empty without a label."""
@@ -290,8 +333,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             if labels and self.classifier is None:
                 raise ValueError("label has no effect: the network is unconditional and there is no classifier")
             return None
-        null = embeddings - 1 if self.num_labels == embeddings - 1 else None
-        ids = []
+        null, ids = self._null, []
         for one in labels or [{}] * batch_size:
             if conditional is not False and len(one) == 1 and list(one.values()) == [1.0]:
                 ids.extend(one)
@@ -322,21 +364,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         except (TypeError, AttributeError) as error:  # it wants something beside them, or something else
             raise ValueError(f"{name}={value}: {type(self.scheduler).__name__} can't take it: {error}") from error
 
-    def _low_resolution(self, image: Any, device: torch.device) -> torch.Tensor | None:
-        """What an up-sampling network is given beside the sample, (1 or B, C, h, w) in [-1, 1]."""
-        if image is None:
-            return None
-        channels = self.unet.config.in_channels
-        if not isinstance(image, torch.Tensor):
-            images = [image] if isinstance(image, Image.Image) else image
-            mode = "L" if channels == 2 else "RGB"
-            arrays = [np.atleast_3d(np.asarray(one.convert(mode), np.float32)) for one in images]
-            image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
-        if image.ndim != 4 or 2 * image.shape[1] != channels:
-            raise ValueError(f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
-                             f"{channels} input channels")
-        return image.to(device, self.dtype)
-
     def _starting_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None,
                         low_res: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Noise of the scheduler's largest standard deviation, (B, C, H, W), in the network's dtype."""
@@ -356,8 +383,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _predict(self, latents: torch.Tensor, t: torch.Tensor, conditions: Sequence[torch.Tensor | None],
-                 low_res: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+    def _predict(self, latents: torch.Tensor, t: torch.Tensor, conditions: Sequence[Mapping[str, torch.Tensor | None]],
+                 low_res: torch.Tensor | None, network: torch.nn.Module | None = None) -> list[torch.Tensor | None]:
         """[output, learned variance or None, outputs for the further conditions ...] of one call of the network."""
         batch_size, channels = latents.shape[:2]
         scaled = latents
@@ -367,10 +394,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             scaled = join_low_resolution(scaled, low_res)
         if len(conditions) > 1:
             scaled = torch.cat([scaled] * len(conditions))
-        kwargs = {}
-        if conditions[0] is not None:
-            kwargs["class_labels"] = torch.cat([labels.to(latents.device).expand(batch_size) for labels in conditions])
-        output = self.unet(scaled, t, **kwargs, return_dict=False)[0]
+        told = {name: value for name, value in conditions[0].items() if value is not None}
+        if unknown := {name for condition in conditions[1:] for name in condition} - told.keys():
+            raise ValueError(f"guidance: a term has conditions {sorted(unknown)}; the network is told {sorted(told)}")
+        kwargs = {name: torch.cat([{**told, **condition}[name].to(latents.device).expand(batch_size, *value.shape[1:])
+                                   for condition in conditions]) for name, value in told.items()}
+        output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
         if variance is None and reads_variance(self.scheduler):
             raise ValueError(f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a network with a "
@@ -378,25 +407,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         first, *others = prediction.split(batch_size)
         return [first, None if variance is None else variance[:batch_size], *others]
 
-    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, class_labels: torch.Tensor | None,
-                    low_res: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, told: Mapping[str, torch.Tensor | None],
+                    low_res: torch.Tensor | None) -> Callable[..., torch.Tensor]:
         """The predicted x0 as a function of the sample, for terms that differentiate through the network."""
-        return lambda sample: level.x0(sample, self._predict(sample.to(self.dtype), t, [class_labels], low_res)[0])
+        return lambda sample, network=None: level.x0(
+            sample, self._predict(sample.to(self.dtype), t, [told], low_res, network)[0])
 
-
-def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
-    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B, C, h, w) enlarged
-    bilinearly."""
-    enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
-    return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
-
-
-def _images(latents: torch.Tensor, output_type: str) -> Any:
-    """Samples in [-1, 1] in the form asked for."""
-    if output_type == "latent":
-        return latents
-    images = (latents.float() / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1]."""
+        return latents if self.vae is None else decode(self.vae, latents)

@@ -14,7 +14,7 @@ is what `clip_x0` is for. With a cosine schedule and clipping, the original's ow
 in the first steps, and so are we. In the last step, which draws no noise, Algorithm 1 takes the original's variance.
 """
 
-from ..pipeline import join_low_resolution
+from ..images import join_low_resolution
 from .convert import add_convert_command, convert_checkpoint, convert_scheduler, load_state_dict
 from .networks import (
     convert_classifier,

@@ -1,0 +1,180 @@
+"""A CLIP whose image encoder reads noisy images: a critic f(x_t, t, c) of how well a caption fits what is under the noise.
+
+Nichol et al., GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models (2021),
+section 2.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .classifier import NoiseAwareClassifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SCALE = 100.0  # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, section 2.5
+DECIDED = ("num_labels", "id2label", "label2id", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end",
+           "trained_betas")  # arguments of the image encoder that its config leaves to the whole model
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+@dataclass
+class NoiseAwareCLIPOutput(BaseOutput):
+    """Output of [`NoiseAwareCLIP`], for B images and N captions.
+
+    `logits_per_image` (B, N) is scale * image_embeds @ text_embeds.T; `image_embeds` (B, D) and `text_embeds` (N, D)
+    have norm 1. All are float32.
+    """
+
+    logits_per_image: Tensor
+    image_embeds: Tensor = None  # always there; Accelerate rebuilds an output from one dictionary
+    text_embeds: Tensor = None
+
+
+class NoiseAwareCLIP(ModelMixin, ConfigMixin):
+    """Image and text encoder, trained to tell by the inner product which caption belongs to which noisy image.
+
+        f(x_t, t, c) = scale * <image(x_t, t), text(c)>,    |image| = |text| = 1
+
+    At the optimum of the contrastive loss, f = log p(x_t, c) / (p(x_t) p(c)) + const (van den Oord et al.,
+    Representation Learning with Contrastive Predictive Coding, 2018, section 2.3), so that
+    grad_{x_t} f = grad_{x_t} log p(c | x_t): the score shift of guidance by a caption, with no predicted x0 in between.
+
+    Args:
+        image_config: Arguments of [`NoiseAwareClassifier`], whose logits are the image's embedding. Not among them:
+            `num_labels`, which is the projection's width, labels, and the noise schedule, which is given below.
+        text_config: Arguments of `transformers.CLIPTextConfig`. Its `projection_dim` is D, and its `eos_token_id` must
+            be the tokenizer's: the text's embedding is read there.
+        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained
+            with, in `DDPMScheduler`'s words: it says which noise level a `timestep` is. Guidance reads it.
+        tokenizer: What [`~NoiseAwareCLIP.encode_prompts`] reads captions with; it adds bos and eos. It is saved and
+            loaded with the model, in the folder `tokenizer`.
+
+    Raises:
+        ValueError: For arguments in `image_config` that don't belong there, and for whatever the encoders refuse.
+    """
+
+    ignore_for_config = ["tokenizer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        image_config: dict[str, Any],
+        text_config: dict[str, Any],
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        trained_betas: list[float] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        if wrong := sorted(set(DECIDED) & image_config.keys()):
+            raise ValueError(f"image_config has {wrong}; allowed: NoiseAwareClassifier's arguments but {DECIDED}")
+        text = CLIPTextConfig(**text_config)
+        self.image_encoder = NoiseAwareClassifier(
+            **image_config, num_labels=text.projection_dim, num_train_timesteps=num_train_timesteps,
+            beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end, trained_betas=trained_betas)
+        last_layer(self.image_encoder).reset_parameters()  # a classifier's zeros have no direction
+        self.text_encoder = CLIPTextModelWithProjection(text)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.tokenizer = tokenizer
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale), at most 100."""
+        return self.logit_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+
+    def encode_image(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """Embeddings (B, D) of noisy images, float32, of norm 1.
+
+        Args:
+            sample: x_t, (B, C, H, W), as the training's forward process left it:
+                sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
+            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional allowed: a number, or
+                a tensor () or (B,).
+
+        Raises:
+            ValueError: If the shape of `sample` or `timestep` doesn't fit.
+        """
+        return F.normalize(self.image_encoder(sample, timestep).logits.float(), dim=1)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embeddings (N, D) of captions, float32, of norm 1, from token ids (N, L) padded on the right."""
+        return F.normalize(self.text_encoder(input_ids, attention_mask).text_embeds.float(), dim=1)
+
+    def encode_prompts(self, prompts: str | list[str]) -> Tensor:
+        """Embeddings (N, D) of N prompts, float32, of norm 1.
+
+        Raises:
+            ValueError: If the model has no tokenizer, there is no prompt, or one is longer than the text encoder reads.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self.tokenizer is None:
+            raise ValueError("encode_prompts needs a tokenizer, and this model has none; give NoiseAwareCLIP one, or "
+                             "use encode_text")
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts is {prompts!r}; allowed: a string or a list of one or more")
+        tokens = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        length, most = tokens.input_ids.shape[1], self.text_encoder.config.max_position_embeddings
+        if length > most:
+            longest = prompts[int(tokens.attention_mask.sum(1).argmax())]
+            raise ValueError(f"prompts has {longest!r} of {length} tokens; up to {most} are allowed")
+        return self.encode_text(tokens.input_ids, tokens.attention_mask)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> NoiseAwareCLIPOutput | tuple[Tensor, Tensor, Tensor]:
+        """The critic f(x_t, t, c) of every image with every caption; arguments as in `encode_image`, `encode_text`."""
+        images, texts = self.encode_image(sample, timestep), self.encode_text(input_ids, attention_mask)
+        with torch.autocast(sample.device.type, enabled=False):  # 8 bits of the cosine are too few to multiply by 100
+            logits = self.scale * images @ texts.mT
+        return NoiseAwareCLIPOutput(logits, images, texts) if return_dict else (logits, images, texts)
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As any Diffusers model, in safetensors, with the tokenizer in the folder `tokenizer`."""
+        if self.tokenizer is not None and is_main_process:  # first, so that push_to_hub=True finds it
+            self.tokenizer.save_pretrained(str(Path(save_directory) / "tokenizer"))
+        super().save_pretrained(save_directory, is_main_process, safe_serialization=True, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoiseAwareCLIP:
+        """As any Diffusers model, from a folder or the Hub, safetensors only, with the tokenizer where there is one."""
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        name = str(pretrained_model_name_or_path)
+        model = super().from_pretrained(name, use_safetensors=True, **kwargs)
+        source = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+        source["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
+        if cached_file(name, "tokenizer_config.json", **source, _raise_exceptions_for_missing_entries=False):
+            model.tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        return model
+
+
+def last_layer(encoder: NoiseAwareClassifier) -> nn.Linear:
+    return encoder.head[-1].out if encoder.config.pool == "attention" else encoder.head[-1]
+
+
+def image_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a [`NoiseAwareClassifier`]'s config that is `NoiseAwareCLIP`'s `image_config`."""
+    return {name: value for name, value in config.items() if name not in DECIDED and not name.startswith("_")}

@@ -1,0 +1,80 @@
+"""Images in and out: of a latent model's decoder, of an up-sampling network, as PIL or arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+
+
+def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1], (B, 3 or 1, H', W'), of a diffusion model's latents (B, C, H, W).
+
+    Undoes the scaling of the autoencoder's config first. Where a gradient is wanted, one image is decoded at a time and
+    again in the backward pass, so that memory holds the activations of one image.
+
+    Raises:
+        ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
+    """
+    config = vae.config
+    if vae.dtype == torch.float16 and config.get("force_upcast"):
+        raise ValueError("vae: it computes in float16 and overflows there (force_upcast); load it in float32 to decode "
+                         "what guidance looks at")
+    scaling = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1).to(latents) for name in
+                     ("latents_mean", "latents_std"))
+        latents = latents * std / scaling + mean
+    else:
+        latents = latents / scaling + (config.get("shift_factor") or 0.0)
+    return one_by_one(lambda z: vae.decode(z).sample, latents.to(vae.dtype))
+
+
+def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
+    """`function(latents)`; where a gradient is wanted, image by image, each computed again in the backward pass."""
+    if not (torch.is_grad_enabled() and latents.requires_grad):
+        return function(latents)
+    return torch.cat([checkpoint(function, one, use_reentrant=False) for one in latents.split(1)])
+
+
+def low_resolution(image: Image.Image | Sequence[Image.Image] | torch.Tensor, channels: int) -> torch.Tensor:
+    """What an up-sampling network is given beside the sample, (1 or B, C, h, w) in [-1, 1].
+
+    Args:
+        image: PIL, or a tensor of that form.
+        channels: of the network's input, 2C.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if not isinstance(image, torch.Tensor):
+        images = [image] if isinstance(image, Image.Image) else image
+        mode = "L" if channels == 2 else "RGB"
+        arrays = [np.atleast_3d(np.asarray(one.convert(mode), np.float32)) for one in images]
+        image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    if image.ndim != 4 or 2 * image.shape[1] != channels:
+        raise ValueError(f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
+                         f"{channels} input channels")
+    return image
+
+
+def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
+    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B, C, h, w) enlarged
+    bilinearly."""
+    enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
+
+
+def convert(images: torch.Tensor, output_type: str) -> Any:
+    """Images (B, C, H, W) in [-1, 1] in the form asked for: "pil", "np" (B, H, W, C) or "pt", both in [0, 1]."""
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
