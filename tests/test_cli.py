@@ -63,7 +63,7 @@ def test_a_folder_and_batches(folder: str, tmp_path: Path) -> None:
 def test_options_have_an_effect(folder: str, tmp_path: Path) -> None:
     variants = {"plain": [], "seed": ["--seed", "1"], "scale": ["--guidance-scale", "50"], "label": [],
                 "scheduler": ["--scheduler", "ddpm"], "steps": ["--num-inference-steps", "5"],
-                "unconditional": ["--no-conditional"]}
+                "unconditional": ["--no-conditional"], "classifier-free": ["--classifier-free-scale", "5"]}
     pictures = {}
     for name, extra in variants.items():
         label = "coat" if name == "label" else "boot"

@@ -1,10 +1,10 @@
-"""Put a trained network, classifier and judge into one folder, as the package ships them.
+"""Put a trained network, classifier, judge and noise-aware CLIP into one folder, as the package ships them.
 
     python training/bundle.py --unet out/fashion-mnist-unet --classifier out/fashion-mnist-classifier \\
-        --judge out/fashion-mnist-judge --output src/guided_diffusers/bundled/fashion-mnist
+        --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip --output src/guided_diffusers/bundled/fashion-mnist
 
 Sampling is by DDIM, with the spacing that includes the last timestep, and without its clipping, which leaves eps as it
-was and so spoils guided samples. The judge is stored in half precision, to save space. `figures.json` is what the
+was and so spoils guided samples. Judge and CLIP are stored in half precision, to save space. `figures.json` is what the
 training scripts measured on held-out images, with their options.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
 
 LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
             "dataloader_num_workers")
@@ -30,7 +30,7 @@ def figures(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("unet", "classifier", "judge", "output"):
+    for name in ("unet", "classifier", "judge", "clip", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="the pipeline's own, where a call says none")
     options = parser.parse_args()
@@ -44,7 +44,10 @@ def main() -> None:
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside)
     NoiseAwareClassifier.from_pretrained(options.judge).half().save_pretrained(aside / "judge")
-    measured = {name: figures(getattr(options, name)) for name in ("unet", "classifier", "judge")}
+    NoiseAwareCLIP.from_pretrained(options.clip).half().save_pretrained(aside / "clip")
+    for path in aside.rglob("*.py"):  # what a repository needs for those without the package
+        path.unlink()
+    measured = {name: figures(getattr(options, name)) for name in ("unet", "classifier", "judge", "clip")}
     (aside / "figures.json").write_text(json.dumps(measured, indent=2) + "\n")
     shutil.rmtree(options.output, ignore_errors=True)
     os.replace(aside, options.output)

@@ -20,7 +20,7 @@ python training/train_unet.py --train_data_dir data/fashion-mnist --resolution 2
 
 python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 1 \
     --model_config_name_or_path training/configs/fashion_mnist_classifier.json \
-    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 4000 \
+    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 6250 \
     --learning_rate 6e-4 --lr_warmup_steps 300 --adam_beta2 0.99 --seed 1 \
     --checkpointing_steps 250 --validation_steps 1000 --validation_samples 5000 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-classifier"
@@ -37,10 +37,10 @@ python training/train_classifier.py --train_data_dir data/fashion-mnist --resolu
 python training/train_clip.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 1 \
     --captions training/configs/fashion_mnist_captions.json \
     --text_config training/configs/fashion_mnist_clip_text.json --image_encoder "$OUT/fashion-mnist-classifier" \
-    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 3500 \
+    --mixed_precision bf16 --train_batch_size 128 --max_train_steps 1750 \
     --learning_rate 6e-4 --lr_warmup_steps 300 --adam_beta2 0.99 --seed 3 \
     --checkpointing_steps 250 --validation_steps 500 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-clip"
 
 python training/bundle.py --unet "$OUT/fashion-mnist-unet" --classifier "$OUT/fashion-mnist-classifier" \
-    --judge "$OUT/fashion-mnist-judge" --output "$OUT/fashion-mnist"
+    --judge "$OUT/fashion-mnist-judge" --clip "$OUT/fashion-mnist-clip" --output "$OUT/fashion-mnist"

@@ -15,12 +15,14 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler, ModelMixin
+from latents import Autoencoder, LatentImages
 from transformers import HfArgumentParser
 
 from guided_diffusers.data import LabelledImages, load_splits
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
+Images = LabelledImages | LatentImages
 
 
 AT_LEAST_1 = {"resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -52,6 +54,11 @@ class Options:
     center_crop: bool = option(False, "crop the longer side in the middle, not at a random place")
     random_flip: bool = option(False, "mirror half of the images")
     random_shift: int = option(0, "move images by up to that many pixels each way")
+    vae: str | None = option(
+        None, "train on the latents of this autoencoder (AutoencoderKL or VQModel): its folder or Hub name, or a "
+              "pipeline's; images are encoded once, and their mirror images with --random_flip. It needs --center_crop")
+    latents_cache: str | None = option(None, "where latents are kept, for several runs to share; `latents` below "
+                                             "--output_dir if left out")
     output_dir: str = option("output", "where the model, its checkpoints and its figures go")
     seed: int = option(0, "decides the initial weights, the order of the data and all noise")
     model_config_name_or_path: str | None = option(
@@ -104,6 +111,12 @@ class Options:
         if self.scheduler and (self.ddpm_num_steps, self.ddpm_beta_schedule) != (1000, "linear"):
             raise ValueError(f"--scheduler {self.scheduler} has a noise schedule: --ddpm_num_steps and "
                              "--ddpm_beta_schedule are not allowed with it")
+        if self.vae is None and self.latents_cache is not None:
+            raise ValueError(f"--latents_cache {self.latents_cache} needs --vae")
+        if self.vae is not None and (self.random_shift or not self.center_crop):
+            raise ValueError(f"--vae {self.vae} encodes an image once, which random crops and shifts don't allow: "
+                             f"--random_shift is {self.random_shift}, 0 is allowed, and --center_crop is "
+                             f"{self.center_crop}, which must be given")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -151,12 +164,15 @@ def make_accelerator(options: Options) -> Accelerator:
         raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error
 
 
-def load_data(options: Options, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:
-    """The split to train on, and the held-out one if there is one.
+def load_data(options: Options, accelerator: Accelerator, vae: Autoencoder | None = None) \
+        -> tuple[Images, Images | None]:
+    """The split to train on, and the held-out one if there is one; as latents with the autoencoder of --vae.
 
     Raises:
-        ValueError: if there is no such dataset, split or column.
+        ValueError: if there is no such dataset, split or column, or the autoencoder doesn't fit --resolution.
     """
+    if options.vae is not None and vae is None:
+        raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     name = "train_data_dir" if options.dataset_name is None else "dataset_name"
     source = getattr(options, name)
     if name == "train_data_dir" and not Path(source).expanduser().is_dir():
@@ -171,11 +187,17 @@ def load_data(options: Options, accelerator: Accelerator) -> tuple[LabelledImage
         if split is not None and split not in splits:
             raise ValueError(f"--{name} {split}: the dataset has {sorted(splits)}")
     train = LabelledImages(splits[options.train_split], options.image_column, options.label_column, options.resolution,
-                           options.center_crop, options.random_flip, options.random_shift)
-    if held_out is None:
-        return train, None
-    return train, LabelledImages(splits[held_out], train.image_column, train.label_column, options.resolution,
-                                 center_crop=True, channels=train.channels, labels=train.id2label)
+                           options.center_crop, options.random_flip and vae is None, options.random_shift,
+                           None if vae is None else vae.config.in_channels)
+    rest = None
+    if held_out is not None:
+        rest = LabelledImages(splits[held_out], train.image_column, train.label_column, options.resolution,
+                              center_crop=True, channels=train.channels, labels=train.id2label)
+    if vae is None:
+        return train, rest
+    cache = Path(options.output_dir) / "latents" if options.latents_cache is None else Path(options.latents_cache)
+    return (LatentImages(train, vae, cache, options.random_flip),
+            None if rest is None else LatentImages(rest, vae, cache))
 
 
 def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPMScheduler:
@@ -184,9 +206,10 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
     Raises:
         ValueError: if there is none in --scheduler.
     """
+    changes = {"clip_sample": False} if options.vae else {}  # latents aren't within [-1, 1]
     if options.scheduler is None:
         return DDPMScheduler(options.ddpm_num_steps, beta_schedule=options.ddpm_beta_schedule,
-                             prediction_type=prediction_type or "epsilon")
+                             prediction_type=prediction_type or "epsilon", **changes)
     try:
         config = DDPMScheduler.load_config(options.scheduler, subfolder="scheduler")
     except OSError as error:
@@ -194,7 +217,8 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
     if not (config.get("beta_schedule") or config.get("trained_betas")):
         raise ValueError(f"--scheduler {options.scheduler}: {config.get('_class_name')} has no betas; a scheduler of a "
                          "variance-preserving model (DDPM, DDIM, Euler, DPM-Solver, ...) is allowed")
-    changes = {"prediction_type": prediction_type} if prediction_type else {}
+    if prediction_type:
+        changes["prediction_type"] = prediction_type
     if config.get("variance_type", "learned") in (None, "learned", "learned_range"):  # DDPM's own, without a network's
         changes["variance_type"] = "fixed_small"
     scheduler = DDPMScheduler.from_config(config, **changes)

@@ -3,6 +3,7 @@
     accelerate launch training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 \\
         --output_dir out/classifier
     accelerate launch training/train_classifier.py --train_data_dir photos --scheduler google/ddpm-cat-256
+    accelerate launch training/train_classifier.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 --center_crop
     accelerate launch training/train_classifier.py ... --resume_from_checkpoint latest # a run that was stopped goes on
     accelerate launch --multi_gpu --num_processes 2 training/train_classifier.py ...   # several GPUs
     torchrun --standalone --nproc_per_node 2 training/train_classifier.py --cpu ...    # several processes on CPUs
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
+from latents import load_vae, write_latents
 from loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
-from options import Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
+from options import Images, Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
 from torch.nn import functional as F
 
 from guided_diffusers import NoiseAwareClassifier
-from guided_diffusers.data import LabelledImages
 
 DEFAULT = {"block_out_channels": [64, 128, 192, 256], "layers_per_block": 2, "attention_head_dim": 64, "dropout": 0.1}
 
@@ -55,11 +56,11 @@ def trained_schedule(options: ClassifierOptions, scheduler: DDPMScheduler) -> di
     return schedule
 
 
-def make_classifier(options: ClassifierOptions, data: LabelledImages, schedule: dict[str, Any]) -> NoiseAwareClassifier:
+def make_classifier(options: ClassifierOptions, data: Images, schedule: dict[str, Any]) -> NoiseAwareClassifier:
     if len(data.id2label) < 2:
         raise ValueError(f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or more are "
                          f"needed; the dataset has the columns {data.dataset.column_names}")
-    return make_model(NoiseAwareClassifier, options, DEFAULT, sample_size=options.resolution, in_channels=data.channels,
+    return make_model(NoiseAwareClassifier, options, DEFAULT, sample_size=data.resolution, in_channels=data.channels,
                       num_labels=len(data.id2label), id2label=data.id2label, label2id=None, **schedule)
 
 
@@ -67,11 +68,13 @@ def main() -> None:
     options = parse(ClassifierOptions, __doc__)
     with explained():
         accelerator = make_accelerator(options)
-        data, held_out = load_data(options, accelerator)
+        vae = load_vae(options)
+        data, held_out = load_data(options, accelerator, vae)
         scheduler = load_scheduler(options)
         schedule = trained_schedule(options, scheduler)
         set_seed(options.seed)
         run = Run(options, accelerator, make_classifier(options, data, schedule), data)
+        write_latents(options, accelerator, vae, data, held_out)
 
     def logits(model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return model(scheduler.add_noise(batch["pixel_values"], eps, t), t).logits.float()

