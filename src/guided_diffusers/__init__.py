@@ -1,7 +1,9 @@
 """Guidance of diffusion sampling for every Diffusers scheduler, network and pipeline."""
 
-from . import openai  # noqa: F401 - from_pretrained finds ADMUNet2DModel only in a module that is imported
+from . import classifier, hub, openai, repository  # noqa: F401 - hub gives the models push_to_hub
+from .attach import guide
 from .classifier import NoiseAwareClassifier
+from .clip import NoiseAwareCLIP
 from .guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -12,7 +14,11 @@ from .guidance import (
     gradient,
 )
 from .noise import NoiseLevel, noise_levels
+from .perceptual import CLIPGuidance, ImageClassifierGuidance, NoiseAwareCLIPGuidance
 from .pipeline import ClassifierGuidedPipeline
 
-__all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "ClassifierGuidedPipeline", "EnergyGuidance", "Guidance",
-           "ModelGuidance", "NoiseAwareClassifier", "NoiseLevel", "Step", "gradient", "noise_levels"]
+repository.register((classifier, openai.unet, openai.schedules), (ClassifierGuidedPipeline,))
+
+__all__ = ["CLIPGuidance", "ClassifierFreeGuidance", "ClassifierGuidance", "ClassifierGuidedPipeline", "EnergyGuidance",
+           "Guidance", "ImageClassifierGuidance", "ModelGuidance", "NoiseAwareCLIP", "NoiseAwareCLIPGuidance",
+           "NoiseAwareClassifier", "NoiseLevel", "Step", "gradient", "guide", "noise_levels"]

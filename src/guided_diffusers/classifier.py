@@ -3,9 +3,11 @@
 Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ DOWN_BLOCK_TYPES = {
 }
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
+FILE = "guided_diffusers_classifier"  # what this file is called beside the weights
 
 
 @dataclass
@@ -201,6 +204,69 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             hidden = torch.cat([feature.mean((2, 3)) for feature in (*features, hidden)], dim=1)
         logits = self.head(hidden)
         return NoiseAwareClassifierOutput(logits=logits) if return_dict else (logits,)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """As any Diffusers model, in safetensors, with the code that loads it where guided-diffusers is missing:
+
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+        Raises:
+            ValueError: For `safe_serialization=False`.
+        """
+        _require(safe_serialization, "safe_serialization", safe_serialization, "True, weights are saved as safetensors")
+        if is_main_process:
+            self.save_code(Path(save_directory))
+        options = {"variant": variant, "max_shard_size": max_shard_size, **kwargs}  # a pipeline looks for their names
+        super().save_pretrained(save_directory, is_main_process, **options)
+
+    def save_code(self, folder: Path) -> None:
+        """Write the config and the files of `code`."""
+        self.save_config(folder)
+        for file, text in self.code().items():
+            (folder / file).write_text(text)
+
+    def code(self) -> dict[str, str]:
+        """The files, {name: text}, that load the classifier where guided-diffusers isn't installed."""
+        return {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """As any Diffusers model, from a folder or the Hub, safetensors only.
+
+        Raises:
+            ValueError: For `use_safetensors=False`, or the folder of a model of another class.
+            OSError: For a file that is missing or broken; the message names it.
+        """
+        wanted = kwargs.pop("use_safetensors", True)
+        _require(wanted is not False, "use_safetensors", wanted, "True, weights in pickles aren't read")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As any Diffusers model.
+
+        Raises:
+            ValueError: For the config of a model of another class.
+        """
+        name, names = config.get("_class_name", cls.__name__), [base.__name__ for base in cls.__mro__]
+        _require(name in names, "_class_name of the config", name, cls.__name__)
+        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config, with the class for `AutoModel`, and without the path that the weights are from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        if type(self).__module__ == __name__:
+            config["auto_map"] = {"AutoModel": f"{FILE}.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:

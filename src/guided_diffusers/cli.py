@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hub.commands import add_hub_commands
 from .openai import add_convert_command
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)
+    add_hub_commands(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -43,6 +45,9 @@ def add_sample_command(commands: Any) -> None:
            help="names or ids; `all`: every label of the model")
     option("--guidance-scale", type=float, default=argparse.SUPPRESS,
            help="how strongly the classifier steers; 0: off, 1: exact, more: sharper and less varied (default: the "
+                "model's own)")
+    option("--classifier-free-scale", type=float, default=argparse.SUPPRESS,
+           help="how strongly a network that knows the labels and a null label steers by itself; 0: off (default: the "
                 "model's own)")
     option("--num-images", type=int, help="images in all, shared by the labels in turn (default: 10 a label)")
     option("--num-inference-steps", type=int, default=argparse.SUPPRESS,
@@ -87,7 +92,8 @@ def run_sample(options: argparse.Namespace) -> None:
             raise ValueError("--label all: the model doesn't say how many labels it has; give their ids")
     count = options.num_images or 10 * len(labels)
 
-    call = {name: value for name, value in vars(options).items() if name in ("guidance_scale", "num_inference_steps")}
+    given = ("guidance_scale", "classifier_free_scale", "num_inference_steps")
+    call = {name: value for name, value in vars(options).items() if name in given}
     images, began = {}, time.perf_counter()
     one_batch = count <= options.batch_size  # then the steps are worth a bar, else the images
     pipeline.set_progress_bar_config(disable=options.quiet or not one_batch, unit="step")

@@ -1,4 +1,4 @@
-"""A CLIP whose image encoder reads noisy images: a critic f(x_t, t, c) of how well a caption fits what is under the noise.
+"""A CLIP whose image encoder reads noisy images: a critic of how well a caption fits what is under the noise.
 
 Nichol et al., GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models (2021),
 section 2.3.
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SCALE = 100.0  # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, section 2.5
-DECIDED = ("num_labels", "id2label", "label2id", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end",
-           "trained_betas")  # arguments of the image encoder that its config leaves to the whole model
+DECIDED = ("num_labels", "id2label", "label2id", "problem_type", "num_train_timesteps", "beta_schedule", "beta_start",
+           "beta_end", "trained_betas")  # arguments of the image encoder that its config leaves to the whole model
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -54,7 +54,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
 
     Args:
         image_config: Arguments of [`NoiseAwareClassifier`], whose logits are the image's embedding. Not among them:
-            `num_labels`, which is the projection's width, labels, and the noise schedule, which is given below.
+            `num_labels`, which is the projection's width, what they mean, and the noise schedule, given below.
         text_config: Arguments of `transformers.CLIPTextConfig`. Its `projection_dim` is D, and its `eos_token_id` must
             be the tokenizer's: the text's embedding is read there.
         num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained

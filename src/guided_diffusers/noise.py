@@ -301,13 +301,18 @@ def starting_sigma(scheduler: SchedulerMixin) -> Any:
     return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
 
 
-def clips_without_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether the step clips the predicted x0, or thresholds it, and goes on with the noise of the unclipped one.
+def clipping_warning(scheduler: SchedulerMixin) -> str | None:
+    """What to say of a scheduler whose step clips the predicted x0, or thresholds it, and goes on with the noise of the
+    unclipped one; None for all others.
 
     Guidance moves x0 beyond that range at high noise; the two then disagree, and sneakers become shirts.
     """
-    return type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler") and (
-        scheduler.config.clip_sample or scheduler.config.thresholding)
+    name = type(scheduler).__name__
+    if name in ("DDIMScheduler", "DDIMParallelScheduler") and (
+            scheduler.config.clip_sample or scheduler.config.thresholding):
+        return (f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
+                "clip_sample=False in its config")
+    return None
 
 
 def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +18,7 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from . import bundled
+from . import bundled, repository
 from .classifier import NoiseAwareClassifier
 from .guidance import (
     ClassifierFreeGuidance,
@@ -28,10 +31,10 @@ from .guidance import (
     frozen,
     parse_labels,
 )
-from .images import convert, decode, join_low_resolution, low_resolution
+from .images import check_precision, convert, decode, join_low_resolution, low_resolution
 from .noise import (
     NoiseLevel,
-    clips_without_noise,
+    clipping_warning,
     has_posterior_variance,
     module_config,
     noise_levels,
@@ -75,7 +78,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     # `from_pipe` hands over only models of the classes named here
     def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin,
                  classifier: NoiseAwareClassifier | torch.nn.Module | None = None,
-                 vae: AutoencoderKL | torch.nn.Module | None = None, id2label: dict | None = None, defaults: dict[str, Any] | None = None):
+                 vae: AutoencoderKL | torch.nn.Module | None = None,
+                 id2label: dict | None = None, defaults: dict[str, Any] | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         names = module_config(classifier).get("id2label") or id2label
@@ -92,6 +96,64 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             ValueError: for a name that is not bundled.
         """
         return cls.from_pretrained(bundled.folder(name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None,
+                        **kwargs: Any) -> ClassifierGuidedPipeline:
+        """As any Diffusers pipeline, from a folder or the Hub, with this package's code and safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id; also one of a network alone, as google/ddpm-cat-256.
+            subfolder: where in it the pipeline is. None: at its root.
+            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components to use instead of
+                the saved ones, as `classifier=...`. Code in the repository runs only with `trust_remote_code=True`.
+
+        Raises:
+            ValueError: for weights that aren't safetensors, or a model_index.json with classes that are no models, or
+                with code of its own.
+            OSError: for a file that is missing or broken; the message names it.
+        """
+        return repository.load(cls, super().from_pretrained, pretrained_model_name_or_path, subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As any Diffusers pipeline, in safetensors, with the code that loads it where guided-diffusers is missing:
+
+            DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only True is allowed, weights are saved as safetensors")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        self.save_code(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
+
+    def save_code(self, folder: Path) -> None:
+        """Write `code` into the folder of the pipeline, whose configs then name it and no path of this machine."""
+        code = self.code()
+        for file, text in code.items():
+            (folder / file).write_text(text)
+        for path in [folder / self.config_name, *(folder / name / "config.json" for name in self.components)]:
+            if path.exists():
+                config = json.loads(path.read_text())
+                config.pop("_name_or_path", None)
+                for component, _, file in (file.removesuffix(".py").rpartition("/") for file in code):
+                    if component in config and path.name == self.config_name:
+                        config[component][0] = file
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def code(self) -> dict[str, str]:
+        """The files, {path: text}, that load the pipeline where guided-diffusers isn't installed."""
+        found = {"pipeline.py": travelling_code(type(self))}
+        for name, component in self.components.items():
+            cls = type(getattr(component, "_orig_mod", component))  # the module that torch.compile wraps
+            file = cls.__module__.removeprefix("diffusers_modules.local.").replace(".", "_")
+            found[f"{name}/{file}.py"] = travelling_code(cls)
+        return {file: text for file, text in found.items() if text is not None}
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +230,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 one or one an image: PIL, or (B, C, h, w) in [-1, 1].
             classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
                 itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
-                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, 0 unless it was made with another.
+                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, 0 unless it was made with another,
+                where the network is told a label.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -194,9 +257,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         terms = self._terms(labels, num_images_per_label, guidance_scale, classifier_free_scale, guidance_start,
                             guidance_stop, class_labels, guidance)
 
-        if terms.terms() and clips_without_noise(self.scheduler):
-            logger.warning(f"{type(self.scheduler).__name__} clips x0 but not the noise that goes with it, which "
-                           "spoils guided samples: use clip_sample=False in its config")
+        if terms.terms() and (warning := clipping_warning(self.scheduler)):
+            logger.warning(warning)
 
         # 2. Noise levels, known before the first step
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
@@ -258,6 +320,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                tensor_inputs: Sequence[str]) -> None:
         """Refuse what needs no computation to be seen wrong."""
         prediction_type(self.scheduler)
+        if self.vae is not None and output_type != "latent":  # not in the end, when the latents are made
+            check_precision(self.vae)
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -280,14 +344,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if not labels and (wanted or (free_scale is not None and torch.as_tensor(free_scale).any())):
             raise ValueError(f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to steer to")
         scale = self._scale("guidance_scale", scale, len(labels), per_label)
+        if free_scale is None and self._null is not None and (class_labels == self._null).any():
+            free_scale = 0.0  # the pipeline's own is for labels that the network is told
         free_scale = self._scale("classifier_free_scale", free_scale, len(labels), per_label)
         terms: tuple[Guidance, ...] = more.terms() if more is not None else ()
         if any(term.conditions for term in terms) and class_labels is None:
             raise ValueError("guidance: a term has conditions, class labels, and the network has no class embeddings")
         if labels and free_scale.any():
             if class_labels is None or self._null is None:
-                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with a "
-                                 "null label, one class embedding more than labels")
+                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with "
+                                 "a null label, one class embedding more than labels")
             if (class_labels == self._null).any():
                 raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a network that is told a label; "
                                  "mixtures and conditional=False hide it")
@@ -416,3 +482,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
+
+
+def travelling_code(cls: type) -> str | None:
+    """The file that defines a class where guided-diffusers isn't installed; None for a class of another package."""
+    package = cls.__module__.partition(".")[0]
+    if package == "diffusers_modules":  # it came from such a file
+        return Path(inspect.getfile(cls)).read_text()
+    if package == "guided_diffusers":  # found by its name, since the file that travels can't import it
+        return importlib.import_module("guided_diffusers.source").self_contained(cls)
+    return None

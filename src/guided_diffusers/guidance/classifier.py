@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from numbers import Integral, Real
@@ -98,8 +98,11 @@ class ClassifierGuidance(NoiseAwareGuidance):
         check_softplus(classifier, softplus)
 
     def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
-        with smoothed(self.classifier, self.softplus):
-            return self.likelihood(logits_of(self.classifier(z, t)))
+        return self.likelihood(logits_of(self.classifier(z, t)))
+
+    def score(self, step: Step) -> torch.Tensor:
+        with smoothed(self.classifier, self.softplus):  # also while a checkpointed block runs again
+            return super().score(step)
 
 
 class LabelLikelihood:
@@ -142,7 +145,8 @@ class TargetLikelihood:
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
         wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         target = self.target.to(wide)
-        if torch.broadcast_shapes(target.shape, wide.shape) != wide.shape:
+        sizes = zip(target.shape[::-1], wide.shape[::-1], strict=False)
+        if target.ndim > wide.ndim or any(size not in (1, whole) for size, whole in sizes):
             raise ValueError(f"target has shape {tuple(target.shape)}; one that broadcasts to the regressor's "
                              f"{tuple(wide.shape)} outputs is allowed")
         return -((wide - target) ** 2).sum(dim=-1) / (2 * self.std**2)
@@ -172,18 +176,25 @@ def likelihood(config: Mapping[str, Any], label: Any, target: Any, std: float = 
         raise ValueError(f"joint_temperature={joint!r}, marginal_temperature={marginal!r}: above 0, and 0 or above, "
                          "are allowed")
     if kind == REGRESSION:
-        return TargetLikelihood(torch.as_tensor(target, dtype=torch.float64), std)
+        wanted = torch.as_tensor(target, dtype=torch.float64)
+        if not wanted.isfinite().all():
+            raise ValueError(f"target={target!r}: finite numbers are allowed")
+        return TargetLikelihood(wanted, std)
     labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
     return LabelLikelihood(labels, kind == MULTI, joint, marginal)
 
 
 def logits_of(output: Any) -> torch.Tensor:
+    """Of a model's output object, tuple or bare tensor."""
+    if isinstance(output, torch.Tensor):
+        return output
     return output.logits if hasattr(output, "logits") else output[0]
 
 
 def _relus(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
     for parent in module.modules():
-        yield from ((parent, name) for name, child in parent.named_children() if isinstance(child, torch.nn.ReLU))
+        # not named_children, which leaves out a second name of the same child
+        yield from ((parent, name) for name, child in parent._modules.items() if isinstance(child, torch.nn.ReLU))
 
 
 def check_softplus(module: torch.nn.Module, beta: float | None) -> None:

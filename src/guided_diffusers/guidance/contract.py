@@ -187,9 +187,11 @@ def x0_gradient(function: Callable[[torch.Tensor], torch.Tensor], step: Step, th
 def normalized(grad: torch.Tensor, step: Step) -> torch.Tensor:
     """`grad` of each image, scaled to the norm of the image's score; where it is 0, 0."""
     dims = tuple(range(1, grad.ndim))
+    peak = grad.abs().amax(dims, keepdim=True)
+    grad = grad / peak.clamp(min=torch.finfo(grad.dtype).tiny)  # the squares of a sure classifier's would vanish
     norm = torch.linalg.vector_norm(grad, dim=dims, keepdim=True)
     target = torch.linalg.vector_norm(step.score, dim=dims, keepdim=True)
-    return grad * (target / norm.clamp(min=torch.finfo(grad.dtype).tiny))
+    return grad * (target / norm.clamp(min=1))
 
 
 @contextmanager

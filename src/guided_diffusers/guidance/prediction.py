@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class ClassifierFreeGuidance(Guidance):
             raise ValueError(f"rescale={rescale!r}: 0 (off) to 1 is allowed")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: above 0, up to 1, or None is allowed")
+        if not isinstance(null, Mapping) and (not isinstance(null, Integral) or isinstance(null, bool) or null < 0):
+            raise ValueError(f"null={null!r}: a class label, 0 or above, or a mapping of the network's arguments is "
+                             "allowed")
         self.rescale, self.threshold = rescale, threshold
         self.conditions = (dict(null) if isinstance(null, Mapping) else {"class_labels": torch.tensor([null])},)
 
@@ -51,7 +55,7 @@ class ClassifierFreeGuidance(Guidance):
         level, conditional, unconditional = step.level, step.x0, step.others[0]
         x0 = conditional + self.scale_at(step) * (conditional - unconditional)
         dims = tuple(range(1, x0.ndim))
-        if self.rescale:
+        if self.rescale and level.b:  # at a consistency model's boundary the output has no say
             output = level.output(step.sample, x0)
             factor = level.output(step.sample, conditional).std(dims, keepdim=True) / output.std(dims, keepdim=True)
             x0 = level.x0(step.sample, (self.rescale * factor + 1 - self.rescale) * output)

@@ -1,0 +1,267 @@
+"""Publishing: a trained folder becomes a repository on the Hub that loads anywhere, and comes back.
+
+    pipeline.push_to_hub("user/model")                 # ClassifierGuidedPipeline, NoiseAwareClassifier
+    push("folder", "user/model")                       # guided-diffusers push FOLDER REPO
+    pull("user/model", "folder")
+
+Before anything is sent, the folder is put together aside (`prepare`): weights, configs, figures, the code that loads it
+without this package, a card, a picture; what must not leave this machine is refused; and it is loaded again in a clean
+process without this package, whose images must equal ours (`check`). All files go up in one commit, so that the remote
+revision stays as it was if the upload breaks off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+
+from ..classifier import NoiseAwareClassifier
+from ..pipeline import ClassifierGuidedPipeline
+from ..repository import LIBRARIES, check_index
+from . import alone
+from .files import check_files, safetensors_header
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+LEFT_BEHIND = (".*", "__pycache__", "checkpoint-*", "logs", "latents", "samples-*.png", "*.partial")  # of training
+OF_THIS_MACHINE = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
+                   "dataloader_num_workers", "latents_cache", "push_to_hub", "hub_model_id", "hub_private")
+Model = ClassifierGuidedPipeline | NoiseAwareClassifier
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None,
+         revision: str | None = None, subfolder: str | None = None, variant: str | None = None,
+         commit_message: str | None = None, create_pr: bool = False, **card: Any) -> CommitInfo:
+    """Publish a folder with a pipeline or a classifier; it is left as it is.
+
+    Args:
+        repo_id: user/model; it is made if it isn't there.
+        private: whether a repository that is made is private. None: the account's default.
+        token: None: that of the login or the environment.
+        revision: a branch; made if it isn't there. None: main.
+        subfolder: where in the repository it goes. None: to its root.
+        variant: of the weights, where the folder holds no others.
+        card: what else `write_card` takes: `license`, `datasets`, `picture`.
+
+    Raises:
+        ValueError: for a folder that is no pipeline or classifier, or may not be published; the message says why.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        stage = Path(aside) / "repository"
+        model = prepare(Path(folder), stage, repo_id, variant, **card)
+        check(stage, model, variant)
+        return _upload(stage, repo_id, private, token, revision, subfolder, commit_message, create_pr)
+
+
+def push_to_hub(self: Model, repo_id: str, commit_message: str | None = None, private: bool | None = None,
+                token: str | None = None, create_pr: bool = False, safe_serialization: bool = True,
+                variant: str | None = None, subfolder: str | None = None, *, revision: str | None = None,
+                max_shard_size: int | str = "10GB", figures: str | Path | None = None, **card: Any) -> CommitInfo:
+    """Publish on the Hub, as `push` does a folder.
+
+    Args:
+        figures: a folder whose figures (JSON) and example.png go along. None: the one that this was loaded from, where
+            it was a folder.
+        max_shard_size: of a file of weights.
+
+    Raises:
+        ValueError: as `push`, or for `safe_serialization=False`.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside) / "model"
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        self.save_pretrained(folder, safe_serialization=safe_serialization, **options)
+        source = Path(figures or self.config.get("_name_or_path") or aside)
+        if figures is not None and not source.is_dir():
+            raise ValueError(f"figures={str(figures)!r} is no folder")
+        for path in source.iterdir() if source.is_dir() else ():
+            if path.suffix in (".json", ".png") and not (folder / path.name).exists() and \
+                    not path.name.startswith(("samples-", "diffusion_pytorch_model")):
+                shutil.copy(path, folder)
+        return push(folder, repo_id, private=private, token=token, revision=revision, subfolder=subfolder,
+                    variant=variant, commit_message=commit_message, create_pr=create_pr, **card)
+
+
+# Two classes whose files can't import this: Diffusers' own method would send what nothing has looked at.
+ClassifierGuidedPipeline.push_to_hub = NoiseAwareClassifier.push_to_hub = push_to_hub
+
+
+def prepare(folder: Path, stage: Path, repo_id: str | None, variant: str | None = None, **card: Any) -> Model:
+    """Put together in `stage` what is published of `folder`; the model in it.
+
+    Raises:
+        ValueError: for a folder that is no pipeline or classifier, or with links that leave it.
+    """
+    from .model_card import write_card
+
+    kind = model_class(folder)
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link out of the folder and can't be published; `guided-diffusers pull` "
+                             "makes a folder without links of a repository")
+    index = json.loads((folder / "model_index.json").read_text()) if kind is ClassifierGuidedPipeline else {}
+    for name in kind._get_signature_keys(kind)[0] if index else ():
+        library, cls = index.get(name) or (None, None)
+        if library is not None and library not in LIBRARIES and not hasattr(diffusers.pipelines, library):
+            raise ValueError(f"{folder}: {name} is {library}.{cls}, whose code can't go along; a class of "
+                             f"{', '.join(LIBRARIES)} or guided_diffusers is allowed")
+    shutil.copytree(folder, stage, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=_link_weights)
+    for old in stage.glob("*.py"):  # made anew; other code stays, and is refused
+        if old.name == "pipeline.py" or old.name.startswith("guided_diffusers_"):
+            old.unlink()
+    model = kind.from_pretrained(stage, variant=variant)
+    model.save_code(stage)
+    _join_figures(stage)
+    if not (stage / "README.md").exists():
+        write_card(stage, model, repo_id, **card)
+    return model
+
+
+def model_class(folder: Path) -> type[Model]:
+    """What the folder holds.
+
+    Raises:
+        ValueError: if it is neither a pipeline nor a classifier.
+    """
+    if (folder / "model_index.json").is_file():
+        return ClassifierGuidedPipeline
+    if (config := folder / "config.json").is_file():
+        name = json.loads(config.read_text()).get("_class_name")
+        if name == NoiseAwareClassifier.__name__:
+            return NoiseAwareClassifier
+        raise ValueError(f"{folder} holds a {name}; a ClassifierGuidedPipeline or a NoiseAwareClassifier is allowed")
+    raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a classifier (config.json)")
+
+
+def _link_weights(source: str, target: str) -> None:
+    """A second name of weights, which nobody writes to; a copy of anything else."""
+    if source.endswith(".safetensors"):
+        try:
+            return os.link(os.path.realpath(source), target)
+        except OSError:
+            pass
+    shutil.copy(source, target)
+
+
+def _join_figures(stage: Path) -> None:
+    """metrics.json and options.json, as training leaves them, become figures.json, without what is of this machine."""
+    metrics, options = stage / "metrics.json", stage / "options.json"
+    if metrics.exists():
+        figures = json.loads(metrics.read_text())
+        if options.exists():
+            figures["options"] = json.loads(options.read_text())
+        name = "classifier" if model_class(stage) is NoiseAwareClassifier else "unet"
+        known = stage / "figures.json"
+        joined = {name: figures, **(json.loads(known.read_text()) if known.exists() else {})}
+        known.write_text(json.dumps(joined, indent=2) + "\n")
+    for path in (metrics, options):
+        path.unlink(missing_ok=True)
+    for path in stage.glob("figures.json"):
+        figures = json.loads(path.read_text())
+        for part in figures.values():
+            if isinstance(part, dict) and isinstance(part.get("options"), dict):
+                part["options"] = {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute()
+                                   else value for name, value in part["options"].items()
+                                   if name not in OF_THIS_MACHINE}
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def check(folder: Path, model: Model | None = None, variant: str | None = None) -> None:
+    """The release gate: refuse a folder that may not be published, or says something else without this package.
+
+    Args:
+        model: that of the folder, loaded; None: it is loaded here.
+
+    Raises:
+        ValueError: naming what is wrong.
+        OSError: for a broken file of weights; the message names it.
+    """
+    for path in folder.rglob("*.safetensors"):
+        safetensors_header(path)
+    model = model or model_class(folder).from_pretrained(folder, variant=variant)
+    check_files(folder, model.code())
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as aside:
+        output = Path(aside) / "answer.safetensors"
+        clean = {name: value for name, value in os.environ.items()
+                 if not any(word in name for word in ("TOKEN", "SECRET", "PASSWORD", "KEY", "PYTHONPATH"))}
+        clean |= {"HF_HOME": aside, "HF_MODULES_CACHE": str(Path(aside) / "modules"), "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(
+            [sys.executable, alone.__file__, folder.resolve(), variant or "", str(torch.get_num_threads()), output],
+            env=clean, cwd=aside, capture_output=True, text=True)
+        if run.returncode:
+            raise ValueError(f"{folder} doesn't load without guided-diffusers: {run.stderr.strip()[-2000:]}")
+        theirs = load_file(output)["answer"]
+    ours = alone.answer(model)
+    if not torch.equal(ours, theirs):
+        largest = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("nan")
+        raise ValueError(f"{folder} says something else without guided-diffusers; the largest difference is "
+                         f"{largest:.3g}")
+
+
+def _upload(stage: Path, repo_id: str, private: bool | None, token: str | None, revision: str | None,
+            subfolder: str | None, commit_message: str | None, create_pr: bool) -> CommitInfo:
+    """One commit, which also removes shards that an earlier one left of weights that are now in other files."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=stage, path_in_repo=subfolder, revision=revision, create_pr=create_pr,
+        commit_message=commit_message or "Upload with guided-diffusers", delete_patterns=_stale(stage))
+
+
+def _stale(stage: Path) -> list[str]:
+    """Patterns of all files that the weights uploaded may have been in before."""
+    patterns = set()
+    for path in stage.rglob("*.safetensors"):
+        stem = path.name.partition("-0")[0].removesuffix(".safetensors")
+        name, _, variant = stem.partition(".")
+        index = f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
+        where = path.parent.relative_to(stage)
+        patterns |= {(where / one).as_posix() for one in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors",
+                                                           index)}
+    return sorted(patterns)
+
+
+def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """A repository as a folder, without pickles; broken off, it goes on where it was.
+
+    Raises:
+        ValueError: for a model_index.json that names classes which are no models.
+        OSError: for a broken file of weights; the message names it.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = Path(snapshot_download(repo_id, revision=revision, token=token, local_dir=folder, allow_patterns=[
+        f"*.{kind}" for kind in ("json", "txt", "safetensors", "md", "py", "png", "jpg", "jpeg", "webp")]))
+    for path in place.rglob("*.safetensors"):
+        safetensors_header(path)
+    if (place / "model_index.json").exists():
+        check_index(place, ClassifierGuidedPipeline._get_signature_keys(ClassifierGuidedPipeline)[0])
+    return place
+
+
+def card(folder: str | Path, repo_id: str | None = None, **options: Any) -> Path:
+    """Write README.md, the card of the model in a folder, and its pictures there; `options` as in `write_card`."""
+    from .model_card import write_card
+
+    folder = Path(folder)
+    return write_card(folder, model_class(folder).from_pretrained(folder), repo_id, **options)
+
+
+__all__: Sequence[str] = ("card", "check", "prepare", "pull", "push", "push_to_hub")

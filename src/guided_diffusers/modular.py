@@ -1,0 +1,66 @@
+"""A block of Modular Diffusers: classifier guidance in the loop of any modular pipeline of images.
+
+Diffusers' guiders combine predictions and never see the sample; a block between the denoiser and the scheduler does:
+
+    blocks = StableDiffusionXLAutoBlocks().get_workflow("text2image")
+    blocks.sub_blocks["denoise.denoise"].sub_blocks.insert("guidance", ClassifierGuidanceBlock(), 2)  # after "denoiser"
+    pipeline = blocks.init_pipeline(...)
+    pipeline.update_components(classifier=classifier)
+    pipeline(prompt="a photo of a shoe", label="sneaker", guidance_scale=3.0, output="images")
+
+Inputs, and scale 0, are those of `ClassifierGuidance`. `guide` works on a modular pipeline, too, with every term.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
+
+from .guidance import ClassifierGuidance, Sum, frozen
+from .run import Run, finite_check, guided
+
+
+class ClassifierGuidanceBlock(ModularPipelineBlocks):
+    """Correct a step's `noise_pred` by `guidance_scale * grad log p(label | latents)`.
+
+    Its place is in the denoising loop, after the denoiser, whose `noise_pred`, and `latents`, it reads.
+    """
+
+    @property
+    def description(self) -> str:
+        return ("Step within the denoising loop, after the denoiser, that steers to what a noise-aware classifier of "
+                "the latents calls the label.")
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("scheduler"), ComponentSpec("classifier", torch.nn.Module)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam("latents", required=True, type_hint=torch.Tensor, description="The noisy latents."),
+                InputParam("label", required=True, description="A label of `ClassifierGuidance`, or one an image."),
+                InputParam("guidance_scale", default=1.0, description="How strongly, or one an image; 0 is off.")]
+
+    @torch.no_grad()
+    def __call__(self, components: ModularPipeline, block_state: BlockState, i: int, t: torch.Tensor,
+                 ) -> tuple[Any, BlockState]:
+        if i == 0:
+            terms = Sum([ClassifierGuidance(components.classifier, block_state.label, block_state.guidance_scale)])
+            block_state.classifier_guidance = terms, Run(components.scheduler, t), finite_check(terms)
+        terms, run, check = block_state.classifier_guidance
+        index = run.step(t)
+        acting = run.acting(terms, index)
+        if acting.terms():
+            with frozen(acting.modules()):
+                block_state.noise_pred = guided(acting, run, index, block_state.noise_pred, block_state.latents, check,
+                                                _no_predict)
+        if index + 1 == len(run.numbers):
+            check.finish()
+        return components, block_state
+
+
+def _no_predict(*args: Any) -> torch.Tensor:
+    raise AssertionError("the classifier's term looks at the sample alone")

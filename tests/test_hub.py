@@ -1,0 +1,363 @@
+"""Publishing without a server: self-contained code, what folders may hold, the release gate, the card, the canary."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from huggingface_hub import ModelCard
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, hub
+from guided_diffusers.cli import main
+from guided_diffusers.clip import NoiseAwareCLIP
+from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
+from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
+from guided_diffusers.source import self_contained
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
+          "layers_per_block": 1, "norm_num_groups": 4}
+NAMES = {0: "boot", 1: "coat", 2: "hat"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make_classifier(seed: int = 1) -> NoiseAwareClassifier:
+    torch.manual_seed(seed)
+    classifier = NoiseAwareClassifier(8, 1, 3, (8,), ("ResnetDownsampleBlock2D",), 1, attention_head_dim=8,
+                                      norm_num_groups=4, id2label=NAMES)
+    torch.nn.init.normal_(classifier.head[-1].out.weight)
+    return classifier
+
+
+def make_pipeline(adm: bool = False) -> ClassifierGuidedPipeline:
+    torch.manual_seed(0)
+    if adm:
+        unet = ADMUNet2DModel(8, 1, 1, **BLOCKS, attention_head_dim=4, attn_norm_num_groups=4, num_class_embeds=4)
+    else:
+        unet = UNet2DModel(8, 1, 1, **BLOCKS, num_class_embeds=4)
+    scheduler = (ADMDDIMScheduler if adm else DDIMScheduler)(clip_sample=False)
+    pipeline = ClassifierGuidedPipeline(unet, scheduler, make_classifier(), defaults={"guidance_scale": 2.0})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "adm"
+    make_pipeline(adm=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def images(pipeline: DiffusionPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(["boot", 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+                    output_type="pt").images
+
+
+@pytest.mark.parametrize("cls", [ClassifierGuidedPipeline, NoiseAwareClassifier, ADMUNet2DModel, ADMDDIMScheduler,
+                                 NoiseAwareCLIP])
+def test_self_contained_code_imports_nothing_of_ours_and_is_clean(cls: type, tmp_path: Path) -> None:
+    text = self_contained(cls)
+    modules = {node.module or "." for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not any(name.startswith((".", "guided_diffusers")) for name in modules)
+    path = tmp_path / "file.py"
+    path.write_text(text)
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", path],
+                         capture_output=True, text=True)
+    if "No module named ruff" not in run.stderr:
+        assert run.returncode == 0, run.stdout
+
+
+def test_a_saved_folder_holds_the_code_that_the_source_makes(saved: Path) -> None:
+    """None is written by hand: each file is what `self_contained` makes now."""
+    made = {"pipeline.py": ClassifierGuidedPipeline, "unet/guided_diffusers_openai_unet.py": ADMUNet2DModel,
+            "classifier/guided_diffusers_classifier.py": NoiseAwareClassifier,
+            "scheduler/guided_diffusers_openai_schedules.py": ADMDDIMScheduler}
+    assert {path.relative_to(saved).as_posix() for path in saved.rglob("*.py")} == made.keys()
+    for file, cls in made.items():
+        assert (saved / file).read_text() == self_contained(cls)
+    pipeline = ast.parse((saved / "pipeline.py").read_text())
+    methods = {node.name for node in ast.walk(pipeline) if isinstance(node, ast.FunctionDef)}
+    assert "save_pretrained" in methods and not methods & {"from_bundled", "folder", "register"}
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "ClassifierGuidedPipeline"
+    assert index["classifier"] == ["guided_diffusers_classifier", "NoiseAwareClassifier"]
+    assert index["unet"] == ["guided_diffusers_openai_unet", "ADMUNet2DModel"]
+
+
+def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:
+    for number, loader in enumerate((ClassifierGuidedPipeline, DiffusionPipeline)):
+        pipeline = loader.from_pretrained(saved)
+        assert type(pipeline) is ClassifierGuidedPipeline and type(pipeline.unet) is ADMUNet2DModel
+        pipeline.save_pretrained(tmp_path / str(number))
+        assert contents(tmp_path / str(number)) == contents(saved)
+    pipeline.classifier.save_pretrained(tmp_path / "alone")
+    assert contents(tmp_path / "alone") == contents(saved / "classifier")
+    assert torch.equal(images(pipeline), images(make_pipeline(adm=True)))
+
+
+def test_folders_saved_before_and_by_others(folder: Path, tmp_path: Path) -> None:
+    """The class's own module in model_index.json; a network alone, with a classifier's folder; subfolder, variant."""
+    expected = images(make_pipeline(adm=True))
+    edit(folder / "model_index.json", classifier=["guided_diffusers.classifier", "NoiseAwareClassifier"])
+    for path in folder.rglob("*.py"):
+        path.unlink()
+    edit(folder / "model_index.json", unet=["guided_diffusers.openai.unet", "ADMUNet2DModel"],
+         scheduler=["guided_diffusers.openai.schedules", "ADMDDIMScheduler"])
+    assert torch.equal(images(ClassifierGuidedPipeline.from_pretrained(folder)), expected)
+    assert torch.equal(images(ClassifierGuidedPipeline.from_pretrained(tmp_path, subfolder="model")), expected)
+
+    own = make_pipeline()
+    DDPMPipeline(own.unet, own.scheduler).save_pretrained(tmp_path / "ddpm")
+    own.classifier.save_pretrained(tmp_path / "classifier", variant="fp16", max_shard_size=5000)
+    assert len(list((tmp_path / "classifier").glob("*.fp16-0000*.safetensors"))) > 1
+    classifier = NoiseAwareClassifier.from_pretrained(tmp_path / "classifier", variant="fp16")
+    joined = ClassifierGuidedPipeline.from_pretrained(tmp_path / "ddpm", classifier=classifier)
+    assert joined.classifier is classifier
+    joined.save_pretrained(tmp_path / "joined", variant="fp16", max_shard_size=20000)
+    weights = [path for path in (tmp_path / "joined").rglob("*.safetensors")]
+    assert len(weights) > 3 and all(".fp16" in path.name for path in weights)
+    again = ClassifierGuidedPipeline.from_pretrained(tmp_path / "joined", variant="fp16")
+    assert torch.equal(images(again), images(joined))
+
+
+def test_a_component_that_is_passed_makes_no_noise(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    other = make_classifier(seed=2)
+    assert ClassifierGuidedPipeline.from_pretrained(folder, classifier=other).classifier is other
+    assert "non-standard" not in capfd.readouterr().err
+    assert ClassifierGuidedPipeline.from_pretrained(folder, classifier=None).classifier is None
+    with pytest.raises(ValueError, match="classifier is 'x'; a torch.nn.Module or None is allowed"):
+        ClassifierGuidedPipeline.from_pretrained(folder, classifier="x")
+
+
+def evil(folder: Path) -> None:
+    """A module that would say so if it ran."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"classifier": ["evil", "Evil"]}, "classifier is .'evil', 'Evil'., code of the repository"),
+    ({"_class_name": ["evil", "Evil"]}, "_class_name is .'evil', 'Evil'., code of the repository"),
+    ({"classifier": ["../evil", "Evil"]}, "no .module, class."),
+    ({"unet": ["subprocess", "Popen"]}, "unet is .'subprocess', 'Popen'., which is no class of a model"),
+    ({"unet": ["diffusers", "DDPMPipeline"]}, "which is no class of a model"),
+    ({"scheduler": ["diffusers", "nothing"]}, "which is no class of a model"),
+    ({"vae": ["nothing_like_it", "Vae"]}, "which is no class of a model here; a model or scheduler of diffusers"),
+])
+def test_loading_refuses_a_foreign_index(folder: Path, changes: dict, message: str) -> None:
+    evil(folder / "classifier")
+    evil(folder)
+    edit(folder / "model_index.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        ClassifierGuidedPipeline.from_pretrained(folder)
+    assert not list(folder.rglob("ran"))
+
+
+def test_loading_refuses_foreign_weights_and_configs(folder: Path) -> None:
+    with pytest.raises(ValueError, match="use_safetensors=False: only True"):
+        ClassifierGuidedPipeline.from_pretrained(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        NoiseAwareClassifier.from_pretrained(folder / "classifier", use_safetensors=False)
+    with pytest.raises(ValueError, match="_class_name of the config is 'ADMUNet2DModel'; allowed: NoiseAware"):
+        NoiseAwareClassifier.from_pretrained(folder / "unet")
+    for model in (make_pipeline(), make_classifier()):
+        with pytest.raises(ValueError, match="safe_serialization"):
+            model.save_pretrained(folder, safe_serialization=False)
+    weights = folder / "classifier" / WEIGHTS
+    torch.save(torch.load, weights.with_suffix(".bin"))  # would be a call of it, unpickled
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    for load in (lambda: ClassifierGuidedPipeline.from_pretrained(folder), lambda: safetensors_header(weights)):
+        with pytest.raises(OSError, match=f"classifier/{WEIGHTS}"):
+            load()
+    weights.unlink()
+    with pytest.raises(OSError, match=f"no file named {WEIGHTS}"):
+        ClassifierGuidedPipeline.from_pretrained(folder)
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": f"../unet/{WEIGHTS}"}}
+    weights.with_name(WEIGHTS + ".index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="path separator"):
+        NoiseAwareClassifier.from_pretrained(folder / "classifier")
+    with pytest.raises(OSError, match="has no model_index.json"):
+        ClassifierGuidedPipeline.from_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match="'a/b/c' is no folder"):
+        ClassifierGuidedPipeline.from_pretrained("a/b/c")
+
+
+SECRET = "hf_" + "aBcDeFgHiJ" * 4
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("notes.md", f"my key is {SECRET}", "notes.md holds a Hugging Face token"),
+    ("figures.json", '{"key": "AKIAABCDEFGHIJKLMNOP"}', "figures.json holds an AWS key"),
+    ("note.txt", "see https://user:secret@example.org/x", "holds a password in an address"),
+    ("id.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "holds a private key"),
+    ("unet/weights.bin", "x", "unet/weights.bin is a pickle"),
+    ("picture.png", pickle.dumps({"a": 1}), "picture.png is a pickle"),
+    ("classifier/helper.py", "x = 1", "classifier/helper.py is code"),
+    ("run", "#!/bin/sh\n", "run is code"),
+    ("figures.json", '{"from": "/home/me/data/x"}', "figures.json names a path of a machine: /home/me/data/x"),
+    ("figures.json", '{"from": "C:\\\\Users\\\\me"}', "figures.json names a path of a machine"),
+    ("pipeline.py", "import os", "pipeline.py isn't the code that this version"),
+])
+def test_what_may_not_be_published(folder: Path, name: str, content: str | bytes, message: str) -> None:
+    code = ClassifierGuidedPipeline.from_pretrained(folder).code()
+    check_files(folder, code)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        check_files(folder, code)
+    assert SECRET not in str(error.value)
+
+
+def test_more_that_may_not_be_published(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links out, secrets in a header of weights, the user's own token; fractions, addresses and tags are no paths."""
+    (folder / "README.md").write_text("1/2, </details>, https://huggingface.co/data/x, out/unet, `a/b/c.png`, N/A")
+    check_files(folder, make_pipeline(adm=True).code())
+    from safetensors.torch import save_file
+    save_file({"x": torch.zeros(1)}, folder / "unet" / "more.safetensors", {"note": SECRET})
+    with pytest.raises(ValueError, match="unet/more.safetensors holds a Hugging Face token"):
+        check_files(folder, make_pipeline(adm=True).code())
+    (folder / "unet" / "more.safetensors").unlink()
+    monkeypatch.setenv("HF_TOKEN", "an-odd-token-1234")
+    (folder / "note.txt").write_text("an-odd-token-1234")
+    with pytest.raises(ValueError, match="note.txt holds your Hugging Face token"):
+        check_files(folder, make_pipeline(adm=True).code())
+    (folder / "note.txt").unlink()
+    (tmp_path / "outside.txt").write_text("x")
+    (folder / "note.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(ValueError, match="note.txt is a link out of the folder"):
+        check_files(folder, {})
+    with pytest.raises(ValueError, match="note.txt is a link out of the folder"):
+        hub.push(folder, "user/model")
+
+
+def test_the_gate_sees_other_images(folder: Path) -> None:
+    (folder / "pipeline.py").write_text(self_contained(ClassifierGuidedPipeline))
+    other = ClassifierGuidedPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        other.classifier.head[-1].out.weight.mul_(1.001)
+    with pytest.raises(ValueError, match="says something else without guided-diffusers; the largest difference is"):
+        hub.check(folder, other)
+
+
+class Foreign(NoiseAwareClassifier):
+    """A classifier whose code wouldn't travel."""
+
+
+def test_only_what_can_travel_is_published(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    pipeline.register_modules(classifier=Foreign(**{name: value for name, value in pipeline.classifier.config.items()
+                                                    if not name.startswith("_")}))
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"classifier is test_hub.Foreign, whose code can't go along"):
+        hub.push(tmp_path / "model", "user/model", picture=False)
+    pipeline.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="holds a UNet2DModel; a ClassifierGuidedPipeline or a NoiseAware"):
+        hub.push(tmp_path / "unet", "user/model")
+    with pytest.raises(ValueError, match="holds neither a pipeline"):
+        hub.push(tmp_path, "user/model")
+
+
+HELD_OUT = [{"timestep": 49, "accuracy": 0.875, "cross_entropy": 0.3}, {"timestep": 949, "accuracy": 0.25,
+                                                                         "cross_entropy": 2.0}]
+
+
+def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    options = {"dataset_name": "someone/clothes", "max_train_steps": 5250, "learning_rate": 6e-4, "output_dir": "/x/y"}
+    figures = {"classifier": {"step": 5, "held_out": HELD_OUT, "options": options},
+               "judge_agreement": {"images": 100, "rows": [{"guidance_scale": 3.0, "agreement": 0.915}],
+                                   "command": "python examples/judge_agreement.py --scales 3"}}
+    (folder / "figures.json").write_text(json.dumps(figures))
+    main(["card", str(folder), "--repo", "user/model", "--license", "mit"])
+    assert "README.md is written" in capsys.readouterr().out
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.license, card.data.datasets) == ("diffusers", "mit", ["someone/clothes"])
+    assert card.data.pipeline_tag == "unconditional-image-generation" and len(card.data.eval_results) == 2
+    assert card.data.eval_results[0].metric_value == 0.875 and card.data.model_name == "model"
+    for text in ("boot, coat, hat", "![Images that it generated", "![Accuracy at each noise level](accuracy.png)",
+                 "| 49 | 0.875 | 0.3 |", "| 3 | 0.915 |", "`python examples/judge_agreement.py --scales 3`",
+                 "| learning rate | 0.0006 |", "87.5% at timestep 49, 25.0% at 949", "licence of the weights is mit",
+                 'from_pretrained("user/model")', 'custom_pipeline="user/model", trust_remote_code=True'):
+        assert text in card.text, text
+    assert {"example.png", "accuracy.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_card_of_a_classifier_without_figures(tmp_path: Path) -> None:
+    make_classifier().save_pretrained(tmp_path)
+    card = ModelCard.load(hub.card(tmp_path, "user/classifier"))
+    assert (card.data.pipeline_tag, card.data.license) == ("image-classification", "unknown")
+    assert "3 labels: boot, coat, hat" in card.text and "isn't stated" in card.text and "## Figures" not in card.text
+    assert count_parameters(tmp_path) == sum(p.numel() for p in make_classifier().parameters())
+
+
+LEANS_ON = [  # module, attribute, parameters that we or the generated code give, or words of its source
+    ("diffusers.pipelines.pipeline_loading_utils", "_get_custom_components_and_folders", ["hasattr(pipelines"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "get_class_obj_and_candidates",
+     ["is_pipeline_module", "getattr(pipelines, library_name)", 'library_name + ".py"', "trust_remote_code"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "_get_pipeline_class", ["getattr(diffusers_module, class_name)"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "_resolve_custom_pipeline_and_cls", ["isinstance(config"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "_get_library_or_raise", ["sys.modules.get"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "maybe_raise_or_warn", ["You have passed a non-standard module"]),
+    ("diffusers.pipelines.pipeline_loading_utils", "_fetch_class_library_tuple", ["LOADABLE_CLASSES"]),
+    ("diffusers.utils.dynamic_modules_utils", "get_cached_module_file", ['submodule = "local"', "trust_remote_code"]),
+    ("diffusers.utils.dynamic_modules_utils", "find_pipeline_class", ["issubclass(cls, DiffusionPipeline)"]),
+    ("diffusers.utils.hub_utils", "_get_checkpoint_shard_files", ["os.path.basename(shard_filename)"]),
+    ("diffusers.models.model_loading_utils", "load_state_dict", ["Unable to load weights from checkpoint file"]),
+    ("diffusers.models.auto_model", "AutoModel.from_pretrained", ['config["auto_map"][cls.__name__]']),
+    ("diffusers.models.modeling_utils", "ModelMixin.from_pretrained", ["cls.from_config(", "use_safetensors"]),
+    ("diffusers.models.modeling_utils", "ModelMixin.save_pretrained", ["save_config(save_directory)"]),
+    ("diffusers.configuration_utils", "ConfigMixin.save_config", ["to_json_file"]),
+    ("diffusers.configuration_utils", "ConfigMixin.to_json_file", ["to_json_string"]),
+    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.download",
+     ["CUSTOM_PIPELINE_FILE_NAME", "custom_components", "passed_components"]),
+    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.save_pretrained",
+     ['"safe_serialization" in save_method_signature', '"variant" in save_method_signature',
+      '"max_shard_size" in save_method_signature']),
+    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline._get_signature_keys", ["_optional_components"]),
+    ("diffusers.utils.hub_utils", "PushToHubMixin.push_to_hub", ["save_pretrained(tmpdir", "_upload_folder"]),
+]
+
+
+@pytest.mark.parametrize("module, name, words", LEANS_ON, ids=[name for _, name, _ in LEANS_ON])
+def test_canary_of_what_publishing_leans_on(module: str, name: str, words: list[str]) -> None:
+    """Diffusers promises none of this. If it fails after an upgrade, look what the named function does now, and whether
+    `test_hub_server.py` still passes; then change `repository` or the words here."""
+    found = sys.modules.get(module) or __import__(module, fromlist=["x"])
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        assert found is not None, f"Diffusers {diffusers.__version__} has no {module}.{name} any more"
+    source = inspect.getsource(inspect.unwrap(getattr(found, "__func__", found)))
+    for word in words:
+        assert word in source, f"{module}.{name} of Diffusers {diffusers.__version__} has no {word!r} any more"
+
+
+def test_our_names_are_free_in_diffusers() -> None:
+    """What `register` adds hides nothing of Diffusers' own."""
+    code = ("import diffusers; print(hasattr(diffusers, 'ClassifierGuidedPipeline'), "
+            "[name for name in dir(diffusers.pipelines) if 'guided_diffusers' in name])")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "[]"]
+    assert diffusers.pipelines.guided_diffusers_classifier.NoiseAwareClassifier is NoiseAwareClassifier
+    assert diffusers.pipelines.guided_diffusers_openai_schedules.ADMDDPMScheduler is ADMDDPMScheduler
