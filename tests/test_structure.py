@@ -18,7 +18,8 @@ ONLY = {"classifier": set(), "bundled": set(), "data": set(), "noise": set(), "g
         "preprocess": set(), "perceptual": {"noise", "guidance", "preprocess"}, "run": {"noise", "guidance"},
         "attach": {"noise", "guidance", "images", "run"}, "modular": {"guidance", "run"},
         "images": set(), "clip": {"classifier"},
-        "pipeline": {"noise", "guidance", "classifier", "images", "bundled"}}
+        "repository": set(), "source": set(),
+        "pipeline": {"noise", "guidance", "classifier", "images", "bundled", "repository"}}
 LAST = ("hub", "cli", "__main__")  # and nothing before one of these imports it
 
 

@@ -16,6 +16,8 @@ from PIL import Image as PILImage
 
 SIXTEEN_BITS = ("I", "I;16", "I;16B")
 GREY = ("1", "L", "LA", *SIXTEEN_BITS)
+UNREADABLE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
+ATTEMPTS = 100  # images in the place of one that can't be read
 
 
 def load_splits(name_or_folder: str, config_name: str | None = None) -> DatasetDict:
@@ -42,6 +44,10 @@ def _column(dataset: Dataset, name: str | None, argument: str, feature_type: typ
     return name
 
 
+class CorruptImage(ValueError):
+    """An image that can't be read; the message names its row."""
+
+
 class LabelledImages(torch.utils.data.Dataset):
     """Items of one split as `{"pixel_values": (C, H, W) float32 in [-1, 1], "label": int}`.
 
@@ -59,18 +65,26 @@ class LabelledImages(torch.utils.data.Dataset):
         random_shift: move by up to that many pixels each way, the edge repeated; 0: off.
         channels: 1 (grey) or 3 (RGB); by default 1 if sixteen images, evenly spread, are all grey.
         labels: the names of another split, where ids must mean the same.
+        cache_images: keep every image that was read, decoded and resized, in the memory of the process that read it.
+        skip_corrupt_images: an image that can't be read is replaced by another row's, image and label, chosen by the
+            seed and the index alone. Items then also have `"row"`, the row that was read, and `"corrupt"`, the row
+            that could not be read, or -1.
 
     Raises:
-        ValueError: if a column is missing or holds something else, or the labels differ from `labels`.
+        ValueError: if a column is missing or holds something else, or the labels differ from `labels`; when an item is
+            read, if its image can't be, or its label is none.
     """
 
     def __init__(self, dataset: Dataset, image_column: str | None = None, label_column: str | None = None,
                  resolution: int = 64, center_crop: bool = False, random_flip: bool = False,
-                 random_shift: int = 0, channels: int | None = None, labels: dict[int, str] | None = None):
+                 random_shift: int = 0, channels: int | None = None, labels: dict[int, str] | None = None,
+                 cache_images: bool = False, skip_corrupt_images: bool = False):
         if len(dataset) == 0:
             raise ValueError("dataset: the split has no rows")
         self.resolution, self.center_crop = resolution, center_crop
         self.random_flip, self.random_shift = random_flip, random_shift
+        self.skip_corrupt_images = skip_corrupt_images
+        self._cache: dict[int, tuple[PILImage.Image, int]] | None = {} if cache_images else None
         self.image_column = _column(dataset, image_column, "image_column", Image)
         feature = dataset.features[self.image_column]
         if feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature:
@@ -88,8 +102,27 @@ class LabelledImages(torch.utils.data.Dataset):
         self._ids = {name: i for i, name in self.id2label.items()}
 
     def _channels(self) -> int:
-        spread = {len(self._rows) * i // 16 for i in range(16)}
-        return 1 if all(self._rows[i][self.image_column].mode in GREY for i in spread) else 3
+        modes = []
+        for i in sorted({len(self._rows) * i // 16 for i in range(16)}):
+            try:
+                modes.append(self._row(i)[self.image_column].mode)
+            except CorruptImage:
+                if not self.skip_corrupt_images:
+                    raise
+        return 1 if modes and all(mode in GREY for mode in modes) else 3
+
+    def _row(self, index: int) -> dict[str, object]:
+        """The columns of image and label, with the image decoded."""
+        try:
+            row = self._rows[index]
+            if row[self.image_column] is None:
+                raise ValueError("there is none")
+            row[self.image_column].load()
+            return row
+        except UNREADABLE as error:
+            raw = self._rows.cast_column(self.image_column, Image(decode=False))[index][self.image_column] or {}
+            name = f" ({raw['path']})" if raw.get("path") else ""
+            raise CorruptImage(f"the image of row {index}{name} can't be read: {error}") from error
 
     def _names(self, labels: dict[int, str] | None) -> dict[int, str]:
         if self.label_column is None:
@@ -116,11 +149,9 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, 0)
-        row, draw = self._rows[index], random.Random(seed)
-        image = row[self.image_column]
-        if image.mode in SIXTEEN_BITS:  # Pillow's convert would cut at 255
-            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = self._crop(image.convert("L" if self.channels == 1 else "RGB"), draw)
+        image, label, row = self._readable(index, seed)
+        draw = random.Random(seed)
+        image = self._crop(image, draw)
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(*image.size[::-1], self.channels)
         if self.random_flip and draw.random() < 0.5:
             pixels = pixels.flip(1)
@@ -128,7 +159,33 @@ class LabelledImages(torch.utils.data.Dataset):
             left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
             padded = np.pad(pixels.numpy(), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
             pixels = torch.from_numpy(padded)[top:top + self.resolution, left:left + self.resolution]
-        return {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": self._label(row, index)}
+        found = {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": label}
+        return found | {"row": row, "corrupt": index if row != index else -1} if self.skip_corrupt_images else found
+
+    def _readable(self, index: int, seed: int) -> tuple[PILImage.Image, int, int]:
+        """Image, label and row, of another row where this one's image can't be read and that is to be skipped."""
+        row, instead = index, random.Random(f"instead {index} {seed}")
+        for _ in range(ATTEMPTS):
+            try:
+                return *self._image(row), row
+            except CorruptImage:
+                if not self.skip_corrupt_images:
+                    raise
+            row = instead.randrange(len(self))
+        raise CorruptImage(f"the image of row {index} can't be read, nor those of {ATTEMPTS - 1} rows drawn instead")
+
+    def _image(self, index: int) -> tuple[PILImage.Image, int]:
+        """A row's image, its shorter side resized, and its label."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        row = self._row(index)
+        image = row[self.image_column]
+        if image.mode in SIXTEEN_BITS:  # Pillow's convert would cut at 255
+            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        found = self._resize(image.convert("L" if self.channels == 1 else "RGB")), self._label(row, index)
+        if self._cache is not None:
+            self._cache[index] = found
+        return found
 
     def label(self, index: int) -> int:
         """The label of a row whose image isn't read."""
@@ -144,12 +201,16 @@ class LabelledImages(torch.utils.data.Dataset):
                              f"{list(self.id2label.values())[:20]}")
         return int(label)
 
+    def _resize(self, image: PILImage.Image) -> PILImage.Image:
+        size, (width, height) = self.resolution, image.size
+        if min(width, height) == size:
+            return image
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        return image.resize((width, height), PILImage.Resampling.BICUBIC)
+
     def _crop(self, image: PILImage.Image, draw: random.Random) -> PILImage.Image:
         size, (width, height) = self.resolution, image.size
-        if min(width, height) != size:
-            scale = size / min(width, height)
-            width, height = max(size, round(width * scale)), max(size, round(height * scale))
-            image = image.resize((width, height), PILImage.Resampling.BICUBIC)
         left, top = ((width - size) // 2, (height - size) // 2) if self.center_crop else (
             draw.randint(0, width - size), draw.randint(0, height - size))
         return image.crop((left, top, left + size, top + size))
@@ -194,7 +255,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int | str]:
         index, seed = item if isinstance(item, tuple) else (item, item)
         found = self.images[item]
-        captions = self._captions(index) if self._by_label is None else self._by_label[found["label"]]
+        captions = self._captions(found.get("row", index)) if self._by_label is None else self._by_label[found["label"]]
         return {**found, "caption": random.Random(f"caption {seed}").choice(captions)}
 
     def _captions(self, index: int) -> Sequence[str]:

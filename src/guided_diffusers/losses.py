@@ -1,4 +1,5 @@
-"""Losses of diffusion training with a learned variance, bits per dimension, and which timesteps to draw.
+"""Losses of diffusion training with a learned variance, of flow matching, bits per dimension, and which timesteps to
+draw.
 
 Ho et al., Denoising Diffusion Probabilistic Models (2020); Nichol & Dhariwal, Improved Denoising Diffusion
 Probabilistic Models (2021). Everything is per image, (B,), and gives what OpenAI's guided-diffusion gives.
@@ -16,7 +17,7 @@ from math import log, pi, sqrt
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -34,6 +35,9 @@ class Process:
     Args:
         scheduler: its betas, `prediction_type` and `variance_type`: "learned_range", or a fixed one.
         timesteps: those that a shorter process keeps; None: all. Step k has the k-th smallest.
+
+    Raises:
+        ValueError: for a network of eps where alpha = 0 (zero terminal SNR), which says nothing of x0 there.
     """
 
     def __init__(self, scheduler: DDPMScheduler, timesteps: Sequence[int] | None = None):
@@ -44,21 +48,32 @@ class Process:
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta, small = step_variances(alpha_bar)
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.prediction_type == "epsilon" and not alpha.all():
+            raise ValueError("prediction_type 'epsilon': the schedule has zero terminal SNR (rescale_betas_zero_snr), "
+                             "where eps says nothing of x0; v_prediction and sample are allowed")
         levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
         a, b = torch.tensor([affine(self.prediction_type, *level) for level in levels], dtype=torch.float64).T
         self._tables = {
-            "alpha": alpha, "sigma": sigma, "a": a, "b": b, "beta": beta, "small": small,
+            "alpha": alpha, "sigma": sigma, "snr": alpha_bar / (1 - alpha_bar), "a": a, "b": b, "beta": beta,
+            "small": small,
             "c_0": before.sqrt() * beta / (1 - alpha_bar),
             "c_t": (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar),
         }
+        self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def at(self, k: Tensor, like: Tensor, *names: str) -> list[Tensor]:
         """Coefficients of the steps k (B,), in the dtype of `like` (B, C, H, W) and broadcast over it."""
-        shape = (-1, *[1] * (like.ndim - 1))
-        return [self._tables[name][k.cpu()].to(like).reshape(shape) for name in names]
+        k, shape = k.to(like.device), (-1, *[1] * (like.ndim - 1))
+        return [self._table(name, like.dtype, like.device)[k].reshape(shape) for name in names]
+
+    def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One copy a device, so that no training step waits for it."""
+        if (key := (name, dtype, device)) not in self._placed:
+            self._placed[key] = self._tables[name].to(dtype).to(device)
+        return self._placed[key]
 
     def noised(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps."""
@@ -89,21 +104,70 @@ class Process:
         return log_variance(self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned)
 
 
-def diffusion_loss(process: Process, output: Tensor, x0: Tensor, eps: Tensor, k: Tensor,
-                   objective: Objective = "simple") -> dict[str, Tensor]:
+class FlowProcess:
+    """Straight paths from data (s = 0) to noise (s = 1), and their velocity, which the network learns:
+
+        x_s = (1 - s) x0 + s eps,    target = eps - x0
+
+    Lipman et al., Flow Matching for Generative Modeling (2023), eq. 22 and 23 with sigma_min = 0 and time reversed; Liu
+    et al., Flow Straight and Fast (2023), eq. 1. A timestep is T s, as `FlowMatchEulerDiscreteScheduler` tells the
+    network.
+
+    Args:
+        scheduler: its T = `num_train_timesteps` and its `shift`.
+    """
+
+    def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler):
+        self.steps, self.shift = scheduler.config.num_train_timesteps, scheduler.config.shift
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """T s of u in [0, 1]: s = shift u / (1 + (shift - 1) u), as in sampling.
+
+        A shift above 1 is for large images, which need more noise to be destroyed (Esser et al., Scaling Rectified Flow
+        Transformers, 2024, eq. 23).
+        """
+        return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def noised(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """x_s."""
+        s = (timesteps.to(x0) / self.steps).reshape(-1, *[1] * (x0.ndim - 1))
+        return (1 - s) * x0 + s * eps
+
+    def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """eps - x0."""
+        return eps - x0
+
+
+def min_snr_weights(process: Process, k: Tensor, like: Tensor, gamma: float = 5.0) -> Tensor:
+    """The weights, (B,), of the steps' mean squared errors by Hang et al., Efficient Diffusion Training via Min-SNR
+    Weighting Strategy (2023), with SNR = alpha^2 / sigma^2:
+
+        x0    min(SNR, gamma);    eps    min(SNR, gamma) / SNR;    v    min(SNR, gamma) / (SNR + 1)
+
+    All three are the same loss of the predicted x0. `like` (B, C, H, W) says the dtype and device.
+    """
+    (snr,) = (table.flatten() for table in process.at(k, like, "snr"))
+    return snr.clamp(max=gamma) / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[process.prediction_type]
+
+
+def diffusion_loss(process: Process | FlowProcess, output: Tensor, x0: Tensor, eps: Tensor, k: Tensor,
+                   objective: Objective = "simple", snr_gamma: float | None = None) -> dict[str, Tensor]:
     """The loss of a network's output at `process.noised(x0, eps, k)`, and its parts, each (B,).
 
     Args:
         output: (B, C, H, W), or with a learned variance (B, 2C, H, W).
         x0, eps: images in [-1, 1] and standard normal noise, (B, C, H, W).
-        k: steps of the process, (B,).
+        k: steps of the process, (B,); of a `FlowProcess` timesteps, and objective is "simple".
         objective: "simple": `mse`, of the network's target (Ho et al., eq. 14). "hybrid": mse + vb, where `vb` is
             `variational_bound` and teaches the variance only (Nichol & Dhariwal, eq. 16); "hybrid_rescaled": vb times
             T / 1000, as the published models. "bound": T * vb alone.
+        snr_gamma: the gamma of `min_snr_weights`, by which the `mse` in `loss` is weighted. None: off.
 
     Raises:
-        ValueError: if the network's channels don't fit the objective, or the objective is unknown.
+        ValueError: if the network's channels or the process don't fit the objective, or the objective is unknown.
     """
+    if isinstance(process, FlowProcess) and (objective != "simple" or snr_gamma is not None):
+        raise ValueError(f"objective {objective!r}, snr_gamma {snr_gamma}: flow matching allows 'simple' and None")
     prediction, learned = split_variance(output, x0.shape[1])
     hybrid = objective in ("hybrid", "hybrid_rescaled")
     if objective not in ("simple", "bound") and not hybrid:
@@ -112,15 +176,18 @@ def diffusion_loss(process: Process, output: Tensor, x0: Tensor, eps: Tensor, k:
         raise ValueError(f"objective {objective!r}: the network has {'a' if learned is not None else 'no'} learned "
                          "variance; simple is for networks without, hybrid for those with")
     if objective == "bound":
+        if snr_gamma is not None:
+            raise ValueError(f"snr_gamma {snr_gamma}: objective 'bound' has no mse to weight; None is allowed")
         vb = variational_bound(process, output, x0, process.noised(x0, eps, k), k)
         return {"loss": len(process) * vb, "vb": vb}
     mse = (process.target(x0, eps, k) - prediction).square().mean(dim=(1, 2, 3))
+    weighted = mse if snr_gamma is None else min_snr_weights(process, k, x0, snr_gamma) * mse
     if not hybrid:
-        return {"loss": mse, "mse": mse}
+        return {"loss": weighted, "mse": mse}
     fixed_mean = torch.cat([prediction.detach(), learned], dim=1)
     vb = variational_bound(process, fixed_mean, x0, process.noised(x0, eps, k), k)
     vb = vb * len(process) / 1000 if objective == "hybrid_rescaled" else vb
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": weighted + vb, "mse": mse, "vb": vb}
 
 
 def variational_bound(process: Process, output: Tensor, x0: Tensor, x_t: Tensor, k: Tensor,
@@ -189,7 +256,8 @@ def bits_per_dim(network: torch.nn.Module, process: Process, x0: Tensor, class_l
         k = torch.full((len(x0),), step)
         eps = randn_tensor(x0.shape, generator, x0.device, x0.dtype).to(wide)
         x_t = process.noised(wide, eps, k)
-        output = network(x_t.to(dtype), process.timesteps[step].to(x0.device), **labels).sample.to(wide)
+        t = process.timesteps[k].to(x0.device)
+        output = network(x_t.to(dtype), t, **labels).sample.to(wide)
         predicted = process.denoised(split_variance(output, x0.shape[1])[0], x_t, k, clip)
         alpha, sigma = process.at(k, x_t, "alpha", "sigma")
         columns["bound"].append(variational_bound(process, output, wide, x_t, k, clip))

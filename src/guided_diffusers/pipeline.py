@@ -378,8 +378,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     @property
     def _null(self) -> int | None:
         """The label that tells the network none, one more than there are labels; None where it wasn't trained so."""
-        embeddings = module_config(self.unet).get("num_class_embeds")
+        embeddings = self._class_embeddings
         return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
+
+    @property
+    def _class_embeddings(self) -> int | None:
+        """How many class embeddings the network has, None without; a DiT's config leaves out its null label's."""
+        config = module_config(self.unet)
+        return config["num_embeds_ada_norm"] + 1 if self._is_dit else config.get("num_class_embeds")
+
+    @property
+    def _is_dit(self) -> bool:
+        return module_config(self.unet).get("norm_type") == "ada_norm_zero"
 
     def _labels(self, label: Any, per_label: int) -> list[dict[int, float]]:
         """One {id: weight} an image; empty without a label."""
@@ -392,7 +402,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _class_labels(self, labels: list[dict[int, float]], batch_size: int, conditional: bool | None,
                       device: torch.device) -> torch.Tensor | None:
         """What a class-conditional network is told, (B,); None for an unconditional one."""
-        embeddings = module_config(self.unet).get("num_class_embeds")
+        embeddings = self._class_embeddings
         if embeddings is None:
             if conditional:
                 raise ValueError("conditional=True needs a network with class embeddings; this one is unconditional")
@@ -465,6 +475,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"guidance: a term has conditions {sorted(unknown)}; the network is told {sorted(told)}")
         kwargs = {name: torch.cat([{**told, **condition}[name].to(latents.device).expand(batch_size, *value.shape[1:])
                                    for condition in conditions]) for name, value in told.items()}
+        t = t.expand(len(scaled)) if self._is_dit else t  # it takes no timestep without a dimension
         output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
         if variance is None and reads_variance(self.scheduler):

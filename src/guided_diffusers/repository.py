@@ -23,6 +23,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils.logging import get_logger
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED = "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you imported"
@@ -53,10 +55,11 @@ def load(cls: type, from_pretrained: Callable[..., Any], name: str | Path, subfo
     elif str(name).count("/") > 1:
         raise ValueError(f"{str(name)!r} is no folder, and no id of a repository: user/model is allowed")
     elif subfolder is None:
-        folder = Path(cls.download(str(name), **kwargs))
+        try:
+            folder = Path(cls.download(str(name), **kwargs))
+        except OSError as error:  # Diffusers' speaks of its cache, also of a repository that is private
+            raise (error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error) from None
     else:
-        from huggingface_hub import snapshot_download
-
         where = ("revision", "cache_dir", "token", "local_files_only", "force_download")
         folder = Path(snapshot_download(
             str(name), allow_patterns=[f"{subfolder}/*.{kind}" for kind in ("json", "txt", "safetensors")],

@@ -1,0 +1,201 @@
+"""Losses of classifiers that guide: of three kinds of heads, mixed images, worst-case images, and the gradient itself.
+
+f are a classifier's outputs (B, K) for x_t = alpha x0 + sigma eps, in `transformers`' words of what they are:
+
+    single_label_classification   log p(y | x_t) = f_y - log sum_k exp f_k           y: ids (B,), or shares (B, K)
+    multi_label_classification    log p(y | x_t) = sum_k log sigmoid(+-f_k)          y: 0 or 1 (B, K), or between
+    regression                    f = E[y | x_t]                                     y: numbers (B, K)
+
+Every loss is one an image, (B,), in float32 or wider, so that images can be weighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
+
+
+def label_losses(logits: Tensor, y: Tensor, problem_type: str = SINGLE, class_weights: Tensor | None = None,
+                 label_smoothing: float = 0.0, variance: Tensor | None = None) -> Tensor:
+    """How wrong the outputs are, (B,):
+
+        single_label_classification   - sum_k w_k q_k log p(k | x_t),    q = (1 - s) y + s / K
+        multi_label_classification    - mean_k [w_k q_k log sigmoid(f_k) + (1 - q_k) log sigmoid(-f_k)],
+                                      q = (1 - s) y + s / 2
+        regression                    mean_k (f_k - y_k)^2 / variance_k
+
+    The best outputs are p(q | x_t), up to w, and E[y | x_t].
+
+    Args:
+        logits, y, problem_type: f, y and the kind, as above.
+        class_weights: w, (K,); None: all 1. Not for regression.
+        label_smoothing: s, the share of a label given to all alike (Szegedy et al. 2016, "Rethinking the inception
+            architecture for computer vision", section 7); 0: off. Not for regression.
+        variance: (K,), of the numbers to regress, so that the loss is the share of it that is left, 1 - R^2; None: all
+            1. For regression only.
+
+    Raises:
+        ValueError: for another `problem_type`, or an argument without effect on this one.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type={problem_type!r}: {', '.join(PROBLEM_TYPES)} are allowed")
+    if problem_type == REGRESSION and (class_weights is not None or label_smoothing):
+        raise ValueError(f"class_weights={class_weights}, label_smoothing={label_smoothing} have no effect on "
+                         f"{REGRESSION}; leave them None and 0")
+    if problem_type != REGRESSION and variance is not None:
+        raise ValueError(f"variance={variance} has no effect on {problem_type}; leave it None")
+    if problem_type == SINGLE:
+        y = y if y.ndim == 1 else y.to(wide.dtype)
+        weights = None if class_weights is None else class_weights.to(wide.dtype)
+        return F.cross_entropy(wide, y, weights, reduction="none", label_smoothing=label_smoothing)
+    if problem_type == MULTI:
+        q = (1 - label_smoothing) * y.to(wide.dtype) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(wide, q, pos_weight=class_weights, reduction="none").mean(dim=1)
+    return ((wide - y).square() / (1.0 if variance is None else variance)).mean(dim=1)
+
+
+def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Tensor:
+    """log p(y | x_t), (B,), of a single- or multi-label classifier.
+
+    Raises:
+        ValueError: for regression, whose p(y | x_t) no output says.
+    """
+    if problem_type == REGRESSION:
+        raise ValueError(f"problem_type={problem_type!r}: {SINGLE} and {MULTI} have a likelihood")
+    return -label_losses(logits, y, problem_type) * (1 if problem_type == SINGLE else logits.shape[1])
+
+
+def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) -> Tensor:
+    """Class weights (K,) under which all classes matter alike, float32.
+
+        single_label_classification   N / (K N_k): each class has the same share of the loss, whose mean weight stays 1
+        multi_label_classification    (N - N_k) / N_k: a label's positives matter as much as its negatives
+
+    Args:
+        counts: N_k, (K,), the images of a label.
+        images: N.
+
+    Raises:
+        ValueError: if a label has no image, or, of several labels an image, all.
+    """
+    counts = counts.double()
+    if (counts <= 0).any() or problem_type == MULTI and (counts >= images).any():
+        raise ValueError(f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
+                         f"needed{', and one without' if problem_type == MULTI else ''}")
+    return (images / (len(counts) * counts) if problem_type == SINGLE else (images - counts) / counts).float()
+
+
+def soft_labels(y: Tensor, num_labels: int) -> Tensor:
+    """Ids (B,) as shares (B, K); what is (B, K) stays as it is."""
+    return F.one_hot(y, num_labels).float() if y.ndim == 1 else y
+
+
+def mixup(x0: Tensor, y: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels mixed with their neighbour's (Zhang et al. 2018, "mixup: Beyond empirical risk minimization"):
+
+        x0_i <- share_i x0_i + (1 - share_i) x0_j,    y likewise,    j = i + 1 for even i, i - 1 for odd i
+
+    Args:
+        x0: (B, ...), with an even B: neighbours, not a permutation, so that any number of processes mixes the same.
+        y: (B, K), as `soft_labels` gives it.
+        share: (B,), from Beta(a, a).
+
+    Raises:
+        ValueError: for an odd B.
+    """
+    if len(x0) % 2:
+        raise ValueError(f"x0 has {len(x0)} images; an even number can be mixed by twos")
+    j = torch.arange(len(x0), device=x0.device) ^ 1
+    return tuple(torch.lerp(part[j], part, share.to(part).reshape(-1, *[1] * (part.ndim - 1))) for part in (x0, y))
+
+
+def worst_case(losses: Callable[[Tensor], Tensor], x_t: Tensor, radius: float, steps: int = 7) -> Tensor:
+    """The x_t + delta, |delta|_2 <= radius, of largest loss, by projected gradient ascent; detached.
+
+    Kawar et al. 2022, "Enhancing diffusion-based image synthesis with robust classifier guidance", train on these:
+    the gradients of a classifier that a small change can't fool show what people see in a class. The ascent is that of
+    Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks": from delta = 0, each step of
+    2.5 radius / steps along the normalised gradient.
+
+    Args:
+        losses: x_t -> (B,).
+        x_t: (B, ...).
+        radius: of each image's delta, in units of x_t; 0 is x_t itself.
+        steps: gradients taken.
+    """
+    shape = (-1, *[1] * (x_t.ndim - 1))
+
+    def norm(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny).reshape(shape)
+
+    x_t = x_t.detach()
+    delta = torch.zeros_like(x_t)
+    for _ in range(steps if radius else 0):
+        with torch.enable_grad():
+            delta.requires_grad_()
+            (grad,) = torch.autograd.grad(losses(x_t + delta).sum(), delta)
+        delta = delta.detach() + 2.5 * radius / steps * grad / norm(grad)
+        delta = delta * (radius / norm(delta)).clamp(max=1)
+    return x_t + delta
+
+
+def score_matching_losses(log_p: Tensor, x_t: Tensor, eps: Tensor, sigma: Tensor, score: Tensor) -> Tensor:
+    """Denoising likelihood score matching, weighted by sigma^2, a mean over an image's dimensions, (B,):
+
+        sigma^2 |grad_x log p(y | x_t) + s(x_t) + eps / sigma|^2
+
+    Chao et al. 2022, "Denoising likelihood score matching for conditional score-based data generation": cross entropy
+    makes p(y | x_t) right and leaves its gradient, which is all that guidance uses, to chance. -eps / sigma is the
+    score of p(x_t | x0), whose mean given x_t and y is that of p(x_t | y); so with the score s(x_t) of p(x_t), the best
+    gradient is grad log p(x_t | y) - grad log p(x_t), the exact classifier's. sigma^2 makes noise levels alike, as it
+    makes score matching the mean squared error of eps.
+
+    Args:
+        log_p: log p(y | x_t), (B,), computed from an `x_t` that requires a gradient, where attention can be
+            differentiated twice: within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+        x_t: (B, ...), of the images that have the labels y.
+        eps: its noise.
+        sigma: (B,).
+        score: s(x_t), of a diffusion model that isn't told y.
+    """
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(log_p.sum(), x_t, create_graph=True)
+    sigma = sigma.reshape(-1, *[1] * (x_t.ndim - 1))
+    return (sigma * (grad + score) + eps).square().flatten(1).mean(dim=1)
+
+
+def held_out_scores(logits: Tensor, y: Tensor, problem_type: str = SINGLE, variance: Tensor | None = None) \
+        -> dict[str, Tensor]:
+    """What can be said of each image's outputs, (B,) each, so that means over images are figures of a split.
+
+        single_label_classification   accuracy; cross_entropy
+        multi_label_classification    accuracy, the share of labels on the right side of 1/2; average_precision, of the
+                                      ranking of the labels; cross_entropy, the mean over the labels
+        regression                    r2, 1 - (f - y)^2 / variance; mse, (f - y)^2, both means over the outputs
+
+    An image's average precision (Schapire & Singer 2000) is the mean over its labels, of the share of its labels among
+    all that score at least as high; 1 for an image without labels.
+
+    Args:
+        logits, y, problem_type: as in `label_losses`, y no shares.
+        variance: (K,), of y over a split: R^2 compares with its mean. For regression only.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = label_losses(wide, y, problem_type)
+    if problem_type == SINGLE:
+        return {"accuracy": (wide.argmax(dim=1) == y).float(), "cross_entropy": losses}
+    if problem_type == REGRESSION:
+        return {"r2": 1 - label_losses(wide, y, problem_type, variance=variance), "mse": losses}
+    above = (wide[:, None, :] >= wide[:, :, None]).to(wide.dtype)  # [i, k, l]: label l scores at least as high as k
+    y = y.to(wide.dtype)
+    precision = (above * y[:, None, :]).sum(dim=2) / above.sum(dim=2)
+    average = torch.where(y.any(dim=1), (precision * y).sum(dim=1) / y.sum(dim=1).clamp(min=1), 1.0)
+    accuracy = ((wide > 0) == (y > 0.5)).to(wide.dtype).mean(dim=1)
+    return {"accuracy": accuracy, "average_precision": average, "cross_entropy": losses}
