@@ -90,6 +90,9 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
         "energy": (EnergyGuidance(energy), lambda x, x0: gradient(energy, x0)),
         "energy-through-network": (EnergyGuidance(energy, through_network=True), lambda x, x0: gradient(
             lambda x: energy(network(x, 500, torch.full((len(x),), 3)).sample), x)),
+        "image-classifier-through-network": (ImageClassifierGuidance(resnet, 3, through_network=True),
+                                             lambda x, x0: gradient(lambda x: label_of(resnet)(
+                                                 network(x, 500, torch.full((len(x),), 3)).sample), x)),
     }
 
 
@@ -108,7 +111,7 @@ def time_steps(network: UNet2DModel, name: str, parts: Parts, options: argparse.
 
     @torch.no_grad()
     def floor() -> None:
-        x0 = network(doubled, 500, labels).sample[:BATCH]
+        x0 = None if term.through_network else network(doubled, 500, labels).sample[:BATCH]  # else one pass for both
         work(x, x0)
 
     def after_step(pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict) -> dict:

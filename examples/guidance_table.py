@@ -11,6 +11,7 @@ Evaluations are rows of a network's forward passes, an image: of the diffusion n
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -91,6 +92,16 @@ def count_rows(network: torch.nn.Module | None) -> list[int]:
     return calls
 
 
+def digest(options: argparse.Namespace, guide: torch.nn.Module | None) -> str:
+    """Of the weights and captions that a row depends on."""
+    found = hashlib.sha256(options.captions.read_bytes())
+    for path in (options.model / "unet", options.model / "judge"):
+        found.update((path / "diffusion_pytorch_model.safetensors").read_bytes())
+    for value in ([] if guide is None else guide.state_dict().values()):
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 class Judge:
     """Labels, and features in front of its last layer, of images in [-1, 1]."""
 
@@ -169,7 +180,8 @@ def main() -> None:
     real_features = None
     for name, (text, row, guide) in make_rows(pipeline, options).items():
         path = options.output / f"{name}.json"
-        settings = {"guidance": text, "images": 10 * options.images_per_label, "seed": options.seed,
+        settings = {"guidance": text, "made_of": digest(options, guide),
+                    "images": 10 * options.images_per_label, "seed": options.seed,
                     "num_inference_steps": options.num_inference_steps, "scheduler": type(pipeline.scheduler).__name__}
         if path.exists() and settings.items() <= json.loads(path.read_text()).items():
             continue

@@ -43,20 +43,57 @@ def test_an_example_writes_its_picture(name: str, arguments: list[str], rows: in
     assert len(set(different)) == rows  # each row's guidance has an effect
 
 
-def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(tmp_path: Path,
-                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_data(folder: Path) -> str:
     for split, label, copy in product(("train", "test"), range(10), range(2)):
-        path = tmp_path / "data" / split / f"class {label}" / f"{copy}.png"
+        path = folder / split / f"class {label}" / f"{copy}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (28, 28), 25 * label + copy).save(path)
-    run("train_off_the_shelf", ["--data", str(tmp_path / "data"), "--output", "resnet", "--size", "32", "--epochs", "1",
-                                "--batch-size", "8", "--images", "16"], tmp_path, monkeypatch)
+    return str(folder)
+
+
+def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_data(tmp_path / "data")
+    run("train_off_the_shelf", ["--data", data, "--output", "resnet", "--size", "32", "--epochs", "1", "--batch-size",
+                                "8", "--images", "16"], tmp_path, monkeypatch)
     assert 0 <= json.loads((tmp_path / "resnet/figures.json").read_text())["test_accuracy"] <= 1
     run("benchmark_x0_gradient", ["--classifier", "resnet", "--images", "10", "--scales", "5", "--num-inference-steps",
                                   "2", "--output", "figures.json"], tmp_path, monkeypatch)
     off, cheap, exact = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [off["scale"], cheap["scale"], exact["scale"]] == [0, 5, 5]
     assert len({row["mean_log_p"] for row in (off, cheap, exact)}) == 3
+
+
+def test_the_table_of_guidances_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--data", tiny_data(tmp_path / "data"), "--output", "table", "--images-per-label", "1",
+                 "--num-inference-steps", "2", "--captions",
+                 str(EXAMPLES.parent / "training/configs/fashion_mnist_captions.json"), "--rows"]
+    run("guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
+    first = (tmp_path / "table/unguided.json").stat().st_mtime_ns
+    run("guidance_table", [*arguments, "unguided", "classifier-free", "--report", "report"], tmp_path, monkeypatch)
+    assert (tmp_path / "table/unguided.json").stat().st_mtime_ns == first
+    rows = json.loads((tmp_path / "report/guidance_table.json").read_text())
+    assert [(name, row["images"], row["network_evaluations"], row["guide_evaluations"]) for name, row in rows.items()
+            ] == [("unguided", 10, 2, 0), ("classifier-free", 10, 4, 0)]
+    for row in rows.values():
+        assert row["agreement"] == pytest.approx(sum(row["agreement_per_label"].values()) / 10)
+        assert row["frechet_distance"] > 0 and 0 <= row["recall"] <= 1 and 0 <= row["precision"] <= 1
+    assert rows["unguided"]["frechet_distance"] != rows["classifier-free"]["frechet_distance"]
+    assert "| classifier-free, scale 1 | " in capsys.readouterr().out
+    with Image.open(tmp_path / "report/guidance_table.png") as picture:
+        upper, lower = np.split(np.asarray(picture.convert("L")), 2)
+    assert not np.array_equal(upper[:, -280:], lower[:, -280:])
+
+
+def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("benchmark_terms", ["--terms", "energy", "classifier-free", "--steps", "5", "--cpu-time", "--output",
+                            "figures.json"], tmp_path, monkeypatch)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["energy", "classifier-free"]
+    for row in figures.values():
+        assert row["floor_ms"] > 0 and row["ratio"] == pytest.approx(row["guided_ms"] / row["floor_ms"])
+    assert figures["classifier-free"]["floor_ms"] > figures["energy"]["floor_ms"]  # twice the batch
 
 
 def tiny_stable_diffusion(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import hypot, sqrt
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from guided_diffusers import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
+    EnergyGuidance,
     Guidance,
+    ModelGuidance,
     NoiseAwareClassifier,
     NoiseLevel,
     Step,
@@ -517,3 +520,84 @@ def test_noise_scale_of_the_classifier_is_its_own(mixture: Mixture) -> None:
         for prediction in SPACES:
             ClassifierGuidance(classifier, 1).score(step_at(level_at(ratio, prediction), normal(1, 1, 4, 4)))
     assert classifier.seen == [10.0] * 3 + [500.0] * 3 + [990.0] * 3
+
+
+# what a reviewer broke
+
+@pytest.mark.parametrize("scheduler", [
+    diffusers.FlowMatchEulerDiscreteScheduler(),
+    DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+                  clip_sample=False)], ids=["flow", "zero SNR"])
+@pytest.mark.parametrize("make", [
+    lambda: EnergyGuidance(lambda x0: x0.square().sum((1, 2, 3)), 0.01, through_network=True),
+    lambda: EnergyGuidance(lambda x0: x0.square().sum((1, 2, 3)), 0.01, normalize=True),
+    lambda: EnergyGuidance(lambda x, level: x.square().sum((1, 2, 3)), 0.01, of="sample"),
+    lambda: ClassifierGuidance(small_classifier(), 1, 0.01, normalize=True),
+    lambda: Pull(0.01), lambda: ClassifierGuidance(small_classifier(), 1, 0.01)])
+def test_where_a_sample_is_noise_alone_no_term_destroys_it(scheduler: Any, make: Callable[[], Guidance]) -> None:
+    """alpha = 0: a score shift moves the predicted x0 by sigma^2 / alpha of it, with a network that is no oracle."""
+    pipeline = quiet(small_unet(), scheduler)
+    unguided, found = (sample(pipeline, num_inference_steps=12, num_images_per_label=2, guidance=term)
+                       for term in (None, make()))
+    assert not torch.equal(found, unguided) and found.abs().max() < 3 * unguided.abs().max()
+
+
+def test_a_gradient_through_the_network_costs_no_further_call_of_it() -> None:
+    """The step's own call keeps its graph, also for two terms and with conditions; the gradient is that of predict."""
+    pipeline = quiet(small_unet(num_class_embeds=4), DDIMScheduler(clip_sample=False), small_classifier())
+    calls = counted(pipeline.unet)
+
+    class ByPredict(EnergyGuidance):
+        def score(self, step: Step) -> torch.Tensor:
+            return super().score(replace(step, graph=None))
+
+    def energy(x0: torch.Tensor) -> torch.Tensor:
+        return (x0 - 1).square().sum((1, 2, 3))
+
+    images = {}
+    for kind in (EnergyGuidance, ByPredict):
+        term = kind(energy, 0.1, through_network=True) + kind(energy, 0.2, through_network=True)
+        for more in ({}, {"classifier_free_scale": 1.0}):
+            for clip_x0 in (False, True):
+                del calls[:]
+                found = sample(pipeline, ["dog", "cat"], num_inference_steps=4, guidance_scale=0, guidance=term,
+                               clip_x0=clip_x0, **more)
+                rows = 4 if more else 2
+                assert calls == ([rows] * 4 if kind is EnergyGuidance else [rows, 2, 2] * 4)
+                assert not found.requires_grad
+                torch.testing.assert_close(found, images.setdefault((bool(more), clip_x0), found), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_against_itself_adds_nothing_also_where_x0_is_clipped() -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
+    term = ModelGuidance(pipeline.unet, 2.0)
+    for clip_x0 in (True, False):
+        off, found = (sample(pipeline, num_inference_steps=4, clip_x0=clip_x0, guidance=one) for one in (None, term))
+        torch.testing.assert_close(found, off)
+
+
+def test_a_network_that_dropout_makes_random_is_refused() -> None:
+    classifier = small_classifier(dropout=0.1)
+    ClassifierGuidance(classifier, 0)
+    with pytest.raises(ValueError, match=r"NoiseAwareClassifier is in training mode; call its eval\(\) first"):
+        ClassifierGuidance(classifier.train(), 0)
+
+
+def test_guidance_is_a_term_a_sum_or_a_list() -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
+    call: dict[str, Any] = {"num_inference_steps": 2, "num_images_per_label": 2}
+    both = sample(pipeline, guidance=Pull(0.1) + Pull(0.2), **call)
+    assert torch.equal(sample(pipeline, guidance=[Pull(0.1), Pull(0.2)], **call), both)
+    assert torch.equal(sample(pipeline, guidance=[], **call), sample(pipeline, **call))
+    with pytest.raises(ValueError, match=r"guidance: \['int'\]; a term of guidance, a sum or a list of them is"):
+        sample(pipeline, guidance=[3], **call)
+
+
+@pytest.mark.parametrize(("null", "message"), [
+    (9, "a condition has the class label 9; 0 to 3 are allowed"),
+    ({"class_labels": torch.tensor([3, 3, 3])}, r"class_labels has shape \(3,\); one row, or one for each of 2 images"),
+    ({"text": torch.zeros(1, 2)}, r"conditions \['text'\]; the network is told \['class_labels'\]")])
+def test_conditions_that_the_network_cannot_be_told_are_refused(null: Any, message: str) -> None:
+    pipeline = quiet(small_unet(num_class_embeds=4), DDIMScheduler(clip_sample=False), small_classifier())
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline, ["dog", "cat"], num_inference_steps=2, guidance_scale=0, guidance=ClassifierFreeGuidance(null))

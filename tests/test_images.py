@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from test_attach import sdxl, sdxl_call
 from test_guidance import normal, quiet, sample, small_classifier, small_unet
 from test_terms import assert_equal, slope
 from test_terms_schedulers import Spy
 
-from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, gradient
+from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, gradient, guide
 from guided_diffusers.images import convert, decode, one_by_one
 
 SCALING = {"scaling_factor": 0.18215}
@@ -174,3 +175,19 @@ def test_an_energy_of_images_goes_through_the_decoder(through_network: bool) -> 
     off = sample(pipeline, num_images_per_label=2, num_inference_steps=4, latents=x_T)
     with torch.no_grad():
         assert (of_x0(on) < of_x0(off)).all()
+
+
+def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32_for_guidance() -> None:
+    """Stable Diffusion XL in float16, whose pipeline does the same when it decodes the result; float16 again after."""
+    pipeline = sdxl().to(torch.float16)
+    pipeline.vae.register_to_config(force_upcast=True)
+    seen: list[torch.dtype] = []
+    hook = pipeline.vae.decoder.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    call = {name: value.half() if isinstance(value, torch.Tensor) else value for name, value in sdxl_call().items()}
+    plain = pipeline(**{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}).images
+    own, darker = len(seen), EnergyGuidance(lambda image: image.mean((1, 2, 3)), 300.0)
+    with guide(pipeline, darker + darker):
+        found = pipeline(**{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}).images
+    hook.remove()
+    assert pipeline.vae.dtype == torch.float16 and len(seen) > 2 * own and set(seen) == {torch.float32}
+    assert np.isfinite(found).all() and found.mean() < plain.mean()

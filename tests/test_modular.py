@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance as Guider
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLCoreDenoiseStep,
 )
-from test_attach import SD, Spy, normal, quiet, sdxl, sdxl_call
+from test_attach import SD, Seen, Spy, normal, quiet, sdxl, sdxl_call
 from test_guidance import small_classifier
 
 from guided_diffusers import ClassifierFreeGuidance, ClassifierGuidance
@@ -39,8 +39,8 @@ def call(pipeline: Any, **more: Any) -> torch.Tensor:
     given = sdxl_call()
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
              "height", "width", "num_inference_steps")
-    return pipeline(**{name: given[name] for name in names}, latents=LATENTS.clone(), output="latents",
-                    generator=torch.Generator().manual_seed(0), **more)
+    return pipeline(**{**{name: given[name] for name in names}, "latents": LATENTS.clone(), **more}, output="latents",
+                    generator=torch.Generator().manual_seed(0))
 
 
 def test_at_scale_0_the_latents_are_the_same_bit_for_bit() -> None:
@@ -90,13 +90,39 @@ def test_terms_through_the_network_ask_it_again_in_as_many_calls() -> None:
 
 
 def test_img2img_begins_midway() -> None:
-    pipeline, plain = modular(), modular(block=False)
-    given = {"image_latents": normal(2, 4, 8, 8, seed=6), "strength": 0.7}
-    with guide(plain, ClassifierGuidance(small_classifier(in_channels=4), "cat", 3.0, 0.5)) as guided:
-        half = call(guided, **given)
-    full = call(pipeline, label="cat", guidance_scale=3.0, **given)
-    free = call(pipeline, label="cat", guidance_scale=0.0, **given)
-    assert not torch.equal(full, free) and not torch.equal(half, free) and not torch.equal(half, full)
+    """As the plain pipeline of image to image under `guide`, bit for bit as `guide` on the modular one; `start` and
+    `stop` count from where the run begins."""
+    image, label = normal(2, 4, 8, 8, seed=6), ["cat", "owl"]
+    given = {"image_latents": image, "strength": 0.7, "num_inference_steps": 6, "latents": None}  # four steps
+    plain = quiet(StableDiffusionXLImg2ImgPipeline(**sdxl().components, add_watermarker=False))
+    own = {name: value for name, value in sdxl_call().items() if name not in ("height", "width")}
+    own |= {"image": image, "strength": 0.7, "num_inference_steps": 6}
+
+    def under_guide(pipeline: Any, *interval: float) -> tuple[torch.Tensor, list[int]]:
+        """The latents, and at which steps the term acted."""
+        seen = Seen(ClassifierGuidance(small_classifier(in_channels=4), label, 3.0, *interval))
+        with guide(pipeline, seen.term):
+            if pipeline is plain:
+                latents = plain(**own, generator=torch.Generator().manual_seed(0)).images
+            else:
+                latents = call(pipeline, **given)
+        assert {step.count for step in seen.steps} == {4}
+        return latents, [step.index for step in seen.steps]
+
+    full = call(modular(), label=label, guidance_scale=3.0, **given)
+    free = call(modular(), label=label, guidance_scale=0.0, **given)
+    found, steps = under_guide(modular(block=False))
+    assert torch.equal(found, full) and steps == [0, 1, 2, 3]
+    expected, steps = under_guide(plain)
+    torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-4)
+    assert steps == [0, 1, 2, 3] and (full - free).norm() > 20 * (full - expected).norm()
+
+    late, steps = under_guide(modular(block=False), 0.5)
+    assert steps == [2, 3] and not torch.equal(late, free)
+    expected, steps = under_guide(plain, 0.5)
+    torch.testing.assert_close(late, expected, rtol=1e-3, atol=1e-4)
+    assert steps == [2, 3] and (late - full).norm() > 20 * (late - expected).norm()
+    assert under_guide(modular(block=False), 0.0, 0.5)[1] == [0, 1]
 
 
 def test_what_the_classifier_does_not_know_is_refused() -> None:

@@ -83,9 +83,9 @@ def score(mixture: Mixture, x: torch.Tensor, level: NoiseLevel, classes: list[in
 
 
 def step_of(mixture: Mixture, x: torch.Tensor, level: NoiseLevel, label: int | None = None, **more: Any) -> Step:
-    """A step of the exact network told `label`; asked for another network, of that mixture."""
-    def predict(x: torch.Tensor, network: Mixture = mixture) -> torch.Tensor:
-        return network.denoised(x, level.alpha, level.sigma, label)
+    """A step of the exact network told `label`; asked for another network, of its mixture."""
+    def predict(x: torch.Tensor, network: OracleUNet | None = None) -> torch.Tensor:
+        return (network.mixture if network else mixture).denoised(x, level.alpha, level.sigma, label)
 
     return Step(x, predict(x), predict, level, 0, 10, 0.0, **more)
 
@@ -165,8 +165,15 @@ def test_threshold_is_imagens(mixture: Mixture, level: NoiseLevel, quantile: flo
         place = quantile * (len(ordered) - 1)
         low = min(int(place), len(ordered) - 2)
         s = max(1.0, float(ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])))
-        assert_equal(found[i], image.clamp(-s, s) / s)
-        assert quantile < 1 or float(found[i].abs().max()) <= 1 + 1e-9
+        assert_equal(found[i], image.clamp(-s, s) / s if w[i] else step.x0[i])  # 0 is off, for one image, too
+        assert quantile < 1 or not w[i] or float(found[i].abs().max()) <= 1 + 1e-9
+
+
+def test_scale_0_is_off_for_one_image_also_with_a_threshold_and_rescale() -> None:
+    level, x0 = level_at(0.7), 3 * normal(2, *SHAPE)  # far outside [-1, 1]
+    step = Step(normal(2, *SHAPE, seed=1), x0, lambda x: x, level, 0, 10, 0.0, (0.5 * x0,))
+    found = ClassifierFreeGuidance(2, [0.0, 3.0], threshold=0.9, rescale=0.5).score(step)
+    assert not found[0].any() and found[1].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -380,7 +387,7 @@ def test_model_guidance_tilts_away_from_the_worse_score(mixture: Mixture, level:
     worse, x = Mixture(seed=0, std=0.5), samples(mixture, level)
     scale = torch.tensor(w, dtype=torch.float64).reshape(-1, 1, 1, 1)
     step = step_of(mixture, x, level)
-    found = step.score + ModelGuidance(worse, w).score(step)
+    found = step.score + ModelGuidance(OracleUNet(worse, "epsilon", Clock()), w).score(step)
     assert_equal(found, (1 + scale) * score(mixture, x, level) - scale * score(worse, x, level))
 
 

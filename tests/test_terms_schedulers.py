@@ -18,7 +18,7 @@ from conftest import SHAPE, Clock, Mixture, OracleClassifier, OracleUNet
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from test_guidance import Pull, counted, normal, quiet, sample, small_classifier, small_unet, step_at
 from test_schedulers import CASES, Case
-from test_terms import RATIOS, AttributeClassifier, attributes, level_at, mixture_of
+from test_terms import RATIOS, AttributeClassifier, Regressor, attributes, level_at, mixture_of
 
 from guided_diffusers import (
     ClassifierFreeGuidance,
@@ -211,7 +211,9 @@ def test_an_energy_of_the_sample_is_the_posteriors_model(case: Case) -> None:
         x0, variance = m + level.alpha * s**2 / total * (x - level.alpha * m), (s * level.sigma) ** 2 / total
         return (y - x0).square().sum((1, 2, 3)) / (2 * (variance + r**2))
 
-    found = guided(case, oracle(case, data, 0), guidance=EnergyGuidance(energy, of="sample"))
+    term = EnergyGuidance(energy, of="sample")
+    term.acts_on_noise = True  # an exact energy stays finite there
+    found = guided(case, oracle(case, data, 0), guidance=term)
     assert_same(found, written_out(case, lambda x, t, index: posterior(x, t).sample), ROUNDED)
 
 
@@ -232,8 +234,76 @@ def test_posterior_sampling_of_a_measurement_is_exact_for_gaussian_data(case: Ca
 
     term = EnergyGuidance(lambda x0: (upper * (x0 - whole)).square().sum((1, 2, 3)), scale, of="x0",
                           through_network=s != 1)
+    term.acts_on_noise = True  # an exact network's Jacobian falls as alpha
     found = guided(case, oracle(case, mixture_of(m, s), 0), guidance=term)
     assert_same(found, written_out(case, lambda x, t, index: posterior(x, t).sample), 10 * ROUNDED)
+
+
+class Seen:
+    """In place of a `Mixture`: Gaussian data N(m, s^2 I), and x0 given x_t and y = w . x0 + noise of std r."""
+
+    def __init__(self, data: Mixture, w: torch.Tensor, y: torch.Tensor, r: float):
+        self.data, self.w, self.y, self.r = data, w, y, r
+
+    def denoised(self, x: torch.Tensor, alpha: float, sigma: float, label: int | None) -> torch.Tensor:
+        x0, variance = self.data.denoised(x, alpha, sigma, 0).flatten(1), variance_of_x0(self.data.std, alpha, sigma)
+        covariance = variance * self.w @ self.w.T + self.r**2 * torch.eye(len(self.w), dtype=torch.float64)
+        gain = variance * self.w.T @ covariance.inverse()
+        return (x0 + (self.y - x0 @ self.w.T) @ gain.T).reshape(x.shape)
+
+
+def variance_of_x0(s: float, alpha: float, sigma: float) -> float:
+    """Given x_t, of data of standard deviation s."""
+    return (s * sigma) ** 2 / ((alpha * s) ** 2 + sigma**2)
+
+
+@a_few_families
+def test_an_exact_regressor_is_the_model_of_its_target(case: Case) -> None:
+    """Of what is linear in x0, seen with noise: the std of its targets, given x_t, is another at each level."""
+    s, r, std, y = 0.5, 0.2, 0.7, normal(IMAGES, 2, seed=4)
+    data, w = mixture_of(0.5 * normal(1, *SHAPE, seed=2), s), torch.linalg.qr(normal(16, 2, seed=3)).Q.T
+
+    def scale(level: NoiseLevel) -> float:
+        return std**2 / (variance_of_x0(s, level.alpha, level.sigma) + r**2)
+
+    posterior = oracle(case, Seen(data, w, y, r), 0)
+    expected = written_out(case, lambda x, t, index: posterior(x, t).sample)
+    found = guided(case, oracle(case, data, 0),
+                   guidance=ClassifierGuidance(Regressor(data, w), target=y, std=std, scale=scale))
+    assert_same(found, expected, 10 * ROUNDED)  # a flow begins beyond the regressor's noisiest level
+    free = oracle(case, data, 0)
+    assert worst(found, written_out(case, lambda x, t, index: free(x, t).sample)) > 0.05
+
+
+class Tempered:
+    """In place of a `Mixture`: what Tweedie's formula makes of its score, tilted by the two temperatures where told."""
+
+    def __init__(self, mixture: Mixture, joint: float, marginal: float, high: float):
+        self.mixture, self.joint, self.marginal, self.high = mixture, joint, marginal, high
+
+    def denoised(self, x: torch.Tensor, alpha: float, sigma: float, label: int | None) -> torch.Tensor:
+        """score + joint grad f_label - marginal sum_k softmax(marginal f)_k grad f_k, f = log p(k) p(x_t | k)."""
+        x0 = self.mixture.denoised(x, alpha, sigma, None)
+        if sigma / alpha > self.high:
+            return x0
+        slopes = (alpha * self.mixture.means - x[:, None]) / ((alpha * self.mixture.std) ** 2 + sigma**2)
+        weights = (self.marginal * self.mixture.log_joint(x, alpha, sigma)).softmax(-1)[:, :, None, None, None]
+        tilt = self.joint * slopes[:, label] - self.marginal * (weights * slopes).sum(1)
+        return x0 + sigma**2 / alpha * tilt
+
+
+@a_few_families
+@pytest.mark.parametrize(("joint", "marginal"), [(1.0, 0.5), (1.3, 1.0), (0.8, 0.0)])
+def test_temperatures_tilt_the_exact_score(case: Case, mixture: Mixture, joint: float, marginal: float) -> None:
+    """Up to the ratio 50: where there is hardly a signal, unequal temperatures have no limit."""
+    tempered = oracle(case, Tempered(mixture, joint, marginal, 50.0), 1)
+    expected = written_out(case, lambda x, t, index: tempered(x, t).sample)
+    term = ClassifierGuidance(OracleClassifier(mixture), 1, sigma_interval=(0, 50), joint_temperature=joint,
+                              marginal_temperature=marginal)
+    found = guided(case, oracle(case, mixture), guidance=term)
+    assert_same(found, expected, ROUNDED)
+    exact = oracle(case, Tempered(mixture, 1.0, 1.0, 50.0), 1)
+    assert worst(found, written_out(case, lambda x, t, index: exact(x, t).sample)) > 0.01
 
 
 # in which steps

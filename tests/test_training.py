@@ -175,6 +175,12 @@ def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: Simpl
             logits = model(scheduler.add_noise(x0, eps, t), t).logits
         assert row["accuracy"] == pytest.approx((logits.argmax(1) == label).float().mean().item(), abs=1e-5)
         assert row["cross_entropy"] == pytest.approx(F.cross_entropy(logits, label).item(), abs=2e-5)
+        sure, answer = logits.double().softmax(1).max(1)
+        bins = [(sure > m / 15) & (sure <= (m + 1) / 15) for m in range(15)]
+        gaps = [((answer == label).double() - sure)[inside].sum().abs().item() / len(label) for inside in bins]
+        assert row["ece"] == pytest.approx(sum(gaps), abs=2e-4) and "gap 0" not in row
+    curves = PILImage.open(folder / "curves.png")
+    assert curves.size[0] > curves.size[1] and not list(folder.glob(".curves*"))
 
 
 # What is computed
@@ -191,7 +197,7 @@ def test_unet_training_is_the_plain_loop(train: Callable[..., Path], place: Simp
     model = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11)
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, betas=(0.9, 0.99), weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in model.parameters()]
-    alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)
+    alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000).double(), 0)
     order = torch.randperm(48, generator=loop.generator_for(5, 0, 0)).tolist()
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 2)
@@ -204,8 +210,8 @@ def test_unet_training_is_the_plain_loop(train: Callable[..., Path], place: Simp
             eps = torch.randn(4, 1, 8, 8, generator=generator)
             dropped = torch.rand(4, generator=generator) < 0.4
             label = torch.where(dropped, 10, torch.tensor(label))
-            alpha = alpha_bar[t].sqrt()[:, None, None, None]
-            sigma = (1 - alpha_bar[t]).sqrt()[:, None, None, None]
+            alpha = alpha_bar[t].sqrt().float()[:, None, None, None]
+            sigma = (1 - alpha_bar[t]).sqrt().float()[:, None, None, None]
             output = model(alpha * x0 + sigma * eps, t, class_labels=label).sample
             wanted = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[prediction]
             ((output - wanted).square().mean() / 2).backward()

@@ -1,7 +1,8 @@
 """Put a trained network, classifier, judge and noise-aware CLIP into one folder, as the package ships them.
 
     python training/bundle.py --unet out/fashion-mnist-unet --classifier out/fashion-mnist-classifier \\
-        --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip --output src/guided_diffusers/bundled/fashion-mnist
+        --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip \\
+        --output src/guided_diffusers/bundled/fashion-mnist
 
 Sampling is by DDIM, with the spacing that includes the last timestep, and without its clipping, which leaves eps as it
 was and so spoils guided samples. Judge and CLIP are stored in half precision, to save space. `figures.json` is what the

@@ -11,23 +11,33 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from options import Options
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from guided_diffusers.data import LabelledImages
 
 Batch = dict[str, torch.Tensor]  # pixel_values (B, C, H, W) in [-1, 1], label (B,), and what else the items have
+MANIFEST = "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # Python's, torch's, safetensors'
+UNLOADABLE = (*UNWRITABLE, EOFError, KeyError, TypeError, UnpicklingError, ValueError)
 
 
 def generator_for(*numbers: int) -> torch.Generator:
@@ -99,6 +109,16 @@ class Progress:
         self.step = state["step"]
 
 
+class Average(EMAModel):
+    """`EMAModel` whose step makes no copy of the weights: shadow += (1 - decay) (weights - shadow)."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
 class Run:
     """A training run: the network, its moving average, its optimizer, and how far it is.
 
@@ -107,7 +127,8 @@ class Run:
         data: what it's trained on.
 
     Raises:
-        ValueError: if --resume_from_checkpoint can't be read, or is missing though --output_dir has checkpoints.
+        ValueError: if no checkpoint of --resume_from_checkpoint can be used, or the option is missing though
+            --output_dir has checkpoints, or --optimizer or --gradient_checkpointing isn't possible.
     """
 
     def __init__(self, options: Options, accelerator: Accelerator, model: torch.nn.Module, data: LabelledImages):
@@ -116,28 +137,26 @@ class Run:
         self.passes = accelerator.gradient_accumulation_steps
         images = options.train_batch_size * accelerator.num_processes * self.passes
         self.steps = options.max_train_steps or math.ceil(options.num_train_epochs * len(data) / images)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), options.learning_rate, (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
-            options.adam_weight_decay)
+        self.waited, self.skipped = 0.0, []  # seconds without a batch; rows whose images could not be read
+        if options.gradient_checkpointing:
+            try:
+                model.enable_gradient_checkpointing()
+            except ValueError as error:
+                raise ValueError(f"--gradient_checkpointing: {error}") from error
+        optimizer = make_optimizer(options, model)
         # Not prepared by Accelerate, which would step it once a process.
         self.schedule = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
                                       num_training_steps=self.steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
+        self.bare = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         accelerator.register_for_checkpointing(self.progress, self.schedule)
         self.ema = None
         if options.use_ema:
-            self.ema = EMAModel(self.bare.parameters(), decay=options.ema_max_decay, use_ema_warmup=True,
-                                inv_gamma=options.ema_inv_gamma, power=options.ema_power)
+            self.ema = Average(self.bare.parameters(), decay=options.ema_max_decay, use_ema_warmup=True,
+                               inv_gamma=options.ema_inv_gamma, power=options.ema_power, foreach=True)
             accelerator.register_for_checkpointing(self.ema)
-        if (checkpoint := find_checkpoint(options)) is not None:
-            try:
-                accelerator.load_state(str(checkpoint))
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split("\n\t")[:2])  # of a long list
-                raise ValueError(f"--resume_from_checkpoint {checkpoint}: {reason}") from error
-            accelerator.step = self.progress.step * self.passes  # a process that is new has no state to load it from
-            accelerator.print(f"goes on from {checkpoint}")
+        self.identity = {"seed": options.seed, "images": len(data), "optimizer": options.optimizer}
+        self._resume(find_checkpoints(options))
         if self.ema is not None:
             self.ema.to(accelerator.device)  # load_state leaves it on the CPU
 
@@ -150,10 +169,62 @@ class Run:
             evaluate: (averaged model, step) -> what `held_out_figures` gives; called on every process.
 
         Raises:
-            FloatingPointError: if the loss becomes NaN or infinite.
+            FloatingPointError: if the loss or the weights become NaN or infinite.
+            OSError: if a checkpoint can't be written.
+            ValueError: if an image or a label can't be used.
+            RuntimeError: if a process that reads images dies.
         """
-        options, accelerator, progress = self.options, self.accelerator, self.progress
         self._open_records()
+        try:
+            self._make_steps(loss, evaluate)
+        except BaseException:
+            newest = checkpoints(self.folder)[-1:]
+            print(f"stopped after step {self.progress.step}; --resume_from_checkpoint latest goes on from "
+                  f"{newest[0] if newest else 'the beginning'}", file=sys.stderr, flush=True)
+            raise
+        if self.ema is not None:
+            self.ema.copy_to(self.bare.parameters())
+        self.bare.eval()
+        self._report(evaluate(self.bare, self.progress.step))
+        return self.bare
+
+    def _resume(self, newest_first: list[Path]) -> None:
+        """Load the newest checkpoint that is whole and of this run, and put aside those that aren't."""
+        accelerator, refused = self.accelerator, {}
+        for checkpoint in newest_first:
+            reason = self._load(checkpoint)
+            if reason is None:
+                break
+            refused[checkpoint] = reason
+            accelerator.print(f"{checkpoint} is refused: {reason}")
+        else:
+            if refused:
+                reasons = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
+                raise ValueError(f"--resume_from_checkpoint {self.options.resume_from_checkpoint}: {reasons}")
+            return
+        if accelerator.is_main_process:
+            for path in refused:
+                os.replace(path, path.with_name(f"{path.name}.refused-{uuid4().hex[:8]}"))
+        accelerator.step = self.progress.step * self.passes  # a process that is new has no state to load it from
+        accelerator.print(f"goes on from {checkpoint}")
+
+    def _load(self, checkpoint: Path) -> str | None:
+        """Load a checkpoint, or say why it can't be used: the same on every process."""
+        accelerator, answer = self.accelerator, [None]
+        if accelerator.is_main_process:
+            answer = [why_refused(checkpoint, self.identity)]
+        if (reason := broadcast_object_list(answer)[0]) is not None:
+            return reason
+        try:
+            accelerator.load_state(str(checkpoint))
+        except UNLOADABLE as error:
+            reason = " ".join(str(error).split("\n\t")[:2])  # of a long list
+        return next((each for each in gather_object([reason]) if each is not None), None)
+
+    def _make_steps(self, loss: Callable[[torch.nn.Module, Batch, Draws], torch.Tensor],
+                    evaluate: Callable[[torch.nn.Module, int], dict[str, Any]]) -> None:
+        """The steps that are left."""
+        options, accelerator, progress = self.options, self.accelerator, self.progress
         stream = Stream(len(self.data), options.train_batch_size, options.seed, accelerator.process_index,
                         accelerator.num_processes, progress.step * self.passes, self.steps * self.passes)
         loader = DataLoader(self.data, batch_sampler=stream, num_workers=options.dataloader_num_workers,
@@ -161,7 +232,9 @@ class Run:
         bar = tqdm(total=self.steps, initial=progress.step, unit="step", mininterval=1.0,
                    disable=not (options.progress and accelerator.is_main_process))
         self.model.train()
-        for number, batch in enumerate(loader, start=stream.first):
+        begun, batches = time.perf_counter(), iter(loader)
+        for number in range(stream.first, stream.last):
+            batch = self._next(batches)
             value = self._pass(loss, batch, number)
             if not accelerator.sync_gradients:
                 continue
@@ -169,19 +242,37 @@ class Run:
             bar.update()
             save = progress.step % options.checkpointing_steps == 0
             if save or progress.step % 10 == 0 or progress.step == self.steps:
-                self._check_and_log(value, bar)
+                self._check_and_log(value, bar, weights=save or progress.step == self.steps)
             if save:
-                save_checkpoint(accelerator, self.folder, progress.step, options.checkpoints_total_limit)
+                save_checkpoint(accelerator, self.folder, progress.step, options.checkpoints_total_limit, self.identity)
             due = options.validation_steps and progress.step % options.validation_steps == 0
             if due and progress.step < self.steps:
                 with self._averaged():
                     self._report(evaluate(self.bare, progress.step))
         bar.close()
-        if self.ema is not None:
-            self.ema.copy_to(self.bare.parameters())
-        self.bare.eval()
-        self._report(evaluate(self.bare, progress.step))
-        return self.bare
+        self._say_how_it_went(time.perf_counter() - begun)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, without what says which images were skipped; how long it took is counted."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - begun
+        if "corrupt" in batch:
+            rows = [row for row in batch.pop("corrupt").tolist() if row >= 0]
+            for row in sorted(set(rows) - set(self.skipped)):
+                print(f"the image of row {row} can't be read: another takes its place", file=sys.stderr, flush=True)
+            self.skipped += rows
+            batch.pop("row")
+        return batch
+
+    def _say_how_it_went(self, seconds: float) -> None:
+        """What this process waited for data, and the images that all processes skipped."""
+        if self.waited and self.progress.step:
+            self.accelerator.print(f"{self.waited / seconds:.1%} of the time of all steps was waiting for data")
+        if self.options.skip_corrupt_images and (rows := gather_object(self.skipped)):
+            kinds = sorted(set(rows))
+            self.accelerator.print(f"{len(rows)} times another image took the place of one that can't be read, in rows "
+                                   f"{kinds[:20]}{' ...' if len(kinds) > 20 else ''}")
 
     def _pass(self, loss: Callable[[torch.nn.Module, Batch, Draws], torch.Tensor], batch: Batch, number: int) \
             -> torch.Tensor:
@@ -209,14 +300,19 @@ class Run:
         settings = asdict(self.options)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for half in self.folder.glob("checkpoint-*.partial"):  # of a run that was killed
+                shutil.rmtree(half)
             write_json(self.folder / "options.json", settings)
             self.accelerator.init_trackers(self.folder.resolve().name, {k: str(v) for k, v in settings.items()})
         self.accelerator.wait_for_everyone()
 
-    def _check_and_log(self, value: torch.Tensor, bar: tqdm) -> None:
+    def _check_and_log(self, value: torch.Tensor, bar: tqdm, weights: bool) -> None:
         mean = self.accelerator.reduce(value, "mean").item()
+        advice = "try a smaller --learning_rate, or look at the images and labels"
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss at step {self.progress.step} is {mean}; try a smaller --learning_rate")
+            raise FloatingPointError(f"the loss at step {self.progress.step} is {mean}; {advice}")
+        if weights and not all(parameter.isfinite().all() for parameter in self.bare.parameters()):
+            raise FloatingPointError(f"weights at step {self.progress.step} are NaN or infinite; {advice}")
         bar.set_postfix(loss=f"{mean:.4f}")
         self.accelerator.log({"loss": mean, "learning_rate": self.schedule.get_last_lr()[0]}, self.progress.step)
 
@@ -260,17 +356,19 @@ def held_out_figures(
         score: (batch, eps, t) -> (len(names), B), what is averaged.
 
     Returns:
-        `{"images": how many, "held_out": [{"timestep": t, name: mean, ...}, ...]}`; empty without held-out images.
+        `{"images": how many, "held_out": [{"timestep": t, name: mean, ...}, ...]}`; empty without held-out images. Also
+        `"skipped_images"`, how many could not be read, where --skip_corrupt_images met any.
     """
     if data is None:
         return {}
     count, size, device = min(options.validation_samples, len(data)), options.train_batch_size, accelerator.device
     share = [i * len(data) // count for i in range(count)][accelerator.process_index::accelerator.num_processes]
-    sums = torch.zeros(len(timesteps), len(names), device=device)
+    sums, skipped = torch.zeros(len(timesteps), len(names), device=device), torch.zeros((), device=device)
     for start in range(0, len(share), size):
         numbers = share[start:start + size]
         batch = collate([data[i] for i in numbers])
         shape = batch["pixel_values"].shape[1:]
+        skipped += (batch["corrupt"] >= 0).sum() if "corrupt" in batch else 0
         batch = {name: value.to(device) for name, value in batch.items()}
         for k, timestep in enumerate(timesteps):
             eps = torch.stack([torch.randn(shape, generator=generator_for(0, 3, i, k)) for i in numbers]).to(device)
@@ -280,7 +378,8 @@ def held_out_figures(
     means = (accelerator.reduce(sums, "sum") / count).tolist()
     rows = [{"timestep": timestep, **{name: round(mean, 5) for name, mean in zip(names, row, strict=True)}}
             for timestep, row in zip(timesteps, means, strict=True)]
-    return {"images": count, "held_out": rows}
+    skipped = int(accelerator.reduce(skipped, "sum")) if options.skip_corrupt_images else 0
+    return {"images": count, "held_out": rows} | ({"skipped_images": skipped} if skipped else {})
 
 
 def finish(accelerator: Accelerator) -> None:
@@ -304,20 +403,87 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(aside, path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int) -> None:
-    """Write `checkpoint-STEP` under a temporary name, move it into place, drop the oldest beyond the limit."""
+def make_optimizer(options: Options, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW as --optimizer says.
+
+    Raises:
+        ValueError: if it isn't installed.
+    """
+    settings = {"lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2),
+                "eps": options.adam_epsilon, "weight_decay": options.adam_weight_decay}
+    if options.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("--optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes); adamw and "
+                             "adamw_fused are allowed without it") from error
+        return AdamW8bit(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), **settings, fused=options.optimizer == "adamw_fused" or None)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]) -> None:
+    """Write `checkpoint-STEP` under a temporary name, move it into place, drop the oldest beyond the limit.
+
+    Raises:
+        OSError: if it can't be written, for instance on a full disk; what there was before is left as it was.
+    """
     aside, place = folder / f"checkpoint-{step}.partial", folder / f"checkpoint-{step}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    with removed_unless_written(aside):
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        with removed_unless_written(aside):
+            files = {str(path.relative_to(aside)): written(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+            write_json(aside / MANIFEST, {"step": step, "run": identity, "files": files})
+            written(aside / MANIFEST)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
         for old in checkpoints(folder)[:-limit] if limit else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def removed_unless_written(aside: Path) -> Iterator[None]:
+    try:
+        yield
+    except UNWRITABLE as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if "DataLoader worker" in str(error):  # one died: torch raises that wherever the main thread happens to be
+            raise
+        raise OSError(f"{aside.with_suffix('')} can't be written: {error}") from error
+
+
+def written(path: Path) -> list[int]:
+    """A file's size and CRC-32, once it is on the disk."""
+    total, size = 0, 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(2**20):
+            total, size = zlib.crc32(block, total), size + len(block)
+    return [size, total]
+
+
+def why_refused(checkpoint: Path, identity: dict[str, Any]) -> str | None:
+    """Why a checkpoint isn't whole, or not of the run of this seed, data and optimizer; None if it is."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        files, run = manifest["files"], manifest["run"]
+        for name, (size, total) in files.items():
+            found = written(checkpoint / name)
+            if found[0] != size:
+                return f"{name} has {found[0]} bytes of {size}"
+            if found[1] != total:
+                return f"{name} isn't as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"can't be read: {error}"
+    other = [f"{name} {run.get(name)!r}, here {value!r}" for name, value in identity.items() if run.get(name) != value]
+    return f"of another run: {', '.join(other)}" if other else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -326,8 +492,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(options: Options) -> Path | None:
-    """The folder that --resume_from_checkpoint means; None to start at the beginning.
+def find_checkpoints(options: Options) -> list[Path]:
+    """The folders that --resume_from_checkpoint may mean, the newest first; none to start at the beginning.
 
     Raises:
         ValueError: if there is none, or it is none, or a new run would mix its checkpoints with an older run's.
@@ -337,8 +503,8 @@ def find_checkpoint(options: Options) -> Path | None:
         raise ValueError(f"--output_dir {options.output_dir} has {there[-1].name} of another run: go on with "
                          "--resume_from_checkpoint latest, or give another folder")
     if asked in (None, "latest"):
-        return there[-1] if there else None
-    if not (Path(asked) / "custom_checkpoint_0.pkl").is_file():
+        return there[::-1]
+    if not (Path(asked) / MANIFEST).is_file():
         raise ValueError(f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
                          f"{[str(path) for path in there]} are allowed")
     known = [path.resolve() for path in there]
@@ -346,4 +512,4 @@ def find_checkpoint(options: Options) -> Path | None:
         raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has newer ones, up to "
                          f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
                          "--output_dir")
-    return Path(asked)
+    return [Path(asked)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import traceback
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +56,10 @@ class Options:
     center_crop: bool = option(False, "crop the longer side in the middle, not at a random place")
     random_flip: bool = option(False, "mirror half of the images")
     random_shift: int = option(0, "move images by up to that many pixels each way")
+    cache_images: bool = option(False, "keep images that were read in memory, decoded and resized: in that of every "
+                                       "process that reads them, so best with --dataloader_num_workers 0 or 1")
+    skip_corrupt_images: bool = option(False, "train on another image in the place of one that can't be read, and "
+                                              "count them; such an image ends the run if left out")
     vae: str | None = option(
         None, "train on the latents of this autoencoder (AutoencoderKL or VQModel): its folder or Hub name, or a "
               "pipeline's; images are encoded once, and their mirror images with --random_flip. It needs --center_crop")
@@ -80,9 +86,14 @@ class Options:
     adam_beta2: float = option(0.999, "AdamW's second beta")
     adam_weight_decay: float = option(0.01, "AdamW's weight decay")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = option(
+        "adamw", "AdamW in one kernel with adamw_fused, with states of 8 bits with adamw_8bit (pip install "
+                 "bitsandbytes)")
     max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled to it; 0: off")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "autocast of the forward pass; what `accelerate launch` or `accelerate config` say if left out")
+    gradient_checkpointing: bool = option(False, "work activations out again in the backward pass: less memory, about "
+                                                 "a third more time")
     use_ema: bool = option(True, "evaluate and save the exponential moving average of the weights")
     ema_inv_gamma: float = option(1.0, "its decay is 1 - (1 + step / ema_inv_gamma) ** -ema_power ...")
     ema_power: float = option(0.75, "... with this power ...")
@@ -117,6 +128,10 @@ class Options:
             raise ValueError(f"--vae {self.vae} encodes an image once, which random crops and shifts don't allow: "
                              f"--random_shift is {self.random_shift}, 0 is allowed, and --center_crop is "
                              f"{self.center_crop}, which must be given")
+        for name in ("cache_images", "skip_corrupt_images"):
+            if self.vae is not None and getattr(self, name):
+                raise ValueError(f"--{name} is not allowed with --vae {self.vae}, which reads every image once, before "
+                                 "the first step")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -149,7 +164,20 @@ def explained() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from None
+        message = f"{Path(sys.argv[0]).name}: error: {error}"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            leave_at_once(message)
+        raise SystemExit(message) from None
+
+
+def leave_at_once(message: str) -> None:
+    """End this process of several with a message, so that its launcher ends the others.
+
+    A process that leaves in the ordinary way destroys its process group first, and may wait there for the others for
+    ever.
+    """
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -158,10 +186,18 @@ def make_accelerator(options: Options) -> Accelerator:
         raise ValueError(f"--report_to {options.report_to}: {trackers} are installed here")
     project = ProjectConfiguration(options.output_dir, str(Path(options.output_dir) / options.logging_dir))
     try:
-        return Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu, log_with=options.report_to,
-                           gradient_accumulation_steps=options.gradient_accumulation_steps, project_config=project)
+        accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu, log_with=options.report_to,
+                                  gradient_accumulation_steps=options.gradient_accumulation_steps,
+                                  project_config=project)
     except ValueError as error:
         raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"distributed_type {accelerator.distributed_type.value} of Accelerate splits the network, and "
+                         "the moving average and the saved model need all of it: MULTI_GPU and its like, and NO, are "
+                         "allowed, e.g. with a file of training/accelerate")
+    if accelerator.num_processes > 1:
+        sys.excepthook = lambda *error: leave_at_once("".join(traceback.format_exception(*error)))
+    return accelerator
 
 
 def load_data(options: Options, accelerator: Accelerator, vae: Autoencoder | None = None) \
@@ -188,11 +224,13 @@ def load_data(options: Options, accelerator: Accelerator, vae: Autoencoder | Non
             raise ValueError(f"--{name} {split}: the dataset has {sorted(splits)}")
     train = LabelledImages(splits[options.train_split], options.image_column, options.label_column, options.resolution,
                            options.center_crop, options.random_flip and vae is None, options.random_shift,
-                           None if vae is None else vae.config.in_channels)
+                           None if vae is None else vae.config.in_channels, cache_images=options.cache_images,
+                           skip_corrupt_images=options.skip_corrupt_images)
     rest = None
     if held_out is not None:
         rest = LabelledImages(splits[held_out], train.image_column, train.label_column, options.resolution,
-                              center_crop=True, channels=train.channels, labels=train.id2label)
+                              center_crop=True, channels=train.channels, labels=train.id2label,
+                              skip_corrupt_images=options.skip_corrupt_images)
     if vae is None:
         return train, rest
     cache = Path(options.output_dir) / "latents" if options.latents_cache is None else Path(options.latents_cache)
@@ -208,7 +246,7 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
     """
     changes = {"clip_sample": False} if options.vae else {}  # latents aren't within [-1, 1]
     if options.scheduler is None:
-        return DDPMScheduler(options.ddpm_num_steps, beta_schedule=options.ddpm_beta_schedule,
+        return DDPMScheduler(num_train_timesteps=options.ddpm_num_steps, beta_schedule=options.ddpm_beta_schedule,
                              prediction_type=prediction_type or "epsilon", **changes)
     try:
         config = DDPMScheduler.load_config(options.scheduler, subfolder="scheduler")
@@ -237,7 +275,7 @@ def make_model(model_class: type[AnyModel], options: Options, default: dict[str,
     path = options.model_config_name_or_path
     try:
         config = default if path is None else model_class.load_config(path)
-        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        config = {name: value for name, value in config.items() if not name.startswith("_") and name != "auto_map"}
         return model_class(**{**config, **given})
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--model_config_name_or_path {path}, --resolution {options.resolution}: {error}") from error

@@ -5,34 +5,53 @@
     accelerate launch training/train_classifier.py --train_data_dir photos --scheduler google/ddpm-cat-256
     accelerate launch training/train_classifier.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 --center_crop
     accelerate launch training/train_classifier.py ... --resume_from_checkpoint latest # a run that was stopped goes on
+    accelerate launch training/train_classifier.py ... --problem_type multi_label_classification --label_column tags
+    accelerate launch training/train_classifier.py ... --init_from out/unet --dlsm_weight 1 --score_model out/unet
+    accelerate launch training/train_classifier.py ... --push_to_hub --hub_model_id user/classifier
     accelerate launch --multi_gpu --num_processes 2 training/train_classifier.py ...   # several GPUs
     torchrun --standalone --nproc_per_node 2 training/train_classifier.py --cpu ...    # several processes on CPUs
 
 --output_dir becomes a folder that `NoiseAwareClassifier.from_pretrained` reads, with the labels' names and the noise
-schedule in its config. Next to it: `metrics.json`, accuracy and cross entropy at ten noise levels of the held-out
-split.
+schedule in its config. Next to it: `metrics.json`, accuracy and cross entropy (of a regressor R^2) at ten noise levels
+of the held-out split. What is learned, and from which weights on, is in `recipes.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, ModelMixin
 from latents import load_vae, write_latents
-from loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
-from options import Images, Options, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
-from torch.nn import functional as F
+from loop import Batch, Run, finish, held_out_figures, ten_levels
+from options import Images, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
+from publishing import PublishedOptions, publish
+from recipes import (
+    SCHEDULE,
+    Recipe,
+    RecipeOptions,
+    architecture,
+    labelled,
+    load_start,
+    start_at,
+    start_schedule,
+    without_labels,
+)
 
 from guided_diffusers import NoiseAwareClassifier
+from guided_diffusers.classifier_losses import FIGURES, SINGLE, held_out_scores
+from guided_diffusers.data import TargetedImages
+from guided_diffusers.diagnosis import GAPS, calibration_gaps, plot, with_calibration
 
 DEFAULT = {"block_out_channels": [64, 128, 192, 256], "layers_per_block": 2, "attention_head_dim": 64, "dropout": 0.1}
 
 
 @dataclass
-class ClassifierOptions(Options):
+class ClassifierOptions(PublishedOptions, RecipeOptions):
     max_timestep: int | None = option(
         None, "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
               "and 0 for a classifier of clean images")
@@ -45,8 +64,7 @@ def trained_schedule(options: ClassifierOptions, scheduler: DDPMScheduler) -> di
     Raises:
         ValueError: if --max_timestep is beyond the schedule.
     """
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-    schedule = {name: scheduler.config[name] for name in names}
+    schedule = {name: scheduler.config[name] for name in SCHEDULE}
     steps = schedule["num_train_timesteps"] if options.max_timestep is None else options.max_timestep + 1
     if steps > schedule["num_train_timesteps"]:
         last = schedule["num_train_timesteps"] - 1
@@ -56,12 +74,15 @@ def trained_schedule(options: ClassifierOptions, scheduler: DDPMScheduler) -> di
     return schedule
 
 
-def make_classifier(options: ClassifierOptions, data: Images, schedule: dict[str, Any]) -> NoiseAwareClassifier:
-    if len(data.id2label) < 2:
+def make_classifier(options: ClassifierOptions, data: Images | TargetedImages, schedule: dict[str, Any],
+                    start: ModelMixin | None = None) -> NoiseAwareClassifier:
+    if options.problem_type == SINGLE and len(data.id2label) < 2:
         raise ValueError(f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or more are "
                          f"needed; the dataset has the columns {data.dataset.column_names}")
-    return make_model(NoiseAwareClassifier, options, DEFAULT, sample_size=data.resolution, in_channels=data.channels,
-                      num_labels=len(data.id2label), id2label=data.id2label, label2id=None, **schedule)
+    default = DEFAULT if start is None else architecture(start)
+    return make_model(NoiseAwareClassifier, options, default, sample_size=data.resolution, in_channels=data.channels,
+                      num_labels=len(data.id2label) or data.num_labels, id2label=data.id2label or None, label2id=None,
+                      problem_type=options.problem_type, **schedule)
 
 
 def main() -> None:
@@ -69,33 +90,41 @@ def main() -> None:
     with explained():
         accelerator = make_accelerator(options)
         vae = load_vae(options)
-        data, held_out = load_data(options, accelerator, vae)
-        scheduler = load_scheduler(options)
+        images = load_data(without_labels(options), accelerator, vae)
+        data, held_out = labelled(options, *images)
+        start = load_start(options.init_from)
+        scheduler = start_schedule(options, start) or load_scheduler(options)
         schedule = trained_schedule(options, scheduler)
         set_seed(options.seed)
-        run = Run(options, accelerator, make_classifier(options, data, schedule), data)
-        write_latents(options, accelerator, vae, data, held_out)
+        model = make_classifier(options, data, schedule, start)
+        if (started := start_at(options, model, start, data)) is not None:
+            accelerator.print(started)
+        recipe = Recipe(options, accelerator, scheduler, schedule["num_train_timesteps"] - 1, data)
+        run = Run(options, accelerator, model, data)
+        write_latents(options, accelerator, vae, *images)
 
     def logits(model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return model(scheduler.add_noise(batch["pixel_values"], eps, t), t).logits.float()
 
-    def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
-        t = draws.randint(schedule["num_train_timesteps"])
-        eps = draws.randn(*batch["pixel_values"].shape[1:])
-        return F.cross_entropy(logits(model, batch, eps, t), batch["label"])
-
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
         def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             answer, label = logits(model, batch, eps, t), batch["label"]
-            return torch.stack([(answer.argmax(dim=1) == label).float(),
-                                F.cross_entropy(answer, label, reduction="none")])
+            scores = held_out_scores(answer, label, options.problem_type, recipe.variance)
+            return torch.stack([*scores.values(), *(calibration_gaps(answer, label).T if gaps else ())])
 
-        return held_out_figures(options, accelerator, held_out, ten_levels(schedule["num_train_timesteps"]),
-                                ("accuracy", "cross_entropy"), score)
+        gaps = GAPS if options.problem_type == SINGLE else ()
+        figures = held_out_figures(options, accelerator, held_out, ten_levels(schedule["num_train_timesteps"]),
+                                   (*FIGURES[options.problem_type], *gaps), score)
+        if figures and gaps:
+            figures["held_out"] = [with_calibration(row) for row in figures["held_out"]]
+            if step == run.steps and accelerator.is_main_process and find_spec("matplotlib"):
+                plot(figures["held_out"], Path(options.output_dir) / "curves.png")
+        return figures
 
-    model = run.train(loss, evaluate)
+    model = run.train(recipe, evaluate)
     if accelerator.is_main_process:
         model.save_pretrained(options.output_dir)
+        publish(options, model)
     finish(accelerator)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map
 
 from .guidance import Guidance, Sum, frozen
 from .images import decode, one_by_one
-from .noise import clipping_warning, prediction_type
-from .run import Run, finite_check, guided, number_of
+from .noise import prediction_type
+from .run import Run, check_parts, finite_check, guided, number_of
 
 if TYPE_CHECKING:
     from diffusers import ModularPipeline
@@ -65,7 +65,7 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     prediction_type(scheduler)
     total = Sum(terms)
     decoder = _component(pipeline, DECODERS)
-    attached = _Attached(scheduler, denoiser, partial(_decode, pipeline), total)
+    attached = _Attached(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
     modules = [module for module in (denoiser, decoder, *total.modules()) if module is not None]
     # hooks, not another `forward`: offloading exchanges that one after each call of the pipeline
     with (frozen(modules), _replaced(scheduler, "step", attached.step),
@@ -80,6 +80,20 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
 
 def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
     return next((one for name in names if (one := getattr(pipeline, name, None)) is not None), None)
+
+
+@contextmanager
+def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
+    """Within, an autoencoder that overflows in float16 (Stable Diffusion XL's) computes in float32, as its pipeline has
+    it when it decodes the result."""
+    if decoder is None or decoder.dtype != torch.float16 or not decoder.config.get("force_upcast"):
+        yield
+        return
+    decoder.to(torch.float32)
+    try:
+        yield
+    finally:
+        decoder.to(torch.float16)
 
 
 @contextmanager
@@ -163,9 +177,10 @@ class _Recipe:
 class _Attached:
     """What `guide` knows between a call of the network and the scheduler's step."""
 
-    def __init__(self, scheduler: SchedulerMixin, denoiser: torch.nn.Module,
+    def __init__(self, scheduler: SchedulerMixin, denoiser: torch.nn.Module, decoder: torch.nn.Module | None,
                  decode: Callable[[torch.Tensor], torch.Tensor], terms: Sum):
-        self.scheduler, self.denoiser, self.decode, self.terms = scheduler, denoiser, decode, terms
+        self.scheduler, self.denoiser, self.decoder, self.decode = scheduler, denoiser, decoder, decode
+        self.terms, self.stack = terms, ExitStack()
         self.scheduler_step, self.check, self.steps = scheduler.step, finite_check(terms), 0
         self.step_signature = inspect.signature(scheduler.step)
         self.signature = inspect.signature(unwrap_module(denoiser).forward)
@@ -249,7 +264,13 @@ class _Attached:
             _check_seen(calls)
         others = [recipe([_plain(call.others[i]) for call in calls]) for i in range(len(acting.conditions))]
         predict = partial(self.predict, recipe, timestep)
-        return guided(acting, run, index, output, sample, self.check, predict, others, self.decode, repeats)
+        with self.stack:  # until the gradient is there, which decodes again
+            return guided(acting, run, index, output, sample, self.check, predict, others, self.images, repeats)
+
+    def images(self, x0: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] of a predicted x0."""
+        self.stack.enter_context(_in_float32(self.decoder))
+        return self.decode(x0)
 
     def predict(self, recipe: _Recipe, timestep: Any, x: torch.Tensor,
                 network: torch.nn.Module | None = None) -> torch.Tensor:
@@ -281,13 +302,7 @@ class _Attached:
         Raises:
             ValueError: for a classifier on another device, or a pipeline whose sample is not the scheduler's.
         """
-        if warning := clipping_warning(self.scheduler):
-            logger.warning(warning)
-        for module in acting.modules():
-            devices = {p.device for p in module.parameters()}
-            if devices and sample.device not in devices and not hasattr(module, "_hf_hook"):  # accelerate moves those
-                raise ValueError(f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the pipeline's "
-                                 f"samples are on {sample.device}; move it there")
+        check_parts(self.scheduler, acting, sample.device)
         if not calls or calls[0].input.shape[2:] != sample.shape[2:] or len(calls[0].input) % len(sample):
             return
         seen = calls[0].input[:, : sample.shape[1]].float()

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
+FIGURES = {SINGLE: ("accuracy", "cross_entropy"), MULTI: ("accuracy", "average_precision", "cross_entropy"),
+           REGRESSION: ("r2", "mse")}  # of `held_out_scores`
 
 
 def label_losses(logits: Tensor, y: Tensor, problem_type: str = SINGLE, class_weights: Tensor | None = None,
@@ -51,14 +53,14 @@ def label_losses(logits: Tensor, y: Tensor, problem_type: str = SINGLE, class_we
                          f"{REGRESSION}; leave them None and 0")
     if problem_type != REGRESSION and variance is not None:
         raise ValueError(f"variance={variance} has no effect on {problem_type}; leave it None")
+    class_weights = None if class_weights is None else class_weights.to(wide)
     if problem_type == SINGLE:
         y = y if y.ndim == 1 else y.to(wide.dtype)
-        weights = None if class_weights is None else class_weights.to(wide.dtype)
-        return F.cross_entropy(wide, y, weights, reduction="none", label_smoothing=label_smoothing)
+        return F.cross_entropy(wide, y, class_weights, reduction="none", label_smoothing=label_smoothing)
     if problem_type == MULTI:
         q = (1 - label_smoothing) * y.to(wide.dtype) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(wide, q, pos_weight=class_weights, reduction="none").mean(dim=1)
-    return ((wide - y).square() / (1.0 if variance is None else variance)).mean(dim=1)
+    return ((wide - y).square() / (1.0 if variance is None else variance.to(wide))).mean(dim=1)
 
 
 def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Tensor:
@@ -185,7 +187,7 @@ def held_out_scores(logits: Tensor, y: Tensor, problem_type: str = SINGLE, varia
 
     Args:
         logits, y, problem_type: as in `label_losses`, y no shares.
-        variance: (K,), of y over a split: R^2 compares with its mean. For regression only.
+        variance: (K,), of the numbers trained on, with whose mean R^2 compares. For regression only.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = label_losses(wide, y, problem_type)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .diagnosis.commands import add_inspect_command
 from .hub.commands import add_hub_commands
 from .openai import add_convert_command
 
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)
+    add_inspect_command(commands)
     add_hub_commands(commands)
     options = parser.parse_args(arguments)
     try:

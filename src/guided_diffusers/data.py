@@ -1,6 +1,6 @@
 """Labelled images: a Hub dataset, an image folder or local Parquet files -> {pixel_values in [-1, 1], label}.
 
-With captions, too, from a column or by label.
+With captions, too, from a column or by label, or with several labels or numbers an image in place of the one.
 """
 
 from __future__ import annotations
@@ -270,3 +270,104 @@ class CaptionedImages(torch.utils.data.Dataset):
         groups = self._by_label.values() if self._by_label is not None else map(self._captions, range(len(self)))
         for group in groups:
             yield from group
+
+
+class TargetedImages(torch.utils.data.Dataset):
+    """Items of `LabelledImages` whose `"label"` is (num_labels,) float32: a 0 or 1 for each label, or numbers.
+
+    An item is asked for by its index or by `(index, seed)`.
+
+    Args:
+        images: `LabelledImages`, whose own label is left out, or what gives its items in another form.
+        label_column: a column of the images' dataset.
+        problem_type: what it holds, in `transformers`' words. "multi_label_classification": lists of ids or names, in
+            all rows, or, if all rows have as many, two or more zeros and ones, a vector of a 0 or 1 for each label.
+            "regression": numbers, or lists of always as many; `id2label` then is empty.
+        labels: the names of another split, where ids must mean the same.
+
+    Raises:
+        ValueError: if the column is missing or holds something else; when an item is read, if its label is none.
+    """
+
+    def __init__(self, images: LabelledImages, label_column: str, problem_type: str,
+                 labels: Mapping[int, str] | None = None):
+        if problem_type not in ("multi_label_classification", "regression"):
+            raise ValueError(f"problem_type={problem_type!r}: multi_label_classification and regression are allowed")
+        if label_column not in images.dataset.column_names:
+            raise ValueError(f"label_column={label_column!r}: {problem_type} needs one of the dataset's columns "
+                             f"{images.dataset.column_names}")
+        self.images, self.label_column, self.problem_type = images, label_column, problem_type
+        self.dataset, self.resolution, self.channels = images.dataset, images.resolution, images.channels
+        self._rows, self._vectors = images.dataset.select_columns([label_column]), False
+        if problem_type == "regression":
+            self.id2label: dict[int, str] = {}
+            self.num_labels = np.size(self._rows[0][label_column])
+        else:
+            self.id2label = self._names(labels)
+            self.num_labels = len(self.id2label)
+        self._ids = {name: i for i, name in self.id2label.items()}
+        self.label(0)
+
+    def _values(self) -> Iterator[object]:
+        for rows in self._rows.iter(1000):
+            yield from rows[self.label_column]
+
+    def _names(self, labels: Mapping[int, str] | None) -> dict[int, str]:
+        feature = self._rows.features[self.label_column]
+        of = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)  # both kinds of lists
+        lengths, values = set(), set()
+        for value in self._values() if of is not None else ():
+            lengths.add(len(value) if value is not None else None)
+            values |= set(value or ())
+        one_length = len(lengths) == 1 and None not in lengths and max(lengths) > 1
+        self._vectors = one_length and values <= {0, 1} and (labels is None or lengths == {len(labels)})
+        if isinstance(of, ClassLabel):
+            found = dict(enumerate(of.names))
+            self._vectors = False
+        elif self._vectors:
+            found = {i: str(i) for i in range(max(lengths))}
+        elif of is not None and labels is not None and not values:  # no image of this split has one
+            found = {}
+        elif values and all(isinstance(value, str) for value in values):
+            found = dict(enumerate(sorted(values)))
+        elif values and all(type(value) is int and value >= 0 for value in values):
+            found = {i: str(i) for i in range(max(values) + 1)}
+        else:
+            some = sorted(map(repr, values))[:5]
+            raise ValueError(f"label_column={self.label_column!r} holds {feature}, with values such as {some}; lists "
+                             "of class ids, of integers from 0 or of strings, or vectors of zeros and ones are allowed")
+        if labels is not None and not set(found.values()) <= set(labels.values()):
+            raise ValueError(f"label_column={self.label_column!r} has the labels {found}, the other split {labels}")
+        return dict(found if labels is None else labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
+        found = self.images[item]
+        return {**found, "label": self.label(found.get("row", item[0] if isinstance(item, tuple) else item))}
+
+    def label(self, index: int) -> torch.Tensor:
+        """The label of a row whose image isn't read."""
+        return self._label(self._rows[index][self.label_column], index)
+
+    def targets(self) -> torch.Tensor:
+        """All labels, (N, num_labels)."""
+        return torch.stack([self._label(value, index) for index, value in enumerate(self._values())])
+
+    def _label(self, value: object, index: int) -> torch.Tensor:
+        values = list(value) if isinstance(value, list) else [value]
+        if self.problem_type == "regression" or self._vectors:
+            numbers = all(isinstance(one, (int, float)) and np.isfinite(one) for one in values)
+            if not numbers or len(values) != self.num_labels or self._vectors and not set(values) <= {0, 1}:
+                raise ValueError(f"label {value!r} of row {index} of label_column={self.label_column!r}: "
+                                 f"{self.num_labels} {'zeros and ones' if self._vectors else 'finite numbers'} are "
+                                 "allowed")
+            return torch.tensor(values, dtype=torch.float32)
+        ids = [self._ids.get(one, one) if isinstance(one, str) else one for one in values]
+        if not isinstance(value, list) or any(i not in self.id2label for i in ids):
+            raise ValueError(f"label {value!r} of row {index} isn't a list of the {len(self.id2label)} labels "
+                             f"{list(self.id2label.values())[:20]}")
+        label = torch.zeros(self.num_labels)
+        label[ids] = 1.0
+        return label

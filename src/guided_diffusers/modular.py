@@ -20,7 +20,7 @@ from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
 from .guidance import ClassifierGuidance, Sum, frozen
-from .run import Run, finite_check, guided
+from .run import Run, check_parts, finite_check, guided
 
 
 class ClassifierGuidanceBlock(ModularPipelineBlocks):
@@ -49,6 +49,7 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
                  ) -> tuple[Any, BlockState]:
         if i == 0:
             terms = Sum([ClassifierGuidance(components.classifier, block_state.label, block_state.guidance_scale)])
+            check_parts(components.scheduler, terms, block_state.latents.device)
             block_state.classifier_guidance = terms, Run(components.scheduler, t), finite_check(terms)
         terms, run, check = block_state.classifier_guidance
         index = run.step(t)

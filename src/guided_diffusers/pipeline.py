@@ -193,7 +193,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_algorithm: Literal["output", "mean"] | None = None,
         clip_x0: bool = False,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
         classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -225,7 +225,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 pipeline's own where the scheduler has a DDPM step, else "output".
             clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, whatever the scheduler
                 (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips what guidance made of it.
-            guidance: further terms that are added to the classifier's.
+            guidance: a further term that is added to the classifier's, or several.
             image: for an up-sampling network (its input has twice the sample's channels) the low-resolution images,
                 one or one an image: PIL, or (B, C, h, w) in [-1, 1].
             classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
@@ -278,22 +278,30 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
                 acting, own = terms.at(index, count, level), {"class_labels": class_labels}
-                output, variance, *others = self._predict(latents, t, [own, *acting.conditions], low_res)
-                if clip_x0:
-                    output, *others = (level.clipped(latents, prediction) for prediction in (output, *others))
+                wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+                through = any(term.through_network for term in acting.terms())
+                x = wide.detach().requires_grad_() if through else latents  # then the call's graph is kept
+                with torch.set_grad_enabled(through):
+                    output, variance, *others = self._predict(x.to(self.dtype), t, [own, *acting.conditions], low_res)
+                    if clip_x0:
+                        output, *others = (level.clipped(x, prediction) for prediction in (output, *others))
+                    graph = (x, level.x0(x, output)) if through else None
+                output, *others = (prediction.detach() for prediction in (output, *others))
+                variance = None if variance is None else variance.detach()
                 score_shift = mean_shift = None
 
                 # 4. What guidance adds to the score
                 if acting.terms():
-                    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-                    step = Step(wide, level.x0(wide, output), self._predict_x0(t, level, own, low_res), level, index,
-                                count, numbers[index], tuple(level.x0(wide, other) for other in others), self._decode)
+                    predict = self._predict_x0(t, level, own, low_res, clip_x0)
+                    step = Step(wide, level.x0(wide, output), predict, level, index, count, numbers[index],
+                                tuple(level.x0(wide, other) for other in others), self._decode, graph)
                     score_shift = acting.score(step)
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
                     else:
                         mean_shift = score_shift * posterior_variance(self.scheduler, numbers, index, variance)
                     check(step, score_shift, output if mean_shift is None else mean_shift)
+                    del step, graph  # the network's activations
 
                 # 5. The scheduler's step, which doesn't know
                 if variance is not None and reads_variance(self.scheduler):
@@ -338,7 +346,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                              f"{self._callback_tensor_inputs}")
 
     def _terms(self, labels: list[dict[int, float]], per_label: int, scale: Any, free_scale: Any, start: float,
-               stop: float, class_labels: torch.Tensor | None, more: Guidance | None) -> Sum:
+               stop: float, class_labels: torch.Tensor | None, more: Guidance | Sequence[Guidance] | None) -> Sum:
         """All that guides: nothing at scale 0."""
         wanted = scale is not None and bool(torch.as_tensor(scale).any())
         if not labels and (wanted or (free_scale is not None and torch.as_tensor(free_scale).any())):
@@ -347,9 +355,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if free_scale is None and self._null is not None and (class_labels == self._null).any():
             free_scale = 0.0  # the pipeline's own is for labels that the network is told
         free_scale = self._scale("classifier_free_scale", free_scale, len(labels), per_label)
-        terms: tuple[Guidance, ...] = more.terms() if more is not None else ()
+        more = () if more is None else (more,) if isinstance(more, Guidance) else tuple(more)
+        if not all(isinstance(term, Guidance) for term in more):
+            raise ValueError(f"guidance: {[type(term).__name__ for term in more]}; a term of guidance, a sum or a list "
+                             "of them is allowed")
+        terms = Sum(more).terms()
         if any(term.conditions for term in terms) and class_labels is None:
             raise ValueError("guidance: a term has conditions, class labels, and the network has no class embeddings")
+        for condition in (condition for term in terms for condition in term.conditions):
+            label = int(condition.get("class_labels", torch.zeros(1)).max())
+            if not 0 <= label < self._class_embeddings:
+                raise ValueError(f"guidance: a condition has the class label {label}; 0 to "
+                                 f"{self._class_embeddings - 1} are allowed")
         if labels and free_scale.any():
             if class_labels is None or self._null is None:
                 raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with "
@@ -470,11 +487,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             scaled = join_low_resolution(scaled, low_res)
         if len(conditions) > 1:
             scaled = torch.cat([scaled] * len(conditions))
-        told = {name: value for name, value in conditions[0].items() if value is not None}
-        if unknown := {name for condition in conditions[1:] for name in condition} - told.keys():
-            raise ValueError(f"guidance: a term has conditions {sorted(unknown)}; the network is told {sorted(told)}")
-        kwargs = {name: torch.cat([{**told, **condition}[name].to(latents.device).expand(batch_size, *value.shape[1:])
-                                   for condition in conditions]) for name, value in told.items()}
+        kwargs = _joined(conditions, batch_size, latents.device)
         t = t.expand(len(scaled)) if self._is_dit else t  # it takes no timestep without a dimension
         output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
@@ -485,10 +498,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return [first, None if variance is None else variance[:batch_size], *others]
 
     def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, told: Mapping[str, torch.Tensor | None],
-                    low_res: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+                    low_res: torch.Tensor | None, clip_x0: bool) -> Callable[..., torch.Tensor]:
         """The predicted x0 as a function of the sample, for terms that differentiate through the network."""
-        return lambda sample, network=None: level.x0(
-            sample, self._predict(sample.to(self.dtype), t, [told], low_res, network)[0])
+        def predict(sample: torch.Tensor, network: torch.nn.Module | None = None) -> torch.Tensor:
+            output = self._predict(sample.to(self.dtype), t, [told], low_res, network)[0]
+            return level.x0(sample, level.clipped(sample, output) if clip_x0 else output)
+
+        return predict
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
@@ -503,3 +519,18 @@ def travelling_code(cls: type) -> str | None:
     if package == "guided_diffusers":  # found by its name, since the file that travels can't import it
         return importlib.import_module("guided_diffusers.source").self_contained(cls)
     return None
+
+
+def _joined(conditions: Sequence[Mapping[str, torch.Tensor | None]], batch_size: int, device: torch.device,
+            ) -> dict[str, torch.Tensor]:
+    """The network's arguments for a batch of all conditions, one after the other; the first names all there are."""
+    told = {name: value for name, value in conditions[0].items() if value is not None}
+    for condition in conditions[1:]:
+        if unknown := condition.keys() - told.keys():
+            raise ValueError(f"guidance: a term has conditions {sorted(unknown)}; the network is told {sorted(told)}")
+        for name, value in condition.items():
+            if len(value) not in (1, batch_size) or value.shape[1:] != told[name].shape[1:]:
+                raise ValueError(f"guidance: a condition {name} has shape {tuple(value.shape)}; one row, or one for "
+                                 f"each of {batch_size} images, of shape {tuple(told[name].shape[1:])} is allowed")
+    return {name: torch.cat([{**told, **condition}[name].to(device).expand(batch_size, *value.shape[1:])
+                             for condition in conditions]) for name, value in told.items()}

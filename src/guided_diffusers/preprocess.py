@@ -53,6 +53,12 @@ class Preprocess:
             if unknown := sorted(processor.keys() - SETTINGS):
                 raise ValueError(f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself")
             config = dict(processor)
+            for name, needed in (("image_std", "image_mean"), ("resample", "size"), ("crop_pct", "size")):
+                if config.get(name) is not None and config.get(needed) is None:
+                    raise ValueError(f"processor: {name}={config[name]!r} has no effect without {needed}")
+            if config.get("crop_pct") is not None and "height" in config["size"]:
+                raise ValueError(f"processor: crop_pct={config['crop_pct']!r} has no effect with "
+                                 f"size={config['size']!r}, only with shortest_edge")
         else:
             config = processor.to_dict()
             config.update({flag: bool(getattr(processor, flag, False)) for flag in FLAGS})

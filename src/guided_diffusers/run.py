@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.logging import get_logger
 
 from .guidance import FiniteCheck, Step, Sum
-from .noise import noise_levels, sampling_timesteps, split_variance
+from .noise import clipping_warning, noise_levels, sampling_timesteps, split_variance
+
+logger = get_logger(__name__)
 
 
 class Run:
@@ -98,3 +101,18 @@ def guided(terms: Sum, run: Run, index: int, output: torch.Tensor, sample: torch
 
 def finite_check(terms: Sum) -> FiniteCheck:
     return FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), torch.float32))
+
+
+def check_parts(scheduler: SchedulerMixin, terms: Sum, device: torch.device) -> None:
+    """Warn of a scheduler that spoils guided samples, refuse a network that is elsewhere than the samples.
+
+    Raises:
+        ValueError: for one.
+    """
+    if warning := clipping_warning(scheduler):
+        logger.warning(warning)
+    for module in terms.modules():
+        devices = {p.device for p in module.parameters()}
+        if devices and device not in devices and not hasattr(module, "_hf_hook"):  # accelerate moves those
+            raise ValueError(f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the pipeline's "
+                             f"samples are on {device}; move it there")

@@ -61,7 +61,7 @@ def self_contained(cls: type) -> str:
         if name in module.imports:
             source, there = module.imports[name]
             if not _ours(source):
-                (typing_only if name in module.typing_only else imports)[name] = (source, there)
+                (typing_only if name in module.typing_only else imports).setdefault(name, (source, there))
             elif source in COMPONENTS and not runs:
                 stand_ins.add(name)
             else:
@@ -71,7 +71,7 @@ def self_contained(cls: type) -> str:
                 raise ValueError(f"{cls.__name__} needs {name} of {needed[name]} and of {origin}; rename one")
             needed[name], node = origin, module.definitions[name]
             running = _names(node, module, annotations=False)
-            waiting += [(origin, one, one in running) for one in _names(node, module)]
+            waiting += [(origin, one, one in running) for one in sorted(_names(node, module))]
     header = HEADER.format(name=cls.__name__)
     parts = [_import_lines(imports)]
     if typing_only:

@@ -13,23 +13,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from .. import bundled
-from ..classifier import NoiseAwareClassifier
 from ..guidance import logits_of
 from ..noise import TrainedSchedule, module_config, schedule_config
-from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
 from .figures import (
     BINS,
+    GAPS,
     Gradients,
     Item,
     Place,
@@ -44,14 +42,14 @@ from .figures import (
     mean_and_error,
     network_reference,
     own_run,
+    with_calibration,
 )
 from .report import plot, table, write_json
+from .saved import held_out, load, load_pipeline, named_alike
 from .verdict import Verdict, edges, judge, status, useful_levels
 
-if TYPE_CHECKING:
-    from ..data import LabelledImages
-
-__all__ = ["Diagnosis", "Place", "Verdict", "calibration_error", "calibration_gaps", "diagnose", "inspect", "plot"]
+__all__ = ["GAPS", "Diagnosis", "Place", "Verdict", "calibration_error", "calibration_gaps", "diagnose", "inspect",
+           "plot", "with_calibration"]
 
 
 @dataclass(frozen=True)
@@ -115,79 +113,118 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
         ValueError: for arguments that are none, or labels that the classifier doesn't have.
         FloatingPointError: if its logits are NaN or infinite.
     """
-    config = module_config(classifier)
-    classes, kind = config.get("num_labels"), config.get("problem_type") or "single_label_classification"
-    if kind != "single_label_classification" or not classes or classes < 2:
-        raise ValueError(f"classifier: problem_type={kind!r}, num_labels={classes}; a single-label classifier of two "
-                         "labels or more can be diagnosed")
-    for name, value in (("images", images), ("gradient_images", gradient_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is allowed")
-    if len(data) == 0:
-        raise ValueError("data: there are no images")
+    classes = _checked(classifier, data, {"images": images, "gradient_images": gradient_images,
+                                          "batch_size": batch_size})
     if unet is not None and scheduler is None:
         raise ValueError("unet: its scheduler is needed, too")
     run = own_run(classifier) if scheduler is None else SamplingRun(scheduler)
-    places, schedule = run.places(levels), TrainedSchedule(schedule_config(classifier))
+    places, log_prior = run.places(levels), _log_prior(data, classes)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-    log_prior = _log_prior(data, classes)
-    first = torch.as_tensor(data[order[0]]["pixel_values"])
-    found = mismatches(classifier, unet, vae, run, tuple(first.shape))
+    found = mismatches(classifier, unet, vae, run, tuple(torch.as_tensor(data[order[0]]["pixel_values"]).shape))
     cosine_to = "a reference" if reference else "itself under a tenth of other noise"
     null = (module_config(unet).get("num_class_embeds") or 0) - 1
     if reference is None and unet is not None and null == classes:
         reference, cosine_to = network_reference(unet, run, null), "the network's own"
 
-    parameter = next(classifier.parameters(), torch.empty(0))
-    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    logits, answers, labels = [[] for _ in places], [[] for _ in places], []
-    errors, spans = [0.0] * len(places), []
+    measured = Measured(places)
+    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(classifier, unet, vae), \
             tqdm(total=len(order), unit="image", disable=not progress) as bar:
         gradients = Gradients(classifier, reference)
-        for some, x0, label in batches(data, order, batch_size, vae, seed, parameter.device):
-            count = max(0, min(len(some), gradient_images - len(torch.cat(labels or [label[:0]]))))
-            labels.append(label.cpu())
-            spans += [x0.amin().item(), x0.amax().item()]
-            for k, place in enumerate(places):
-                generators = [image_generator(seed, len(places) * i + k) for i in some]
-                eps = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators]).to(x0)
-                level = place.level
-                z = (level.alpha * x0 + level.sigma * eps) / (level.alpha**2 + level.sigma**2) ** 0.5
-                logits[k].append(logits_of(classifier(z.to(dtype), schedule.timestep(level))).double().cpu())
-                if count:
-                    given = x0[:count], eps[:count], label[:count], place, generators[0]
-                    answers[k].append({name: values.cpu() for name, values in gradients(*given).items()})
-                if len(labels) == 1:
-                    errors[k] = gradients.difference_error(*given)
+        for some, x0, label in batches(data, order, batch_size, vae, seed, device):
+            measured.add(classifier, gradients, x0, label, [len(places) * i for i in some], seed, gradient_images)
             bar.update(len(some))
-    label, by_level = torch.cat(labels), [torch.cat(one) for one in logits]
-    if not all(one.isfinite().all() for one in by_level):
-        raise FloatingPointError("the classifier's logits are not finite; load it in float32, or train it anew")
 
-    rows = []
-    for k, place in enumerate(places):
-        row = {"fraction": place.fraction, "timestep": place.timestep, "sigma_over_alpha": place.ratio,
-               "classifier_timestep": schedule.timestep(place.level), "beyond": schedule.beyond(place.level) < 1,
-               **level_figures(by_level[k], label, log_prior, image_generator(seed, k)),
-               **_gradient_figures(answers[k]), "finite_difference_error": errors[k]}
-        rows.append({**row, "status": status(row)})
-    if max(errors) > 0.01:
-        found.append(f"the gradient differs from finite differences by {max(errors):.1%}: its precision is too low, or "
+    rows = measured.rows(log_prior, TrainedSchedule(schedule_config(classifier)), seed, reference is not None)
+    if (error := max(row["finite_difference_error"] for row in rows)) > 0.01:
+        found.append(f"the gradient differs from finite differences by {error:.1%}: its precision is too low, or "
                      "something detaches it")
     if vae is None:
-        found += _range_mismatch(min(spans), max(spans))
-    useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
-    parts = edges([place.fraction for place in places])
-    over = useful or range(len(rows))
-    scale, error = logit_scale(torch.stack([by_level[k] for k in over]), label)
-    verdict = judge(rows, useful, parts, [run.ratio_at(part) for part in parts], scale, error,
-                    type(run.scheduler).__name__, reference is not None)
-    settings = {"model": type(classifier).__name__, "images": len(order), "gradient_images": sum(map(len, (
-        one["cosine"] for one in answers[0]))), "levels": levels, "seed": seed, "bins": BINS,
-        "scheduler": type(run.scheduler).__name__, "schedule": "the classifier's" if scheduler is None else "given",
-        "cosine_to": cosine_to, "classifier_schedule": dict(schedule_config(classifier))}
+        found += range_mismatch(measured.low, measured.high)
+    verdict = _verdict(rows, measured, run, reference is not None)
+    settings = {"model": type(classifier).__name__, "images": len(order),
+                "gradient_images": min(gradient_images, len(order)), "levels": levels, "seed": seed, "bins": BINS,
+                "scheduler": type(run.scheduler).__name__, "schedule": "own" if scheduler is None else "given",
+                "cosine_to": cosine_to, "classifier_schedule": dict(schedule_config(classifier))}
     return Diagnosis(tuple(rows), verdict, tuple(found), settings)
+
+
+def _checked(classifier: torch.nn.Module, data: Sequence[Item], numbers: dict[str, int]) -> int:
+    """How many labels there are."""
+    config = module_config(classifier)
+    classes, kind = config.get("num_labels"), config.get("problem_type") or "single_label_classification"
+    if kind != "single_label_classification" or not classes or classes < 2:
+        raise ValueError(f"classifier: problem_type={kind!r}, num_labels={classes}; a single-label classifier of two "
+                         "labels or more can be diagnosed")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is allowed")
+    if len(data) == 0:
+        raise ValueError("data: there are no images")
+    return classes
+
+
+def _verdict(rows: list[dict[str, Any]], measured: Measured, run: SamplingRun, compared: bool) -> Verdict:
+    useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
+    logits, label = measured.logits_and_label()
+    scale, error = logit_scale(torch.stack([logits[k] for k in useful or range(len(rows))]), label)
+    parts = edges([row["fraction"] for row in rows])
+    return judge(rows, useful, parts, [run.ratio_at(part) for part in parts], scale, error,
+                 type(run.scheduler).__name__, compared)
+
+
+class Measured:
+    """What the classifier said of the images so far, at each place."""
+
+    def __init__(self, places: Sequence[Place]):
+        self.places, self.low, self.high = places, float("inf"), float("-inf")
+        self.labels: list[torch.Tensor] = []
+        self.logits: list[list[torch.Tensor]] = [[] for _ in places]
+        self.gradients: list[list[dict[str, torch.Tensor]]] = [[] for _ in places]
+        self.errors: list[float] = []  # of finite differences, on the first batch
+
+    def add(self, classifier: torch.nn.Module, gradients: Gradients, x0: torch.Tensor, label: torch.Tensor,
+            numbers: Sequence[int], seed: int, gradient_images: int) -> None:
+        """Ask the classifier about a batch, as `NoiseAwareGuidance` asks it; its noise is that of (seed, number)."""
+        schedule = TrainedSchedule(schedule_config(classifier))
+        dtype = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32)
+        count = max(0, min(len(x0), gradient_images - sum(map(len, self.labels))))
+        self.low, self.high = min(self.low, x0.amin().item()), max(self.high, x0.amax().item())
+        for k, place in enumerate(self.places):
+            generators = [image_generator(seed, number + k) for number in numbers]
+            eps = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators]).to(x0)
+            level = place.level
+            z = (level.alpha * x0 + level.sigma * eps) / (level.alpha**2 + level.sigma**2) ** 0.5
+            self.logits[k].append(logits_of(classifier(z.to(dtype), schedule.timestep(level))).cpu().double())
+            if count:
+                given = x0[:count], eps[:count], label[:count], place
+                self.gradients[k].append(gradients(*given, generators[:count]))
+            if not self.labels:
+                self.errors.append(gradients.difference_error(*given, generators[0]))
+        self.labels.append(label.cpu())
+
+    def logits_and_label(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L, N, K) and (N,)."""
+        return torch.stack([torch.cat(one) for one in self.logits]), torch.cat(self.labels)
+
+    def rows(self, log_prior: torch.Tensor, schedule: TrainedSchedule, seed: int,
+             compared: bool) -> list[dict[str, Any]]:
+        """The figures, a row a place; `compared`: the cosine is to a reference.
+
+        Raises:
+            FloatingPointError: for logits that are NaN or infinite.
+        """
+        logits, label = self.logits_and_label()
+        if not logits.isfinite().all():
+            raise FloatingPointError("the classifier's logits are not finite; load it in float32, or train it anew")
+        rows = []
+        for k, place in enumerate(self.places):
+            row = {"fraction": place.fraction, "timestep": place.timestep, "sigma_over_alpha": place.ratio,
+                   "classifier_timestep": schedule.timestep(place.level), "beyond": schedule.beyond(place.level) < 1,
+                   **level_figures(logits[k], label, log_prior, image_generator(seed, k)),
+                   **_gradient_figures(self.gradients[k]), "finite_difference_error": self.errors[k]}
+            rows.append({**row, "status": status(row, compared)})
+        return rows
 
 
 def _gradient_figures(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -247,7 +284,8 @@ def _pair(size: Any) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _range_mismatch(low: float, high: float) -> list[str]:
+def range_mismatch(low: float, high: float) -> list[str]:
+    """What to say of images whose values run from `low` to `high`."""
     if low < -1.001 or high > 1.001:
         return [f"the images' values run from {low:.3g} to {high:.3g}, beyond [-1, 1]"]
     if high - low < 1.5:
@@ -275,7 +313,7 @@ def inspect(model: str | Path, dataset: str, unet: str | Path | None = None, *, 
         OSError: for files that are missing or broken.
     """
     classifier, pipeline = load(model)
-    pipeline = _pipeline(unet) if unet is not None else pipeline
+    pipeline = load_pipeline(unet) if unet is not None else pipeline
     vae = None if pipeline is None else pipeline.vae
     config, mine = module_config(vae), module_config(classifier)
     size = _pair(mine["sample_size"])
@@ -295,79 +333,3 @@ def inspect(model: str | Path, dataset: str, unet: str | Path | None = None, *, 
     settings = {**found.settings, "model": str(model), "dataset": str(dataset), "split": split,
                 "unet": None if unet is None else str(unet)}
     return Diagnosis(found.levels, found.verdict, (*notes, *found.mismatches), settings)
-
-
-def load(model: str | Path) -> tuple[NoiseAwareClassifier, ClassifierGuidedPipeline | None]:
-    """The classifier of a folder, Hub id or bundled name, and the pipeline that it is part of.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if "/" not in str(model) and not Path(model).exists() or (Path(model) / "model_index.json").is_file():
-        pipeline = _pipeline(model)
-    elif Path(model).is_dir():
-        return NoiseAwareClassifier.from_pretrained(model), None
-    else:
-        try:
-            ClassifierGuidedPipeline.load_config(model)
-        except OSError:  # no model_index.json: the repository of a classifier, or nothing, which this says
-            return NoiseAwareClassifier.from_pretrained(model), None
-        pipeline = _pipeline(model)
-    if pipeline.classifier is None:
-        raise ValueError(f"model {str(model)!r} is a pipeline without a classifier")
-    return pipeline.classifier, pipeline
-
-
-def _pipeline(model: str | Path) -> ClassifierGuidedPipeline:
-    here = "/" not in str(model) and not Path(model).exists()
-    return ClassifierGuidedPipeline.from_pretrained(bundled.folder(str(model)) if here else model)
-
-
-def held_out(dataset: str, split: str | None, image_column: str | None, label_column: str | None, resolution: int,
-             channels: int) -> tuple[LabelledImages, str]:
-    """The images of a split and its name.
-
-    Raises:
-        ValueError: if there is no such split, or it has no labels.
-    """
-    from ..data import LabelledImages, load_splits
-
-    splits = load_splits(dataset)
-    if split is None:
-        split = next((name for name in ("validation", "test", "train") if name in splits), None)
-    if split not in splits:
-        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
-    data = LabelledImages(splits[split], image_column, label_column, resolution, center_crop=True, channels=channels)
-    if not data.id2label:
-        raise ValueError("dataset: it has no labels; name their column with label_column")
-    return data, split
-
-
-class Renumbered:
-    """Images with their labels' ids exchanged."""
-
-    def __init__(self, data: LabelledImages, ids: Mapping[int, int]):
-        self.data, self.ids = data, ids
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Item:
-        item = self.data[index]
-        return {**item, "label": self.ids[item["label"]]}
-
-    def label(self, index: int) -> int:
-        return self.ids[self.data.label(index)]
-
-
-def named_alike(data: LabelledImages, names: Mapping[Any, str] | None) -> tuple[Sequence[Item], list[str]]:
-    """The data with the classifier's ids where both have the same names in another order, and what to say of it."""
-    wanted = {int(i): name for i, name in (names or {}).items()}
-    if not wanted or wanted == data.id2label:
-        return data, []
-    ids = {name: i for i, name in wanted.items()}
-    if len(ids) == len(wanted) and set(data.id2label.values()) <= ids.keys():
-        return Renumbered(data, {i: ids[name] for i, name in data.id2label.items()}), [
-            "the dataset numbers its labels otherwise than the classifier; they were matched by name"]
-    return data, [f"the dataset's labels are {list(data.id2label.values())[:20]}, the classifier's "
-                  f"{list(wanted.values())[:20]}; they were matched by id"]

@@ -10,9 +10,9 @@ from typing import Any
 def add_inspect_command(commands: Any) -> None:
     command = commands.add_parser(
         "inspect", help="whether a noise-aware classifier is good enough, and where",
-        description="Measure a noise-aware classifier on held-out images at the noise levels of a sampling run: accuracy, "
-                    "cross entropy, calibration, gradients. Says between which noise levels it may guide, and how "
-                    "strongly; writes diagnosis.json and diagnosis.png.")
+        description="Measure a noise-aware classifier on held-out images at the noise levels of a sampling run: "
+                    "accuracy, cross entropy, calibration, gradients. Says between which noise levels it may guide, "
+                    "and how strongly; writes diagnosis.json and diagnosis.png.")
     command.set_defaults(run=run_inspect)
     option = command.add_argument
     option("model", metavar="MODEL",
@@ -20,9 +20,9 @@ def add_inspect_command(commands: Any) -> None:
     option("--dataset", required=True, metavar="NAME_OR_FOLDER",
            help="labelled images: a Hub name, an image folder or a folder of Parquet files")
     option("--unet", metavar="PIPELINE",
-           help="the pipeline of the network to be guided: its schedule is the run's, and where it is class-conditional "
-                "with a null label, its own gradient is what the classifier's is compared with (default: the network "
-                "of MODEL, where that is a pipeline)")
+           help="the pipeline of the network to be guided: its schedule is the run's, and where it is "
+                "class-conditional with a null label, its own gradient is what the classifier's is compared with "
+                "(default: the network of MODEL, where that is a pipeline)")
     option("--output", type=Path, default=Path("diagnosis"), metavar="FOLDER",
            help="where the files go (default: %(default)s)")
     option("--images", type=int, default=1000, metavar="N", help="at most so many (default: %(default)s)")

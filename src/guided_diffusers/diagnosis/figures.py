@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch.nn import functional as F
 
-from ..guidance import ClassifierGuidance, Step, frozen, logits_of
+from ..guidance import ClassifierGuidance, Step, frozen
 from ..images import encode
 from ..noise import (
     NoiseLevel,
@@ -129,8 +129,9 @@ def calibration_gaps(logits: torch.Tensor, label: torch.Tensor, bins: int = BINS
     The expected calibration error is the sum over bins of their mean's absolute value (Guo et al. 2017, "On calibration
     of modern neural networks", eq. 3; bins ((m - 1)/M, m/M]). As means add up, so does this over batches and processes.
     """
-    confidence, answer = logits.double().softmax(dim=1).max(dim=1)
-    gap = (answer == label).double() - confidence
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    confidence, answer = wide.softmax(dim=1).max(dim=1)
+    gap = (answer == label).to(wide) - confidence
     return F.one_hot(_bins(confidence, bins), bins) * gap[:, None]
 
 
@@ -143,12 +144,22 @@ def calibration_error(gaps: torch.Tensor) -> float:
     return float(gaps.mean(dim=0).abs().sum())
 
 
+GAPS = tuple(f"gap {m}" for m in range(BINS))
+
+
+def with_calibration(row: Mapping[str, float]) -> dict[str, float]:
+    """A row of means that has those of `calibration_gaps` under the names `GAPS`, with their `ece` instead."""
+    gaps = torch.tensor([[row[name] for name in GAPS]], dtype=torch.float64)
+    kept = {name: value for name, value in row.items() if name not in GAPS}
+    return {**kept, "ece": round(calibration_error(gaps), 5)}
+
+
 def calibration_floor(logits: torch.Tensor, generator: torch.Generator, bins: int = BINS, draws: int = 100) -> float:
     """The calibration error that a perfectly calibrated classifier of these confidences shows in so few images."""
     confidence = logits.double().softmax(dim=1).amax(dim=1)
     where = F.one_hot(_bins(confidence, bins), bins).double()
     right = torch.rand(draws, len(confidence), generator=generator, dtype=torch.float64) < confidence
-    return float(((right - confidence) @ where / len(confidence)).abs().sum(dim=1).mean())
+    return float(((right.double() - confidence) @ where / len(confidence)).abs().sum(dim=1).mean())
 
 
 def logit_scale(logits: torch.Tensor, label: torch.Tensor, largest: float = 100.0) -> tuple[float, float]:
@@ -178,8 +189,8 @@ def logit_scale(logits: torch.Tensor, label: torch.Tensor, largest: float = 100.
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of each image's (B, C, H, W), (B,); 0 where either is 0."""
-    a, b = (x.double().flatten(1) / x.double().flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (a, b))
+    """Of each image's (B, C, H, W) in float64, (B,); 0 where either is 0."""
+    a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (a, b))
     return (a * b).sum(dim=1)
 
 
@@ -198,50 +209,52 @@ class Gradients:
 
     def __init__(self, classifier: torch.nn.Module, reference: Reference | None):
         self.classifier, self.reference = classifier, reference
-        self.wide = copy.deepcopy(classifier).to("cpu", torch.float64).requires_grad_(False)
+        self.wide = copy.deepcopy(classifier).cpu().double()
 
     def __call__(self, x0: torch.Tensor, eps: torch.Tensor, label: torch.Tensor, place: Place,
-                 generator: torch.Generator) -> dict[str, torch.Tensor]:
+                 generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
         """Per image, (B,): the norm of sigma grad log p(y | x_t), which is what scale 1 moves the predicted noise by
         (whose own norm is sqrt(D)); `cosine`; with a reference the products that `reference_scale` is made of."""
         level = place.level
         x = level.alpha * x0 + level.sigma * eps
         gradient = self._gradient(self.classifier, x, label, level)
-        found = {"gradient_norm": level.sigma * gradient.double().flatten(1).norm(dim=1)}
+        found = {"gradient_norm": level.sigma * gradient.flatten(1).norm(dim=1)}
         if self.reference is None:
-            other = torch.randn(eps.shape, generator=generator).to(eps)
+            other = torch.stack([torch.randn(eps.shape[1:], generator=one) for one in generators]).to(eps)
             r = self.PERTURBATION
             x = level.alpha * x0 + level.sigma * ((1 - r * r) ** 0.5 * eps + r * other)
             return {**found, "cosine": cosine(gradient, self._gradient(self.classifier, x, label, level))}
-        known = self.reference(x, label, place)
-        products = {"_with_reference": (known.double() * gradient).flatten(1).sum(dim=1),
-                    "_with_itself": gradient.double().square().flatten(1).sum(dim=1)}
+        known = self.reference(x, label, place).cpu().double()
+        products = {"_with_reference": (known * gradient).flatten(1).sum(dim=1),
+                    "_with_itself": gradient.square().flatten(1).sum(dim=1)}
         return {**found, "cosine": cosine(gradient, known), **products}
 
     @staticmethod
     def _gradient(classifier: torch.nn.Module, x: torch.Tensor, label: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        return ClassifierGuidance(classifier, label).score(Step(x, x, lambda sample: sample, level, 0, 1, 0.0))
+        step = Step(x, x, lambda sample: sample, level, 0, 1, 0.0)
+        return ClassifierGuidance(classifier, label).score(step).cpu().double()  # some devices have no float64
 
     def difference_error(self, x0: torch.Tensor, eps: torch.Tensor, label: torch.Tensor, place: Place,
                          generator: torch.Generator) -> float:
         """|finite difference - gradient . v| / |finite difference|, over some images and random directions v.
 
-        The gradient is the classifier's own, the central differences are taken of a copy in float64.
+        The gradient is the classifier's own, the central differences are taken of a copy in float64. Gradients that are
+        lost in its rounding, as of a classifier that is sure beyond any doubt, count as none.
         """
         level, count = place.level, self.DIFFERENCES
         x = (level.alpha * x0[:count] + level.sigma * eps[:count])
-        gradient = self._gradient(self.classifier, x, label[:count], level).double().cpu()
-        x, label = x.double().cpu(), label[:count].cpu()
+        gradient = self._gradient(self.classifier, x, label[:count], level)
+        x, label = x.cpu().double(), label[:count].cpu()
         term, norm = ClassifierGuidance(self.wide, label), (level.alpha**2 + level.sigma**2) ** 0.5
         t, beyond, h = term.schedule.timestep(level), term.schedule.beyond(level), 1e-4 * level.sigma
-        wrong = size = 0.0
+        wrong, size = 0.0, (1e-11 / h) ** 2
         for _ in range(count):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             up, down = (term.log_likelihood((x + sign * h * v) / norm, t) for sign in (1, -1))
             difference = beyond * (up - down) / (2 * h)
             wrong += float((difference - (gradient * v).flatten(1).sum(dim=1)).square().sum())
             size += float(difference.square().sum())
-        return (wrong / size) ** 0.5 if size else float(wrong > 0)
+        return (wrong / size) ** 0.5
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
@@ -257,7 +270,7 @@ def level_figures(logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Te
 
     `information` is what the classifier says beyond the labels' frequencies, in nats an image:
 
-        mean of log p(y | x_t) - log p(y)        at most the mutual information of y and x_t; below 0: worse than silence
+        mean of log p(y | x_t) - log p(y)    at most the mutual information of y and x_t; below 0: worse than silence
 
     Args:
         logits: (N, K).

@@ -89,6 +89,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine:
         if min(y) >= 0:
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    if any(row.get("status") == "harmful" for row in rows):
+        title += " (x: worse than silence)"
     if title:
         figure.suptitle(title, fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)

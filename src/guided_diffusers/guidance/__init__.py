@@ -25,10 +25,23 @@ from .classifier import (
     parse_labels,
     smoothed,
 )
-from .contract import FiniteCheck, Guidance, Scale, Step, Sum, frozen, gradient, normalized, x0_gradient
+from .contract import (
+    NO_SIGNAL,
+    FiniteCheck,
+    Guidance,
+    Scale,
+    Step,
+    Sum,
+    check_evaluating,
+    frozen,
+    gradient,
+    normalized,
+    x0_gradient,
+)
 from .energy import EnergyGuidance
 from .prediction import ClassifierFreeGuidance, ModelGuidance
 
 __all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "EnergyGuidance", "FiniteCheck", "Guidance", "Label",
-           "ModelGuidance", "NoiseAwareGuidance", "Scale", "Step", "Sum", "check_softplus", "frozen", "gradient",
+           "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "Scale", "Step", "Sum", "check_evaluating",
+           "check_softplus", "frozen", "gradient",
            "likelihood", "logits_of", "normalized", "parse_labels", "smoothed", "x0_gradient"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..noise import TrainedSchedule, module_config, schedule_config
-from .contract import Guidance, Scale, Step, gradient, normalized
+from .contract import Guidance, Scale, Step, check_evaluating, gradient, normalized
 
 Label = int | str | Mapping[int | str, float]
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -35,7 +35,9 @@ class NoiseAwareGuidance(Guidance):
     def __init__(self, module: torch.nn.Module, scale: Scale, start: float, stop: float,
                  sigma_interval: tuple[float, float] | None, normalize: bool):
         super().__init__(scale, start, stop, sigma_interval)
+        check_evaluating(module)
         self.module, self.normalize = module, normalize
+        self.acts_on_noise = not normalize  # `TrainedSchedule.beyond`
         self.schedule = TrainedSchedule(schedule_config(module))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -77,8 +79,8 @@ class ClassifierGuidance(NoiseAwareGuidance):
         joint_temperature, marginal_temperature: "joint" and "marginal" above (Ma et al. 2024, "Elucidating the design
             space of classifier-guided diffusion generation", section 4); both 1 are the classifier's own p(y | x_t); a
             marginal below 1 keeps the gradient alive where it is sure, 0 follows the logit alone.
-        softplus: the classifier's ReLU become softplus(beta x) / beta with this beta while the gradient is taken (the
-            same paper: 3 for a ResNet), which makes it smooth. None: off.
+        softplus: the classifier's `torch.nn.ReLU` (not its calls of `F.relu`) become softplus(beta x) / beta with this
+            beta while the gradient is taken (the same paper: 3 for a ResNet), which makes it smooth. None: off.
         normalize: as in `NoiseAwareGuidance`.
 
     Raises:

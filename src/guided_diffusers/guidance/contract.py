@@ -12,6 +12,8 @@ import torch
 
 from ..noise import NoiseLevel
 
+#: sigma / alpha beyond which a sample is noise alone: zero terminal SNR, the first step of flow matching
+NO_SIGNAL = 1e4
 Scale = float | Sequence[float] | torch.Tensor | Callable[[NoiseLevel], float | Sequence[float] | torch.Tensor]
 
 
@@ -34,6 +36,8 @@ class Step:
         timestep: the scheduler's timestep, for messages.
         others: predicted x0 for each of the asking term's `conditions`.
         decode: images in [-1, 1], (B, 3 or 1, H', W'), of an x0: differentiable; the x0 itself in pixel space.
+        graph: (x, x0) with the graph of the network's call from the one to the other, where a term that acts wants the
+            gradient through the network and whoever made the step could keep it.
     """
 
     sample: torch.Tensor
@@ -45,6 +49,7 @@ class Step:
     timestep: float
     others: tuple[torch.Tensor, ...] = ()
     decode: Callable[[torch.Tensor], torch.Tensor] = unchanged
+    graph: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def score(self) -> torch.Tensor:
@@ -69,6 +74,11 @@ class Guidance(ABC):
 
     #: arguments of the network, (B, ...) or (1, ...), with which the term needs its prediction, e.g. class_labels
     conditions: tuple[Mapping[str, Any], ...] = ()
+    #: whether the term acts where sigma / alpha > NO_SIGNAL. There its score is multiplied by sigma^2 / alpha, up to
+    #: 2^24: an exact one, which falls as alpha, stays finite, and a learned one destroys the image
+    acts_on_noise = False
+    #: whether the term takes its gradient through the network (`x0_gradient`)
+    through_network = False
 
     def __init__(self, scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0,
                  sigma_interval: tuple[float, float] | None = None):
@@ -90,7 +100,7 @@ class Guidance(ABC):
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         """Whether the term acts at step `index` of `count`; where its scale is 0, or there is no noise, it doesn't."""
-        if not self._on or level.sigma == 0:
+        if not self._on or level.sigma == 0 or not (self.acts_on_noise or level.sigma <= NO_SIGNAL * level.alpha):
             return False
         if callable(self.scale) and not _numbers(self.scale(level)).any():
             return False
@@ -124,7 +134,7 @@ class Guidance(ABC):
 
 def _numbers(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     numbers = torch.as_tensor(scale, dtype=torch.float32)
-    if numbers.ndim > 1 or not numbers.isfinite().all():
+    if numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
         raise ValueError(f"scale is {scale!r}; a finite number or one an image is allowed")
     return numbers
 
@@ -178,6 +188,10 @@ def x0_gradient(function: Callable[[torch.Tensor], torch.Tensor], step: Step, th
     taken as alpha / (alpha^2 + sigma^2), which it is for Gaussian data of unit variance, whatever the network predicts;
     it costs neither.
     """
+    if through_network and step.graph is not None:
+        x, x0 = step.graph
+        with torch.enable_grad():
+            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[0]  # for the next term
     if through_network:
         return gradient(lambda x: function(step.predict(x)), step.sample)
     level = step.level
@@ -192,6 +206,17 @@ def normalized(grad: torch.Tensor, step: Step) -> torch.Tensor:
     norm = torch.linalg.vector_norm(grad, dim=dims, keepdim=True)
     target = torch.linalg.vector_norm(step.score, dim=dims, keepdim=True)
     return grad * (target / norm.clamp(min=1))
+
+
+def check_evaluating(module: torch.nn.Module) -> None:
+    """Refuse a network that dropout or batch norm would make random, or mix the images of.
+
+    Raises:
+        ValueError: for one in training mode with either.
+    """
+    random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    if any(one.training and isinstance(one, random) and getattr(one, "p", 1) > 0 for one in module.modules()):
+        raise ValueError(f"{type(module).__name__} is in training mode; call its eval() first")
 
 
 @contextmanager

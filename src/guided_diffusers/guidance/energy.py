@@ -41,6 +41,7 @@ class EnergyGuidance(Guidance):
         if of == "sample" and through_network:
             raise ValueError("through_network=True has no effect with of='sample'")
         self.energy, self.of, self.through_network, self.normalize = energy, of, through_network, normalize
+        self.acts_on_noise = not (through_network or normalize or of == "sample")
 
     def score(self, step: Step) -> torch.Tensor:
         def checked(*inputs: object) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .contract import Guidance, Scale, Step
+from .contract import Guidance, Scale, Step, check_evaluating
 
 
 class ClassifierFreeGuidance(Guidance):
@@ -37,6 +37,8 @@ class ClassifierFreeGuidance(Guidance):
         ValueError: for other values.
     """
 
+    acts_on_noise = True
+
     def __init__(self, null: int | Mapping[str, Any], scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
                  sigma_interval: tuple[float, float] | None = None, rescale: float = 0.0,
                  threshold: float | None = None):
@@ -62,6 +64,7 @@ class ClassifierFreeGuidance(Guidance):
         if self.threshold is not None:
             s = x0.abs().flatten(1).quantile(self.threshold, dim=1).clamp(min=1).reshape(-1, *[1] * len(dims))
             x0 = x0.clamp(-s, s) / s
+        x0 = torch.where(self.scale_at(step) == 0, conditional, x0)  # off, for one image as for all
         return level.score_shift(x0 - conditional)
 
 
@@ -77,9 +80,12 @@ class ModelGuidance(Guidance):
         start, stop, sigma_interval: when it acts, as in `Guidance`.
     """
 
+    acts_on_noise = True
+
     def __init__(self, network: torch.nn.Module, scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
                  sigma_interval: tuple[float, float] | None = None):
         super().__init__(scale, start, stop, sigma_interval)
+        check_evaluating(network)
         self.network = network
 
     def modules(self) -> tuple[torch.nn.Module, ...]:

@@ -196,7 +196,7 @@ def check(folder: Path, model: Model | None = None, variant: str | None = None) 
     with tempfile.TemporaryDirectory() as aside:
         output = Path(aside) / "answer.safetensors"
         clean = {name: value for name, value in os.environ.items()
-                 if not any(word in name for word in ("TOKEN", "SECRET", "PASSWORD", "KEY", "PYTHONPATH"))}
+                 if not any(word in name for word in ("TOKEN", "SECRET", "PASSWORD", "KEY"))}
         clean |= {"HF_HOME": aside, "HF_MODULES_CACHE": str(Path(aside) / "modules"), "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
             [sys.executable, alone.__file__, folder.resolve(), variant or "", str(torch.get_num_threads()), output],

@@ -180,8 +180,10 @@ def measured(figures: Mapping[str, Any], curve: bool) -> Iterator[str]:
         yield "![Accuracy at each noise level](accuracy.png)"
     for name, part in shown_parts:
         yield f"### {name.replace('_', ' ')}"
-        numbers = {key: value for key, value in part.items() if isinstance(value, (int, float, str)) and
-                   key != "command"}
+        numbers = {key: value for key, value in part.items() if isinstance(value, (int, float, str))
+                   and key != "command"}
+        if {"step", "images", "held_out"} <= part.keys():
+            yield f"After {numbers.pop('step')} steps of training, on {numbers.pop('images')} held-out images:"
         if numbers:
             yield ", ".join(f"{key.replace('_', ' ')}: {shown(value)}" for key, value in numbers.items()) + "."
         for key, rows in part.items():
@@ -189,7 +191,7 @@ def measured(figures: Mapping[str, Any], curve: bool) -> Iterator[str]:
                 rows = [{"": label, **row} for label, row in rows.items()]
             if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
                 columns = [column for column in rows[0] if not isinstance(rows[0][column], (list, dict))]
-                yield (f"{key.replace('_', ' ')}:\n\n" if key != "rows" else "") + table(
+                yield (f"{key.replace('_', ' ')}:\n\n" if key not in ("rows", "held_out") else "") + table(
                     [column.replace("_", " ") for column in columns],
                     [[shown(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]])
         if "command" in part:
@@ -212,7 +214,7 @@ def limits(model: Any, curves: Mapping[str, Any]) -> Iterator[str]:
                      "It tells what it was trained on, and nothing else.")
     for name, rows in curves.items():
         best, worst = (pick(rows, key=lambda row: row["timestep"]) for pick in (min, max))
-        found.append(f"The accuracy of {name} falls with the noise: {best['accuracy']:.1%} at timestep "
+        found.append(f"The accuracy of the {name} falls with the noise: {best['accuracy']:.1%} at timestep "
                      f"{best['timestep']}, {worst['accuracy']:.1%} at {worst['timestep']}.")
     yield "\n".join(f"- {line}" for line in found)
 

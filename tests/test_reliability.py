@@ -1,0 +1,374 @@
+"""What goes wrong in a training, and how it goes on: checkpoints, images, labels, losses, disks, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from test_training import (  # noqa: F401  (place and train are fixtures)
+    TINY,
+    TRAINING,
+    apart,
+    place,
+    shadow,
+    start_afresh,
+    train,
+    weights,
+)
+
+from guided_diffusers.data import LabelledImages
+
+import kill_and_resume  # isort: skip
+import loop  # isort: skip
+from options import Options  # isort: skip
+
+SIX = "--max_train_steps 6 --checkpointing_steps 2 --checkpoints_total_limit 0 "
+LATEST = SIX + "--resume_from_checkpoint latest"
+
+
+@pytest.fixture
+def broken(place: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:  # noqa: F811
+    """The image folder with one image of the training cut short, and which row that is."""
+    folder = shutil.copytree(place.folder, tmp_path / "broken")
+    row = 20
+    path = Path(datasets.load_dataset(str(folder))["train"].cast_column("image", Image(decode=False))[row]["image"]
+                ["path"])
+    path.write_bytes(path.read_bytes()[:40])
+    return SimpleNamespace(folder=folder, row=row, path=path, option=f"--train_data_dir {folder}")
+
+
+# Checkpoints
+
+
+def cut(checkpoint: Path) -> str:
+    file = checkpoint / "optimizer.bin"
+    file.write_bytes(file.read_bytes()[:1000])
+    return "optimizer.bin has 1000 bytes of"
+
+
+def flip_a_bit(checkpoint: Path) -> str:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    return "model.safetensors isn't as it was written"
+
+
+def lose_a_file(checkpoint: Path) -> str:
+    (checkpoint / "custom_checkpoint_2.pkl").unlink()
+    return "custom_checkpoint_2.pkl is missing"
+
+
+def cut_the_manifest(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").write_text('{"step": 6, "fi')
+    return "can't be read"
+
+
+def another_seed(checkpoint: Path) -> str:
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 7'))
+    return "of another run: seed 7, here 0"
+
+
+def of_something_else(checkpoint: Path) -> str:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (checkpoint / "weights.bin").write_bytes(b"of something else")
+    return "manifest.json is missing"
+
+
+def test_a_broken_or_foreign_checkpoint_is_refused_and_the_one_before_is_used(
+        train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    whole = train("classifier", SIX, "whole")
+    for damage in (cut, flip_a_bit, lose_a_file, cut_the_manifest, another_seed, of_something_else):
+        parts = shutil.copytree(whole, whole.with_name(damage.__name__))
+        (parts / "diffusion_pytorch_model.safetensors").unlink()
+        reason = damage(parts / "checkpoint-6")
+        capsys.readouterr()
+        train("classifier", LATEST, parts.name)
+        said = capsys.readouterr().out
+        assert re.search(rf"checkpoint-6 is refused: .*{re.escape(reason)}.*\n(.*\n)*goes on .*checkpoint-4\n", said)
+        assert apart(weights(whole), weights(parts)) == 0
+        assert apart(shadow(whole / "checkpoint-6"), shadow(parts / "checkpoint-6")) == 0  # written anew
+        assert len([*parts.glob("checkpoint-6.refused-*")]) == 1  # and the refused one is still there
+
+
+def test_without_a_usable_checkpoint_all_are_named(train: Callable[..., Path]) -> None:  # noqa: F811
+    folder = train("classifier", SIX)
+    before = sorted(path.name for path in folder.glob("checkpoint-*"))
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint latest: .*checkpoint-6: of another run: seed 0, "
+                                         "here 1; .*checkpoint-4: .*checkpoint-2: "):
+        train("classifier", LATEST + " --seed 1")
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-6: of another run: optimizer 'adamw', "
+                                         "here 'adamw_fused'$"):
+        train("classifier", SIX + f"--resume_from_checkpoint {folder / 'checkpoint-6'} --optimizer adamw_fused")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == before
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full: no file of this process may become larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(train: Callable[..., Path],  # noqa: F811
+                                                    capsys: pytest.CaptureFixture) -> None:
+    whole, folder = train("classifier", SIX, "whole"), train("classifier", SIX + "--max_train_steps 2", "parts")
+    largest = (folder / "checkpoint-2" / "model.safetensors").stat().st_size
+    for size in (largest // 2, largest + 1000):  # the weights don't fit; they do, but the optimizer's states don't
+        with files_of_at_most(size), pytest.raises(OSError, match="checkpoint-4 can't be written: "):
+            train("classifier", LATEST, "parts")
+        assert re.search("stopped after step 4; .* goes on from .*checkpoint-2\n", capsys.readouterr().err)
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    train("classifier", LATEST, "parts")
+    assert apart(weights(whole), weights(folder)) == 0
+
+
+def test_killed_at_random_moments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                  capsys: pytest.CaptureFixture) -> None:
+    """The script, with two kills; it says what differs where something does."""
+    kept = kill_and_resume.KillOptions(kills=2, steps=60, checkpointing_steps=5)
+    assert kill_and_resume.work(kept, tmp_path) == 0
+    assert re.search(r"kill 2: .*\n\d{3} tensors and numbers compared after 2 kills: 0 differ", capsys.readouterr().out)
+    one = kill_and_resume.state(tmp_path / "whole", 60)
+    assert any(name.startswith("checkpoint-60/optimizer.bin: /state/0/exp_avg") for name in one)
+    assert not all(kill_and_resume.same(value, kill_and_resume.state(tmp_path / "whole", 60)[name] + 1)
+                   for name, value in one.items() if isinstance(value, torch.Tensor))
+
+
+# Images, labels, losses
+
+
+def test_a_corrupt_image_is_named(train: Callable[..., Path], broken: SimpleNamespace) -> None:  # noqa: F811
+    for line in ("", "--dataloader_num_workers 1"):
+        with pytest.raises(ValueError, match=rf"the image of row {broken.row} \({broken.path}\) can't be read: "):
+            train("classifier", "--max_train_steps 12 " + line, data=broken.option)
+
+
+def test_corrupt_images_are_skipped_and_counted(train: Callable[..., Path], broken: SimpleNamespace,  # noqa: F811
+                                                capfd: pytest.CaptureFixture) -> None:
+    """24 steps of 4 are two epochs of 48; with workers, with a cache or resumed it is the same training."""
+    line = "--max_train_steps 24 --checkpointing_steps 8 --skip_corrupt_images "
+    whole = train("classifier", line + "--checkpoints_total_limit 0", "whole", data=broken.option)
+    said = capfd.readouterr()
+    assert said.err.count(f"the image of row {broken.row} can't be read: another takes its place") == 1
+    assert f"2 times another image took the place of one that can't be read, in rows [{broken.row}]" in said.out
+    for output, more in (("workers", "--dataloader_num_workers 2"), ("cache", "--cache_images")):
+        assert apart(weights(whole), weights(train("classifier", line + more, output, data=broken.option))) == 0
+    parts = shutil.copytree(whole, whole.with_name("parts"))
+    for step in (16, 24):
+        shutil.rmtree(parts / f"checkpoint-{step}")
+    train("classifier", line + "--resume_from_checkpoint latest", "parts", data=broken.option)
+    assert apart(weights(whole), weights(parts)) == 0
+
+
+def test_another_image_with_its_own_label_takes_the_place(broken: SimpleNamespace) -> None:
+    split = datasets.load_dataset(str(broken.folder))["train"]
+    data = LabelledImages(split, resolution=8, skip_corrupt_images=True)
+    plain = LabelledImages(split, resolution=8)
+    rows = set()
+    for seed in range(20):
+        item = data[broken.row, seed]
+        assert item["corrupt"] == broken.row != item["row"]
+        assert item["label"] == plain[item["row"]]["label"]
+        assert torch.equal(item["pixel_values"], plain[item["row"]]["pixel_values"])
+        assert data[broken.row, seed]["row"] == item["row"]
+        rows.add(item["row"])
+    assert len(rows) > 10
+    assert data[3, 1]["corrupt"] == -1 and data[3, 1]["row"] == 3 and "row" not in plain[3]
+    nothing = Dataset.from_dict({"image": [b"no image"] * 3}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="the image of row 1 can't be read, nor those of 99 rows drawn instead"):
+        LabelledImages(nothing, resolution=8, skip_corrupt_images=True)[1]
+
+
+def test_held_out_images_that_are_skipped_are_counted(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
+                                                      tmp_path: Path) -> None:
+    folder = shutil.copytree(place.folder, tmp_path / "held_out")
+    next(folder.glob("test/*/*.png")).write_bytes(b"no image")
+    line = "--max_train_steps 1 --validation_samples 100"
+    figures = json.loads((train("classifier", line + " --skip_corrupt_images", data=f"--train_data_dir {folder}")
+                          / "metrics.json").read_text())
+    assert (figures["images"], figures["skipped_images"]) == (12, 1)
+    with pytest.raises(ValueError, match="the image of row .*no|the image of row .* can't be read"):
+        train("classifier", line, "other", data=f"--train_data_dir {folder}")
+
+
+def test_a_wrong_label_is_named(train: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    (tmp_path / "wrong").mkdir()
+    Dataset.from_dict({"image": [image] * 4, "label": [0, 1, -1, 1]}, features=features).to_parquet(
+        tmp_path / "wrong" / "train.parquet")
+    with pytest.raises(ValueError, match=r"label -1 of row 2 is none of the 2 labels \['a', 'b'\]"):
+        train("classifier", "--max_train_steps 1 --skip_corrupt_images", data=f"--train_data_dir {tmp_path / 'wrong'}")
+
+
+class Plain:
+    """A run of its own: a linear layer, and images of which one may kill the process that reads it."""
+
+    def __init__(self, folder: Path, split: Dataset, deadly: bool = False, **settings: object):
+        class Deadly(LabelledImages):
+            def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
+                if deadly and item[0] == 40:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().__getitem__(item)
+
+        start_afresh()
+        self.options = Options(train_data_dir="x", resolution=8, train_batch_size=4, output_dir=str(folder),
+                               checkpointing_steps=1, progress=False, cpu=True, **settings)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+        self.run = loop.Run(self.options, Accelerator(cpu=True), model, Deadly(split, resolution=8))
+
+    def train(self, broken_at: int = -1) -> None:
+        def loss(model: torch.nn.Module, batch: loop.Batch, draws: loop.Draws) -> torch.Tensor:
+            value = model(batch["pixel_values"]).square().mean()
+            if self.run.progress.step == broken_at:  # finite, but its gradient isn't
+                value = value + (model[1].weight.sum() * 0).sqrt()
+            return value
+
+        try:
+            self.run.train(loss, lambda model, step: {})
+        finally:
+            start_afresh()
+
+
+def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+    split = datasets.load_dataset(str(place.folder))["train"]
+    with pytest.raises(FloatingPointError, match="weights at step 4 are NaN or infinite"):
+        Plain(tmp_path, split, max_train_steps=9, max_grad_norm=0.0).train(broken_at=3)
+    assert [path.name for path in loop.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+    split, begun = datasets.load_dataset(str(place.folder))["train"], time.monotonic()
+    with pytest.raises(RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"):
+        Plain(tmp_path, split, deadly=True, max_train_steps=24, dataloader_num_workers=1).train()
+    assert time.monotonic() - begun < 60
+    Plain(tmp_path, split, max_train_steps=24, resume_from_checkpoint="latest").train()  # goes on
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("launcher", [
+    "torch.distributed.run --standalone --nproc_per_node 2",
+    "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+])
+def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: SimpleNamespace,  # noqa: F811
+                                                        broken: SimpleNamespace, tmp_path: Path) -> None:
+    """One process meets a corrupt image; the other waits for its gradients."""
+    command = [sys.executable, "-m", *launcher.split(), str(TRAINING / "train_classifier.py"), *TINY.split(),
+               *broken.option.split(), "--cpu", "--model_config_name_or_path", str(place.classifier),
+               "--max_train_steps", "1000", "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+                   "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    try:
+        said, failed = [], None
+        for line in process.stderr:
+            said.append(line)
+            if failed is None and "stopped after step" in line:
+                failed = time.monotonic()
+        process.wait(timeout=60)
+        seconds = time.monotonic() - failed
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert f"CorruptImage: the image of row {broken.row} ({broken.path}) can't be read" in "".join(said)
+    assert seconds < 60
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        os.killpg(process.pid, 0)
+
+
+# Scale
+
+
+@pytest.mark.parametrize(("name", "kind", "processes"), [
+    ("cpu", "NO", 1), ("single_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 8), ("multi_node", "MULTI_GPU", 16),
+])
+def test_accelerate_configs_are_read(name: str, kind: str, processes: int) -> None:
+    """By Accelerate's loader, and by its launcher as far as without the machines."""
+    path = TRAINING / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (kind, processes, name == "cpu")
+    line = ["--config_file", str(path), "train.py", "--train_data_dir", "photos"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert args.num_processes == processes and args.training_script_args == ["--train_data_dir", "photos"]
+    assert (args.multi_gpu, args.num_machines) == (kind == "MULTI_GPU", 2 if name == "multi_node" else 1)
+
+
+def test_all_accelerate_configs_are_tested() -> None:
+    names = {path.stem for path in (TRAINING / "accelerate").glob("*.yaml")}
+    marks = test_accelerate_configs_are_read.pytestmark[0].args[1]
+    assert names == {name for name, _, _ in marks}
+
+
+@pytest.mark.parametrize("script", ["classifier", "unet"])
+def test_gradient_checkpointing_changes_no_weight(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
+                                                  script: str) -> None:
+    config = place.root / f"{script}-dropout.json"
+    config.write_text(json.dumps({**json.loads(vars(place)[script].read_text()), "dropout": 0.2}))
+    line = f"--max_train_steps 3 --model_config_name_or_path {config} "
+    plain, checkpointed = (weights(train(script, line + more, more[2:] or "plain"))
+                           for more in ("", "--gradient_checkpointing"))
+    assert apart(plain, checkpointed) < 1e-6
+
+
+def test_optimizers(train: Callable[..., Path]) -> None:  # noqa: F811
+    plain, fused = (weights(train("classifier", f"--max_train_steps 4 --adam_epsilon 1e-4 --optimizer {name}", name))
+                    for name in ("adamw", "adamw_fused"))
+    assert 0 < apart(plain, fused) < 1e-5
+    if not find_spec("bitsandbytes"):
+        with pytest.raises(SystemExit, match="--optimizer adamw_8bit needs bitsandbytes .pip install bitsandbytes"):
+            train("classifier", "--max_train_steps 1 --optimizer adamw_8bit", "8bit")
+
+
+def test_cached_images_are_the_same_images(train: Callable[..., Path], place: SimpleNamespace) -> None:  # noqa: F811
+    split = datasets.load_dataset(str(place.folder))["train"]
+    settings = {"resolution": 6, "random_flip": True, "random_shift": 1}
+    plain, cached = LabelledImages(split, **settings), LabelledImages(split, **settings, cache_images=True)
+    for seed in range(3):
+        for i in range(5):
+            one, other = plain[i, seed], cached[i, seed]
+            assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["label"] == other["label"]
+    begun = time.process_time()
+    for seed in range(20):
+        _ = cached[0, seed]
+    seconds, begun = time.process_time() - begun, time.process_time()
+    for seed in range(20):
+        _ = plain[0, seed]
+    assert seconds < time.process_time() - begun
+    assert apart(*(weights(train("classifier", "--max_train_steps 14 " + more, more[2:] or "plain"))
+                                  for more in ("", "--cache_images"))) == 0
