@@ -160,7 +160,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the labelled data set, for its test images")
     parser.add_argument("--image-classifier", type=Path, default="out/fashion-mnist-resnet",
                         help="a transformers image classifier (examples/train_off_the_shelf.py; default: %(default)s)")
-    parser.add_argument("--captions", type=Path, default="training/configs/fashion_mnist_captions.json")
+    parser.add_argument("--captions", type=Path, help="JSON with held-out captions of each label",
+                        default=Path(__file__).parents[1] / "training/configs/fashion_mnist_captions.json")
     parser.add_argument("--rows", nargs="+", choices=every, default=every)
     for name, scale in scales.items():
         parser.add_argument(f"--{name}-scale", type=float, default=scale, help="(default: %(default)s)")

@@ -618,7 +618,8 @@ def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> No
     ({"score_model": "x"}, "--dlsm_weight 0.0 and --score_model x need each other"),
     ({"dlsm_weight": 1.0, "score_model": "x", "mixup": 1.0}, "--dlsm_weight 1.0: with --mixup 1.0"),
     ({"dlsm_weight": 1.0, "score_model": "x", "problem_type": REGRESSION}, "--dlsm_weight 1.0: .*regression"),
-    ({"dlsm_weight": 1.0, "score_model": "x", "gradient_checkpointing": True}, "--dlsm_weight 1.0 differentiates twice"),
+    ({"dlsm_weight": 1.0, "score_model": "x", "gradient_checkpointing": True},
+     "--dlsm_weight 1.0 differentiates twice"),
     ({"label_smoothing": 0.1, "problem_type": REGRESSION}, "--label_smoothing 0.1: none and 0 are allowed"),
 ])
 def test_wrong_options_are_named(more: dict[str, Any], message: str) -> None:

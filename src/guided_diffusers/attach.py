@@ -41,7 +41,9 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
 
     A term sees the pipeline's own prediction, its classifier-free guidance included. Where no term acts, at scale 0,
     the images are those of the unguided pipeline, bit for bit. The fractions `start` and `stop` of a term count the
-    steps from where the run begins (img2img: after the skipped ones) to the end of the schedule.
+    steps from where the run begins (img2img: after the skipped ones) to the end of the schedule. Where the network is
+    asked again (`through_network`, another network), the rest of what the pipeline told it is as it was: a ControlNet's
+    residuals, too, so that its own Jacobian is left out of the gradient.
 
     Args:
         pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or `prior`.
