@@ -569,7 +569,7 @@ def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 
     recipe, readme = (
         [line[line.index("training/train_"):].split() for line in text.replace("\\\n", "").splitlines()
-         if "training/train_" in line and "--model_config_name_or_path" in line]
+         if "training/train_" in line and "--model_config_name_or_path" in line and " ... " not in line]
         for text in ((TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
                      (TRAINING / "README.md").read_text()))
     assert len(recipe) == 3 and [sorted(command) for command in recipe] == [sorted(command) for command in readme]
