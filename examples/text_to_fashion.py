@@ -1,7 +1,7 @@
 """Text to fashion: a network that knows no words follows a caption, by a CLIP that understands noise (GLIDE's way).
 
     python examples/text_to_fashion.py
-    python examples/text_to_fashion.py --prompts "a warm winter coat" "running shoes seen from the side" --scale 8
+    python examples/text_to_fashion.py --prompts "the image shows a frock" "a grey image of trainers" --scale 8
 """
 
 import argparse
@@ -14,7 +14,9 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", nargs="+", default=["a picture of a summer dress", "a pair of boots", "a handbag"])
+    parser.add_argument("--prompts", nargs="+", default=[
+        "the shop shows a small picture of a gown", "this is a bootie", "a handbag on a black background"],
+        help="in the words of training/configs/fashion_mnist_captions.json; another CLIP knows others")
     parser.add_argument("--clip", default=folder("fashion-mnist") / "clip", help="a NoiseAwareCLIP, folder or Hub id")
     parser.add_argument("--scale", type=float, default=5.0)
     parser.add_argument("--images", type=int, default=8, help="a prompt (default: %(default)s)")

@@ -235,6 +235,8 @@ def test_prompts_that_cannot_be_read_are_refused(clip: NoiseAwareCLIP) -> None:
         clip.encode_prompts([])
     with pytest.raises(ValueError, match="'light light .*' of 14 tokens; up to 12 are allowed"):
         clip.encode_prompts(["dark", "light " * 12])
+    with pytest.raises(ValueError, match=r"'a Zebra in light', and the model never read the words \['Zebra', 'in'\]"):
+        clip.encode_prompts(["light", "a Zebra in light"])
 
 
 @pytest.mark.parametrize("subfolder", [None, "clip"])

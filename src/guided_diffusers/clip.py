@@ -121,7 +121,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """Embeddings (N, D) of N prompts, float32, of norm 1.
 
         Raises:
-            ValueError: If the model has no tokenizer, there is no prompt, or one is longer than the text encoder reads.
+            ValueError: If the model has no tokenizer, there is no prompt, one is longer than the text encoder reads, or
+                has words that the tokenizer doesn't know, of which nothing could come.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None:
@@ -134,6 +135,15 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         if length > most:
             longest = prompts[int(tokens.attention_mask.sum(1).argmax())]
             raise ValueError(f"prompts has {longest!r} of {length} tokens; up to {most} are allowed")
+        unknown = self.tokenizer.unk_token_id
+        if unknown != self.text_encoder.config.eos_token_id:  # which is both in CLIP's own, that knows every word
+            for prompt, ids in zip(prompts, tokens.input_ids.tolist(), strict=True):
+                if unknown in ids:
+                    spans = self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+                    words = [prompt[a:b] for (a, b), i in zip(spans, ids, strict=False) if i == unknown]
+                    known = sorted(self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens))
+                    raise ValueError(f"prompts has {prompt!r}, and the model never read the words {words}; allowed: "
+                                     f"{known}")
         return self.encode_text(tokens.input_ids, tokens.attention_mask)
 
     def forward(
