@@ -139,7 +139,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         if unknown != self.text_encoder.config.eos_token_id:  # which is both in CLIP's own, that knows every word
             for prompt, ids in zip(prompts, tokens.input_ids.tolist(), strict=True):
                 if unknown in ids:
-                    spans = self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+                    spans = self.tokenizer(prompt, padding=True, return_offsets_mapping=True).offset_mapping
                     words = [prompt[a:b] for (a, b), i in zip(spans, ids, strict=False) if i == unknown]
                     known = sorted(self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens))
                     raise ValueError(f"prompts has {prompt!r}, and the model never read the words {words}; allowed: "
