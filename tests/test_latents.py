@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,11 +16,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, PartialState, debug_launcher
+from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from test_training import CLASSIFIER, TRAINING, UNET, start_afresh
+from test_training import CLASSIFIER, TRAINING, UNET, free_port, start_afresh
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -311,8 +312,7 @@ def test_two_processes_write_the_same_cache(images: LabelledImages, tmp_path: Pa
     write(one, vae)
     own = tmp_path / "own"
     own.mkdir()
-    start_afresh()
-    debug_launcher(write_share, (two, vae, own), num_processes=2)
+    torch.multiprocessing.spawn(write_share, (free_port(), two, vae, own), nprocs=2, daemon=True)
     assert sorted(path.name for path in own.iterdir()) == ["0 of 2", "1 of 2"]
     assert [json.loads(path.read_text()) for path in sorted(own.iterdir())] == [[0, 2], [1, 3]]  # of four files
     first, second = cached(tmp_path / "one"), cached(tmp_path / "two")
@@ -321,8 +321,14 @@ def test_two_processes_write_the_same_cache(images: LabelledImages, tmp_path: Pa
     assert {path.suffix for path in two.files[0].parent.iterdir()} == {".safetensors"}
 
 
-def write_share(data: latents.LatentImages, vae: torch.nn.Module, own: Path) -> None:
-    """Encode in one process of several, and note which files were its own."""
+def write_share(rank: int, port: int, data: latents.LatentImages, vae: torch.nn.Module, own: Path) -> None:
+    """Encode in one process of two, and note which files were its own.
+
+    The process is a fresh one: one that is forked from this one waits for the threads that stayed in it for ever.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    latents.SHARD, latents.PIXELS = 8, 4 * 16**2
     written, write_file = [], latents.write_file
 
     def noting(data: latents.LatentImages, vae: torch.nn.Module, file: Path, *rest: object) -> None:
@@ -334,6 +340,7 @@ def write_share(data: latents.LatentImages, vae: torch.nn.Module, own: Path) -> 
     assert data[29]["pixel_values"].isfinite().all()  # whoever wrote it
     state = PartialState()
     (own / f"{state.process_index} of {state.num_processes}").write_text(json.dumps(written))
+    loop.finish(Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(("script", "line", "message"), [
