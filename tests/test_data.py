@@ -15,7 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from guided_diffusers.data import LabelledImages, load_splits
+from guided_diffusers.data import SHARD, LabelledImages, load_splits, row_name
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 import prepare_fashion_mnist  # noqa: E402
@@ -198,6 +198,23 @@ def test_image_folder_and_parquet_folder(tmp_path: Path) -> None:
 def test_missing_folder() -> None:
     with pytest.raises(ValueError, match="dataset: no folder './nowhere'"):
         load_splits("./nowhere")
+
+
+def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
+    for k in range(3):
+        split([RAMP], [k], Value("int64")).to_parquet(tmp_path / f"part-{k}.parquet")
+    assert load_splits(str(tmp_path / "part-[01].parquet"))["train"]["y"][:] == [0, 1]
+    streamed = load_splits(str(tmp_path / "*.parquet"), streaming=True)
+    assert [*streamed] == ["train"] and [row["y"] for row in streamed["train"]] == [0, 1, 2]
+    (tmp_path / "notes.txt").write_text("no images")
+    for pattern, found in (("*.*", r"4 files of the kinds \['.parquet', '.txt'\]"), ("*.tar", "0 files")):
+        with pytest.raises(ValueError, match=f"matches {found}.*'.tar', '.parquet'"):
+            load_splits(str(tmp_path / pattern))
+
+
+def test_rows_of_streams_have_names() -> None:
+    assert [row_name(number) for number in (7, SHARD, 3 * SHARD + 7)] == ["row 7", "row 0 of shard 0",
+                                                                         "row 7 of shard 2"]
 
 
 @pytest.mark.parametrize("gzipped", [False, True])

@@ -80,6 +80,8 @@ def train(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run(script: str, line: str = "", output: str = "out") -> Path:
         command = (f"{TINY} --train_data_dir {place.folder} --model_config_name_or_path {vars(place)[script]} "
                    f"{line.format(**vars(place))} --output_dir {tmp_path / output}")
+        if script == "classifier":
+            command += " --diagnosis_images 6"
         monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command)])
         start_afresh()
         try:

@@ -10,12 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,25 +27,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import DDPMScheduler
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from test_training import (  # noqa: F401  (place and train are fixtures)
     TINY,
     TRAINING,
     apart,
+    environment_of,
+    free_port,
     place,
     shadow,
     start_afresh,
     train,
+    train_classifier,
+    train_unet,
     weights,
 )
+from torch.distributed.fsdp import StateDictType
 
 from guided_diffusers.data import LabelledImages
 
+import checkpointing  # isort: skip
 import kill_and_resume  # isort: skip
 import loop  # isort: skip
-from options import Options  # isort: skip
+import recipes  # isort: skip
+from options import MAY_CHANGE, Options  # isort: skip
 
 SIX = "--max_train_steps 6 --checkpointing_steps 2 --checkpoints_total_limit 0 "
 LATEST = SIX + "--resume_from_checkpoint latest"
@@ -92,6 +105,19 @@ def another_seed(checkpoint: Path) -> str:
     return "of another run: seed 7, here 0"
 
 
+def with_code(checkpoint: Path) -> str:
+    """A pickle that would write a file when it's loaded, with a manifest that fits it."""
+    class Code:
+        def __reduce__(self) -> tuple[Callable, tuple]:
+            return os.mkdir, (str(checkpoint / "run"),)
+
+    torch.save({"step": Code()}, checkpoint / "custom_checkpoint_0.pkl")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["custom_checkpoint_0.pkl"] = checkpointing.written(checkpoint / "custom_checkpoint_0.pkl")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return "it holds posix.mkdir, which isn't loaded"
+
+
 def of_something_else(checkpoint: Path) -> str:
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
@@ -102,7 +128,7 @@ def of_something_else(checkpoint: Path) -> str:
 def test_a_broken_or_foreign_checkpoint_is_refused_and_the_one_before_is_used(
         train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     whole = train("classifier", SIX, "whole")
-    for damage in (cut, flip_a_bit, lose_a_file, cut_the_manifest, another_seed, of_something_else):
+    for damage in (cut, flip_a_bit, lose_a_file, cut_the_manifest, another_seed, with_code, of_something_else):
         parts = shutil.copytree(whole, whole.with_name(damage.__name__))
         (parts / "diffusion_pytorch_model.safetensors").unlink()
         reason = damage(parts / "checkpoint-6")
@@ -113,6 +139,7 @@ def test_a_broken_or_foreign_checkpoint_is_refused_and_the_one_before_is_used(
         assert apart(weights(whole), weights(parts)) == 0
         assert apart(shadow(whole / "checkpoint-6"), shadow(parts / "checkpoint-6")) == 0  # written anew
         assert len([*parts.glob("checkpoint-6.refused-*")]) == 1  # and the refused one is still there
+        assert not [*parts.rglob("run")]
 
 
 def test_without_a_usable_checkpoint_all_are_named(train: Callable[..., Path]) -> None:  # noqa: F811
@@ -125,6 +152,52 @@ def test_without_a_usable_checkpoint_all_are_named(train: Callable[..., Path]) -
                                          "here 'adamw_fused'$"):
         train("classifier", SIX + f"--resume_from_checkpoint {folder / 'checkpoint-6'} --optimizer adamw_fused")
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == before
+
+
+@pytest.mark.parametrize(("script", "line", "changes"), [
+    ("classifier", "--lr_scheduler cosine", {
+        "--max_train_steps 7": "max_train_steps 6, here 7", "--learning_rate 2e-3": "learning_rate 0.001, here",
+        "--train_batch_size 2": "images a forward pass 4, here 2", "--label_smoothing 0.1": "label_smoothing 0.0",
+        "--gradient_accumulation_steps 2": "gradient_accumulation_steps 1, here 2", "--random_flip": "random_flip",
+        "--mixed_precision bf16": "mixed_precision 'no', here 'bf1", "--max_timestep 99": "max_timestep None",
+        "--class_weights balanced": "class_weights None, here 'balanced'", "--optimizer adamw_fused": "optimizer",
+        "--model_config_name_or_path {other}": "network's dropout 0.0, here 0.2", "--adam_beta2 0.9": "adam_beta2"}),
+    ("unet", "--prediction_type v_prediction", {
+        "--prediction_type sample": "prediction_type 'v_prediction', here 'sample'", "--resolution 6": "resolution 8",
+        "--objective hybrid": "objective 'simple', here 'hybrid', network's out_channels 1, here 2",
+        "--ddpm_num_steps 500": "ddpm_num_steps 1000, here 500", "--ema_power 0.5": "ema_power 0.75, here 0.5"}),
+])
+def test_what_would_be_another_training_is_named(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
+                                                 script: str, line: str, changes: dict[str, str]) -> None:
+    """And from the other side: that of the changed options isn't one for the plain ones."""
+    other = place.root / "dropout-more.json"
+    other.write_text(json.dumps({**json.loads(vars(place)[script].read_text()), "dropout": 0.2}))
+    folder = train(script, f"{line} {SIX} --max_train_steps 2" if "cosine" not in line else f"{line} {SIX}")
+    for more, reason in changes.items():
+        with pytest.raises(SystemExit, match=f"of another run: {re.escape(reason)}"):
+            train(script, f"{line} {LATEST} {more.format(other=other)}")
+    changed = train(script, f"{line} {SIX} --max_train_steps 2 {[*changes][1].format(other=other)}", "changed")
+    with pytest.raises(SystemExit, match="of another run: "):
+        train(script, f"{line} --resume_from_checkpoint {changed / 'checkpoint-2'} --max_train_steps 2", "plain")
+    assert len([*folder.glob("checkpoint-*")]) == len(loop.checkpoints(folder)) > 0  # nothing was put aside
+
+
+def test_what_may_change_changes_nothing(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
+                                         tmp_path: Path) -> None:
+    """A run goes on elsewhere, with more steps, other records and other ways to read the same images."""
+    known = {f.name for cls in (train_unet.UNetOptions, train_classifier.ClassifierOptions) for f in fields(cls)}
+    assert MAY_CHANGE <= known
+    whole = train("classifier", SIX, "whole")
+    train("classifier", SIX + "--max_train_steps 4", "first")
+    moved = shutil.copytree(place.folder, tmp_path / "moved")
+    config = shutil.copy(place.classifier, tmp_path / "moved.json")
+    resumed = train("classifier", f"--max_train_steps 6 --checkpointing_steps 5 --resume_from_checkpoint "
+                                  f"{tmp_path / 'first' / 'checkpoint-4'} --validation_steps 1 --validation_samples 3 "
+                                  f"--dataloader_num_workers 1 --cache_images --skip_corrupt_images --logging_dir else "
+                                  f"--num_train_epochs 7 --validation_split test --model_config_name_or_path {config}",
+                    "second", data=f"--train_data_dir {moved}")
+    assert apart(weights(whole), weights(resumed)) == 0
+    assert apart(shadow(whole / "checkpoint-6"), shadow(tmp_path / "first" / "checkpoint-4")) > 0
 
 
 @contextmanager
@@ -294,7 +367,9 @@ def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: Si
                    "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
+    guard = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))  # ends the reading below
     try:
+        guard.start()
         said, failed = [], None
         for line in process.stderr:
             said.append(line)
@@ -303,9 +378,10 @@ def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: Si
         process.wait(timeout=60)
         seconds = time.monotonic() - failed
     finally:
+        guard.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
+    assert process.returncode not in (0, -signal.SIGKILL)
     assert f"CorruptImage: the image of row {broken.row} ({broken.path}) can't be read" in "".join(said)
     assert seconds < 60
     with pytest.raises(ProcessLookupError):  # nothing of the group is left
@@ -317,6 +393,7 @@ def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: Si
 
 @pytest.mark.parametrize(("name", "kind", "processes"), [
     ("cpu", "NO", 1), ("single_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 8), ("multi_node", "MULTI_GPU", 16),
+    ("fsdp", "FSDP", 8), ("deepspeed", "DEEPSPEED", 8),
 ])
 def test_accelerate_configs_are_read(name: str, kind: str, processes: int) -> None:
     """By Accelerate's loader, and by its launcher as far as without the machines."""
@@ -326,6 +403,7 @@ def test_accelerate_configs_are_read(name: str, kind: str, processes: int) -> No
     line = ["--config_file", str(path), "train.py", "--train_data_dir", "photos"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
     assert args.num_processes == processes and args.training_script_args == ["--train_data_dir", "photos"]
+    assert (args.use_fsdp, args.use_deepspeed) == (kind == "FSDP", kind == "DEEPSPEED")
     assert (args.multi_gpu, args.num_machines) == (kind == "MULTI_GPU", 2 if name == "multi_node" else 1)
 
 
@@ -346,13 +424,85 @@ def test_gradient_checkpointing_changes_no_weight(train: Callable[..., Path], pl
     assert apart(plain, checkpointed) < 1e-6
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"optimizer": "adamw_8bit"},
+     "--optimizer adamw_8bit: with distributed_type FSDP one of ('adamw', 'adamw_fused') is allowed"),
+    ({"mixed_precision": "fp16"},
+     "--mixed_precision fp16: with distributed_type FSDP one of ('no', 'bf16') is allowed"),
+    ({"backend": DynamoBackend.INDUCTOR}, "dynamo_backend inductor: with distributed_type FSDP one of ('no',) is"),
+    ({"fsdp_version": 1}, "fsdp_version 1: with distributed_type FSDP one of (2,) is allowed"),
+    ({"state_dict_type": StateDictType.SHARDED_STATE_DICT},
+     "fsdp_state_dict_type SHARDED_STATE_DICT: with distributed_type FSDP one of ('FULL_STATE_DICT',) is allowed"),
+    ({"kind": DistributedType.DEEPSPEED, "zero_stage": 3},
+     "zero_stage 3: with distributed_type DEEPSPEED one of (0, 1, 2) is allowed"),
+])
+def test_what_a_network_in_parts_is_not_trained_with(settings: dict[str, Any], message: str) -> None:
+    given = {"kind": DistributedType.FSDP, "optimizer": "adamw", "mixed_precision": "no", "fsdp_version": 2,
+             "backend": DynamoBackend.NO, "state_dict_type": StateDictType.FULL_STATE_DICT, "zero_stage": 2, **settings}
+    given = SimpleNamespace(**given)
+    state = SimpleNamespace(fsdp_plugin=given, deepspeed_plugin=given, dynamo_plugin=given)
+    accelerator = SimpleNamespace(distributed_type=given.kind, state=state, mixed_precision=given.mixed_precision)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loop.split_between_processes(given, accelerator, torch.nn.Linear(1, 1))
+
+
+def test_a_network_in_parts_is_not_differentiated_twice() -> None:
+    given = train_classifier.ClassifierOptions(train_data_dir="x", dlsm_weight=1.0, score_model="x")
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, mixed_precision="no", state=SimpleNamespace(
+        dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)))
+    with pytest.raises(ValueError, match="--dlsm_weight 1.0 differentiates twice, which distributed_type FSDP isn't"):
+        recipes.Recipe(given, accelerator, DDPMScheduler(), 999, SimpleNamespace(id2label={0: "a", 1: "b"}))
+
+
+def test_fsdp_on_cpus_is_refused(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for name, value in {**environment_of("fsdp"), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(SystemExit, match="--cpu with distributed_type FSDP.*training/accelerate/cpu.yaml, is all"):
+            train("classifier", "--max_train_steps 1")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("script", ["classifier", "unet"])
+def test_a_compiled_network_trains_and_is_saved_as_it_is(train: Callable[..., Path],  # noqa: F811
+                                                         monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """By what --dynamo_backend of `accelerate launch` sets; compiled goes on plain, and plain compiled."""
+    line = SIX + "--adam_epsilon 1e-4 --validation_steps 3 --validation_samples 2"
+    args = launch_command_parser().parse_args(["--dynamo_backend", "eager", "--num_processes", "1", "x.py"])
+    args, _, _ = _validate_launch_command(args)
+    compiled = prepare_simple_launcher_cmd_env(args)[1]["ACCELERATE_DYNAMO_BACKEND"]
+    assert compiled == "EAGER"
+    folders = {}
+    for name, backend in (("plain", "no"), ("compiled", compiled)):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        folders[name] = train(script, line, name)
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+    assert frames > 0
+    for name, backend in (("plain", compiled), ("compiled", "no")):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        resumed = train(script, f"{line} --resume_from_checkpoint {folders[name] / 'checkpoint-4'}", f"{name}-resumed")
+        assert apart(weights(folders["plain"]), weights(resumed)) < 1e-6
+    plain, other = (folder / "checkpoint-6" for folder in folders.values())
+    assert {path.name for path in plain.iterdir()} == {path.name for path in other.iterdir()}
+    assert apart(*(load_file(folder / "model.safetensors") for folder in (plain, other))) < 1e-6
+    assert apart(shadow(plain), shadow(other)) < 1e-6
+    torch._dynamo.reset()
+
+
 def test_optimizers(train: Callable[..., Path]) -> None:  # noqa: F811
-    plain, fused = (weights(train("classifier", f"--max_train_steps 4 --adam_epsilon 1e-4 --optimizer {name}", name))
-                    for name in ("adamw", "adamw_fused"))
-    assert 0 < apart(plain, fused) < 1e-5
+    line = f"{SIX} --adam_epsilon 1e-4 --optimizer "
+    plain, fused = (weights(train("classifier", line + name, name)) for name in ("adamw", "adamw_fused"))
+    assert 0 < apart(plain, fused) < 1e-6
     if not find_spec("bitsandbytes"):
         with pytest.raises(SystemExit, match="--optimizer adamw_8bit needs bitsandbytes .pip install bitsandbytes"):
             train("classifier", "--max_train_steps 1 --optimizer adamw_8bit", "8bit")
+        return
+    whole = train("classifier", line + "adamw_8bit", "8bit")
+    assert 0 < apart(plain, weights(whole)) < 0.02
+    resumed = train("classifier", f"{line} adamw_8bit --resume_from_checkpoint {whole / 'checkpoint-4'}", "resumed")
+    assert apart(weights(whole), weights(resumed)) == 0
 
 
 def test_cached_images_are_the_same_images(train: Callable[..., Path], place: SimpleNamespace) -> None:  # noqa: F811

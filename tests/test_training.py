@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image as PILImage
@@ -29,6 +33,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.diagnosis import diagnose
 from guided_diffusers.noise import TrainedSchedule
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -85,6 +90,8 @@ def train(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         command = f"{TINY} --cpu --model_config_name_or_path {{{script}}} {data or ''} {line} --output_dir {folder}"
         if script == "unet" and "--sample_images" not in line:
             command += " --sample_images 0"
+        if script == "classifier" and "--diagnosis_images" not in line:
+            command += " --diagnosis_images 0"
         monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command.format(**vars(place)))])
         start_afresh()
         try:
@@ -112,7 +119,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 def shadow(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=True)
+    state = torch.load(sorted(checkpoint.glob("custom_checkpoint_*.pkl"))[-1], weights_only=True)
     return {str(i): tensor for i, tensor in enumerate(state["shadow_params"])}
 
 
@@ -160,9 +167,10 @@ def test_unconditional_unet_of_unlabelled_colours(train: Callable[..., Path]) ->
     assert PILImage.open(folder / "samples-1.png").size == (24, 8)
 
 
-def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: SimpleNamespace) -> None:
+def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: SimpleNamespace,
+                                        capsys: pytest.CaptureFixture) -> None:
     """Accuracy and cross entropy at each level, worked out from the saved folder alone."""
-    folder = train("classifier", "--max_train_steps 3 --validation_samples 100")
+    folder = train("classifier", "--max_train_steps 3 --validation_samples 100 --diagnosis_images 9")
     model = NoiseAwareClassifier.from_pretrained(folder).eval()
     scheduler = DDPMScheduler(1000)
     splits = datasets.load_dataset(str(place.folder))
@@ -179,6 +187,11 @@ def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: Simpl
         bins = [(sure > m / 15) & (sure <= (m + 1) / 15) for m in range(15)]
         gaps = [((answer == label).double() - sure)[inside].sum().abs().item() / len(label) for inside in bins]
         assert row["ece"] == pytest.approx(sum(gaps), abs=2e-4) and "gap 0" not in row
+    assert json.loads((folder / "diagnosis.json").read_text())["levels"] == json.loads(json.dumps(
+        diagnose(model, loop.LabelledImages(splits["test"], resolution=8), images=9, gradient_images=32,
+                 batch_size=4, progress=False).levels))
+    assert "nowhere" in capsys.readouterr().out  # three steps teach nothing
+    assert not (train("classifier", "--max_train_steps 1", "off") / "diagnosis.json").exists()
     curves = PILImage.open(folder / "curves.png")
     assert curves.size[0] > curves.size[1] and not list(folder.glob(".curves*"))
 
@@ -260,23 +273,44 @@ def test_resumed_equals_uninterrupted(train: Callable[..., Path], place: SimpleN
     assert apart(weights(whole), weights(whole.with_name("again"))) == 0
 
 
-def launched(folder: Path, place: SimpleNamespace, commands: list[list[str]]) -> str:
-    """What the commands print, one after the other in one `accelerate launch` of two processes.
-
-    One launch, since an import of torch costs more than a training; each command meets at a port of its own.
-    """
-    driver = folder / "driver.py"
-    driver.write_text(f"""
+DRIVER = """
 import os, runpy, sys
-from accelerate.state import AcceleratorState, GradientState
-sys.path.append({str(TRAINING)!r})
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+sys.path.append({training!r})
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for port, sys.argv in {[(free_port(), command) for command in commands]!r}:
-    os.environ["MASTER_PORT"] = str(port)
+plain, prepare = AcceleratorState.__init__, PartialState._prepare_backend
+
+def split(self, *args, fsdp_plugin=None, **settings):
+    plain(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+    if fsdp_plugin is not None:  # what Accelerate does with accelerators, but leaves out on CPUs
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+def backend(self, *args):
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        return "gloo", DistributedType.MULTI_CPU
+    return prepare(self, *args)
+
+AcceleratorState.__init__, PartialState._prepare_backend = split, backend
+before = dict(os.environ)
+for port, settings, sys.argv in {commands!r}:
+    os.environ.clear()
+    os.environ.update(before, MASTER_PORT=str(port), **settings)
     runpy.run_path(sys.argv[0], run_name="__main__")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-""")
+"""
+
+
+def launched(folder: Path, place: SimpleNamespace, commands: list[tuple[dict[str, str], list[str]]]) -> str:
+    """What the commands print, one after the other in one `accelerate launch` of two processes.
+
+    One launch, since an import of torch costs more than a training; each command meets at a port of its own, with
+    further environment variables.
+    """
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER.format(training=str(TRAINING), commands=[(free_port(), *each) for each in commands]))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place.root / "cache"),
                    "OMP_NUM_THREADS": "1"}
     line = ("--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
@@ -287,7 +321,7 @@ for port, sys.argv in {[(free_port(), command) for command in commands]!r}:
     try:
         printed, errors = launch.communicate(timeout=600)
     finally:
-        if launch.poll() is None:
+        with suppress(ProcessLookupError):  # all of them, also where the launcher is gone and left one
             os.killpg(launch.pid, signal.SIGKILL)
     assert launch.returncode == 0, errors
     return printed
@@ -300,32 +334,108 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(train: Callable[..., Path], place: SimpleNamespace,
-                                                      tmp_path: Path) -> None:
-    """Both scripts, on two processes by `accelerate launch`, one of which has no share of the held-out images."""
-    shared = "--adam_epsilon 1e-4 --validation_samples 1 --checkpointing_steps 2 --max_train_steps 4 --cpu "
-    lines = {"unet": shared + "--class_conditional --random_flip --gradient_accumulation_steps 2 --sample_images 10",
-             "classifier": shared + "--random_shift 1"}
-    commands = []
-    for script, line in lines.items():
-        command = [str(TRAINING / f"train_{script}.py"), *TINY.replace("batch_size 4", "batch_size 2").split(),
-                   *line.split(), "--train_data_dir", str(place.folder), "--model_config_name_or_path",
-                   str(vars(place)[script])]
-        commands += [[*command, "--output_dir", str(tmp_path / f"two-{script}")]]
-        if script == "classifier":
-            commands += [[*command, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint",
-                          str(tmp_path / "two-classifier" / "checkpoint-2")]]
-    assert launched(tmp_path, place, commands).count("step 4: loss") == 1  # the main process speaks for both
-    for script, line in lines.items():
-        one, two = train(script, line, f"one-{script}"), tmp_path / f"two-{script}"
-        assert apart(weights(one), weights(two)) < 1e-5
-        assert apart(shadow(one / "checkpoint-4"), shadow(two / "checkpoint-4")) < 1e-5
-        figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
-        assert [figure["images"] for figure in figures] == [1, 1]
-        for first, second in zip(figures[0]["held_out"], figures[1]["held_out"], strict=True):
-            assert first == pytest.approx(second, abs=1e-4)
-    assert (two / "checkpoint-4" / "random_states_1.pkl").exists()
-    assert apart(weights(two), weights(tmp_path / "resumed")) == 0
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch` tells the processes of a config of training/accelerate."""
+    line = ["--config_file", str(TRAINING / "accelerate" / f"{config}.yaml"), "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+EXACT = "--adam_epsilon 1e-4 --validation_samples 1 --checkpoints_total_limit 0 --cpu --mixed_precision "
+FIFTY = EXACT + "no --max_train_steps 50 --checkpointing_steps 45 "
+SIX = EXACT + "{} --max_train_steps 6 --checkpointing_steps 3 "
+LINES = {"unet": FIFTY + "--class_conditional --random_flip --sample_images 10",
+         "classifier": FIFTY + "--random_shift 1",
+         "recipe": FIFTY + "--timestep_sampler second_moment --ddpm_num_steps 8 --mixup 0.3",
+         "fsdp-unet": SIX.format("no") + "--class_conditional --gradient_accumulation_steps 2 --sample_images 10",
+         "fsdp-recipe": SIX.format("no") + "--timestep_sampler second_moment --robust_epsilon 0.2 --robust_steps 2",
+         "fsdp-bf16": SIX.format("bf16") + "--no_use_ema"}
+
+
+def script_of(name: str) -> str:
+    return "unet" if "unet" in name else "classifier"
+
+
+@pytest.fixture(scope="module")
+def two(place: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Trainings on two processes, some split by FSDP, and what they print; `-resumed` goes on from a checkpoint."""
+    root, commands, fsdp = tmp_path_factory.mktemp("two"), [], environment_of("fsdp")
+    for name, line in LINES.items():
+        script, tiny = script_of(name), TINY.replace("batch_size 4", "batch_size 2")
+        command = [str(TRAINING / f"train_{script}.py"), *tiny.split(), *line.split(), "--train_data_dir",
+                   str(place.folder), "--model_config_name_or_path", str(vars(place)[script])]
+        settings = fsdp if "fsdp" in name else {}
+        commands.append((settings, [*command, "--output_dir", str(root / name)]))
+        if "recipe" in name:
+            first = root / name / ("checkpoint-3" if "fsdp" in name else "checkpoint-45")
+            commands.append((settings, [*command, "--output_dir", str(root / f"{name}-resumed"),
+                                        "--resume_from_checkpoint", str(first)]))
+    return SimpleNamespace(root=root, printed=launched(root, place, commands))
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_two_processes_equal_one_with_twice_the_batch(train: Callable[..., Path], two: SimpleNamespace,
+                                                      name: str) -> None:
+    """After 50 steps, and after 6 split by FSDP. One process has no share of the held-out images."""
+    one, both, bf16 = train(script_of(name), LINES[name]), two.root / name, "bf16" in name
+    assert apart(weights(one), weights(both)) < (2e-4 if bf16 else 1e-5)
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, both)]
+    assert [figure["images"] for figure in figures] == [1, 1]
+    for first, second in zip(figures[0]["held_out"], figures[1]["held_out"], strict=True):
+        assert first == pytest.approx(second, abs=0.02 if bf16 else 1e-4)
+    assert json.loads((both / "options.json").read_text())["train_batch_size"] == 2
+    if not bf16:
+        last = loop.checkpoints(one)[-1].name
+        assert apart(shadow(one / last), shadow(both / last)) < 1e-5
+
+
+def test_two_processes_speak_once_and_resume(two: SimpleNamespace) -> None:
+    assert two.printed.count("step 50: loss") == two.printed.count("step 6: loss") == 1  # the main one speaks for both
+    for name in ("recipe", "fsdp-recipe"):
+        last = loop.checkpoints(two.root / name)[-1]
+        assert (last / "random_states_1.pkl").exists()
+        assert (last / "pytorch_model_fsdp.bin").exists() == (name == "fsdp-recipe")
+        assert apart(weights(two.root / name), weights(two.root / f"{name}-resumed")) == 0
+    resumed = two.root / "fsdp-recipe-resumed" / last.name
+    assert apart(shadow(last), shadow(resumed)) == 0
+    assert NoiseAwareClassifier.from_pretrained(two.root / "fsdp-recipe").config.id2label[2] == "c"
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(train: Callable[..., Path], two: SimpleNamespace,
+                                                        tmp_path: Path) -> None:
+    """With twice the batch; not from that of a split network, nor with another number of images a step."""
+    line, checkpoint = LINES["classifier"] + " --resume_from_checkpoint ", two.root / "classifier" / "checkpoint-45"
+    assert apart(weights(train("classifier", f"{line}{checkpoint}")), weights(two.root / "classifier")) < 1e-5
+    with pytest.raises(SystemExit, match="of another run: images a forward pass 4, here 8$"):
+        train("classifier", f"{line}{checkpoint} --train_batch_size 8", "refused")
+    with pytest.raises(SystemExit, match="of another run: distributed_type 'FSDP', here None$"):
+        train("classifier", f"{LINES['fsdp-recipe']} --resume_from_checkpoint "
+                            f"{two.root / 'fsdp-recipe' / 'checkpoint-3'}", "refused")
+
+
+def test_deepspeed_equals_one_process_or_is_named(train: Callable[..., Path], place: SimpleNamespace, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 2 on two processes with twice the batch, and resumed, where DeepSpeed is installed."""
+    settings, line = environment_of("deepspeed"), SIX.format("no").replace("--cpu", "")
+    assert settings["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    if not find_spec("deepspeed"):
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(options.Options, "cpu", False)
+        with pytest.raises(SystemExit, match="distributed_type DEEPSPEED: .*pip install deepspeed"):
+            train("classifier", "--max_train_steps 1", "deepspeed")
+        return
+    command = [str(TRAINING / "train_classifier.py"), *TINY.replace("batch_size 4", "batch_size 2").split(),
+               *line.split(), "--train_data_dir", str(place.folder), "--model_config_name_or_path",
+               str(place.classifier), "--gradient_accumulation_steps", "2"]
+    resume = ["--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-3")]
+    for more in ((tmp_path / "two",), (tmp_path / "resumed", *resume)):  # DeepSpeed starts once in a process
+        launched(tmp_path, place, [(settings, [*command, "--output_dir", *map(str, more)])])
+    one = train("classifier", line + " --gradient_accumulation_steps 2", "one")
+    assert apart(weights(one), weights(tmp_path / "two")) < 1e-5
+    assert apart(weights(tmp_path / "resumed"), weights(tmp_path / "two")) == 0
 
 
 def test_dropped_labels_are_the_null_label(train: Callable[..., Path]) -> None:
@@ -546,11 +656,12 @@ def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> N
     folder = train("classifier", line)
     with pytest.raises(SystemExit, match="--output_dir .* has checkpoint-2 of another run.*--resume_from_checkpoint"):
         train("classifier", line)
-    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-2: .*size mismatch"):
+    with pytest.raises(SystemExit, match=r"checkpoint-2: of another run: network's block_out_channels \[8, 16\], here "
+                                         r"\[8, 32\]$"):
         wider = folder.parent / "wider.json"
         wider.write_text(json.dumps({**CLASSIFIER, "block_out_channels": [8, 32]}))
         train("classifier", line + f" --resume_from_checkpoint latest --model_config_name_or_path {wider}")
-    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-2: .*custom"):
+    with pytest.raises(SystemExit, match="checkpoint-2: of another run: use_ema True, here False$"):
         train("classifier", line + " --resume_from_checkpoint latest --no_use_ema")
 
 

@@ -7,37 +7,43 @@ process with batch B draws (but for dropout).
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import os
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32, gather_object
+from checkpointing import (
+    UNLOADABLE,
+    checkpoints,
+    find_checkpoints,
+    identity_of,
+    save_checkpoint,
+    why_refused,
+    write_json,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from options import Options
-from safetensors import SafetensorError
+from streaming import StreamedBatches, StreamedImages
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from guided_diffusers.data import LabelledImages
+from guided_diffusers.data import SHARD, LabelledImages, row_name
 
 Batch = dict[str, torch.Tensor]  # pixel_values (B, C, H, W) in [-1, 1], label (B,), and what else the items have
-MANIFEST = "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums
-UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # Python's, torch's, safetensors'
-UNLOADABLE = (*UNWRITABLE, EOFError, KeyError, TypeError, UnpicklingError, ValueError)
+BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock"}  # what FSDP gathers at a time, where its config names nothing
 
 
 def generator_for(*numbers: int) -> torch.Generator:
@@ -98,25 +104,56 @@ def collate(items: list[dict[str, Any]]) -> Batch:
 
 @dataclass
 class Progress:
-    """How many optimizer steps a run has made; saved with every checkpoint."""
+    """How many optimizer steps a run has made, and where each process's stream is; saved with every checkpoint."""
 
     step: int = 0
+    positions: list[dict[str, int]] | None = None  # with --streaming
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step} | ({"positions": self.positions} if self.positions else {})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.positions = state["step"], state.get("positions")
 
 
 class Average(EMAModel):
-    """`EMAModel` whose step makes no copy of the weights: shadow += (1 - decay) (weights - shadow)."""
+    """`EMAModel` whose step makes no copy of the weights: shadow += (1 - decay) (weights - shadow).
+
+    Of a network that FSDP splits, each process averages its part. What is saved is whole.
+    """
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+    @torch.no_grad()
+    def exchange(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Trained weights become the average, and the average the trained weights; done twice, nothing has changed."""
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(shadow)
+            shadow.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"shadow_params": [whole(shadow) for shadow in self.shadow_params]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        shadows = self.shadow_params
+        super().load_state_dict(state)
+        for shadow, loaded in zip(shadows, self.shadow_params, strict=True):
+            if isinstance(shadow, DTensor):
+                loaded = distribute_tensor(loaded.to(shadow.device), shadow.device_mesh, shadow.placements,
+                                           src_data_rank=None)
+            shadow.copy_(loaded)
+        self.shadow_params = shadows
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Run:
@@ -125,14 +162,16 @@ class Run:
     Args:
         model: trained in place.
         data: what it's trained on.
+        source: with --streaming, what `data` is made of, if it isn't that itself.
 
     Raises:
         ValueError: if no checkpoint of --resume_from_checkpoint can be used, or the option is missing though
             --output_dir has checkpoints, or --optimizer or --gradient_checkpointing isn't possible.
     """
 
-    def __init__(self, options: Options, accelerator: Accelerator, model: torch.nn.Module, data: LabelledImages):
-        self.options, self.accelerator, self.data = options, accelerator, data
+    def __init__(self, options: Options, accelerator: Accelerator, model: torch.nn.Module,
+                 data: LabelledImages | StreamedImages, source: StreamedImages | None = None):
+        self.options, self.accelerator, self.data, self.source = options, accelerator, data, source or data
         self.folder, self.progress = Path(options.output_dir), Progress()
         self.passes = accelerator.gradient_accumulation_steps
         images = options.train_batch_size * accelerator.num_processes * self.passes
@@ -143,6 +182,9 @@ class Run:
                 model.enable_gradient_checkpointing()
             except ValueError as error:
                 raise ValueError(f"--gradient_checkpointing: {error}") from error
+        self.identity = identity_of(options, accelerator, model, self._images(), self.steps)
+        self.whole = copy.deepcopy(model) if accelerator.distributed_type == DistributedType.FSDP else None
+        split_between_processes(options, accelerator, model)
         optimizer = make_optimizer(options, model)
         # Not prepared by Accelerate, which would step it once a process.
         self.schedule = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
@@ -155,10 +197,11 @@ class Run:
             self.ema = Average(self.bare.parameters(), decay=options.ema_max_decay, use_ema_warmup=True,
                                inv_gamma=options.ema_inv_gamma, power=options.ema_power, foreach=True)
             accelerator.register_for_checkpointing(self.ema)
-        self.identity = {"seed": options.seed, "images": len(data), "optimizer": options.optimizer}
+        # A checkpoint's names are the network's own, however it is wrapped or compiled. Accelerate hands over what it
+        # would save or load itself: nothing, where FSDP or DeepSpeed does.
+        accelerator.register_save_state_pre_hook(self._give_names)
+        accelerator.register_load_state_pre_hook(self._take_names)
         self._resume(find_checkpoints(options))
-        if self.ema is not None:
-            self.ema.to(accelerator.device)  # load_state leaves it on the CPU
 
     def train(self, loss: Callable[[torch.nn.Module, Batch, Draws], torch.Tensor],
               evaluate: Callable[[torch.nn.Module, int], dict[str, Any]]) -> torch.nn.Module:
@@ -182,11 +225,14 @@ class Run:
             print(f"stopped after step {self.progress.step}; --resume_from_checkpoint latest goes on from "
                   f"{newest[0] if newest else 'the beginning'}", file=sys.stderr, flush=True)
             raise
-        if self.ema is not None:
-            self.ema.copy_to(self.bare.parameters())
-        self.bare.eval()
-        self._report(evaluate(self.bare, self.progress.step))
-        return self.bare
+        if self.whole is not None:
+            model = self._gathered()
+        else:
+            model = self.bare.eval()
+            if self.ema is not None:
+                self.ema.copy_to(model.parameters())
+        self._report(evaluate(model, self.progress.step))
+        return model
 
     def _resume(self, newest_first: list[Path]) -> None:
         """Load the newest checkpoint that is whole and of this run, and put aside those that aren't."""
@@ -225,8 +271,7 @@ class Run:
                     evaluate: Callable[[torch.nn.Module, int], dict[str, Any]]) -> None:
         """The steps that are left."""
         options, accelerator, progress = self.options, self.accelerator, self.progress
-        stream = Stream(len(self.data), options.train_batch_size, options.seed, accelerator.process_index,
-                        accelerator.num_processes, progress.step * self.passes, self.steps * self.passes)
+        stream = self._stream()
         loader = DataLoader(self.data, batch_sampler=stream, num_workers=options.dataloader_num_workers,
                             collate_fn=collate, pin_memory=accelerator.device.type == "cuda")
         bar = tqdm(total=self.steps, initial=progress.step, unit="step", mininterval=1.0,
@@ -244,13 +289,30 @@ class Run:
             if save or progress.step % 10 == 0 or progress.step == self.steps:
                 self._check_and_log(value, bar, weights=save or progress.step == self.steps)
             if save:
+                if options.streaming:
+                    progress.positions = gather_object([stream.position(number + 1)])
                 save_checkpoint(accelerator, self.folder, progress.step, options.checkpoints_total_limit, self.identity)
             due = options.validation_steps and progress.step % options.validation_steps == 0
             if due and progress.step < self.steps:
-                with self._averaged():
-                    self._report(evaluate(self.bare, progress.step))
+                with self._averaged() as model:
+                    self._report(evaluate(model, progress.step))
         bar.close()
         self._say_how_it_went(time.perf_counter() - begun)
+
+    def _images(self) -> int | str:
+        """What is trained on, as far as a run that goes on must find the same: their number, or the stream's kind."""
+        options, processes = self.options, self.accelerator.num_processes
+        return self.source.kind(options.shuffle_buffer, processes) if options.streaming else len(self.data)
+
+    def _stream(self) -> Stream | StreamedBatches:
+        """The batches of the steps that are left."""
+        options, rank, progress = self.options, self.accelerator.process_index, self.progress
+        share = (options.train_batch_size, options.seed, rank, self.accelerator.num_processes,
+                 progress.step * self.passes, self.steps * self.passes)
+        if not options.streaming:
+            return Stream(len(self.data), *share)
+        return StreamedBatches(self.source, options.shuffle_buffer, *share,
+                               progress.positions[rank] if progress.positions else None)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, without what says which images were skipped; how long it took is counted."""
@@ -260,7 +322,8 @@ class Run:
         if "corrupt" in batch:
             rows = [row for row in batch.pop("corrupt").tolist() if row >= 0]
             for row in sorted(set(rows) - set(self.skipped)):
-                print(f"the image of row {row} can't be read: another takes its place", file=sys.stderr, flush=True)
+                print(f"the image of {row_name(row)} can't be read: another takes its place", file=sys.stderr,
+                      flush=True)
             self.skipped += rows
             batch.pop("row")
         return batch
@@ -270,7 +333,7 @@ class Run:
         if self.waited and self.progress.step:
             self.accelerator.print(f"{self.waited / seconds:.1%} of the time of all steps was waiting for data")
         if self.options.skip_corrupt_images and (rows := gather_object(self.skipped)):
-            kinds = sorted(set(rows))
+            kinds = [row if row < SHARD else row_name(row) for row in sorted(set(rows))]
             self.accelerator.print(f"{len(rows)} times another image took the place of one that can't be read, in rows "
                                    f"{kinds[:20]}{' ...' if len(kinds) > 20 else ''}")
 
@@ -311,24 +374,50 @@ class Run:
         advice = "try a smaller --learning_rate, or look at the images and labels"
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss at step {self.progress.step} is {mean}; {advice}")
-        if weights and not all(parameter.isfinite().all() for parameter in self.bare.parameters()):
+        if weights and not self._weights_are_finite():
             raise FloatingPointError(f"weights at step {self.progress.step} are NaN or infinite; {advice}")
         bar.set_postfix(loss=f"{mean:.4f}")
         self.accelerator.log({"loss": mean, "learning_rate": self.schedule.get_last_lr()[0]}, self.progress.step)
 
+    def _weights_are_finite(self) -> bool:
+        """The same on every process."""
+        parts = [part.to_local() if isinstance(part, DTensor) else part for part in self.bare.parameters()]
+        wrong = torch.stack([~part.isfinite().all() for part in parts]).any().float()
+        return self.accelerator.reduce(wrong, "sum").item() == 0
+
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The averaged weights in the model for evaluation, then the trained ones again."""
+    def _averaged(self) -> Iterator[torch.nn.Module]:
+        """The network for evaluation, with the averaged weights, which has the trained ones again afterwards."""
+        if self.whole is not None:
+            yield self._gathered()
+            self.whole.to("cpu")
+            return
         if self.ema is not None:
-            self.ema.store(self.bare.parameters())
-            self.ema.copy_to(self.bare.parameters())
+            self.ema.exchange(self.bare.parameters())
         self.bare.eval()
         try:
-            yield
+            yield self.bare
         finally:
             self.bare.train()
             if self.ema is not None:
-                self.ema.restore(self.bare.parameters())
+                self.ema.exchange(self.bare.parameters())
+
+    @torch.no_grad()
+    def _gathered(self) -> torch.nn.Module:
+        """A network of all the averaged weights, of which the trained one has a part in each process."""
+        parts = self.bare.parameters() if self.ema is None else self.ema.shadow_params
+        self.whole.to(self.accelerator.device)
+        for mine, part in zip(self.whole.parameters(), parts, strict=True):
+            mine.copy_(whole(part))
+        for mine, part in zip(self.whole.buffers(), self.bare.buffers(), strict=True):
+            mine.copy_(whole(part))
+        return self.whole.eval()
+
+    def _give_names(self, models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        weights[:] = [self.bare.state_dict() for _ in weights]
+
+    def _take_names(self, models: list[torch.nn.Module], folder: str) -> None:
+        models[:] = [self.bare for _ in models]
 
     def _report(self, figures: dict[str, Any]) -> None:
         """Figures at noise levels to metrics.json, the trackers and the screen."""
@@ -397,12 +486,6 @@ def ten_levels(steps: int) -> list[int]:
     return sorted({int((part + 0.5) * steps / 10 - 1e-6) for part in range(10)})
 
 
-def write_json(path: Path, content: Any) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
-
-
 def make_optimizer(options: Options, model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW as --optimizer says.
 
@@ -421,95 +504,41 @@ def make_optimizer(options: Options, model: torch.nn.Module) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), **settings, fused=options.optimizer == "adamw_fused" or None)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]) -> None:
-    """Write `checkpoint-STEP` under a temporary name, move it into place, drop the oldest beyond the limit.
+def split_between_processes(options: Options, accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Make FSDP and DeepSpeed (ZeRO 1 or 2) train as several processes without them do, up to rounding.
+
+    With bf16 both would convert the weights and the timesteps, of which few digits would be left; instead the weights
+    stay float32, and the forward pass runs under autocast, as elsewhere.
 
     Raises:
-        OSError: if it can't be written, for instance on a full disk; what there was before is left as it was.
+        ValueError: if an option or Accelerate's config is one that a network in parts isn't trained with here.
     """
-    aside, place = folder / f"checkpoint-{step}.partial", folder / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with removed_unless_written(aside):
-        accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with removed_unless_written(aside):
-            files = {str(path.relative_to(aside)): written(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-            write_json(aside / MANIFEST, {"step": step, "run": identity, "files": files})
-            written(aside / MANIFEST)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
-        for old in checkpoints(folder)[:-limit] if limit else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-@contextmanager
-def removed_unless_written(aside: Path) -> Iterator[None]:
-    try:
-        yield
-    except UNWRITABLE as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if "DataLoader worker" in str(error):  # one died: torch raises that wherever the main thread happens to be
-            raise
-        raise OSError(f"{aside.with_suffix('')} can't be written: {error}") from error
-
-
-def written(path: Path) -> list[int]:
-    """A file's size and CRC-32, once it is on the disk."""
-    total, size = 0, 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(2**20):
-            total, size = zlib.crc32(block, total), size + len(block)
-    return [size, total]
-
-
-def why_refused(checkpoint: Path, identity: dict[str, Any]) -> str | None:
-    """Why a checkpoint isn't whole, or not of the run of this seed, data and optimizer; None if it is."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files, run = manifest["files"], manifest["run"]
-        for name, (size, total) in files.items():
-            found = written(checkpoint / name)
-            if found[0] != size:
-                return f"{name} has {found[0]} bytes of {size}"
-            if found[1] != total:
-                return f"{name} isn't as it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"can't be read: {error}"
-    other = [f"{name} {run.get(name)!r}, here {value!r}" for name, value in identity.items() if run.get(name) != value]
-    return f"of another run: {', '.join(other)}" if other else None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def find_checkpoints(options: Options) -> list[Path]:
-    """The folders that --resume_from_checkpoint may mean, the newest first; none to start at the beginning.
-
-    Raises:
-        ValueError: if there is none, or it is none, or a new run would mix its checkpoints with an older run's.
-    """
-    asked, there = options.resume_from_checkpoint, checkpoints(Path(options.output_dir))
-    if asked is None and there:
-        raise ValueError(f"--output_dir {options.output_dir} has {there[-1].name} of another run: go on with "
-                         "--resume_from_checkpoint latest, or give another folder")
-    if asked in (None, "latest"):
-        return there[::-1]
-    if not (Path(asked) / MANIFEST).is_file():
-        raise ValueError(f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
-                         f"{[str(path) for path in there]} are allowed")
-    known = [path.resolve() for path in there]
-    if Path(asked).resolve() in known[:-1]:
-        raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has newer ones, up to "
-                         f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
-                         "--output_dir")
-    return [Path(asked)]
+    kind, state, precision = accelerator.distributed_type, accelerator.state, accelerator.mixed_precision
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    fsdp = kind == DistributedType.FSDP
+    for name, value, allowed in (
+        ("--mixed_precision", precision, ("no", "bf16")),
+        ("--optimizer", options.optimizer, ("adamw", "adamw_fused")),
+        ("dynamo_backend", state.dynamo_plugin.backend.value.lower(), ("no",)),
+        ("fsdp_version", state.fsdp_plugin.fsdp_version if fsdp else 2, (2,)),
+        ("fsdp_state_dict_type", state.fsdp_plugin.state_dict_type.name if fsdp else "FULL_STATE_DICT",
+         ("FULL_STATE_DICT",)),
+        ("zero_stage", 0 if fsdp else state.deepspeed_plugin.zero_stage, (0, 1, 2)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} {value}: with distributed_type {kind.value} one of {allowed} is allowed")
+    if fsdp:
+        state.fsdp_plugin.mixed_precision_policy = None
+        if state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            here = BLOCKS & {type(module).__name__ for module in model.modules()}
+            state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(here)
+    else:
+        config = state.deepspeed_plugin.deepspeed_config
+        config.pop("train_batch_size", None)
+        config |= {"train_micro_batch_size_per_gpu": options.train_batch_size, "bf16": {"enabled": False},
+                   "gradient_accumulation_steps": options.gradient_accumulation_steps,
+                   "gradient_clipping": options.max_grad_norm}
+    if precision == "bf16":
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = convert_outputs_to_fp32(autocast(model.forward))

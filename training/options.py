@@ -18,21 +18,31 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler, ModelMixin
 from latents import Autoencoder, LatentImages
+from streaming import StreamedImages, load_streams
 from transformers import HfArgumentParser
 
-from guided_diffusers.data import LabelledImages, load_splits
+from guided_diffusers.data import LabelledImages, is_pattern, load_splits
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
-Images = LabelledImages | LatentImages
+Images = LabelledImages | LatentImages | StreamedImages
 
 
 AT_LEAST_1 = {"resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-              "max_train_steps", "validation_samples", "checkpointing_steps"}
+              "max_train_steps", "validation_samples", "checkpointing_steps", "shuffle_buffer"}
 AT_LEAST_0 = {"random_shift", "seed", "learning_rate", "lr_warmup_steps", "adam_beta1", "adam_beta2",
               "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_power", "ema_max_decay", "validation_steps",
               "checkpoints_total_limit", "dataloader_num_workers", "label_dropout", "sample_images", "max_timestep",
-              "bits_per_dim_images"}
+              "bits_per_dim_images", "diagnosis_images"}
+# A run may go on from a checkpoint with others of these and ends as if there had been no stop: where things lie, what
+# is written and shown, how fast, and what is compared as what it comes to (see `checkpointing.identity_of`).
+MAY_CHANGE = {"dataset_name", "train_data_dir", "validation_split", "cache_images", "skip_corrupt_images",
+              "latents_cache", "output_dir", "model_config_name_or_path", "train_batch_size",
+              "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "mixed_precision",
+              "gradient_checkpointing", "validation_steps", "validation_samples", "checkpointing_steps",
+              "checkpoints_total_limit", "resume_from_checkpoint", "dataloader_num_workers", "report_to", "logging_dir",
+              "cpu", "progress", "push_to_hub", "hub_model_id", "hub_private", "sample_images", "bits_per_dim_images",
+              "diagnosis_images"}
 AT_MOST = {"seed": 2**32 - 1, "adam_beta1": 1, "adam_beta2": 1, "ema_max_decay": 1, "label_dropout": 1}
 
 
@@ -45,13 +55,21 @@ def option(default: Any, help: str) -> Any:
 class Options:
     dataset_name: str | None = option(None, "a dataset on the Hub, or a local folder that `load_dataset` reads")
     dataset_config_name: str | None = option(None, "the configuration of the dataset, where it has several")
-    train_data_dir: str | None = option(None, "an image folder (a folder a label) or a folder of Parquet files")
+    train_data_dir: str | None = option(
+        None, "an image folder (a folder a label), a folder of Parquet or tar files (WebDataset), or a pattern such as "
+              "'shards/train-*.tar'")
     train_split: str = option("train", "the split to train on")
     validation_split: str | None = option(None, "the held-out split; `validation` or `test` if left out, where there "
                                                 "is one")
     image_column: str | None = option(None, "column of the images; the first that holds images if left out")
     label_column: str | None = option(None, "column of the labels (class ids, integers or names); the first that holds "
                                             "class ids if left out")
+    streaming: bool = option(False, "read the data as the steps need it, never all of it; needs --max_train_steps")
+    shuffle_buffer: int | None = option(None, "with --streaming: how many images in a row are shuffled together; 1000 "
+                                              "if left out, and of an image folder always all")
+    labels: str | None = option(
+        None, "with --streaming: the labels of a column of integers or strings: names such as cat,dog, a JSON file "
+              "with a list of them, or the number of classes; a column of class ids needs none")
     resolution: int = option(64, "height and width in pixels: the shorter side is resized to it")
     center_crop: bool = option(False, "crop the longer side in the middle, not at a random place")
     random_flip: bool = option(False, "mirror half of the images")
@@ -99,7 +117,8 @@ class Options:
     ema_power: float = option(0.75, "... with this power ...")
     ema_max_decay: float = option(0.9999, "... and at most this")
     validation_steps: int = option(1000, "optimizer steps between evaluations; 0: only at the end")
-    validation_samples: int = option(2000, "at most so many held-out images are read, evenly spread")
+    validation_samples: int = option(2000, "at most so many held-out images are read, evenly spread; with "
+                                              "--streaming the first, which stay in memory")
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
     checkpoints_total_limit: int = option(2, "how many checkpoints are kept; 0: all")
     resume_from_checkpoint: str | None = option(None, "a checkpoint's folder to go on from, or `latest`: the newest in "
@@ -128,10 +147,29 @@ class Options:
             raise ValueError(f"--vae {self.vae} encodes an image once, which random crops and shifts don't allow: "
                              f"--random_shift is {self.random_shift}, 0 is allowed, and --center_crop is "
                              f"{self.center_crop}, which must be given")
+        self._check_streaming()
         for name in ("cache_images", "skip_corrupt_images"):
             if self.vae is not None and getattr(self, name):
                 raise ValueError(f"--{name} is not allowed with --vae {self.vae}, which reads every image once, before "
                                  "the first step")
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            for name in ("shuffle_buffer", "labels"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value} needs --streaming")
+            return
+        if self.max_train_steps is None:
+            raise ValueError("--streaming needs --max_train_steps, since nobody knows how many images an epoch has")
+        if self.vae is not None:
+            raise ValueError(f"--vae {self.vae} encodes all images before the first step, which --streaming can't: "
+                             "only one of the two is allowed")
+        if self.cache_images:
+            raise ValueError("--cache_images keeps all images in memory, --streaming none: only one of the two is "
+                             "allowed")
+        if self.skip_corrupt_images and self.train_batch_size == 1:
+            raise ValueError("--train_batch_size 1: with --streaming and --skip_corrupt_images 2 or more are allowed, "
+                             "since another image of the batch takes the place")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -191,10 +229,15 @@ def make_accelerator(options: Options) -> Accelerator:
                                   project_config=project)
     except ValueError as error:
         raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"distributed_type {accelerator.distributed_type.value} of Accelerate splits the network, and "
-                         "the moving average and the saved model need all of it: MULTI_GPU and its like, and NO, are "
-                         "allowed, e.g. with a file of training/accelerate")
+    except ImportError as error:
+        raise ValueError(f"distributed_type DEEPSPEED: {error}") from error
+    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps  # not those of the launcher
+    if accelerator.distributed_type.value == "MEGATRON_LM":
+        raise ValueError("distributed_type MEGATRON_LM of Accelerate is for language models: MULTI_GPU and its like, "
+                         "FSDP, DEEPSPEED and NO are allowed, e.g. with a file of training/accelerate")
+    if accelerator.distributed_type.value == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("--cpu with distributed_type FSDP, which Accelerate leaves out on CPUs: a config without it, "
+                         "e.g. training/accelerate/cpu.yaml, is allowed")
     if accelerator.num_processes > 1:
         sys.excepthook = lambda *error: leave_at_once("".join(traceback.format_exception(*error)))
     return accelerator
@@ -211,17 +254,19 @@ def load_data(options: Options, accelerator: Accelerator, vae: Autoencoder | Non
         raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     name = "train_data_dir" if options.dataset_name is None else "dataset_name"
     source = getattr(options, name)
-    if name == "train_data_dir" and not Path(source).expanduser().is_dir():
+    if name == "train_data_dir" and not (Path(source).expanduser().is_dir() or is_pattern(source)):
         raise ValueError(f"--train_data_dir {source}: there is no such folder")
     with accelerator.main_process_first():
         try:
-            splits = load_splits(source, options.dataset_config_name)
+            splits = load_splits(source, options.dataset_config_name, options.streaming)
         except (OSError, ValueError) as error:
             raise ValueError(f"--{name} {source}: {error}") from error
     held_out = options.validation_split or next((name for name in ("validation", "test") if name in splits), None)
     for name, split in (("train_split", options.train_split), ("validation_split", held_out)):
         if split is not None and split not in splits:
             raise ValueError(f"--{name} {split}: the dataset has {sorted(splits)}")
+    if options.streaming:
+        return load_streams(options, splits, held_out)
     train = LabelledImages(splits[options.train_split], options.image_column, options.label_column, options.resolution,
                            options.center_crop, options.random_flip and vae is None, options.random_shift,
                            None if vae is None else vae.config.in_channels, cache_images=options.cache_images,

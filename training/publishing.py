@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from options import Options, explained, option
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PublishedOptions(Options):
             raise ValueError("--push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN")
 
 
-def publish(options: PublishedOptions, model: ClassifierGuidedPipeline | NoiseAwareClassifier) -> None:
+def publish(options: PublishedOptions, model: ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP) -> None:
     """Publish a model that is saved, with the figures and options in --output_dir, if --push_to_hub says so."""
     if options.push_to_hub:
         folder = Path(options.output_dir)

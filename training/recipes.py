@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from latents import LatentImages
 from loop import Batch, Draws
@@ -81,6 +81,12 @@ class RecipeOptions(Options):
         if self.dlsm_weight and self.gradient_checkpointing:
             raise ValueError(f"--dlsm_weight {self.dlsm_weight} differentiates twice, which --gradient_checkpointing "
                              "can't: 0 is allowed with it")
+        if self.streaming and self.problem_type != SINGLE:
+            raise ValueError(f"--problem_type {self.problem_type} needs all labels before the first step, which "
+                             f"--streaming doesn't have: {SINGLE} is allowed with it")
+        if self.streaming and self.class_weights == "balanced":
+            raise ValueError("--class_weights balanced counts all labels before the first step, which --streaming "
+                             "doesn't have: numbers and a JSON file are allowed with it")
         if self.mixup and self.train_batch_size % 2:
             raise ValueError(f"--train_batch_size {self.train_batch_size}: an even number is allowed with --mixup, "
                              "which mixes images by twos")
@@ -310,6 +316,9 @@ class Recipe:
         if options.dlsm_weight and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise ValueError(f"--dlsm_weight {options.dlsm_weight} differentiates twice, which torch.compile can't: "
                              "--dynamo_backend no is allowed with it")
+        if options.dlsm_weight and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(f"--dlsm_weight {options.dlsm_weight} differentiates twice, which distributed_type "
+                             f"{accelerator.distributed_type.value} isn't made for: 0 is allowed with it")
         self.score = ScoreModel(options, scheduler, last, data) if options.dlsm_weight else None
         self.sampler = None
         if options.timestep_sampler == "second_moment":

@@ -13,17 +13,19 @@
 
 --output_dir becomes a folder that `NoiseAwareClassifier.from_pretrained` reads, with the labels' names and the noise
 schedule in its config. Next to it: `metrics.json`, accuracy and cross entropy (of a regressor R^2) at ten noise levels
-of the held-out split. What is learned, and from which weights on, is in `recipes.py`.
+of the held-out split; `diagnosis.json` and `diagnosis.png`, also of its gradient, with the verdict whether it is fit to
+guide. What is learned, and from which weights on, is in `recipes.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, ModelMixin
 from latents import load_vae, write_latents
@@ -45,7 +47,7 @@ from recipes import (
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.classifier_losses import FIGURES, SINGLE, held_out_scores
 from guided_diffusers.data import TargetedImages
-from guided_diffusers.diagnosis import GAPS, calibration_gaps, plot, with_calibration
+from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
 
 DEFAULT = {"block_out_channels": [64, 128, 192, 256], "layers_per_block": 2, "attention_head_dim": 64, "dropout": 0.1}
 
@@ -55,6 +57,8 @@ class ClassifierOptions(PublishedOptions, RecipeOptions):
     max_timestep: int | None = option(
         None, "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
               "and 0 for a classifier of clean images")
+    diagnosis_images: int = option(500, "held-out images by which every evaluation says whether it is fit to guide; 0: "
+                                        "off")
     adam_weight_decay: float = option(0.05, "AdamW's weight decay")
 
 
@@ -83,6 +87,23 @@ def make_classifier(options: ClassifierOptions, data: Images | TargetedImages, s
     return make_model(NoiseAwareClassifier, options, default, sample_size=data.resolution, in_channels=data.channels,
                       num_labels=len(data.id2label) or data.num_labels, id2label=data.id2label or None, label2id=None,
                       problem_type=options.problem_type, **schedule)
+
+
+def write_diagnosis(options: ClassifierOptions, accelerator: Accelerator, model: NoiseAwareClassifier,
+                    held_out: Images, last: bool) -> None:
+    """`diagnosis.json` and its picture, by a copy in full precision, which the network under training may not keep to.
+
+    Its own noise schedule says which noise levels a run has; the gradient is compared with itself under other noise.
+    """
+    plain = NoiseAwareClassifier.from_config(model.config)
+    plain.load_state_dict(model.state_dict())
+    found = diagnose(plain.to(accelerator.device).eval(), held_out, images=options.diagnosis_images,
+                     gradient_images=32, batch_size=options.train_batch_size, progress=False)
+    if options.vae is not None:  # latents have no range
+        found = replace(found, mismatches=())
+    found.save(options.output_dir, picture=find_spec("matplotlib") is not None)
+    if last:
+        print(f"{found.verdict.summary}\n" + "\n".join([*found.verdict.words, *found.mismatches]))
 
 
 def main() -> None:
@@ -119,6 +140,8 @@ def main() -> None:
             figures["held_out"] = [with_calibration(row) for row in figures["held_out"]]
             if step == run.steps and accelerator.is_main_process and find_spec("matplotlib"):
                 plot(figures["held_out"], Path(options.output_dir) / "curves.png")
+            if accelerator.is_main_process and options.diagnosis_images and schedule["num_train_timesteps"] > 1:
+                write_diagnosis(options, accelerator, model, held_out, last=step == run.steps)
         return figures
 
     model = run.train(recipe, evaluate)

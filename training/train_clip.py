@@ -6,6 +6,7 @@
     accelerate launch training/train_clip.py ... --text_encoder openai/clip-vit-base-patch32 --freeze_text_encoder
     accelerate launch training/train_clip.py ... --image_encoder out/classifier         # warm start
     accelerate launch training/train_clip.py ... --resume_from_checkpoint latest        # a run that was stopped goes on
+    accelerate launch training/train_clip.py ... --push_to_hub --hub_model_id user/clip
     accelerate launch --multi_gpu --num_processes 2 training/train_clip.py ...          # several GPUs
     torchrun --standalone --nproc_per_node 2 training/train_clip.py --cpu ...           # several processes on CPUs
 
@@ -28,6 +29,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
 from options import explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
+from publishing import publish
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from train_classifier import DEFAULT, ClassifierOptions, trained_schedule
@@ -69,6 +71,9 @@ class ClipOptions(ClassifierOptions):
                 raise ValueError(f"--{one} {values[0]} and --{other} {values[1]}: only one of the two is allowed")
         if (self.caption_column, self.captions) == (None, None):
             raise ValueError("--caption_column None and --captions None: one of the two is needed")
+        if self.streaming and self.caption_column is not None:
+            raise ValueError(f"--caption_column {self.caption_column}: with --streaming --captions, captions by label, "
+                             "are allowed, since a tokenizer is made of all captions before the first step")
         if self.freeze_text_encoder and self.text_encoder is None:
             raise ValueError("--freeze_text_encoder needs --text_encoder, a pretrained one")
 
@@ -286,7 +291,7 @@ def main() -> None:
         if held_out_images is not None:
             captions = CaptionedImages(held_out_images, options.caption_column, by_label_held_out or by_label)
             held_out = Tokenized(captions, *shape)
-        run = Run(options, accelerator, clip, Tokenized(data, *shape))
+        run = Run(options, accelerator, clip, Tokenized(data, *shape), images if options.streaming else None)
 
     def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         t = draws.randint(schedule["num_train_timesteps"])
@@ -306,6 +311,7 @@ def main() -> None:
     model = run.train(loss, evaluate)
     if accelerator.is_main_process:
         model.save_pretrained(options.output_dir)
+        publish(options, model)
     finish(accelerator)
 
 

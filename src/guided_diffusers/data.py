@@ -1,40 +1,74 @@
 """Labelled images: a Hub dataset, an image folder or local Parquet files -> {pixel_values in [-1, 1], label}.
 
 With captions, too, from a column or by label, or with several labels or numbers an image in place of the one.
+`ImageRows` is what becomes of a row, wherever it comes from.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import glob
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 from PIL import Image as PILImage
 
 SIXTEEN_BITS = ("I", "I;16", "I;16B")
 GREY = ("1", "L", "LA", *SIXTEEN_BITS)
 UNREADABLE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
 ATTEMPTS = 100  # images in the place of one that can't be read
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}  # of datasets
+SHARD = 2**32  # row r of shard s of a stream has the number (s + 1) SHARD + r
 
 
-def load_splits(name_or_folder: str, config_name: str | None = None) -> DatasetDict:
+def load_splits(name_or_folder: str, config_name: str | None = None, streaming: bool = False) \
+        -> DatasetDict | IterableDatasetDict:
     """All splits of a dataset: a name on the Hub, an image folder (a folder a label), or a folder of Parquet files.
 
+    Or a folder of tar files (WebDataset), or a pattern (`*`, `?`, `[...]`) of tar or Parquet files, the split `train`.
+
+    Args:
+        streaming: read nothing yet, and never all of it at once.
+
     Raises:
-        ValueError: if `name_or_folder` looks like a local path and there is nothing there.
+        ValueError: if `name_or_folder` looks like a local path and there is nothing there, or as a pattern matches
+            other files.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.exists():
-        return load_dataset(str(folder), config_name)
+        return load_dataset(str(folder), config_name, streaming=streaming)
+    if is_pattern(name_or_folder):
+        files = sorted(glob(str(folder)))
+        kinds = {Path(file).suffix for file in files}
+        if len(kinds) != 1 or not kinds <= BUILDERS.keys():
+            raise ValueError(f"dataset: {name_or_folder!r} matches {len(files)} files of the kinds {sorted(kinds)}; "
+                             f"one of {list(BUILDERS)} is allowed")
+        return load_dataset(BUILDERS[kinds.pop()], data_files={"train": files}, streaming=streaming)
     if name_or_folder.startswith((".", "/", "~")):
         raise ValueError(f"dataset: no folder {name_or_folder!r}")
-    return load_dataset(name_or_folder, config_name)
+    return load_dataset(name_or_folder, config_name, streaming=streaming)
 
 
-def _column(dataset: Dataset, name: str | None, argument: str, feature_type: type) -> str:
+def is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _column(dataset: Dataset | IterableDataset, name: str | None, argument: str, feature_type: type) -> str:
     """The column that was asked for, else the first one of that type."""
     fitting = [column for column, feature in dataset.features.items() if isinstance(feature, feature_type)]
     if name is None and fitting:
@@ -48,7 +82,122 @@ class CorruptImage(ValueError):
     """An image that can't be read; the message names its row."""
 
 
-class LabelledImages(torch.utils.data.Dataset):
+def row_name(number: int) -> str:
+    """The words for a row's number: of a dataset from 0, of a stream from SHARD."""
+    return f"row {number}" if number < SHARD else f"row {number % SHARD} of shard {number // SHARD - 1}"
+
+
+class ImageRows(torch.utils.data.Dataset):
+    """How a row becomes an item, `{"pixel_values": (C, H, W) float32 in [-1, 1], "label": int}`.
+
+    A subclass says what its rows are: `_image` reads one, and `_number` numbers it. It sets `channels` (1 or 3) and
+    calls `_use`. `LabelledImages` has the arguments and what is raised.
+    """
+
+    channels: int
+    id2label: dict[int, str]
+
+    def __init__(self, dataset: Dataset | IterableDataset, image_column: str | None, label_column: str | None,
+                 resolution: int, center_crop: bool, random_flip: bool, random_shift: int, skip_corrupt_images: bool):
+        self.resolution, self.center_crop = resolution, center_crop
+        self.random_flip, self.random_shift = random_flip, random_shift
+        self.skip_corrupt_images = skip_corrupt_images
+        self.image_column = _column(dataset, image_column, "image_column", Image)
+        feature = dataset.features[self.image_column]
+        self._bytes = feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature
+        if not self._bytes and not isinstance(feature, Image):
+            raise ValueError(f"image_column={self.image_column!r} holds {feature}, not images; the dataset has the "
+                             f"columns {dataset.column_names}")
+        has_labels = label_column or any(isinstance(feature, ClassLabel) for feature in dataset.features.values())
+        self.label_column = _column(dataset, label_column, "label_column", ClassLabel) if has_labels else None
+        self.columns = [self.image_column] + ([self.label_column] if has_labels else [])
+
+    def _image(self, row: Any) -> tuple[PILImage.Image, int]:
+        """A row's image, its shorter side resized, and its label."""
+        raise NotImplementedError
+
+    def _number(self, row: Any) -> int:
+        raise NotImplementedError
+
+    def _names(self, features: Features, labels: Mapping[int, str] | None) -> dict[int, str] | None:
+        """The labels' names by id, or None where the dataset would have to be read for them."""
+        if self.label_column is None:
+            return {}
+        feature = features[self.label_column]
+        if isinstance(feature, ClassLabel):
+            names = dict(enumerate(feature.names))
+            if labels not in (None, names):
+                raise ValueError(f"label_column={self.label_column!r} has the labels {names}, the other split {labels}")
+            return names
+        dtype = feature.dtype if isinstance(feature, Value) else ""
+        return labels if labels is not None and ("int" in dtype or dtype == "string") else None
+
+    def _use(self, names: dict[int, str]) -> None:
+        self.id2label, self._ids = names, {name: i for i, name in names.items()}
+
+    def _item(self, rows: Iterable[Any], seed: int) -> dict[str, torch.Tensor | int]:
+        """The item of the first of `rows`, or where corrupt images are to be skipped of the first that can be read."""
+        image, label, row, corrupt = self._readable(rows)
+        draw = random.Random(seed)
+        image = self._crop(image, draw)
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(*image.size[::-1], self.channels)
+        if self.random_flip and draw.random() < 0.5:
+            pixels = pixels.flip(1)
+        if reach := self.random_shift:
+            left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
+            padded = np.pad(pixels.numpy(), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+            pixels = torch.from_numpy(padded)[top:top + self.resolution, left:left + self.resolution]
+        found = {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": label}
+        return found | {"row": row, "corrupt": corrupt} if self.skip_corrupt_images else found
+
+    def _readable(self, rows: Iterable[Any]) -> tuple[PILImage.Image, int, int, int]:
+        """Image, label, number of its row, and that of the first row if it is another, else -1."""
+        tried: list[int] = []
+        for row in rows:
+            tried.append(self._number(row))
+            try:
+                return *self._image(row), tried[-1], tried[0] if len(tried) > 1 else -1
+            except CorruptImage:
+                if not self.skip_corrupt_images:
+                    raise
+        raise CorruptImage(f"the image of {row_name(tried[0])} can't be read, nor those of {len(tried) - 1} rows drawn "
+                           "instead")
+
+    def _prepared(self, image: PILImage.Image) -> PILImage.Image:
+        """In grey or colours, the shorter side resized."""
+        if image.mode in SIXTEEN_BITS:  # Pillow's convert would cut at 255
+            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        size, (width, height) = self.resolution, image.size
+        if min(width, height) == size:
+            return image
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        return image.resize((width, height), PILImage.Resampling.BICUBIC)
+
+    def _crop(self, image: PILImage.Image, draw: random.Random) -> PILImage.Image:
+        size, (width, height) = self.resolution, image.size
+        left, top = ((width - size) // 2, (height - size) // 2) if self.center_crop else (
+            draw.randint(0, width - size), draw.randint(0, height - size))
+        return image.crop((left, top, left + size, top + size))
+
+    def _label(self, label: object, number: int) -> int:
+        if self.label_column is None:
+            return 0
+        label = self._ids.get(label, label) if isinstance(label, str) else label
+        if label not in self.id2label:
+            raise ValueError(f"label {label!r} of {row_name(number)} is none of the {len(self.id2label)} labels "
+                             f"{list(self.id2label.values())[:20]}")
+        return int(label)
+
+
+def all_grey(images: Iterable[PILImage.Image]) -> bool:
+    """Whether there are images, and all are grey."""
+    modes = {image.mode for image in images}
+    return bool(modes) and modes <= set(GREY)
+
+
+class LabelledImages(ImageRows):
     """Items of one split as `{"pixel_values": (C, H, W) float32 in [-1, 1], "label": int}`.
 
     An item is asked for by its index, or by `(index, seed)`: crop, flip and shift are drawn from that seed alone, so an
@@ -81,35 +230,25 @@ class LabelledImages(torch.utils.data.Dataset):
                  cache_images: bool = False, skip_corrupt_images: bool = False):
         if len(dataset) == 0:
             raise ValueError("dataset: the split has no rows")
-        self.resolution, self.center_crop = resolution, center_crop
-        self.random_flip, self.random_shift = random_flip, random_shift
-        self.skip_corrupt_images = skip_corrupt_images
+        super().__init__(dataset, image_column, label_column, resolution, center_crop, random_flip, random_shift,
+                         skip_corrupt_images)
         self._cache: dict[int, tuple[PILImage.Image, int]] | None = {} if cache_images else None
-        self.image_column = _column(dataset, image_column, "image_column", Image)
-        feature = dataset.features[self.image_column]
-        if feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature:
-            dataset = dataset.cast_column(self.image_column, Image())
-        elif not isinstance(feature, Image):
-            raise ValueError(f"image_column={self.image_column!r} holds {feature}, not images; the dataset has the "
-                             f"columns {dataset.column_names}")
-        has_labels = label_column or any(isinstance(feature, ClassLabel) for feature in dataset.features.values())
-        self.label_column = _column(dataset, label_column, "label_column", ClassLabel) if has_labels else None
-        self.dataset = dataset
-        self._labels = dataset.select_columns([self.label_column]) if has_labels else None
-        self._rows = dataset.select_columns([self.image_column] + ([self.label_column] if has_labels else []))
+        self.dataset = dataset.cast_column(self.image_column, Image()) if self._bytes else dataset
+        self._labels = dataset.select_columns([self.label_column]) if self.label_column else None
+        self._rows = self.dataset.select_columns(self.columns)
         self.channels = channels or self._channels()
-        self.id2label = self._names(labels)
-        self._ids = {name: i for i, name in self.id2label.items()}
+        self._use(self._all_names(labels))
 
     def _channels(self) -> int:
-        modes = []
-        for i in sorted({len(self._rows) * i // 16 for i in range(16)}):
-            try:
-                modes.append(self._row(i)[self.image_column].mode)
-            except CorruptImage:
-                if not self.skip_corrupt_images:
-                    raise
-        return 1 if modes and all(mode in GREY for mode in modes) else 3
+        def readable() -> Iterator[PILImage.Image]:
+            for i in sorted({len(self._rows) * i // 16 for i in range(16)}):
+                try:
+                    yield self._row(i)[self.image_column]
+                except CorruptImage:
+                    if not self.skip_corrupt_images:
+                        raise
+
+        return 1 if all_grey(readable()) else 3
 
     def _row(self, index: int) -> dict[str, object]:
         """The columns of image and label, with the image decoded."""
@@ -124,19 +263,12 @@ class LabelledImages(torch.utils.data.Dataset):
             name = f" ({raw['path']})" if raw.get("path") else ""
             raise CorruptImage(f"the image of row {index}{name} can't be read: {error}") from error
 
-    def _names(self, labels: dict[int, str] | None) -> dict[int, str]:
-        if self.label_column is None:
-            return {}
-        feature = self._rows.features[self.label_column]
-        if isinstance(feature, ClassLabel):
-            names = dict(enumerate(feature.names))
-            if labels not in (None, names):
-                raise ValueError(f"label_column={self.label_column!r} has the labels {names}, the other split {labels}")
+    def _all_names(self, labels: dict[int, str] | None) -> dict[int, str]:
+        names = self._names(self._rows.features, labels)
+        if names is not None:
             return names
+        feature, values = self._rows.features[self.label_column], self._rows.unique(self.label_column)
         dtype = feature.dtype if isinstance(feature, Value) else ""
-        if labels is not None and ("int" in dtype or dtype == "string"):
-            return labels
-        values = self._rows.unique(self.label_column)
         if dtype == "string" and None not in values:
             return dict(enumerate(sorted(values)))
         if "int" in dtype and None not in values and min(values) >= 0:
@@ -149,71 +281,24 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, 0)
-        image, label, row = self._readable(index, seed)
-        draw = random.Random(seed)
-        image = self._crop(image, draw)
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(*image.size[::-1], self.channels)
-        if self.random_flip and draw.random() < 0.5:
-            pixels = pixels.flip(1)
-        if reach := self.random_shift:
-            left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
-            padded = np.pad(pixels.numpy(), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            pixels = torch.from_numpy(padded)[top:top + self.resolution, left:left + self.resolution]
-        found = {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": label}
-        return found | {"row": row, "corrupt": index if row != index else -1} if self.skip_corrupt_images else found
+        instead = random.Random(f"instead {index} {seed}")
+        return self._item(chain([index], (instead.randrange(len(self)) for _ in range(ATTEMPTS - 1))), seed)
 
-    def _readable(self, index: int, seed: int) -> tuple[PILImage.Image, int, int]:
-        """Image, label and row, of another row where this one's image can't be read and that is to be skipped."""
-        row, instead = index, random.Random(f"instead {index} {seed}")
-        for _ in range(ATTEMPTS):
-            try:
-                return *self._image(row), row
-            except CorruptImage:
-                if not self.skip_corrupt_images:
-                    raise
-            row = instead.randrange(len(self))
-        raise CorruptImage(f"the image of row {index} can't be read, nor those of {ATTEMPTS - 1} rows drawn instead")
+    def _number(self, row: int) -> int:
+        return row
 
-    def _image(self, index: int) -> tuple[PILImage.Image, int]:
-        """A row's image, its shorter side resized, and its label."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        row = self._row(index)
-        image = row[self.image_column]
-        if image.mode in SIXTEEN_BITS:  # Pillow's convert would cut at 255
-            image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        found = self._resize(image.convert("L" if self.channels == 1 else "RGB")), self._label(row, index)
+    def _image(self, row: int) -> tuple[PILImage.Image, int]:
+        if self._cache is not None and row in self._cache:
+            return self._cache[row]
+        values = self._row(row)
+        found = self._prepared(values[self.image_column]), self._label(values.get(self.label_column), row)
         if self._cache is not None:
-            self._cache[index] = found
+            self._cache[row] = found
         return found
 
     def label(self, index: int) -> int:
         """The label of a row whose image isn't read."""
-        return self._label({} if self._labels is None else self._labels[index], index)
-
-    def _label(self, row: dict[str, object], index: int) -> int:
-        if self.label_column is None:
-            return 0
-        label = row[self.label_column]
-        label = self._ids.get(label, label) if isinstance(label, str) else label
-        if label not in self.id2label:
-            raise ValueError(f"label {label!r} of row {index} is none of the {len(self.id2label)} labels "
-                             f"{list(self.id2label.values())[:20]}")
-        return int(label)
-
-    def _resize(self, image: PILImage.Image) -> PILImage.Image:
-        size, (width, height) = self.resolution, image.size
-        if min(width, height) == size:
-            return image
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        return image.resize((width, height), PILImage.Resampling.BICUBIC)
-
-    def _crop(self, image: PILImage.Image, draw: random.Random) -> PILImage.Image:
-        size, (width, height) = self.resolution, image.size
-        left, top = ((width - size) // 2, (height - size) // 2) if self.center_crop else (
-            draw.randint(0, width - size), draw.randint(0, height - size))
-        return image.crop((left, top, left + size, top + size))
+        return 0 if self._labels is None else self._label(self._labels[index][self.label_column], index)
 
 
 class CaptionedImages(torch.utils.data.Dataset):
