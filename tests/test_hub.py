@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
+from test_clip import make_clip
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, hub
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP, hub
 from guided_diffusers.cli import main
-from guided_diffusers.clip import NoiseAwareCLIP
+from guided_diffusers.hub import charts
 from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
-from guided_diffusers.source import self_contained
+from guided_diffusers.source import code_of, self_contained
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
@@ -77,8 +79,7 @@ def images(pipeline: DiffusionPipeline) -> torch.Tensor:
                     output_type="pt").images
 
 
-@pytest.mark.parametrize("cls", [ClassifierGuidedPipeline, NoiseAwareClassifier, ADMUNet2DModel, ADMDDIMScheduler,
-                                 NoiseAwareCLIP])
+@pytest.mark.parametrize("cls", [NoiseAwareClassifier, ADMUNet2DModel, ADMDDIMScheduler, NoiseAwareCLIP])
 def test_self_contained_code_imports_nothing_of_ours_and_is_clean(cls: type, tmp_path: Path) -> None:
     text = self_contained(cls)
     modules = {node.module or "." for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
@@ -93,17 +94,17 @@ def test_self_contained_code_imports_nothing_of_ours_and_is_clean(cls: type, tmp
 
 def test_a_saved_folder_holds_the_code_that_the_source_makes(saved: Path) -> None:
     """None is written by hand: each file is what `self_contained` makes now."""
-    made = {"pipeline.py": ClassifierGuidedPipeline, "unet/guided_diffusers_openai_unet.py": ADMUNet2DModel,
+    made = {"unet/guided_diffusers_openai_unet.py": ADMUNet2DModel,
             "classifier/guided_diffusers_classifier.py": NoiseAwareClassifier,
             "scheduler/guided_diffusers_openai_schedules.py": ADMDDIMScheduler}
-    assert {path.relative_to(saved).as_posix() for path in saved.rglob("*.py")} == made.keys()
+    assert {path.relative_to(saved).as_posix() for path in saved.rglob("*.py")} == {"pipeline.py", *made}
+    assert (saved / "pipeline.py").read_text() == code_of(make_pipeline(adm=True))
     for file, cls in made.items():
         assert (saved / file).read_text() == self_contained(cls)
-        # the pipeline's bare statements alone, without docstrings and blank lines, are about 900
-        assert len(self_contained(cls).splitlines()) < (1500 if cls is ClassifierGuidedPipeline else 900)
+        assert len(self_contained(cls).splitlines()) < 900
     pipeline = ast.parse((saved / "pipeline.py").read_text())
     methods = {node.name for node in ast.walk(pipeline) if isinstance(node, ast.FunctionDef)}
-    assert "save_pretrained" in methods and not methods & {"from_bundled", "folder", "register"}
+    assert "__call__" in methods and not methods & {"from_bundled", "save_code", "folder", "register"}
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == "ClassifierGuidedPipeline"
     assert index["classifier"] == ["guided_diffusers_classifier", "NoiseAwareClassifier"]
@@ -256,7 +257,7 @@ def test_more_that_may_not_be_published(folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_the_gate_sees_other_images(folder: Path) -> None:
-    (folder / "pipeline.py").write_text(self_contained(ClassifierGuidedPipeline))
+    (folder / "pipeline.py").write_text(code_of(make_pipeline(adm=True)))
     other = ClassifierGuidedPipeline.from_pretrained(folder)
     with torch.no_grad():
         other.classifier.head[-1].out.weight.mul_(1.001)
@@ -276,34 +277,131 @@ def test_only_what_can_travel_is_published(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"classifier is test_hub.Foreign, whose code can't go along"):
         hub.push(tmp_path / "model", "user/model", picture=False)
     pipeline.unet.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="holds a UNet2DModel; a ClassifierGuidedPipeline or a NoiseAware"):
+    with pytest.raises(ValueError, match="holds a UNet2DModel; a ClassifierGuidedPipeline, a NoiseAware"):
         hub.push(tmp_path / "unet", "user/model")
     with pytest.raises(ValueError, match="holds neither a pipeline"):
         hub.push(tmp_path, "user/model")
 
 
-HELD_OUT = [{"timestep": 49, "accuracy": 0.875, "cross_entropy": 0.3}, {"timestep": 949, "accuracy": 0.25,
-                                                                         "cross_entropy": 2.0}]
+HELD_OUT = [{"timestep": 49, "accuracy": 0.875, "cross_entropy": 0.3, "ece": 0.021},
+            {"timestep": 949, "accuracy": 0.25, "cross_entropy": 2.0, "ece": 0.034}]
+GUIDED = [{"guidance_scale": scale, "agreement": agreement, "frechet_distance": distance, "images": 100}
+          for scale, agreement, distance in ((0.0, 0.115, 2.25), (3.0, 0.915, 1.125))]
 
 
 def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
     options = {"dataset_name": "someone/clothes", "max_train_steps": 5250, "learning_rate": 6e-4, "output_dir": "/x/y"}
     figures = {"classifier": {"step": 5, "held_out": HELD_OUT, "options": options},
-               "judge_agreement": {"images": 100, "rows": [{"guidance_scale": 3.0, "agreement": 0.915}],
-                                   "command": "python examples/judge_agreement.py --scales 3"}}
+               "judge_agreement": {"rows": GUIDED, "command": "python examples/judge_agreement.py --scales 0 3"}}
     (folder / "figures.json").write_text(json.dumps(figures))
     main(["card", str(folder), "--repo", "user/model", "--license", "mit"])
     assert "README.md is written" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.license, card.data.datasets) == ("diffusers", "mit", ["someone/clothes"])
-    assert card.data.pipeline_tag == "unconditional-image-generation" and len(card.data.eval_results) == 2
-    assert card.data.eval_results[0].metric_value == 0.875 and card.data.model_name == "model"
-    for text in ("boot, coat, hat", "![Images that it generated", "![Accuracy at each noise level](accuracy.png)",
-                 "| 49 | 0.875 | 0.3 |", "| 3 | 0.915 |", "`python examples/judge_agreement.py --scales 3`",
+    assert card.data.pipeline_tag == "unconditional-image-generation" and card.data.model_name == "model"
+    assert {(one.metric_type, one.metric_name.partition(", ")[2], one.metric_value)
+            for one in card.data.eval_results} == {
+        ("accuracy", "noise of timestep 49", 0.875), ("accuracy", "noise of timestep 949", 0.25),
+        ("ece", "noise of timestep 49", 0.021), ("ece", "noise of timestep 949", 0.034),
+        ("agreement", "unguided", 0.115), ("agreement", "scale 3", 0.915),
+        ("frechet_distance", "unguided", 2.25), ("frechet_distance", "scale 3", 1.125)}
+    for text in ("boot, coat, hat", "![Images that it generated", "![Figures at each noise level](figure-levels.png)",
+                 "![How good guided images are](figure-judge_agreement.png)", "images: 100.",
+                 "| 49 | 0.875 | 0.3 | 0.021 |", "| scale 3 | 3 | 0.915 | 1.125 |",
+                 "`python examples/judge_agreement.py --scales 0 3`",
                  "| learning rate | 0.0006 |", "87.5% at timestep 49, 25.0% at 949", "licence of the weights is mit",
                  'from_pretrained("user/model")', 'custom_pipeline="user/model", trust_remote_code=True'):
         assert text in card.text, text
-    assert {"example.png", "accuracy.png"} <= {path.name for path in folder.iterdir()}
+    assert set(re.findall(r"\]\(([\w-]+\.png)\)", card.text)) == {path.name for path in folder.glob("*.png")}
+    assert not list(folder.glob(".*"))
+
+
+def test_the_charts_show_what_the_figures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of the rows is the place of a point or the length of a bar; what isn't there isn't drawn."""
+    drawn = []
+    monkeypatch.setattr(charts, "_save", lambda figure, path: drawn.append(figure) or True)
+    levels = [{"timestep": t, "sigma_over_alpha": 1.0, "ece": t / 100, "ece_floor": 0.01, "gradient_norm": 2.0 * t}
+              for t in (9, 5)]
+    figures = {"classifier": {"held_out": HELD_OUT}, "diagnosis": {"levels": levels},
+               "judge": {"held_out": HELD_OUT[:1]},
+               "table": {name: {"agreement": row["agreement"], "frechet_distance": row["frechet_distance"]}
+                         for name, row in zip("ab", GUIDED, strict=True)}}
+    assert charts.draw_levels(charts.level_rows(figures), tmp_path / "x.png")
+    panels = {panel.get_title(): [line.get_xydata().tolist() for line in panel.lines] for panel in drawn[0].axes}
+    assert panels == {
+        "accuracy": [[[49, 0.875], [949, 0.25]]], "cross entropy (nats)": [[[49, 0.3], [949, 2.0]]],
+        "expected calibration error": [[[49, 0.021], [949, 0.034]], [[5, 0.05], [9, 0.09]], [[5, 0.01], [9, 0.01]]],
+        "sigma |gradient|": [[[5, 10], [9, 18]]]}
+    assert charts.draw_guided(charts.guided_rows(figures)["table"], tmp_path / "x.png")
+    bars = {panel.get_title(): [bar.get_width() for bar in panel.patches] for panel in drawn[1].axes}
+    assert bars == {"judge agrees": [0.115, 0.915], "Frechet distance (less is nearer)": [2.25, 1.125]}
+    assert [label.get_text() for label in drawn[1].axes[0].get_yticklabels()] == ["a", "b"]
+    assert not charts.draw_levels({}, tmp_path / "x.png") and not charts.draw_guided([], tmp_path / "x.png")
+
+
+def test_a_card_that_a_person_wrote_or_edited_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was made is made anew, with the licence and datasets that it names."""
+    folder, card = tmp_path / "model", tmp_path / "model" / "README.md"
+    make_classifier().save_pretrained(folder)
+    hub.card(folder, "user/one", license="mit", datasets=["someone/clothes"])
+    model = hub.prepare(folder, tmp_path / "stage", "user/two")
+    made = ModelCard.load(tmp_path / "stage" / "README.md")
+    assert 'from_pretrained("user/two")' in made.text and "user/one" not in made.text
+    assert (made.data.license, made.data.datasets) == ("mit", ["someone/clothes"])
+
+    for text in (card.read_text().replace("A noise-aware", "My noise-aware"), "# Mine\n", ""):
+        card.write_text(text)
+        shutil.rmtree(tmp_path / "stage")
+        hub.prepare(folder, tmp_path / "stage", "user/two")
+        assert (tmp_path / "stage" / "README.md").read_text() == text
+        with pytest.raises(FileExistsError, match="README.md was written or edited by a person"):
+            hub.card(folder)
+        with pytest.raises(ValueError, match="license: .*README.md was written or edited by a person"):
+            hub.prepare(folder, tmp_path / "other", "user/two", license="mit")
+        shutil.rmtree(tmp_path / "other")
+        assert card.read_text() == text
+
+    sent = {}
+    monkeypatch.setattr(hub, "push", lambda folder, repo, **_: sent.update(contents(folder)))
+    NoiseAwareClassifier.from_pretrained(folder).push_to_hub("user/two")
+    assert sent["README.md"] == b"" and sent[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    sent.clear()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/two")  # not by Diffusers' own upload
+    assert WEIGHTS in sent
+
+
+def test_a_clip_is_published_as_a_classifier_is(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    clip = make_clip()
+    clip.save_pretrained(folder)
+    assert (folder / "guided_diffusers_clip.py").read_text() == self_contained(NoiseAwareCLIP)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoModel": "guided_diffusers_clip.NoiseAwareCLIP"}
+    NoiseAwareCLIP.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(folder)
+    rows = [{"timestep": t, "retrieval": 0.5, "cross_entropy": 2.0, "zero_shot": 0.625} for t in (49, 949)]
+    (folder / "metrics.json").write_text(json.dumps({"step": 5, "images": 7, "held_out": rows}))
+    model = hub.prepare(folder, tmp_path / "stage", "user/clip")
+    hub.check(tmp_path / "stage", model)
+    card = ModelCard.load(tmp_path / "stage" / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    for text in ("A noise-aware CLIP", "After 5 steps of training, on 7 held-out images", "NoiseAwareCLIPGuidance",
+                 "| 49 | 0.5 | 2 | 0.625 |", "62.5% at timestep 49"):
+        assert text in card.text, text
+    with torch.no_grad():
+        model.text_encoder.text_projection.weight.mul_(1.1).add_(0.01)
+    with pytest.raises(ValueError, match="says something else without guided-diffusers"):
+        hub.check(tmp_path / "stage", model)
+
+    for wrong in ({"safe_serialization": False}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is False"):
+            clip.save_pretrained(folder, **wrong) if "safe_serialization" in wrong else \
+                NoiseAwareCLIP.from_pretrained(folder, **wrong)
+    edit(folder / "config.json", _class_name="Foreign")
+    with pytest.raises(ValueError, match="_class_name of the config is 'Foreign'; allowed: NoiseAwareCLIP"):
+        NoiseAwareCLIP.from_pretrained(folder)
+    with pytest.raises(ValueError, match="holds a Foreign; a ClassifierGuidedPipeline, a NoiseAwareClassifier or a"):
+        hub.push(folder, "user/clip")
 
 
 def test_the_card_of_a_classifier_without_figures(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub
+from test_clip import CAPTIONS, IMAGE, TEXT, make_clip
 from test_hub import HELD_OUT, WEIGHTS, contents, make_classifier, make_pipeline
+
+LARGE = 24_000_000  # bytes: the client keeps what it has in pieces of ten million
+TRAINING = Path(__file__).parents[1] / "training"
 
 COMMON = """
 import contextlib, io, os, sys, urllib.request
@@ -37,7 +42,7 @@ def error(call, *arguments, **options):
     return "nothing was raised"
 
 def fault(name):
-    urllib.request.urlopen(urllib.request.Request(os.environ["HF_ENDPOINT"] + "/fault/" + name, b"", method="POST"))
+    urllib.request.urlopen(urllib.request.Request(os.environ["HF_ENDPOINT"] + "/fault/" + name, b"", method="PUT"))
 
 import time
 time.sleep = lambda seconds: None  # between the client's attempts
@@ -66,14 +71,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
              "scheduler": ["diffusers", "DDIMScheduler"]}
     (place / "ddpm" / "model_index.json").write_text(json.dumps(index))
     make_classifier(seed=2).save_pretrained(place / "classifier")
+    (place / "classifier" / "README.md").write_text("# Mine\n\nWritten by a person.\n")
+    make_clip().save_pretrained(place / "clip")
     return place
 
 
-def client(hub: Hub, place: Path, script: str, token: str | None = TOKEN) -> dict:
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a second virtual environment, which has all that this one has, but for this package."""
+    place = tmp_path_factory.mktemp("stranger")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True, timeout=120)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)}))
+    for path in {path for entry in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+                 for path in Path(entry).iterdir()}:
+        if path.suffix != ".pth" and "guided_diffusers" not in path.name:
+            (packages / path.name).symlink_to(path)
+    return place / "bin" / "python"
+
+
+def client(hub: Hub, place: Path, script: str, python: Path | str = sys.executable) -> dict:
     """What a script in a clean process says; its cache outlives it."""
     script = COMMON + textwrap.dedent(script) + "\nimport json\nprint('SAID' + json.dumps(said))\n"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=place, capture_output=True, text=True,
-                         env={**os.environ, **hub.environment(place / "home", token)})
+    run = subprocess.run([python, "-W", "ignore", "-c", script], cwd=place, capture_output=True, text=True, timeout=600,
+                         env={**os.environ, **hub.environment(place / "home")})
     assert run.returncode == 0, run.stderr[-4000:]
     assert TOKEN not in run.stdout + run.stderr
     return json.loads(run.stdout.partition("SAID")[2])
@@ -83,15 +103,16 @@ def client(hub: Hub, place: Path, script: str, token: str | None = TOKEN) -> dic
 def published(hub: Hub, place: Path) -> dict:
     """Push, and push again; broken uploads."""
     return client(hub, place, """
-        from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, hub
+        from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP, hub
         from guided_diffusers.cli import main
 
         pipeline = ClassifierGuidedPipeline.from_pretrained("model")
         save_file({"images": images(pipeline)}, "images.safetensors")
         said["first"] = pipeline.push_to_hub("user/model", license="mit").oid
         NoiseAwareClassifier.from_pretrained("classifier").push_to_hub("user/classifier")
+        NoiseAwareCLIP.from_pretrained("clip").save_pretrained("clip", push_to_hub=True, repo_id="user/clip")
 
-        hub.check = lambda *_: None  # the gate, which has shown itself twice here and has its own tests
+        hub.check = lambda *_: None  # the gate, which has shown itself here and has its own tests
         main(["push", "model", "user/hidden", "--private", "--no-picture"])
         hub.push("ddpm", "user/several", subfolder="inner", revision="side", picture=False)
         hub.push("ddpm", "user/ddpm", picture=False)
@@ -99,6 +120,8 @@ def published(hub: Hub, place: Path) -> dict:
         options = {"max_shard_size": 20000, "picture": False}
         said["sharded"] = pipeline.push_to_hub("user/model", commit_message="again", **options).oid
         pipeline.push_to_hub("user/model", variant="fp16", picture=False)
+        pipeline.save_pretrained("half", variant="fp16")
+        hub.push("half", "user/several", subfolder="inner/half", variant="fp16", revision="side", picture=False)
         with torch.no_grad():
             pipeline.unet.conv_out.bias.add_(0.1)
         said["second"] = pipeline.push_to_hub("user/model", picture=False).oid
@@ -117,12 +140,16 @@ def published(hub: Hub, place: Path) -> dict:
 def test_a_push_is_one_commit_with_all_that_belongs_to_it(hub: Hub, published: dict) -> None:
     first = hub.files[published["first"]]
     assert first.keys() == {
-        "README.md", "accuracy.png", "example.png", "figures.json", "model_index.json", "pipeline.py",
+        "README.md", "figure-levels.png", "example.png", "figures.json", "model_index.json", "pipeline.py",
         f"unet/{WEIGHTS}", "unet/config.json", "unet/guided_diffusers_openai_unet.py",
         "scheduler/scheduler_config.json", "scheduler/guided_diffusers_openai_schedules.py", f"classifier/{WEIGHTS}",
         "classifier/config.json", "classifier/guided_diffusers_classifier.py"}
     assert not any(TOKEN.encode() in content for files in hub.files.values() for content in files.values())
-    assert hub.head("user/classifier").keys() == {"README.md", WEIGHTS, "config.json", "guided_diffusers_classifier.py"}
+    classifier = hub.head("user/classifier")
+    assert classifier.keys() == {"README.md", WEIGHTS, "config.json", "guided_diffusers_classifier.py"}
+    assert classifier["README.md"].decode() == "# Mine\n\nWritten by a person.\n"
+    assert hub.head("user/clip").keys() == {"README.md", WEIGHTS, "config.json", "guided_diffusers_clip.py",
+                                            "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     assert hub.private == {"user/hidden"}
 
 
@@ -141,16 +168,22 @@ def test_a_broken_upload_leaves_the_revision_as_it_was(hub: Hub, published: dict
 
 @pytest.fixture(scope="module")
 def with_package(hub: Hub, place: Path, published: dict) -> dict:
+    index = json.loads(hub.head("user/model")["model_index.json"])
+    files = {**hub.files[published["first"]], "classifier/evil.py": b"open('ran', 'w')\nclass Evil: pass\n",
+             "model_index.json": json.dumps({**index, "classifier": ["evil", "Evil"]}).encode()}
+    hub.commit("user/evil", "main", files)
+    header = json.dumps({"x": {"dtype": "U8", "shape": [LARGE], "data_offsets": [0, LARGE]}}).encode()
+    hub.commit("user/large", "main", {"x.safetensors": len(header).to_bytes(8, "little") + header + bytes(LARGE)})
+    hub.commit("user/outside", "main", {"../outside.json": b"{}", "config.json": b"{}"})
     return client(hub, place, f"first = {published['first']!r}" + textwrap.dedent("""
         import guided_diffusers
-        from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+        from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
         from guided_diffusers.cli import main
         expected, changed = (load_file(f"{name}.safetensors")["images"] for name in ("images", "changed"))
         load = ClassifierGuidedPipeline.from_pretrained
 
         fault("download")
         said["Hub"] = torch.equal(images(load("user/model")), changed)
-        said["cut off once"] = "and resumed"
         said["Hub, base class"] = torch.equal(images(DiffusionPipeline.from_pretrained("user/model")), changed)
         pipeline = load("user/model", revision=first)
         said["revision"] = torch.equal(images(pipeline), expected)
@@ -165,6 +198,17 @@ def with_package(hub: Hub, place: Path, published: dict) -> dict:
         said["network and classifier"] = joined.classifier is classifier and joined.unet is not None
         inner = load("user/several", subfolder="inner", revision="side", classifier=classifier)
         said["subfolder"] = torch.equal(images(inner), images(joined))
+        half = {"subfolder": "inner/half", "revision": "side", "variant": "fp16"}
+        said["subfolder, variant"] = torch.equal(images(load("user/several", **half)), expected)
+        said["and offline"] = torch.equal(images(load("user/several", **half, local_files_only=True)), expected)
+        clip = NoiseAwareCLIP.from_pretrained("user/clip")
+        save_file({"texts": clip.encode_prompts(["a dark image"])}, "texts.safetensors")
+        said["folder"] = torch.equal(images(load("model")), expected)
+        said["code of the repository"] = error(load, "user/evil")
+        said["code of the repository, pull"] = error(guided_diffusers.hub.pull, "user/evil", "evil")
+        fault("download")
+        guided_diffusers.hub.pull("user/large", "large")
+        said["path out"] = error(guided_diffusers.hub.pull, "user/outside", "out/side")
         said["private"] = error(load, "user/hidden", token=False)
         said["private, token"] = torch.equal(images(load("user/hidden")), expected)
 
@@ -186,13 +230,19 @@ def with_package(hub: Hub, place: Path, published: dict) -> dict:
     """))
 
 
-def test_with_the_package(with_package: dict) -> None:
+def test_with_the_package(hub: Hub, place: Path, with_package: dict) -> None:
     for case in ("Hub", "Hub, base class", "revision", "variant", "offline", "network and classifier", "subfolder",
-                 "private, token", "pulled", "snippet"):
+                 "private, token", "pulled", "snippet", "folder", "subfolder, variant", "and offline"):
         assert with_package[case] is True, case
+    assert any(re.match(r"bytes=[1-9]\d*-", asked) for asked in hub.ranges)  # what was cut off once went on
+    assert (place / "large" / "x.safetensors").read_bytes() == hub.head("user/large")["x.safetensors"]
 
 
-def test_broken_downloads_and_refusals(with_package: dict) -> None:
+def test_broken_downloads_and_refusals(place: Path, with_package: dict) -> None:
+    for case in ("code of the repository", "code of the repository, pull"):
+        assert re.match(r"ValueError.*classifier is \['evil', 'Evil'\], code of the repos", with_package[case], re.S)
+    assert "'../outside.json', whose path leaves the folder" in with_package["path out"]
+    assert not list(place.rglob("ran")) and not list(place.rglob("outside.json")) and not (place / "out").exists()
     assert with_package["cut off always"] != "nothing was raised"
     assert re.match("RepositoryNotFoundError: 401.*make sure you are authenticated", with_package["private"], re.S)
     for case in ("broken", "broken, push"):
@@ -203,13 +253,13 @@ def test_loaded_and_saved_again_it_is_the_same(hub: Hub, place: Path, published:
     first = hub.files[published["first"]]
     saved = contents(place / "saved")
     assert saved == {path: first[path] for path in first if path not in (
-        "README.md", "accuracy.png", "example.png", "figures.json")}
+        "README.md", "figure-levels.png", "example.png", "figures.json")}
 
 
 @pytest.fixture(scope="module")
-def without_package(hub: Hub, place: Path, with_package: dict, published: dict) -> dict:
+def without_package(hub: Hub, place: Path, stranger: Path, with_package: dict, published: dict) -> dict:
     return client(hub, place, f"first = {published['first']!r}" + textwrap.dedent("""
-        sys.modules["guided_diffusers"] = None  # an import of it fails
+        said["guided_diffusers"] = error(__import__, "guided_diffusers")
         expected, changed = (load_file(f"{name}.safetensors")["images"] for name in ("images", "changed"))
         load = DiffusionPipeline.from_pretrained
         for name in ("user/model", str(Path("pulled").resolve())):
@@ -217,13 +267,15 @@ def without_package(hub: Hub, place: Path, with_package: dict, published: dict) 
             said[f"no custom pipeline {name}"] = error(load, name)
         said["Hub"] = torch.equal(images(load("user/model", custom_pipeline="user/model", trust_remote_code=True)),
                                   changed)
+        options = {"custom_pipeline": "user/model", "trust_remote_code": True}
+        said["variant"] = torch.equal(images(load("user/model", variant="fp16", **options)), expected)
+        said["offline"] = torch.equal(images(load("user/model", local_files_only=True, **options)), changed)
         old = load("user/model", revision=first, custom_pipeline="user/model", custom_revision=first,
                    trust_remote_code=True)
         said["revision"] = torch.equal(images(old), expected)
         local = load("pulled", custom_pipeline="pulled", trust_remote_code=True)
         said["folder"] = torch.equal(images(local), expected)
-        for name, pipeline in (("alone", old), ("alone2", local)):
-            pipeline.save_pretrained(name)
+        said["saving"] = [error(pipeline.save_pretrained, "alone") for pipeline in (old, local)]
         said["refused classifier"] = error(AutoModel.from_pretrained, "user/classifier")
         classifier = AutoModel.from_pretrained("user/classifier", trust_remote_code=True)
         classifier.save_pretrained("classifier2")
@@ -232,52 +284,100 @@ def without_package(hub: Hub, place: Path, with_package: dict, published: dict) 
         snippets = Path("pulled/README.md").read_text().split("```python")[1:]
         exec(snippets[1].partition("```")[0])
         said["snippet"] = Path("image.png").exists()
+        said["refused CLIP"] = error(AutoModel.from_pretrained, "user/clip")
+        clip = AutoModel.from_pretrained("user/clip", trust_remote_code=True)
+        clip.save_pretrained("clip2")
+        said["texts"] = torch.equal(clip.encode_prompts(["a dark image"]), load_file("texts.safetensors")["texts"])
         from huggingface_hub import hf_hub_download
-        for snippet in Path(hf_hub_download("user/classifier", "README.md")).read_text().split("```python")[2:]:
-            exec(snippet.partition("```")[0])
-            said["snippet of the classifier"] = list(logits.shape)
-    """))
+        exec(Path(hf_hub_download("user/clip", "README.md")).read_text().split("```python")[2].partition("```")[0])
+        said["snippet of the CLIP"] = list(cosines.shape)
+    """), stranger)
 
 
 def test_without_the_package(place: Path, published: dict, hub: Hub, without_package: dict) -> None:
-    for case in ("Hub", "revision", "folder", "snippet"):
+    for case in ("Hub", "revision", "variant", "offline", "folder", "snippet", "texts"):
         assert without_package[case] is True, case
-    assert without_package["snippet of the classifier"] == [1, 3]
+    assert without_package["guided_diffusers"].startswith("ModuleNotFoundError")
+    assert without_package["snippet of the CLIP"] == [1, 2]
     import torch
     with torch.no_grad():
         logits = make_classifier(seed=2).eval()(torch.ones(1, 1, 8, 8), 3.5).logits.tolist()
     assert without_package["logits"] == logits
-    for name in ("alone", "alone2"):
-        assert contents(place / name) == contents(place / "saved")
-    assert contents(place / "classifier2") == contents(place / "classifier")
-
-
-def test_training_publishes_what_it_made(hub: Hub, place: Path, published: dict) -> None:
-    from PIL import Image
-
-    for i in range(24):
-        folder = place / "photos" / ("train" if i < 16 else "test") / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
-    config = {name: value for name, value in make_classifier().config.items() if not name.startswith("_")}
-    (place / "config.json").write_text(json.dumps({**config, "id2label": None, "label2id": None}))
-    command = [sys.executable, Path(__file__).parents[1] / "training" / "train_classifier.py", "--train_data_dir",
-               place / "photos", "--resolution", "8", "--train_batch_size", "4", "--max_train_steps", "2", "--cpu",
-               "--model_config_name_or_path", place / "config.json", "--output_dir", place / "trained", "--no_progress"]
-    environment = {**os.environ, **hub.environment(place / "home")}
-    run = subprocess.run([*command, "--push_to_hub", "--hub_model_id", "user/trained"], env=environment,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert f"published: {hub.url}/user/trained/commit/" in run.stdout and TOKEN not in run.stdout + run.stderr
-    files = hub.head("user/trained")
-    assert "## Training\n\nTrained on photos" in files["README.md"].decode()
-    figures = json.loads(files["figures.json"])["classifier"]
-    assert len(figures["held_out"]) == 10 and figures["options"]["train_data_dir"] == "photos"
-    assert not {"metrics.json", "options.json"} & files.keys() and "output_dir" not in figures["options"]
+    assert without_package["saving"] == ["ImportError: saving needs the package: pip install guided-diffusers"] * 2
+    assert not (place / "alone").exists()
+    assert contents(place / "classifier2").items() == contents(place / "classifier").items() - {
+        ("README.md", b"# Mine\n\nWritten by a person.\n")}
+    assert contents(place / "clip2") == contents(place / "clip")
 
 
 def test_without_trust_no_code_of_a_repository_runs(without_package: dict) -> None:
     refused = [text for case, text in without_package.items() if case.startswith("refused")]
-    assert len(refused) == 3 and all(re.match("ValueError.*trust_remote_code=True", text, re.S) for text in refused)
+    assert len(refused) == 4 and all(re.match("ValueError.*trust_remote_code=True", text, re.S) for text in refused)
     missing = [text for case, text in without_package.items() if case.startswith("no custom")]
     assert len(missing) == 2 and all("no attribute ClassifierGuidedPipeline" in text for text in missing)
+
+
+def test_the_four_cases_in_one_table(with_package: dict, without_package: dict, place: Path) -> None:
+    """`pytest -s tests/test_hub_server.py -k four_cases` prints it."""
+    def refused(said: dict, *cases: str) -> list[str]:
+        return ["refused: " + re.sub(r"\s+", " ", next(said[case] for case in said if case.startswith(one)))[:110]
+                for one in cases]
+
+    folder = str((place / "pulled").resolve())
+    rows = [["", "folder", "Hub"],
+            ["with the package", with_package["folder"], with_package["Hub"]],
+            ["without, trust_remote_code", without_package["folder"], without_package["Hub"]],
+            ["without, no trust", *refused(without_package, f"refused {folder}", "refused user/model")],
+            ["without, no custom_pipeline", *refused(without_package, f"no custom pipeline {folder}",
+                                                     "no custom pipeline user/model")],
+            ["broken weights; other code", *refused(with_package, "broken", "code of the repository")],
+            ["private, no token", "", *refused(with_package, "private")]]
+    for name, *cells in rows:
+        print(f"{name:28}", *(f"{'images equal' if cell is True else str(cell):112}" for cell in cells))
+    assert [cell for row in rows[1:3] for cell in row[1:]] == [True] * 4
+    assert all("nothing was raised" not in cell for row in rows[3:] for cell in row[1:])
+
+
+def train(hub: Hub, place: Path, script: str, name: str, *more: object) -> tuple[dict, dict]:
+    """Two steps on a few images, published: the repository's files, and the figures in them."""
+    from PIL import Image
+
+    for i in range(24):
+        folder = place / "photos" / ("train" if i < 16 else "test") / ("dark", "light")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
+    run = subprocess.run(
+        [sys.executable, TRAINING / script, "--train_data_dir", place / "photos", "--resolution", "8", "--cpu",
+         "--train_batch_size", "4", "--max_train_steps", "2", "--output_dir", place / name, "--no_progress", *more,
+         "--push_to_hub", "--hub_model_id", f"user/{name}"], env={**os.environ, **hub.environment(place / "home")},
+        capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert f"published: {hub.url}/user/{name}/commit/" in run.stdout and TOKEN not in run.stdout + run.stderr
+    files = hub.head(f"user/{name}")
+    assert "## Training\n\nTrained on photos" in files["README.md"].decode()
+    assert not {"metrics.json", "options.json"} & files.keys()
+    return files, json.loads(files["figures.json"])
+
+
+def test_training_publishes_what_it_made(hub: Hub, place: Path, published: dict) -> None:
+    config = {name: value for name, value in make_classifier().config.items() if not name.startswith("_")}
+    (place / "config.json").write_text(json.dumps({**config, "id2label": None, "label2id": None}))
+    _, figures = train(hub, place, "train_classifier.py", "trained", "--model_config_name_or_path",
+                       place / "config.json")
+    figures = figures["classifier"]
+    assert len(figures["held_out"]) == 10 and figures["options"]["train_data_dir"] == "photos"
+    assert "output_dir" not in figures["options"]
+
+
+def test_training_a_clip_publishes_it(hub: Hub, place: Path, published: dict) -> None:
+    for name, content in (("image", IMAGE), ("text", TEXT), ("captions", CAPTIONS)):
+        (place / f"{name}.json").write_text(json.dumps(content))
+    files, figures = train(hub, place, "train_clip.py", "trained-clip", "--captions", place / "captions.json",
+                           "--text_config", place / "text.json", "--model_config_name_or_path", place / "image.json")
+    assert {"guided_diffusers_clip.py", "tokenizer/tokenizer.json", WEIGHTS} <= files.keys()
+    assert figures["clip"]["held_out"][0].keys() >= {"retrieval", "zero_shot"}
+    assert "accuracy by unseen captions" in files["README.md"].decode()
+
+
+def test_no_token_is_written(place: Path, with_package: dict, without_package: dict) -> None:
+    assert not [path for path in place.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]

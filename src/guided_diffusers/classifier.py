@@ -28,6 +28,7 @@ DOWN_BLOCK_TYPES = {
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
 FILE = "guided_diffusers_classifier"  # what this file is called beside the weights
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "create_pr", "token")  # of save_pretrained(push_to_hub=True)
 
 
 @dataclass
@@ -212,6 +213,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """As any Diffusers model, in safetensors, with the code that loads it where guided-diffusers is missing:
@@ -224,8 +226,11 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         _require(safe_serialization, "safe_serialization", safe_serialization, "True, weights are saved as safetensors")
         if is_main_process:
             self.save_code(Path(save_directory))
+        sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         options = {"variant": variant, "max_shard_size": max_shard_size, **kwargs}  # a pipeline looks for their names
         super().save_pretrained(save_directory, is_main_process, **options)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(sent.pop("repo_id", Path(save_directory).name), variant=variant, **sent)
 
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""

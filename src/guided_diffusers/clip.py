@@ -6,6 +6,9 @@ section 2.3.
 
 from __future__ import annotations
 
+import copy
+import importlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classifier import NoiseAwareClassifier
+from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 MAX_SCALE = 100.0  # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, section 2.5
 DECIDED = ("num_labels", "id2label", "label2id", "problem_type", "num_train_timesteps", "beta_schedule", "beta_start",
            "beta_end", "trained_betas")  # arguments of the image encoder that its config leaves to the whole model
+CODE_FILE = "guided_diffusers_clip"  # of a repository, for use without this package
+WHERE_FROM = ("is_local", "local_files_only", "name_or_path")  # in a tokenizer's config, where it was loaded from
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -160,25 +165,89 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             logits = self.scale * images @ texts.mT
         return NoiseAwareCLIPOutput(logits, images, texts) if return_dict else (logits, images, texts)
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As any Diffusers model, in safetensors, with the tokenizer in the folder `tokenizer`."""
-        if self.tokenizer is not None and is_main_process:  # first, so that push_to_hub=True finds it
-            self.tokenizer.save_pretrained(str(Path(save_directory) / "tokenizer"))
-        super().save_pretrained(save_directory, is_main_process, safe_serialization=True, **kwargs)
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, safe_serialization: bool = True,
+                        variant: str | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As any Diffusers model, in safetensors, with the tokenizer in the folder `tokenizer`, and the code that loads
+        it where guided-diffusers is missing:
+
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+        Raises:
+            ValueError: For `safe_serialization=False`.
+        """
+        folder = Path(save_directory)
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False; allowed: True, weights are saved as safetensors")
+        sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
+        if is_main_process:
+            if self.tokenizer is not None:
+                tokenizer = copy.deepcopy(self.tokenizer)
+                if tokenizer.is_fast:  # it would save how it last padded and cut, which each call says anew
+                    tokenizer.backend_tokenizer.no_padding()
+                    tokenizer.backend_tokenizer.no_truncation()
+                tokenizer.save_pretrained(str(folder / "tokenizer"))
+                path = folder / "tokenizer" / "tokenizer_config.json"
+                config = {key: value for key, value in json.loads(path.read_text()).items() if key not in WHERE_FROM}
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            self.save_code(folder)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(sent.pop("repo_id", folder.name), variant=variant, **sent)
+
+    def save_code(self, folder: Path) -> None:
+        """Write the config and the files of `code`."""
+        self.save_config(folder)
+        for file, text in self.code().items():
+            (folder / file).write_text(text)
+
+    def code(self) -> dict[str, str]:
+        """The files, {name: text}, that load the model where guided-diffusers isn't installed."""
+        if type(self).__module__ != __name__:
+            return {}
+        if __name__ == "guided_diffusers.clip":  # by its name, since the file that travels can't import it
+            return {f"{CODE_FILE}.py": importlib.import_module("guided_diffusers.source").self_contained(type(self))}
+        return {f"{CODE_FILE}.py": Path(__file__).read_text()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoiseAwareCLIP:
-        """As any Diffusers model, from a folder or the Hub, safetensors only, with the tokenizer where there is one."""
+        """As any Diffusers model, from a folder or the Hub, safetensors only, with the tokenizer where there is one.
+
+        Raises:
+            ValueError: For `use_safetensors=False`, or the folder of a model of another class.
+            OSError: For a file that is missing or broken; the message names it.
+        """
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False; allowed: True, weights in pickles aren't read")
         name = str(pretrained_model_name_or_path)
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         source = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         source["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
         if cached_file(name, "tokenizer_config.json", **source, _raise_exceptions_for_missing_entries=False):
-            model.tokenizer = AutoTokenizer.from_pretrained(name, **source)
+            model.tokenizer = AutoTokenizer.from_pretrained(name, **source, trust_remote_code=False)
         return model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> NoiseAwareCLIP:
+        """As any Diffusers model.
+
+        Raises:
+            ValueError: For the config of a model of another class.
+        """
+        name, names = config.get("_class_name", cls.__name__), [base.__name__ for base in cls.__mro__]
+        if name not in names:
+            raise ValueError(f"_class_name of the config is {name!r}; allowed: {cls.__name__}")
+        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config, with the class for `AutoModel`, and without the path that the weights are from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        if type(self).__module__ == __name__:
+            config["auto_map"] = {"AutoModel": f"{CODE_FILE}.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def last_layer(encoder: NoiseAwareClassifier) -> nn.Linear:

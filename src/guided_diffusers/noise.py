@@ -18,6 +18,21 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
+from .schedulers import (
+    EDM,
+    FIXED,
+    FLOW,
+    MID_SIGMA,
+    OUT_OF_REACH,  # noqa: F401 - a name of this module
+    TERMINAL_TIMESTEP,
+    check_reach,
+    is_flow,
+    named,
+    own_stepper,
+    rare_affine,
+    steps_otherwise,
+)
+
 #: alpha = 0 (zero terminal SNR, the first step of flow matching) is read as Diffusers' sigma-based schedulers read it.
 SMALLEST_ALPHA = 2.0**-24
 
@@ -69,11 +84,9 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
 
     Args:
         prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
-            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al. 2022,
-            Table 1) | consistency (Song et al. 2023, eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
-        sigma_data, sigma_min: the constants of the last four.
+            flow (noise - data) | data_flow (data - noise) | one of `rare_affine`.
+        sigma_data, sigma_min: constants of the latter.
     """
-    edm = sqrt(sigma**2 + sigma_data**2)
     match prediction:
         case "epsilon":
             return 1 / alpha, -sigma / alpha
@@ -85,49 +98,7 @@ def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5,
             return 1.0, -sigma
         case "data_flow":
             return 1.0, sigma
-        case "score":
-            return 1 / alpha, sigma**2 / alpha
-        case "edm_epsilon":
-            return sigma_data**2 / edm**2, sigma * sigma_data / edm
-        case "edm_v_prediction":
-            return sigma_data**2 / edm**2, -sigma * sigma_data / edm
-        case "consistency":
-            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (sigma - sigma_min) * sigma_data / edm
-        case "trigflow":
-            return alpha, -sigma / sigma_data
-    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
-                     "edm_epsilon, edm_v_prediction, consistency, trigflow")
-
-
-FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
-        "FlowMapEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"}
-EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
-FIXED = {"IPNDMScheduler": "v_prediction", "SCMScheduler": "trigflow",
-         "CMStochasticIterativeScheduler": "consistency", "DDPMWuerstchenScheduler": "epsilon"}
-MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
-READS_VARIANCE = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
-TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
-_DISCRETE = "it is for discrete tokens, which have no score"
-_OWN_LOOP = "it needs a loop of its own, with corrector steps"
-OUT_OF_REACH = {
-    "DDIMInverseScheduler": "its sample is one step behind its timestep",
-    "DPMSolverMultistepInverseScheduler": "it adds noise, so there is no x0 to guide",
-    "ConsistencyDecoderScheduler": "it is part of a decoder, not a sampler of images",
-    "HeliosScheduler": "its stages change the sample's size between steps",
-    "HeliosDMDScheduler": "its stages change the sample's size between steps",
-    "PiflowScheduler": "its network gives a policy for several steps, not a prediction",
-    "ScoreSdeVeScheduler": _OWN_LOOP, "KarrasVeScheduler": _OWN_LOOP,
-    "RePaintScheduler": "it needs a mask and an image in every step",
-    "RFD4ProteinaScheduler": "its samples are protein structures",
-    "MiniMaxH3Scheduler": "it runs two modalities with a schedule each",
-    "VQDiffusionScheduler": _DISCRETE, "AmusedScheduler": _DISCRETE, "DiscreteDDIMScheduler": _DISCRETE,
-    "BlockRefinementScheduler": _DISCRETE, "EntropyBoundScheduler": _DISCRETE,
-}
-
-
-def _name(scheduler: SchedulerMixin, names: Any) -> str | None:
-    """The name of the scheduler's class, or of the class it extends, that is in `names`."""
-    return next((cls.__name__ for cls in type(scheduler).__mro__ if cls.__name__ in names), None)
+    return rare_affine(prediction, alpha, sigma, sigma_data, sigma_min)
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -136,21 +107,19 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     Raises:
         ValueError: for a scheduler that guidance can't work with; the message says why.
     """
-    if name := _name(scheduler, OUT_OF_REACH):
-        raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
-    if name := _name(scheduler, FIXED):
-        return FIXED[name]
-    config = scheduler.config
-    if _name(scheduler, FLOW):
-        return "data_flow" if config.get("invert_sigmas") else "flow"
-    prediction = config.get("prediction_type")
-    if _name(scheduler, EDM):
+    check_reach(scheduler)
+    prediction = scheduler.config.get("prediction_type")
+    if name := named(scheduler, FIXED):
+        prediction = FIXED[name]
+    if named(scheduler, EDM):
         prediction = f"edm_{prediction}"
-    elif prediction == "flow_prediction":
-        prediction = "flow"
-    if config.get("use_flow_sigmas") and prediction == "v_prediction":
+    if named(scheduler, FLOW):
+        prediction = "data_flow" if scheduler.config.get("invert_sigmas") else "flow"
+    if is_flow(scheduler) and prediction == "v_prediction":
         raise ValueError("scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; use "
                          "'flow_prediction', 'epsilon' or 'sample'")
+    if is_flow(scheduler) and prediction == "flow_prediction":
+        prediction = "flow"
     try:
         affine(str(prediction), 1.0, 1.0)
     except ValueError as error:
@@ -160,7 +129,9 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
 
 def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:
     """The timesteps of which each is one call of the network, after `scheduler.set_timesteps`."""
-    return scheduler.timesteps[:-1] if _name(scheduler, TERMINAL_TIMESTEP) else scheduler.timesteps
+    if named(scheduler, TERMINAL_TIMESTEP):
+        return scheduler.timesteps[:-1]
+    return scheduler.timesteps
 
 
 def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
@@ -196,32 +167,29 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
 
     What `add_noise` does to (x0, eps) = (1, 0) and (0, 1), but where that is not what `step` assumes.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
-    if (kind := _name(scheduler, MID_SIGMA)) and index % 2:  # a step from the mid-point of DPM-Solver-2
+    if (kind := named(scheduler, MID_SIGMA)) and index % 2:  # a step from the mid-point of DPM-Solver-2
         return 1.0, float(scheduler.sigmas_interpol[index - MID_SIGMA[kind]])
-    if _name(scheduler, {"DPMSolverSDEScheduler"}) and index % 2:  # likewise, half-way in log sigma
-        return 1.0, float((sigmas[index - 1] * sigmas[index]).sqrt())
-    if _name(scheduler, {"IPNDMScheduler"}):
+    if named(scheduler, {"DPMSolverSDEScheduler"}) and index % 2:  # likewise, half-way in log sigma
+        return 1.0, float((scheduler.sigmas[index - 1] * scheduler.sigmas[index]).sqrt())
+    if named(scheduler, {"IPNDMScheduler"}):
         return float(scheduler.alphas[index]), float(scheduler.betas[index])
-    if _name(scheduler, {"SCMScheduler"}):
+    if named(scheduler, {"SCMScheduler"}):
         return float(t.cos()), float(t.sin()) * scheduler.config.sigma_data
-    if scheduler.config.get("invert_sigmas"):  # counts the share of data, not of noise
-        return float(sigmas[index]), 1 - float(sigmas[index])
-    if _name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"):
-        return 1 - float(sigmas[index]), float(sigmas[index])
-    if _name(scheduler, {"SASolverScheduler"}):
-        scale = sqrt(1 + float(sigmas[index]) ** 2)
-        return 1 / scale, float(sigmas[index]) / scale
+    if is_flow(scheduler):
+        sigma = float(scheduler.sigmas[index])  # with invert_sigmas the share of data, not of noise
+        return (sigma, 1 - sigma) if scheduler.config.get("invert_sigmas") else (1 - sigma, sigma)
+    if named(scheduler, {"SASolverScheduler"}):
+        scale = sqrt(1 + float(scheduler.sigmas[index]) ** 2)
+        return 1 / scale, float(scheduler.sigmas[index]) / scale
     _begin(scheduler, index)
     one, zero, t = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), t.reshape(1)
-    if not callable(getattr(scheduler, "add_noise", None)):
-        raise ValueError(f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read")
     return scheduler.add_noise(one, zero, t).item(), scheduler.add_noise(zero, one, t).item()
 
 
 def reads_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step takes a network's learned variance along with its prediction."""
-    return bool(_name(scheduler, READS_VARIANCE)) and scheduler.config.variance_type in ("learned", "learned_range")
+    takers = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
+    return bool(named(scheduler, takers)) and scheduler.config.variance_type in ("learned", "learned_range")
 
 
 def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -241,7 +209,7 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
 
 def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step is an ancestral one, N(mean, Sigma), whose mean guidance can shift."""
-    return bool(_name(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
+    return bool(named(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
 
 
 def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,7 +264,7 @@ def posterior_variance(scheduler: SchedulerMixin, timesteps: Sequence[int], inde
 
 def starting_sigma(scheduler: SchedulerMixin) -> Any:
     """What unit noise is multiplied by to start from, after `set_timesteps`."""
-    if _name(scheduler, {"SCMScheduler"}):
+    if named(scheduler, {"SCMScheduler"}):
         return scheduler.config.sigma_data
     return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
 
@@ -326,24 +294,11 @@ def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.G
     if not 0 <= eta <= ("eta" in takes):
         raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {'0 to 1' if 'eta' in takes else 'only 0'}")
     options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
-    if _name(scheduler, {"DPMSolverSDEScheduler"}):  # draws for itself, from a seed
-        each = generator if isinstance(generator, list) else [generator] if generator is not None else []
-        seeds = [torch.randint(2**62, (), generator=one, device=one.device).item() for one in each]
-        own = scheduler.config.noise_sampler_seed
-        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0] if seeds else own
-    wants_batched_timestep = _name(scheduler, {"DDPMWuerstchenScheduler"})
-    previous_x0 = None
+    if steps_otherwise(scheduler):
+        return own_stepper(scheduler, schedule, options, generator, batch_size)
 
     def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
-        nonlocal previous_x0
-        t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
-        if "old_pred_original_sample" in takes:  # CogVideoX's DPM solver leaves its memory to the caller
-            back = schedule[index - 1] if index else None
-            sample, previous_x0 = scheduler.step(output, previous_x0, t, back, sample, **options, return_dict=False)
-            return sample
-        more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
-        t = t.expand(batch_size) if wants_batched_timestep else t
-        return scheduler.step(output, t, sample, **options, **more, return_dict=False)[0]
+        return scheduler.step(output, schedule[index], sample, **options, return_dict=False)[0]
 
     return step
 

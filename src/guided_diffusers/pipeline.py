@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +19,8 @@ from PIL import Image
 
 from . import bundled, repository
 from .classifier import NoiseAwareClassifier
-from .guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    FiniteCheck,
-    Guidance,
-    Label,
-    Step,
-    Sum,
-    frozen,
-    parse_labels,
-)
+from .conditions import Conditioned, further_terms
+from .guidance import FiniteCheck, Guidance, Label, Step, frozen, total_score
 from .images import check_precision, convert, decode, join_low_resolution, low_resolution
 from .noise import (
     NoiseLevel,
@@ -52,7 +42,7 @@ DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_
             "guidance_algorithm": "output"}
 
 
-class ClassifierGuidedPipeline(DiffusionPipeline):
+class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
     """Generate images of a label by guiding a diffusion network with a noise-aware classifier.
 
     Args:
@@ -73,7 +63,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"  # the classifier stays beside the unet: they take turns at every step
     _optional_components = ["classifier", "vae"]
-    _callback_tensor_inputs = ["latents", "model_output", "score_shift"]
+    _callback_tensor_inputs = ["latents", "model_output", "score_shift", "sample", "x0"]
 
     # `from_pipe` hands over only models of the classes named here
     def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin,
@@ -117,43 +107,21 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As any Diffusers pipeline, in safetensors, with the code that loads it where guided-diffusers is missing:
-
-            DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+        """As any Diffusers pipeline, in safetensors, with the code that loads it where guided-diffusers is missing.
 
         Raises:
             ValueError: for `safe_serialization=False`.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False: only True is allowed, weights are saved as safetensors")
-        folder = Path(save_directory)
-        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        self.save_code(folder)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
+        repository.save(self, super().save_pretrained, Path(save_directory), safe_serialization, push_to_hub, variant,
+                        max_shard_size, **kwargs)
 
     def save_code(self, folder: Path) -> None:
         """Write `code` into the folder of the pipeline, whose configs then name it and no path of this machine."""
-        code = self.code()
-        for file, text in code.items():
-            (folder / file).write_text(text)
-        for path in [folder / self.config_name, *(folder / name / "config.json" for name in self.components)]:
-            if path.exists():
-                config = json.loads(path.read_text())
-                config.pop("_name_or_path", None)
-                for component, _, file in (file.removesuffix(".py").rpartition("/") for file in code):
-                    if component in config and path.name == self.config_name:
-                        config[component][0] = file
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        repository.save_code(self, folder)
 
     def code(self) -> dict[str, str]:
         """The files, {path: text}, that load the pipeline where guided-diffusers isn't installed."""
-        found = {"pipeline.py": travelling_code(type(self))}
-        for name, component in self.components.items():
-            cls = type(getattr(component, "_orig_mod", component))  # the module that torch.compile wraps
-            file = cls.__module__.removeprefix("diffusers_modules.local.").replace(".", "_")
-            found[f"{name}/{file}.py"] = travelling_code(cls)
-        return {file: text for file, text in found.items() if text is not None}
+        return repository.code(self)
 
     @property
     def device(self) -> torch.device:
@@ -165,38 +133,21 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """What the network computes in, and so the samples'."""
         return get_parameter_dtype(self.unet) or torch.float32
 
-    @property
-    def num_labels(self) -> int | None:
-        """How many labels there are, as far as the classifier or the names tell."""
-        count = module_config(self.classifier).get("num_labels")
-        return count or (len(self.config.id2label) if self.config.id2label else None)
-
     @torch.inference_mode(False)  # within it, a term couldn't differentiate through the network
     @torch.no_grad()
-    def __call__(
-        self,
-        label: Label | Sequence[Label] | torch.Tensor | None = None,
-        num_images_per_label: int = 1,
-        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
-        guidance_start: float = 0.0,
-        guidance_stop: float = 1.0,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float = 0.0,
-        conditional: bool | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        guidance_algorithm: Literal["output", "mean"] | None = None,
-        clip_x0: bool = False,
-        guidance: Guidance | Sequence[Guidance] | None = None,
-        image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
-        classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, label: Label | Sequence[Label] | torch.Tensor | None = None, num_images_per_label: int = 1,
+                 guidance_scale: float | Sequence[float] | torch.Tensor | None = None, guidance_start: float = 0.0,
+                 guidance_stop: float = 1.0, num_inference_steps: int | None = None,
+                 timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, eta: float = 0.0,
+                 conditional: bool | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+                 latents: torch.Tensor | None = None, output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+                 return_dict: bool = True, callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+                 callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+                 guidance_algorithm: Literal["output", "mean"] | None = None, clip_x0: bool = False,
+                 guidance: Guidance | Sequence[Guidance] | None = None,
+                 image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
+                 classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
+                 ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
         Args:
@@ -218,8 +169,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             return_dict: `ImagePipelineOutput` with `.images`, else a tuple.
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary,
                 in which "latents" are those to go on with.
-            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got) and
-                "score_shift" (what guidance added to the score) it gets.
+            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got),
+                "score_shift" (what guidance added to the score), "sample" (the latents before the step) and "x0" (that
+                the network predicted there, before guidance) it gets.
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
                 scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1). None: the
                 pipeline's own where the scheduler has a DDPM step, else "output".
@@ -255,9 +207,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         batch_size = len(labels) or (num_images_per_label if alone else len(given))
         class_labels = self._class_labels(labels, batch_size, conditional, device)
         terms = self._terms(labels, num_images_per_label, guidance_scale, classifier_free_scale, guidance_start,
-                            guidance_stop, class_labels, guidance)
+                            guidance_stop, class_labels)
+        if guidance is not None:
+            terms += further_terms(guidance, class_labels, self._class_embeddings)
 
-        if terms.terms() and (warning := clipping_warning(self.scheduler)):
+        if terms and (warning := clipping_warning(self.scheduler)):
             logger.warning(warning)
 
         # 2. Noise levels, known before the first step
@@ -271,31 +225,34 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
                              "up-sampling network needs image, others allow 'np', 'pt' and 'latent'")
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
-        check = FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), latents.dtype))
-        components = [module for module in (self.unet, self.vae, *terms.modules()) if module is not None]
+        networks = [module for term in terms for module in term.modules()]
+        check = FiniteCheck(next((p.dtype for module in networks for p in module.parameters()), latents.dtype))
+        components = [module for module in (self.unet, self.vae, *networks) if module is not None]
 
         with frozen(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
-                acting, own = terms.at(index, count, level), {"class_labels": class_labels}
+                acting = [term for term in terms if term.active(index, count, level)]
+                told = [class_labels, *(condition.get("class_labels", class_labels) for term in acting
+                                        for condition in term.conditions)]
                 wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-                through = any(term.through_network for term in acting.terms())
+                through = any(term.through_network for term in acting)
                 x = wide.detach().requires_grad_() if through else latents  # then the call's graph is kept
                 with torch.set_grad_enabled(through):
-                    output, variance, *others = self._predict(x.to(self.dtype), t, [own, *acting.conditions], low_res)
+                    output, variance, *others = self._predict(x.to(self.dtype), t, told, low_res)
                     if clip_x0:
                         output, *others = (level.clipped(x, prediction) for prediction in (output, *others))
                     graph = (x, level.x0(x, output)) if through else None
                 output, *others = (prediction.detach() for prediction in (output, *others))
                 variance = None if variance is None else variance.detach()
-                score_shift = mean_shift = None
+                score_shift, mean_shift, unguided = None, None, output
 
                 # 4. What guidance adds to the score
-                if acting.terms():
-                    predict = self._predict_x0(t, level, own, low_res, clip_x0)
+                if acting:
+                    predict = partial(self._predict_x0, t, level, class_labels, low_res, clip_x0)
                     step = Step(wide, level.x0(wide, output), predict, level, index, count, numbers[index],
                                 tuple(level.x0(wide, other) for other in others), self._decode, graph)
-                    score_shift = acting.score(step)
+                    score_shift = total_score(acting, step)
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
                     else:
@@ -311,7 +268,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     latents = latents + mean_shift.to(latents.dtype)
 
                 if callback_on_step_end is not None:
-                    values = {"latents": latents, "model_output": output, "score_shift": score_shift}
+                    values = {"latents": latents, "model_output": output, "score_shift": score_shift, "sample": wide}
+                    if "x0" in callback_on_step_end_tensor_inputs:
+                        values["x0"] = level.x0(wide, unguided)
                     wanted = {name: values[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, index, t, wanted) or {}).get("latents", latents)
                 bar.update()
@@ -344,103 +303,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
                              f"{self._callback_tensor_inputs}")
-
-    def _terms(self, labels: list[dict[int, float]], per_label: int, scale: Any, free_scale: Any, start: float,
-               stop: float, class_labels: torch.Tensor | None, more: Guidance | Sequence[Guidance] | None) -> Sum:
-        """All that guides: nothing at scale 0."""
-        wanted = scale is not None and bool(torch.as_tensor(scale).any())
-        if not labels and (wanted or (free_scale is not None and torch.as_tensor(free_scale).any())):
-            raise ValueError(f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to steer to")
-        scale = self._scale("guidance_scale", scale, len(labels), per_label)
-        if free_scale is None and self._null is not None and (class_labels == self._null).any():
-            free_scale = 0.0  # the pipeline's own is for labels that the network is told
-        free_scale = self._scale("classifier_free_scale", free_scale, len(labels), per_label)
-        more = () if more is None else (more,) if isinstance(more, Guidance) else tuple(more)
-        if not all(isinstance(term, Guidance) for term in more):
-            raise ValueError(f"guidance: {[type(term).__name__ for term in more]}; a term of guidance, a sum or a list "
-                             "of them is allowed")
-        terms = Sum(more).terms()
-        if any(term.conditions for term in terms) and class_labels is None:
-            raise ValueError("guidance: a term has conditions, class labels, and the network has no class embeddings")
-        for condition in (condition for term in terms for condition in term.conditions):
-            label = int(condition.get("class_labels", torch.zeros(1)).max())
-            if not 0 <= label < self._class_embeddings:
-                raise ValueError(f"guidance: a condition has the class label {label}; 0 to "
-                                 f"{self._class_embeddings - 1} are allowed")
-        if labels and free_scale.any():
-            if class_labels is None or self._null is None:
-                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with "
-                                 "a null label, one class embedding more than labels")
-            if (class_labels == self._null).any():
-                raise ValueError(f"classifier_free_scale={free_scale.tolist()} needs a network that is told a label; "
-                                 "mixtures and conditional=False hide it")
-            terms = (ClassifierFreeGuidance(self._null, free_scale), *terms)
-        if labels and scale.any():
-            if self.classifier is None:
-                raise ValueError(f"guidance_scale={scale.tolist()} needs a classifier, and the pipeline has none: pass "
-                                 "classifier=... when loading it, or guidance_scale=0 to use the network alone")
-            terms = (ClassifierGuidance(self.classifier, labels, scale, start, stop), *terms)
-        return Sum(terms)
-
-    def _scale(self, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
-        """() or one an image."""
-        scale = torch.as_tensor(self.config.defaults[name] if scale is None else scale, dtype=torch.float32)
-        if scale.ndim == 1 and images and len(scale) * per_label == images:
-            scale = scale.repeat_interleave(per_label)
-        if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
-            raise ValueError(f"{name} has shape {tuple(scale.shape)}; a number, or one a label or an image "
-                             f"({images // per_label} or {images}), is allowed")
-        return scale
-
-    @property
-    def _null(self) -> int | None:
-        """The label that tells the network none, one more than there are labels; None where it wasn't trained so."""
-        embeddings = self._class_embeddings
-        return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
-
-    @property
-    def _class_embeddings(self) -> int | None:
-        """How many class embeddings the network has, None without; a DiT's config leaves out its null label's."""
-        config = module_config(self.unet)
-        return config["num_embeds_ada_norm"] + 1 if self._is_dit else config.get("num_class_embeds")
-
-    @property
-    def _is_dit(self) -> bool:
-        return module_config(self.unet).get("norm_type") == "ada_norm_zero"
-
-    def _labels(self, label: Any, per_label: int) -> list[dict[int, float]]:
-        """One {id: weight} an image; empty without a label."""
-        if label is None:
-            return []
-        labels = parse_labels(label, module_config(self.classifier).get("id2label") or self.config.id2label,
-                              self.num_labels)
-        return [one for one in labels for _ in range(per_label)]
-
-    def _class_labels(self, labels: list[dict[int, float]], batch_size: int, conditional: bool | None,
-                      device: torch.device) -> torch.Tensor | None:
-        """What a class-conditional network is told, (B,); None for an unconditional one."""
-        embeddings = self._class_embeddings
-        if embeddings is None:
-            if conditional:
-                raise ValueError("conditional=True needs a network with class embeddings; this one is unconditional")
-            if labels and self.classifier is None:
-                raise ValueError("label has no effect: the network is unconditional and there is no classifier")
-            return None
-        null, ids = self._null, []
-        for one in labels or [{}] * batch_size:
-            if conditional is not False and len(one) == 1 and list(one.values()) == [1.0]:
-                ids.extend(one)
-            elif conditional:
-                raise ValueError(f"conditional=True: the network can't be told {one or 'no label'}; use None or False")
-            elif null is None:
-                raise ValueError(f"conditional={conditional}, label={one or None}: the network has no null label "
-                                 f"({embeddings} class embeddings, {self.num_labels} known labels), so it needs one "
-                                 "label an image")
-            else:
-                ids.append(null)
-        if max(ids) >= embeddings:
-            raise ValueError(f"label {max(ids)} is unknown to the network; ids 0 to {embeddings - 1} are allowed")
-        return torch.tensor(ids, device=device)
 
     def _set_timesteps(self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device) -> None:
         if timesteps is not None and sigmas is not None:
@@ -476,18 +338,20 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _predict(self, latents: torch.Tensor, t: torch.Tensor, conditions: Sequence[Mapping[str, torch.Tensor | None]],
+    def _predict(self, latents: torch.Tensor, t: torch.Tensor, told: Sequence[torch.Tensor | None],
                  low_res: torch.Tensor | None, network: torch.nn.Module | None = None) -> list[torch.Tensor | None]:
-        """[output, learned variance or None, outputs for the further conditions ...] of one call of the network."""
+        """[output, learned variance or None, outputs for the further class labels ...] of one call of the network."""
         batch_size, channels = latents.shape[:2]
         scaled = latents
         if hasattr(self.scheduler, "scale_model_input"):  # Euler and Heun for flow matching have none
             scaled = self.scheduler.scale_model_input(latents, t)
         if low_res is not None:
             scaled = join_low_resolution(scaled, low_res)
-        if len(conditions) > 1:
-            scaled = torch.cat([scaled] * len(conditions))
-        kwargs = _joined(conditions, batch_size, latents.device)
+        if len(told) > 1:
+            scaled = torch.cat([scaled] * len(told))
+        kwargs = {}
+        if told[0] is not None:
+            kwargs["class_labels"] = torch.cat([labels.to(latents.device).expand(batch_size) for labels in told])
         t = t.expand(len(scaled)) if self._is_dit else t  # it takes no timestep without a dimension
         output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
@@ -497,40 +361,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         first, *others = prediction.split(batch_size)
         return [first, None if variance is None else variance[:batch_size], *others]
 
-    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, told: Mapping[str, torch.Tensor | None],
-                    low_res: torch.Tensor | None, clip_x0: bool) -> Callable[..., torch.Tensor]:
-        """The predicted x0 as a function of the sample, for terms that differentiate through the network."""
-        def predict(sample: torch.Tensor, network: torch.nn.Module | None = None) -> torch.Tensor:
-            output = self._predict(sample.to(self.dtype), t, [told], low_res, network)[0]
-            return level.x0(sample, level.clipped(sample, output) if clip_x0 else output)
-
-        return predict
+    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, class_labels: torch.Tensor | None,
+                    low_res: torch.Tensor | None, clip_x0: bool, sample: torch.Tensor,
+                    network: torch.nn.Module | None = None) -> torch.Tensor:
+        """For terms that differentiate through the network."""
+        output = self._predict(sample.to(self.dtype), t, [class_labels], low_res, network)[0]
+        return level.x0(sample, level.clipped(sample, output) if clip_x0 else output)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
-
-
-def travelling_code(cls: type) -> str | None:
-    """The file that defines a class where guided-diffusers isn't installed; None for a class of another package."""
-    package = cls.__module__.partition(".")[0]
-    if package == "diffusers_modules":  # it came from such a file
-        return Path(inspect.getfile(cls)).read_text()
-    if package == "guided_diffusers":  # found by its name, since the file that travels can't import it
-        return importlib.import_module("guided_diffusers.source").self_contained(cls)
-    return None
-
-
-def _joined(conditions: Sequence[Mapping[str, torch.Tensor | None]], batch_size: int, device: torch.device,
-            ) -> dict[str, torch.Tensor]:
-    """The network's arguments for a batch of all conditions, one after the other; the first names all there are."""
-    told = {name: value for name, value in conditions[0].items() if value is not None}
-    for condition in conditions[1:]:
-        if unknown := condition.keys() - told.keys():
-            raise ValueError(f"guidance: a term has conditions {sorted(unknown)}; the network is told {sorted(told)}")
-        for name, value in condition.items():
-            if len(value) not in (1, batch_size) or value.shape[1:] != told[name].shape[1:]:
-                raise ValueError(f"guidance: a condition {name} has shape {tuple(value.shape)}; one row, or one for "
-                                 f"each of {batch_size} images, of shape {tuple(told[name].shape[1:])} is allowed")
-    return {name: torch.cat([{**told, **condition}[name].to(device).expand(batch_size, *value.shape[1:])
-                             for condition in conditions]) for name, value in told.items()}

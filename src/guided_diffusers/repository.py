@@ -11,6 +11,7 @@ Where this package is imported, Diffusers finds the components' modules under th
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -25,6 +26,8 @@ import torch
 from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+
+from .source import code_of
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED = "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you imported"
@@ -108,6 +111,58 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
     found = getattr(module, name, None)
     if not isinstance(found, type) or not issubclass(found, (torch.nn.Module, diffusers.SchedulerMixin)):
         raise ValueError(f"{where}, which is no class of a model here; {ALLOWED} is allowed")
+
+
+def save(pipeline: Any, save_pretrained: Callable[..., Any], folder: Path, safe_serialization: bool, push_to_hub: bool,
+         variant: str | None, max_shard_size: int | str | None, **kwargs: Any) -> None:
+    """`save_pretrained` of a pipeline, in safetensors, with its code.
+
+    Args:
+        kwargs: `repo_id` and other arguments of `push_to_hub`.
+
+    Raises:
+        ValueError: for `safe_serialization=False`.
+    """
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False: only True is allowed, weights are saved as safetensors")
+    save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+    pipeline.save_code(folder)
+    if push_to_hub:
+        pipeline.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
+
+
+def save_code(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline's code into its folder, whose configs then name it and no path of this machine."""
+    code = pipeline.code()
+    for file, text in code.items():
+        (folder / file).write_text(text)
+    for path in [folder / pipeline.config_name, *(folder / name / "config.json" for name in pipeline.components)]:
+        if path.exists():
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            for component, _, file in (file.removesuffix(".py").rpartition("/") for file in code):
+                if component in config and path.name == pipeline.config_name:
+                    config[component][0] = file
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def code(pipeline: Any) -> dict[str, str]:
+    """The files, {path: text}, that load a pipeline where guided-diffusers isn't installed."""
+    found = {"pipeline.py": _code_of(pipeline)}
+    for name, component in pipeline.components.items():
+        component = getattr(component, "_orig_mod", component)  # the module that torch.compile wraps
+        file = type(component).__module__.removeprefix("diffusers_modules.local.").replace(".", "_")
+        found[f"{name}/{file}.py"] = _code_of(component)
+    return {file: text for file, text in found.items() if text is not None}
+
+
+def _code_of(model: Any) -> str | None:
+    """The file that defines a model's class where guided-diffusers isn't installed; None for another package's."""
+    cls = type(model)
+    package = cls.__module__.partition(".")[0]
+    if package == "diffusers_modules":  # it came from such a file
+        return Path(inspect.getfile(cls)).read_text()
+    return code_of(model) if package == "guided_diffusers" else None
 
 
 @contextmanager

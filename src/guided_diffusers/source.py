@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from .noise import module_config, prediction_type
+from .schedulers import OUT_OF_REACH, is_flow, is_ordinary, named, rare_affine
 
 PACKAGE = __name__.partition(".")[0]
 COMPONENTS = {f"{PACKAGE}.classifier"}  # modules whose classes travel in a file of their own, beside their weights
-WIDTH = 120
+WIDTH, LIMIT = 120, 900
+QUESTIONS = {"named", "is_flow", "steps_otherwise"}  # of `schedulers`, asked about a pipeline's own beforehand
+OPTIONS = ("if sigma_interval is not None", "if self.sigma_interval is not None", "if self.normalize",
+           "if callable(self.scale) and (not _numbers(self.scale(level)).any())")  # of terms, which pipelines' have not
 HEADER = """\"\"\"`{name}` in one file, for use without the package guided-diffusers.
 
 Made from the package's source by its `source.self_contained` (Apache-2.0); change it there, not here.
@@ -36,51 +45,243 @@ class Module:
     typing_only: set[str] = field(default_factory=set)
 
 
-def self_contained(cls: type) -> str:
+MISSING = """def _missing(what: str, *arguments: Any, **options: Any) -> Any:
+    raise ImportError(f"{what} needs the package: pip install guided-diffusers")
+
+
+"""
+
+
+# after `MISSING`: the branches for other schedulers aren't there
+CHECK_REACH = """def check_reach(scheduler: SchedulerMixin) -> None:{own}
+    if not is_ordinary(scheduler){but}:
+        _missing("a scheduler of this kind")
+
+
+"""
+FOR_PIPELINES = {"Any": ("typing", "Any"), "partial": ("functools", "partial"), "sys": ("sys", None),
+                 "SchedulerMixin": ("diffusers", "SchedulerMixin")}
+FOOTER = """
+
+# Diffusers runs every local pipeline.py in one module; the next one's names go into this copy, not among these
+sys.modules[__name__] = module = type(sys)(__name__)
+module.__dict__.update(globals())
+"""
+
+
+@dataclass
+class Needed:
+    """What a file has: definitions, name -> its module; imports; and what is left out of its classes."""
+
+    definitions: dict[str, str] = field(default_factory=dict)
+    imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    typing_only: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    stand_ins: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
+    unused: dict[str, list[tuple[str, ast.FunctionDef]]] = field(default_factory=dict)  # name -> (module, method)
+    branches: set[ast.If] = field(default_factory=set)
+    refused: dict[ast.FunctionDef, str] = field(default_factory=dict)  # those of the class itself that stay behind
+
+    def left_out(self) -> set[ast.stmt]:
+        """Methods that nothing calls, and branches that nothing takes."""
+        return self.branches | {method for methods in self.unused.values() for _, method in methods}
+
+
+def code_of(model: Any) -> str:
+    """The text of a file for a model of this package, without what this one doesn't need (`spared`)."""
+    return self_contained(type(model), model if hasattr(model, "scheduler") else None)
+
+
+def spared(pipeline: Any) -> dict[str, str]:
+    """What a pipeline never calls as it is, {name: what somebody would want it for}.
+
+    Who exchanges a component, or asks for another algorithm, where guided-diffusers is missing is told so.
+    """
+    config = module_config(pipeline.unet)
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    up_sampling = inputs is None or (inputs % 2 == 0 and outputs in (None, inputs, inputs // 2))
+    found = {f"{type(pipeline).__name__}.save_pretrained": "saving", "further_terms": "guidance",
+             "Guidance.__add__": "guidance", **dict.fromkeys(OPTIONS, "guidance")}
+    if pipeline.vae is None:
+        found |= dict.fromkeys(("check_precision", "decode"), "a vae")
+    if pipeline.vae is not None or not up_sampling:
+        found |= dict.fromkeys(("low_resolution", "if low_res is not None",
+                                "if low_res is not None and len(low_res) not in (1, batch_size)"), "image")
+    if not _needs_rare_affine(pipeline.scheduler):
+        found["rare_affine"] = "a scheduler of this kind"
+    if pipeline._null is None:
+        found["NullGuidance"] = "classifier_free_scale"
+    if pipeline.config.defaults["guidance_algorithm"] != "mean":
+        found["posterior_variance"] = "guidance_algorithm='mean'"
+    return found
+
+
+def _needs_rare_affine(scheduler: Any) -> bool:
+    try:
+        return bool(rare_affine(prediction_type(scheduler), alpha=1.0, sigma=1.0, sigma_data=0.5, sigma_min=0.0))
+    except ValueError:  # `affine` knows the prediction, or the scheduler can't be guided
+        return False
+
+
+def self_contained(cls: type, pipeline: Any = None) -> str:
     """The text of a file that defines a class of this package without importing it.
 
     A module that imports nothing of ours travels as it is. Of another, the file has the definitions that the class
-    needs, directly or not, with their comments; docstrings are cut to their first paragraph, but for the class's own
-    and those of its public methods. Methods that need a module of ours as a whole (`bundled.folder`) are left out. A
-    class of `COMPONENTS` that is only named in annotations is `torch.nn.Module` there.
+    needs, directly or not, with their comments, but without docstrings: the class keeps its first line, and its public
+    methods theirs where the file stays below `LIMIT` lines. Methods that need a module of ours as a whole
+    (`bundled.folder`) are left out, and those that nothing calls by their name. A class of `COMPONENTS` that is only
+    named in annotations is `torch.nn.Module` there.
+
+    Args:
+        pipeline: one of the class, whose file it is. What it doesn't need stays behind: what is `spared`, where a call
+            raises an ImportError, and the branches that `QUESTIONS` about its scheduler don't lead into, where
+            `check_reach` raises one for any scheduler that could want them. None: nothing stays behind.
 
     Raises:
-        ValueError: if two definitions that it needs have one name.
+        ValueError: if two definitions that it needs have one name, or something `spared` isn't in the source.
     """
     start = parse(cls.__module__)
     if not any(_ours(origin) for origin, _ in start.imports.values()):
         return "\n".join(start.lines) + "\n"
-    needed: dict[str, str] = {}  # name -> its module
-    imports: dict[str, tuple[str, str | None]] = {}
-    typing_only: dict[str, tuple[str, str | None]] = {}
-    stand_ins: set[str] = set()
-    waiting = [(cls.__module__, cls.__name__, True)]
+    without, scheduler = (spared(pipeline), pipeline.scheduler) if pipeline is not None else ({}, None)
+    needed = _needed(cls, without, scheduler)
+    header = HEADER.format(name=cls.__name__)
+    parts = [_import_lines(needed.imports)]
+    if needed.typing_only:
+        guarded = "\n".join("    " + line for line in _import_lines(needed.typing_only).splitlines())
+        parts = [_import_lines({**needed.imports, "TYPE_CHECKING": ("typing", "TYPE_CHECKING")}),
+                 f"if TYPE_CHECKING:\n{guarded}"]
+    parts += [f"{name} = torch.nn.Module  # a component; its class is in its own file"
+              for name in sorted(needed.stand_ins - needed.definitions.keys())]
+    if pipeline is not None:
+        missing = {name: without[name] for name in sorted(needed.missing)}
+        parts.append("\n" + MISSING + _check_reach(scheduler) + "\n".join(_missing_lines(missing)))
+    before, after = header + "\n" + "\n\n".join(parts) + "\n", "\n" + (FOOTER if pipeline is not None else "")
+    for documented in (True, False):
+        text = before + "".join(_definitions(cls, needed, documented)).rstrip() + after
+        if text.count("\n") < LIMIT:
+            break
+    return text
+
+
+def _check_reach(scheduler: Any) -> str:
+    """The definition that refuses all schedulers but `ORDINARY` ones and a pipeline's own kind."""
+    own = ""
+    if not is_ordinary(scheduler) and not named(scheduler, OUT_OF_REACH):
+        own = f"type(scheduler).__name__ == {json.dumps(type(scheduler).__name__)}"
+        own += "" if is_flow(scheduler) else ' and not scheduler.config.get("use_flow_sigmas")'
+        own = f"\n    own = {own}"
+    return CHECK_REACH.format(own=own, but=" and not own" if own else "")
+
+
+def _missing(what: str) -> str:
+    return f"partial(_missing, {json.dumps(what)})"
+
+
+def _missing_lines(missing: Mapping[str, str]) -> list[str]:
+    """Assignments of names that refuse, those for one thing together."""
+    lines: list[str] = []
+    for what in dict.fromkeys(missing.values()):
+        end = _missing(what)
+        lines.append(end)
+        for name in (name for name, its in missing.items() if its == what):
+            if len(name) + 3 + len(lines[-1]) > WIDTH:
+                lines.append(end)
+            lines[-1] = f"{name} = {lines[-1]}"
+    return lines
+
+
+def _needed(cls: type, without: Mapping[str, str], scheduler: Any) -> Needed:
+    """All that a class needs, from its own definition on; with a scheduler, what a pipeline with it does."""
+    needed, called = Needed(), set()
+    public = {one.__name__ for one in cls.__mro__ if _ours(one.__module__)}
+    waiting, met = [(cls.__module__, cls.__name__, True)], set()
+    if scheduler is not None:
+        waiting.append((f"{PACKAGE}.schedulers", "is_ordinary", True))
+        needed.imports |= FOR_PIPELINES
+
+    def use(origin: str, node: ast.AST) -> None:
+        """Note what a part of a module needs."""
+        module = parse(origin)
+        left_out = {one for part in ast.walk(node) for one in _left_out(part, module)}
+        held = set()
+        if isinstance(node, ast.ClassDef):
+            held = {method for method in node.body if isinstance(method, ast.FunctionDef) and method not in left_out
+                    and method.name not in called and not _stays(method.name, origin, node.name, node.name in public)}
+        for method in held:
+            needed.unused.setdefault(method.name, []).append((origin, method))
+        branches = {part: f"if {ast.unparse(part.test)}" for part in ast.walk(node) if isinstance(part, ast.If)}
+        parts = {part for part, text in branches.items()
+                 if text in without or (scheduler is not None and _denied(part.test, origin, scheduler))}
+        met.update(branches.values())
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if (name := f"{node.name}.{getattr(method, 'name', None)}") in without or _abstract(method, node):
+                    parts.add(method)
+                    met.add(name)
+                    if node.name in public and name in without:
+                        needed.refused[method] = without[name]
+        needed.branches |= parts
+        held |= parts
+        running = _names(node, left_out | held, annotations=False)
+        waiting.extend((origin, one, one in running) for one in sorted(_names(node, left_out | held)))
+        new = {one.attr for one in _walk(node, left_out | held) if isinstance(one, ast.Attribute)} - called
+        called.update(new)
+        for name in sorted(new):
+            for where, method in needed.unused.pop(name, []):
+                use(where, method)
+
     while waiting:
         origin, name, runs = waiting.pop()
         module = parse(origin)
-        if name in module.imports:
+        met.add(name)
+        if name in without:
+            if runs:
+                needed.missing.add(name)
+        elif name == "check_reach" and scheduler is not None:
+            pass  # `CHECK_REACH`
+        elif name in module.imports:
             source, there = module.imports[name]
             if not _ours(source):
-                (typing_only if name in module.typing_only else imports).setdefault(name, (source, there))
+                (needed.typing_only if name in module.typing_only else needed.imports).setdefault(name, (source, there))
             elif source in COMPONENTS and not runs:
-                stand_ins.add(name)
+                needed.stand_ins.add(name)
             else:
                 waiting.append((source, there or name, runs))
-        elif name in module.definitions and needed.get(name) != origin:
-            if name in needed:
-                raise ValueError(f"{cls.__name__} needs {name} of {needed[name]} and of {origin}; rename one")
-            needed[name], node = origin, module.definitions[name]
-            running = _names(node, module, annotations=False)
-            waiting += [(origin, one, one in running) for one in sorted(_names(node, module))]
-    header = HEADER.format(name=cls.__name__)
-    parts = [_import_lines(imports)]
-    if typing_only:
-        guarded = "\n".join("    " + line for line in _import_lines(typing_only).splitlines())
-        parts = [_import_lines({**imports, "TYPE_CHECKING": ("typing", "TYPE_CHECKING")}),
-                 f"if TYPE_CHECKING:\n{guarded}"]
-    parts += [f"{name} = torch.nn.Module  # a component; its class is in its own file"
-              for name in sorted(stand_ins - needed.keys())]
-    return header + "\n" + "\n\n".join(parts) + "\n" + "".join(_definitions(cls, needed)).rstrip() + "\n"
+        elif name in module.definitions and needed.definitions.get(name) != origin:
+            if name in needed.definitions:
+                raise ValueError(f"{cls.__name__} needs {name} of {needed.definitions[name]} and of {origin}; rename "
+                                 "one")
+            needed.definitions[name] = origin
+            use(origin, module.definitions[name])
+    if absent := without.keys() - met:
+        raise ValueError(f"{cls.__name__} spares {sorted(absent)}, which its source hasn't")
+    return needed
+
+
+def _denied(test: ast.expr, origin: str, scheduler: Any) -> bool:
+    """Whether the test of a branch begins with one of `QUESTIONS`, and this scheduler says no."""
+    first = test.values[0] if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else test
+    first = first.value if isinstance(first, ast.NamedExpr) else first
+    if not (isinstance(first, ast.Call) and isinstance(first.func, ast.Name) and first.func.id in QUESTIONS):
+        return False
+    names = {**vars(importlib.import_module(origin)), "scheduler": scheduler}
+    return not eval(compile(ast.Expression(first), origin, "eval"), names)
+
+
+def _abstract(node: ast.AST, owner: ast.ClassDef) -> bool:
+    """Whether it is a method that the classes which extend its own have, but for those of the `ABC` itself."""
+    return isinstance(node, ast.FunctionDef) and "abstractmethod" in map(ast.unparse, node.decorator_list) \
+        and "ABC" not in map(ast.unparse, owner.bases)
+
+
+def _stays(method: str, origin: str, owner: str, public: bool) -> bool:
+    """Whether a method may be called otherwise than by its name here: an operator, one of the pipeline's user, or one
+    of the class that its own extends, of another package."""
+    if method.startswith("__") or (public and not method.startswith("_")):
+        return True
+    bases = getattr(importlib.import_module(origin), owner).__mro__
+    return any(hasattr(base, method) for base in bases if base is not object and not _ours(base.__module__))
 
 
 @cache
@@ -127,19 +328,20 @@ def _ours(module: str) -> bool:
     return module.partition(".")[0] == PACKAGE
 
 
-def _names(node: ast.AST, module: Module, annotations: bool = True) -> set[str]:
-    """The names that a definition uses, without those of methods that are left out."""
-    found, waiting = set(), [node]
+def _names(node: ast.AST, without: Set[ast.AST], annotations: bool = True) -> set[str]:
+    """The names that a part uses, without those of its parts that are left out."""
+    return {one.id for one in _walk(node, without, annotations) if isinstance(one, ast.Name)}
+
+
+def _walk(node: ast.AST, without: Set[ast.AST], annotations: bool = True) -> Iterator[ast.AST]:
+    waiting = [node]
     while waiting:
         one = waiting.pop()
-        if isinstance(one, ast.Name):
-            found.add(one.id)
-        left_out = _left_out(one, module)
+        yield one
         for name, value in ast.iter_fields(one):
             if annotations or name not in ("annotation", "returns"):
                 children = value if isinstance(value, list) else [value]
-                waiting += [child for child in children if isinstance(child, ast.AST) and child not in left_out]
-    return found
+                waiting += [child for child in children if isinstance(child, ast.AST) and child not in without]
 
 
 def _left_out(node: ast.AST, module: Module) -> list[ast.AST]:
@@ -174,7 +376,7 @@ def _member(name: str) -> tuple[int, str]:
     return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name)
 
 
-def _definitions(cls: type, needed: dict[str, str]) -> Iterator[str]:
+def _definitions(cls: type, needed: Needed, documented: bool) -> Iterator[str]:
     """Their text, what is imported before what imports it."""
     order: list[str] = []
 
@@ -188,13 +390,14 @@ def _definitions(cls: type, needed: dict[str, str]) -> Iterator[str]:
     visit(cls.__module__)
     for origin in order:
         module = parse(origin)
-        nodes = {module.definitions[name] for name, its in needed.items() if its == origin}
+        nodes = {module.definitions[name] for name, its in needed.definitions.items()
+                 if its == origin}
         end, defined = 0, True
         for node in sorted(nodes, key=lambda node: node.lineno):
             first = _first(node, module.lines)
             small = isinstance(node, (ast.Assign, ast.AnnAssign))
             blank = 2 if defined or not small else min(first - end - 1, 1)
-            yield "\n" * blank + "\n".join(_cut(node, module, cls)) + "\n"
+            yield "\n" * blank + "\n".join(_cut(node, module, cls, needed, documented)).rstrip() + "\n"
             end, defined = node.end_lineno, not small
 
 
@@ -206,25 +409,31 @@ def _first(node: ast.stmt, lines: list[str]) -> int:
     return first
 
 
-def _cut(node: ast.stmt, module: Module, cls: type) -> list[str]:
+def _cut(node: ast.stmt, module: Module, cls: type, needed: Needed, documented: bool) -> list[str]:
     """The lines of a definition without methods that are left out and most docstrings."""
     lines: dict[int, str] = {i: module.lines[i - 1] for i in range(_first(node, module.lines), node.end_lineno + 1)}
     public = getattr(node, "name", None) == cls.__name__
-    kept = {node, *(one for one in node.body if isinstance(one, ast.FunctionDef)
-                    and (one.name == "__call__" or not one.name.startswith("_")))} if public else set()
+    lines = {i: line for i, line in lines.items() if public or not line.lstrip().startswith("#:")}
+    kept = {one for one in node.body if isinstance(one, ast.FunctionDef)
+            and (one.name == "__call__" or not one.name.startswith("_"))} if public and documented else set()
     for one in ast.walk(node):
-        if isinstance(one, (ast.ClassDef, ast.FunctionDef)) and one not in kept and ast.get_docstring(one):
-            doc = one.body[0]
-            blank = next((i for i in range(doc.lineno, doc.end_lineno + 1) if not module.lines[i - 1].strip()), None)
-            if blank is not None:
-                for i in range(blank, doc.end_lineno + 1):
-                    del lines[i]
-                fits = len(lines[blank - 1]) + 3 <= WIDTH
-                lines[blank - 1] += ("" if fits else "\n" + " " * doc.col_offset) + '"""'
-        for method in _left_out(one, module):
-            for i in range(_first(method, module.lines), method.end_lineno + 1):
+        if isinstance(one, (ast.ClassDef, ast.FunctionDef)) and one not in kept and ast.get_docstring(one) \
+                and len(one.body) > 1:
+            first, last = one.body[0].lineno, one.body[0].end_lineno
+            its = public and one is node and last > first
+            for i in range(first + its, last + 1):
                 lines.pop(i, None)
-            after = method.end_lineno + 1
-            if not lines.get(after, "x").strip():
+            if its:
+                lines[first] += '"""'
+            elif not lines.get(last + 1, "x").strip():
+                del lines[last + 1]
+        for part in [*_left_out(one, module), *needed.left_out().intersection(ast.iter_child_nodes(one))]:
+            for i in range(_first(part, module.lines), part.end_lineno + 1):
+                lines.pop(i, None)
+            if part in needed.refused:
+                also = " = push_to_hub" if part.name == "save_pretrained" else ""  # which makes the repository first
+                lines[part.lineno] = f"    {part.name}{also} = {_missing(needed.refused[part])}\n"
+            after = part.end_lineno + 1
+            if isinstance(part, ast.FunctionDef) and not lines.get(after, "x").strip():
                 del lines[after]
     return [lines[i] for i in sorted(lines)]

@@ -18,6 +18,7 @@ in `conditions`; they join the step's one call of the network, and their predict
 from .classifier import (
     ClassifierGuidance,
     Label,
+    LabelGuidance,
     NoiseAwareGuidance,
     check_softplus,
     likelihood,
@@ -36,12 +37,13 @@ from .contract import (
     frozen,
     gradient,
     normalized,
+    total_score,
     x0_gradient,
 )
 from .energy import EnergyGuidance
-from .prediction import ClassifierFreeGuidance, ModelGuidance
+from .prediction import ClassifierFreeGuidance, ModelGuidance, NullGuidance
 
 __all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "EnergyGuidance", "FiniteCheck", "Guidance", "Label",
-           "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "Scale", "Step", "Sum", "check_evaluating",
-           "check_softplus", "frozen", "gradient",
-           "likelihood", "logits_of", "normalized", "parse_labels", "smoothed", "x0_gradient"]
+           "LabelGuidance", "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "NullGuidance", "Scale", "Step",
+           "Sum", "check_evaluating", "check_softplus", "frozen", "gradient", "likelihood", "logits_of", "normalized",
+           "parse_labels", "smoothed", "total_score", "x0_gradient"]

@@ -33,7 +33,7 @@ class NoiseAwareGuidance(Guidance):
     """
 
     def __init__(self, module: torch.nn.Module, scale: Scale, start: float, stop: float,
-                 sigma_interval: tuple[float, float] | None, normalize: bool):
+                 sigma_interval: tuple[float, float] | None = None, normalize: bool = False):
         super().__init__(scale, start, stop, sigma_interval)
         check_evaluating(module)
         self.module, self.normalize = module, normalize
@@ -55,6 +55,29 @@ class NoiseAwareGuidance(Guidance):
         if self.normalize:
             return self.scale_at(step) * normalized(grad, step)
         return (self.scale_at(step) * (self.schedule.beyond(level) / norm)) * grad
+
+
+class LabelGuidance(NoiseAwareGuidance):
+    """`ClassifierGuidance` without its options.
+
+    Args:
+        labels: {id: weight}, one or one an image.
+
+    Raises:
+        ValueError: for a classifier without labels, which regresses.
+    """
+
+    def __init__(self, classifier: torch.nn.Module, labels: list[dict[int, float]], scale: Scale, start: float,
+                 stop: float):
+        super().__init__(classifier, scale, start, stop)
+        kind = module_config(classifier).get("problem_type") or SINGLE
+        if kind not in (SINGLE, MULTI):
+            raise ValueError(f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
+                             "guidance=ClassifierGuidance(classifier, target=...)")
+        self.likelihood = LabelLikelihood(labels, kind == MULTI)
+
+    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
+        return self.likelihood(logits_of(self.module(z, t)))
 
 
 class ClassifierGuidance(NoiseAwareGuidance):

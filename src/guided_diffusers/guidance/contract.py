@@ -17,11 +17,6 @@ NO_SIGNAL = 1e4
 Scale = float | Sequence[float] | torch.Tensor | Callable[[NoiseLevel], float | Sequence[float] | torch.Tensor]
 
 
-def unchanged(x0: torch.Tensor) -> torch.Tensor:
-    """The images of a model in pixel space."""
-    return x0
-
-
 @dataclass(frozen=True)
 class Step:
     """What a term may look at.
@@ -48,7 +43,7 @@ class Step:
     count: int
     timestep: float
     others: tuple[torch.Tensor, ...] = ()
-    decode: Callable[[torch.Tensor], torch.Tensor] = unchanged
+    decode: Callable[[torch.Tensor], torch.Tensor] = lambda x0: x0
     graph: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -85,11 +80,7 @@ class Guidance(ABC):
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if sigma_interval is not None:
-            if (start, stop) != (0, 1):
-                raise ValueError(f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of "
-                                 "the two kinds is allowed")
-            if len(sigma_interval) != 2 or not 0 <= sigma_interval[0] <= sigma_interval[1]:
-                raise ValueError(f"sigma_interval={sigma_interval!r}: (low, high) with 0 <= low <= high is allowed")
+            check_interval(sigma_interval, start, stop)
         self.scale = scale if callable(scale) else _numbers(scale)
         self.start, self.stop, self.sigma_interval = start, stop, sigma_interval
         self._on = callable(scale) or bool(self.scale.any())
@@ -132,6 +123,19 @@ class Guidance(ABC):
         return Sum(self.terms() + other.terms())
 
 
+def check_interval(sigma_interval: tuple[float, float], start: float, stop: float) -> None:
+    """Refuse an interval of noise levels beside one of the run, or one that is none.
+
+    Raises:
+        ValueError: for either.
+    """
+    if (start, stop) != (0, 1):
+        raise ValueError(f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of the two "
+                         "kinds is allowed")
+    if len(sigma_interval) != 2 or not 0 <= sigma_interval[0] <= sigma_interval[1]:
+        raise ValueError(f"sigma_interval={sigma_interval!r}: (low, high) with 0 <= low <= high is allowed")
+
+
 def _numbers(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     numbers = torch.as_tensor(scale, dtype=torch.float32)
     if numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
@@ -166,12 +170,16 @@ class Sum(Guidance):
 
     def score(self, step: Step) -> torch.Tensor:
         """The sum over the terms; `step.others` are the predictions for `conditions`."""
-        total, others = None, step.others
-        for term in self._terms:
-            mine, others = others[: len(term.conditions)], others[len(term.conditions) :]
-            score = term.score(replace(step, others=mine))
-            total = score if total is None else total + score
-        return torch.zeros_like(step.sample) if total is None else total
+        return total_score(self._terms, step)
+
+
+def total_score(terms: Sequence[Guidance], step: Step) -> torch.Tensor:
+    """The sum of the terms' scores; `step.others` are the predictions for the conditions of all."""
+    scores, others = [], step.others
+    for term in terms:
+        mine, others = others[: len(term.conditions)], others[len(term.conditions) :]
+        scores.append(term.score(replace(step, others=mine)))
+    return sum(scores[1:], scores[0]) if scores else torch.zeros_like(step.sample)
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,29 @@ import torch
 from .contract import Guidance, Scale, Step, check_evaluating
 
 
-class ClassifierFreeGuidance(Guidance):
+class NullGuidance(Guidance):
+    """`ClassifierFreeGuidance` of class labels, without its options.
+
+    Args:
+        null: the class label of no condition.
+    """
+
+    acts_on_noise = True
+
+    def __init__(self, null: int, scale: Scale):
+        super().__init__(scale)
+        self.conditions = ({"class_labels": torch.tensor([null])},)
+
+    def guided(self, step: Step) -> torch.Tensor:
+        """The predicted x0, away from what it is without the condition."""
+        return step.x0 + self.scale_at(step) * (step.x0 - step.others[0])
+
+    def score(self, step: Step) -> torch.Tensor:
+        x0 = torch.where(self.scale_at(step) == 0, step.x0, self.guided(step))  # off, for one image as for all
+        return step.level.score_shift(x0 - step.x0)
+
+
+class ClassifierFreeGuidance(NullGuidance):
     """Away from what the network predicts without the condition: adds `scale * (score(x_t | c) - score(x_t))`.
 
     Ho & Salimans 2022, "Classifier-free diffusion guidance", eq. 6, for a network that was trained with its condition
@@ -37,12 +59,10 @@ class ClassifierFreeGuidance(Guidance):
         ValueError: for other values.
     """
 
-    acts_on_noise = True
-
     def __init__(self, null: int | Mapping[str, Any], scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
                  sigma_interval: tuple[float, float] | None = None, rescale: float = 0.0,
                  threshold: float | None = None):
-        super().__init__(scale, start, stop, sigma_interval)
+        Guidance.__init__(self, scale, start, stop, sigma_interval)
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale={rescale!r}: 0 (off) to 1 is allowed")
         if threshold is not None and not 0 < threshold <= 1:
@@ -53,19 +73,17 @@ class ClassifierFreeGuidance(Guidance):
         self.rescale, self.threshold = rescale, threshold
         self.conditions = (dict(null) if isinstance(null, Mapping) else {"class_labels": torch.tensor([null])},)
 
-    def score(self, step: Step) -> torch.Tensor:
-        level, conditional, unconditional = step.level, step.x0, step.others[0]
-        x0 = conditional + self.scale_at(step) * (conditional - unconditional)
+    def guided(self, step: Step) -> torch.Tensor:
+        level, x0 = step.level, super().guided(step)
         dims = tuple(range(1, x0.ndim))
         if self.rescale and level.b:  # at a consistency model's boundary the output has no say
             output = level.output(step.sample, x0)
-            factor = level.output(step.sample, conditional).std(dims, keepdim=True) / output.std(dims, keepdim=True)
+            factor = level.output(step.sample, step.x0).std(dims, keepdim=True) / output.std(dims, keepdim=True)
             x0 = level.x0(step.sample, (self.rescale * factor + 1 - self.rescale) * output)
         if self.threshold is not None:
             s = x0.abs().flatten(1).quantile(self.threshold, dim=1).clamp(min=1).reshape(-1, *[1] * len(dims))
             x0 = x0.clamp(-s, s) / s
-        x0 = torch.where(self.scale_at(step) == 0, conditional, x0)  # off, for one image as for all
-        return level.score_shift(x0 - conditional)
+        return x0
 
 
 class ModelGuidance(Guidance):

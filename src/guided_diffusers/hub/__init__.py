@@ -1,6 +1,6 @@
 """Publishing: a trained folder becomes a repository on the Hub that loads anywhere, and comes back.
 
-    pipeline.push_to_hub("user/model")                 # ClassifierGuidedPipeline, NoiseAwareClassifier
+    pipeline.push_to_hub("user/model")                 # ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
     push("folder", "user/model")                       # guided-diffusers push FOLDER REPO
     pull("user/model", "folder")
 
@@ -26,6 +26,7 @@ import diffusers
 import torch
 
 from ..classifier import NoiseAwareClassifier
+from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES, check_index
 from . import alone
@@ -34,16 +35,18 @@ from .files import check_files, safetensors_header
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-LEFT_BEHIND = (".*", "__pycache__", "checkpoint-*", "logs", "latents", "samples-*.png", "*.partial")  # of training
+LEFT_BEHIND = (".*", "__pycache__", "checkpoint-*", "logs", "latents", "samples-*.png", "curves.png",
+               "*.partial")  # of training
 OF_THIS_MACHINE = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
                    "dataloader_num_workers", "latents_cache", "push_to_hub", "hub_model_id", "hub_private")
-Model = ClassifierGuidedPipeline | NoiseAwareClassifier
+Model = ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP
+PARTS = (NoiseAwareClassifier, NoiseAwareCLIP)
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None,
          revision: str | None = None, subfolder: str | None = None, variant: str | None = None,
          commit_message: str | None = None, create_pr: bool = False, **card: Any) -> CommitInfo:
-    """Publish a folder with a pipeline or a classifier; it is left as it is.
+    """Publish a folder with a pipeline, a classifier or a CLIP; it is left as it is.
 
     Args:
         repo_id: user/model; it is made if it isn't there.
@@ -71,8 +74,8 @@ def push_to_hub(self: Model, repo_id: str, commit_message: str | None = None, pr
     """Publish on the Hub, as `push` does a folder.
 
     Args:
-        figures: a folder whose figures (JSON) and example.png go along. None: the one that this was loaded from, where
-            it was a folder.
+        figures: a folder whose figures (JSON), pictures and README.md go along. None: the one that this was loaded
+            from, where it was a folder.
         max_shard_size: of a file of weights.
 
     Raises:
@@ -86,24 +89,26 @@ def push_to_hub(self: Model, repo_id: str, commit_message: str | None = None, pr
         if figures is not None and not source.is_dir():
             raise ValueError(f"figures={str(figures)!r} is no folder")
         for path in source.iterdir() if source.is_dir() else ():
-            if path.suffix in (".json", ".png") and not (folder / path.name).exists() and \
+            if path.name == "README.md" or path.suffix in (".json", ".png") and not (folder / path.name).exists() and \
                     not path.name.startswith(("samples-", "diffusion_pytorch_model")):
                 shutil.copy(path, folder)
         return push(folder, repo_id, private=private, token=token, revision=revision, subfolder=subfolder,
                     variant=variant, commit_message=commit_message, create_pr=create_pr, **card)
 
 
-# Two classes whose files can't import this: Diffusers' own method would send what nothing has looked at.
-ClassifierGuidedPipeline.push_to_hub = NoiseAwareClassifier.push_to_hub = push_to_hub
+# Classes whose files can't import this: Diffusers' own method would send what nothing has looked at.
+ClassifierGuidedPipeline.push_to_hub = NoiseAwareClassifier.push_to_hub = NoiseAwareCLIP.push_to_hub = push_to_hub
 
 
 def prepare(folder: Path, stage: Path, repo_id: str | None, variant: str | None = None, **card: Any) -> Model:
     """Put together in `stage` what is published of `folder`; the model in it.
 
+    A README.md that a person wrote or edited stays as it is; the card that `write_card` made is made anew.
+
     Raises:
-        ValueError: for a folder that is no pipeline or classifier, or with links that leave it.
+        ValueError: for a folder that is no pipeline, classifier or CLIP, or with links that leave it.
     """
-    from .model_card import write_card
+    from .model_card import is_ours, write_card
 
     kind = model_class(folder)
     for path in folder.rglob("*"):
@@ -123,8 +128,11 @@ def prepare(folder: Path, stage: Path, repo_id: str | None, variant: str | None 
     model = kind.from_pretrained(stage, variant=variant)
     model.save_code(stage)
     _join_figures(stage)
-    if not (stage / "README.md").exists():
+    if is_ours(stage / "README.md"):
         write_card(stage, model, repo_id, **card)
+    elif given := sorted(name for name in ("license", "datasets") if card.get(name)):
+        raise ValueError(f"{', '.join(given)}: {folder / 'README.md'} was written or edited by a person and stays as "
+                         "it is; say it there")
     return model
 
 
@@ -132,16 +140,18 @@ def model_class(folder: Path) -> type[Model]:
     """What the folder holds.
 
     Raises:
-        ValueError: if it is neither a pipeline nor a classifier.
+        ValueError: if it is neither a pipeline nor a classifier nor a CLIP.
     """
     if (folder / "model_index.json").is_file():
         return ClassifierGuidedPipeline
     if (config := folder / "config.json").is_file():
         name = json.loads(config.read_text()).get("_class_name")
-        if name == NoiseAwareClassifier.__name__:
-            return NoiseAwareClassifier
-        raise ValueError(f"{folder} holds a {name}; a ClassifierGuidedPipeline or a NoiseAwareClassifier is allowed")
-    raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a classifier (config.json)")
+        for cls in PARTS:
+            if name == cls.__name__:
+                return cls
+        raise ValueError(f"{folder} holds a {name}; a ClassifierGuidedPipeline, a NoiseAwareClassifier or a "
+                         "NoiseAwareCLIP is allowed")
+    raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a classifier or CLIP (config.json)")
 
 
 def _link_weights(source: str, target: str) -> None:
@@ -161,7 +171,7 @@ def _join_figures(stage: Path) -> None:
         figures = json.loads(metrics.read_text())
         if options.exists():
             figures["options"] = json.loads(options.read_text())
-        name = "classifier" if model_class(stage) is NoiseAwareClassifier else "unet"
+        name = {NoiseAwareClassifier: "classifier", NoiseAwareCLIP: "clip"}.get(model_class(stage), "unet")
         known = stage / "figures.json"
         joined = {name: figures, **(json.loads(known.read_text()) if known.exists() else {})}
         known.write_text(json.dumps(joined, indent=2) + "\n")
@@ -242,12 +252,17 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token
     """A repository as a folder, without pickles; broken off, it goes on where it was.
 
     Raises:
-        ValueError: for a model_index.json that names classes which are no models.
+        ValueError: for a file whose path leaves the folder, before anything is written, or a model_index.json that
+            names classes which are no models.
         OSError: for a broken file of weights; the message names it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    place = Path(snapshot_download(repo_id, revision=revision, token=token, local_dir=folder, allow_patterns=[
+    info = HfApi(token=token).model_info(repo_id, revision=revision)
+    for name in (file.rfilename for file in info.siblings or ()):
+        if "\\" in name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{repo_id} has a file {name!r}, whose path leaves the folder; nothing was written")
+    place = Path(snapshot_download(repo_id, revision=info.sha, token=token, local_dir=folder, allow_patterns=[
         f"*.{kind}" for kind in ("json", "txt", "safetensors", "md", "py", "png", "jpg", "jpeg", "webp")]))
     for path in place.rglob("*.safetensors"):
         safetensors_header(path)

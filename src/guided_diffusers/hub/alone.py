@@ -14,19 +14,32 @@ import torch
 
 
 def answer(model: Any) -> torch.Tensor:
-    """The images of a pipeline in two steps, or a classifier's logits, always the same on one machine."""
+    """The images of a pipeline in two steps, a classifier's logits, or a CLIP's, always the same on one machine."""
     generator = torch.Generator().manual_seed(0)
     if not hasattr(model, "unet"):
-        size = model.config.sample_size
-        shape = (2, model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        encoder = getattr(model, "image_encoder", model)
+        images = torch.randn((2, encoder.config.in_channels, *encoder.size), generator=generator)
         with torch.no_grad():
-            return model(torch.randn(shape, generator=generator), 0.5).logits
+            if encoder is model:
+                return model(images, 0.5).logits
+            tokens = tokens_of(model)
+            return torch.cat([model(images, 0.5, tokens).logits_per_image.flatten(), tokens.flatten()])
     call: dict[str, Any] = {"num_inference_steps": 2, "generator": generator, "output_type": "latent"}
     channels = model.unet.config.in_channels
     if channels in (2, 6):  # an up-sampling network's: it wants the small image beside the sample
         call["image"] = torch.zeros(1, channels // 2, 8, 8)
     model.set_progress_bar_config(disable=True)
     return model(0 if model.num_labels else None, **call).images
+
+
+def tokens_of(clip: Any) -> torch.Tensor:
+    """Ids of one caption, which also show that the tokenizer came along."""
+    config = clip.text_encoder.config
+    if clip.tokenizer is None:
+        return torch.tensor([[config.bos_token_id, config.eos_token_id]])
+    words = sorted(clip.tokenizer.get_vocab())[-4:]
+    return torch.tensor([clip.tokenizer(" ".join(words)).input_ids[: config.max_position_embeddings - 1]
+                         + [config.eos_token_id]])
 
 
 def main(folder: str, variant: str, threads: str, output: str) -> None:

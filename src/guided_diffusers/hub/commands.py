@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-FOLDER = "a folder with a pipeline or a classifier"
+FOLDER = "a folder with a pipeline, a classifier or a CLIP"
 
 
 def add_hub_commands(commands: Any) -> None:
