@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.cli import find_scheduler, main
+from guided_diffusers.cli import main
 from guided_diffusers.sampling import grid, image_generator, sample
+from guided_diffusers.sampling.loading import find_scheduler
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 
@@ -24,7 +25,7 @@ def pipeline() -> ClassifierGuidedPipeline:
     classifier = NoiseAwareClassifier(8, 1, 3, (8,), ("ResnetDownsampleBlock2D",), 1, attention_head_dim=8,
                                       norm_num_groups=4, id2label=NAMES)
     torch.nn.init.normal_(classifier.head[-1].out.weight)
-    return ClassifierGuidedPipeline(unet, DDIMScheduler(), classifier)
+    return ClassifierGuidedPipeline(unet, DDIMScheduler(clip_sample=False), classifier)
 
 
 @pytest.fixture(scope="module")

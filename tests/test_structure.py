@@ -14,12 +14,14 @@ import guided_diffusers
 PACKAGE = Path(guided_diffusers.__file__).parent
 ROOT = Path(__file__).parents[1]
 # what these may import of ours; the others stand beside the chain, and may import it
-ONLY = {"classifier": set(), "bundled": set(), "data": set(), "noise": set(), "guidance": {"noise"},
+ONLY = {"classifier": set(), "bundled": set(), "data": set(), "schedulers": set(), "noise": {"schedulers"},
+        "guidance": {"noise"},
         "preprocess": set(), "perceptual": {"noise", "guidance", "preprocess"}, "run": {"noise", "guidance"},
         "attach": {"noise", "guidance", "images", "run"}, "modular": {"guidance", "run"},
         "images": set(), "clip": {"classifier"},
-        "repository": set(), "source": set(),
-        "pipeline": {"noise", "guidance", "classifier", "images", "bundled", "repository"}}
+        "repository": {"source"}, "source": {"noise", "schedulers"},
+        "conditions": {"noise", "guidance"},
+        "pipeline": {"noise", "guidance", "conditions", "classifier", "images", "bundled", "repository"}}
 LAST = ("hub", "cli", "__main__")  # and nothing before one of these imports it
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..outputs import aside, require_matplotlib, write_json  # noqa: F401 - the last for its package
 
 CURVES = {"accuracy": "accuracy", "cross_entropy": "cross entropy (nats)", "ece": "expected calibration error",
           "gradient_norm": "sigma |gradient|", "cosine": "cosine of the gradient"}
@@ -20,38 +20,12 @@ COLUMNS = (("sigma/alpha", "sigma_over_alpha", ".3g"), ("t", "timestep", ".0f"),
            ("", "status", ""))
 
 
-def require_matplotlib() -> None:
-    """Raises:
-        ImportError: where matplotlib is missing, saying what to install.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'guided-diffusers[plots]'") from error
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The levels' main figures, a row a level."""
     cells = [[name for name, _, _ in COLUMNS]]
     cells += [[format(row[key], form) for _, key, form in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Under a temporary name, then moved into place; what is no number (an error of one image) is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-    os.replace(aside, path)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine: str = CURVES["cosine"]) -> None:
@@ -93,7 +67,5 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine:
         title += " (x: worse than silence)"
     if title:
         figure.suptitle(title, fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    with aside(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:])

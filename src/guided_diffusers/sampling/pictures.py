@@ -1,41 +1,14 @@
-"""Labels and a seed -> images: image i depends on the seed and i alone, whatever the batches."""
+"""Images as one picture."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil, isqrt, sqrt
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .guidance import Label
-from .pipeline import ClassifierGuidedPipeline
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of image `index` of the images of a seed; no two (seed, index) share a stream."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
-
-
-def sample(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label], seed: int = 0, batch_size: int = 64,
-           indices: Sequence[int] | None = None, **call: Any) -> Iterator[tuple[list[int], Any]]:
-    """Batches of (their indices, their images), image i with label `labels[i % len(labels)]`.
-
-    Args:
-        labels: ids, names or mixtures.
-        indices: which images to make; by default one a label, 0 to len(labels) - 1.
-        call: further arguments of the pipeline's call, such as `guidance_scale` and `output_type`.
-    """
-    indices = list(range(len(labels)) if indices is None else indices)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        generators = [image_generator(seed, i) for i in batch]
-        yield batch, pipeline([labels[i % len(labels)] for i in batch], generator=generators, **call).images
+from ..outputs import aside
 
 
 def grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, smallest: int = 84) -> Image.Image:
@@ -70,7 +43,5 @@ def _rows(count: int) -> int:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write under a temporary name, then move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    image.save(aside)
-    os.replace(aside, path)
+    with aside(path) as partial:
+        image.save(partial, Image.registered_extensions()[path.suffix.lower()])

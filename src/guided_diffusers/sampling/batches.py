@@ -1,0 +1,38 @@
+"""Batches of images whose labels and noise depend on the seed and the image's number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..guidance import Label
+from ..pipeline import ClassifierGuidedPipeline
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of image `index` of the images of a seed; no two (seed, index) share a stream."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def sample(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label], seed: int = 0, batch_size: int = 64,
+           indices: Sequence[int] | None = None, **call: Any) -> Iterator[tuple[list[int], Any]]:
+    """Batches of (their indices, their images), image i with label `labels[i % len(labels)]`.
+
+    An image's label and all its noise, a stochastic scheduler's too, depend on the seed and i alone. In a batch of
+    another size a network's sums are rounded otherwise: images then differ as float numbers do, and in a few pixels
+    after rounding to 8 bits.
+
+    Args:
+        labels: ids, names or mixtures.
+        indices: which images to make; by default one a label, 0 to len(labels) - 1.
+        call: further arguments of the pipeline's call, such as `guidance_scale` and `output_type`.
+    """
+    indices = range(len(labels)) if indices is None else indices
+    for start in range(0, len(indices), batch_size):
+        batch = list(indices[start : start + batch_size])
+        generators = [image_generator(seed, i) for i in batch]
+        yield batch, pipeline([labels[i % len(labels)] for i in batch], generator=generators, **call).images

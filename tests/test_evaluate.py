@@ -1,0 +1,502 @@
+"""`guided-diffusers evaluate` on tiny data sets and networks: what it reads, finds, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.cli import main
+from guided_diffusers.evaluation import (
+    Rows,
+    evaluate,
+    inception,
+    load_network,
+    of_classifier,
+    of_module,
+    open_generated,
+    open_real,
+)
+from guided_diffusers.evaluation.bits import process_of
+from guided_diffusers.losses import bits_per_dim
+from guided_diffusers.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
+from guided_diffusers.sampling import image_generator
+from guided_diffusers.sampling.shards import parquet
+
+NAMES = ["boot", "coat", "hat/cap"]
+
+
+def pixels(count: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Noisy squares, (N, 8, 8) uint8, bright where their label is."""
+    labels = [i % 3 for i in range(count)]
+    found = np.random.default_rng(seed).integers(0, 120, (count, 8, 8))
+    for i, label in enumerate(labels):
+        found[i, 2 * label : 2 * label + 3] += 100
+    return found.astype(np.uint8), labels
+
+
+def png(array: np.ndarray, path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path.read_bytes()
+
+
+def write(path: Path, form: str, count: int = 60, seed: int = 2) -> Path:
+    """Generated images in one of the forms of `guided-diffusers sample`."""
+    arrays, labels = pixels(count, seed)
+    pngs = [png(array, path / "pngs" / NAMES[label].replace("/", "-") / f"{i:06d}.png")
+            for i, (array, label) in enumerate(zip(arrays, labels, strict=True))]
+    match form:
+        case "npz":
+            np.savez(path / "samples.npz", arrays[..., None].repeat(3, 3), np.array(labels))
+            return path / "samples.npz"
+        case "parquet":
+            for shard in range(0, count, 25):
+                file = path / "shards" / "data" / f"train-{shard:05d}.parquet"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(parquet(pngs[shard : shard + 25], labels[shard : shard + 25], NAMES))
+            return path / "shards"
+    return path / "pngs"
+
+
+def judge_module(names: list[str] = NAMES) -> NoiseAwareClassifier:
+    torch.manual_seed(0)
+    found = NoiseAwareClassifier(8, 1, len(names), (8, 16), ("DownBlock2D",) * 2, 1, "conv", "default", 8, 4,
+                                 pool="adaptive", id2label=dict(enumerate(names)))
+    torch.nn.init.normal_(found.head[-1].weight)
+    return found.eval()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set `real` with 90 training and 50 test images, and the judge `judge`."""
+    place = tmp_path_factory.mktemp("evaluate")
+    for split, count, seed in (("train", 90, 0), ("test", 50, 1)):
+        arrays, labels = pixels(count, seed)
+        data = parquet([png(array, place / "x.png") for array in arrays], labels, NAMES)
+        (place / "real").mkdir(exist_ok=True)
+        (place / "real" / f"{split}-00000.parquet").write_bytes(data)
+    judge_module().save_pretrained(place / "judge")
+    return place
+
+
+def run(place: Path, images: Path | None, *arguments: str, judge: str | None = None) -> dict[str, Any]:
+    main(["evaluate", *([str(images)] if images else []), "--dataset", str(place / "real"), "--features",
+          judge or str(place / "judge"), "--output", str(place / "out"), "--quiet", "--device", "cpu", "--bootstrap",
+          "20", *arguments])
+    return json.loads((place / "out" / "evaluation.json").read_text())
+
+
+def stacked(images: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    items = list(images.read(0, len(images)))
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+def test_all_forms_are_read_alike(place: Path, tmp_path: Path) -> None:
+    found = {form: open_generated(write(tmp_path / form, form)) for form in ("imagefolder", "parquet", "npz")}
+    arrays, labels = pixels(60, 2)
+    expected = torch.from_numpy(arrays)[:, None].float() / 127.5 - 1
+    for form in ("parquet", "npz"):
+        images, got = stacked(found[form])
+        assert torch.allclose(images, expected.expand_as(images), atol=1e-6) and got.tolist() == labels, form
+    assert found["parquet"].shape == (1, 8, 8) and found["npz"].shape == (3, 8, 8)
+    images, got = stacked(found["imagefolder"])  # in the order of their folders
+    order = sorted(range(60), key=lambda i: (labels[i], i))
+    assert torch.allclose(images, expected[order], atol=1e-6) and got.tolist() == [labels[i] for i in order]
+    for images in found.values():  # from anywhere
+        assert [label for _, label in images.read(23, 53)] == [label for _, label in images.read(0, 60)][23:53]
+        assert torch.equal(next(images.read(41, 42))[0], list(images.read(0, 60))[41][0])
+
+
+def test_figures_are_those_of_the_judges_features(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Against the metrics of all features at once, computed here; the same for each form but for the images' order."""
+    module = judge_module()
+    seen: list[torch.Tensor] = []
+    module.head[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    generated = write(tmp_path, "parquet")
+    images, labels = stacked(open_generated(generated))
+    with torch.no_grad():
+        logits = module(images, 0).logits
+        module(stacked(open_real(str(place / "real"), (1, 8, 8)))[0], 0)
+    features, real = seen
+    found = run(place, generated, "--batch-size", "7")
+    value = {name: figure["value"] for name, figure in found["figures"].items()}
+    assert value["frechet_distance"] == pytest.approx(frechet_distance(real, features), rel=1e-5)
+    assert value["kernel_distance"] == pytest.approx(float(kernel_distance(real, features)), rel=1e-4)
+    assert (value["precision"], value["recall"]) == pytest.approx(precision_recall(real, features))
+    assert (value["density"], value["coverage"]) == pytest.approx(density_coverage(real, features))
+    right = logits.argmax(1) == labels
+    assert value["top_1"] == pytest.approx(float(right.double().mean()))
+    assert np.trace(found["confusion"]) == right.sum() and np.sum(found["confusion"]) == 60
+    for row in found["per_class"]:
+        mine, true = labels == row["label"], torch.arange(50) % 3 == row["label"]
+        assert row["name"] == NAMES[row["label"]] and row["images"] == 20
+        assert row["top_1"]["value"] == pytest.approx(float(right[mine].double().mean()))
+        distance = frechet_distance(real[true], features[mine])
+        assert row["frechet_distance"]["value"] == pytest.approx(distance, rel=1e-4)
+    for figure in found["figures"].values():
+        low, high = figure["interval"]
+        assert low <= figure["value"] <= high
+    assert found["settings"]["features"]["network"] == str(place / "judge")
+    assert found["settings"]["real"]["split"] == "test" and found["settings"]["images"]["count"] == 60
+    said = capsys.readouterr().out
+    assert "Frechet distance" in said and "FID" not in said and "hat/cap" in said
+    assert {one.name for one in (place / "out").iterdir()} == {"evaluation.json", "confusion.png", "nearest.png"}
+    assert Image.open(place / "out" / "confusion.png").size[0] > 300
+    assert Image.open(place / "out" / "nearest.png").size[0] > 10 * 80
+
+    for form in ("imagefolder", "npz"):
+        again = run(place, write(tmp_path / form, form))["figures"]
+        for name, figure in again.items():
+            assert figure["value"] == pytest.approx(value[name], rel=1e-3, abs=1e-6), name
+
+
+def test_options_have_an_effect(place: Path, tmp_path: Path) -> None:
+    generated = write(tmp_path, "parquet")
+    plain = run(place, generated)
+    few = run(place, generated, "--max-features", "30", "--bootstrap", "0", "--no-per-class", "--judge", "none",
+              "--training-split", "none", "--no-picture", "--split", "train")
+    assert few["figures"]["precision"]["images"] == 30 and few["figures"]["frechet_distance"]["images"] == 60
+    assert few["figures"]["frechet_distance"]["interval"] is None and few["per_class"] == []
+    assert few["confusion"] is None and "top_1" not in few["figures"] and few["settings"]["real"]["split"] == "train"
+    assert "memorised" not in few["figures"] and any("a sample of 30 of the 60" in note for note in few["notes"])
+    other = run(place, generated, "--seed", "5", "--confidence", "0.5", "--nearest", "10")
+    wide, narrow = (one["figures"]["precision"]["interval"] for one in (plain, other))
+    assert wide != narrow and other["figures"]["nearest_ratio"]["images"] == 10
+    assert plain["figures"]["precision"]["value"] == other["figures"]["precision"]["value"]
+
+
+def test_several_processes_give_the_same_figures(place: Path, tmp_path: Path) -> None:
+    generated = write(tmp_path, "parquet")
+    options = ["--max-features", "40", "--batch-size", "7", "--bits-per-dim", "5", "--model", str(tmp_path / "model")]
+    pipeline().save_pretrained(tmp_path / "model")
+    one = run(place, generated, *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+               "guided_diffusers", "evaluate", str(generated), "--dataset", str(place / "real"), "--features",
+               str(place / "judge"), "--output", str(tmp_path / "two"), "--quiet", "--device", "cpu", "--bootstrap",
+               "20", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Frechet distance") == 1  # one process says it
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert two["settings"].pop("processes") == 2 and one["settings"].pop("processes") == 1
+    assert alike(one, two)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Equal, numbers to rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == other if not isinstance(one, float) else one == pytest.approx(other, rel=1e-5, abs=1e-7)
+
+
+MEMORY = """
+import resource, sys, torch
+from guided_diffusers.evaluation import Rows, evaluate, of_classifier
+sys.path.insert(0, sys.argv[2])
+from test_evaluate import Drawn
+
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3))
+model.config = {"id2label": {0: "boot", 1: "coat", 2: "hat"}}
+judge = of_classifier(model)
+names = judge.names
+found = evaluate(Rows(Drawn(int(sys.argv[1]), 0), names), Rows(Drawn(600, 1), names), judge, judge,
+                 Rows(Drawn(int(sys.argv[1]), 2), names), max_features=500, nearest=100, bootstrap=2,
+                 per_class=False, progress=False, batch_size=500)
+assert found.figures["top_1"]["images"] == int(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+class Drawn:
+    """Items that are made when they are read."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        image = torch.linspace(0, 1e4 + i, 64).add(self.seed).sin().reshape(1, 8, 8)
+        return {"pixel_values": image, "label": i % 3}
+
+
+def test_memory_does_not_grow_with_the_number_of_images() -> None:
+    """Peaks of processes; the features of 18,000 more images would be 74 MB."""
+    peaks = []
+    for count in ("2000", "20000"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, count, str(Path(__file__).parent)], capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_copied_training_images_are_found(place: Path) -> None:
+    """A third of the generated images are training images."""
+    training, held_out = (open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test"))
+    copied = [{"pixel_values": image, "label": label} for image, label in training.read(30, 50)]
+    arrays, labels = pixels(40, 7)
+    fresh = [{"pixel_values": torch.from_numpy(array)[None].float() / 127.5 - 1, "label": label}
+             for array, label in zip(arrays, labels, strict=True)]
+    judge = of_classifier(judge_module())
+    found = evaluate(Rows(fresh + copied, judge.names), held_out, judge, None, training, bootstrap=20, progress=False)
+    assert {(one.generated, one.training) for one in found.pairs} <= {(40 + i, 30 + i) for i in range(20)}
+    assert len(found.pairs) == 10 and all(one.distance < 1e-5 for one in found.pairs)
+    assert all(torch.equal(*one.images) for one in found.pairs)
+    assert found.figures["memorised"]["value"] >= 1 / 3 and found.figures["memorised"]["real"] <= 0.02
+    none = evaluate(Rows(fresh, judge.names), held_out, judge, None, training, bootstrap=20, progress=False)
+    assert none.figures["memorised"]["value"] < 0.1
+    assert 0.7 < none.figures["nearest_ratio"]["value"] < 1.4 and found.figures["nearest_ratio"]["value"] < \
+        none.figures["nearest_ratio"]["value"]
+    of_itself = evaluate(Rows(fresh, judge.names), training, judge, None, training, bootstrap=5, progress=False)
+    assert "nearest_ratio" not in of_itself.figures or of_itself.figures["nearest_ratio"]["value"] > 100
+
+
+def test_a_collapsed_model_is_not_diverse(place: Path) -> None:
+    judge = of_classifier(judge_module())
+    real = open_real(str(place / "real"), (1, 8, 8))
+    arrays, labels = pixels(3, 9)
+    same = [{"pixel_values": torch.from_numpy(arrays[i % 3])[None].float() / 127.5 - 1, "label": i % 3}
+            for i in range(30)]
+    found = evaluate(Rows(same, judge.names), real, judge, bootstrap=5, progress=False).figures
+    assert found["relative_diversity"]["value"] < 1e-3 and found["coverage"]["value"] < 0.5
+    alike_ = evaluate(real, real, judge, bootstrap=5, progress=False).figures
+    assert alike_["relative_diversity"]["value"] == pytest.approx(1)
+    assert alike_["frechet_distance"]["value"] == pytest.approx(0, abs=1e-8)
+
+
+def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
+    """A judge that numbers them otherwise gives the same accuracy; folders are named as they can be."""
+    generated, names = write(tmp_path, "imagefolder"), [NAMES[2], NAMES[0], NAMES[1]]
+    module, other = judge_module(), judge_module(names)
+    other.head[-1].weight.data = module.head[-1].weight.data[[2, 0, 1]]
+    other.head[-1].bias.data = module.head[-1].bias.data[[2, 0, 1]]
+    other.save_pretrained(tmp_path / "other")
+    first, second = run(place, generated), run(place, generated, judge=str(tmp_path / "other"))
+    assert first["figures"]["top_1"] == second["figures"]["top_1"]
+    assert second["classes"] == names and 0 < first["figures"]["top_1"]["value"] < 1
+    assert {row["name"]: row["frechet_distance"]["value"] for row in first["per_class"]} == pytest.approx(
+        {row["name"]: row["frechet_distance"]["value"] for row in second["per_class"]})
+
+
+def test_what_was_found_of_real_images_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generated, options = write(tmp_path, "parquet"), ("--cache", str(tmp_path / "cache"), "--training-split", "none")
+    first = run(place, generated, *options)
+    (kept,) = (tmp_path / "cache").iterdir()
+    seen: list[int] = []
+    before = Rows.read
+    monkeypatch.setattr(Rows, "read", lambda self, start, stop: seen.append(stop - start) or before(self, start, stop))
+    assert run(place, generated, *options) == first
+    assert 50 not in seen and 60 not in seen  # shards of 25, and one image for its features' width
+    run(place, generated, *options, "--seed", "1")
+    assert 50 in seen and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_networks_of_transformers(place: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+                       patch_size=4, num_channels=1, id2label=dict(enumerate(NAMES)))
+    processor = ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.25])
+    for name, cls in (("judge", ViTForImageClassification), ("features", ViTModel)):
+        cls(config).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    images, _ = stacked(open_real(str(place / "real"), (1, 8, 8)))
+    pixel_values = ((images + 1) / 2 - 0.5) / 0.25
+    with torch.no_grad():
+        features, logits = load_network(tmp_path / "judge")(images)
+        model = ViTForImageClassification.from_pretrained(tmp_path / "judge")
+        assert torch.allclose(logits, model(pixel_values).logits, atol=1e-5)
+        assert torch.allclose(features, model.vit(pixel_values).last_hidden_state[:, 0], atol=1e-5)
+        features, logits = load_network(tmp_path / "features")(images)
+        expected = ViTModel.from_pretrained(tmp_path / "features")(pixel_values).pooler_output
+        assert torch.allclose(features, expected, atol=1e-5) and logits is None
+    found = run(place, write(tmp_path, "parquet"), "--judge", str(tmp_path / "judge"), judge=str(tmp_path / "features"))
+    assert found["settings"]["judge"]["network"] == str(tmp_path / "judge") and "top_1" in found["figures"]
+
+
+def test_only_features_of_inception_make_an_fid(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for torch-fidelity's class, which needs 90 MB of weights."""
+    images = open_real(str(place / "real"), (1, 8, 8))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"pip install 'guided-diffusers\[inception\]'"):
+        load_network("inception")
+
+    class Published(torch.nn.Module):
+        def __init__(self, name: str, features: list[str], weights: str):
+            super().__init__()
+            assert features == ["2048", "logits_unbiased"]
+            self.weight = torch.nn.Parameter(torch.load(weights, weights_only=True))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8)
+            return x.flatten(1)[:, :8].float(), x.flatten(1).repeat(1, 6)[:, :1008].float() / 50
+
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Published
+    package = types.ModuleType("torch_fidelity")
+    package.feature_extractor_inceptionv3 = module
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save(torch.zeros(1), tmp_path / "weights.pth")
+    network = inception(tmp_path / "weights.pth")
+    found = evaluate(images, images, network, bootstrap=5, progress=False)
+    assert found.figures["frechet_distance"]["name"] == "FID" and "Inception score" in str(found)
+    grey, _ = pixels(50, 1)
+    assert torch.equal(network(stacked(images)[0])[0], torch.from_numpy(grey).flatten(1)[:, :8].float())
+    other = evaluate(images, images, of_module(torch.nn.Flatten()), bootstrap=5, progress=False)
+    assert other.figures["frechet_distance"]["name"] == "Frechet distance" and "class_score" not in other.figures
+
+
+def pipeline() -> ClassifierGuidedPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                       block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, num_class_embeds=4)
+    return ClassifierGuidedPipeline(unet, DDIMScheduler(num_train_timesteps=6, beta_end=0.5),
+                                    id2label=dict(enumerate(reversed(NAMES))))
+
+
+def test_bits_per_dimension(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The bound of the images themselves, told the network's ids of their labels."""
+    pipeline().save_pretrained(tmp_path / "model")
+    found = run(place, None, "--bits-per-dim", "10", "--model", str(tmp_path / "model"), "--batch-size", "4")
+    images, labels = stacked(open_real(str(place / "real"), (1, 8, 8)))
+    model = pipeline()
+    expected = bits_per_dim(model.unet.eval(), process_of(model), images[::5], 2 - labels[::5],
+                            generator=[image_generator(0, i) for i in range(10)])
+    bits = found["bits_per_dimension"]
+    assert bits["total"]["value"] == pytest.approx(float(expected["total"].mean()), rel=1e-6)
+    assert bits["prior"] + sum(row["bound"] for row in bits["terms"]) == pytest.approx(bits["total"]["value"])
+    assert [row["timestep"] for row in bits["terms"]] == list(range(6))
+    assert [row["x0_mse"] for row in bits["terms"]] == pytest.approx(expected["x0_mse"].mean(0).tolist(), rel=1e-5)
+    low, high = bits["total"]["interval"]
+    assert low < bits["total"]["value"] < high and bits["images"] == 10
+    assert "bits per dimension" in capsys.readouterr().out
+    assert Image.open(place / "out" / "bits_per_dim.png").size[0] > 900
+
+
+def broken(tmp_path: Path, how: str) -> Path:
+    """Generated images with something wrong."""
+    form = "npz" if "npz" in how else "parquet" if "Parquet" in how else "imagefolder"
+    path = write(tmp_path, form)
+    match how:
+        case "an unreadable picture":
+            file = next(path.rglob("*.png"))
+            file.write_bytes(file.read_bytes()[:60])
+        case "no picture":
+            next(path.rglob("*.png")).write_text("not found")
+        case "another size":
+            png(np.zeros((9, 9), np.uint8), next(path.rglob("000031.png")))
+        case "a truncated Parquet shard":
+            file = sorted(path.rglob("*.parquet"))[1]
+            file.write_bytes(file.read_bytes()[:-100])
+        case "a damaged Parquet shard":
+            file = sorted(path.rglob("*.parquet"))[2]
+            start = pyarrow.parquet.read_metadata(file).row_group(0).column(0).data_page_offset
+            data = bytearray(file.read_bytes())
+            data[start : start + 40] = bytes(40)
+            file.write_bytes(data)
+        case "a truncated npz":
+            path.write_bytes(path.read_bytes()[:-500])
+        case "a damaged npz":
+            data = bytearray(path.read_bytes())
+            data[4000] ^= 1
+            path.write_bytes(data)
+        case "an npz of floats":
+            np.savez(path, np.zeros((20, 8, 8, 3)))
+        case "an npz of fewer labels":
+            np.savez(path, np.zeros((20, 8, 8, 3), np.uint8), np.zeros(19, int))
+        case "an npz without labels":
+            np.savez(path, pixels(20, 2)[0][..., None])
+        case "too few in an npz":
+            np.savez(path, pixels(5, 2)[0][..., None], np.arange(5) % 3)
+        case "an npz of unknown labels":
+            np.savez(path, pixels(20, 2)[0][..., None], np.arange(20))
+        case "an unfinished run":
+            (path / "manifest.json").write_text('{"complete": false}')
+        case "a manifest of more":
+            (path / "manifest.json").write_text('{"complete": true, "num_images": 61}')
+        case "no manifest":
+            (path / "manifest.json").write_text('{"complete": tr')
+    return path
+
+
+@pytest.mark.parametrize("how, message", [
+    ("an unreadable picture", r"row \d+ \(.*png\) can't be read"),
+    ("no picture", r"row \d+ \(.*png\) can't be read"),
+    ("another size", "that of row 30 is 9 by 9, others are 8 by 8"),
+    ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is cut short"),
+    ("a damaged Parquet shard", r"train-00050.parquet can't be read; it is damaged"),
+    ("a truncated npz", "samples.npz can't be read; it is cut short"),
+    ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
+    ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),
+    ("an npz of fewer labels", r"\(19,\) labels, which don't fit"),
+    ("an npz without labels", "judge: the generated images have no labels"),
+    ("too few in an npz", "5 generated images: at least 6 are needed"),
+    ("an npz of unknown labels", "labels .* are there, and ids 0 to 2 are known"),
+    ("an unfinished run", "isn't complete, as its manifest says"),
+    ("a manifest of more", "has 60 images, its manifest says 61"),
+    ("no manifest", "manifest.json can't be read"),
+])
+def test_broken_images_are_named_and_nothing_is_written(place: Path, tmp_path: Path, how: str, message: str) -> None:
+    output = tmp_path / "none"
+    with pytest.raises(SystemExit, match=message):
+        run(place, broken(tmp_path, how), "--judge", str(place / "judge"), "--output", str(output))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--judge", "OTHER"], r"the generated images have the labels \['coat'\], which the judge .*other hasn't.*: "
+                           "a judge with other classes can't judge them"),
+    (["--split", "valid"], r"split 'valid' isn't there; it has \['test', 'train'\]"),
+    (["--training-split", "test"], "--training-split test: it is that of the real images"),
+    (["--bootstrap", "-1"], "bootstrap=-1: at least 0"),
+    (["--max-features", "5"], "max_features=5: at least 6"),
+    (["--nearest", "0"], "nearest=0"),
+    (["--batch-size", "0"], "batch_size=0"),
+    (["--confidence", "1"], "confidence=1.0: a share between 0 and 1"),
+    (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: both or neither"),
+    (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),
+    (["--features", "imagenet"], r"model 'imagenet' is not bundled; allowed: \['fashion-mnist'\]"),
+    (["--dataset", "DAMAGED"], "dataset: .* can't be read"),
+])
+def test_wrong_arguments(place: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    judge_module(["boot", "scarf", "hat/cap"]).save_pretrained(tmp_path / "other")
+    pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "damaged").mkdir()
+    data = (place / "real" / "test-00000.parquet").read_bytes()
+    (tmp_path / "damaged" / "test.parquet").write_bytes(data[: len(data) // 2])
+    filled = [str(tmp_path / one.lower()) if one.isupper() else one for one in arguments]
+    with pytest.raises(SystemExit, match=message):
+        run(place, write(tmp_path, "parquet"), *filled)
+
+
+def test_other_refusals(place: Path) -> None:
+    real = open_real(str(place / "real"), (1, 8, 8))
+    judge, flat = of_classifier(judge_module()), of_module(torch.nn.Flatten())
+    with pytest.raises(ValueError, match=r"the generated images have the shape \(3, 8, 8\)"):
+        evaluate(Rows([{"pixel_values": torch.zeros(3, 8, 8), "label": 0}] * 9), real, judge)
+    with pytest.raises(ValueError, match="judge: Flatten is no classifier"):
+        evaluate(real, real, flat, flat)
+    with pytest.raises(FloatingPointError, match="Flatten gives features or logits that are not finite"):
+        evaluate(Rows([{"pixel_values": torch.full((1, 8, 8), np.nan), "label": 0}] * 9), real, flat, progress=False)
+    with pytest.raises(ValueError, match=r"Identity gives \(1, 1, 8, 8\) for 1 images; \(B, D\)"):
+        evaluate(real, real, of_module(torch.nn.Identity()), progress=False)
+    with pytest.raises(SystemExit, match="a network must be named"):
+        main(["evaluate", str(place / "real"), "--dataset", str(place / "real"), "--images-split", "train", "--quiet"])

@@ -1,0 +1,474 @@
+"""Sampling at scale: the same files for any processes, restarts and accidents; what is refused, and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+from PIL import Image
+from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
+
+from guided_diffusers import ClassifierGuidedPipeline, outputs
+from guided_diffusers.sampling import sample, sample_to_folder, shards
+from guided_diffusers.sampling.manifest import commit, differences, unique_names, weights_hash
+from guided_diffusers.sampling.shards import Shards
+
+FORMATS = ("imagefolder", "parquet", "npz")
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(pipeline: ClassifierGuidedPipeline, tmp_path: Path) -> Make:  # noqa: F811
+    """Ten images in four shards of two batches each, into a folder of that name."""
+    def function(name: str, **changed: Any) -> Any:
+        return sample_to_folder(pipeline, [0, "coat", "7"], tmp_path / name, **{
+            "num_images": 10, "batch_size": 2, "shard_size": 3, "num_inference_steps": 2, "progress": False,
+            **changed})
+
+    return function
+
+
+def files(folder: Path) -> dict[str, bytes]:  # noqa: F811
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Crash(BaseException):
+    """As a kill: nothing catches it."""
+
+
+@contextmanager
+def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """The process dies when it moves a file into place for the time number `after`; what it wrote is left."""
+    move, count = os.replace, 0
+
+    def replace(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise Crash
+        move(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Crash):
+            yield
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full: no file of this process may become larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The same images
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_run_that_dies_at_any_moment_goes_on(format: str, make: Make, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"format": format, "num_images": 5, "num_inference_steps": 1}
+    make("whole", **settings)
+    whole, moved = files(tmp_path / "whole"), 0
+    while True:
+        try:
+            with dying(monkeypatch, after=moved):
+                make("parts", **settings)
+        except pytest.fail.Exception:  # it lived
+            break
+        before = set(files(tmp_path / "parts"))
+        assert sum(name.endswith(".partial") for name in before) == 1
+        images = {".shards/00000.json": 3, ".shards/00001.json": 2, ".shards/samples.json": 5}
+        made = make("parts", **settings)
+        assert made.images == 5 and made.before == min(5, sum(images.get(name, 0) for name in before))
+        assert files(tmp_path / "parts") == whole, f"killed at file {moved}"
+        shutil.rmtree(tmp_path / "parts")
+        moved += 1
+    assert moved == {"imagefolder": 5 + 2 + 3, "parquet": 2 + 2 + 3, "npz": 2 + 2 + 2 + 3}[format]  # 3: the manifest
+
+
+def test_killed_again_and_again(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start makes one shard, and dies."""
+    make("whole")
+    for _ in range(3):
+        with dying(monkeypatch, after=6):
+            make("parts")
+    made = make("parts")
+    assert made.before == 9 and files(tmp_path / "parts") == files(tmp_path / "whole")
+    again = make("parts")
+    assert again.before == 10 and files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_other_batches_and_shards_make_the_same_images(format: str, make: Make, tmp_path: Path,
+                                                       pipeline: ClassifierGuidedPipeline) -> None:  # noqa: F811
+    """As `sample` makes them one by one, up to rounding; in the order of their numbers."""
+    expected = [np.asarray(image, int) for i in range(10) for _, images in sample(
+        pipeline, [0, 1, 2], 0, 1, [i], num_inference_steps=2) for image in images]
+    for name, sizes in {"a": {}, "b": {"batch_size": 3, "shard_size": 7}, "c": {"batch_size": 4, "shard_size": 99}
+                        }.items():
+        make(name, format=format, **sizes)
+        found, labels = read(tmp_path / name, format)
+        assert labels == [i % 3 for i in range(10)]
+        assert np.abs(found - np.stack(expected)).max() <= 1
+
+
+def read(place: Path, format: str) -> tuple[np.ndarray, list[int]]:
+    """Images (N, H, W) and labels by the libraries that users have."""
+    if format == "npz":
+        content = np.load(place / "samples.npz")
+        assert content["arr_0"].dtype == np.uint8 and content["arr_0"].shape == (10, 8, 8, 3)
+        assert (content["arr_0"] == content["arr_0"][..., :1]).all()  # grey
+        return content["arr_0"][..., 0].astype(int), content["arr_1"].tolist()
+    cache = place.with_name(place.name + "-cache")
+    if format == "parquet":
+        rows = datasets.load_dataset(str(place), cache_dir=str(cache))["train"]
+        assert rows.features["label"].names == list(NAMES.values())
+        return np.stack([np.asarray(row["image"], int) for row in rows]), rows["label"][:]
+    rows = datasets.load_dataset("imagefolder", data_dir=str(place), cache_dir=str(cache))["train"]
+    numbers = [int(Path(row["image"].filename).stem) for row in rows]
+    ids = {name: i for i, name in NAMES.items()}
+    found = sorted(zip(numbers, rows, strict=True), key=lambda pair: pair[0])
+    assert sorted(numbers) == list(range(10))
+    return (np.stack([np.asarray(row["image"], int) for _, row in found]),
+            [ids[rows.features["label"].names[row["label"]]] for _, row in found])
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_an_image_has_its_own_noise_in_every_step(scheduler: type, pipeline: ClassifierGuidedPipeline,  # noqa: F811
+                                                  ) -> None:
+    stochastic = ClassifierGuidedPipeline(pipeline.unet, scheduler.from_config(pipeline.scheduler.config),
+                                          pipeline.classifier)
+    stochastic.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "latent"}
+    together = [image for _, images in sample(stochastic, [0, 1], 3, 4, range(4), **call) for image in images]
+    alone = [image for _, images in sample(stochastic, [0, 1], 3, 1, range(4), **call) for image in images]
+    other = [image for _, images in sample(stochastic, [0, 1], 4, 1, range(4), **call) for image in images]
+    for one, another, different in zip(together, alone, other, strict=True):
+        torch.testing.assert_close(one, another, atol=1e-4, rtol=1e-4)
+        assert (one - different).abs().max() > 0.1
+
+
+def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProcess:  # noqa: F811
+    """By two processes, with a time limit, and nothing left behind."""
+    launcher = ("accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+                "--dynamo_backend no --main_process_port 0 --num_cpu_threads_per_process 1")
+    line = [sys.executable, "-m", *launcher.split(), "-m", "guided_diffusers", "sample", "--model", folder, "--label",
+            "all", "--device", "cpu", "--num-images", "10", "--batch-size", "2", "--shard-size", "3",
+            "--num-inference-steps", "2", "--format", "parquet", "--output", str(output), *more]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def test_two_processes_make_what_one_makes_also_after_one_failed(folder: str, tmp_path: Path) -> None:  # noqa: F811
+    in_the_way = tmp_path / "two" / "data" / "train-00001-of-00004.parquet"  # of the second process
+    run(folder, "--label", "all", "--num-images", "10", "--batch-size", "2", "--shard-size", "3",
+        "--num-inference-steps", "2", "--format", "parquet", "--output", str(tmp_path / "two"), "--device", "cpu")
+    whole = files(tmp_path / "two")
+    for path in [*(tmp_path / "two" / "data").iterdir(), *(tmp_path / "two" / ".shards").iterdir()]:
+        path.unlink()
+    in_the_way.mkdir()
+    failed = launched(folder, tmp_path / "two")
+    assert failed.returncode != 0 and f"{in_the_way} can't be written: Is a directory" in failed.stderr
+    in_the_way.rmdir()
+    there = len(list((tmp_path / "two" / ".shards").iterdir()))
+    assert there < 4 and json.loads((tmp_path / "two" / "manifest.json").read_text())["complete"] is False
+    second = launched(folder, tmp_path / "two")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("10 images of boot, coat, 7 (DDIMScheduler, seed 0) in ") == 1  # of the main process
+    assert files(tmp_path / "two") == whole
+
+
+# What is broken, refused, full
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize(("format", "name"), [
+    ("imagefolder", "coat/000004.png"), ("parquet", "data/train-00002-of-00004.parquet"), ("npz", "samples.npz"),
+    ("npz", ".shards/00001.npy"), ("imagefolder", ".shards/00002.json"),
+])
+def test_a_broken_file_is_made_again(format: str, name: str, damage: Callable[[Path], None], make: Make, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make("whole", format=format) and files(tmp_path / "whole")
+    if name.endswith(".npy"):  # there before they are joined
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Shards, "_join", lambda *_: (_ for _ in ()).throw(Crash))
+            make("parts", format=format)
+    else:
+        make("parts", format=format)
+    damage(tmp_path / "parts" / name)
+    said: list[str] = []
+    monkeypatch.setattr(shards.logger, "warning", said.append)
+    made = make("parts", format=format)
+    assert files(tmp_path / "parts") == whole
+    if damage is flip_a_bit and name.endswith(".json"):
+        return  # it may still be read, as another size or name, or not
+    assert made.before == {"samples.npz": 0}.get(name, 7)
+    if not (damage is Path.unlink and name.endswith(".json")):  # else it looks as if it was never written
+        reason = {cut: "has .* bytes of ", flip_a_bit: "isn't as it was written", Path.unlink: "No such file"}[damage]
+        assert len(said) == 1 and re.search("made again: .*" + ("" if name.endswith(".json") else reason), said[0])
+
+
+def test_broken_images_make_the_folder_incomplete_until_they_are_there(make: Make, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    make("a")
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"] is True
+    (tmp_path / "a" / "boot" / "000000.png").unlink()
+    with dying(monkeypatch, after=1):
+        make("a")
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"] is False
+
+
+def test_a_run_of_other_settings_is_refused(make: Make, pipeline: ClassifierGuidedPipeline,  # noqa: F811
+                                            tmp_path: Path) -> None:
+    make("a", guidance_scale=2.0)
+    before = files(tmp_path / "a")
+    for changed, message in (({"seed": 1}, "seed is 0, here 1"), ({"num_images": 11}, "num_images is 10, here 11"),
+                             ({"guidance_scale": 3.0}, "guidance_scale is 2.0, here 3.0"),
+                             ({"batch_size": 1, "eta": 0.5}, "batch_size is 2, here 1; eta is None, here 0.5"),
+                             ({"format": "npz"}, "format is imagefolder, here npz"),
+                             ({"revision": "b" * 40, "model": "user/b"}, "model is .*; revision is sha")):
+        with pytest.raises(ValueError, match=r"manifest.json is of a run with other settings.*: " + message + ".*Use"):
+            make("a", **{"guidance_scale": 2.0, **changed})
+    pipeline.scheduler.register_to_config(beta_end=0.03)
+    try:
+        with pytest.raises(ValueError, match="scheduler.beta_end is 0.02, here 0.03"):
+            make("a", guidance_scale=2.0)
+    finally:
+        pipeline.scheduler.register_to_config(beta_end=0.02)
+    weight = next(pipeline.unet.parameters()).data.view(-1)
+    weight[0] += 1e-3
+    try:
+        with pytest.raises(ValueError, match="revision is sha256:.*, here sha256:"):
+            make("a", guidance_scale=2.0)
+    finally:
+        weight[0] -= 1e-3
+    assert files(tmp_path / "a") == before
+
+
+def test_a_folder_of_something_else_is_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a" / "cats").mkdir(parents=True)
+    (tmp_path / "a" / "cats" / "1.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="a is in use and has no manifest.json"):
+        make("a")
+    assert files(tmp_path / "a") == {"cats/1.png": b"mine"}
+    make("b")
+    (tmp_path / "b" / "manifest.json").write_text('{"seed": 0, "num_im')
+    before = files(tmp_path / "b")
+    with pytest.raises(ValueError, match="b/manifest.json can't be read .*another folder is allowed"):
+        make("b")
+    assert files(tmp_path / "b") == before
+
+
+def test_wrong_arguments_of_python(make: Make, tmp_path: Path) -> None:
+    for changed, message in (({"num_images": 0}, "num_images=0: at least 1"), ({"shard_size": 0}, "shard_size=0: at"),
+                             ({"batch_size": 4}, "batch_size=4: at most shard_size=3 is allowed"),
+                             ({"format": "zip"}, "format='zip': imagefolder, parquet, npz are allowed")):
+        with pytest.raises(ValueError, match=message):
+            make("a", **changed)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--output", "x.png", "--format", "npz"], "--format npz: --output x.png is a picture"),
+    (["--output", "x.png", "--shard-size", "9"], "--shard-size 9: --output x.png is a picture"),
+    (["--output", "x", "--shard-size", "0"], "--shard-size 0: at least 1"),
+    (["--output", "x", "--batch-size", "9", "--shard-size", "3"], "batch_size=9: at most shard_size=3"),
+    (["--output", "x", "--diagnostics", "y.txt"], "y.txt: a name that ends with .json, .png"),
+    (["--output", "x", "--revision", "v1"], "--revision v1: only a model of the Hub has revisions"),
+])
+def test_wrong_arguments_of_the_program(arguments: list[str], message: str, folder: str, tmp_path: Path,  # noqa: F811
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        run(folder, "--label", "all", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused_what_is_for_one(folder: str, tmp_path: Path,  # noqa: F811
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments, message in ((["--output", "x.png"], "a picture is made by one process"),
+                               (["--output", "x", "--diagnostics", "y.json"], "--diagnostics: only one process"),
+                               (["--output", "x", "--device", "cuda:1"], "each has its own; cuda is allowed")):
+        with pytest.raises(SystemExit, match=message):
+            run(folder, "--label", "all", *arguments)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_a_full_disk_loses_nothing(format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("whole", format=format)
+    shard = {"parquet": "data/train-00001-of-00004.parquet", "npz": ".shards/00001.npy"}[format]
+    with dying(monkeypatch, after=3):  # the manifest twice, the first shard, but not its note
+        make("parts", format=format)
+    make_rest, before = make, files(tmp_path / "parts")
+    first = {name for name in before if not name.endswith(".partial") and "manifest" not in name}
+    assert len(first) == 1
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{shard} can't be written: File too large"):
+        writes = Shards.write
+
+        def write(self: Shards, number: int, content: list) -> None:
+            with files_of_at_most(10**6 if number == 0 else 100):
+                writes(self, number, content)
+
+        patch.setattr(Shards, "write", write)
+        make_rest("parts", format=format)
+    there = files(tmp_path / "parts")
+    assert ".shards/00000.json" in there and shard not in there and not [n for n in there if n.endswith(".partial")]
+    if format == "npz":  # all shards fit, what they are put together to doesn't
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="samples.npz can't be written: File too"):
+            join = Shards._join
+
+            def smaller(self: Shards, path: Path) -> None:
+                with files_of_at_most(1000):
+                    join(self, path)
+
+            patch.setattr(Shards, "_join", smaller)
+            make("parts", format=format)
+        assert sum(name.endswith(".npy") for name in files(tmp_path / "parts")) == 4
+    assert make("parts", format=format).before == (10 if format == "npz" else 3)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_the_program_says_that_the_disk_is_full_in_a_line(folder: str, tmp_path: Path) -> None:  # noqa: F811
+    limited = files_of_at_most(60)
+    with limited, pytest.raises(SystemExit, match=r"^guided-diffusers sample: .*manifest.json can't be written: File"):
+        run(folder, "--label", "all", "--output", str(tmp_path / "a"))
+    assert files(tmp_path / "a") == {}
+
+
+# What it is made of
+
+
+def test_an_archive_is_joined_in_little_memory(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    written = Shards(tmp_path, "npz", ["a", "b"], [0, 1], 1900, 100)
+    parts = [draw.integers(0, 256, (min(100, 1900 - first), 32, 32, 3), np.uint8) for first in range(0, 1900, 100)]
+    for number, part in enumerate(parts):
+        written.write(number, list(part))
+    tracemalloc.start()
+    written.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5e6 < sum(part.nbytes for part in parts) / 2
+    with np.load(tmp_path / "samples.npz") as content:
+        assert np.array_equal(content["arr_0"], np.concatenate(parts))
+        assert np.array_equal(content["arr_1"], np.arange(1900) % 2)
+    assert sorted(files(tmp_path)) == [".shards/samples.json", "samples.npz"]
+
+
+def test_names_of_folders_stay_in_the_folder_and_apart(tmp_path: Path) -> None:
+    names = unique_names({0: "crane", 1: "..", 2: "a/b", 3: "crane", 4: ".hidden", 5: ""}, 7)
+    assert names == ["crane 0", "..", "a/b", "crane 3", ".hidden", "", "6"]
+    written = Shards(tmp_path / "out", "imagefolder", names, range(7), 7, 7)
+    assert written.folders == ["crane 0", "-.", "a-b", "crane 3", "-hidden", "-", "6"]
+    written.write(0, [b"x"] * 7)
+    assert len(list((tmp_path / "out").glob("*/00000?.png"))) == 7
+
+
+def test_the_hash_of_a_model_is_that_of_its_content(pipeline: ClassifierGuidedPipeline, folder: str) -> None:  # noqa: F811
+    loaded = ClassifierGuidedPipeline.from_pretrained(folder)
+    assert weights_hash(loaded) == weights_hash(pipeline)
+    next(loaded.classifier.parameters()).data.view(-1)[-1] += 1e-4
+    assert weights_hash(loaded) != weights_hash(pipeline)
+
+
+def test_the_manifest_names_the_commit_of_a_model_of_the_hub(folder: str, tmp_path: Path,  # noqa: F811
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a cache as the Hub's client leaves it, offline."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--user--boots"
+    for reference, commit_hash in (("main", "a" * 40), ("v1", "b" * 40)):
+        shutil.copytree(folder, repository / "snapshots" / commit_hash)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / reference).write_text(commit_hash)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    for more, expected in (([], "a" * 40), (["--revision", "v1"], "b" * 40)):
+        run("user/boots", "--label", "boot", "--num-images", "1", "--output", expected, *more)
+        manifest = json.loads(Path(expected, "manifest.json").read_text())
+        assert (manifest["model"], manifest["revision"]) == ("user/boots", expected)
+    with pytest.raises(SystemExit, match=f"revision is {'b' * 40}, here {'a' * 40}"):
+        run("user/boots", "--label", "boot", "--num-images", "1", "--output", "b" * 40)
+    assert commit(folder) is commit("fashion-mnist") is None
+
+
+def test_differences() -> None:
+    one, other = {"a": 1, "b": {"c": [1], "d": 2}}, {"a": 1, "b": {"c": [2]}, "e": 0}
+    assert list(differences(one, other)) == [("b.c", [1], [2]), ("b.d", 2, None), ("e", None, 0)]
+    assert not list(differences(one, one))
+
+
+def test_progress_is_said_unless_it_is_turned_off(make: Make, capsys: pytest.CaptureFixture) -> None:
+    make("a", progress=True)
+    said = capsys.readouterr().err
+    assert "10/10" in said and "image/s" in said and "00:00<" in said and "2/2" not in said  # no bar a batch
+    make("a", progress=True)
+    assert "checking" in capsys.readouterr().err
+    make("b")
+    assert not capsys.readouterr().err
+
+
+def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> None:
+    outputs.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
+    with pytest.raises(ValueError, match="mine"), outputs.aside(tmp_path / "x.json") as partial:
+        partial.write_text("half")
+        raise ValueError("mine")
+    assert files(tmp_path) == {"x.json": b'{\n  "a": [\n    1.0,\n    null\n  ]\n}\n'}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/x.json can't be written"):
+        outputs.write_json({}, tmp_path / "file" / "x.json")
+
+
+def test_a_label_that_is_a_mixture_is_refused(make: Make, pipeline: ClassifierGuidedPipeline,  # noqa: F811
+                                              tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one label an image is allowed"):
+        sample_to_folder(pipeline, [{"boot": 0.5, "coat": 0.5}], tmp_path / "x", 2)
+
+
+def test_pictures_are_as_they_were(folder: str, tmp_path: Path) -> None:  # noqa: F811
+    """The images of a picture are those of a folder."""
+    run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one.jpg"))
+    run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one.png"))
+    run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one"))
+    with Image.open(tmp_path / "one.png") as picture, Image.open(tmp_path / "one" / "boot" / "000000.png") as image:
+        assert picture.size == (80, 80) and picture.resize((8, 8), 0).convert("L").tobytes() == image.tobytes()
