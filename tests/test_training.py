@@ -189,7 +189,8 @@ def test_figures_are_of_the_saved_model(train: Callable[..., Path], place: Simpl
         assert row["ece"] == pytest.approx(sum(gaps), abs=2e-4) and "gap 0" not in row
     assert json.loads((folder / "diagnosis.json").read_text())["levels"] == json.loads(json.dumps(
         diagnose(model, loop.LabelledImages(splits["test"], resolution=8), images=9, gradient_images=32,
-                 batch_size=4, progress=False).levels))
+                 batch_size=4, finite_differences=False, progress=False).levels))
+    assert "finite_difference_error" not in json.loads((folder / "diagnosis.json").read_text())["levels"][0]
     assert "nowhere" in capsys.readouterr().out  # three steps teach nothing
     assert not (train("classifier", "--max_train_steps 1", "off") / "diagnosis.json").exists()
     curves = PILImage.open(folder / "curves.png")
@@ -574,6 +575,32 @@ def test_tensorboard_gets_losses_and_figures(train: Callable[..., Path]) -> None
     assert [event.step for event in events.Scalars("loss")] == [10, 20]
     assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
     assert [event.step for event in events.Scalars("accuracy/t=49")] == [10, 20]
+
+
+def test_a_tracker_goes_on_where_the_run_does(train: Callable[..., Path]) -> None:
+    """What was logged after the checkpoint that a run goes on from is logged again, and only that counts."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    line = "--max_train_steps 5 --checkpointing_steps 2 --checkpoints_total_limit 0 --report_to tensorboard"
+    folder = train("classifier", line)
+    shutil.rmtree(folder / "checkpoint-4")
+    run = (folder / "tracker_run").read_text()
+    train("classifier", line + " --resume_from_checkpoint latest")
+    events = accumulator.EventAccumulator(str(next((folder / "logs").rglob("events.out*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 5]
+    assert (folder / "tracker_run").read_text() == run
+
+
+def test_a_resume_that_would_lose_something_is_refused(train: Callable[..., Path]) -> None:
+    """Steps that were made, and checkpoints of the folder that another folder's run would go on over."""
+    line = "--checkpointing_steps 2 --checkpoints_total_limit 0 --max_train_steps "
+    first, other = train("classifier", line + "4", "first"), train("classifier", line + "2", "other")
+    for rest, message in (
+            ("2 --resume_from_checkpoint latest", "--max_train_steps 2: .*checkpoint-4 has made 4 steps"),
+            (f"4 --resume_from_checkpoint {other / 'checkpoint-2'}", "first has others, up to checkpoint-4"),
+            (f"4 --resume_from_checkpoint {first / 'checkpoint-2'}", "has others")):
+        with pytest.raises(SystemExit, match=message):
+            train("classifier", line + rest, "first")
+    assert sorted(path.name for path in first.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_progress_bar_can_be_off(train: Callable[..., Path], capfd: pytest.CaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """Put a trained network, classifier, judge and noise-aware CLIP into one folder, as the package ships them.
 
-    python training/bundle.py --unet out/fashion-mnist-unet --classifier out/fashion-mnist-classifier \\
+    python training/bundle.py --unet out/fashion-mnist-unet --classifier out/recipes/plain \\
         --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip \\
         --output src/guided_diffusers/bundled/fashion-mnist
 

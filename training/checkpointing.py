@@ -153,9 +153,8 @@ def find_checkpoints(options: Options) -> list[Path]:
     if not (Path(asked) / MANIFEST).is_file():
         raise ValueError(f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
                          f"{[str(path) for path in there]} are allowed")
-    known = [path.resolve() for path in there]
-    if Path(asked).resolve() in known[:-1]:
-        raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has newer ones, up to "
+    if there and Path(asked).resolve() != there[-1].resolve():
+        raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has others, up to "
                          f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
                          "--output_dir")
     return [Path(asked)]

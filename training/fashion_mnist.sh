@@ -25,6 +25,9 @@ python training/train_classifier.py --train_data_dir data/fashion-mnist --resolu
     --checkpointing_steps 250 --validation_steps 1000 --validation_samples 5000 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-classifier"
 
+# The bundled one goes on from there, to a learning rate of 0.
+OUT="$OUT" sh training/recipes.sh plain
+
 # The judge: other weights, another architecture, clean images only. It is never used for guidance.
 python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 2 --random_flip \
     --model_config_name_or_path training/configs/fashion_mnist_judge.json --max_timestep 0 \
@@ -42,5 +45,5 @@ python training/train_clip.py --train_data_dir data/fashion-mnist --resolution 2
     --checkpointing_steps 250 --validation_steps 500 \
     --resume_from_checkpoint latest --output_dir "$OUT/fashion-mnist-clip"
 
-python training/bundle.py --unet "$OUT/fashion-mnist-unet" --classifier "$OUT/fashion-mnist-classifier" \
+python training/bundle.py --unet "$OUT/fashion-mnist-unet" --classifier "$OUT/recipes/plain" \
     --judge "$OUT/fashion-mnist-judge" --clip "$OUT/fashion-mnist-clip" --output "$OUT/fashion-mnist"

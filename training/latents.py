@@ -91,6 +91,10 @@ class LatentImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def label(self, index: int) -> int:
+        """The label of a row whose latents aren't read."""
+        return self.images.label(index)
+
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, item)
         file, row = opened(self.files[index // SHARD]), index % SHARD

@@ -251,6 +251,9 @@ class Run:
         if accelerator.is_main_process:
             for path in refused:
                 os.replace(path, path.with_name(f"{path.name}.refused-{uuid4().hex[:8]}"))
+        if self.progress.step > self.steps:
+            raise ValueError(f"--max_train_steps {self.steps}: {checkpoint} has made {self.progress.step} steps; as "
+                             "many or more are allowed")
         accelerator.step = self.progress.step * self.passes  # a process that is new has no state to load it from
         accelerator.print(f"goes on from {checkpoint}")
 
@@ -366,8 +369,17 @@ class Run:
             for half in self.folder.glob("checkpoint-*.partial"):  # of a run that was killed
                 shutil.rmtree(half)
             write_json(self.folder / "options.json", settings)
-            self.accelerator.init_trackers(self.folder.resolve().name, {k: str(v) for k, v in settings.items()})
+            self._open_trackers({name: str(value) for name, value in settings.items()})
         self.accelerator.wait_for_everyone()
+
+    def _open_trackers(self, settings: dict[str, str]) -> None:
+        """They go on with the same run from the checkpoint's step, without what was logged after it."""
+        number = self.folder / "tracker_run"
+        if not number.exists():
+            number.write_text(uuid4().hex)
+        own = {"tensorboard": {"purge_step": self.progress.step + 1},
+               "wandb": {"id": number.read_text(), "resume": "allow"}}
+        self.accelerator.init_trackers(self.folder.resolve().name, settings, own)
 
     def _check_and_log(self, value: torch.Tensor, bar: tqdm, weights: bool) -> None:
         mean = self.accelerator.reduce(value, "mean").item()
@@ -472,7 +484,7 @@ def held_out_figures(
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Leave together, after the main process has saved.
+    """Leave together, after the main process has saved; what it does alone afterwards keeps nobody waiting.
 
     A thread of gloo may need the GIL to let go of the last reduction's tensors. A process that leaves at once destroys
     its process group with the GIL held, and waits for that thread for ever (seen with torch 2.13).

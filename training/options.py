@@ -10,12 +10,13 @@ from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFo
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import DDPMScheduler, ModelMixin
 from latents import Autoencoder, LatentImages
 from streaming import StreamedImages, load_streams
@@ -28,6 +29,7 @@ AnyModel = TypeVar("AnyModel", bound=ModelMixin)
 Images = LabelledImages | LatentImages | StreamedImages
 
 
+PATIENCE = timedelta(hours=2)  # of processes that wait while one alone reads a dataset, a checkpoint, or diagnoses
 AT_LEAST_1 = {"resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
               "max_train_steps", "validation_samples", "checkpointing_steps", "shuffle_buffer"}
 AT_LEAST_0 = {"random_shift", "seed", "learning_rate", "lr_warmup_steps", "adam_beta1", "adam_beta2",
@@ -226,6 +228,7 @@ def make_accelerator(options: Options) -> Accelerator:
     try:
         accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu, log_with=options.report_to,
                                   gradient_accumulation_steps=options.gradient_accumulation_steps,
+                                  kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
                                   project_config=project)
     except ValueError as error:
         raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error

@@ -53,16 +53,20 @@ DEFAULT = {"block_out_channels": [64, 128, 192, 256], "layers_per_block": 2, "at
 
 
 @dataclass
-class ClassifierOptions(PublishedOptions, RecipeOptions):
+class NoisyOptions(PublishedOptions):
     max_timestep: int | None = option(
         None, "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
               "and 0 for a classifier of clean images")
-    diagnosis_images: int = option(500, "held-out images by which every evaluation says whether it is fit to guide; 0: "
-                                        "off")
     adam_weight_decay: float = option(0.05, "AdamW's weight decay")
 
 
-def trained_schedule(options: ClassifierOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
+@dataclass
+class ClassifierOptions(NoisyOptions, RecipeOptions):
+    diagnosis_images: int = option(500, "held-out images by which every evaluation says whether it is fit to guide; 0: "
+                                        "off")
+
+
+def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
     """The noise levels trained on, in `DDPMScheduler`'s words.
 
     Raises:
@@ -98,7 +102,7 @@ def write_diagnosis(options: ClassifierOptions, accelerator: Accelerator, model:
     plain = NoiseAwareClassifier.from_config(model.config)
     plain.load_state_dict(model.state_dict())
     found = diagnose(plain.to(accelerator.device).eval(), held_out, images=options.diagnosis_images,
-                     gradient_images=32, batch_size=options.train_batch_size, progress=False)
+                     gradient_images=32, batch_size=options.train_batch_size, finite_differences=False, progress=False)
     if options.vae is not None:  # latents have no range
         found = replace(found, mismatches=())
     found.save(options.output_dir, picture=find_spec("matplotlib") is not None)
@@ -147,8 +151,9 @@ def main() -> None:
     model = run.train(recipe, evaluate)
     if accelerator.is_main_process:
         model.save_pretrained(options.output_dir)
-        publish(options, model)
     finish(accelerator)
+    if accelerator.is_main_process:
+        publish(options, model)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from options import explained, load_data, load_scheduler, make_accelerator, make
 from publishing import publish
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from train_classifier import DEFAULT, ClassifierOptions, trained_schedule
+from train_classifier import DEFAULT, NoisyOptions, trained_schedule
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from guided_diffusers import NoiseAwareClassifier
@@ -46,7 +46,7 @@ CANDIDATES = 99  # captions of others that an image is compared with
 
 
 @dataclass
-class ClipOptions(ClassifierOptions):
+class ClipOptions(NoisyOptions):
     caption_column: str | None = option(None, "column of the captions: strings, or lists of strings of which one is "
                                               "drawn each time")
     captions: str | None = option(
@@ -311,8 +311,9 @@ def main() -> None:
     model = run.train(loss, evaluate)
     if accelerator.is_main_process:
         model.save_pretrained(options.output_dir)
-        publish(options, model)
     finish(accelerator)
+    if accelerator.is_main_process:
+        publish(options, model)
 
 
 if __name__ == "__main__":

@@ -281,8 +281,9 @@ def main() -> None:
     if accelerator.is_main_process:
         pipeline = ClassifierGuidedPipeline(unet=model, scheduler=saved_scheduler, vae=vae, id2label=names)
         pipeline.save_pretrained(options.output_dir)
-        publish(options, pipeline)
     finish(accelerator)
+    if accelerator.is_main_process:
+        publish(options, pipeline)
 
 
 if __name__ == "__main__":

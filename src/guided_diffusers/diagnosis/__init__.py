@@ -93,7 +93,7 @@ class Diagnosis:
 def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: SchedulerMixin | None = None, *,
              unet: torch.nn.Module | None = None, vae: torch.nn.Module | None = None,
              reference: Reference | None = None, images: int = 1000, gradient_images: int = 64, levels: int = 10,
-             seed: int = 0, batch_size: int = 64, progress: bool = True) -> Diagnosis:
+             seed: int = 0, batch_size: int = 64, finite_differences: bool = True, progress: bool = True) -> Diagnosis:
     """Measure a classifier on held-out images at the noise levels of a sampling run, and judge it.
 
     Args:
@@ -107,6 +107,7 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
         gradient_images: of these; gradients cost more.
         levels: in the middles of so many equal parts of the run, and at its last step.
         seed: of the choice of images and their noise.
+        finite_differences: check the gradient by them, which takes many passes of a copy in float64 on the CPU.
         progress: show a progress bar.
 
     Raises:
@@ -126,7 +127,7 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
     if reference is None and unet is not None and null == classes:
         reference, cosine_to = network_reference(unet, run, null), "the network's own"
 
-    measured = Measured(places)
+    measured = Measured(places, finite_differences)
     device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(classifier, unet, vae), \
             tqdm(total=len(order), unit="image", disable=not progress) as bar:
@@ -136,7 +137,7 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
             bar.update(len(some))
 
     rows = measured.rows(log_prior, TrainedSchedule(schedule_config(classifier)), seed, reference is not None)
-    if (error := max(row["finite_difference_error"] for row in rows)) > 0.01:
+    if (error := max((row["finite_difference_error"] for row in rows if finite_differences), default=0.0)) > 0.01:
         found.append(f"the gradient differs from finite differences by {error:.1%}: its precision is too low, or "
                      "something detaches it")
     if vae is None:
@@ -176,8 +177,9 @@ def _verdict(rows: list[dict[str, Any]], measured: Measured, run: SamplingRun, c
 class Measured:
     """What the classifier said of the images so far, at each place."""
 
-    def __init__(self, places: Sequence[Place]):
+    def __init__(self, places: Sequence[Place], finite_differences: bool):
         self.places, self.low, self.high = places, float("inf"), float("-inf")
+        self.finite_differences = finite_differences
         self.labels: list[torch.Tensor] = []
         self.logits: list[list[torch.Tensor]] = [[] for _ in places]
         self.gradients: list[list[dict[str, torch.Tensor]]] = [[] for _ in places]
@@ -199,7 +201,7 @@ class Measured:
             if count:
                 given = x0[:count], eps[:count], label[:count], place
                 self.gradients[k].append(gradients(*given, generators[:count]))
-            if not self.labels:
+            if self.finite_differences and not self.labels:
                 self.errors.append(gradients.difference_error(*given, generators[0]))
         self.labels.append(label.cpu())
 
@@ -222,7 +224,9 @@ class Measured:
             row = {"fraction": place.fraction, "timestep": place.timestep, "sigma_over_alpha": place.ratio,
                    "classifier_timestep": schedule.timestep(place.level), "beyond": schedule.beyond(place.level) < 1,
                    **level_figures(logits[k], label, log_prior, image_generator(seed, k)),
-                   **_gradient_figures(self.gradients[k]), "finite_difference_error": self.errors[k]}
+                   **_gradient_figures(self.gradients[k])}
+            if self.finite_differences:
+                row["finite_difference_error"] = self.errors[k]
             rows.append({**row, "status": status(row, compared)})
         return rows
 
