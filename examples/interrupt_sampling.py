@@ -16,23 +16,21 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 
 def command(options: argparse.Namespace, folder: Path, processes: int = 1, batch_size: int | None = None) -> list[str]:
     """A run that makes the folder, or goes on with it."""
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher += ["--cpu", "--num_cpu_threads_per_process", "1"] if options.device == "cpu" else []
-    launcher += ["--multi_gpu"] if options.device != "cpu" else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = ["-m", "guided_diffusers", "sample", "--model", options.model, "--label", "all", "--device",
                options.device, "--num-images", str(options.num_images), "--num-inference-steps",
                str(options.num_inference_steps), "--format", options.format, "--batch-size",
@@ -55,11 +53,22 @@ def run(line: list[str], log: Path, until: tuple[Path, int, float] | None = None
             time.sleep(0.01)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
         process.wait()
     if process.returncode:
         raise SystemExit(f"sampling failed:\n{log.read_text()[-3000:]}")
     return False
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL a process and all that it started, also in sessions of their own, as torch's launcher does."""
+    launcher = psutil.Process(pid)
+    launcher.suspend()  # it starts nothing meanwhile
+    everyone = [*launcher.children(recursive=True), launcher]
+    for one in everyone:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone, timeout=10)
 
 
 def done(folder: Path) -> int:

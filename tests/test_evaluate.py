@@ -29,10 +29,11 @@ from guided_diffusers.evaluation import (
     open_real,
 )
 from guided_diffusers.evaluation.bits import process_of
+from guided_diffusers.evaluation.images import matched
 from guided_diffusers.losses import bits_per_dim
 from guided_diffusers.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
 from guided_diffusers.sampling import image_generator
-from guided_diffusers.sampling.shards import parquet
+from guided_diffusers.sampling.shards import Shards, parquet
 
 NAMES = ["boot", "coat", "hat/cap"]
 
@@ -294,6 +295,27 @@ def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
         {row["name"]: row["frechet_distance"]["value"] for row in second["per_class"]})
 
 
+@pytest.mark.parametrize("names", [["boot"], ["bullet train", "test", "boot"]])
+def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
+    """Also an only one, and those that are called as a split is."""
+    written = Shards(tmp_path, "imagefolder", names, [i % len(names) for i in range(6)], 6, 6)
+    written.write(0, [written.encoded(Image.new("L", (8, 8), 10 * i)) for i in range(6)])
+    written.finish()
+    (tmp_path / "manifest.json").write_text('{"complete": true, "num_images": 6}')
+    images, labels = stacked(found := open_generated(tmp_path))
+    numbers = ((images[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()
+    assert sorted(numbers) == list(range(6))
+    assert [found.names[label] for label in labels.tolist()] == [names[i % len(names)] for i in numbers]
+
+
+def test_labels_of_one_name_stay_apart() -> None:
+    wanted = {0: "crane", 1: "a/b", 2: "crane", 3: "c/d", 4: "c/d"}
+    assert matched(wanted, wanted, "x", "y") == {i: i for i in range(5)}
+    assert matched({0: "a-b", 1: "c-d 3", 2: "c/d 4", 3: "crane 0", 4: "crane 2"}, wanted, "x", "y") == {
+        0: 1, 1: 3, 2: 4, 3: 0, 4: 2}
+    assert matched({0: "crane 2", 1: "crane"}, {0: "crane", 1: "crane 2", 2: "crane"}, "x", "y")[0] == 1
+
+
 def test_what_was_found_of_real_images_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generated, options = write(tmp_path, "parquet"), ("--cache", str(tmp_path / "cache"), "--training-split", "none")
     first = run(place, generated, *options)
@@ -305,6 +327,8 @@ def test_what_was_found_of_real_images_is_kept(place: Path, tmp_path: Path, monk
     assert 50 not in seen and 60 not in seen  # shards of 25, and one image for its features' width
     run(place, generated, *options, "--seed", "1")
     assert 50 in seen and len(list((tmp_path / "cache").iterdir())) == 2
+    assert open_real(str(place / "real"), (1, 8, 8)).description.items() >= {  # which the kept file's name is made of
+        "image_column": "image", "label_column": "label"}.items()
 
 
 def test_networks_of_transformers(place: Path, tmp_path: Path) -> None:

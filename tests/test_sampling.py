@@ -7,17 +7,18 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
@@ -26,6 +27,7 @@ from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pip
 
 from guided_diffusers import ClassifierGuidedPipeline, outputs
 from guided_diffusers.sampling import sample, sample_to_folder, shards
+from guided_diffusers.sampling.commands import team
 from guided_diffusers.sampling.manifest import commit, differences, unique_names, weights_hash
 from guided_diffusers.sampling.shards import Shards
 
@@ -172,8 +174,7 @@ def test_an_image_has_its_own_noise_in_every_step(scheduler: type, pipeline: Cla
 
 def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProcess:  # noqa: F811
     """By two processes, with a time limit, and nothing left behind."""
-    launcher = ("accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-                "--dynamo_backend no --main_process_port 0 --num_cpu_threads_per_process 1")
+    launcher = "torch.distributed.run --standalone --nproc_per_node 2"
     line = [sys.executable, "-m", *launcher.split(), "-m", "guided_diffusers", "sample", "--model", folder, "--label",
             "all", "--device", "cpu", "--num-images", "10", "--batch-size", "2", "--shard-size", "3",
             "--num-inference-steps", "2", "--format", "parquet", "--output", str(output), *more]
@@ -181,10 +182,12 @@ def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProce
     try:
         out, err = process.communicate(timeout=300)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        if process.poll() is None:  # torch's launcher starts processes in sessions of their own
+            launched_by = psutil.Process(process.pid)
+            launched_by.suspend()
+            for one in [*launched_by.children(recursive=True), launched_by]:
+                one.kill()
+            process.wait()
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
@@ -204,6 +207,7 @@ def test_two_processes_make_what_one_makes_also_after_one_failed(folder: str, tm
     second = launched(folder, tmp_path / "two")
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("10 images of boot, coat, 7 (DDIMScheduler, seed 0) in ") == 1  # of the main process
+    assert " by 2 processes: " in second.stdout
     assert files(tmp_path / "two") == whole
 
 
@@ -321,6 +325,19 @@ def test_wrong_arguments_of_the_program(arguments: list[str], message: str, fold
     with pytest.raises(SystemExit, match=message):
         run(folder, "--label", "all", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_do_not_find_each_other_are_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(size, "2")
+    state = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    with pytest.raises(ValueError, match="says that 2 processes were started, and 1 found each other"):
+        team("cpu")
+    state.num_processes = 2
+    assert team("cpu") is team(None) is state
+    with pytest.raises(ValueError, match="--device cuda: the processes were given cpu"):
+        team("cuda")
 
 
 def test_several_processes_are_refused_what_is_for_one(folder: str, tmp_path: Path,  # noqa: F811

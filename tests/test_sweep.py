@@ -392,8 +392,10 @@ def test_started_again_it_measures_what_is_missing(swept: Path, model: Path, dat
     assert new == {"ddim-2-steps-scale-3.json", "ddim-2-steps-scale-3.png"}
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert "ddim, 4 steps" in (swept / "report.md").read_text()  # what was there is in the report
-    with pytest.raises(SystemExit, match="other settings .num_images was 12, is 13"):
-        main(arguments(model, data, swept, "--num-images", "13"))
+    for more, was in ((["--num-images", "13"], "num_images was 12, is 13"),
+                      (["--batch-size", "4"], "batch_size was 5, is 4")):
+        with pytest.raises(SystemExit, match=f"other settings .{was}"):
+            main(arguments(model, data, swept, *more))
 
 
 def test_a_killed_sweep_goes_on(swept: Path, model: Path, data: Path, tmp_path: Path) -> None:
@@ -451,6 +453,7 @@ def test_arguments_have_an_effect(swept: Path, model: Path, data: Path, tmp_path
     assert "judge: none" in (tmp_path / "seed" / "report.md").read_text()
     settings = json.loads((tmp_path / "dtype" / "points" / "ddim-2-steps-scale-2.json").read_text())["settings"]
     assert settings["dtype"] == "bfloat16" and settings["weights"].startswith("sha256:")
+    assert settings["device"] == "cpu" and settings["batch_size"] == 5
 
 
 def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
@@ -458,10 +461,16 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
     unlabelled.mkdir()
     for i in range(8):
         Image.new("L", (8, 8), 20 * i).save(unlabelled / f"{i}.png")
+    few = tmp_path / "few"
+    for name, i in itertools.product(list(NAMES.values())[:2], range(2)):
+        (few / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(few / name / f"{i}.png")
     small_classifier(id2label={0: "cat", 1: "dog", 2: "crow"}).save_pretrained(tmp_path / "other")
     for more, message in ((["--schedulers", "nonsense"], "scheduler 'nonsense' is unknown"),
                           (["--scales", "-1"], "scales: -1.0 isn't allowed"),
                           (["--num-images", "3"], "num_images=3: at least"),
+                          (["--max-features", "5"], "max_features=5: at least 6"),
+                          (["--reference", str(few)], "has 4 images; at least 6"),
                           (["--reference", str(unlabelled)], "has no labels"),
                           (["--judge", str(tmp_path / "other")], "other classes")):
         with pytest.raises(SystemExit, match=re.escape(message)):

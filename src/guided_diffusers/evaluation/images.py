@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..data import CorruptImage, LabelledImages, load_splits
+from ..sampling.manifest import unique_names
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Item = tuple[torch.Tensor, int]  # (C, H, W) in [-1, 1], and its label's id or -1
@@ -65,7 +66,9 @@ def open_generated(path: str | Path, split: str | None = None, image_column: str
         found = Shards(shards, image_column, label_column)
     else:
         pictures = split is None and any(one.suffix.lower() in PICTURES for one in shown)
-        splits = _loaded(lambda: datasets.load_dataset("imagefolder", data_dir=str(folder)) if pictures
+        # of ours every folder is a label, also an only one, or one that is called as a split is
+        ours = {"data_files": {"train": "**"}, "drop_labels": False} if manifest else {}
+        splits = _loaded(lambda: datasets.load_dataset("imagefolder", data_dir=str(folder), **ours) if pictures
                          else load_splits(str(path)), "images", str(path))
         if split is None and len(splits) > 1:
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one")
@@ -92,7 +95,8 @@ def open_real(dataset: str, shape: tuple[int, int, int], split: str | None = Non
         raise ValueError(f"dataset: its images are in colour, the generated ones have {shape[0]} channel")
     data = LabelledImages(rows, image_column, label_column, shape[1], center_crop=True, channels=shape[0])
     found = Rows(data, data.id2label, data.label_column is not None)
-    found.description |= {"dataset": dataset, "split": split, "resolution": shape[1], "fingerprint": rows._fingerprint}
+    found.description |= {"dataset": dataset, "split": split, "resolution": shape[1], "fingerprint": rows._fingerprint,
+                          "image_column": data.image_column, "label_column": data.label_column}
     return found
 
 
@@ -316,16 +320,21 @@ class Arrays:
 
 
 def matched(names: Mapping[int, str], wanted: Mapping[int, str], whose: str, other: str) -> dict[int, int]:
-    """{id: id in `wanted`} of labels of the same name, as it is or as a folder's name can have it.
+    """{id: id in `wanted`} of labels of the same name, as it is or as a folder of `guided-diffusers sample` has it.
+
+    Where several of `wanted` have that name, a label keeps its id if that is one of them.
 
     Raises:
         ValueError: for names that `wanted` hasn't.
     """
-    ids = {_as_folder(name): i for i, name in wanted.items()} | {name: i for i, name in wanted.items()}
+    apart = unique_names(wanted, max(wanted, default=-1) + 1)
+    own = {name: i for i, name in wanted.items()}
+    ids = {_as_folder(name): i for name, i in own.items()} | {
+        form: i for i in wanted for form in (_as_folder(apart[i]), apart[i])} | own
     if missing := [name for name in names.values() if name not in ids]:
         raise ValueError(f"{whose} have the labels {missing[:10]}, which {other} hasn't; it has "
                          f"{list(wanted.values())[:20]}")
-    return {i: ids[name] for i, name in names.items()}
+    return {i: i if wanted.get(i) == name else ids[name] for i, name in names.items()}
 
 
 def _as_folder(name: str) -> str:

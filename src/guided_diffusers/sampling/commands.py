@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from datetime import timedelta
@@ -112,7 +111,7 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
-    several, picture = int(os.environ.get("WORLD_SIZE", 1)) > 1, options.output.suffix.lower() in PICTURES
+    several, picture = world_size() > 1, options.output.suffix.lower() in PICTURES
     for name in ("format", "shard_size"):
         if picture and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: --output {options.output} is a "
@@ -127,13 +126,21 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError("--diagnostics: only one process is allowed, which sees all images")
 
 
+def world_size() -> int:
+    """How many processes a launcher says it started, torch's or one of MPI; 1 without."""
+    from accelerate.utils import get_int_from_env
+
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
 def team(device: str | None) -> PartialState | None:
     """The processes that a launcher started, where there are several.
 
     Raises:
-        ValueError: for a device with a number, which they would all use.
+        ValueError: for a device with a number, which they would all use; for processes that don't find each other, or
+            have another device.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if (started := world_size()) == 1:
         return None
     import torch
     from accelerate import PartialState
@@ -142,7 +149,13 @@ def team(device: str | None) -> PartialState | None:
         raise ValueError(f"--device {device}: with several processes each has its own; {device.partition(':')[0]} is "
                          "allowed")
     # they wait for the slowest; where one died, the launcher ends the others
-    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    if state.num_processes != started:
+        raise ValueError(f"the environment says that {started} processes were started, and {state.num_processes} found "
+                         "each other; start them with torchrun, accelerate launch or mpirun")
+    if device is not None and state.device.type != device:
+        raise ValueError(f"--device {device}: the processes were given {state.device.type}")
+    return state
 
 
 def device_of(device: str | None, processes: PartialState | None) -> Any:
@@ -210,4 +223,5 @@ def make_folder(pipeline: ClassifierGuidedPipeline, labels: list[int], count: in
     if made.before:
         print(f"{made.before} of {count} images were there", file=sys.stderr)
     rate = f", {(count - made.before) / made.seconds:.1f} images/s" if count > made.before else ""
-    return f"in {made.seconds:.1f} s{rate}"
+    shared = f" by {processes.num_processes} processes" if processes is not None else ""
+    return f"in {made.seconds:.1f} s{rate}{shared}"

@@ -29,6 +29,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..evaluation import Bootstrap, Images, Network, Settings, common_labels, open_real, summarise
+from ..evaluation.figures import COVERAGE_K
 from ..outputs import require_matplotlib
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling.manifest import weights_hash
@@ -81,7 +82,7 @@ def sweep(pipeline: ClassifierGuidedPipeline, reference: str, output: str | Path
     require_matplotlib()
     wanted = _wanted(pipeline, scales, schedulers, steps, intervals)
     for name, value, least in (("num_images", num_images, 10), ("batch_size", batch_size, 1),
-                               ("bootstrap", bootstrap, 2)):
+                               ("bootstrap", bootstrap, 2), ("max_features", max_features, COVERAGE_K + 1)):
         if value < least:
             raise ValueError(f"{name}={value}: at least {least} is allowed")
     if dtype not in DTYPES:
@@ -94,6 +95,8 @@ def sweep(pipeline: ClassifierGuidedPipeline, reference: str, output: str | Path
         real = open_real(reference, _shape(pipeline), split, image_column, label_column)
     if not real.labelled:
         raise ValueError(f"reference: {reference} has no labels; name their column with label_column")
+    if len(real) <= COVERAGE_K:
+        raise ValueError(f"reference: {reference} has {len(real)} images; at least {COVERAGE_K + 1} are needed")
     ours = SimpleNamespace(labelled=True, names={i: str((pipeline.config.id2label or {}).get(i, i)) for i in labels})
     names, classes, ids, real_ids, _ = common_labels(ours, real, judge)
 
@@ -109,7 +112,7 @@ def sweep(pipeline: ClassifierGuidedPipeline, reference: str, output: str | Path
         "features": {"network": features.name, "weights": features.digest()},
         "judge": judge and {"network": judge.name, "weights": judge.digest()},
         "num_images": num_images, "seed": seed, "conditional": conditional, "dtype": dtype, "bootstrap": bootstrap,
-        "max_features": max_features}
+        "max_features": max_features, "device": pipeline.device.type, "batch_size": batch_size}
     store = Store(output, settings)
     store.all()
 
