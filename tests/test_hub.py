@@ -23,6 +23,7 @@ from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, Noi
 from guided_diffusers.cli import main
 from guided_diffusers.hub import charts
 from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
+from guided_diffusers.hub.model_card import usage
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
 from guided_diffusers.source import code_of, self_contained
 
@@ -263,6 +264,27 @@ def test_the_gate_sees_other_images(folder: Path) -> None:
         other.classifier.head[-1].out.weight.mul_(1.001)
     with pytest.raises(ValueError, match="says something else without guided-diffusers; the largest difference is"):
         hub.check(folder, other)
+
+
+def test_the_gate_does_not_wait_for_ever(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asleep.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(hub.alone, "__file__", str(tmp_path / "asleep.py"))
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    (folder / "pipeline.py").write_text(code_of(make_pipeline(adm=True)))
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))} says nothing without guided-diffusers in 0.5 s"):
+        hub.check(folder)
+
+
+@pytest.mark.parametrize("label", ["baker's hat", 'a 5" nail', "both ' and \"", "back\\slash", "Mütze"])
+def test_the_snippets_of_a_card_name_any_label(label: str) -> None:
+    pipeline = make_pipeline()
+    pipeline.register_to_config(id2label={0: label, 1: "coat", 2: "coat"})
+    snippets = [text for text in usage(pipeline, "user/model") if text.startswith("```python")]
+    assert len(snippets) == 2
+    for text in snippets:
+        called = [call.args for call in ast.walk(ast.parse(text.removeprefix("```python").removesuffix("```")))
+                  if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "pipeline"]
+        assert [ast.literal_eval(arguments[0]) for arguments in called] == [label]
 
 
 class Foreign(NoiseAwareClassifier):

@@ -338,6 +338,99 @@ def test_the_four_cases_in_one_table(with_package: dict, without_package: dict, 
     assert all("nothing was raised" not in cell for row in rows[3:] for cell in row[1:])
 
 
+def test_pulled_again_nothing_stale_is_loaded(hub: Hub, place: Path) -> None:
+    """Of shards, then one file, then shards; files of no pull stay, and one that would hide the weights is refused."""
+    said = client(hub, place, """
+        from guided_diffusers import NoiseAwareClassifier, hub
+        hub.check = lambda *_: None
+        model = NoiseAwareClassifier.from_pretrained("classifier")
+        def put(shards):
+            with torch.no_grad():
+                model.head[-1].out.weight.add_(1)
+            model.push_to_hub("user/again", max_shard_size=shards)
+        def got():
+            hub.pull("user/again", "again")
+            theirs = NoiseAwareClassifier.from_pretrained("again").head[-1].out.weight
+            return [torch.equal(theirs, model.head[-1].out.weight),
+                    sorted(path.name for path in Path("again").glob("*.safetensors*"))]
+
+        put(6000)
+        said["shards"] = got()
+        mine = ["again/mine.safetensors", "again/inner/diffusion_pytorch_model.safetensors",
+                "again/inner/diffusion_pytorch_model.safetensors.index.json"]
+        Path("again/inner").mkdir()
+        for name in mine:
+            save_file({"x": torch.zeros(1)}, name)
+        put("1GB")
+        said["one"] = got()
+        put(6000)
+        said["shards again"] = got()
+        put("1GB")
+        said["one again"] = got()
+        said["mine"] = all(Path(name).exists() for name in mine)
+
+        model.save_pretrained("own", max_shard_size=6000)
+        before = {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()}
+        said["own"] = error(hub.pull, "user/again", "own")
+        said["as it was"] = before == {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()}
+    """)
+    assert said["shards"][0] and f"{WEIGHTS}.index.json" in said["shards"][1] and len(said["shards"][1]) > 2
+    assert said["one"] == said["one again"] == [True, [WEIGHTS, "mine.safetensors"]]
+    assert said["shards again"] == [True, [*said["shards"][1], "mine.safetensors"]]
+    assert said["mine"] and said["as it was"]
+    assert re.match(rf"ValueError: own/{WEIGHTS}.index.json is of no pull, and hides {WEIGHTS} of user/again",
+                    said["own"])
+
+
+def test_a_card_on_the_hub_is_heeded(hub: Hub, place: Path) -> None:
+    """Of one that was made the licence and datasets go on; one that a person edited stays, unless another comes."""
+    said = client(hub, place, """
+        from huggingface_hub import HfApi, ModelCard, hf_hub_download
+        from guided_diffusers import NoiseAwareClassifier, hub
+        hub.check = lambda *_: None
+        def told(name="README.md", revision=None):
+            return Path(hf_hub_download("user/card", name, revision=revision)).read_text()
+        def names():
+            data = ModelCard(told()).data
+            return [data.license, data.datasets]
+
+        NoiseAwareClassifier.from_pretrained("classifier").save_pretrained("plain")
+        hub.push("plain", "user/card", license="mit", datasets=["someone/clothes"])
+        loaded = NoiseAwareClassifier.from_pretrained("user/card")
+        loaded.push_to_hub("user/card")
+        said["kept"] = names()
+        loaded.push_to_hub("user/card", license="apache-2.0")
+        said["given"] = names()
+        hub.card("plain", license="cc-by-4.0")
+        hub.push("plain", "user/card")
+        said["of the folder"] = names()
+        Path("plain/README.md").unlink()
+
+        edited = told().replace("A noise-aware", "My noise-aware")
+        side = {"subfolder": "inner/", "revision": "side"}
+        hub.push("plain", "user/card", **side)
+        put = HfApi().upload_file
+        put(repo_id="user/card", path_in_repo="README.md", path_or_fileobj=edited.encode())
+        put(repo_id="user/card", path_in_repo="inner/README.md", path_or_fileobj=b"# Inner", revision="side")
+        with torch.no_grad():
+            loaded.head[-1].out.weight.add_(1)
+        loaded.push_to_hub("user/card")
+        hub.push("plain", "user/card", **side)
+        said["edited"] = told() == edited and "My noise-aware" in edited
+        again = NoiseAwareClassifier.from_pretrained("user/card")
+        said["weights"] = torch.equal(again.head[-1].out.weight, loaded.head[-1].out.weight)
+        said["inner"] = told("inner/README.md", "side")
+        said["refused"] = error(loaded.push_to_hub, "user/card", license="mit")
+        hub.push("classifier", "user/card")
+        said["of a person"] = told()
+    """)
+    assert said["kept"] == ["mit", ["someone/clothes"]] and said["given"] == ["apache-2.0", ["someone/clothes"]]
+    assert said["of the folder"] == ["cc-by-4.0", ["someone/clothes"]]
+    assert said["edited"] and said["weights"] and said["inner"] == "# Inner"
+    assert said["refused"].startswith("ValueError: license: README.md of user/card was written or edited by a person")
+    assert said["of a person"] == "# Mine\n\nWritten by a person.\n"
+
+
 def train(hub: Hub, place: Path, script: str, name: str, *more: object) -> tuple[dict, dict]:
     """Two steps on a few images, published: the repository's files, and the figures in them."""
     from PIL import Image

@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from diffusers.utils.logging import get_logger
 
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
@@ -33,8 +34,11 @@ from . import alone
 from .files import check_files, safetensors_header
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, HfApi
 
+logger = get_logger(__name__)
+
+PATIENCE = 1800  # seconds, for a model to answer in a clean process
 LEFT_BEHIND = (".*", "__pycache__", "checkpoint-*", "logs", "latents", "samples-*.png", "curves.png",
                "*.partial")  # of training
 OF_THIS_MACHINE = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
@@ -47,6 +51,8 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token
          revision: str | None = None, subfolder: str | None = None, variant: str | None = None,
          commit_message: str | None = None, create_pr: bool = False, **card: Any) -> CommitInfo:
     """Publish a folder with a pipeline, a classifier or a CLIP; it is left as it is.
+
+    A card on the Hub that a person wrote or edited stays, unless the folder has such a card of its own.
 
     Args:
         repo_id: user/model; it is made if it isn't there.
@@ -64,7 +70,11 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None, token
         stage = Path(aside) / "repository"
         model = prepare(Path(folder), stage, repo_id, variant, **card)
         check(stage, model, variant)
-        return _upload(stage, repo_id, private, token, revision, subfolder, commit_message, create_pr)
+        api, repo_id = _repository(repo_id, private, token, revision)
+        _heed_remote_card(api, Path(folder), stage, model, repo_id, revision, subfolder, card)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=stage, path_in_repo=subfolder, revision=revision, create_pr=create_pr,
+            commit_message=commit_message or "Upload with guided-diffusers", delete_patterns=_stale(stage))
 
 
 def push_to_hub(self: Model, repo_id: str, commit_message: str | None = None, private: bool | None = None,
@@ -208,9 +218,12 @@ def check(folder: Path, model: Model | None = None, variant: str | None = None) 
         clean = {name: value for name, value in os.environ.items()
                  if not any(word in name for word in ("TOKEN", "SECRET", "PASSWORD", "KEY"))}
         clean |= {"HF_HOME": aside, "HF_MODULES_CACHE": str(Path(aside) / "modules"), "HF_HUB_OFFLINE": "1"}
-        run = subprocess.run(
-            [sys.executable, alone.__file__, folder.resolve(), variant or "", str(torch.get_num_threads()), output],
-            env=clean, cwd=aside, capture_output=True, text=True)
+        try:
+            run = subprocess.run(
+                [sys.executable, alone.__file__, folder.resolve(), variant or "", str(torch.get_num_threads()), output],
+                env=clean, cwd=aside, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"{folder} says nothing without guided-diffusers in {PATIENCE} seconds") from error
         if run.returncode:
             raise ValueError(f"{folder} doesn't load without guided-diffusers: {run.stderr.strip()[-2000:]}")
         theirs = load_file(output)["answer"]
@@ -221,18 +234,44 @@ def check(folder: Path, model: Model | None = None, variant: str | None = None) 
                          f"{largest:.3g}")
 
 
-def _upload(stage: Path, repo_id: str, private: bool | None, token: str | None, revision: str | None,
-            subfolder: str | None, commit_message: str | None, create_pr: bool) -> CommitInfo:
-    """One commit, which also removes shards that an earlier one left of weights that are now in other files."""
+def _repository(repo_id: str, private: bool | None, token: str | None, revision: str | None) -> tuple[HfApi, str]:
+    """A client, and the whole name of the repository; that and the branch are made if they aren't there."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id, folder_path=stage, path_in_repo=subfolder, revision=revision, create_pr=create_pr,
-        commit_message=commit_message or "Upload with guided-diffusers", delete_patterns=_stale(stage))
+    return api, repo_id
+
+
+def _heed_remote_card(api: HfApi, folder: Path, stage: Path, model: Model, repo_id: str, revision: str | None,
+                      subfolder: str | None, card: Mapping[str, Any]) -> None:
+    """Leave a person's card on the Hub as it is; of ours, take what neither `card` nor the card in `folder` says.
+
+    Raises:
+        ValueError: for a licence or datasets given beside a person's card.
+    """
+    from huggingface_hub import ModelCard
+
+    from .model_card import is_ours, write_card
+
+    name = (PurePosixPath(subfolder or "") / "README.md").as_posix()
+    if not is_ours(folder / "README.md") or not api.file_exists(repo_id, name, revision=revision):
+        return
+    given = {key: card[key] for key in ("license", "datasets") if card.get(key)}
+    with tempfile.TemporaryDirectory() as aside:
+        remote = Path(api.hf_hub_download(repo_id, name, revision=revision, local_dir=aside))
+        if not is_ours(remote):
+            if given:
+                raise ValueError(f"{', '.join(given)}: {name} of {repo_id} was written or edited by a person and stays "
+                                 "as it is; say it there")
+            logger.warning(f"{name} of {repo_id} was written or edited by a person and stays as it is")
+            return (stage / "README.md").unlink()
+        known = [ModelCard.load(path).data for path in (folder / "README.md", remote) if path.exists()]
+    license = next((data.license for data in known if data.license not in (None, "unknown")), None)
+    datasets = next((data.datasets for data in known if data.datasets), ())
+    write_card(stage, model, repo_id, **{"license": license, "datasets": datasets, **given}, picture=False)
 
 
 def _stale(stage: Path) -> list[str]:
@@ -251,24 +290,44 @@ def _stale(stage: Path) -> list[str]:
 def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """A repository as a folder, without pickles; broken off, it goes on where it was.
 
+    Weights that an earlier pull brought and the repository has no more are removed; all else in the folder stays.
+
     Raises:
-        ValueError: for a file whose path leaves the folder, before anything is written, or a model_index.json that
-            names classes which are no models.
+        ValueError: before anything is written, for a file whose path leaves the folder, or an index in the folder, of
+            no pull, that hides the repository's weights; for a model_index.json that names classes which are no models.
         OSError: for a broken file of weights; the message names it.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi(token=token).model_info(repo_id, revision=revision)
-    for name in (file.rfilename for file in info.siblings or ()):
+    names = {file.rfilename for file in info.siblings or ()}
+    for name in names:
         if "\\" in name or name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{repo_id} has a file {name!r}, whose path leaves the folder; nothing was written")
+    for path, note in _older(Path(folder), names):
+        weights = path.relative_to(folder).as_posix().removesuffix(".json").replace(".safetensors.index", "")
+        if not note.exists() and path.suffix == ".json" and f"{weights}.safetensors" in names:
+            raise ValueError(f"{path} is of no pull, and hides {weights}.safetensors of {repo_id}; nothing was "
+                             "written: move it away first, or pull to another folder")
     place = Path(snapshot_download(repo_id, revision=info.sha, token=token, local_dir=folder, allow_patterns=[
         f"*.{kind}" for kind in ("json", "txt", "safetensors", "md", "py", "png", "jpg", "jpeg", "webp")]))
+    for path, note in _older(place, names):
+        if note.exists():
+            path.unlink()
+            note.unlink()
     for path in place.rglob("*.safetensors"):
         safetensors_header(path)
     if (place / "model_index.json").exists():
         check_index(place, ClassifierGuidedPipeline._get_signature_keys(ClassifierGuidedPipeline)[0])
     return place
+
+
+def _older(place: Path, names: set[str]) -> Iterator[tuple[Path, Path]]:
+    """Weights and their indexes beside those of a repository, which has them not, and the client's note of each."""
+    for where in {PurePosixPath(name).parent for name in names}:
+        for path in sorted((place / where).glob("*.safetensors*")):
+            if path.suffix in (".safetensors", ".json") and (where / path.name).as_posix() not in names:
+                yield path, place / ".cache" / "huggingface" / "download" / where / f"{path.name}.metadata"
 
 
 def card(folder: str | Path, repo_id: str | None = None, **options: Any) -> Path:

@@ -204,8 +204,8 @@ def usage(model: Any, repo_id: str) -> Iterator[str]:
         return
     labels = list((model.config.id2label or {}).values())
     unique = next((name for name in labels if labels.count(name) == 1), None)
-    label = repr(unique) if unique is not None else "0" if model.num_labels else ""
-    rest = f'image = pipeline({label}).images[0]\nimage.save("image.png")'.replace("'", '"')
+    label = json.dumps(unique, ensure_ascii=False) if unique is not None else "0" if model.num_labels else ""
+    rest = f'image = pipeline({label}).images[0]\nimage.save("image.png")'
     yield "With the package guided-diffusers:"
     yield (f"```python\nfrom guided_diffusers import ClassifierGuidedPipeline\n\n"
            f'pipeline = ClassifierGuidedPipeline.from_pretrained("{repo_id}")\n{rest}\n```')
