@@ -15,7 +15,6 @@ from test_schedulers import CASES, Case
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseLevel, noise_levels
 from guided_diffusers.noise import (
-    OUT_OF_REACH,
     TrainedSchedule,
     affine,
     posterior_variance,
@@ -25,6 +24,7 @@ from guided_diffusers.noise import (
     schedule_config,
     split_variance,
 )
+from guided_diffusers.schedulers import OUT_OF_REACH
 
 VP, VE, FLOW, TRIG = "variance preserving", "alpha = 1", "alpha = 1 - sigma", "cos, sin"
 SPACES = {VP: [(cos(u), sin(u)) for u in (0.01, 0.7, 1.56)], VE: [(1.0, s) for s in (0.01, 1.0, 80.0)],

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +27,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from conftest import files_of_at_most
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler
 from PIL import Image as PILImage
@@ -198,17 +197,6 @@ def test_what_may_change_changes_nothing(train: Callable[..., Path], place: Simp
                     "second", data=f"--train_data_dir {moved}")
     assert apart(weights(whole), weights(resumed)) == 0
     assert apart(shadow(whole / "checkpoint-6"), shadow(tmp_path / "first" / "checkpoint-4")) > 0
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk that is full: no file of this process may become larger."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(train: Callable[..., Path],  # noqa: F811

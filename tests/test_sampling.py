@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import files_of_at_most
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
@@ -71,17 +71,6 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(Crash):
             yield
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk that is full: no file of this process may become larger."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The same images

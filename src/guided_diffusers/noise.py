@@ -23,7 +23,6 @@ from .schedulers import (
     FIXED,
     FLOW,
     MID_SIGMA,
-    OUT_OF_REACH,  # noqa: F401 - a name of this module
     TERMINAL_TIMESTEP,
     check_reach,
     is_flow,

@@ -7,8 +7,8 @@ from pathlib import Path
 import diffusers
 from diffusers import SchedulerMixin
 
-from ..noise import OUT_OF_REACH
 from ..pipeline import ClassifierGuidedPipeline
+from ..schedulers import OUT_OF_REACH
 
 
 def load_pipeline(model: str, revision: str | None = None) -> ClassifierGuidedPipeline:
