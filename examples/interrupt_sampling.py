@@ -102,7 +102,7 @@ def kill(options: argparse.Namespace, folder: Path, seconds_a_shard: float, log:
         share = max(1, (shards - there) // (options.kills - number + 2))  # shards that this part may make
         wanted = 0 if at_start else min(there + draw.randint(1, share), shards - 1)
         seconds = draw.uniform(0, 8 if at_start else 2 * seconds_a_shard)
-        processes = 1 + number % 2
+        processes = 2 - number % 2
         if not run(command(options, folder, processes), log, (folder, wanted, seconds)):
             raise SystemExit(f"sampling ended before kill {number} of {options.kills}: give it more --num-images")
         half = len(list(folder.rglob("*.partial")))

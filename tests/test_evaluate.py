@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,20 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import files_of_at_most
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.evaluation import (
+    Bootstrap,
+    Evaluation,
     Rows,
     evaluate,
+    figures,
     inception,
     load_network,
     of_classifier,
@@ -31,8 +39,8 @@ from guided_diffusers.evaluation import (
 from guided_diffusers.evaluation.bits import process_of
 from guided_diffusers.evaluation.images import matched
 from guided_diffusers.losses import bits_per_dim
-from guided_diffusers.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
-from guided_diffusers.sampling import image_generator
+from guided_diffusers.metrics import Moments, density_coverage, frechet_distance, kernel_distance, precision_recall
+from guided_diffusers.sampling import image_generator, sample_to_folder
 from guided_diffusers.sampling.shards import Shards, parquet
 
 NAMES = ["boot", "coat", "hat/cap"]
@@ -204,6 +212,46 @@ def alike(one: Any, other: Any) -> bool:
     return one == other if not isinstance(one, float) else one == pytest.approx(other, rel=1e-5, abs=1e-7)
 
 
+SEPARATE = """
+import shutil, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from guided_diffusers.evaluation import Rows, Settings, of_module, open_real, summarise
+
+state, place, root = PartialState(cpu=True, timeout=timedelta(seconds=60)), *map(Path, sys.argv[1:])
+with state.main_process_first():
+    images = open_real(str(place / "real"), (1, 8, 8))
+read, before = [], Rows.read
+Rows.read = lambda self, start, stop: read.append(stop - start) or before(self, start, stop)
+
+def found(cache):
+    read.clear()
+    parts = summarise(images, of_module(torch.nn.Flatten()), None, Settings(), progress=False, cache=cache).parts()
+    return [value for part in parts for value in part.state().values()]
+
+expected = found(root / "shared")
+for having in (0, 1):
+    mine = root / f"{having} of {state.process_index}"
+    if state.process_index == having:
+        shutil.copytree(root / "shared", mine)
+    assert all(map(torch.equal, found(mine), expected))
+    assert sum(read) == (1 if having == 0 else 26), read  # one image tells the features' width
+print("alike")
+"""
+
+
+def test_one_process_looks_for_all_whether_something_was_kept(place: Path, tmp_path: Path) -> None:
+    """Two processes, each with a folder of its own, of which one has the real images' summary."""
+    (tmp_path / "separate.py").write_text(SEPARATE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "separate.py"), str(place), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("alike") == 2
+
+
 MEMORY = """
 import resource, sys, torch
 from guided_diffusers.evaluation import Rows, evaluate, of_classifier
@@ -264,8 +312,48 @@ def test_copied_training_images_are_found(place: Path) -> None:
     assert none.figures["memorised"]["value"] < 0.1
     assert 0.7 < none.figures["nearest_ratio"]["value"] < 1.4 and found.figures["nearest_ratio"]["value"] < \
         none.figures["nearest_ratio"]["value"]
-    of_itself = evaluate(Rows(fresh, judge.names), training, judge, None, training, bootstrap=5, progress=False)
-    assert "nearest_ratio" not in of_itself.figures or of_itself.figures["nearest_ratio"]["value"] > 100
+    assert not [note for note in none.notes if "training images" in note]
+    assert "20 of 60 generated images are training images, to rounding" in found.notes
+
+
+class Shaken(torch.nn.Module):
+    """Pixels, far from 0, that differ by as little as rounding does where an image has another place in the batch."""
+
+    def __init__(self, offset: float):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.tensor(offset))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.flatten(1) + self.offset) * (1 + 1e-6 * torch.arange(len(x))[:, None])
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_training_images_among_the_others_are_said(place: Path, offset: float) -> None:
+    """Also in features that are far from 0, and in other batches, where they are rounded otherwise."""
+    training, held_out = (open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test"))
+    rows = {name: [{"pixel_values": image, "label": label} for image, label in images.read(0, len(images))]
+            for name, images in (("training", training), ("held out", held_out))}
+    network = of_module(Shaken(offset))
+
+    def found(generated: list[Any], real: list[Any]) -> tuple[Any, ...]:
+        got = evaluate(Rows(generated), Rows(real), network, None, training, bootstrap=5, progress=False, batch_size=32)
+        memorised, ratio = (got.figures.get(name, {}) for name in ("memorised", "nearest_ratio"))
+        return memorised["value"], memorised["real"], ratio.get("value"), [
+            note for note in got.notes if "training images" in note]
+
+    all_ = "{0} of {0} {1} images are training images, to rounding".format
+    held, copied = rows["held out"], rows["training"]
+    assert found(copied[1:80], held) == (1, pytest.approx(0.02), 0, [all_(79, "generated")])
+    # real images that are training images: what is said of generated ones is which of them are, too
+    memorised, real, ratio, notes = found(held[:30] + copied[:10], copied)
+    assert (memorised, real, ratio) == (0.25, 1, None)
+    assert notes[:2] == ["10 of 40 generated images are training images, to rounding", all_(90, "held-out")]
+    assert notes[2].startswith("most held-out images are training images") and len(notes) == 3
+    memorised, real, ratio, notes = found(held[:30] + copied[:10], held + copied[:5])  # some of them
+    assert memorised == 0.25 and real == pytest.approx(5 / 55) and 0.5 < ratio < 1.5
+    assert notes[1] == "5 of 55 held-out images are training images, to rounding" and len(notes) == 2
+    memorised, real, ratio, notes = found(held, held)  # the reference's own images
+    assert memorised == real == pytest.approx(0.02) and ratio == 1 and not notes
 
 
 def test_a_collapsed_model_is_not_diverse(place: Path) -> None:
@@ -279,6 +367,41 @@ def test_a_collapsed_model_is_not_diverse(place: Path) -> None:
     alike_ = evaluate(real, real, judge, bootstrap=5, progress=False).figures
     assert alike_["relative_diversity"]["value"] == pytest.approx(1)
     assert alike_["frechet_distance"]["value"] == pytest.approx(0, abs=1e-8)
+    rows = evaluate(real, real, judge, judge, bootstrap=20, progress=False).per_class
+    for figure in (alike_["frechet_distance"], *(row["frechet_distance"] for row in rows)):  # a distance isn't below 0
+        assert 0 == figure["interval"][0] <= figure["value"] < figure["interval"][1]
+
+
+def test_a_bar_is_shown_where_the_bootstrap_takes_long(monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    def slow(real: Any, features: torch.Tensor, weights: Any) -> torch.Tensor:
+        return torch.stack([time.sleep(0.4) or weight.sum() for weight in weights])
+
+    monkeypatch.setattr(figures, "frechet_resampled", slow)
+    moments = Moments(2)
+    moments.update(torch.eye(2))
+    for shown in (True, False):
+        assert Bootstrap(4, progress=shown).distances(moments, torch.eye(2), 7, " of boot").tolist() == [7.0] * 4
+        said = capsys.readouterr().err
+        assert ("Frechet distance of boot, resampled" in said and "/4" in said) if shown else not said
+
+
+def test_a_network_that_looks_at_what_it_guided_is_said(place: Path, tmp_path: Path) -> None:
+    def notes(images: str, *arguments: str, judge: Path = place / "judge") -> list[str]:
+        found = run(place, tmp_path / images, "--no-picture", "--training-split", "none", *arguments, judge=str(judge))
+        return [note.split(",")[0] for note in found["notes"] if "the weights of the classifier that guided" in note]
+
+    guided = ClassifierGuidedPipeline(pipeline().unet, DDIMScheduler(clip_sample=False), judge_module())
+    for scale in (2.0, 0.0):
+        sample_to_folder(guided, [0, 1, 2], tmp_path / str(scale), 12, format="parquet", num_inference_steps=2,
+                         guidance_scale=scale, progress=False)
+    other = judge_module()
+    other.head[-1].weight.data *= 1.5
+    other.save_pretrained(tmp_path / "other")
+    assert notes("2.0") == ["the judge"]
+    assert notes("2.0", "--judge", str(tmp_path / "other")) == ["the network of the features"]
+    assert notes("2.0", "--judge", str(place / "judge"), judge=tmp_path / "other") == ["the judge"]
+    assert notes("2.0", judge=tmp_path / "other") == notes("0.0") == []
 
 
 def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
@@ -295,9 +418,9 @@ def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
         {row["name"]: row["frechet_distance"]["value"] for row in second["per_class"]})
 
 
-@pytest.mark.parametrize("names", [["boot"], ["bullet train", "test", "boot"]])
+@pytest.mark.parametrize("names", [["boot"], ["bullet train", "test", "boot"], ["a/b", "a-b", "Boot", "boot"]])
 def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
-    """Also an only one, and those that are called as a split is."""
+    """Also an only one, those that are called as a split is, and those that are one folder's name."""
     written = Shards(tmp_path, "imagefolder", names, [i % len(names) for i in range(6)], 6, 6)
     written.write(0, [written.encoded(Image.new("L", (8, 8), 10 * i)) for i in range(6)])
     written.finish()
@@ -305,7 +428,8 @@ def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
     images, labels = stacked(found := open_generated(tmp_path))
     numbers = ((images[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()
     assert sorted(numbers) == list(range(6))
-    assert [found.names[label] for label in labels.tolist()] == [names[i % len(names)] for i in numbers]
+    ids = matched(found.names, dict(enumerate(names)), "they", "the judge")
+    assert [ids[label] for label in labels.tolist()] == [i % len(names) for i in numbers]
 
 
 def test_labels_of_one_name_stay_apart() -> None:
@@ -415,6 +539,70 @@ def test_bits_per_dimension(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert Image.open(place / "out" / "bits_per_dim.png").size[0] > 900
 
 
+@pytest.mark.parametrize("feature", [Value("int64"), Value("uint8"), ClassLabel(names=["0", "1", "2"])])
+def test_bits_per_dimension_of_labels_without_names(feature: Any, place: Path, tmp_path: Path) -> None:
+    """Ids stay ids for a network that has names; those that it hasn't are refused."""
+    pipeline().save_pretrained(tmp_path / "model")
+    arrays, labels = pixels(20, 1)
+    for name, ids in (("real", labels), ("more", [label + 1 for label in labels])):
+        if name == "more" and isinstance(feature, ClassLabel):
+            feature = ClassLabel(names=["0", "1", "2", "3"])
+        rows = Dataset.from_dict({"image": [png(array, tmp_path / "x.png") for array in arrays], "label": ids})
+        (tmp_path / name).mkdir()
+        rows.cast(Features({"image": ImageFeature(), "label": feature})).to_parquet(tmp_path / name / "test.parquet")
+    bits = ("--bits-per-dim", "10", "--model", str(tmp_path / "model"), "--label-column", "label", "--no-picture")
+    found = run(tmp_path, None, *bits)["bits_per_dimension"]["total"]["value"]
+    images, ids = stacked(open_real(str(tmp_path / "real"), (1, 8, 8), label_column="label"))
+    model = pipeline()
+    noise = [[image_generator(0, i) for i in range(10)] for _ in range(2)]
+    for draws, dtype in zip(noise, (torch.int64, torch.uint8), strict=True):
+        expected = bits_per_dim(model.unet.eval(), process_of(model), images[::2], ids[::2].to(dtype), generator=draws)
+        assert found == pytest.approx(float(expected["total"].mean()), rel=1e-6)
+    with pytest.raises(ValueError, match="class_labels are torch.float32; ids, integers, are allowed"):
+        bits_per_dim(model.unet, process_of(model), images[::2], ids[::2].float())
+    with pytest.raises(SystemExit, match=r"images have the labels \[1, 2, 3\], and the network knows the ids 0 to 2"):
+        run(tmp_path, None, *bits, "--dataset", str(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("content", [b"not found", None])
+def test_an_unreadable_image_of_a_parquet_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    """By its row in that file, wherever reading started; those before it are read. None: a picture that is cut."""
+    arrays, labels = pixels(300, 0)
+    good = [png(array, tmp_path / "x.png") for array in arrays]
+    bad = [*good[:280], content or good[280][:-30], *good[281:]]
+    for name, rows in (("a", good[:9]), ("b", bad)):
+        (tmp_path / f"{name}.parquet").write_bytes(parquet(rows, labels[: len(rows)], NAMES))
+    images = open_generated(tmp_path)
+    for start in (0, 9, 200, 280, 289):
+        reading = images.read(start, 309)
+        assert len(list(itertools.islice(reading, 289 - start))) == 289 - start
+        with pytest.raises(ValueError, match="row 280 of .*b.parquet can't be read"):
+            next(reading)
+    (tmp_path / "a.parquet").write_bytes(parquet([bad[280]] * 9, labels[:9], NAMES))
+    with pytest.raises(ValueError, match="row 0 of .*a.parquet can't be read"):
+        open_generated(tmp_path)
+
+
+def test_a_full_disk_loses_no_figure(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture) -> None:
+    """What was found is said, what was there before stays, and nothing is half-written."""
+    generated, save = write(tmp_path, "parquet"), Evaluation.save
+    run(place, generated, "--output", str(tmp_path / "out"), "--seed", "1")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+
+    def limited(*arguments: Any) -> None:
+        with files_of_at_most(100):
+            save(*arguments)
+
+    monkeypatch.setattr(Evaluation, "save", limited)
+    with pytest.raises(SystemExit, match="evaluate: .*evaluation.json can't be written: File too large"):
+        run(place, generated, "--output", str(tmp_path / "out"))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    said = capsys.readouterr().out
+    assert "Frechet distance" in said and "hat/cap" in said
+
+
 def broken(tmp_path: Path, how: str) -> Path:
     """Generated images with something wrong."""
     form = "npz" if "npz" in how else "parquet" if "Parquet" in how else "imagefolder"
@@ -436,6 +624,10 @@ def broken(tmp_path: Path, how: str) -> Path:
             data = bytearray(file.read_bytes())
             data[start : start + 40] = bytes(40)
             file.write_bytes(data)
+        case "an unreadable image in a Parquet shard":
+            file, (arrays, labels) = sorted(path.rglob("*.parquet"))[1], pixels(60, 2)
+            pngs = [png(array, tmp_path / "x.png") for array in arrays[25:50]]
+            file.write_bytes(parquet([*pngs[:7], pngs[7][:-30], *pngs[8:]], labels[25:50], NAMES))
         case "a truncated npz":
             path.write_bytes(path.read_bytes()[:-500])
         case "a damaged npz":
@@ -467,6 +659,7 @@ def broken(tmp_path: Path, how: str) -> Path:
     ("another size", "that of row 30 is 9 by 9, others are 8 by 8"),
     ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is cut short"),
     ("a damaged Parquet shard", r"train-00050.parquet can't be read; it is damaged"),
+    ("an unreadable image in a Parquet shard", r"image of row 7 of .*train-00025.parquet can't be read"),
     ("a truncated npz", "samples.npz can't be read; it is cut short"),
     ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
     ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),

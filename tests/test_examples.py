@@ -14,6 +14,8 @@ import pytest
 import transformers
 from PIL import Image
 
+from guided_diffusers import ClassifierGuidedPipeline
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -94,6 +96,41 @@ def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     for row in figures.values():
         assert row["floor_ms"] > 0 and row["ratio"] == pytest.approx(row["guided_ms"] / row["floor_ms"])
     assert figures["classifier-free"]["floor_ms"] > figures["energy"]["floor_ms"]  # twice the batch
+
+
+def tiny_model(folder: Path) -> str:
+    """Of ten labels, which a pipeline takes no time for."""
+    unet = diffusers.UNet2DModel(
+        8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,),
+        layers_per_block=1, norm_num_groups=4, num_class_embeds=10)
+    ClassifierGuidedPipeline(unet, diffusers.DDIMScheduler(), id2label={i: f"label {i}" for i in range(10)},
+                             defaults={"guidance_scale": 0.0}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "npz"])
+def test_what_writing_images_costs_is_measured(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("benchmark_sampling", ["--model", tiny_model(tmp_path / "model"), "--num-images", "12", "--batch-size", "5",
+                               "--num-inference-steps", "2", "--repeats", "2", "--format", format, "--output",
+                               "figures.json"], tmp_path, monkeypatch)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    loop, folder = figures["seconds"]["loop"], figures["seconds"]["folder"]
+    assert len(loop) == len(folder) == 2 and figures["format"] == format
+    for clock in ("wall", "cpu"):
+        ratios = [one[clock] / other[clock] for one, other in zip(loop, folder, strict=True)]
+        assert figures[f"throughput_ratio_{clock}"] == pytest.approx(sum(ratios) / 2) and min(ratios) > 0
+
+
+def test_a_killed_and_a_shared_run_make_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("interrupt_sampling", [
+            "--model", tiny_model(tmp_path / "model"), "--num-images", "240", "--batch-size", "2", "--shard-size", "2",
+            "--other-batch-size", "1", "--kills", "1", "--format", "parquet", "--num-inference-steps", "2", "--output",
+            "figures.json"], tmp_path, monkeypatch)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert ended.value.code == 0 and figures["files"] == 120 * 2 + 1 and figures["kills"] == 1
+    assert figures["files_that_differ_two"] == figures["files_that_differ_killed"] == 0
+    assert figures["largest_difference"] <= 1 and figures["batch_sizes"] == [2, 1]
 
 
 def tiny_stable_diffusion(folder: Path) -> None:

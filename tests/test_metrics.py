@@ -29,6 +29,7 @@ from guided_diffusers.metrics import (
     precision_recall,
     resamples,
 )
+from guided_diffusers.metrics.frechet import distance_of_gaussians
 
 
 def features(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -230,6 +231,19 @@ def filled(kind: str, some: torch.Tensor) -> Accumulator:
     return found
 
 
+def test_the_nearest_image_is_exact_where_it_is_a_copy() -> None:
+    """Of points that are far from 0, training images at known distances: 0, and 1e-6 times the query's number."""
+    base = 1e3 + 10 * features(40, 6, 0)
+    found, numbers = Nearest(base), torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    step = 1e-6 * torch.arange(40, dtype=torch.float64)
+    moved = base + step[:, None] * torch.eye(6, dtype=torch.float64)[torch.arange(40) % 6]
+    for some in numbers.split(30):  # many at once, and few
+        found.update(some, moved[some])
+    distance, number = found.compute()
+    assert number.tolist() == list(range(40)) and distance[0] == 0
+    assert torch.allclose(distance, step, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["moments", "kept", "answers", "score", "nearest"])
 def test_merged_parts_give_what_one_gives(kind: str) -> None:
     """In any order, of any sizes, with empty parts."""
@@ -295,6 +309,13 @@ def test_resampled_figures_are_those_of_repeated_images() -> None:
     found = frechet_resampled(moments.compute(), x, weights)
     expected = [frechet_distance(real, x.repeat_interleave(one.long(), 0)) for one in weights]
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    few = 3 + features(8, 3, 2) @ torch.randn(3, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    wide = Moments(20)  # fewer images than features
+    wide.update(features(40, 20, 4))
+    weights_of_few = resamples(8, 6, 0, 30)
+    expected = [distance_of_gaussians(*wide.compute(), rows.mean(0), rows.T.cov()) for rows in (
+        few.repeat_interleave(one.long(), 0) for one in weights_of_few)]
+    assert frechet_resampled(wide.compute(), few, weights_of_few).tolist() == pytest.approx(expected, rel=1e-6)
     some = (torch.arange(25) % 5 > 0).double()[None]  # each once or not at all
     for figure in (lambda rows, w: kernel_distance(real, x[rows], w),
                    lambda rows, w: class_diversity(x[rows], labels[rows], w)):

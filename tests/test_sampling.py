@@ -21,14 +21,22 @@ import psutil
 import pytest
 import torch
 from conftest import files_of_at_most
-from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
 from guided_diffusers import ClassifierGuidedPipeline, outputs
 from guided_diffusers.sampling import sample, sample_to_folder, shards
 from guided_diffusers.sampling.commands import team
-from guided_diffusers.sampling.manifest import commit, differences, unique_names, weights_hash
+from guided_diffusers.sampling.manifest import (
+    commit,
+    differences,
+    folder_names,
+    module_hash,
+    unique,
+    unique_names,
+    weights_hash,
+)
 from guided_diffusers.sampling.shards import Shards
 
 FORMATS = ("imagefolder", "parquet", "npz")
@@ -333,16 +341,18 @@ def test_several_processes_are_refused_what_is_for_one(folder: str, tmp_path: Pa
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments, message in ((["--output", "x.png"], "a picture is made by one process"),
-                               (["--output", "x", "--diagnostics", "y.json"], "--diagnostics: only one process"),
+                               (["--output", "x", "--diagnostics", "y.json"],
+                                "--diagnostics y.json: 2 processes were started, .* one process is allowed"),
                                (["--output", "x", "--device", "cuda:1"], "each has its own; cuda is allowed")):
         with pytest.raises(SystemExit, match=message):
             run(folder, "--label", "all", *arguments)
 
 
-@pytest.mark.parametrize("format", ["parquet", "npz"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_loses_nothing(format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("whole", format=format)
-    shard = {"parquet": "data/train-00001-of-00004.parquet", "npz": ".shards/00001.npy"}[format]
+    shard = {"parquet": "data/train-00001-of-00004.parquet", "npz": ".shards/00001.npy",
+             "imagefolder": "boot/000003.png"}[format]
     with dying(monkeypatch, after=3):  # the manifest twice, the first shard, but not its note
         make("parts", format=format)
     make_rest, before = make, files(tmp_path / "parts")
@@ -410,11 +420,23 @@ def test_names_of_folders_stay_in_the_folder_and_apart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*/00000?.png"))) == 7
 
 
+def test_names_are_apart_also_those_that_clash_with_a_numbered_one() -> None:
+    for names in (["a", "a", "a 0"], ["a 1 2", "a", "a", "a 1", "a 1"], []):
+        assert len(set(unique(names))) == len(names)
+    assert unique(["a", "b", "a 0"]) == ["a", "b", "a 0"]
+    names = ["a/b", "a-b", "A-b", "a-b 0", ".x", "-x", "Boot", "boot", "coat"]
+    found = folder_names(names)
+    assert len({name.casefold() for name in found}) == len(names)  # folders of one name, where capitals don't count
+    assert found[-1] == "coat" and not {char for name in found for char in name} & set("/\\.")
+
+
 def test_the_hash_of_a_model_is_that_of_its_content(pipeline: ClassifierGuidedPipeline, folder: str) -> None:  # noqa: F811
     loaded = ClassifierGuidedPipeline.from_pretrained(folder)
     assert weights_hash(loaded) == weights_hash(pipeline)
+    assert module_hash(loaded.classifier) == module_hash(pipeline.classifier)
     next(loaded.classifier.parameters()).data.view(-1)[-1] += 1e-4
     assert weights_hash(loaded) != weights_hash(pipeline)
+    assert module_hash(loaded.classifier) != module_hash(pipeline.classifier)
 
 
 def test_the_manifest_names_the_commit_of_a_model_of_the_hub(folder: str, tmp_path: Path,  # noqa: F811
@@ -452,6 +474,28 @@ def test_progress_is_said_unless_it_is_turned_off(make: Make, capsys: pytest.Cap
     assert "checking" in capsys.readouterr().err
     make("b")
     assert not capsys.readouterr().err
+
+
+def test_a_run_warns_once_not_once_a_batch(pipeline: ClassifierGuidedPipeline, tmp_path: Path,  # noqa: F811
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    clipping = ClassifierGuidedPipeline(pipeline.unet, DDIMScheduler(clip_sample=True), pipeline.classifier)
+    clipping.set_progress_bar_config(disable=True)
+
+    def said() -> int:
+        found = caplog.text.count("DDIMScheduler clips x0")
+        caplog.clear()
+        return found
+
+    for name in ("a", "b"):  # each run says it
+        sample_to_folder(clipping, [0, 1], tmp_path / name, 6, batch_size=1, shard_size=2, num_inference_steps=1,
+                         progress=False)
+        assert said() == 1
+    for _ in sample(clipping, [0, 1], 0, 1, range(4), num_inference_steps=1):
+        pass
+    assert said() == 1
+    for _ in range(2):
+        clipping("boot", num_inference_steps=1)
+    assert said() == 2  # nothing is held back elsewhere
 
 
 def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> None:

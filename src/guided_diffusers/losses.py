@@ -240,17 +240,23 @@ def bits_per_dim(network: torch.nn.Module, process: Process, x0: Tensor, class_l
     Args:
         network: (x_t, timestep[, class_labels]) -> `.sample`.
         x0: images in [-1, 1] on the grid of 256 values, (B, C, H, W).
+        class_labels: ids (B,), integers of any type.
         clip: whether the predicted x0 is clipped to [-1, 1].
         generator: of the noise; one, or one an image.
 
     Returns:
         `total` (B,) = `bound` summed + `prior`; `prior` (B,), KL(q(x_T | x0) || N(0, I)); and of every step k, (B, T),
         `bound`, `x0_mse` (of the predicted x0) and `eps_mse`.
+
+    Raises:
+        ValueError: for labels that are no integers.
     """
+    if class_labels is not None and (class_labels.is_floating_point() or class_labels.is_complex()):
+        raise ValueError(f"class_labels are {class_labels.dtype}; ids, integers, are allowed")
     # In float64: the decoder's differences of a distribution function lose three digits in float32.
     wide = x0 if x0.device.type == "mps" else x0.double()
     dtype = next((p.dtype for p in network.parameters()), x0.dtype)
-    labels = {} if class_labels is None else {"class_labels": class_labels}
+    labels = {} if class_labels is None else {"class_labels": class_labels.long()}
     columns: dict[str, list[Tensor]] = {"bound": [], "x0_mse": [], "eps_mse": []}
     for step in reversed(range(len(process))):
         k = torch.full((len(x0),), step)

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..metrics import Nearest, gather
 from ..outputs import write_json
+from ..sampling.manifest import module_hash
 from .figures import COVERAGE_K, PRECISION_K, Bootstrap, Figure, by_class, compare, memorisation
-from .images import Images, Rows, matched, open_generated, open_real
+from .images import Images, Rows, matched, named, open_generated, open_real
 from .networks import Network, default_features, inception, load_network, of_classifier, of_module
 from .report import draw_bits, draw_confusion, draw_pairs, table
 from .summary import Settings, Summary, stream, summarise
@@ -38,6 +39,7 @@ __all__ = ["Bootstrap", "Evaluation", "Images", "Network", "Rows", "Settings", "
            "evaluate", "inception", "load_network", "of_classifier", "of_module", "open_generated", "open_real",
            "summarise"]
 SHOWN = 10  # pairs of the picture
+SAME = 1e-4  # of a feature vector's length: nearer is the same image, seen in another batch
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,16 @@ class Evaluation:
             OSError: for a disk that is full.
         """
         folder = Path(folder)
+        write_json({"figures": self.figures, "per_class": self.per_class, "confusion": self.confusion,
+                    "classes": self.classes, "bits_per_dimension": self.bits, "notes": self.notes, "nearest": [
+                        {"generated": one.generated, "training": one.training, "distance": one.distance}
+                        for one in self.pairs], "settings": self.settings}, folder / "evaluation.json")
         if picture and self.confusion is not None:
             draw_confusion(self.confusion, self.classes, folder / "confusion.png")
         if picture and self.pairs:
             draw_pairs([(one.images, one.distance) for one in self.pairs], folder / "nearest.png")
         if picture and self.bits is not None:
             draw_bits(self.bits["terms"], folder / "bits_per_dim.png")
-        write_json({"figures": self.figures, "per_class": self.per_class, "confusion": self.confusion,
-                    "classes": self.classes, "bits_per_dimension": self.bits, "notes": self.notes, "nearest": [
-                        {"generated": one.generated, "training": one.training, "distance": one.distance}
-                        for one in self.pairs], "settings": self.settings}, folder / "evaluation.json")
 
 
 def evaluate(generated: Images, real: Images, features: Network, judge: Network | None = None,
@@ -127,6 +129,7 @@ def evaluate(generated: Images, real: Images, features: Network, judge: Network 
     """
     _check(generated, real, judge, max_features, nearest, bootstrap, confidence, batch_size)
     names, classes, ids, real_ids, notes = common_labels(generated, real, judge)
+    notes += _of_the_guide(generated.description.get("manifest", {}), features, judge)
     scorer = judge or (features if features.inception else None)
     shared = {"classes": classes, "max_features": max_features, "resamples": bootstrap, "seed": seed,
               "per_class": per_class, "answers": judge is not None}
@@ -134,16 +137,15 @@ def evaluate(generated: Images, real: Images, features: Network, judge: Network 
     ours = summarise(generated, features, scorer, Settings(ids=ids, **shared), what="generated images", **work)
     theirs = summarise(real, features, scorer, Settings(ids=real_ids, labelled=real_ids != {}, **shared),
                        what="real images", cache=cache and Path(cache), **work)
-    draws = Bootstrap(bootstrap, confidence, seed)
+    draws = Bootstrap(bootstrap, confidence, seed, progress and PartialState().is_main_process)
     figures = compare(ours, theirs, draws, features.inception)
     width = ours.moments.mean.shape[1]
     notes += _notes(ours, theirs, width, per_class)
     pairs: list[Pair] = []
     if training is not None:
-        more, pairs = _nearest(generated, training, features, ours, theirs, nearest, draws, work)
+        more, pairs, said = _nearest(generated, training, features, ours, theirs, nearest, draws, work)
         figures |= more
-        if "nearest_ratio" not in more:
-            notes.append("most held-out images are training images, so that nothing can be said of memorisation")
+        notes += said
     confusion = None if ours.answers is None else ours.answers.confusion.tolist()
     settings = {
         "images": {**generated.description, "count": ours.count}, "real": {**real.description, "count": theirs.count},
@@ -201,7 +203,7 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> tup
         if not images.labelled:
             found.append({})
             notes.append(f"{what} have no labels, so nothing is said of their classes")
-        elif not (_named(images.names) and _named(names)):
+        elif not (named(images.names) and named(names)):
             notes += [f"{what} and {whose} were matched by their labels' ids"] if images is not owner else []
             found.append(None)
         else:
@@ -216,9 +218,15 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> tup
     return names, classes, found[0], found[1], notes
 
 
-def _named(names: Mapping[int, str]) -> bool:
-    """Whether there are names that aren't the ids."""
-    return any(name != str(i) for i, name in names.items())
+def _of_the_guide(manifest: Mapping[str, Any], features: Network, judge: Network | None) -> list[str]:
+    """What to say where a network that looks at the images is the classifier that guided them."""
+    scale = manifest.get("guidance_scale")
+    if not manifest.get("classifier") or not any(scale if isinstance(scale, list) else [scale]):
+        return []
+    looking = {"judge": judge, "network of the features": features} if judge is not features else {"judge": judge}
+    return [f"the {what}, {network.name}, has the weights of the classifier that guided the images, so it says how far "
+            "they were moved to its liking, not how good they are" for what, network in looking.items()
+            if network is not None and module_hash(network.module) == manifest["classifier"]]
 
 
 def _notes(generated: Summary, real: Summary, width: int, per_class: bool) -> list[str]:
@@ -241,8 +249,8 @@ def _notes(generated: Summary, real: Summary, width: int, per_class: bool) -> li
 
 
 def _nearest(generated: Images, training: Images, features: Network, ours: Summary, theirs: Summary, count: int,
-             draws: Bootstrap, work: Mapping[str, Any]) -> tuple[dict[str, Figure], list[Pair]]:
-    """The figures of memorisation, and the nearest pairs."""
+             draws: Bootstrap, work: Mapping[str, Any]) -> tuple[dict[str, Figure], list[Pair], list[str]]:
+    """The figures of memorisation, the nearest pairs, and what to know in reading them."""
     if training.shape != generated.shape:
         raise ValueError(f"the training images have the shape {training.shape}, the generated ones {generated.shape}")
     (numbers, _, vectors), held_out = ours.kept.compute(), theirs.kept.compute()[2][:count]
@@ -252,9 +260,16 @@ def _nearest(generated: Images, training: Images, features: Network, ours: Summa
         found.update(these, some)
     gather([found])
     distance, number = found.compute()
-    pairs = []
-    for i in distance[: len(vectors)].argsort()[:SHOWN].tolist():
+    distance = torch.where(distance <= SAME * found.queries.norm(dim=1), 0.0, distance)
+    pairs, first, rest = [], distance[: len(vectors)], distance[len(vectors) :]
+    for i in first.argsort(stable=True)[:SHOWN].tolist():
         ours_, theirs_ = int(numbers[i]), int(number[i])
         pictures = next(generated.read(ours_, ours_ + 1))[0], next(training.read(theirs_, theirs_ + 1))[0]
         pairs.append(Pair(ours_, theirs_, float(distance[i]), pictures))
-    return memorisation(distance[: len(vectors)], distance[len(vectors) :], draws), pairs
+    notes = [f"{count} of {len(some)} {what} images are training images, to rounding" for what, some in (
+        ("generated", first), ("held-out", rest)) if (count := int((some == 0).sum()))]
+    figures = memorisation(first, rest, draws)
+    if "nearest_ratio" not in figures:
+        notes.append("most held-out images are training images, so that nothing can be said of memorisation but which "
+                     "generated images are training images, too")
+    return figures, pairs, notes

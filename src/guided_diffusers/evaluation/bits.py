@@ -18,7 +18,7 @@ from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
 from .figures import Bootstrap
-from .images import Images, matched
+from .images import Images, matched, named
 
 TERMS = ("bound", "x0_mse", "eps_mse")
 
@@ -97,11 +97,12 @@ def measure(pipeline: ClassifierGuidedPipeline, images: Images, count: int, boot
     if not 1 <= count <= len(images):
         raise ValueError(f"bits_per_dim={count}: 1 to {len(images)}, the images there are, is allowed")
     process, state = process_of(pipeline), PartialState()
-    labelled, ids = bool(module_config(pipeline.unet).get("num_class_embeds")), None
+    classes = pipeline.num_labels or module_config(pipeline.unet).get("num_class_embeds")
+    labelled = bool(module_config(pipeline.unet).get("num_class_embeds"))
     if labelled and not images.labelled:
         raise ValueError("bits_per_dim: the network is told labels, and the images have none")
-    if labelled and images.names and pipeline.config.id2label:
-        known = {int(i): name for i, name in pipeline.config.id2label.items()}
+    known, ids = {int(i): name for i, name in (pipeline.config.id2label or {}).items()}, None
+    if labelled and named(images.names) and named(known):  # else they are matched by their ids
         ids = matched(images.names, known, "the real images", "the network")
     terms, device = Terms(len(process)), pipeline.device
     share = range(count)[state.process_index :: state.num_processes]
@@ -111,6 +112,9 @@ def measure(pipeline: ClassifierGuidedPipeline, images: Images, count: int, boot
             numbers = share[start : start + batch_size]
             some = [next(images.read(i * len(images) // count, i * len(images) // count + 1)) for i in numbers]
             labels = torch.tensor([label if ids is None else ids[label] for _, label in some]) if labelled else None
+            if labelled and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(f"bits_per_dim: the real images have the labels {labels.unique().tolist()[-5:]}, and "
+                                 f"the network knows the ids 0 to {classes - 1}")
             found = bits_per_dim(pipeline.unet, process, torch.stack([image for image, _ in some]).to(device),
                                  None if labels is None else labels.to(device),
                                  generator=[image_generator(bootstrap.seed, i) for i in numbers])

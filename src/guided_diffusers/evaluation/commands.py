@@ -87,8 +87,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     device = device_of(options.device, processes)
     found = evaluation_of(options, device)
     if processes is None or processes.is_main_process:
+        print(found, flush=True)  # first, so that a full disk doesn't lose it
         found.save(options.output, options.picture)
-        print(f"{found}\n{options.output}")
+        print(options.output)
     if processes is not None:
         processes.destroy_process_group()
 

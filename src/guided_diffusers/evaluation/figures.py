@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..metrics import (
     Moments,
@@ -27,14 +28,21 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """So many resamples (0: no intervals), the share that an interval holds, and the seed."""
+    """So many resamples (0: no intervals), the share that an interval holds, the seed, and whether bars are shown."""
 
     count: int = 100
     confidence: float = 0.95
     seed: int = 0
+    progress: bool = False
 
     def weights(self, rows: int, draws: int | None = None) -> Tensor:
         return resamples(rows, self.count, self.seed, draws)
+
+    def distances(self, real: Moments, features: Tensor, images: int, what: str = "") -> Tensor:
+        """The Frechet distance of each resample of so many images, of which the features (n, D) are a sample."""
+        weights = self.weights(len(features), images)
+        return frechet_resampled(real.compute(), features, tqdm(
+            weights, desc=f"Frechet distance{what}, resampled", leave=False, delay=1, disable=not self.progress))
 
     def figure(self, value: float, replicates: Tensor | None, better: str, low: float = -float("inf"),
                high: float = float("inf"), **more: Any) -> Figure:
@@ -68,12 +76,12 @@ def _gaussian(moments: Moments) -> Moments:
 def _distances(generated: Summary, real: Summary, bootstrap: Bootstrap, inception: bool) -> dict[str, Figure]:
     features, true = generated.kept.compute()[2], real.kept.compute()[2]
     ours, theirs = _gaussian(generated.moments), _gaussian(real.moments)
-    replicates = frechet_resampled(theirs.compute(), features, bootstrap.weights(len(features), generated.count))
+    replicates = bootstrap.distances(theirs, features, generated.count)
     once = torch.ones(1, len(features), dtype=torch.float64)
     kernel = kernel_distance(true, features, torch.cat([once, bootstrap.weights(len(features))]))
     return {
         "frechet_distance": bootstrap.figure(
-            frechet_distance(theirs, ours), replicates, "less", name="FID" if inception else "Frechet distance",
+            frechet_distance(theirs, ours), replicates, "less", 0.0, name="FID" if inception else "Frechet distance",
             images=generated.count, real_images=real.count),
         "kernel_distance": bootstrap.figure(
             float(kernel[0]), kernel[1:], "less", name="KID, of all pairs" if inception else "kernel distance",
@@ -145,7 +153,8 @@ def by_class(generated: Summary, real: Summary, names: Mapping[int, str], bootst
         row: Figure = {"label": label, "name": names.get(label, str(label)), "images": count}
         if generated.classed and real.classed:
             row |= {"real_images": int(real.moments.count[label])}
-            row["frechet_distance"] = _class_distance(generated, real, label, features[labels == label], bootstrap)
+            row["frechet_distance"] = _class_distance(generated, real, label, features[labels == label], bootstrap,
+                                                      f" of {row['name']}")
         if generated.answers is not None:
             total, right, among = (column[label] for column in generated.answers.compute())
             for name, some in (("top_1", right), ("top_5", among)):
@@ -159,7 +168,7 @@ def by_class(generated: Summary, real: Summary, names: Mapping[int, str], bootst
 
 
 def _class_distance(generated: Summary, real: Summary, label: int, features: Tensor,
-                    bootstrap: Bootstrap) -> Figure | None:
+                    bootstrap: Bootstrap, what: str) -> Figure | None:
     """None where a class has fewer than two images, or two that were kept."""
     count = int(generated.moments.count[label])
     if min(count, int(real.moments.count[label])) < 2:
@@ -168,26 +177,25 @@ def _class_distance(generated: Summary, real: Summary, label: int, features: Ten
     for one, moments in ((ours, generated.moments), (theirs, real.moments)):
         one.count, one.mean, one.scatter = (part[label : label + 1] for part in (
             moments.count, moments.mean, moments.scatter))
-    replicates = None
-    if len(features) > 1:
-        replicates = frechet_resampled(theirs.compute(), features, bootstrap.weights(len(features), count))
-    return bootstrap.figure(frechet_distance(theirs, ours), replicates, "less")
+    replicates = bootstrap.distances(theirs, features, count, what) if len(features) > 1 else None
+    return bootstrap.figure(frechet_distance(theirs, ours), replicates, "less", 0.0)
 
 
 def memorisation(generated: Tensor, held_out: Tensor, bootstrap: Bootstrap) -> dict[str, Figure]:
     """How much nearer generated images are to their nearest training image than held-out ones are.
 
     `nearest_ratio` is that of the medians: near 1 for a model that has learned the distribution, near 0 for one that
-    copies. `memorised` is the share of generated images nearer than the nearest hundredth of the held-out images.
+    copies. `memorised` is the share of generated images as near as the nearest hundredth of the held-out images; where
+    these are training images, too, that of the generated images which are training images.
 
     Args:
-        generated, held_out: distances to the nearest training image, (N,) and (M,), float64.
+        generated, held_out: distances to the nearest training image, (N,) and (M,), float64; 0 of a training image.
     """
     median, first = torch.quantile(held_out, 0.5), torch.quantile(held_out, 0.01)
     draws = torch.randint(len(generated), (bootstrap.count, len(generated)),
                           generator=torch.Generator().manual_seed(bootstrap.seed))
-    real = float((held_out < first).double().mean())
-    figures = {"memorised": {**bootstrap.mean(generated < first, "less"), "real": real}}
+    real = float((held_out <= first).double().mean())
+    figures = {"memorised": {**bootstrap.mean(generated <= first, "less"), "real": real}}
     if median > 0:
         ratio = float(torch.quantile(generated, 0.5) / median)
         replicates = generated[draws].quantile(0.5, dim=1) / median if bootstrap.count else None

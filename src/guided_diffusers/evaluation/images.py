@@ -8,6 +8,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from ..data import CorruptImage, LabelledImages, load_splits
-from ..sampling.manifest import unique_names
+from ..sampling.manifest import as_folder, folder_names, unique_names
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Item = tuple[torch.Tensor, int]  # (C, H, W) in [-1, 1], and its label's id or -1
@@ -158,8 +159,8 @@ class Rows:
             try:
                 return Image.open(io.BytesIO(raw["bytes"]) if raw["bytes"] else raw["path"]).size
             except (OSError, TypeError) as error:
-                raise CorruptImage(f"images: that of row {i} ({(raw or {}).get('path')}) can't be read: "
-                                   f"{error}") from error
+                name = f" ({raw['path']})" if raw and raw["path"] else ""
+                raise CorruptImage(f"images: that of row {i}{name} can't be read: {error}") from error
 
         width, height = size(0) if shape is None else shape[:0:-1]
         if width != height:
@@ -193,7 +194,8 @@ class Shards:
     Nothing is copied to a cache, and a row group at a time is in memory.
 
     Raises:
-        ValueError: for a file that is cut short or damaged, naming it.
+        ValueError: for a file that is cut short or damaged, naming it, or an image that can't be read, naming the file
+            and its row there.
     """
 
     def __init__(self, files: Sequence[Path], image_column: str | None = None, label_column: str | None = None):
@@ -203,7 +205,7 @@ class Shards:
             raise ValueError(f"images: the Parquet files of {self.files[0].parent} have no rows")
         self.description: dict[str, Any] = {}
         self.names, self.shape, self.labelled = {}, None, True
-        first = next(self._chunks(self.files[next(i for i, count in enumerate(self.counts) if count)]))
+        _, first = next(self._chunks(self.files[next(i for i, count in enumerate(self.counts) if count)]))
         self.shape, self.labelled = first.shape, first.labelled
         self.names = self._names(first)
 
@@ -226,15 +228,19 @@ class Shards:
             return dict(enumerate(sorted(values)))
         return {i: str(i) for i in range(max(values) + 1)}
 
-    def _chunks(self, file: Path, start: int = 0) -> Iterator[Rows]:
-        """The rows of a file from `start` on."""
+    def _chunks(self, file: Path, start: int = 0) -> Iterator[tuple[int, Rows]]:
+        """The rows of a file from `start` on, in parts: the number of a part's first row in the file, the part."""
+        done = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 for batch in opened.iter_batches(256):
-                    if start < len(batch):
-                        rows = datasets.Dataset(pyarrow.Table.from_batches([batch[start:]]), fingerprint="0")
-                        yield Rows.native(rows, *self.columns, self.names or None, self.shape)
-                    start = max(0, start - len(batch))
+                    if start < done + len(batch):
+                        first = max(start, done)
+                        rows = datasets.Dataset(pyarrow.Table.from_batches([batch[first - done :]]), fingerprint="0")
+                        with numbered(file, first):
+                            part = Rows.native(rows, *self.columns, self.names or None, self.shape)
+                        yield first, part
+                    done += len(batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"images: {file} can't be read; it is damaged ({error})") from error
 
@@ -247,12 +253,25 @@ class Shards:
             start, stop = start - count, stop - count
             if left >= last:
                 continue
-            for rows in self._chunks(file, left):
+            for first, rows in self._chunks(file, left):
                 some = min(len(rows), last - left)
-                yield from rows.read(0, some)
+                with numbered(file, first):
+                    yield from rows.read(0, some)
                 left += some
                 if left == last:
                     break
+
+
+@contextmanager
+def numbered(file: Path, first: int) -> Iterator[None]:
+    """Within, an error that names a row of a part of a file, from row `first` on, names the file's row and the file."""
+    try:
+        yield
+    except ValueError as error:
+        text, found = re.subn(r"\brow (\d+)", lambda row: f"row {first + int(row[1])} of {file}", str(error), count=1)
+        if not found:
+            raise
+        raise ValueError(text) from error
 
 
 class Arrays:
@@ -319,6 +338,11 @@ class Arrays:
             raise ValueError(f"images: {self.path} can't be read: {error}") from error
 
 
+def named(names: Mapping[int, str]) -> bool:
+    """Whether there are names that aren't the ids."""
+    return any(name != str(i) for i, name in names.items())
+
+
 def matched(names: Mapping[int, str], wanted: Mapping[int, str], whose: str, other: str) -> dict[int, int]:
     """{id: id in `wanted`} of labels of the same name, as it is or as a folder of `guided-diffusers sample` has it.
 
@@ -328,14 +352,11 @@ def matched(names: Mapping[int, str], wanted: Mapping[int, str], whose: str, oth
         ValueError: for names that `wanted` hasn't.
     """
     apart = unique_names(wanted, max(wanted, default=-1) + 1)
+    folders = folder_names(apart)
     own = {name: i for i, name in wanted.items()}
-    ids = {_as_folder(name): i for name, i in own.items()} | {
-        form: i for i in wanted for form in (_as_folder(apart[i]), apart[i])} | own
+    ids = {as_folder(name): i for name, i in own.items()} | {
+        form: i for i in wanted for form in (folders[i], apart[i])} | own
     if missing := [name for name in names.values() if name not in ids]:
         raise ValueError(f"{whose} have the labels {missing[:10]}, which {other} hasn't; it has "
                          f"{list(wanted.values())[:20]}")
     return {i: i if wanted.get(i) == name else ids[name] for i, name in names.items()}
-
-
-def _as_folder(name: str) -> str:
-    return re.sub(r"^\.|[/\\\0]", "-", name)

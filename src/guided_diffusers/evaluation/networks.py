@@ -15,6 +15,7 @@ from .. import bundled
 from ..classifier import NoiseAwareClassifier
 from ..guidance import logits_of
 from ..preprocess import Preprocess
+from ..sampling.manifest import add_weights
 
 INCEPTION = "inception"
 
@@ -57,10 +58,7 @@ class Network:
 
     def digest(self) -> str:
         """Of its name and weights."""
-        found = hashlib.sha256(self.name.encode())
-        for key, value in sorted(self.module.state_dict().items()):
-            found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        add_weights(found := hashlib.sha256(self.name.encode()), self.module)
         return found.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -117,7 +118,8 @@ def summarise(images: Images, features: Network, judge: Network | None, settings
 
     Args:
         what: the images' name in messages.
-        cache: a folder where the result is kept, and taken from where images, networks and settings are the same.
+        cache: a folder where the result is kept, and taken from where images, networks and settings are the same: by
+            the main process, which sends it to the others, whose folder may be another.
 
     Raises:
         ValueError: for images that can't be read, or labels that are unknown.
@@ -128,8 +130,11 @@ def summarise(images: Images, features: Network, judge: Network | None, settings
         width = features(next(images.read(0, 1))[0][None])[0].shape[1]
     found = Summary(width, settings, judge.classes if judge else None, labelled)
     path = _place(cache, images, features, judge, settings) if cache is not None else None
-    if path is not None and path.exists():
-        found.load(path)
+    main = PartialState().is_main_process
+    if broadcast_object_list([path is not None and path.exists()])[0]:  # one looks for all
+        if main:
+            found.load(path)
+        gather(found.parts())
         return found
     ids = settings.ids
     for numbers, labels, vectors, logits in stream(images, features, judge, batch_size, what, progress):
@@ -142,7 +147,7 @@ def summarise(images: Images, features: Network, judge: Network | None, settings
                              f"{settings.classes - 1} are known")
         found.update(numbers, labels, vectors, logits)
     gather(found.parts())
-    if path is not None and PartialState().is_main_process:
+    if path is not None and main:
         found.save(path)
     PartialState().wait_for_everyone()
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .accumulate import Accumulator
@@ -91,7 +93,7 @@ def distance_of_gaussians(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: tor
     """`frechet_distance` by means (D,) and covariances (D, D); `root_a` is A^(1/2) where it is known."""
     root = _root(cov_a) if root_a is None else root_a
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    return max(0.0, float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:
@@ -100,15 +102,41 @@ def _root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def frechet_resampled(real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor,
-                      weights: torch.Tensor) -> torch.Tensor:
-    """The distance of each resample, (R,): row i of `features` (n, D) counts `weights[r, i]` times, (R, n).
+                      weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The distance of each resample, (R,): row i of `features` (n, D) counts `weights[r, i]` times, R of (n,).
 
     Args:
         real: mean and covariance of the real images, which are held.
     """
+    if len(features) < features.shape[1]:
+        return _resampled_by_rows(real, features.double(), weights)
     features, root, found = features.double(), _root(real[1]), []
     for weight in weights:
         mean = weight @ features / weight.sum()
         x = (features - mean) * weight.sqrt()[:, None]
         found.append(distance_of_gaussians(*real, mean, x.T @ x / (weight.sum() - 1), root))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _resampled_by_rows(real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor,
+                       weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """As `frechet_resampled`, by matrices (n, n) instead of (D, D): with B = X^T X, the rows X of a resample centred,
+
+        tr (A^(1/2) B A^(1/2))^(1/2) = tr (X A X^T)^(1/2),
+
+    and X A X^T is made of one matrix for all resamples by centring it.
+    """
+    mean, covariance = real
+    x, found = features - mean, []
+    gram, squares = x @ covariance @ x.T, x.square().sum(1)
+    for weight in weights:
+        total, drawn = weight.sum(), weight > 0
+        share, root = weight[drawn] / total, weight[drawn].sqrt()
+        rows = gram[drawn][:, drawn]
+        middle = rows @ share
+        centred = (rows - middle[:, None] - middle + share @ middle) * root[:, None] * root / (total - 1)
+        cross = torch.linalg.eigvalsh(centred).clamp(min=0).sqrt().sum()
+        difference = share @ x[drawn]  # of the means
+        spread = (share @ squares[drawn] - difference.square().sum()) * total / (total - 1)
+        found.append(max(0.0, float(difference.square().sum() + covariance.trace() + spread - 2 * cross)))
     return torch.tensor(found, dtype=torch.float64)

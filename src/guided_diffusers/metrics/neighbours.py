@@ -63,7 +63,10 @@ def density_coverage(real: torch.Tensor, generated: torch.Tensor, k: int = 5) ->
 
 
 class Nearest(Accumulator):
-    """The nearest training image of each query (Q, D): its distance and its number, in float64."""
+    """The nearest training image of each query (Q, D): its distance and its number, in float64.
+
+    Distances are sums of squared differences, so that a copy's is 0: |x|^2 + |y|^2 - 2 x . y would leave 1e-8 |x|.
+    """
 
     def __init__(self, queries: torch.Tensor):
         self.queries = queries.double()
@@ -77,7 +80,8 @@ class Nearest(Accumulator):
         """Training images with these numbers (B,) and features (B, D)."""
         features = features.cpu().double()
         for some in blocks(len(self.queries), len(features)) if len(features) else ():
-            distance, place = torch.cdist(self.queries[some], features).min(dim=1)
+            distance, place = torch.cdist(self.queries[some], features,
+                                          compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
             self._take(some, distance, numbers[place])
 
     def _take(self, some: slice, distance: torch.Tensor, number: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,26 @@ import torch
 
 from ..guidance import Label
 from ..pipeline import ClassifierGuidedPipeline
+
+
+class Once(logging.Filter):
+    """A context in which the pipeline says the same warning once, however many batches there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+        self._logger = logging.getLogger(ClassifierGuidedPipeline.__module__)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = (message := record.getMessage()) not in self._said
+        self._said.add(message)
+        return new
+
+    def __enter__(self) -> None:
+        self._logger.addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeFilter(self)
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
@@ -31,8 +52,10 @@ def sample(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label], seed: in
         indices: which images to make; by default one a label, 0 to len(labels) - 1.
         call: further arguments of the pipeline's call, such as `guidance_scale` and `output_type`.
     """
-    indices = range(len(labels)) if indices is None else indices
+    indices, once = range(len(labels)) if indices is None else indices, Once()
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
         generators = [image_generator(seed, i) for i in batch]
-        yield batch, pipeline([labels[i % len(labels)] for i in batch], generator=generators, **call).images
+        with once:
+            images = pipeline([labels[i % len(labels)] for i in batch], generator=generators, **call).images
+        yield batch, images

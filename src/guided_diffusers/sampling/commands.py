@@ -9,13 +9,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipeline import ALGORITHMS
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-OF_THE_CALL = ("guidance_scale", "classifier_free_scale", "num_inference_steps")
+OF_THE_CALL = ("guidance_scale", "classifier_free_scale", "num_inference_steps", "guidance_algorithm",
+               "guidance_every", "guidance_tolerance")
 
 
 def add_sample_command(commands: Any) -> None:
@@ -37,6 +40,14 @@ def add_sample_command(commands: Any) -> None:
     option("--classifier-free-scale", type=float, default=argparse.SUPPRESS,
            help="how strongly a network that knows the labels and a null label steers by itself; 0: off (default: the "
                 "model's own)")
+    option("--guidance-algorithm", choices=ALGORITHMS, default=argparse.SUPPRESS,
+           help="how guidance enters a step: in the network's output, in the mean of a DDPM step, or as a part beside "
+                "the scheduler's (default: the model's own)")
+    option("--guidance-every", type=int, metavar="K", default=argparse.SUPPRESS,
+           help="ask the classifier at every k-th step (default: the model's own)")
+    option("--guidance-tolerance", type=float, metavar="T", default=argparse.SUPPRESS,
+           help="instead, ask it again where its gradient turned so far that the image would be off by more, in units "
+                "of [-1, 1] (default: the model's own)")
     option("--num-images", type=int, help="images in all, shared by the labels in turn (default: 10 a label)")
     option("--num-inference-steps", type=int, default=argparse.SUPPRESS,
            help="scheduler steps (default: the model's own)")
@@ -123,7 +134,8 @@ def check(options: argparse.Namespace) -> None:
 
         check_output(options.diagnostics)
         if several:
-            raise ValueError("--diagnostics: only one process is allowed, which sees all images")
+            raise ValueError(f"--diagnostics {options.diagnostics}: {world_size()} processes were started, each of "
+                             "which sees a share of the images; one process is allowed")
 
 
 def world_size() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def all_settings(pipeline: ClassifierGuidedPipeline, model: str | None, revision
     scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     found = {
         "model": model or type(pipeline).__name__, "revision": revision or weights_hash(pipeline),
+        "classifier": None if pipeline.classifier is None else module_hash(pipeline.classifier),
         **{name: value for name, value in settings.items() if name not in NO_SETTINGS},
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch."),
@@ -42,10 +44,21 @@ def weights_hash(pipeline: ClassifierGuidedPipeline) -> str:
         if isinstance(module, torch.nn.Module):
             config = {key: value for key, value in module_config(module).items() if not str(key).startswith("_")}
             digest.update(json.dumps([name, type(module).__name__, config], sort_keys=True, default=str).encode())
-            for key, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            add_weights(digest, module)
     return f"sha256:{digest.hexdigest()}"
+
+
+def module_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights alone, wherever they lie and whatever it is called."""
+    add_weights(digest := hashlib.sha256(), module)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def add_weights(digest: Any, module: torch.nn.Module) -> None:
+    """Tell a digest of `hashlib` of all weights: their names, types, shapes and numbers."""
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def commit(model: str, revision: str | None = None) -> str | None:
@@ -113,6 +126,18 @@ def unique_names(id2label: Mapping[Any, str] | None, count: int) -> list[str]:
     return unique([known.get(i, str(i)) for i in range(count)])
 
 
-def unique(names: Sequence[str]) -> list[str]:
-    counts = Counter(names)
-    return [f"{name} {i}" if counts[name] > 1 else name for i, name in enumerate(names)]
+def folder_names(names: Sequence[str]) -> list[str]:
+    """The names as folders, all apart, also where capitals are as small letters."""
+    return unique([as_folder(name) for name in names], str.casefold)
+
+
+def as_folder(name: str) -> str:
+    """A name without what a folder's mustn't have."""
+    return re.sub(r"^\.|[/\\\0]", "-", name) or "-"
+
+
+def unique(names: Sequence[str], seen_as: Callable[[str], str] = str) -> list[str]:
+    """The names, of which those that several have get their number behind them, until all are apart."""
+    while max((counts := Counter(map(seen_as, names))).values(), default=1) > 1:
+        names = [f"{name} {i}" if counts[seen_as(name)] > 1 else name for i, name in enumerate(names)]
+    return list(names)

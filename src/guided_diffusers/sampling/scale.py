@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..guidance import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
-from .batches import sample
+from .batches import Once, sample
 from .manifest import all_settings, begin, unique_names, write_manifest
 from .shards import Shards
 
@@ -98,7 +98,7 @@ def _run(pipeline: ClassifierGuidedPipeline, shards: Shards, settings: Mapping[s
 
     # 3. This process's share of it
     one_batch = shards.num_images <= batch_size  # then the steps are worth a bar, else the images
-    with (_steps_bar(pipeline, one_batch and progress and main),
+    with (_steps_bar(pipeline, one_batch and progress and main), Once(),
           tqdm(total=shards.num_images, initial=shards.num_images - left, unit="image",
                disable=not progress or not main or one_batch) as bar):
         for shard in missing[rank::world]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..outputs import aside, write_bytes, write_json
-from .manifest import unique
+from .manifest import folder_names
 
 logger = get_logger(__name__)
 FORMATS = ("imagefolder", "parquet", "npz")
@@ -42,7 +41,7 @@ class Shards:
             raise ValueError(f"format={format!r}: {', '.join(FORMATS)} are allowed")
         self.folder, self.format, self.names, self.labels = folder, format, list(names), list(labels)
         self.num_images, self.shard_size, self.records = num_images, shard_size, folder / ".shards"
-        self.folders = unique([re.sub(r"^\.|[/\\\0]", "-", name) or "-" for name in names])
+        self.folders = folder_names(names)
 
     def __len__(self) -> int:
         return -(-self.num_images // self.shard_size)
