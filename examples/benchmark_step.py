@@ -4,6 +4,7 @@
     python examples/benchmark_step.py --size small --steps 200 --output figures.json
     OMP_NUM_THREADS=1 python examples/benchmark_step.py --cpu-time      # on a machine that is busy with other things
     python examples/benchmark_step.py --device cuda
+    python examples/benchmark_step.py --size small --compile            # and what `speed.optimize` makes of the step
 
 The floor is what no implementation can do without: one forward of the network, one forward of the classifier and the
 gradient by its input, parameters frozen, and nothing else. It is timed after every step of the pipeline, within the
@@ -12,10 +13,15 @@ same run, so that whatever else the machine does falls on both alike.
 Peak memory is that of three steps in a fresh process each, as torch's allocator counts it: every tensor above the
 weights, to the byte, without the allocator's reserves. (The memory of the whole process, which is also printed, is
 mostly Python and torch themselves.)
+
+With --compile, guided steps also with autocast to bfloat16 of both networks, with torch.compile of both, and with both,
+each in turns with the step as it is, on the same networks. Compiling takes minutes: what the first call took more than
+the second, from an empty cache, on one core.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -30,12 +36,16 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.speed import optimize
 
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
 SIZES: dict[str, dict[str, Any]] = {  # as the bundled models, and a network of 64 channels at 64x64
     "small": {"batch": 16, "image": (1, 28), "unet": (32, 64, 128), "classifier": (32, 64, 96), "groups": 16},
     "large": {"batch": 4, "image": (3, 64), "unet": (64, 128, 192), "classifier": (64, 128, 192), "groups": 32}}
 STEPS_A_CALL = 6
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager": {"dtype": torch.float32, "compile": False}, "autocast": {"dtype": torch.bfloat16, "compile": False},
+    "compiled": {"dtype": torch.float32, "compile": True}, "both": {"dtype": torch.bfloat16, "compile": True}}
 
 
 def make_pipeline(size: str, device: str) -> ClassifierGuidedPipeline:
@@ -77,13 +87,22 @@ def call(pipeline: ClassifierGuidedPipeline, size: str, guided: bool, **more: An
     pipeline([0] * SIZES[size]["batch"], guidance_scale=float(guided), output_type="latent", **more)
 
 
-def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, list[float]]:
-    """Seconds of each step, the floor after each step of the pipeline."""
+def clock(device: str, cpu_time: bool) -> Callable[[], float]:
+    """Seconds, with --cpu-time those of this process and of the compilers that it started."""
     def now() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
-        return time.process_time() if cpu_time else time.perf_counter()
+        if not cpu_time:
+            return time.perf_counter()
+        started = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + started.ru_utime + started.ru_stime
 
+    return now
+
+
+def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, list[float]]:
+    """Seconds of each step, the floor after each step of the pipeline."""
+    now = clock(device, cpu_time)
     pipeline = make_pipeline(size, device)
     floor, seconds = make_floor(pipeline, size), {"floor": [], "guided": [], "unguided": []}
     kind, begin = "", 0.0
@@ -106,6 +125,29 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
         if warm:
             seconds = {name: [] for name in seconds}
     return seconds
+
+
+def time_settings(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, dict[str, float]]:
+    """Of each of `SETTINGS`: seconds of a guided step, by those as it is, and what the first call took to compile."""
+    pipeline, now = make_pipeline(size, device), clock(device, cpu_time)
+
+    def seconds(name: str) -> float:
+        with optimize(pipeline, channels_last=False, **SETTINGS[name]):
+            begin = now()
+            call(pipeline, size, True, num_inference_steps=STEPS_A_CALL)
+            return now() - begin
+
+    found: dict[str, dict[str, float]] = {}
+    for name in SETTINGS:
+        first, pairs = seconds(name), []
+        for _ in range(max(2, steps // STEPS_A_CALL)):
+            pairs.append((seconds(name), seconds("eager")))
+        ratios = [mine / eager for mine, eager in pairs]
+        found[name] = {"ms": 1e3 * statistics.median(mine for mine, _ in pairs) / STEPS_A_CALL,
+                       "ratio": statistics.median(ratios), "compile_seconds": 0.0}
+        if SETTINGS[name]["compile"]:
+            found[name]["compile_seconds"] = first - pairs[0][0]
+    return found
 
 
 def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
@@ -148,6 +190,13 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
         tenths = statistics.quantiles(seconds, n=10)
         figures[kind] |= {"ms": 1e3 * statistics.median(seconds), "ms_10%": 1e3 * tenths[0], "ms_90%": 1e3 * tenths[-1],
                           "steps": len(seconds)}
+    if options.compile:
+        with tempfile.TemporaryDirectory() as cache:  # or the compilers find what they made before
+            command = [sys.executable, __file__, "--size", size, "--device", options.device, "--probe", "settings",
+                       "--steps", str(options.steps), *(["--cpu-time"] if options.cpu_time else [])]
+            alone = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **alone})
+            figures["settings"] = json.loads(run.stdout)
     figures["guided / floor"] = {name: figures["guided"][name] / figures["floor"][name] for name in ("ms", "tensors")}
     return figures
 
@@ -158,9 +207,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each kind (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall")
+    parser.add_argument("--compile", action="store_true", help="time autocast and torch.compile, too")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--probe", choices=["floor", "guided", "unguided"], help=argparse.SUPPRESS)
+    parser.add_argument("--probe", choices=["floor", "guided", "unguided", "settings"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.probe == "settings":
+        return print(json.dumps(time_settings(options.size[0], options.device, options.steps, options.cpu_time)))
     if options.probe:
         return print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
 
@@ -178,6 +230,9 @@ def main() -> None:
             print(f"{kind:>10} {row['ms']:10.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}")
         ratio = figures["guided / floor"]
         print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
+        for name, row in figures.get("settings", {}).items():
+            compiling = f", after {row['compile_seconds']:.0f} s of compiling" if SETTINGS[name]["compile"] else ""
+            print(f"{name:>10} {row['ms']:10.1f} ms a guided step, {row['ratio']:.3f} of eager{compiling}")
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

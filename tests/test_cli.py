@@ -73,6 +73,15 @@ def test_options_have_an_effect(folder: str, tmp_path: Path) -> None:
     assert len(set(pictures.values())) == len(variants)
 
 
+def test_how_guidance_acts_has_an_effect(folder: str, tmp_path: Path) -> None:
+    pictures = []
+    for extra in ([], ["--guidance-algorithm", "strang"], ["--guidance-every", "3"], ["--guidance-tolerance", "10"]):
+        run(folder, "--label", "boot", "--num-images", "1", "--guidance-scale", "50", "--num-inference-steps", "12",
+            "--output", str(tmp_path / "x.png"), *extra)
+        pictures.append(Image.open(tmp_path / "x.png").tobytes())
+    assert pictures[0] not in pictures[1:]
+
+
 def test_all_labels_in_rows(folder: str, tmp_path: Path) -> None:
     run(folder, "--label", "all", "--num-images", "6", "--output", str(tmp_path / "all.png"))
     width, height = Image.open(tmp_path / "all.png").size

@@ -531,7 +531,7 @@ def test_an_unknown_bundled_name_is_refused() -> None:
     ({"num_images_per_label": 0}, "num_images_per_label=0: at least 1 is allowed"),
     ({"num_inference_steps": 0}, "num_inference_steps=0: at least 1 is allowed"),
     ({"output_type": "jpg"}, "output_type='jpg': 'pil', 'np', 'pt' and 'latent' are allowed"),
-    ({"guidance_algorithm": "both"}, "guidance_algorithm='both': 'output' and 'mean' are allowed"),
+    ({"guidance_algorithm": "both"}, "guidance_algorithm='both': one of output, mean, lie_trotter, strang"),
     ({"guidance_start": 0.9, "guidance_stop": 0.1},
      "guidance_start=0.9, guidance_stop=0.1: 0 <= start <= stop <= 1 is allowed"),
     ({"guidance_scale": float("inf")}, "scale is .*inf.*; a finite number or one an image is allowed"),

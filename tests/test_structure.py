@@ -20,8 +20,10 @@ ONLY = {"classifier": set(), "bundled": set(), "data": set(), "schedulers": set(
         "attach": {"noise", "guidance", "images", "run"}, "modular": {"guidance", "run"},
         "images": set(), "clip": {"classifier"},
         "repository": {"source"}, "source": {"noise", "schedulers"},
-        "conditions": {"noise", "guidance"},
-        "pipeline": {"noise", "guidance", "conditions", "classifier", "images", "bundled", "repository"}}
+        "conditions": {"noise", "guidance"}, "splitting": {"noise", "guidance"},
+        "speed": {"noise", "guidance", "pipeline"},
+        "pipeline": {"noise", "guidance", "conditions", "classifier", "images", "bundled", "repository",
+                     "splitting"}}
 LAST = ("hub", "cli", "__main__")  # and nothing before one of these imports it
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,18 @@ def test_every_combination_once_and_no_guidance_once_for_all_intervals() -> None
                              "guidance_stop": 0.8}
 
 
+def test_how_guidance_acts_is_part_of_a_point() -> None:
+    found = points([3], ["ddim"], [10], algorithms=["output", "strang"], every=[1, 4], tolerances=[0.1])
+    assert [point.name for point in found] == ["ddim-10-steps-scale-0", *(
+        f"ddim-10-steps-scale-3-{how}" for how in (
+            "output-every-1", "output-every-4", "output-tolerance-0.1", "strang-every-1", "strang-every-4",
+            "strang-tolerance-0.1"))]
+    assert len({point.line for point in found}) == 7 and {point.unguided for point in found} == {found[0]}
+    assert found[-1].call == {"num_inference_steps": 10, "guidance_scale": 3.0, "guidance_start": 0.0,
+                              "guidance_stop": 1.0, "guidance_algorithm": "strang", "guidance_tolerance": 0.1}
+    assert str(found[-2]) == "ddim, 10 steps, guided strang, every 4, scale 3"
+
+
 @pytest.mark.parametrize(("given", "message"), [
     (([-1], ["ddim"], [5]), "scales: -1 isn't allowed; 0"), (([float("nan")], ["ddim"], [5]), "scales: nan"),
     (([1], ["ddim"], [0]), "steps: 0 isn't allowed"), (([1], [], [5]), "one of each"),
@@ -74,13 +87,17 @@ def test_points_that_are_none_are_refused(given: Any, message: str) -> None:
 def test_a_scheduler_has_one_name() -> None:
     own = DDIMScheduler(prediction_type="v_prediction")
     for names in (("ddim", "DDIM", "DDIMScheduler"), ("dpmsolver", "dpmsolver++", "DPMSolverMultistepScheduler"),
-                  ("sde-dpmsolver++", "SDE-DPMSolver++"), ("euler", "EulerDiscreteScheduler")):
+                  ("sde-dpmsolver++", "SDE-DPMSolver++"), ("euler", "EulerDiscreteScheduler"),
+                  ("dpmsolver++3m", "DPMSolver++3M"), ("dpmsolver++-thresholding", "DPMSolver++-Thresholding")):
         found = [scheduler_for(own, name) for name in names]
         assert len({scheduler_name(one) for one in found}) == 1
         assert all(one.config.prediction_type == "v_prediction" for one in found)
         assert scheduler_name(scheduler_for(own, scheduler_name(found[0]))) == scheduler_name(found[0])
     sde = scheduler_for(own, "sde-dpmsolver++")
     assert isinstance(sde, DPMSolverMultistepScheduler) and sde.config.algorithm_type == "sde-dpmsolver++"
+    third = scheduler_for(own, "dpmsolver++3m-thresholding").config
+    assert (third.algorithm_type, third.solver_order, third.thresholding) == ("dpmsolver++", 3, True)
+    assert (sde.config.solver_order, sde.config.thresholding) == (2, False)
 
 
 # the store
@@ -454,6 +471,20 @@ def test_arguments_have_an_effect(swept: Path, model: Path, data: Path, tmp_path
     settings = json.loads((tmp_path / "dtype" / "points" / "ddim-2-steps-scale-2.json").read_text())["settings"]
     assert settings["dtype"] == "bfloat16" and settings["weights"].startswith("sha256:")
     assert settings["device"] == "cpu" and settings["batch_size"] == 5
+    main(arguments(model, data, tmp_path / "how", "--algorithms", "output", "strang", "--every", "1", "2",
+                   "--tolerances", "0.1"))
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "how" / "points").glob("*scale-2-*.json")}
+    assert len(found) == 6
+    asked = {name: one["cost"]["classifier_evaluations"] for name, one in found.items()}
+    assert [asked[f"ddim-2-steps-scale-2-strang-every-{k}"] for k in (1, 2)] == [2, 1]
+
+
+def test_a_sweep_warns_once(model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
+    main(arguments(tmp_path / "model", data, tmp_path / "out", "--scales", "2", "3"))
+    assert caplog.text.count("DDIMScheduler clips x0") == 1
 
 
 def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
@@ -465,7 +496,9 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
     for name, i in itertools.product(list(NAMES.values())[:2], range(2)):
         (few / name).mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 20 * i).save(few / name / f"{i}.png")
-    small_classifier(id2label={0: "cat", 1: "dog", 2: "crow"}).save_pretrained(tmp_path / "other")
+    other = small_classifier(id2label={0: "cat", 1: "dog", 2: "crow"})
+    next(other.parameters()).data.mul_(2)
+    other.save_pretrained(tmp_path / "other")
     for more, message in ((["--schedulers", "nonsense"], "scheduler 'nonsense' is unknown"),
                           (["--scales", "-1"], "scales: -1.0 isn't allowed"),
                           (["--num-images", "3"], "num_images=3: at least"),
@@ -476,6 +509,12 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=re.escape(message)):
             main(arguments(model, data, tmp_path / "out", *more))
         assert not list(tmp_path.glob("out/points/*"))
+    for option in ("--features", "--judge"):  # that of --features is the judge, too
+        with pytest.raises(SystemExit, match="judge: .*classifier has the weights of the pipeline's classifier, which"):
+            main(arguments(model, data, tmp_path / "out", option, str(model / "classifier")))
+    with pytest.raises(SystemExit, match="features: .*classifier has the weights of the pipeline's classifier, which"):
+        main(arguments(model, data, tmp_path / "out", "--features", str(model / "classifier"), "--judge", "none"))
+    assert not list(tmp_path.glob("out/points/*"))
     with pytest.raises(ValueError, match="one with a classifier"):
         judge = load_network(model / "judge")
         sweep(quiet(small_unet(), DDIMScheduler(), id2label=NAMES), str(data), tmp_path / "out", judge, judge)

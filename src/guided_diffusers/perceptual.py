@@ -245,6 +245,12 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
     def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
         return self.module.scale * along(self.module.encode_image(z, t), self.direction, "prompt")
 
+    def of_images(self, rows: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
+        part = super().of_images(rows, count)
+        check_direction(self.direction, count, "prompt")
+        part.direction = self.direction[rows] if len(self.direction) > 1 else self.direction
+        return part
+
 
 def unit(embeds: torch.Tensor) -> torch.Tensor:
     """Scaled to norm 1, in float32 or wider."""
@@ -278,6 +284,10 @@ def along(embeds: torch.Tensor, direction: torch.Tensor, name: str) -> torch.Ten
     Raises:
         ValueError: for a direction an image, of another number of images.
     """
-    if len(direction) not in (1, len(embeds)):
-        raise ValueError(f"{name} holds {len(direction)} for {len(embeds)} images; one, or one an image, is allowed")
+    check_direction(direction, len(embeds), name)
     return (embeds * direction.to(embeds)).sum(-1)
+
+
+def check_direction(direction: torch.Tensor, count: int, name: str) -> None:
+    if len(direction) not in (1, count):
+        raise ValueError(f"{name} holds {len(direction)} for {count} images; one, or one an image, is allowed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,10 +37,19 @@ from .noise import (
     starting_sigma,
     stepper,
 )
+from .splitting import Sparing, Splitting
 
 logger = get_logger(__name__)
 DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_steps": 50,
-            "guidance_algorithm": "output"}
+            "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
+ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
+
+
+@dataclass
+class GuidedImageOutput(ImagePipelineOutput):
+    """`images`, and how many times an image's terms were asked what to add to the score, in the mean."""
+
+    guidance_evaluations: float = 0.0
 
 
 class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
@@ -54,8 +64,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         vae: the autoencoder of a latent model, `AutoencoderKL` or alike, with its scaling in its config: network and
             classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, where there is no classifier that has them.
-        defaults: what `guidance_scale`, `classifier_free_scale`, `num_inference_steps` and `guidance_algorithm` are in
-            a call without them; they are saved with the pipeline. By default 1.0, 0.0, 50 and "output".
+        defaults: what arguments of a call are without them; they are saved with the pipeline. By default
+            guidance_scale=1.0, classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
+            guidance_every=1 and guidance_tolerance=None.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -143,11 +154,12 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                  latents: torch.Tensor | None = None, output_type: Literal["pil", "np", "pt", "latent"] = "pil",
                  return_dict: bool = True, callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
                  callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-                 guidance_algorithm: Literal["output", "mean"] | None = None, clip_x0: bool = False,
-                 guidance: Guidance | Sequence[Guidance] | None = None,
+                 guidance_algorithm: Literal["output", "mean", "lie_trotter", "strang"] | None = None,
+                 clip_x0: bool = False, guidance: Guidance | Sequence[Guidance] | None = None,
                  image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
                  classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
-                 ) -> ImagePipelineOutput | tuple[Any]:
+                 guidance_every: int | None = None, guidance_tolerance: float | None = None,
+                 ) -> GuidedImageOutput | tuple[Any]:
         """Generate images.
 
         Args:
@@ -166,15 +178,16 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             generator: one, or one an image; with the latter an image is the same in any batch.
             latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by default.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the sample as it is.
-            return_dict: `ImagePipelineOutput` with `.images`, else a tuple.
+            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a tuple (images,).
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary,
                 in which "latents" are those to go on with.
             callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got),
                 "score_shift" (what guidance added to the score), "sample" (the latents before the step) and "x0" (that
                 the network predicted there, before guidance) it gets.
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
-                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1). None: the
-                pipeline's own where the scheduler has a DDPM step, else "output".
+                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); with
+                "lie_trotter" and "strang" it is a part beside the scheduler's step, which knows nothing of it
+                (`Splitting`). None: the pipeline's own; "mean" only where the scheduler has a DDPM step, else "output".
             clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, whatever the scheduler
                 (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips what guidance made of it.
             guidance: a further term that is added to the classifier's, or several.
@@ -184,6 +197,11 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
                 Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, 0 unless it was made with another,
                 where the network is told a label.
+            guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`Sparing`). 1:
+                at each. None: the pipeline's own.
+            guidance_tolerance: instead, ask an image's classifier again where its gradient has turned so far that the
+                image would be off by more than this, in the units of x0 (0.05 is 2.5% of [-1, 1]). None: the
+                pipeline's own, unless `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -194,7 +212,10 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if guidance_algorithm is None:
             own = self.config.defaults["guidance_algorithm"]
-            guidance_algorithm = own if has_posterior_variance(self.scheduler) else "output"
+            guidance_algorithm = own if own != "mean" or has_posterior_variance(self.scheduler) else "output"
+        every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
+        if guidance_every is None and guidance_tolerance is None:
+            every, tolerance = (self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance"))
         self._check(num_images_per_label, output_type, guidance_algorithm, guidance_start, guidance_stop,
                     callback_on_step_end_tensor_inputs)
         device = self._execution_device
@@ -225,6 +246,11 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
                              "up-sampling network needs image, others allow 'np', 'pt' and 'latent'")
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
+        splitting, sparing, asked = None, None, 0
+        if terms and guidance_algorithm not in ("output", "mean"):
+            splitting = Splitting(guidance_algorithm, self.scheduler, levels, eta)
+        if every != 1 or tolerance is not None:
+            sparing = Sparing(levels, every, tolerance)
         networks = [module for term in terms for module in term.modules()]
         check = FiniteCheck(next((p.dtype for module in networks for p in module.parameters()), latents.dtype))
         components = [module for module in (self.unet, self.vae, *networks) if module is not None]
@@ -232,7 +258,11 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         with frozen(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
-                acting = [term for term in terms if term.active(index, count, level)]
+                active = [term for term in terms if term.active(index, count, level)]
+                acting, rows = active, None
+                if sparing is not None and active:
+                    rows = sparing.rows(index, batch_size, active)
+                    acting = active if len(rows) else []
                 told = [class_labels, *(condition.get("class_labels", class_labels) for term in acting
                                         for condition in term.conditions)]
                 wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -248,22 +278,26 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 score_shift, mean_shift, unguided = None, None, output
 
                 # 4. What guidance adds to the score
-                if acting:
+                if active:
                     predict = partial(self._predict_x0, t, level, class_labels, low_res, clip_x0)
                     step = Step(wide, level.x0(wide, output), predict, level, index, count, numbers[index],
                                 tuple(level.x0(wide, other) for other in others), self._decode, graph)
-                    score_shift = total_score(acting, step)
+                    asked += batch_size if rows is None else len(rows)
+                    score_shift = total_score(acting, step) if rows is None else sparing.score(acting, step, rows)
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
-                    else:
+                    elif guidance_algorithm == "mean":
                         mean_shift = score_shift * posterior_variance(self.scheduler, numbers, index, variance)
                     check(step, score_shift, output if mean_shift is None else mean_shift)
                     del step, graph  # the network's activations
 
                 # 5. The scheduler's step, which doesn't know
+                output, own = (output, latents) if splitting is None else splitting.unguided(
+                    index, output, wide, score_shift)
                 if variance is not None and reads_variance(self.scheduler):
                     output = torch.cat([output, variance], dim=1)
-                latents = scheduler_step(output, index, latents)
+                latents = scheduler_step(output, index, own.to(latents.dtype))
+                latents = latents if splitting is None else splitting.guided(index, latents)
                 if mean_shift is not None:
                     latents = latents + mean_shift.to(latents.dtype)
 
@@ -281,7 +315,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         if output_type != "latent":
             images = convert(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return GuidedImageOutput(images, asked / batch_size) if return_dict else (images,)
 
     def _check(self, num_images_per_label: int, output_type: str, guidance_algorithm: str, start: float, stop: float,
                tensor_inputs: Sequence[str]) -> None:
@@ -293,8 +327,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed")
-        if guidance_algorithm not in ("output", "mean"):
-            raise ValueError(f"guidance_algorithm={guidance_algorithm!r}: 'output' and 'mean' are allowed")
+        if guidance_algorithm not in ALGORITHMS:
+            raise ValueError(f"guidance_algorithm={guidance_algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed")
         if guidance_algorithm == "mean" and not has_posterior_variance(self.scheduler):
             raise ValueError("guidance_algorithm='mean' shifts the mean of a DDPM step; with "
                              f"{type(self.scheduler).__name__} only 'output' is allowed")

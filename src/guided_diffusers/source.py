@@ -111,8 +111,13 @@ def spared(pipeline: Any) -> dict[str, str]:
         found["rare_affine"] = "a scheduler of this kind"
     if pipeline._null is None:
         found["NullGuidance"] = "classifier_free_scale"
-    if pipeline.config.defaults["guidance_algorithm"] != "mean":
+    defaults = pipeline.config.defaults
+    if defaults["guidance_algorithm"] != "mean":
         found["posterior_variance"] = "guidance_algorithm='mean'"
+    if defaults["guidance_algorithm"] in ("output", "mean"):
+        found["Splitting"] = "this guidance_algorithm"
+    if (defaults["guidance_every"], defaults["guidance_tolerance"]) == (1, None):
+        found |= dict.fromkeys(("Sparing", "if sparing is not None and active"), "guidance_every, guidance_tolerance")
     return found
 
 

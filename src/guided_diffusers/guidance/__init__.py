@@ -19,6 +19,7 @@ from .classifier import (
     ClassifierGuidance,
     Label,
     LabelGuidance,
+    LogitsGuidance,
     NoiseAwareGuidance,
     check_softplus,
     likelihood,
@@ -44,6 +45,6 @@ from .energy import EnergyGuidance
 from .prediction import ClassifierFreeGuidance, ModelGuidance, NullGuidance
 
 __all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "EnergyGuidance", "FiniteCheck", "Guidance", "Label",
-           "LabelGuidance", "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "NullGuidance", "Scale", "Step",
-           "Sum", "check_evaluating", "check_softplus", "frozen", "gradient", "likelihood", "logits_of", "normalized",
-           "parse_labels", "smoothed", "total_score", "x0_gradient"]
+           "LabelGuidance", "LogitsGuidance", "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "NullGuidance",
+           "Scale", "Step", "Sum", "check_evaluating", "check_softplus", "frozen", "gradient", "likelihood",
+           "logits_of", "normalized", "parse_labels", "smoothed", "total_score", "x0_gradient"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -49,15 +50,43 @@ class NoiseAwareGuidance(Guidance):
 
     def score(self, step: Step) -> torch.Tensor:
         level, t = step.level, self.schedule.timestep(step.level)
-        norm = (level.alpha**2 + level.sigma**2) ** 0.5
-        dtype = next((p.dtype for p in self.module.parameters()), step.sample.dtype)
-        grad = gradient(lambda z: self.log_likelihood(z.to(dtype), t), step.sample / norm)
+        z = step.sample / (norm := (level.alpha**2 + level.sigma**2) ** 0.5)
+        dtype = next((p.dtype for p in self.module.parameters()), z.dtype)
+        fast = getattr(self.module, "input_gradient", None)  # of `speed.gradients_in`
+        grad = fast(self, z, t) if fast else gradient(lambda z: self.log_likelihood(z.to(dtype), t), z)
         if self.normalize:
             return self.scale_at(step) * normalized(grad, step)
         return (self.scale_at(step) * (self.schedule.beyond(level) / norm)) * grad
 
+    def of_images(self, rows: slice | list[int], count: int) -> NoiseAwareGuidance:
+        """The term for some of `count` images.
 
-class LabelGuidance(NoiseAwareGuidance):
+        Raises:
+            ValueError: if it is for another number of images.
+        """
+        part, scale = copy(self), self.scale
+        part.scale = (lambda level: _of_images(scale(level), rows)) if callable(scale) else _of_images(scale, rows)
+        return part
+
+
+def _of_images(scale: float | Sequence[float] | torch.Tensor, rows: slice | list[int]) -> torch.Tensor:
+    numbers = torch.as_tensor(scale)
+    return numbers[rows] if numbers.numel() > 1 else numbers
+
+
+class LogitsGuidance(NoiseAwareGuidance):
+    """By the likelihood that follows from a network's logits."""
+
+    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
+        return self.likelihood(logits_of(self.module(z, t)))
+
+    def of_images(self, rows: slice | list[int], count: int) -> LogitsGuidance:
+        part = super().of_images(rows, count)
+        part.likelihood = self.likelihood.of_images(rows)
+        return part
+
+
+class LabelGuidance(LogitsGuidance):
     """`ClassifierGuidance` without its options.
 
     Args:
@@ -76,11 +105,8 @@ class LabelGuidance(NoiseAwareGuidance):
                              "guidance=ClassifierGuidance(classifier, target=...)")
         self.likelihood = LabelLikelihood(labels, kind == MULTI)
 
-    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
-        return self.likelihood(logits_of(self.module(z, t)))
 
-
-class ClassifierGuidance(NoiseAwareGuidance):
+class ClassifierGuidance(LogitsGuidance):
     """Steer to what a noise-aware classifier calls the label: adds `scale * sum_y w_y grad_x log p(y | x_t)`.
 
     Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. What log p(y | x_t) is follows
@@ -122,9 +148,6 @@ class ClassifierGuidance(NoiseAwareGuidance):
         self.likelihood = likelihood(config, label, target, std, joint_temperature, marginal_temperature)
         check_softplus(classifier, softplus)
 
-    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
-        return self.likelihood(logits_of(self.classifier(z, t)))
-
     def score(self, step: Step) -> torch.Tensor:
         with smoothed(self.classifier, self.softplus):  # also while a checkpointed block runs again
             return super().score(step)
@@ -160,6 +183,14 @@ class LabelLikelihood:
             log_p = self.joint * wide - (self.marginal * wide).logsumexp(dim=-1, keepdim=True)
         return (self._weights.to(wide.dtype) * log_p).sum(dim=-1)
 
+    def of_images(self, rows: slice | list[int]) -> LabelLikelihood:
+        """The same for some of the images."""
+        part = copy(self)
+        if len(self.labels) > 1:
+            part.labels = self.labels[rows] if isinstance(rows, slice) else [self.labels[i] for i in rows]
+            part._weights = None if self._weights is None else self._weights[rows]
+        return part
+
 
 class TargetLikelihood:
     """Outputs f (B, num_labels) -> -(f - target)^2 / (2 std^2), summed, (B,): Gaussian up to a constant."""
@@ -169,12 +200,17 @@ class TargetLikelihood:
 
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
         wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        target = self.target.to(wide)
+        target = self.target.to(wide, non_blocking=True)  # or an accelerator waits for it
         sizes = zip(target.shape[::-1], wide.shape[::-1], strict=False)
         if target.ndim > wide.ndim or any(size not in (1, whole) for size, whole in sizes):
             raise ValueError(f"target has shape {tuple(target.shape)}; one that broadcasts to the regressor's "
                              f"{tuple(wide.shape)} outputs is allowed")
         return -((wide - target) ** 2).sum(dim=-1) / (2 * self.std**2)
+
+    def of_images(self, rows: slice | list[int]) -> TargetLikelihood:
+        """The same for some of the images."""
+        each = self.target.ndim > 1 and len(self.target) > 1
+        return TargetLikelihood(self.target[rows] if each else self.target, self.std)
 
 
 def likelihood(config: Mapping[str, Any], label: Any, target: Any, std: float = 1.0, joint: float = 1.0,

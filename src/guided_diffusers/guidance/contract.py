@@ -110,7 +110,7 @@ class Guidance(ABC):
         if scale.numel() not in (1, len(step.sample)):
             raise ValueError(f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one an "
                              "image, is allowed")
-        return scale.to(step.sample).reshape(-1, *[1] * (step.sample.ndim - 1))
+        return scale.to(step.sample, non_blocking=True).reshape(-1, *[1] * (step.sample.ndim - 1))  # nobody waits
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The networks that the term runs; their parameters are frozen meanwhile."""

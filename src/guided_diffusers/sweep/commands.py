@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..pipeline import ALGORITHMS
+
 
 def add_sweep_command(commands: Any) -> None:
     command = commands.add_parser(
@@ -35,10 +37,16 @@ def add_sweep_command(commands: Any) -> None:
     option("--scales", type=float, nargs="+", default=[0, 1, 2, 3, 5, 8, 10], metavar="SCALE",
            help="guidance scales; 0, no guidance, is always among them (default: 0 1 2 3 5 8 10)")
     option("--schedulers", nargs="+", metavar="NAME",
-           help="ddim, dpmsolver++, sde-dpmsolver++, ddpm, euler, unipc, ... (default: the model's own)")
+           help="ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ddpm, euler, ... (default: the model's own)")
     option("--steps", type=int, nargs="+", metavar="N", help="scheduler steps (default: the model's own)")
     option("--intervals", nargs="+", type=interval, default=[(0.0, 1.0)], metavar="START:STOP",
            help="the parts of the run that are guided, in [0, 1] (default: 0:1)")
+    option("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
+           help=f"how guidance enters the step: {', '.join(ALGORITHMS)} (default: the model's own)")
+    option("--every", type=int, nargs="+", default=[], metavar="K",
+           help="ask the classifier at every k-th step (default: the model's own)")
+    option("--tolerances", type=float, nargs="+", default=[], metavar="T",
+           help="and at steps where its gradient turned so far that an image would be off by more, in units of x0")
     option("--num-images", type=int, default=1000, metavar="N",
            help="of each point, of all labels in turn (default: %(default)s)")
     option("--conditional", action=argparse.BooleanOptionalAction,
@@ -93,7 +101,8 @@ def run_sweep(options: argparse.Namespace) -> None:
         judge = load_network(options.judge, device)
     elif options.judge != "none" and features.classes is not None and not features.inception:
         judge = features
-    names = ("scales", "schedulers", "steps", "intervals", "num_images", "seed", "batch_size", "conditional", "dtype",
+    names = ("scales", "schedulers", "steps", "intervals", "algorithms", "every", "tolerances",
+             "num_images", "seed", "batch_size", "conditional", "dtype",
              "bootstrap", "max_features", "split", "image_column", "label_column", "model")
     found = sweep(pipeline, options.reference, options.output, features, judge, progress=not options.quiet and main,
                   **{name: getattr(options, name) for name in names})

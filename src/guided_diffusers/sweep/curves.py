@@ -86,15 +86,15 @@ def _themed(figure: Figure, theme: dict[str, Any]) -> Figure:
 
 
 def _lines(results: Sequence[Result], scheduler: str) -> dict[tuple[int, str], list[Result]]:
-    """{(steps, interval): the points by scale}, each beginning with that of no guidance."""
+    """{(steps, guided): the points by scale}, each beginning with that of no guidance."""
     found, none = defaultdict(list), {}
-    for one in sorted(results, key=lambda one: (one.point.num_inference_steps, one.point.interval,
+    for one in sorted(results, key=lambda one: (one.point.num_inference_steps, one.point.guided,
                                                 one.point.guidance_scale)):
         if one.point.scheduler == scheduler:
             if one.point.guidance_scale == 0:
                 none[one.point.num_inference_steps] = one
             else:
-                found[one.point.num_inference_steps, one.point.interval].append(one)
+                found[one.point.num_inference_steps, one.point.guided].append(one)
     for steps, one in none.items():
         for line in [line for line in found if line[0] == steps] or [(steps, "")]:
             found[line].insert(0, one)
@@ -102,16 +102,16 @@ def _lines(results: Sequence[Result], scheduler: str) -> dict[tuple[int, str], l
 
 
 def _styles(results: Sequence[Result], theme: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
-    """A line's colour says its steps, from few to many, its dashes the interval."""
+    """A line's colour says its steps, from few to many, its dashes when and how guidance acts."""
     from matplotlib.colors import LinearSegmentedColormap
 
     steps = sorted({one.point.num_inference_steps for one in results})
-    intervals = sorted({one.point.interval for one in results})
+    ways = sorted({one.point.guided for one in results})
     ramp = LinearSegmentedColormap.from_list("steps", theme["ramp"])
-    return {(count, interval): {"color": ramp(i / max(1, len(steps) - 1) if len(steps) > 1 else 0.6),
+    return {(count, guided): {"color": ramp(i / max(1, len(steps) - 1) if len(steps) > 1 else 0.6),
                                 "linestyle": DASHES[j % len(DASHES)], "linewidth": 1.6,
-                                "label": f"{count} steps" + (f", {interval}" if interval else "")}
-            for i, count in enumerate(steps) for j, interval in enumerate(intervals)}
+                                "label": f"{count} steps" + (f", {guided}" if guided else "")}
+            for i, count in enumerate(steps) for j, guided in enumerate(ways)}
 
 
 def _schedulers(results: Sequence[Result]) -> list[str]:

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from diffusers import SchedulerMixin
 from PIL import Image
 
@@ -23,29 +22,37 @@ from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
 from ..sampling.loading import exchanged
 from ..sampling.manifest import LIBRARIES
+from ..speed import computing_in
 from .figures import PICTURES, Result
 from .points import Point
 
-ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "sde-dpmsolver")  # of the multi-step DPM-Solver
+SOLVERS = ("dpmsolver++", "sde-dpmsolver++", "sde-dpmsolver")  # algorithms of the multi-step DPM-Solver
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def scheduler_for(own: SchedulerMixin, name: str) -> SchedulerMixin:
-    """The scheduler called `name`, also `dpmsolver++`, `sde-dpmsolver++`, for the network that `own` is for.
+    """The scheduler called `name`, for the network that `own` is for; of the multi-step DPM-Solver also `dpmsolver++`,
+    `sde-dpmsolver++`, `dpmsolver++3m` (of third order), `dpmsolver++-thresholding` (dynamic, of x0).
 
     Raises:
         ValueError: if there is none, or it is for networks of another kind.
     """
-    if name.lower() in ALGORITHMS:
+    solver, _, option = name.lower().partition("-thresholding")
+    third, solver = solver.endswith("3m"), solver.removesuffix("3m")
+    if solver in SOLVERS and not option:
         found = exchanged(own, "dpmsolver")
-        return type(found).from_config(found.config, algorithm_type=name.lower())
+        return type(found).from_config(found.config, algorithm_type=solver, solver_order=3 if third else 2,
+                                       thresholding=name.lower().endswith("-thresholding"))
     return exchanged(own, name)
 
 
 def scheduler_name(scheduler: SchedulerMixin) -> str:
     """The short one that `scheduler_for` takes."""
     name = type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep").lower()
-    return scheduler.config["algorithm_type"] if name == "dpmsolver" else name
+    if name == "dpmsolver":
+        return (scheduler.config["algorithm_type"] + "3m" * (scheduler.config["solver_order"] == 3)
+                + "-thresholding" * scheduler.config["thresholding"])
+    return name
 
 
 def quiet_copy(pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin) -> ClassifierGuidedPipeline:
@@ -54,20 +61,6 @@ def quiet_copy(pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin) ->
                                      id2label=pipeline.config.id2label, defaults=dict(pipeline.config.defaults))
     found.set_progress_bar_config(disable=True)
     return found
-
-
-@contextmanager
-def computing_in(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the network computes in `dtype` where that is accurate enough (autocast) and gives float32."""
-    if dtype == torch.float32:
-        yield
-        return
-    device = next(network.parameters()).device.type
-    network.forward = convert_outputs_to_fp32(torch.autocast(device, dtype)(network.forward))
-    try:
-        yield
-    finally:
-        del network.forward
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..sampling.manifest import differences
 from .figures import Result
 
 logger = get_logger(__name__)
-Line = tuple[str, int, str]  # a scheduler, a number of steps, the part of the run that is guided
+Line = tuple[str, int, str]  # a scheduler, a number of steps, when and how guidance acts
 ELSEWHERE = {"model", "reference.name"}  # settings whose names may differ: their digests are beside them
 
 
@@ -29,7 +29,8 @@ class Point:
 
     Attributes:
         scheduler: as `schedulers` calls it.
-        guidance_start, guidance_stop: 0 and 1 where `guidance_scale` is 0, since no interval has an effect there.
+        guidance_start, guidance_stop, guidance_algorithm, guidance_every, guidance_tolerance: as they are without
+            where `guidance_scale` is 0, since they have no effect there. None: the pipeline's own.
     """
 
     scheduler: str
@@ -37,23 +38,29 @@ class Point:
     guidance_scale: float
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    guidance_algorithm: str | None = None
+    guidance_every: int | None = None
+    guidance_tolerance: float | None = None
 
     @property
     def name(self) -> str:
         """Of its files."""
         return f"{self.scheduler}-{self.num_inference_steps}-steps-scale-{number(self.guidance_scale)}" + (
-            f"-from-{number(self.guidance_start)}-to-{number(self.guidance_stop)}" if self.interval else "")
+            "-" + self.guided.replace(", ", "-").replace(" ", "-") if self.guided else "")
 
     @property
-    def interval(self) -> str:
-        """The part of the run that is guided, "" for all of it."""
+    def guided(self) -> str:
+        """When and how guidance acts, "" for at every step of the run as the pipeline does by itself."""
         start, stop = self.guidance_start, self.guidance_stop
-        return "" if (start, stop) == (0, 1) else f"{number(start)} to {number(stop)}"
+        return ", ".join([f"from {number(start)} to {number(stop)}"] * ((start, stop) != (0, 1)) + (
+            [self.guidance_algorithm] if self.guidance_algorithm else []) + (
+            [f"every {self.guidance_every}"] if self.guidance_every else []) + (
+            [f"tolerance {number(self.guidance_tolerance)}"] if self.guidance_tolerance else []))
 
     @property
     def line(self) -> Line:
         """What it has in common with the points that differ in the scale alone."""
-        return self.scheduler, self.num_inference_steps, self.interval
+        return self.scheduler, self.num_inference_steps, self.guided
 
     @property
     def unguided(self) -> Point:
@@ -63,7 +70,7 @@ class Point:
     @property
     def call(self) -> dict[str, Any]:
         """Its arguments of the pipeline's call."""
-        return {name: value for name, value in asdict(self).items() if name != "scheduler"}
+        return {name: value for name, value in asdict(self).items() if name != "scheduler" and value is not None}
 
     def __str__(self) -> str:
         return f"{line_name(self.line)}, scale {number(self.guidance_scale)}"
@@ -78,18 +85,21 @@ def scales_name(scales: Iterable[float]) -> str:
 
 
 def line_name(line: tuple[str, int | str, str]) -> str:
-    scheduler, steps, interval = line
-    return f"{scheduler}, {steps} step{'s' * (steps != 1)}" + (f", guided from {interval}" if interval else "")
+    scheduler, steps, guided = line
+    return f"{scheduler}, {steps} step{'s' * (steps != 1)}" + (f", guided {guided}" if guided else "")
 
 
 def points(scales: Iterable[float], schedulers: Iterable[str], steps: Iterable[int],
-           intervals: Iterable[tuple[float, float]] = ((0.0, 1.0),)) -> list[Point]:
+           intervals: Iterable[tuple[float, float]] = ((0.0, 1.0),), algorithms: Iterable[str | None] = (None,),
+           every: Iterable[int] = (), tolerances: Iterable[float] = ()) -> list[Point]:
     """Every combination once, the cheapest first; scale 0, which all others are compared with, is always among them.
+    `every` and `tolerances` aren't combined with each other.
 
     Raises:
         ValueError: for a scale below 0, less than one step, or an interval that isn't 0 <= start < stop <= 1.
     """
-    scales, schedulers, steps, intervals = (list(dict.fromkeys(one)) for one in (scales, schedulers, steps, intervals))
+    scales, schedulers, steps, intervals, algorithms, every, tolerances = (list(dict.fromkeys(one)) for one in (
+        scales, schedulers, steps, intervals, algorithms, every, tolerances))
     for scale in scales:
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"scales: {scale} isn't allowed; 0 (off) and more are")
@@ -99,12 +109,15 @@ def points(scales: Iterable[float], schedulers: Iterable[str], steps: Iterable[i
     for start, stop in intervals:
         if not 0 <= start < stop <= 1:
             raise ValueError(f"intervals: {start:g}:{stop:g} isn't allowed; 0 <= start < stop <= 1 is")
-    if not (schedulers and steps and intervals):
-        raise ValueError(f"schedulers={schedulers}, steps={steps}, intervals={intervals}: one of each is needed")
+    if not (schedulers and steps and intervals and algorithms):
+        raise ValueError(f"schedulers={schedulers}, steps={steps}, intervals={intervals}, algorithms={algorithms}: one "
+                         "of each is needed")
+    asked = [*((int(k), None) for k in every), *((None, float(most)) for most in tolerances)] or [(None, None)]
+    guided = [scale for scale in sorted(scales) if scale > 0]
     return [point for count in sorted(steps) for scheduler in schedulers
             for point in [Point(scheduler, int(count), 0.0), *(
-                Point(scheduler, int(count), float(scale), float(start), float(stop))
-                for start, stop in intervals for scale in sorted(scales) if scale > 0)]]
+                Point(scheduler, int(count), float(scale), float(start), float(stop), algorithm, k, most)
+                for start, stop in intervals for algorithm in algorithms for k, most in asked for scale in guided)]]
 
 
 class Store:

@@ -51,7 +51,7 @@ def write_report(folder: Path, results: Sequence[Result], settings: Mapping[str,
     Raises:
         ImportError: where matplotlib is missing.
     """
-    results = sorted(results, key=lambda one: (one.point.scheduler, one.point.num_inference_steps, one.point.interval,
+    results = sorted(results, key=lambda one: (one.point.scheduler, one.point.num_inference_steps, one.point.guided,
                                                one.point.guidance_scale))
     verdict = verdict_of(results, own_scale)
     curves = draw(results, verdict, folder)
@@ -66,7 +66,7 @@ def write_report(folder: Path, results: Sequence[Result], settings: Mapping[str,
 
 
 def by_line(results: Sequence[Result]) -> dict[Line, list[Result]]:
-    """{scheduler, steps, interval: its points, that without guidance first}."""
+    """{scheduler, steps, guided: its points, that without guidance first}."""
     none = {one.point.line[:2]: one for one in results if one.point.guidance_scale == 0}
     found: dict[Line, list[Result]] = {}
     for one in results:
@@ -86,9 +86,9 @@ def draw_grids(results: Sequence[Result], folder: Path, count: int) -> dict[Line
         rows = [(one, Image.open(folder / "points" / one.pictures)) for one in along
                 if one.pictures and (folder / "points" / one.pictures).exists()]
         if rows:
-            scheduler, steps, interval = line
-            path = folder / f"images-{scheduler}-{steps}-steps{'-from-' + interval if interval else ''}.png".replace(
-                " ", "-")
+            scheduler, steps, guided = line
+            path = folder / f"images-{scheduler}-{steps}-steps{'-' * bool(guided)}{guided}.png".replace(
+                ", ", "-").replace(" ", "-")
             width = rows[0][1].width // count
             images = [strip.crop((i * width, 0, (i + 1) * width, strip.height)) for _, strip in rows
                       for i in range(count)]
@@ -283,7 +283,7 @@ def _all_points(results: Sequence[Result], verdict: Verdict) -> str:
                         for text in _marks(one, verdict))
         total = cost["network_evaluations"] + cost["classifier_evaluations"]
         cells = [f"<td>{escape(point.scheduler)}</td>", f"<td>{point.num_inference_steps}</td>",
-                 f"<td>{point.interval or ('all' if point.guidance_scale else '-')}</td>",
+                 f"<td>{point.guided or ('all' if point.guidance_scale else '-')}</td>",
                  f"<td>{number(point.guidance_scale)}</td>", f'<td class="marks">{marks}</td>',
                  *(_cell(one, name) for name in names),
                  f'<td data-value="{total}">{_evaluations(one)}</td>',

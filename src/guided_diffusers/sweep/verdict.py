@@ -110,14 +110,14 @@ def _warnings(results: Sequence[Result], harmful: Mapping[Point, tuple[str, ...]
         yield (f"guidance at the model's own scale, {number(own_scale)}, is worse than none{where}; "
                f"{line_name(own[0].line)}: {' and '.join(harmful[own[0]])}.")
     alike: dict[tuple[str, str, tuple[float, ...]], list[Line]] = defaultdict(list)
-    for (scheduler, steps, interval), worse in _by_line(harmful).items():
-        alike[scheduler, interval, worse].append((scheduler, steps, interval))
-    for (scheduler, interval, worse), lines in alike.items():
+    for (scheduler, steps, guided), worse in _by_line(harmful).items():
+        alike[scheduler, guided, worse].append((scheduler, steps, guided))
+    for (scheduler, guided, worse), lines in alike.items():
         steps = listed([str(count) for _, count, _ in lines])
         measured = {one.point.guidance_scale for one in results if one.point.line in lines} - {0.0}
         said = "every scale" if len(worse) == len(measured) > 1 else _at(worse)
         example = next(point for point in harmful if point.line == lines[0] and point.guidance_scale == worse[-1])
-        yield (f"{line_name((scheduler, steps, interval))}: guidance at {said} is worse than none; at "
+        yield (f"{line_name((scheduler, steps, guided))}: guidance at {said} is worse than none; at "
                f"{number(worse[-1])} {'with ' + str(lines[0][1]) + ' steps ' if len(lines) > 1 else ''}"
                f"{' and '.join(harmful[example])}.")
 
