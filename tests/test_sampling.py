@@ -33,6 +33,7 @@ from guided_diffusers.sampling.manifest import (
     differences,
     folder_names,
     module_hash,
+    settled,
     unique,
     unique_names,
     weights_hash,
@@ -522,3 +523,14 @@ def test_pictures_are_as_they_were(folder: str, tmp_path: Path) -> None:  # noqa
     run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one"))
     with Image.open(tmp_path / "one.png") as picture, Image.open(tmp_path / "one" / "boot" / "000000.png") as image:
         assert picture.size == (80, 80) and picture.resize((8, 8), 0).convert("L").tobytes() == image.tobytes()
+
+
+def test_the_manifest_has_what_a_call_settled(folder: str) -> None:  # noqa: F811
+    """Of `guidance_every` and `guidance_tolerance` one turns the other's default off, and None is the default."""
+    own = ClassifierGuidedPipeline.from_pretrained(folder)
+    own.register_to_config(defaults={**own.config.defaults, "guidance_tolerance": 0.05, "guidance_scale": 4.0})
+    assert settled(own, {})["guidance_tolerance"] == 0.05
+    found = settled(own, {"guidance_every": 4, "guidance_scale": None, "conditional": None})
+    assert (found["guidance_every"], found["guidance_tolerance"], found["guidance_scale"]) == (4, None, 4.0)
+    assert found["conditional"] is None
+    assert settled(own, {"guidance_tolerance": 0.1})["guidance_every"] == 1

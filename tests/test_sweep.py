@@ -78,6 +78,10 @@ def test_how_guidance_acts_is_part_of_a_point() -> None:
 @pytest.mark.parametrize(("given", "message"), [
     (([-1], ["ddim"], [5]), "scales: -1 isn't allowed; 0"), (([float("nan")], ["ddim"], [5]), "scales: nan"),
     (([1], ["ddim"], [0]), "steps: 0 isn't allowed"), (([1], [], [5]), "one of each"),
+    (([1], ["ddim"], [5], [(0, 1)], ["euler"]), "algorithms: ['euler'] are unknown"),
+    (([1], ["ddim"], [5], [(0, 1)], [None], [0]), "every: 0 isn't"),
+    (([1], ["ddim"], [5], [(0, 1)], [None], [1.5]), "every: 1.5 isn't"),
+    (([1], ["ddim"], [5], [(0, 1)], [None], [], [0.0]), "tolerances: 0.0 isn't"),
     (([1], ["ddim"], [5], [(0.5, 0.5)]), "intervals: 0.5:0.5"), (([1], ["ddim"], [5], [(0, 1.5)]), "0:1.5")])
 def test_points_that_are_none_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -98,6 +102,10 @@ def test_a_scheduler_has_one_name() -> None:
     third = scheduler_for(own, "dpmsolver++3m-thresholding").config
     assert (third.algorithm_type, third.solver_order, third.thresholding) == ("dpmsolver++", 3, True)
     assert (sde.config.solver_order, sde.config.thresholding) == (2, False)
+    for options in ({"solver_order": 1}, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}):
+        mine = DPMSolverMultistepScheduler(**options)  # by its own name a scheduler stays as it is
+        same = scheduler_for(mine, scheduler_name(mine)).config
+        assert {name: same[name] for name in options} == options
 
 
 # the store

@@ -37,12 +37,12 @@ from .noise import (
     starting_sigma,
     stepper,
 )
-from .splitting import Sparing, Splitting
+from .splitting import SPLITTINGS, Sparing, Splitting
 
 logger = get_logger(__name__)
 DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_steps": 50,
             "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
+ALGORITHMS = ("output", "mean", *SPLITTINGS)
 
 
 @dataclass
@@ -331,7 +331,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             raise ValueError(f"guidance_algorithm={guidance_algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed")
         if guidance_algorithm == "mean" and not has_posterior_variance(self.scheduler):
             raise ValueError("guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-                             f"{type(self.scheduler).__name__} only 'output' is allowed")
+                             f"{type(self.scheduler).__name__} the others are allowed")
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):

@@ -48,18 +48,19 @@ def computing_in(network: torch.nn.Module, dtype: torch.dtype, compile: Backend 
         ValueError: for another dtype, or a network that is offloaded already.
     """
     _check_dtype(dtype)
-    if hasattr(network, "_hf_hook"):  # offloading exchanges `forward` after each call of the pipeline
-        raise ValueError(f"{type(network).__name__} is offloaded already; only before that it can be made faster")
     if dtype == torch.float32 and compile is None:
         yield
         return
+    if hasattr(network, "_hf_hook"):  # offloading exchanges `forward` after each call of the pipeline
+        raise ValueError(f"{type(network).__name__} is offloaded already; only before that it can be made faster")
     before, own = network.forward, vars(network).get("forward")
     inner = before if compile is None else torch.compile(before, backend=compile)
     convert = convert_outputs_to_fp32 if dtype != torch.float32 else lambda function: function
 
     @wraps(before)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _autocast(next(network.parameters()).device, dtype):
+        # not the weights', which sequential offloading has on no device
+        with _autocast(next(one for one in (*args, *kwargs.values()) if torch.is_tensor(one)).device, dtype):
             return inner(*args, **kwargs)
 
     network.forward = faster = convert(forward)
@@ -83,7 +84,7 @@ def gradients_in(classifier: torch.nn.Module, dtype: torch.dtype = torch.float32
         classifier: of terms that ask a network trained on noise (`ClassifierGuidance`, `NoiseAwareCLIPGuidance`).
         dtype: what it computes in where that is accurate enough (autocast).
         compile: a backend of `torch.compile`: log p(y | x_t) and its gradient are one compiled function, compiled
-            again for another size of the batch, and not for another step. None: off.
+            again for a larger batch, and not for another step; a smaller batch isn't compiled. None: off.
         chunk_size: images of one forward and backward pass, against the memory of their activations; the gradient is
             the same. None: all.
 
@@ -112,6 +113,7 @@ class InputGradient:
         self.dtype, self.chunk_size = dtype, chunk_size
         self.compiled = None if compile is None else torch.compile(value_and_gradient, backend=compile)
         self.num_labels: int | None = module_config(classifier).get("num_labels")
+        self.rows = 0  # of the largest call so far
 
     def __call__(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
         size = self.chunk_size or len(z)
@@ -126,7 +128,9 @@ class InputGradient:
 
     def _of(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
         dtype = next((p.dtype for p in term.module.parameters()), z.dtype)
-        if self.compiled is None or getattr(term, "softplus", None) is not None:  # that has new modules at every step
+        self.rows = max(self.rows, len(z))
+        fewer = len(z) < self.rows  # a last batch, or images that `guidance_tolerance` asks for: as many sizes as calls
+        if self.compiled is None or fewer or getattr(term, "softplus", None) is not None:  # new modules at every step
             return gradient(lambda z: term.log_likelihood(z.to(dtype), t), z)
         number = torch.full((), t, dtype=torch.float32, device=z.device)  # compiled code is for one value of a float
         return self.compiled(term, z, number, dtype)[1]
@@ -227,14 +231,16 @@ def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, step
                 continue
             rows = batch_size if name == "unet" else min(batch_size, chunk_size or batch_size)
             how = _dtype(chosen, name, part, device, rows, dtype)
-            if _channels_last(chosen, name, device, how, channels_last):
+            own = next((p.dtype for p in part.parameters()), torch.float32)
+            computed = own if how == torch.float32 else how
+            if _channels_last(chosen, name, device, computed, channels_last):
                 stack.enter_context(in_channels_last(part))
             if name == "unet":
                 make = partial(computing_in, part, how)
             else:
                 make = partial(gradients_in, part, how, chunk_size=chunk_size)
             with make():
-                pays = _compile(chosen, pipeline, name, device, how, (images or 0) * steps, rows, compile)
+                pays = _compile(chosen, pipeline, name, device, computed, (images or 0) * steps, rows, compile)
             stack.enter_context(make(compile=backend if pays else None))
         if chunk_size is not None:
             chosen.note("gradient in chunks", True, f"{chunk_size} images at a time, as asked")

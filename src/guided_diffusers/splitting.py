@@ -40,7 +40,8 @@ class Splitting:
     Suwajanakorn 2023, "Accelerating guided diffusion sampling with splitting numerical methods", but both parts of a
     step begin at one sample, at which network and terms are asked once; so a multi-step scheduler's history is of the
     guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to; in a step that takes most of
-    the noise away (s_n > 4 s_{n+1}) it says nothing of the whole step, and the first line holds.
+    the noise away (s_n > 4 s_{n+1}) it says nothing of the whole step, and the first line holds. Where guidance begins
+    or ends within the run, strang does so half a step earlier.
 
     Args:
         algorithm: one of `SPLITTINGS`.
@@ -57,6 +58,7 @@ class Splitting:
         if clips:
             raise ValueError(f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has {clips[0]}=True, which "
                              "is for samples without guidance in them; make it False, and use clip_x0=True instead")
+        assert algorithm in SPLITTINGS, algorithm
         self.levels, self.halves = levels, algorithm == "strang"
         self.weights = step_weights(scheduler, levels, eta)
         self.s = [*(level.sigma / level.alpha for level in levels), 0.0]
@@ -95,9 +97,11 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
     """w of each step: s (1 - r), where moving the predicted eps by -e, and so x0 by s e, moves the next z by w e.
 
     r is what the scheduler makes of a z where x0 = 0: s' / s without noise, and (s' / s)^2 with all of it, as DDPM. It
-    is read off a run with one huge number, beside which the noise is nothing.
+    is read off a run with one huge number, beside which the noise is nothing; where the step forgets it (a consistency
+    model's x0, with new noise), r is 0.
     """
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
+    vars(probe).update({name: value.cpu() for name, value in vars(probe).items() if isinstance(value, torch.Tensor)})
     noise_levels(probe)
     step = stepper(probe, generator, eta, 1)
     x, weights = torch.full((1, 1, 1, 1), 1e20, dtype=torch.float64), []
@@ -107,8 +111,10 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
         alpha = levels[index + 1].alpha if index + 1 < len(levels) else 1.0
         after = step(level.output(x, torch.zeros_like(x)) if level.b else torch.zeros_like(x), index, x).double()
         r = float(after / alpha) / float(x / level.alpha)
+        if abs(r) < 1e-5:
+            r, after = 0.0, torch.full_like(x, 1e20)
         weights.append(level.sigma / level.alpha * (1 - r))
-        x = after if float(after) else torch.full_like(x, 1e20)
+        x = after
     return weights
 
 
@@ -199,8 +205,9 @@ class Sparing:
         slope = torch.where(moved, (e - self._last[there]) / torch.where(moved, passed, 1.0), self._slope[there])
         self._last, self._slope = self._last.index_copy(0, there, e), self._slope.index_copy(0, there, slope)
         self._at[rows], self._error[rows] = now, 0.0
-        if self.tolerance is not None:  # the one time that the host waits for an accelerator
-            self._turning[rows] = slope.flatten(1).square().mean(1).sqrt().double().cpu()
+        if self.tolerance is not None:  # here the host waits for an accelerator
+            turning = slope.flatten(1).square().mean(1).sqrt().double().cpu()
+            self._turning[rows] = torch.where(moved.flatten().cpu(), turning, self._turning[rows])
 
 
 def _check_alone(terms: Sequence[Guidance]) -> None:

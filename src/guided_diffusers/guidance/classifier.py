@@ -59,11 +59,7 @@ class NoiseAwareGuidance(Guidance):
         return (self.scale_at(step) * (self.schedule.beyond(level) / norm)) * grad
 
     def of_images(self, rows: slice | list[int], count: int) -> NoiseAwareGuidance:
-        """The term for some of `count` images.
-
-        Raises:
-            ValueError: if it is for another number of images.
-        """
+        """The term for some of `count` images."""
         part, scale = copy(self), self.scale
         part.scale = (lambda level: _of_images(scale(level), rows)) if callable(scale) else _of_images(scale, rows)
         return part

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..noise import module_config
 from ..outputs import write_json
-from ..pipeline import ClassifierGuidedPipeline
+from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 
 NAME = "manifest.json"
 NO_SETTINGS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}  # those that look on
@@ -35,6 +35,14 @@ def all_settings(pipeline: ClassifierGuidedPipeline, model: str | None, revision
         "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in LIBRARIES}}
     return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
+
+
+def settled(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, with the pipeline's own where it says nothing."""
+    own = dict(pipeline.config.defaults)
+    if any(call.get(name) is not None for name in ("guidance_every", "guidance_tolerance")):  # one turns the other off
+        own |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
+    return own | {name: value for name, value in call.items() if value is not None or name not in own}
 
 
 def weights_hash(pipeline: ClassifierGuidedPipeline) -> str:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..guidance import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import Once, sample
-from .manifest import all_settings, begin, unique_names, write_manifest
+from .manifest import all_settings, begin, settled, unique_names, write_manifest
 from .shards import Shards
 
 
@@ -73,7 +73,7 @@ def sample_to_folder(pipeline: ClassifierGuidedPipeline, labels: Sequence[int | 
     shards = Shards(Path(folder), format, names, ids, num_images, shard_size)
     settings = all_settings(pipeline, model, revision, {
         "format": format, "num_images": num_images, "labels": ids, "seed": seed, "batch_size": batch_size,
-        "shard_size": shard_size, **pipeline.config.defaults, **call})
+        "shard_size": shard_size, **settled(pipeline, call)})
     return _run(pipeline, shards, settings, seed, batch_size, processes, progress, call)
 
 

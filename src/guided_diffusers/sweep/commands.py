@@ -46,7 +46,8 @@ def add_sweep_command(commands: Any) -> None:
     option("--every", type=int, nargs="+", default=[], metavar="K",
            help="ask the classifier at every k-th step (default: the model's own)")
     option("--tolerances", type=float, nargs="+", default=[], metavar="T",
-           help="and at steps where its gradient turned so far that an image would be off by more, in units of x0")
+           help="also: ask it again where its gradient turned so far that an image would be off by more, in units of "
+                "x0; not combined with --every")
     option("--num-images", type=int, default=1000, metavar="N",
            help="of each point, of all labels in turn (default: %(default)s)")
     option("--conditional", action=argparse.BooleanOptionalAction,

@@ -37,6 +37,8 @@ def scheduler_for(own: SchedulerMixin, name: str) -> SchedulerMixin:
     Raises:
         ValueError: if there is none, or it is for networks of another kind.
     """
+    if name.lower() == scheduler_name(own):
+        return type(own).from_config(own.config)
     solver, _, option = name.lower().partition("-thresholding")
     third, solver = solver.endswith("3m"), solver.removesuffix("3m")
     if solver in SOLVERS and not option:

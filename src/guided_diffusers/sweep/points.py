@@ -15,6 +15,7 @@ from diffusers.utils.logging import get_logger
 from filelock import FileLock, Timeout
 
 from ..outputs import write_json
+from ..pipeline import ALGORITHMS
 from ..sampling.manifest import differences
 from .figures import Result
 
@@ -53,9 +54,9 @@ class Point:
         """When and how guidance acts, "" for at every step of the run as the pipeline does by itself."""
         start, stop = self.guidance_start, self.guidance_stop
         return ", ".join([f"from {number(start)} to {number(stop)}"] * ((start, stop) != (0, 1)) + (
-            [self.guidance_algorithm] if self.guidance_algorithm else []) + (
-            [f"every {self.guidance_every}"] if self.guidance_every else []) + (
-            [f"tolerance {number(self.guidance_tolerance)}"] if self.guidance_tolerance else []))
+            [self.guidance_algorithm] if self.guidance_algorithm is not None else []) + (
+            [f"every {self.guidance_every}"] if self.guidance_every is not None else []) + (
+            [f"tolerance {number(self.guidance_tolerance)}"] if self.guidance_tolerance is not None else []))
 
     @property
     def line(self) -> Line:
@@ -96,7 +97,8 @@ def points(scales: Iterable[float], schedulers: Iterable[str], steps: Iterable[i
     `every` and `tolerances` aren't combined with each other.
 
     Raises:
-        ValueError: for a scale below 0, less than one step, or an interval that isn't 0 <= start < stop <= 1.
+        ValueError: for a scale below 0, less than one step, an interval that isn't 0 <= start < stop <= 1, or an
+            algorithm, a number of steps between questions or a tolerance that the pipeline doesn't take.
     """
     scales, schedulers, steps, intervals, algorithms, every, tolerances = (list(dict.fromkeys(one)) for one in (
         scales, schedulers, steps, intervals, algorithms, every, tolerances))
@@ -109,6 +111,14 @@ def points(scales: Iterable[float], schedulers: Iterable[str], steps: Iterable[i
     for start, stop in intervals:
         if not 0 <= start < stop <= 1:
             raise ValueError(f"intervals: {start:g}:{stop:g} isn't allowed; 0 <= start < stop <= 1 is")
+    for k in every:
+        if k != int(k) or k < 1:
+            raise ValueError(f"every: {k} isn't allowed; whole numbers from 1 on are")
+    for most in tolerances:
+        if not 0 < most < math.inf:
+            raise ValueError(f"tolerances: {most} isn't allowed; positive numbers are")
+    if unknown := set(algorithms) - {None, *ALGORITHMS}:
+        raise ValueError(f"algorithms: {sorted(unknown)} are unknown; {', '.join(ALGORITHMS)} are allowed")
     if not (schedulers and steps and intervals and algorithms):
         raise ValueError(f"schedulers={schedulers}, steps={steps}, intervals={intervals}, algorithms={algorithms}: one "
                          "of each is needed")
