@@ -37,12 +37,12 @@ from .noise import (
     starting_sigma,
     stepper,
 )
-from .splitting import SPLITTINGS, Sparing, Splitting
+from .splitting import Sparing, Splitting
 
 logger = get_logger(__name__)
 DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_steps": 50,
             "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
-ALGORITHMS = ("output", "mean", *SPLITTINGS)
+ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 
 
 @dataclass

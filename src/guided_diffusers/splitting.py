@@ -27,8 +27,6 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
-SPLITTINGS = ("lie_trotter", "strang")
-
 
 class Splitting:
     """The part c of a run's samples that guidance has made, (B, C, H, W).
@@ -44,7 +42,7 @@ class Splitting:
     or ends within the run, strang does so half a step earlier.
 
     Args:
-        algorithm: one of `SPLITTINGS`.
+        algorithm: "lie_trotter" or "strang".
         scheduler: after `set_timesteps`; it is only read.
         levels: its `noise_levels`.
         eta: as of the pipeline's call.
@@ -58,7 +56,7 @@ class Splitting:
         if clips:
             raise ValueError(f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has {clips[0]}=True, which "
                              "is for samples without guidance in them; make it False, and use clip_x0=True instead")
-        assert algorithm in SPLITTINGS, algorithm
+        assert algorithm in ("lie_trotter", "strang"), algorithm
         self.levels, self.halves = levels, algorithm == "strang"
         self.weights = step_weights(scheduler, levels, eta)
         self.s = [*(level.sigma / level.alpha for level in levels), 0.0]
