@@ -4,33 +4,83 @@
     python examples/benchmark_quality_cost.py --reference data/fashion-mnist --part solvers   # where guidance diverges
     python examples/benchmark_quality_cost.py --reference my/data --model my/pipeline --judge my/judge --device cuda
 
-All points have the same seeds, and the network isn't told the label, so that the classifier alone steers. Each is
-measured once and kept: started again, or several times at once, the benchmark goes on. It writes `quality_cost.json`,
-`quality_cost.md`, two tables, and `quality_cost.png` into the output folder.
+Four parts, each with a table; all points of one have the same seeds, and nothing of the model's own preset:
 
-Equal quality is the published recipe's accuracy less half a point, and its Frechet distance and recall within their
-bootstrap intervals. The surcharge of guidance is a run's seconds above those of the same solver and steps unguided.
+    quality     the published recipe, and of one solver at some steps: no guidance, the plain correction at every step,
+                and fewer questions (`guidance_tolerance`) from a fraction of the run on. Equal quality is the published
+                recipe's accuracy less half a point, and its Frechet distance and recall within their bootstrap
+                intervals. The surcharge of guidance is a run's seconds above those of the same without.
+    solvers     where the plain correction and splitting diverge: scales 1 to 20 by solver.
+    directions  what is made of the gradient at high scales: dynamic thresholding of x0, the gradient orthogonal to the
+                predicted x0 (Sadat et al. 2024), at most as long as the score, or as long as it.
+    preset      for a network that is told the label: what the model takes by itself (`training/bundle.py --preset`) is
+                the most accurate of the points that are no worse than no guidance in Frechet distance and recall,
+                within their intervals.
+
+In the first three the network isn't told the label, so that the classifier alone steers. Each point is measured once
+and kept: started again, or several times at once, the benchmark goes on. It writes `quality_cost.json` and `.md` with
+the tables, `quality_cost.png` and `preset.json` into the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, Step
 from guided_diffusers.evaluation import load_network
+from guided_diffusers.outputs import write_json
+from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling.loading import load_pipeline
 from guided_diffusers.sweep import Point, Result, Store, measure_points
+from guided_diffusers.sweep.measure import scheduler_for
 
+PARTS = ("quality", "solvers", "directions", "preset")
 SOLVERS = {name: (None, "lie_trotter", "strang") for name in (
     "ddim", "dpmsolver++", "dpmsolver++3m", "unipc", "heun", "euler")} | {"dpmsolver++-thresholding": (None,)}
 SCALES = (1.0, 3.0, 5.0, 10.0, 20.0)
 FIGURES = ("top_1", "frechet_distance", "recall")
+
+
+class Orthogonal(ClassifierGuidance):
+    """What of the gradient is orthogonal to the predicted x0, image by image."""
+
+    def score(self, step: Step) -> torch.Tensor:
+        g, x0 = super().score(step).flatten(1), step.x0.flatten(1)
+        along = (g * x0).sum(1, keepdim=True) / x0.square().sum(1, keepdim=True)
+        return (g - along * x0).reshape(step.sample.shape)
+
+
+class Capped(ClassifierGuidance):
+    """The gradient, at most as long as the score, image by image."""
+
+    def score(self, step: Step) -> torch.Tensor:
+        g = super().score(step)
+        norms = [one.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1)) for one in (step.score, g)]
+        return g * (norms[0] / norms[1].clamp(min=1e-12)).clamp(max=1)
+
+
+DIRECTIONS: dict[str, tuple[str, Callable[..., Guidance], tuple[float, ...]]] = {  # solver, term, scales
+    "as it is": ("dpmsolver++", ClassifierGuidance, (3.0, 5.0, 10.0, 20.0)),
+    "dynamic thresholding": ("dpmsolver++-thresholding", ClassifierGuidance, (3.0, 5.0, 10.0, 20.0)),
+    "orthogonal to x0": ("dpmsolver++", Orthogonal, (3.0, 5.0, 10.0, 20.0)),
+    "capped at the score": ("dpmsolver++", Capped, (3.0, 5.0, 10.0, 20.0)),
+    "as long as the score, times": ("dpmsolver++", partial(ClassifierGuidance, normalize=True), (0.1, 0.2, 0.5, 1.0))}
+
+
+def steered(pipeline: ClassifierGuidedPipeline, term: Callable[..., Guidance]) -> ClassifierGuidedPipeline:
+    """The same networks, guided by a term of another kind."""
+    class Steered(ClassifierGuidedPipeline):
+        def _terms(self, labels: Any, per_label: int, scale: float, *more: Any) -> list[Guidance]:
+            return [term(self.classifier, labels, scale)] if scale else []
+
+    return Steered(**pipeline.components, defaults=dict(pipeline.config.defaults))
 
 
 @dataclass(frozen=True)
@@ -41,16 +91,25 @@ class Setting:
     point: Point
 
 
-def settings(solver: str, scale: float, steps: Sequence[int], tolerances: Sequence[float], every: Sequence[int],
+def settings(solver: str, scale: float, steps: Sequence[int], starts: Sequence[float], tolerances: Sequence[float],
              ) -> Iterator[Setting]:
-    yield Setting("published", Point("ddpm", 250, scale, guidance_algorithm="mean"))
     for count in steps:
         yield Setting("unguided", Point(solver, count, 0.0))
         yield Setting("plain", Point(solver, count, scale))
-        for most in tolerances:
-            yield Setting("spared", Point(solver, count, scale, guidance_algorithm="strang", guidance_tolerance=most))
-        for k in every:
-            yield Setting("spared", Point(solver, count, scale, guidance_algorithm="strang", guidance_every=k))
+        for start in starts:
+            for most in tolerances:
+                yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=most))
+
+
+def preset_settings(solver: str, steps: Sequence[int], tolerance: float, starts: Sequence[float],
+                    scales: Sequence[float]) -> Iterator[Setting]:
+    for count in steps:
+        yield Setting("unguided", Point(solver, count, 0.0))
+        for scale in scales:
+            yield Setting("plain", Point(solver, count, scale))
+        for start in starts:
+            for scale in scales:
+                yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=tolerance))
 
 
 def solver_points(steps: int) -> Iterator[Point]:
@@ -61,11 +120,23 @@ def solver_points(steps: int) -> Iterator[Point]:
                 yield Point(solver, steps, scale, guidance_algorithm=algorithm)
 
 
+def as_good(result: Result, other: Result) -> bool:
+    """Whether Frechet distance and recall are the other's, within its intervals, or better."""
+    return (result.value("frechet_distance") <= other.ends("frechet_distance")[1]
+            and result.value("recall") >= other.ends("recall")[0])
+
+
 def equal(result: Result, published: Result) -> bool:
     """Whether the quality is the published recipe's."""
-    return (result.value("top_1") >= published.value("top_1") - 0.005
-            and result.value("frechet_distance") <= published.ends("frechet_distance")[1]
-            and result.value("recall") >= published.ends("recall")[0])
+    return result.value("top_1") >= published.value("top_1") - 0.005 and as_good(result, published)
+
+
+def chosen(found: Sequence[tuple[Setting, Result]]) -> Point | None:
+    """The most accurate point that is as good as none of the same steps; None if none is."""
+    none = {one.point.num_inference_steps: result for one, result in found if one.kind == "unguided"}
+    harmless = [(result.value("top_1"), one.point) for one, result in found if one.kind == "spared"
+                and as_good(result, none[one.point.num_inference_steps])]
+    return max(harmless, key=lambda row: row[0], default=(0.0, None))[1]
 
 
 def quality_rows(found: Sequence[tuple[Setting, Result]]) -> list[dict[str, Any]]:
@@ -129,6 +200,15 @@ def solver_table(store: Store, steps: int) -> tuple[str, list[dict[str, Any]]]:
     return "\n".join(lines), rows
 
 
+def direction_table(results: dict[tuple[str, float], Result]) -> str:
+    """The third table: each scale's accuracy, Frechet distance and recall."""
+    lines = ["| gradient | scale | accuracy | Frechet distance | recall |", "|---|---|---|---|---|"]
+    for (name, scale), result in results.items():
+        lines.append(f"| {name} | {scale:g} | {result.value('top_1'):.1%} | {result.value('frechet_distance'):.2f} | "
+                     f"{result.value('recall'):.3f} |")
+    return "\n".join(lines)
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy, Frechet distance and recall against seconds an image."""
     import matplotlib
@@ -159,15 +239,20 @@ def main() -> None:
     option("--model", default="fashion-mnist", help="a bundled model, a folder or a Hub id (default: %(default)s)")
     option("--reference", required=True, help="labelled real images, as of `guided-diffusers sweep`")
     option("--judge", default="fashion-mnist", help="a classifier that never guided (default: %(default)s)")
-    option("--part", choices=("quality", "solvers"), action="append", help="one of the two tables (default: both)")
-    option("--solver", default="dpmsolver++", help="of the first table (default: %(default)s)")
+    option("--part", choices=PARTS, action="append", help="one of the tables (default: all)")
+    option("--solver", default="dpmsolver++", help="of the first and the last table (default: %(default)s)")
     option("--scale", type=float, default=3.0, help="of the first table (default: %(default)s)")
     option("--steps", type=int, nargs="+", default=[10, 15, 25], help="of the first table (default: 10 15 25)")
-    option("--tolerances", type=float, nargs="*", default=[0.05, 0.1], help="`guidance_tolerance` (default: 0.05 0.1)")
-    option("--every", type=int, nargs="*", default=[], help="`guidance_every` (default: none)")
+    option("--starts", type=float, nargs="*", default=[0.2, 0.3], help="`guidance_start` there (default: 0.2 0.3)")
+    option("--tolerances", type=float, nargs="*", default=[0.1], help="`guidance_tolerance` there (default: 0.1)")
     option("--num-images", type=int, default=2000, help="of a point of the first table (default: %(default)s)")
-    option("--solver-images", type=int, default=100, help="of the second table (default: %(default)s)")
-    option("--solver-steps", type=int, default=10, help="of the second table (default: %(default)s)")
+    option("--solver-images", type=int, default=100, help="of the second and third (default: %(default)s)")
+    option("--solver-steps", type=int, default=10, help="of the second and third (default: %(default)s)")
+    option("--preset-images", type=int, default=1000, help="of the last (default: %(default)s)")
+    option("--preset-steps", type=int, nargs="+", default=[15], help="of the last (default: 15)")
+    option("--preset-starts", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5],
+           help="`guidance_start` of the last (default: 0.2 0.3 0.4 0.5)")
+    option("--preset-scales", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="of the last (default: 1 2 3)")
     option("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
            help="what the network computes in (default: %(default)s)")
     option("--batch-size", type=int, default=100, help="images at once (default: %(default)s)")
@@ -176,29 +261,66 @@ def main() -> None:
     option("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
 
+    # 1. The model without its own preset
     device = torch.device(options.device)
     pipeline, judge = load_pipeline(options.model).to(device), load_network(options.judge, device)
-    shared = {"conditional": None if pipeline.config.id2label is None or not pipeline.unet.config.get(
-        "num_class_embeds") else False, "dtype": options.dtype, "batch_size": options.batch_size,
-        "model": options.model, "progress": not options.quiet}
-    parts, figures, text = options.part or ["quality", "solvers"], {}, []
-    if "quality" in parts:
-        wanted = list(settings(options.solver, options.scale, options.steps, options.tolerances, options.every))
-        wanted = wanted[1:] + wanted[:1]  # the published recipe takes longest
-        store = measure_points(pipeline, [one.point for one in wanted], options.reference, options.output / "quality",
-                               judge, judge, num_images=options.num_images, **shared)
-        figures["quality"] = quality_rows([(one, store.read(store.path(one.point))) for one in wanted])
-        text.append(quality_table(figures["quality"]))
-        draw(figures["quality"], options.output / "quality_cost.png")
-    if "solvers" in parts:
-        store = measure_points(pipeline, list(solver_points(options.solver_steps)), options.reference,
-                               options.output / "solvers", judge, judge, num_images=options.solver_images, **shared)
-        table, figures["solvers"] = solver_table(store, options.solver_steps)
-        text.append(table)
+    pipeline.register_to_config(defaults=dict(DEFAULTS))
+    told = pipeline.config.id2label is not None and bool(pipeline.unet.config.get("num_class_embeds"))
+
+    def measure(points: Sequence[Point], folder: str, images: int, tell: bool = False,
+                by: ClassifierGuidedPipeline = pipeline) -> Store:
+        return measure_points(by, points, options.reference, options.output / folder, judge, judge, num_images=images,
+                              conditional=(None if tell else False) if told else None, dtype=options.dtype,
+                              batch_size=options.batch_size, model=options.model, progress=not options.quiet)
+
+    # 2. The parts, each measured and told
+    figures: dict[str, Any] = {}
+    text: list[str] = []
+    for part in options.part or PARTS:
+        if part == "quality":
+            wanted = [*settings(options.solver, options.scale, options.steps, options.starts, options.tolerances),
+                      Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean"))]
+            store = measure([one.point for one in wanted], part, options.num_images)
+            figures[part] = quality_rows([(one, store.read(store.path(one.point))) for one in wanted])
+            text.append(quality_table(figures[part]))
+            draw(figures[part], options.output / "quality_cost.png")
+        elif part == "solvers":
+            store = measure(list(solver_points(options.solver_steps)), part, options.solver_images)
+            table, figures[part] = solver_table(store, options.solver_steps)
+            text.append(table)
+        elif part == "directions":
+            results = {}
+            for name, (solver, term, scales) in DIRECTIONS.items():
+                points = [Point(solver, options.solver_steps, scale) for scale in scales]
+                store = measure(points, f"{part}/{name}", options.solver_images, by=steered(pipeline, term))
+                results |= {(name, one.guidance_scale): store.read(store.path(one)) for one in points}
+            figures[part] = [{"direction": name, "scale": scale, **{key: result.value(key) for key in FIGURES}}
+                             for (name, scale), result in results.items()]
+            text.append(direction_table(results))
+        else:
+            wanted = list(preset_settings(options.solver, options.preset_steps, options.tolerances[0],
+                                          options.preset_starts, options.preset_scales))
+            store = measure([one.point for one in wanted], part, options.preset_images, tell=True)
+            found = [(one, store.read(store.path(one.point))) for one in wanted]
+            figures[part], best = quality_rows(found), chosen(found)
+            text += [quality_table(figures[part]), f"preset: {best or 'no guidance'}"]
+            write_preset(figures[part], best, pipeline, options.output / "preset.json")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "quality_cost.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(figures, options.output / "quality_cost.json")
     (options.output / "quality_cost.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
+
+
+def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, pipeline: ClassifierGuidedPipeline,
+                 path: Path) -> None:
+    """The scheduler and the pipeline's `defaults`, and the rows that they were chosen from."""
+    if best is None:
+        return
+    scheduler = scheduler_for(pipeline.scheduler, best.scheduler)
+    shown = [{"guidance": row["setting"], "agreement": row["top_1"], **{name: row[name] for name in (
+        "frechet_distance", "recall", "network_evaluations", "classifier_evaluations", "seconds")}} for row in rows]
+    defaults = {name: value for name, value in best.call.items() if value != DEFAULTS[name]}
+    write_json({"scheduler": type(scheduler).__name__, "defaults": defaults, "rows": shown}, path)
 
 
 if __name__ == "__main__":

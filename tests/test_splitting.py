@@ -56,8 +56,8 @@ def noise() -> torch.Tensor:
     return torch.randn(IMAGES, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def solved(solver: str, steps: int, algorithm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(z where the last step begins, the exact one there) of the path guided with `SCALE`."""
+def solved(solver: str, steps: int, algorithm: str, scale: float = SCALE) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z where the last step begins, the exact one there) of the guided path."""
     name, config, _ = ORDERS[solver]
     mixture, scheduler = Mixture(), getattr(diffusers, name)(**BETAS, use_exponential_sigmas=True, **config)
     scheduler.set_timesteps(steps)
@@ -65,23 +65,23 @@ def solved(solver: str, steps: int, algorithm: str) -> tuple[torch.Tensor, torch
     pipeline = ClassifierGuidedPipeline(Told(mixture, levels), scheduler, OracleClassifier(mixture))
     pipeline.set_progress_bar_config(disable=True)
     seen = []
-    pipeline([0] * IMAGES, guidance_scale=SCALE, latents=noise(), num_inference_steps=steps, output_type="latent",
+    pipeline([0] * IMAGES, guidance_scale=scale, latents=noise(), num_inference_steps=steps, output_type="latent",
              guidance_algorithm=algorithm, callback_on_step_end_tensor_inputs=["sample"],
              callback_on_step_end=lambda p, i, t, values: seen.append(values["sample"]) or {})
     first, last = levels[0], levels[-1]
     start = float(scheduler.init_noise_sigma) / first.alpha
-    return seen[-1] / last.alpha, exact(start, first.sigma / first.alpha, last.sigma / last.alpha)
+    return seen[-1] / last.alpha, exact(start, first.sigma / first.alpha, last.sigma / last.alpha, scale)
 
 
 @cache
-def exact(start: float, first: float, last: float) -> torch.Tensor:
+def exact(start: float, first: float, last: float, scale: float) -> torch.Tensor:
     """dz/ds = (z - x0(z, s)) / s - scale s grad log p(y | z), solved by another library over -log s."""
     mixture = Mixture()
 
     def field(minus_log_s: float, z: np.ndarray) -> np.ndarray:
         s, z = float(np.exp(-minus_log_s)), torch.from_numpy(z).reshape(IMAGES, *SHAPE).requires_grad_(True)
         g = torch.autograd.grad(mixture.log_joint(z, 1.0, s).log_softmax(-1)[:, 0].sum(), z)[0]
-        return (-s * ((z - mixture.denoised(z, 1.0, s, None)) / s - SCALE * s * g)).detach().numpy().ravel()
+        return (-s * ((z - mixture.denoised(z, 1.0, s, None)) / s - scale * s * g)).detach().numpy().ravel()
 
     span = (-np.log(first), -np.log(last))
     found = solve_ivp(field, span, (noise() * start).numpy().ravel(), method="DOP853", rtol=1e-9, atol=1e-11)
@@ -98,6 +98,16 @@ def test_orders_of_convergence(solver: str, capsys: pytest.CaptureFixture) -> No
             print(f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error {errors[1]:.1e}",
                   end="")
         assert abs(order - wanted) < 0.2
+
+
+def test_a_third_order_solver_in_few_steps_bears_scale_10_only_beside_its_step() -> None:
+    """In 8 steps its history of guided predictions leads far away; that of unguided ones doesn't."""
+    def off(algorithm: str) -> float:
+        z, true = solved("DPM-Solver++ 3M", 8, algorithm, scale=10.0)
+        return float((z - true).square().mean().sqrt())
+
+    plain, beside = off("output"), max(off("lie_trotter"), off("strang"))
+    assert plain > 5 and beside < 1.5
 
 
 def oracle(case: Case, label: int | None = None) -> tuple[OracleUNet, Any, OracleClassifier]:
@@ -297,6 +307,15 @@ def test_the_pipeline_s_own_are_used_and_saved(tmp_path: Any) -> None:
     assert torch.equal(own.images, sample(pipeline, 1, guidance_tolerance=0.05, guidance_algorithm="strang").images)
     assert sample(pipeline, 1, guidance_every=1).guidance_evaluations == 20  # which turns the tolerance off
 
+    part = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, pipeline.classifier,
+                                    defaults={"guidance_start": 0.3, "guidance_stop": 0.8})
+    part.set_progress_bar_config(disable=True)
+    own = sample(part, 1)
+    assert own.guidance_evaluations == 10
+    assert torch.equal(own.images, sample(pipeline, 1, guidance_start=0.3, guidance_stop=0.8, guidance_every=1,
+                                          guidance_algorithm="output").images)
+    assert sample(part, 1, guidance_start=0.0, guidance_stop=1.0).guidance_evaluations == 20
+
 
 @pytest.mark.parametrize(("call", "message"), [
     ({"guidance_every": 0}, "guidance_every=0: a whole number from 1 on is allowed"),
@@ -319,12 +338,28 @@ def test_a_scheduler_that_clips_is_refused(config: dict[str, Any], name: str) ->
         sample(pipeline, guidance_algorithm="strang")
 
 
-def test_a_term_that_can_t_be_asked_image_by_image_is_refused() -> None:
-    pipeline = exact_pipeline(DDIMScheduler(clip_sample=False), classifier=False)
-    energy = EnergyGuidance(lambda x: x.square().sum((1, 2, 3)), scale=1.0)
-    with pytest.raises(ValueError, match="guidance_tolerance asks a term image by image, which EnergyGuidance can't"):
-        pipeline(None, 2, guidance=energy, guidance_scale=0.0, guidance_tolerance=0.001, output_type="latent",
-                 num_inference_steps=20)
+def test_a_term_that_can_t_be_asked_image_by_image_is_asked_at_each_step() -> None:
+    pipeline = exact_pipeline(DPMSolverMultistepScheduler())
+    call = {"guidance": EnergyGuidance(lambda x: x.square().sum((1, 2, 3)), scale=0.1), "guidance_tolerance": 0.5}
+    plain, found = sample(pipeline, guidance=call["guidance"]), sample(pipeline, **call)
+    assert found.guidance_evaluations == 20 and torch.allclose(found.images, plain.images, atol=1e-5)
+    call["guidance"].stop = 0.0  # it never acts: the classifier is spared
+    assert sample(pipeline, **call).guidance_evaluations < 20
+
+
+def test_what_turns_late_is_not_missed() -> None:
+    """An estimate from a stretch where nothing turned is believed for twice that stretch, and no longer."""
+    levels = [NoiseLevel(1.0, 2.0**-i, 1.0, -(2.0**-i)) for i in range(12)]
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    silent = ClassifierGuidance(OracleClassifier(Mixture()), 0)
+    silent.score = lambda step: torch.zeros_like(step.sample)
+    silent.of_images = lambda rows, count: silent
+    sparing, asked = Sparing(levels, tolerance=0.1), []
+    for index, level in enumerate(levels):
+        rows = sparing.rows(index, 2, [silent])
+        asked += [index] * bool(len(rows))
+        sparing.score([silent], Step(x, x, lambda x: x, level, index, 12, 0.0), rows)
+    assert asked == [0, 1, 3, 7]
 
 
 def test_sparing_extrapolates_straight_over_log_s() -> None:

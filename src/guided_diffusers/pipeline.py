@@ -40,8 +40,8 @@ from .noise import (
 from .splitting import Sparing, Splitting
 
 logger = get_logger(__name__)
-DEFAULTS = {"guidance_scale": 1.0, "classifier_free_scale": 0.0, "num_inference_steps": 50,
-            "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
+DEFAULTS = {"guidance_scale": 1.0, "guidance_start": 0.0, "guidance_stop": 1.0, "classifier_free_scale": 0.0,
+            "num_inference_steps": 50, "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
 ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 
 
@@ -65,8 +65,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, where there is no classifier that has them.
         defaults: what arguments of a call are without them; they are saved with the pipeline. By default
-            guidance_scale=1.0, classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
-            guidance_every=1 and guidance_tolerance=None.
+            guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
+            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -147,10 +147,11 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
     @torch.inference_mode(False)  # within it, a term couldn't differentiate through the network
     @torch.no_grad()
     def __call__(self, label: Label | Sequence[Label] | torch.Tensor | None = None, num_images_per_label: int = 1,
-                 guidance_scale: float | Sequence[float] | torch.Tensor | None = None, guidance_start: float = 0.0,
-                 guidance_stop: float = 1.0, num_inference_steps: int | None = None,
-                 timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, eta: float = 0.0,
-                 conditional: bool | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+                 guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
+                 guidance_start: float | None = None, guidance_stop: float | None = None,
+                 num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None,
+                 sigmas: Sequence[float] | None = None, eta: float = 0.0, conditional: bool | None = None,
+                 generator: torch.Generator | list[torch.Generator] | None = None,
                  latents: torch.Tensor | None = None, output_type: Literal["pil", "np", "pt", "latent"] = "pil",
                  return_dict: bool = True, callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
                  callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -169,6 +170,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 classifier doesn't run; 1: exact, as far as the classifier is; more: sharper and less varied. None: the
                 pipeline's own (`config.defaults`), 1 unless it was made with another.
             guidance_start, guidance_stop: the fractions of the run between which the classifier steers, in [0, 1].
+                None: the pipeline's own, 0 and 1 unless it was made with others.
             num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
             timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
             eta: the noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
@@ -200,8 +202,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`Sparing`). 1:
                 at each. None: the pipeline's own.
             guidance_tolerance: instead, ask an image's classifier again where its gradient has turned so far that the
-                image would be off by more than this, in the units of x0 (0.05 is 2.5% of [-1, 1]). None: the
-                pipeline's own, unless `guidance_every` is given.
+                image would be off by more than this, in the units of x0 (0.05 is 2.5% of [-1, 1]); while a term acts
+                that no noise-aware network is asked for, ask at each step. None: the pipeline's own, unless
+                `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -213,9 +216,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         if guidance_algorithm is None:
             own = self.config.defaults["guidance_algorithm"]
             guidance_algorithm = own if own != "mean" or has_posterior_variance(self.scheduler) else "output"
-        every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
-        if guidance_every is None and guidance_tolerance is None:
-            every, tolerance = (self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance"))
+        guidance_start, guidance_stop = (self.config.defaults[name] if value is None else value for name, value in (
+            ("guidance_start", guidance_start), ("guidance_stop", guidance_stop)))
         self._check(num_images_per_label, output_type, guidance_algorithm, guidance_start, guidance_stop,
                     callback_on_step_end_tensor_inputs)
         device = self._execution_device
@@ -249,6 +251,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         splitting, sparing, asked = None, None, 0
         if terms and guidance_algorithm not in ("output", "mean"):
             splitting = Splitting(guidance_algorithm, self.scheduler, levels, eta)
+        every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
+        if guidance_every is None and guidance_tolerance is None:
+            every, tolerance = (self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance"))
         if every != 1 or tolerance is not None:
             sparing = Sparing(levels, every, tolerance)
         networks = [module for term in terms for module in term.modules()]

@@ -27,6 +27,9 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
+#: by how much an interval between two questions may be longer than the one before it, in log s
+GROWTH = 2.0
+
 
 class Splitting:
     """The part c of a run's samples that guidance has made, (B, C, H, W).
@@ -132,8 +135,10 @@ class Sparing:
         every: ask at every k-th of the steps at which guidance acts.
         tolerance: instead, ask an image's terms again where what its guidance has turned meanwhile would move the
             sample by more, in the units of x0, as root mean square over its values; estimated from the last two answers
-            as sum (s - s') log(s_1 / s) rms(e_1 - e_0) / log(s_0 / s_1) over the steps since. The errors of the
-            intervals between questions may add up or cancel.
+            as sum (s - s') log(s_1 / s) rms(e_1 - e_0) / log(s_0 / s_1) over the steps since; but the estimate is
+            believed for no longer than `GROWTH` log(s_0 / s_1), since where all is noise nothing turns yet. The errors
+            of the intervals between questions may add up or cancel. Terms that can't be asked for some images alone,
+            all but `NoiseAwareGuidance`, are asked at each step, and those beside them.
 
     Raises:
         ValueError: for other values.
@@ -156,28 +161,26 @@ class Sparing:
         self._slope: torch.Tensor | None = None  # (e_1 - e_0) / log(s_1 / s_0)
         self._at = torch.zeros(0)  # log s_1 of each image, (B,)
         self._turning = torch.zeros(0)  # rms of the slope, infinite before there is one
+        self._believed = torch.zeros(0)  # how far below log s_1
         self._error = torch.zeros(0)  # the estimate so far
 
     def rows(self, index: int, images: int, active: Sequence[Guidance]) -> torch.Tensor:
-        """Which of the images ask at this step, where `active` are the terms that act: their numbers, rising.
-
-        Raises:
-            ValueError: for a term that can't be asked for some images alone, as a tolerance does.
-        """
+        """Which of the images ask at this step, where `active` are the terms that act: their numbers, rising."""
         everyone = torch.arange(images)
         if self._active != list(active):  # the first step, or one at which a term begins or ends
             self._active, self._last, self._acted = list(active), None, 0
             self._at, self._error = torch.zeros(images, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
             self._turning = torch.full((images,), float("inf"), dtype=torch.float64)
-            if self.tolerance is not None:
-                _check_alone(active)
+            self._believed = torch.full_like(self._turning, float("inf"))
             return everyone
         self._acted += 1
+        if self.tolerance is not None and not all(isinstance(term, NoiseAwareGuidance) for term in active):
+            return everyone
         if self.tolerance is None:
             return everyone if self._acted % self.every == 0 else everyone[:0]
         since = self._at - self.log_s[index]
         self._error += torch.where(since > 0, self._turning * since, 0.0) * self.lengths[index]
-        return everyone[(self._error > self.tolerance) | self._turning.isinf()]
+        return everyone[(self._error > self.tolerance) | self._turning.isinf() | (since > self._believed - 1e-4)]
 
     def score(self, asked: Sequence[Guidance], step: Step, rows: torch.Tensor) -> torch.Tensor:
         """What guidance adds to the score at this step: the terms' answer for the images `rows`, for the others what
@@ -204,15 +207,10 @@ class Sparing:
         self._last, self._slope = self._last.index_copy(0, there, e), self._slope.index_copy(0, there, slope)
         self._at[rows], self._error[rows] = now, 0.0
         if self.tolerance is not None:  # here the host waits for an accelerator
+            gone = -passed.flatten().double().cpu()
+            self._believed[rows] = torch.where(moved.flatten().cpu(), GROWTH * gone, self._believed[rows])
             turning = slope.flatten(1).square().mean(1).sqrt().double().cpu()
             self._turning[rows] = torch.where(moved.flatten().cpu(), turning, self._turning[rows])
-
-
-def _check_alone(terms: Sequence[Guidance]) -> None:
-    for term in terms:
-        if not isinstance(term, NoiseAwareGuidance):
-            raise ValueError(f"guidance_tolerance asks a term image by image, which {type(term).__name__} can't be: "
-                             "use guidance_every")
 
 
 def of_images(terms: Sequence[NoiseAwareGuidance], step: Step, rows: torch.Tensor) -> tuple[Sequence[Guidance], Step]:

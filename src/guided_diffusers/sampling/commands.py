@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-OF_THE_CALL = ("guidance_scale", "classifier_free_scale", "num_inference_steps", "guidance_algorithm",
-               "guidance_every", "guidance_tolerance")
+OF_THE_CALL = ("guidance_scale", "guidance_start", "guidance_stop", "classifier_free_scale", "num_inference_steps",
+               "guidance_algorithm", "guidance_every", "guidance_tolerance")
 
 
 def add_sample_command(commands: Any) -> None:
@@ -37,6 +37,9 @@ def add_sample_command(commands: Any) -> None:
     option("--guidance-scale", type=float, default=argparse.SUPPRESS,
            help="how strongly the classifier steers; 0: off, 1: exact, more: sharper and less varied (default: the "
                 "model's own)")
+    for name, what in (("start", "from"), ("stop", "until")):
+        option(f"--guidance-{name}", type=float, metavar="FRACTION", default=argparse.SUPPRESS,
+               help=f"{what} which fraction of the run the classifier steers, in [0, 1] (default: the model's own)")
     option("--classifier-free-scale", type=float, default=argparse.SUPPRESS,
            help="how strongly a network that knows the labels and a null label steers by itself; 0: off (default: the "
                 "model's own)")

@@ -47,7 +47,7 @@ __all__ = ["Point", "Result", "Store", "Verdict", "measure_points", "pareto_fron
 def sweep(pipeline: ClassifierGuidedPipeline, reference: str, output: str | Path, features: Network,
           judge: Network | None = None, *, scales: Sequence[float] = (0, 1, 2, 3, 5, 8, 10),
           schedulers: Sequence[str] | None = None, steps: Sequence[int] | None = None,
-          intervals: Sequence[tuple[float, float]] = ((0.0, 1.0),), algorithms: Sequence[str] | None = None,
+          intervals: Sequence[tuple[float, float]] | None = None, algorithms: Sequence[str] | None = None,
           every: Sequence[int] = (), tolerances: Sequence[float] = (), num_images: int = 1000, seed: int = 0,
           batch_size: int = 50, conditional: bool | None = None,
           dtype: Literal["float32", "bfloat16", "float16"] = "float32", bootstrap: int = 100,
@@ -66,7 +66,7 @@ def sweep(pipeline: ClassifierGuidedPipeline, reference: str, output: str | Path
         judge: a classifier that never guided. None: nothing is said of accuracy.
         scales: guidance scales, 0 and more; 0, off, is always measured.
         schedulers: as `dpmsolver++`, by default the pipeline's own; steps: by default the pipeline's own.
-        intervals: (guidance_start, guidance_stop), fractions of the run.
+        intervals: (guidance_start, guidance_stop), fractions of the run; by default the pipeline's own.
         algorithms: as of the pipeline's call, by default its own; every, tolerances: `guidance_every` and
             `guidance_tolerance` there, one or the other.
         num_images: of each point, of all labels in turn; image i depends on the seed and i alone.
@@ -175,12 +175,14 @@ def _labels(pipeline: ClassifierGuidedPipeline) -> dict[int, str]:
 
 
 def _wanted(pipeline: ClassifierGuidedPipeline, scales: Sequence[float], schedulers: Sequence[str] | None,
-            steps: Sequence[int] | None, intervals: Sequence[tuple[float, float]], algorithms: Sequence[str] | None,
-            every: Sequence[int], tolerances: Sequence[float]) -> list[Point]:
+            steps: Sequence[int] | None, intervals: Sequence[tuple[float, float]] | None,
+            algorithms: Sequence[str] | None, every: Sequence[int], tolerances: Sequence[float]) -> list[Point]:
     """All points, their schedulers by one name each."""
     own = [scheduler_name(pipeline.scheduler)] if schedulers is None else [
         scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
-    steps = steps or [pipeline.config.defaults["num_inference_steps"]]
+    defaults = pipeline.config.defaults
+    steps = steps or [defaults["num_inference_steps"]]
+    intervals = intervals or [(defaults["guidance_start"], defaults["guidance_stop"])]
     return points(scales, own, steps, intervals, algorithms or (None,), every, tolerances)
 
 

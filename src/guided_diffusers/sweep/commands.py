@@ -39,8 +39,8 @@ def add_sweep_command(commands: Any) -> None:
     option("--schedulers", nargs="+", metavar="NAME",
            help="ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ddpm, euler, ... (default: the model's own)")
     option("--steps", type=int, nargs="+", metavar="N", help="scheduler steps (default: the model's own)")
-    option("--intervals", nargs="+", type=interval, default=[(0.0, 1.0)], metavar="START:STOP",
-           help="the parts of the run that are guided, in [0, 1] (default: 0:1)")
+    option("--intervals", nargs="+", type=interval, metavar="START:STOP",
+           help="the parts of the run that are guided, in [0, 1]; 0:1 is all of it (default: the model's own)")
     option("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
            help=f"how guidance enters the step: {', '.join(ALGORITHMS)} (default: the model's own)")
     option("--every", type=int, nargs="+", default=[], metavar="K",

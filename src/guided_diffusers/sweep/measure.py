@@ -59,8 +59,8 @@ def scheduler_name(scheduler: SchedulerMixin) -> str:
 
 def quiet_copy(pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin) -> ClassifierGuidedPipeline:
     """The same networks with another scheduler, and no progress bar."""
-    found = ClassifierGuidedPipeline(**{**pipeline.components, "scheduler": scheduler},
-                                     id2label=pipeline.config.id2label, defaults=dict(pipeline.config.defaults))
+    found = type(pipeline)(**{**pipeline.components, "scheduler": scheduler}, id2label=pipeline.config.id2label,
+                           defaults=dict(pipeline.config.defaults))
     found.set_progress_bar_config(disable=True)
     return found
 
