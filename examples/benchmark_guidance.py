@@ -17,11 +17,12 @@ import sys
 
 from guided_diffusers.cli import main
 
-COMMON = ["--model", "fashion-mnist", "--num-images", "500", "--dtype", "bfloat16", "--batch-size", "100"]
+COMMON = ["--model", "fashion-mnist", "--num-images", "500", "--dtype", "bfloat16", "--batch-size", "100",
+          "--intervals", "0:1", "--every", "1"]  # guidance at each step, whatever the model's preset is
 ALONE = ["--no-conditional", "--schedulers", "ddim", "dpmsolver++", "ddpm"]
 RUNS = [["--steps", "10", "25", "--scales", "0", "1", "2", "3", "5", "8", "10"],
         ["--steps", "50", "--scales", "0", "1", "3", "5", "10"],
-        ["--steps", "250", "--scales", "0", "3"]]
+        ["--steps", "250", "--scales", "0", "3", "10"]]
 TOLD = ["--schedulers", "dpmsolver++", "--steps", "10", "25", "--scales", "0", "1", "3", "10"]
 
 if __name__ == "__main__":

@@ -243,8 +243,9 @@ def main() -> None:
     option("--solver", default="dpmsolver++", help="of the first and the last table (default: %(default)s)")
     option("--scale", type=float, default=3.0, help="of the first table (default: %(default)s)")
     option("--steps", type=int, nargs="+", default=[10, 15, 25], help="of the first table (default: 10 15 25)")
-    option("--starts", type=float, nargs="*", default=[0.2, 0.3], help="`guidance_start` there (default: 0.2 0.3)")
-    option("--tolerances", type=float, nargs="*", default=[0.1], help="`guidance_tolerance` there (default: 0.1)")
+    option("--starts", type=float, nargs="*", default=[0.2], help="`guidance_start` there (default: 0.2)")
+    option("--tolerances", type=float, nargs="+", default=[0.1, 0.2],
+           help="`guidance_tolerance` there; the first in the last table, too (default: 0.1 0.2)")
     option("--num-images", type=int, default=2000, help="of a point of the first table (default: %(default)s)")
     option("--solver-images", type=int, default=100, help="of the second and third (default: %(default)s)")
     option("--solver-steps", type=int, default=10, help="of the second and third (default: %(default)s)")
@@ -304,7 +305,7 @@ def main() -> None:
             found = [(one, store.read(store.path(one.point))) for one in wanted]
             figures[part], best = quality_rows(found), chosen(found)
             text += [quality_table(figures[part]), f"preset: {best or 'no guidance'}"]
-            write_preset(figures[part], best, pipeline, options.output / "preset.json")
+            write_preset(figures[part], best, pipeline, options)
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(figures, options.output / "quality_cost.json")
     (options.output / "quality_cost.md").write_text("\n\n".join(text) + "\n")
@@ -312,15 +313,17 @@ def main() -> None:
 
 
 def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, pipeline: ClassifierGuidedPipeline,
-                 path: Path) -> None:
-    """The scheduler and the pipeline's `defaults`, and the rows that they were chosen from."""
+                 options: argparse.Namespace) -> None:
+    """The scheduler and the pipeline's `defaults`, and the rows that they were chosen from, without intervals."""
     if best is None:
         return
     scheduler = scheduler_for(pipeline.scheduler, best.scheduler)
     shown = [{"guidance": row["setting"], "agreement": row["top_1"], **{name: row[name] for name in (
         "frechet_distance", "recall", "network_evaluations", "classifier_evaluations", "seconds")}} for row in rows]
     defaults = {name: value for name, value in best.call.items() if value != DEFAULTS[name]}
-    write_json({"scheduler": type(scheduler).__name__, "defaults": defaults, "rows": shown}, path)
+    command = f"python examples/{Path(__file__).name} --reference {options.reference} --part preset"
+    write_json({"scheduler": type(scheduler).__name__, "defaults": defaults, "rows": shown, "command": command},
+               options.output / "preset.json")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ STEPS = 3
 
 def bundled(device: str, size: int | None = None) -> ClassifierGuidedPipeline:
     """The bundled pipeline, or one of its architecture for another size of images."""
-    pipeline = ClassifierGuidedPipeline.from_bundled()
+    pipeline = ClassifierGuidedPipeline.from_bundled(defaults={})  # guided at each step
     if size is not None:
         torch.manual_seed(0)
         unet = UNet2DModel.from_config(pipeline.unet.config, sample_size=size)

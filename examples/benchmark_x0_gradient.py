@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from guided_diffusers import ClassifierGuidedPipeline, ImageClassifierGuidance, NoiseAwareClassifier, NoiseLevel
@@ -59,7 +60,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("x0-gradient.json"))
     options = parser.parse_args()
 
-    pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
+    pipeline = ClassifierGuidedPipeline.from_bundled(
+        "fashion-mnist", scheduler=DDIMScheduler.from_pretrained(folder("fashion-mnist") / "scheduler"), defaults={})
     judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
     classifier = AutoModelForImageClassification.from_pretrained(options.classifier)
     processor = AutoImageProcessor.from_pretrained(options.classifier)

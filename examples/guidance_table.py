@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 
 from guided_diffusers import (
@@ -175,7 +176,9 @@ def main() -> None:
     options.scales = {name: getattr(options, f"{name.replace('-', '_')}_scale") for name in scales}
     options.output.mkdir(parents=True, exist_ok=True)
 
-    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model)
+    # every row says all that guides it
+    pipeline = ClassifierGuidedPipeline.from_pretrained(
+        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"), defaults={})
     pipeline.set_progress_bar_config(disable=True)
     judge = Judge(options.model / "judge")
     real_features = None

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -43,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
 
     judge = NoiseAwareClassifier.from_pretrained(options.model / "judge")
-    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model)
+    # every row says all that guides it
+    pipeline = ClassifierGuidedPipeline.from_pretrained(
+        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"), defaults={})
     pipeline.set_progress_bar_config(disable=True)
     labels = sorted(pipeline.config.id2label)
     count = options.images_per_label * len(labels)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from guidance_table import Judge, make_row
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -47,7 +48,10 @@ def write(path: Path, content: Any) -> None:
 def measure(name: str, classifier: NoiseAwareClassifier, options: argparse.Namespace, real: torch.Tensor, judge: Judge,
             test: LabelledImages, settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The curves of one classifier and its guided samples at every scale, each written to `path` as it is done."""
-    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model, classifier=classifier)
+    # every row says all that guides it
+    pipeline = ClassifierGuidedPipeline.from_pretrained(
+        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"),
+        defaults={}, classifier=classifier)
     pipeline.set_progress_bar_config(disable=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     if not settings.items() <= found.items():
