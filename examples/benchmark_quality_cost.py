@@ -10,7 +10,8 @@ Four parts, each with a table; all points of one have the same seeds, and nothin
                 and fewer questions (`guidance_tolerance`) from a fraction of the run on. Equal quality is the published
                 recipe's accuracy less half a point, and its Frechet distance and recall within their bootstrap
                 intervals. The surcharge of guidance is a run's seconds above those of the same without.
-    solvers     where the plain correction and splitting diverge: scales 1 to 20 by solver.
+    solvers     where the plain correction and splitting diverge: scales 1 to 20 by solver; the Frechet distances above
+                those without guidance are marked.
     directions  what is made of the gradient at high scales: dynamic thresholding of x0, the gradient orthogonal to the
                 predicted x0 (Sadat et al. 2024), at most as long as the score, or as long as it.
     preset      for a network that is told the label: what the model takes by itself (`training/bundle.py --preset`) is
@@ -38,7 +39,7 @@ from guided_diffusers.evaluation import load_network
 from guided_diffusers.outputs import write_json
 from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling.loading import load_pipeline
-from guided_diffusers.sweep import Point, Result, Store, measure_points
+from guided_diffusers.sweep import Point, Result, measure_points
 from guided_diffusers.sweep.measure import scheduler_for
 
 PARTS = ("quality", "solvers", "directions", "preset")
@@ -112,12 +113,13 @@ def preset_settings(solver: str, steps: Sequence[int], tolerance: float, starts:
                 yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=tolerance))
 
 
-def solver_points(steps: int) -> Iterator[Point]:
-    for solver, algorithms in SOLVERS.items():
-        yield Point(solver, steps, 0.0)
-        for scale in SCALES:
-            for algorithm in algorithms:
-                yield Point(solver, steps, scale, guidance_algorithm=algorithm)
+def solver_points(steps: Sequence[int]) -> Iterator[Point]:
+    for count in steps:
+        for solver, algorithms in SOLVERS.items():
+            yield Point(solver, count, 0.0)
+            for scale in SCALES:
+                for algorithm in algorithms:
+                    yield Point(solver, count, scale, guidance_algorithm=algorithm)
 
 
 def as_good(result: Result, other: Result) -> bool:
@@ -175,38 +177,27 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def solver_table(store: Store, steps: int) -> tuple[str, list[dict[str, Any]]]:
-    """The second table: Frechet distances by solver, algorithm and scale; those above unguided are marked."""
-    lines = ["| solver | guidance | unguided | " + " | ".join(f"scale {scale:g}" for scale in SCALES) + " |",
-             "|---|---|---|" + "---|" * len(SCALES)]
-    rows = []
-    for solver, algorithms in SOLVERS.items():
-        none = store.read(store.path(Point(solver, steps, 0.0)))
-        for algorithm in algorithms:
-            cells = []
-            for scale in SCALES:
-                result = store.read(store.path(Point(solver, steps, scale, guidance_algorithm=algorithm)))
-                if none is None or result is None:
-                    cells.append("")
-                    continue
-                value, base = result.value("frechet_distance"), none.value("frechet_distance")
-                worse = not value <= base
-                cells.append(f"**{value:.2f}**" if worse else f"{value:.2f}")
-                rows.append({"solver": solver, "algorithm": algorithm or "output", "scale": scale,
-                             "frechet_distance": value, "unguided": base, "diverged": worse,
-                             "top_1": result.value("top_1")})
-            base = "" if none is None else f"{none.value('frechet_distance'):.2f}"
-            lines.append(f"| {solver} | {algorithm or 'output'} | {base} | " + " | ".join(cells) + " |")
+def solver_table(results: Sequence[Result]) -> tuple[str, list[dict[str, Any]]]:
+    """The second table: Frechet distances by steps, solver, algorithm and scale; those above unguided are marked."""
+    lines = ["| steps | solver | guidance | unguided | " + " | ".join(f"scale {scale:g}" for scale in SCALES) + " |",
+             "|---|---|---|---|" + "---|" * len(SCALES)]
+    values = {result.point: result.value("frechet_distance") for result in results}
+    none = {point.line[:2]: value for point, value in values.items() if point.guidance_scale == 0}
+    rows = [{"steps": point.num_inference_steps, "solver": point.scheduler,
+             "algorithm": point.guidance_algorithm or "output", "scale": point.guidance_scale,
+             "frechet_distance": value, "unguided": none[point.line[:2]],
+             "diverged": not value <= none[point.line[:2]]} for point, value in values.items() if point.guidance_scale]
+    for place in dict.fromkeys((row["steps"], row["solver"], row["algorithm"], row["unguided"]) for row in rows):
+        cells = [f"**{row['frechet_distance']:.2f}**" if row["diverged"] else f"{row['frechet_distance']:.2f}"
+                 for row in rows if (row["steps"], row["solver"], row["algorithm"]) == place[:3]]
+        lines.append("| {} | {} | {} | {:.2f} | ".format(*place) + " | ".join(cells) + " |")
     return "\n".join(lines), rows
 
 
-def direction_table(results: dict[tuple[str, float], Result]) -> str:
-    """The third table: each scale's accuracy, Frechet distance and recall."""
+def direction_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| gradient | scale | accuracy | Frechet distance | recall |", "|---|---|---|---|---|"]
-    for (name, scale), result in results.items():
-        lines.append(f"| {name} | {scale:g} | {result.value('top_1'):.1%} | {result.value('frechet_distance'):.2f} | "
-                     f"{result.value('recall'):.3f} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {row['direction']} | {row['scale']:g} | {row['top_1']:.1%} | "
+                              f"{row['frechet_distance']:.2f} | {row['recall']:.3f} |" for row in rows])
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -248,7 +239,7 @@ def main() -> None:
            help="`guidance_tolerance` there; the first in the last table, too (default: 0.1 0.2)")
     option("--num-images", type=int, default=2000, help="of a point of the first table (default: %(default)s)")
     option("--solver-images", type=int, default=100, help="of the second and third (default: %(default)s)")
-    option("--solver-steps", type=int, default=10, help="of the second and third (default: %(default)s)")
+    option("--solver-steps", type=int, nargs="+", default=[5, 10], help="of the second and third (default: 5 10)")
     option("--preset-images", type=int, default=1000, help="of the last (default: %(default)s)")
     option("--preset-steps", type=int, nargs="+", default=[15], help="of the last (default: 15)")
     option("--preset-starts", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5],
@@ -268,11 +259,13 @@ def main() -> None:
     pipeline.register_to_config(defaults=dict(DEFAULTS))
     told = pipeline.config.id2label is not None and bool(pipeline.unet.config.get("num_class_embeds"))
 
-    def measure(points: Sequence[Point], folder: str, images: int, tell: bool = False,
-                by: ClassifierGuidedPipeline = pipeline) -> Store:
-        return measure_points(by, points, options.reference, options.output / folder, judge, judge, num_images=images,
-                              conditional=(None if tell else False) if told else None, dtype=options.dtype,
-                              batch_size=options.batch_size, model=options.model, progress=not options.quiet)
+    def measure(points: Sequence[Point], folder: str, images: int, tell: bool = False, bootstrap: int = 100,
+                by: ClassifierGuidedPipeline = pipeline) -> list[Result]:
+        store = measure_points(by, points, options.reference, options.output / folder, judge, judge, num_images=images,
+                               conditional=(None if tell else False) if told else None, dtype=options.dtype,
+                               batch_size=options.batch_size, bootstrap=bootstrap, model=options.model,
+                               progress=not options.quiet)
+        return [store.read(store.path(point)) for point in points]
 
     # 2. The parts, each measured and told
     figures: dict[str, Any] = {}
@@ -281,28 +274,27 @@ def main() -> None:
         if part == "quality":
             wanted = [*settings(options.solver, options.scale, options.steps, options.starts, options.tolerances),
                       Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean"))]
-            store = measure([one.point for one in wanted], part, options.num_images)
-            figures[part] = quality_rows([(one, store.read(store.path(one.point))) for one in wanted])
+            results = measure([one.point for one in wanted], part, options.num_images)
+            figures[part] = quality_rows(list(zip(wanted, results, strict=True)))
             text.append(quality_table(figures[part]))
             draw(figures[part], options.output / "quality_cost.png")
         elif part == "solvers":
-            store = measure(list(solver_points(options.solver_steps)), part, options.solver_images)
-            table, figures[part] = solver_table(store, options.solver_steps)
+            results = measure(list(solver_points(options.solver_steps)), part, options.solver_images, bootstrap=2)
+            table, figures[part] = solver_table(results)
             text.append(table)
         elif part == "directions":
-            results = {}
+            figures[part] = []
             for name, (solver, term, scales) in DIRECTIONS.items():
-                points = [Point(solver, options.solver_steps, scale) for scale in scales]
-                store = measure(points, f"{part}/{name}", options.solver_images, by=steered(pipeline, term))
-                results |= {(name, one.guidance_scale): store.read(store.path(one)) for one in points}
-            figures[part] = [{"direction": name, "scale": scale, **{key: result.value(key) for key in FIGURES}}
-                             for (name, scale), result in results.items()]
-            text.append(direction_table(results))
+                points = [Point(solver, max(options.solver_steps), scale) for scale in scales]
+                figures[part] += [{"direction": name, "scale": one.point.guidance_scale,
+                                   **{key: one.value(key) for key in FIGURES}} for one in measure(
+                    points, f"{part}/{name}", options.solver_images, bootstrap=2, by=steered(pipeline, term))]
+            text.append(direction_table(figures[part]))
         else:
             wanted = list(preset_settings(options.solver, options.preset_steps, options.tolerances[0],
                                           options.preset_starts, options.preset_scales))
-            store = measure([one.point for one in wanted], part, options.preset_images, tell=True)
-            found = [(one, store.read(store.path(one.point))) for one in wanted]
+            found = list(zip(wanted, measure([one.point for one in wanted], part, options.preset_images, tell=True),
+                             strict=True))
             figures[part], best = quality_rows(found), chosen(found)
             text += [quality_table(figures[part]), f"preset: {best or 'no guidance'}"]
             write_preset(figures[part], best, pipeline, options)

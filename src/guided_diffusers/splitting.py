@@ -27,6 +27,8 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
+#: s_n / s_{n+1} beyond which a step takes too much of the noise away for its end to say anything of the whole of it
+STEEPEST = 2.0
 #: by how much an interval between two questions may be longer than the one before it, in log s
 GROWTH = 2.0
 
@@ -85,7 +87,7 @@ class Splitting:
             c = its_c + its_w / 2 * (its_e + e)
         self.moved = c + w * e
         following = self.s[index + 1]
-        self._before = (c, w, e) if self.halves and self.s[index] <= 4 * following else None
+        self._before = (c, w, e) if self.halves and self.s[index] <= STEEPEST * following else None
         return output, own
 
     def guided(self, index: int, own: torch.Tensor) -> torch.Tensor:
