@@ -4,11 +4,12 @@
     python examples/benchmark_scaling.py --sizes 16 32 64 --batches 1 8 64 --processes 1 2 4 --output out/scaling
     python examples/benchmark_scaling.py --device cuda --sizes 28 64 128 256
 
-Batches and processes are of the bundled model; sizes are of its architecture with random weights, attention at the
-lowest of three levels only. A guided step of an image is the unit: CPU time on a CPU, which other programs hardly
-disturb, else the wall's; the least of some repeats. Each panel has the exponent that was fitted: of seconds an image
-against batch (0: flat; below 0: large batches are cheaper) and pixels (1: linear); for processes the images a second
-by those of one process.
+Batches and processes are of the bundled model; sizes are of its architecture with random weights, in calls of equally
+many pixels, and with a level more for each doubling beyond 32 pixels, as larger networks have it: attention, whose own
+cost is quadratic in pixels, stays at the lowest level. A guided step of an image is the unit: CPU time on a CPU, which
+other programs hardly disturb, else the wall's; the least of some repeats. Each panel has the exponent that was fitted:
+of seconds an image against batch (0: flat; below 0: large batches are cheaper) and pixels (1: linear); for processes
+the images a second by those of one process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,22 @@ def bundled(device: str, size: int | None = None) -> ClassifierGuidedPipeline:
     pipeline = ClassifierGuidedPipeline.from_bundled(defaults={})  # guided at each step
     if size is not None:
         torch.manual_seed(0)
-        unet = UNet2DModel.from_config(pipeline.unet.config, sample_size=size)
-        classifier = NoiseAwareClassifier.from_config(pipeline.classifier.config, sample_size=size)
+        more = max(0, math.ceil(math.log2(size / 32)))
+        unet, classifier = (cls.from_config(deeper(part.config, more), sample_size=size) for cls, part in (
+            (UNet2DModel, pipeline.unet), (NoiseAwareClassifier, pipeline.classifier)))
         pipeline = ClassifierGuidedPipeline(unet.eval(), pipeline.scheduler, classifier.eval())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def deeper(config: Mapping[str, Any], more: int) -> dict[str, Any]:
+    """A network's config with so many levels more, wide as its lowest; the new ones lie above it."""
+    config = dict(config)
+    config["block_out_channels"] = [*config["block_out_channels"], *config["block_out_channels"][-1:] * more]
+    config["down_block_types"] = [*config["down_block_types"][:1] * more, *config["down_block_types"]]
+    if "up_block_types" in config:
+        config["up_block_types"] = [*config["up_block_types"], *config["up_block_types"][-1:] * more]
+    return config
 
 
 def seconds_an_image(pipeline: ClassifierGuidedPipeline, batch: int, repeats: int) -> float:
@@ -162,7 +175,8 @@ def main() -> None:
     figures["batch"] = [{"batch": batch, "seconds": seconds_an_image(pipeline, batch, options.repeats)}
                         for batch in options.batches]
     figures["size"] = [{"size": size, "pixels": size**2,
-                        "seconds": seconds_an_image(bundled(options.device, size), 8, options.repeats)}
+                        "seconds": seconds_an_image(bundled(options.device, size),
+                                                    2 * max(options.sizes)**2 // size**2, options.repeats)}
                        for size in options.sizes]
     figures["processes"] = [of_processes(count, options.images, options.device) for count in options.processes]
     figures["exponents"] = {"batch": exponent(figures["batch"], "batch"), "pixels": exponent(figures["size"], "pixels")}

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -549,3 +550,44 @@ def test_a_network_in_lower_precision_leaves_sampler_and_classifier_as_they_are(
     assert unet.forward == forward and "forward" not in vars(unet) and torch.equal(image(), full)
     for handle in handles:
         handle.remove()
+
+
+def test_what_quality_costs_and_the_preset_that_follows(model: Path, data: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """examples/benchmark_quality_cost.py on a small model; started again, it measures nothing and says the same."""
+    def run(*parts: str) -> dict:
+        more = [one for part in parts for one in ("--part", part)]
+        monkeypatch.setattr(sys, "argv", ["benchmark_quality_cost", "--reference", str(data), "--model", str(model),
+                                          "--judge", str(model / "judge"), "--num-images", "12", "--solver-images",
+                                          "10", "--preset-images", "12", "--steps", "4", "--solver-steps", "2",
+                                          "--preset-steps", "4", "--preset-scales", "1", "--preset-starts", "0", "0.5",
+                                          "--output", str(tmp_path), "--dtype", "float32", "--quiet", *more])
+        runpy.run_path(str(Path(__file__).parents[1] / "examples/benchmark_quality_cost.py"), run_name="__main__")
+        return json.loads((tmp_path / "quality_cost.json").read_text())
+
+    parts = ("quality", "solvers", "directions", "preset")
+    figures = run(*parts)
+    unguided, plain, *spared, published = figures["quality"]
+    assert published["kind"] == "published" and published["equal_quality"] and published["seconds_of_published"] == 1
+    assert published["network_evaluations"] == published["classifier_evaluations"] == 250
+    assert plain["surcharge_of_plain"] == pytest.approx(1) and plain["classifier_evaluations"] == 4
+    assert len(spared) == 2 and all(row["classifier_evaluations"] < 4 for row in spared)
+    assert {row["algorithm"] for row in figures["solvers"]} == {"output", "lie_trotter", "strang"}
+    assert all(row["diverged"] == (row["frechet_distance"] > row["unguided"]) for row in figures["solvers"])
+    by_direction = {}
+    for row in figures["directions"]:
+        by_direction.setdefault(row["direction"], []).append(row["frechet_distance"])
+    assert len(by_direction) == 5 and len({tuple(values) for values in by_direction.values()}) >= 4
+
+    first, at_once, *others = figures["preset"]
+    harmless = [row for row in others if row["frechet_distance"] <= first["frechet_distance_interval"][1]
+                and row["recall"] >= first["recall_interval"][0]]
+    preset = json.loads((tmp_path / "preset.json").read_text())
+    best = max(harmless, key=lambda row: row["top_1"])
+    assert preset["scheduler"] == "DPMSolverMultistepScheduler" and preset["defaults"]["guidance_tolerance"] == 0.1
+    assert f"guided from {preset['defaults'].get('guidance_start', 0):g}" in best["setting"] or (
+        "guidance_start" not in preset["defaults"] and "guided tolerance" in best["setting"])
+    assert [row["agreement"] for row in preset["rows"]] == [row["top_1"] for row in figures["preset"]]
+    assert (tmp_path / "quality_cost.png").exists()
+    monkeypatch.setattr("guided_diffusers.sweep.measure.sample", None)  # nothing is sampled again
+    assert run(*parts) == figures
