@@ -6,33 +6,59 @@
         --steps 10 25 50 250 --scales 0 1 2 3 5 8 10
     accelerate launch examples/benchmark_guidance.py --reference data/fashion-mnist --output out/benchmark
 
-It is `guided-diffusers sweep` with the arguments below, once for each of `RUNS`, or once where --steps or --scales are
-given; others are handed on. 500 images a point, at the same seeds: about three hours of one CPU core. A point is kept
-when it is done, so that it may be stopped and started again, and several may run on one folder. The network isn't told
-the label: what steers is the classifier alone. `TOLD`, in the folder `OUTPUT-told`, is with a network that is told,
-which leaves guidance less to add.
+It is `guided-diffusers sweep` of the bundled networks without the model's preset: guidance at each step of the whole
+run. 500 images a point, at the same seeds: about four hours of one CPU core. A point is kept when it is done, so that
+it may be stopped and started again, and several may run on one folder. The network isn't told the label: what steers
+is the classifier alone. In the folder `OUTPUT-told` is what a network does that is told, which leaves guidance less to
+add.
 """
 
-import sys
+from __future__ import annotations
 
-from guided_diffusers.cli import main
+import argparse
+from pathlib import Path
+from typing import Any
 
-COMMON = ["--model", "fashion-mnist", "--num-images", "500", "--dtype", "bfloat16", "--batch-size", "100",
-          "--intervals", "0:1", "--every", "1"]  # guidance at each step, whatever the model's preset is
-ALONE = ["--no-conditional", "--schedulers", "ddim", "dpmsolver++", "ddpm"]
-RUNS = [["--steps", "10", "25", "--scales", "0", "1", "2", "3", "5", "8", "10"],
-        ["--steps", "50", "--scales", "0", "1", "3", "5", "10"],
-        ["--steps", "250", "--scales", "0", "3", "10"]]
-TOLD = ["--schedulers", "dpmsolver++", "--steps", "10", "25", "--scales", "0", "1", "3", "10"]
+from guided_diffusers.evaluation import load_network
+from guided_diffusers.pipeline import DEFAULTS
+from guided_diffusers.sampling.commands import device_of, team
+from guided_diffusers.sampling.loading import exchanged, load_pipeline
+from guided_diffusers.sweep import sweep
+
+SCHEDULERS = ("ddim", "dpmsolver++", "ddpm")
+RUNS = {(10, 25): (0, 1, 2, 3, 5, 8, 10), (50,): (0, 1, 3, 5, 10), (250,): (0, 3, 10)}  # steps: scales
+TOLD: dict[str, Any] = {"schedulers": ("dpmsolver++",), "steps": (10, 25), "scales": (0, 1, 3, 10)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--reference", required=True, help="labelled real images, as of `guided-diffusers sweep`")
+    option("--output", type=Path, default=Path("out/benchmark"), help="a folder (default: %(default)s)")
+    option("--schedulers", nargs="+", default=SCHEDULERS, help="(default: ddim dpmsolver++ ddpm)")
+    option("--steps", type=int, nargs="+", help="with --scales, instead of what is published, and without `-told`")
+    option("--scales", type=float, nargs="+", help="with --steps")
+    option("--num-images", type=int, default=500, help="of a point (default: %(default)s)")
+    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
+    option("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args()
+    if (options.steps is None) != (options.scales is None):
+        parser.error(f"--steps {options.steps}, --scales {options.scales}: both, or neither, are needed")
+
+    device = device_of(options.device, team(options.device))
+    pipeline, judge = load_pipeline("fashion-mnist").to(device), load_network("fashion-mnist", device)
+    pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
+    pipeline.register_to_config(defaults={**DEFAULTS, "guidance_scale": pipeline.config.defaults["guidance_scale"]})
+
+    def run(output: Path, **more: Any) -> None:
+        print(sweep(pipeline, options.reference, output, judge, judge, num_images=options.num_images, dtype="bfloat16",
+                    batch_size=100, model="fashion-mnist", progress=not options.quiet, **more))
+
+    for steps, scales in ({tuple(options.steps): options.scales} if options.steps else RUNS).items():
+        run(options.output, schedulers=options.schedulers, steps=steps, scales=scales, conditional=False)
+    if not options.steps:
+        run(options.output.with_name(f"{options.output.name}-told"), **TOLD)
+
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    if {"-h", "--help"} & set(given):
-        print(__doc__)
-    if {"--steps", "--scales", "-h", "--help"} & set(given):
-        main(["sweep", *COMMON, *ALONE, *given])
-    else:
-        for run in RUNS:
-            main(["sweep", *COMMON, *ALONE, *run, *given])
-        output = given[given.index("--output") + 1] if "--output" in given else "sweep"
-        main(["sweep", *COMMON, *TOLD, *given, "--output", f"{output}-told"])
+    main()

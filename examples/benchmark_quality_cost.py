@@ -15,20 +15,24 @@ Four parts, each with a table; all points of one have the same seeds, and nothin
     directions  what is made of the gradient at high scales: dynamic thresholding of x0, the gradient orthogonal to the
                 predicted x0 (Sadat et al. 2024), at most as long as the score, or as long as it.
     preset      for a network that is told the label: what the model takes by itself (`training/bundle.py --preset`) is
-                the most accurate of the points that are no worse than no guidance in Frechet distance and recall,
-                within their intervals.
+                the most accurate of the points with fewer questions that are no worse than no guidance in Frechet
+                distance and recall, within their intervals.
 
 In the first three the network isn't told the label, so that the classifier alone steers. Each point is measured once
 and kept: started again, or several times at once, the benchmark goes on. It writes `quality_cost.json` and `.md` with
-the tables, `quality_cost.png` and `preset.json` into the output folder.
+the tables of all parts that were measured, `quality_cost.png` and `preset.json` into the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,10 @@ import torch
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, Step
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.outputs import write_json
+from guided_diffusers.outputs import write_bytes, write_json
 from guided_diffusers.pipeline import DEFAULTS
-from guided_diffusers.sampling.loading import load_pipeline
+from guided_diffusers.sampling.loading import exchanged, load_pipeline
 from guided_diffusers.sweep import Point, Result, measure_points
-from guided_diffusers.sweep.measure import scheduler_for
 
 PARTS = ("quality", "solvers", "directions", "preset")
 SOLVERS = {name: (None, "lie_trotter", "strang") for name in (
@@ -92,25 +95,14 @@ class Setting:
     point: Point
 
 
-def settings(solver: str, scale: float, steps: Sequence[int], starts: Sequence[float], tolerances: Sequence[float],
-             ) -> Iterator[Setting]:
-    for count in steps:
-        yield Setting("unguided", Point(solver, count, 0.0))
-        yield Setting("plain", Point(solver, count, scale))
-        for start in starts:
-            for most in tolerances:
-                yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=most))
-
-
-def preset_settings(solver: str, steps: Sequence[int], tolerance: float, starts: Sequence[float],
-                    scales: Sequence[float]) -> Iterator[Setting]:
+def settings(solver: str, steps: Sequence[int], scales: Sequence[float], starts: Sequence[float],
+             tolerances: Sequence[float]) -> Iterator[Setting]:
     for count in steps:
         yield Setting("unguided", Point(solver, count, 0.0))
         for scale in scales:
             yield Setting("plain", Point(solver, count, scale))
-        for start in starts:
-            for scale in scales:
-                yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=tolerance))
+        for start, scale, most in product(starts, scales, tolerances):
+            yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=most))
 
 
 def solver_points(steps: Sequence[int]) -> Iterator[Point]:
@@ -177,21 +169,25 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def solver_table(results: Sequence[Result]) -> tuple[str, list[dict[str, Any]]]:
-    """The second table: Frechet distances by steps, solver, algorithm and scale; those above unguided are marked."""
-    lines = ["| steps | solver | guidance | unguided | " + " | ".join(f"scale {scale:g}" for scale in SCALES) + " |",
-             "|---|---|---|---|" + "---|" * len(SCALES)]
+def solver_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     values = {result.point: result.value("frechet_distance") for result in results}
     none = {point.line[:2]: value for point, value in values.items() if point.guidance_scale == 0}
-    rows = [{"steps": point.num_inference_steps, "solver": point.scheduler,
+    return [{"steps": point.num_inference_steps, "solver": point.scheduler,
              "algorithm": point.guidance_algorithm or "output", "scale": point.guidance_scale,
              "frechet_distance": value, "unguided": none[point.line[:2]],
              "diverged": not value <= none[point.line[:2]]} for point, value in values.items() if point.guidance_scale]
+
+
+def solver_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The second table: Frechet distances by steps, solver, algorithm and scale; those above unguided are marked."""
+    scales = list(dict.fromkeys(row["scale"] for row in rows))
+    lines = ["| steps | solver | guidance | unguided | " + " | ".join(f"scale {scale:g}" for scale in scales) + " |",
+             "|---|---|---|---|" + "---|" * len(scales)]
     for place in dict.fromkeys((row["steps"], row["solver"], row["algorithm"], row["unguided"]) for row in rows):
         cells = [f"**{row['frechet_distance']:.2f}**" if row["diverged"] else f"{row['frechet_distance']:.2f}"
                  for row in rows if (row["steps"], row["solver"], row["algorithm"]) == place[:3]]
         lines.append("| {} | {} | {} | {:.2f} | ".format(*place) + " | ".join(cells) + " |")
-    return "\n".join(lines), rows
+    return "\n".join(lines)
 
 
 def direction_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -257,6 +253,8 @@ def main() -> None:
     device = torch.device(options.device)
     pipeline, judge = load_pipeline(options.model).to(device), load_network(options.judge, device)
     pipeline.register_to_config(defaults=dict(DEFAULTS))
+    if pipeline.scheduler.config.get("beta_schedule"):  # one of those that are exchanged below
+        pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     told = pipeline.config.id2label is not None and bool(pipeline.unet.config.get("num_class_embeds"))
 
     def measure(points: Sequence[Point], folder: str, images: int, tell: bool = False, bootstrap: int = 100,
@@ -267,21 +265,19 @@ def main() -> None:
                                progress=not options.quiet)
         return [store.read(store.path(point)) for point in points]
 
-    # 2. The parts, each measured and told
-    figures: dict[str, Any] = {}
-    text: list[str] = []
+    # 2. The parts, beside those that are there
+    path = options.output / "quality_cost.json"
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part in options.part or PARTS:
         if part == "quality":
-            wanted = [*settings(options.solver, options.scale, options.steps, options.starts, options.tolerances),
+            wanted = [*settings(options.solver, options.steps, [options.scale], options.starts, options.tolerances),
                       Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean"))]
             results = measure([one.point for one in wanted], part, options.num_images)
             figures[part] = quality_rows(list(zip(wanted, results, strict=True)))
-            text.append(quality_table(figures[part]))
             draw(figures[part], options.output / "quality_cost.png")
         elif part == "solvers":
-            results = measure(list(solver_points(options.solver_steps)), part, options.solver_images, bootstrap=2)
-            table, figures[part] = solver_table(results)
-            text.append(table)
+            points = list(solver_points(options.solver_steps))
+            figures[part] = solver_rows(measure(points, part, options.solver_images, bootstrap=2))
         elif part == "directions":
             figures[part] = []
             for name, (solver, term, scales) in DIRECTIONS.items():
@@ -289,33 +285,34 @@ def main() -> None:
                 figures[part] += [{"direction": name, "scale": one.point.guidance_scale,
                                    **{key: one.value(key) for key in FIGURES}} for one in measure(
                     points, f"{part}/{name}", options.solver_images, bootstrap=2, by=steered(pipeline, term))]
-            text.append(direction_table(figures[part]))
         else:
-            wanted = list(preset_settings(options.solver, options.preset_steps, options.tolerances[0],
-                                          options.preset_starts, options.preset_scales))
+            wanted = list(settings(options.solver, options.preset_steps, options.preset_scales, options.preset_starts,
+                                   options.tolerances[:1]))
             found = list(zip(wanted, measure([one.point for one in wanted], part, options.preset_images, tell=True),
                              strict=True))
-            figures[part], best = quality_rows(found), chosen(found)
-            text += [quality_table(figures[part]), f"preset: {best or 'no guidance'}"]
-            write_preset(figures[part], best, pipeline, options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_json(figures, options.output / "quality_cost.json")
-    (options.output / "quality_cost.md").write_text("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
+            figures[part] = quality_rows(found)
+            write_preset(figures[part], chosen(found), options.output / "preset.json")
+
+    # 3. All of them as tables
+    write_json(figures, path)
+    tables = {"quality": quality_table, "solvers": solver_table, "directions": direction_table, "preset": quality_table}
+    text = "\n\n".join(table(figures[part]) for part, table in tables.items() if part in figures) + "\n"
+    write_bytes(text.encode(), options.output / "quality_cost.md")
+    print(text)
 
 
-def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, pipeline: ClassifierGuidedPipeline,
-                 options: argparse.Namespace) -> None:
-    """The scheduler and the pipeline's `defaults`, and the rows that they were chosen from, without intervals."""
+def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, path: Path) -> None:
+    """How the model samples by itself, and the rows that this was chosen from, without intervals; nothing where no
+    guidance is better."""
+    path.unlink(missing_ok=True)
+    print(f"preset: {best or 'no guidance'}")
     if best is None:
         return
-    scheduler = scheduler_for(pipeline.scheduler, best.scheduler)
     shown = [{"guidance": row["setting"], "agreement": row["top_1"], **{name: row[name] for name in (
         "frechet_distance", "recall", "network_evaluations", "classifier_evaluations", "seconds")}} for row in rows]
     defaults = {name: value for name, value in best.call.items() if value != DEFAULTS[name]}
-    command = f"python examples/{Path(__file__).name} --reference {options.reference} --part preset"
-    write_json({"scheduler": type(scheduler).__name__, "defaults": defaults, "rows": shown, "command": command},
-               options.output / "preset.json")
+    write_json({"scheduler": best.scheduler, "defaults": defaults, "rows": shown,
+                "command": shlex.join(["python", *sys.argv])}, path)
 
 
 if __name__ == "__main__":

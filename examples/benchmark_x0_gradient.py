@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from guided_diffusers import ClassifierGuidedPipeline, ImageClassifierGuidance, NoiseAwareClassifier, NoiseLevel
@@ -25,6 +24,7 @@ from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.guidance import logits_of
 from guided_diffusers.noise import affine
 from guided_diffusers.sampling import image_generator
+from guided_diffusers.sampling.loading import exchanged
 
 
 @torch.no_grad()
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("x0-gradient.json"))
     options = parser.parse_args()
 
-    pipeline = ClassifierGuidedPipeline.from_bundled(
-        "fashion-mnist", scheduler=DDIMScheduler.from_pretrained(folder("fashion-mnist") / "scheduler"), defaults={})
+    pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist", defaults={})
+    pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
     classifier = AutoModelForImageClassification.from_pretrained(options.classifier)
     processor = AutoImageProcessor.from_pretrained(options.classifier)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 
 from guided_diffusers import (
@@ -34,6 +33,7 @@ from guided_diffusers.bundled import folder
 from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.metrics import frechet_distance, precision_recall
 from guided_diffusers.sampling import grid, image_generator
+from guided_diffusers.sampling.loading import exchanged
 
 Row = Callable[[list[int], list[int]], dict[str, Any]]  # (indices, labels) -> arguments of the pipeline's call
 
@@ -176,9 +176,8 @@ def main() -> None:
     options.scales = {name: getattr(options, f"{name.replace('-', '_')}_scale") for name in scales}
     options.output.mkdir(parents=True, exist_ok=True)
 
-    # every row says all that guides it
-    pipeline = ClassifierGuidedPipeline.from_pretrained(
-        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"), defaults={})
+    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model, defaults={})  # each row says what guides it
+    pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     pipeline.set_progress_bar_config(disable=True)
     judge = Judge(options.model / "judge")
     real_features = None

@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
 from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.sampling import sample
+from guided_diffusers.sampling.loading import exchanged
 
 STEERED_BY = {"classifier": False, "network-and-classifier": True}  # whether the network gets the label
 
@@ -44,9 +44,8 @@ def main() -> None:
     options = parser.parse_args()
 
     judge = NoiseAwareClassifier.from_pretrained(options.model / "judge")
-    # every row says all that guides it
-    pipeline = ClassifierGuidedPipeline.from_pretrained(
-        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"), defaults={})
+    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model, defaults={})  # each row says what guides it
+    pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     pipeline.set_progress_bar_config(disable=True)
     labels = sorted(pipeline.config.id2label)
     count = options.images_per_label * len(labels)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from guidance_table import Judge, make_row
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -28,6 +27,7 @@ from guided_diffusers.bundled import folder
 from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.diagnosis import diagnose
 from guided_diffusers.metrics import frechet_distance, precision_recall
+from guided_diffusers.sampling.loading import exchanged
 
 CURVES = {"accuracy": "accuracy", "ece": "expected calibration error", "cosine": "cosine to the network's own gradient"}
 
@@ -48,10 +48,8 @@ def write(path: Path, content: Any) -> None:
 def measure(name: str, classifier: NoiseAwareClassifier, options: argparse.Namespace, real: torch.Tensor, judge: Judge,
             test: LabelledImages, settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The curves of one classifier and its guided samples at every scale, each written to `path` as it is done."""
-    # every row says all that guides it
-    pipeline = ClassifierGuidedPipeline.from_pretrained(
-        options.model, scheduler=DDIMScheduler.from_pretrained(options.model / "scheduler"),
-        defaults={}, classifier=classifier)
+    pipeline = ClassifierGuidedPipeline.from_pretrained(options.model, classifier=classifier, defaults={})
+    pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     pipeline.set_progress_bar_config(disable=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     if not settings.items() <= found.items():

@@ -26,7 +26,7 @@ def main() -> None:
     pictures = []
     for scale in options.scales:
         how = {"guidance_scale": 0, "classifier_free_scale": scale} if options.classifier_free else {
-            "guidance_scale": scale, "guidance_start": 0.2, "conditional": False}
+            "guidance_scale": scale, "guidance_start": 0.0, "conditional": False}
         for _, images in sample(pipeline, [options.label], options.seed, indices=range(options.images),
                                 num_inference_steps=options.num_inference_steps, **how):
             pictures += images

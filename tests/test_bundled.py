@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,28 @@ def test_the_judge_agrees(pipeline: ClassifierGuidedPipeline, conditional: bool,
     assert agreed[3.0] >= agreed[0.0]
     if not conditional:
         assert agreed[0.0] < 0.35  # chance is 0.1
+
+
+def test_a_bundle_takes_a_preset(tmp_path: Path) -> None:
+    """training/bundle.py: scheduler and defaults change, the weights don't; a call that says nothing takes them."""
+    place, preset = tmp_path / "bundle", tmp_path / "preset.json"
+    shutil.copytree(folder("fashion-mnist"), place)
+    defaults = {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_start": 0.5, "guidance_tolerance": 0.1}
+    preset.write_text(json.dumps({"scheduler": "dpmsolver++3m", "defaults": defaults, "command": "measured",
+                                  "rows": [{"guidance": "some", "agreement": 0.9}]}))
+    script = Path(__file__).parents[1] / "training/bundle.py"
+    subprocess.run([sys.executable, script, "--preset", preset, "--output", place], check=True, timeout=300)
+    for part in ("unet", "classifier", "judge", "clip"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (place / name).read_bytes() == (folder("fashion-mnist") / name).read_bytes()
+    assert json.loads((place / "figures.json").read_text())["preset"]["command"] == "measured"
+    pipeline = ClassifierGuidedPipeline.from_pretrained(place)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert pipeline.scheduler.config.solver_order == 3
+    own, said = (pipeline("bag", generator=torch.Generator().manual_seed(0), output_type="pt", **call)
+                 for call in ({}, defaults))
+    assert own.guidance_evaluations == 2 and torch.equal(own.images, said.images)
 
 
 def test_the_first_command(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_softplus_smooths_the_gradient_and_is_taken_back(mixture: Mixture) -> No
 @pytest.mark.parametrize("through_network", [False, True])
 def test_an_off_the_shelf_model_becomes_more_sure_of_the_label_along_a_real_trajectory(through_network: bool) -> None:
     """Of the predicted x0 on the way, and of the images in the end."""
-    pipeline, model = ClassifierGuidedPipeline.from_bundled(), tiny_resnet()
+    pipeline, model = ClassifierGuidedPipeline.from_bundled(defaults={}), tiny_resnet()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     found = {}

@@ -534,3 +534,17 @@ def test_the_manifest_has_what_a_call_settled(folder: str) -> None:  # noqa: F81
     assert (found["guidance_every"], found["guidance_tolerance"], found["guidance_scale"]) == (4, None, 4.0)
     assert found["conditional"] is None
     assert settled(own, {"guidance_tolerance": 0.1})["guidance_every"] == 1
+
+
+def test_the_program_guides_a_part_of_the_run_and_goes_on_with_any_scheduler(folder: str, tmp_path: Path,  # noqa: F811
+                                                                             ) -> None:
+    """DPM-Solver has an infinite number in its config, which JSON has not."""
+    common = ["--label", "boot", "--num-images", "2", "--scheduler", "dpmsolver", "--guidance-scale", "9"]
+    for name, more in (("whole", []), ("part", ["--guidance-start", "0.5", "--guidance-stop", "0.9"])):
+        for _ in range(2):
+            run(folder, *common, *more, "--output", str(tmp_path / name))
+    whole, part = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "part"))
+    assert (whole["guidance_start"], whole["guidance_stop"]) == (0, 1)
+    assert (part["guidance_start"], part["guidance_stop"]) == (0.5, 0.9) and part["complete"]
+    assert part["scheduler"]["lambda_min_clipped"] is None and "clip_sample" not in part["scheduler"]
+    assert files(tmp_path / "whole")["boot/000000.png"] != files(tmp_path / "part")["boot/000000.png"]

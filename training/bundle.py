@@ -22,7 +22,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
-from guided_diffusers.sampling.loading import exchanged
+from guided_diffusers.sweep.measure import scheduler_for
 
 LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
             "dataloader_num_workers")
@@ -56,6 +56,8 @@ def main() -> None:
     folders = {name: getattr(options, name) for name in PARTS}
     if any(folders.values()) and not all(folders.values()):
         parser.error(f"--{', --'.join(name for name in PARTS if folders[name] is None)}: all four, or none, are needed")
+    if not any(folders.values()) and options.preset is None:
+        parser.error("the trained parts, --preset, or both are needed")
     if not any(folders.values()):
         folders = {name: options.output / name for name in PARTS}
         pipeline = ClassifierGuidedPipeline.from_pretrained(options.output)
@@ -68,7 +70,7 @@ def main() -> None:
     # 2. How it samples where a call says nothing
     if options.preset:
         preset = json.loads(options.preset.read_text())
-        pipeline = ClassifierGuidedPipeline(pipeline.unet, exchanged(pipeline.scheduler, preset["scheduler"]),
+        pipeline = ClassifierGuidedPipeline(pipeline.unet, scheduler_for(pipeline.scheduler, preset["scheduler"]),
                                             pipeline.classifier, defaults=preset["defaults"])
         measured["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 

@@ -83,7 +83,7 @@ class GuidanceDiagnostics(PipelineCallback):
         """The terms, each of which tells of its steps, for a pipeline without a callback of ours.
 
         Their sum is g. The log-probability is what the first noise-aware term says. Steps at which no term acts aren't
-        seen.
+        seen. A pipeline's `guidance_tolerance` can't spare them: they are asked at each step.
         """
         return tuple(_Watched(term, self) for term in Sum(terms).terms())
 
@@ -180,7 +180,7 @@ class _Step:
 
 
 class _Watched(Guidance):
-    """A term that tells a record of its steps; else as it is."""
+    """A term that tells a record of its steps; else as it is, but that a tolerance can't ask it for some images."""
 
     def __init__(self, term: Guidance, record: GuidanceDiagnostics):
         super().__init__()

@@ -38,14 +38,15 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 def write_json(content: Any, path: Path) -> None:
     """As `aside`; numbers that are NaN or infinite become null."""
-    write_bytes((json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode(), path)
+    write_bytes((json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode(), path)
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """What JSON holds, as `write_json` writes it: None for a number that is NaN or infinite."""
     if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
+        return {name: finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

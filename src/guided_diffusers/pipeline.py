@@ -267,7 +267,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 acting, rows = active, None
                 if sparing is not None and active:
                     rows = sparing.rows(index, batch_size, active)
-                    acting = active if len(rows) else []
+                    acting = active if rows is None or len(rows) else []
                 told = [class_labels, *(condition.get("class_labels", class_labels) for term in acting
                                         for condition in term.conditions)]
                 wide = latents.to(torch.promote_types(latents.dtype, torch.float32))

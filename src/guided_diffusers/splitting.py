@@ -27,7 +27,8 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
-#: s_n / s_{n+1} beyond which a step takes too much of the noise away for its end to say anything of the whole of it
+#: s_n / s_{n+1} beyond which guidance at a step's end is no second opinion on the whole of it; with 4, strang diverged
+#: in 5 steps at scale 10 (`examples/benchmark_quality_cost.py --part solvers`)
 STEEPEST = 2.0
 #: by how much an interval between two questions may be longer than the one before it, in log s
 GROWTH = 2.0
@@ -42,9 +43,9 @@ class Splitting:
     with w_n = s_n - s_{n+1} without noise, and as `step_weights` with it. They are the splittings of Wizadwongsa &
     Suwajanakorn 2023, "Accelerating guided diffusion sampling with splitting numerical methods", but both parts of a
     step begin at one sample, at which network and terms are asked once; so a multi-step scheduler's history is of the
-    guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to; in a step that takes most of
-    the noise away (s_n > 4 s_{n+1}) it says nothing of the whole step, and the first line holds. Where guidance begins
-    or ends within the run, strang does so half a step earlier.
+    guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to; in a step from s_n >
+    `STEEPEST` s_{n+1}, as all are in very few steps, it says little of the whole of it, and the first line holds. Where
+    guidance begins or ends within the run, strang does so half a step earlier.
 
     Args:
         algorithm: "lie_trotter" or "strang".
@@ -166,8 +167,13 @@ class Sparing:
         self._believed = torch.zeros(0)  # how far below log s_1
         self._error = torch.zeros(0)  # the estimate so far
 
-    def rows(self, index: int, images: int, active: Sequence[Guidance]) -> torch.Tensor:
-        """Which of the images ask at this step, where `active` are the terms that act: their numbers, rising."""
+    def rows(self, index: int, images: int, active: Sequence[Guidance]) -> torch.Tensor | None:
+        """Which of the images ask at this step, where `active` are the terms that act: their numbers, rising. None:
+        all, and their answers aren't kept.
+        """
+        if self.tolerance is not None and not all(isinstance(term, NoiseAwareGuidance) for term in active):
+            self._active = []
+            return None
         everyone = torch.arange(images)
         if self._active != list(active):  # the first step, or one at which a term begins or ends
             self._active, self._last, self._acted = list(active), None, 0
@@ -176,13 +182,13 @@ class Sparing:
             self._believed = torch.full_like(self._turning, float("inf"))
             return everyone
         self._acted += 1
-        if self.tolerance is not None and not all(isinstance(term, NoiseAwareGuidance) for term in active):
-            return everyone
         if self.tolerance is None:
             return everyone if self._acted % self.every == 0 else everyone[:0]
         since = self._at - self.log_s[index]
         self._error += torch.where(since > 0, self._turning * since, 0.0) * self.lengths[index]
-        return everyone[(self._error > self.tolerance) | self._turning.isinf() | (since > self._believed - 1e-4)]
+        # an interval that grew just so counts, whatever the rounding of its logarithms
+        unknown = self._turning.isinf() | (since > self._believed - 1e-9)
+        return everyone[(self._error > self.tolerance) | unknown]
 
     def score(self, asked: Sequence[Guidance], step: Step, rows: torch.Tensor) -> torch.Tensor:
         """What guidance adds to the score at this step: the terms' answer for the images `rows`, for the others what
@@ -203,16 +209,17 @@ class Sparing:
             self._last, self._slope, self._at = e, torch.zeros_like(e), torch.full_like(self._at, now)
             return
         there = rows.to(e.device, non_blocking=True)
-        passed = (now - self._at[rows]).to(e, non_blocking=True).reshape(-1, *[1] * (e.ndim - 1))
+        passed = now - self._at[rows]
         moved = passed != 0  # a scheduler of second order asks twice at one level
-        slope = torch.where(moved, (e - self._last[there]) / torch.where(moved, passed, 1.0), self._slope[there])
+        over, along = (one.to(e.device, non_blocking=True).reshape(-1, *[1] * (e.ndim - 1)) for one in (
+            passed.to(e.dtype), moved))
+        slope = torch.where(along, (e - self._last[there]) / torch.where(along, over, 1.0), self._slope[there])
         self._last, self._slope = self._last.index_copy(0, there, e), self._slope.index_copy(0, there, slope)
         self._at[rows], self._error[rows] = now, 0.0
-        if self.tolerance is not None:  # here the host waits for an accelerator
-            gone = -passed.flatten().double().cpu()
-            self._believed[rows] = torch.where(moved.flatten().cpu(), GROWTH * gone, self._believed[rows])
-            turning = slope.flatten(1).square().mean(1).sqrt().double().cpu()
-            self._turning[rows] = torch.where(moved.flatten().cpu(), turning, self._turning[rows])
+        if self.tolerance is not None:
+            turning = slope.flatten(1).square().mean(1).sqrt().cpu().double()  # here the host waits for an accelerator
+            self._turning[rows] = torch.where(moved, turning, self._turning[rows])
+            self._believed[rows] = torch.where(moved, -GROWTH * passed, self._believed[rows])
 
 
 def of_images(terms: Sequence[NoiseAwareGuidance], step: Step, rows: torch.Tensor) -> tuple[Sequence[Guidance], Step]:

@@ -14,7 +14,9 @@ import torch
 
 
 def answer(model: Any) -> torch.Tensor:
-    """The images of a pipeline in two steps, a classifier's logits, or a CLIP's, always the same on one machine."""
+    """The images of a pipeline in two steps, guided in both, a classifier's logits, or a CLIP's, always the same on one
+    machine.
+    """
     generator = torch.Generator().manual_seed(0)
     if not hasattr(model, "unet"):
         encoder = getattr(model, "image_encoder", model)
@@ -24,7 +26,8 @@ def answer(model: Any) -> torch.Tensor:
                 return model(images, 0.5).logits
             tokens = tokens_of(model)
             return torch.cat([model(images, 0.5, tokens).logits_per_image.flatten(), tokens.flatten()])
-    call: dict[str, Any] = {"num_inference_steps": 2, "generator": generator, "output_type": "latent"}
+    call: dict[str, Any] = {"num_inference_steps": 2, "guidance_start": 0.0, "guidance_stop": 1.0,
+                            "generator": generator, "output_type": "latent"}
     channels = model.unet.config.in_channels
     if channels in (2, 6):  # an up-sampling network's: it wants the small image beside the sample
         call["image"] = torch.zeros(1, channels // 2, 8, 8)

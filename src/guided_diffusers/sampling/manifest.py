@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections import Counter
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 
 from ..noise import module_config
-from ..outputs import write_json
+from ..outputs import finite, write_json
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 
 NAME = "manifest.json"
@@ -26,15 +28,21 @@ LIBRARIES = ("guided-diffusers", "torch", "diffusers", "numpy", "pillow", "pyarr
 def all_settings(pipeline: ClassifierGuidedPipeline, model: str | None, revision: str | None,
                  settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings`, and what of the pipeline and this machine has a say in the images, as JSON."""
-    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     found = {
         "model": model or type(pipeline).__name__, "revision": revision or weights_hash(pipeline),
         "classifier": None if pipeline.classifier is None else module_hash(pipeline.classifier),
         **{name: value for name, value in settings.items() if name not in NO_SETTINGS},
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
+        "scheduler": scheduler_settings(pipeline.scheduler),
         "device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in LIBRARIES}}
-    return json.loads(json.dumps(found, default=lambda value: type(value).__name__))
+    return json.loads(json.dumps(finite(found), default=lambda value: type(value).__name__))
+
+
+def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Its class and that class's own options, without those that another class left in the config."""
+    takes = inspect.signature(type(scheduler).__init__).parameters
+    return {"class": type(scheduler).__name__, **{
+        name: value for name, value in scheduler.config.items() if name in takes}}
 
 
 def settled(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:

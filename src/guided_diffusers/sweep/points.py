@@ -14,7 +14,7 @@ from typing import Any
 from diffusers.utils.logging import get_logger
 from filelock import FileLock, Timeout
 
-from ..outputs import write_json
+from ..outputs import finite, write_json
 from ..pipeline import ALGORITHMS
 from ..sampling.manifest import differences
 from .figures import Result
@@ -30,8 +30,9 @@ class Point:
 
     Attributes:
         scheduler: as `schedulers` calls it.
-        guidance_start, guidance_stop, guidance_algorithm, guidance_every, guidance_tolerance: as they are without
-            where `guidance_scale` is 0, since they have no effect there. None: the pipeline's own.
+        guidance_start, guidance_stop: by default the whole run, whatever the pipeline's own are.
+        guidance_algorithm, guidance_every, guidance_tolerance: None: the pipeline's own. All of these are as they are
+            by default where `guidance_scale` is 0, since they have no effect there.
     """
 
     scheduler: str
@@ -51,7 +52,7 @@ class Point:
 
     @property
     def guided(self) -> str:
-        """When and how guidance acts, "" for at every step of the run as the pipeline does by itself."""
+        """When and how guidance acts; "" for the whole run, asked and entering the step as the pipeline's own are."""
         start, stop = self.guidance_start, self.guidance_stop
         return ", ".join([f"from {number(start)} to {number(stop)}"] * ((start, stop) != (0, 1)) + (
             [self.guidance_algorithm] if self.guidance_algorithm is not None else []) + (
@@ -138,7 +139,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
-        self.folder, self.settings = Path(folder) / "points", json.loads(json.dumps(settings))
+        self.folder, self.settings = Path(folder) / "points", json.loads(json.dumps(finite(settings)))
         self._broken: set[Path] = set()
 
     def path(self, point: Point) -> Path:
