@@ -9,7 +9,9 @@ Four parts, each with a table; all points of one have the same seeds, and nothin
     quality     the published recipe, and of one solver at some steps: no guidance, the plain correction at every step,
                 and fewer questions (`guidance_tolerance`) from a fraction of the run on. Equal quality is the published
                 recipe's accuracy less half a point, and its Frechet distance and recall within their bootstrap
-                intervals. The surcharge of guidance is a run's seconds above those of the same without.
+                intervals. The surcharge of guidance is a run's seconds above those of the same without. Seconds are
+                those of one batch of each setting, in turns, so that whatever else the machine does falls on all
+                alike: the median of --repeats turns, CPU time on a CPU; the published recipe has one turn.
     solvers     where the plain correction and splitting diverge: scales 1 to 20 by solver; the Frechet distances above
                 those without guidance are marked.
     directions  what is made of the gradient at high scales: dynamic thresholding of x0, the gradient orthogonal to the
@@ -28,8 +30,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -42,8 +47,11 @@ from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guida
 from guided_diffusers.evaluation import load_network
 from guided_diffusers.outputs import write_bytes, write_json
 from guided_diffusers.pipeline import DEFAULTS
+from guided_diffusers.sampling import sample
 from guided_diffusers.sampling.loading import exchanged, load_pipeline
+from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Point, Result, measure_points
+from guided_diffusers.sweep.measure import DTYPES, quiet_copy, scheduler_for
 
 PARTS = ("quality", "solvers", "directions", "preset")
 SOLVERS = {name: (None, "lie_trotter", "strang") for name in (
@@ -133,24 +141,54 @@ def chosen(found: Sequence[tuple[Setting, Result]]) -> Point | None:
     return max(harmless, key=lambda row: row[0], default=(0.0, None))[1]
 
 
-def quality_rows(found: Sequence[tuple[Setting, Result]]) -> list[dict[str, Any]]:
-    """The first table."""
-    seconds = {(one.kind, one.point.scheduler, one.point.num_inference_steps): result.cost["seconds"]
-               for one, result in found if one.kind in ("unguided", "plain")}
-    published = next((result for one, result in found if one.kind == "published"), None)
+def in_turns(pipeline: ClassifierGuidedPipeline, wanted: Sequence[Setting], conditional: bool | None,
+             options: argparse.Namespace) -> dict[str, float]:
+    """{setting: seconds an image}, kept in `timing.json`."""
+    path = options.output / "timing.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if {str(one.point) for one in wanted} <= known.keys():
+        return known
+
+    def now() -> float:
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if pipeline.device.type == "cpu" else time.perf_counter()
+
+    labels, taken = sorted(pipeline.config.id2label), defaultdict(list)
+    with computing_in(pipeline.unet, DTYPES[options.dtype]):
+        for turn, one in product(range(options.repeats), wanted):
+            if turn and one.kind == "published":
+                continue
+            made = quiet_copy(pipeline, scheduler_for(pipeline.scheduler, one.point.scheduler))
+            began = now()
+            for _ in sample(made, labels, 0, options.batch_size, range(options.batch_size), conditional=conditional,
+                            output_type="pt", **one.point.call):
+                taken[str(one.point)].append((now() - began) / options.batch_size)
+    write_json(known := {name: statistics.median(seconds) for name, seconds in taken.items()}, path)
+    return known
+
+
+def quality_rows(found: Sequence[tuple[Setting, Result]], timing: Mapping[str, float] | None = None,
+                 ) -> list[dict[str, Any]]:
+    """The first table, and the last; seconds are those of the points where `timing` has none."""
+    took = {one.point: (timing or {}).get(str(one.point), result.cost["seconds"]) for one, result in found}
+    seconds = {(one.kind, one.point.scheduler, one.point.num_inference_steps): took[one.point]
+               for one, _ in found if one.kind in ("unguided", "plain")}
+    published_point, published = next(((one.point, result) for one, result in found if one.kind == "published"),
+                                      (None, None))
     rows = []
     for one, result in found:
         cost, place = result.cost, (one.point.scheduler, one.point.num_inference_steps)
         row = {"kind": one.kind, "setting": str(one.point), **{name: result.value(name) for name in FIGURES},
                **{f"{name}_interval": list(result.ends(name)) for name in FIGURES},
                "network_evaluations": cost["network_evaluations"],
-               "classifier_evaluations": cost["classifier_evaluations"], "seconds": cost["seconds"]}
+               "classifier_evaluations": cost["classifier_evaluations"], "seconds": took[one.point]}
         if published is not None:
-            row |= {"seconds_of_published": cost["seconds"] / published.cost["seconds"],
+            row |= {"seconds_of_published": took[one.point] / took[published_point],
                     "equal_quality": equal(result, published)}
         none, plain = (seconds.get((kind, *place)) for kind in ("unguided", "plain"))
         if one.point.guidance_scale and none is not None and plain is not None:
-            row["surcharge_of_plain"] = (cost["seconds"] - none) / (plain - none)
+            row["surcharge_of_plain"] = (took[one.point] - none) / (plain - none)
         rows.append(row)
     return rows
 
@@ -234,6 +272,7 @@ def main() -> None:
     option("--tolerances", type=float, nargs="+", default=[0.1, 0.2],
            help="`guidance_tolerance` there; the first in the last table, too (default: 0.1 0.2)")
     option("--num-images", type=int, default=2000, help="of a point of the first table (default: %(default)s)")
+    option("--repeats", type=int, default=3, help="turns of its timing (default: %(default)s)")
     option("--solver-images", type=int, default=100, help="of the second and third (default: %(default)s)")
     option("--solver-steps", type=int, nargs="+", default=[5, 10], help="of the second and third (default: 5 10)")
     option("--preset-images", type=int, default=1000, help="of the last (default: %(default)s)")
@@ -273,7 +312,8 @@ def main() -> None:
             wanted = [*settings(options.solver, options.steps, [options.scale], options.starts, options.tolerances),
                       Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean"))]
             results = measure([one.point for one in wanted], part, options.num_images)
-            figures[part] = quality_rows(list(zip(wanted, results, strict=True)))
+            timing = in_turns(pipeline, wanted, False if told else None, options)
+            figures[part] = quality_rows(list(zip(wanted, results, strict=True)), timing)
             draw(figures[part], options.output / "quality_cost.png")
         elif part == "solvers":
             points = list(solver_points(options.solver_steps))
