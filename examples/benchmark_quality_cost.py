@@ -342,14 +342,15 @@ def main() -> None:
 
 
 def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, path: Path) -> None:
-    """How the model samples by itself, and the rows that this was chosen from, without intervals; nothing where no
-    guidance is better."""
+    """How the model samples by itself, and its row beside those of no guidance and of guidance at each step; nothing
+    where no guidance is better."""
     path.unlink(missing_ok=True)
     print(f"preset: {best or 'no guidance'}")
     if best is None:
         return
     shown = [{"guidance": row["setting"], "agreement": row["top_1"], **{name: row[name] for name in (
-        "frechet_distance", "recall", "network_evaluations", "classifier_evaluations", "seconds")}} for row in rows]
+        "frechet_distance", "recall", "network_evaluations", "classifier_evaluations", "seconds")}} for row in rows
+             if row["kind"] != "spared" or row["setting"] == str(best)]
     defaults = {name: value for name, value in best.call.items() if value != DEFAULTS[name]}
     write_json({"scheduler": best.scheduler, "defaults": defaults, "rows": shown,
                 "command": shlex.join(["python", *sys.argv])}, path)

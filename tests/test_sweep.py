@@ -603,7 +603,7 @@ def test_what_quality_costs_and_the_preset_that_follows(model: Path, data: Path,
     assert preset["scheduler"] == "dpmsolver++" and preset["command"].endswith("--part preset")
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, **preset["defaults"]}
     assert str(Point(preset["scheduler"], **call)) == best["setting"]
-    assert [row["agreement"] for row in preset["rows"]] == [row["top_1"] for row in figures["preset"]]
+    assert [row["agreement"] for row in preset["rows"]] == [row["top_1"] for row in (first, at_once, best)]
     assert (tmp_path / "quality_cost.png").exists()
     monkeypatch.setattr("guided_diffusers.sweep.measure.sample", None)  # nothing is sampled again
     assert run(*parts) == run("quality") == figures  # the other parts stay

@@ -33,7 +33,7 @@ from ..evaluation.figures import COVERAGE_K
 from ..outputs import require_matplotlib
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 from ..sampling.batches import Once
-from ..sampling.manifest import module_hash, scheduler_settings, weights_hash
+from ..sampling.manifest import module_hash, weights_hash
 from .figures import PICTURES, Result
 from .measure import DTYPES, Bench, quiet_copy, scheduler_for, scheduler_name
 from .points import Point, Store, points
@@ -140,7 +140,8 @@ def measure_points(pipeline: ClassifierGuidedPipeline, wanted: Sequence[Point], 
     # 2. Points that were measured with other settings are refused before the work
     settings = {
         "model": model or type(pipeline).__name__, "weights": weights_hash(pipeline),
-        "own_scheduler": scheduler_settings(pipeline.scheduler),
+        "own_scheduler": {"class": type(pipeline.scheduler).__name__, **{  # also what another class will read there
+            name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}},
         "defaults": {name: value for name, value in pipeline.config.defaults.items()
                      if name in ("classifier_free_scale", "guidance_algorithm")
                      or (name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name])},
