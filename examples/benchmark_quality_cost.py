@@ -179,7 +179,8 @@ def quality_rows(found: Sequence[tuple[Setting, Result]], timing: Mapping[str, f
     rows = []
     for one, result in found:
         cost, place = result.cost, (one.point.scheduler, one.point.num_inference_steps)
-        row = {"kind": one.kind, "setting": str(one.point), **{name: result.value(name) for name in FIGURES},
+        row = {"kind": one.kind, "setting": str(one.point), "steps": one.point.num_inference_steps,
+               **{name: result.value(name) for name in FIGURES},
                **{f"{name}_interval": list(result.ends(name)) for name in FIGURES},
                "network_evaluations": cost["network_evaluations"],
                "classifier_evaluations": cost["classifier_evaluations"], "seconds": took[one.point]}
@@ -235,24 +236,27 @@ def direction_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy, Frechet distance and recall against seconds an image."""
+    """Accuracy, Frechet distance and recall against seconds an image; beside a point its number of steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in rows) if kind != "unguided"]
-    titles = {"top_1": "accuracy by the judge", "frechet_distance": "Frechet distance", "recall": "recall"}
+    kinds = {"published": ("published recipe", "#222222", "*"), "plain": ("asked at each step", "#3266a8", "o"),
+             "spared": ("asked where it pays", "#d1603d", "o")}
+    titles = {"top_1": "judge agrees (more is better)", "frechet_distance": "Frechet distance (less is better)",
+              "recall": "recall (more is better)"}
     for axis, name in zip(axes, FIGURES, strict=True):
-        for kind in kinds:
+        for kind, (label, color, mark) in kinds.items():
             its = [row for row in rows if row["kind"] == kind]
-            values = [row[name] for row in its]
-            ends = [[max(value - row[f"{name}_interval"][0], 0) for value, row in zip(values, its, strict=True)],
-                    [max(row[f"{name}_interval"][1] - value, 0) for value, row in zip(values, its, strict=True)]]
-            axis.errorbar([row["seconds"] for row in its], values, ends, fmt="o" if kind != "published" else "*",
-                          markersize=11 if kind == "published" else 6, linewidth=1, capsize=2, label=kind)
-        axis.set(xscale="log", xlabel="seconds an image", title=titles[name])
+            ends = [[max(side * (row[f"{name}_interval"][end] - row[name]), 0) for row in its]
+                    for end, side in ((0, -1), (1, 1))]
+            axis.errorbar([row["seconds"] for row in its], [row[name] for row in its], ends, fmt=mark, color=color,
+                          markersize=11 if mark == "*" else 6, linewidth=1, capsize=2, label=label)
+            for row in its:
+                axis.annotate(row["steps"], (row["seconds"], row[name]), (6, 3), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", xlabel="seconds an image; beside a mark: steps", title=titles[name])
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)
