@@ -166,11 +166,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         Args:
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off, the
-                classifier doesn't run; 1: exact, as far as the classifier is; more: sharper and less varied. None: the
-                pipeline's own (`config.defaults`), 1 unless it was made with another.
-            guidance_start, guidance_stop: the fractions of the run between which the classifier steers, in [0, 1].
-                None: the pipeline's own, 0 and 1 unless it was made with others.
+            guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off; 1: exact, as
+                far as the classifier is; more: sharper and less varied. None: the pipeline's own (`config.defaults`).
+            guidance_start, guidance_stop: between which fractions of the run, in [0, 1]. None: the pipeline's own.
             num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
             timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
             eta: the noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
@@ -184,8 +182,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary,
                 in which "latents" are those to go on with.
             callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got),
-                "score_shift" (what guidance added to the score), "sample" (the latents before the step) and "x0" (that
-                the network predicted there, before guidance) it gets.
+                "score_shift" (what guidance adds to the score), "sample" (before the step) and "x0" (predicted there).
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
                 scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); with
                 "lie_trotter" and "strang" it is a part beside the scheduler's step, which knows nothing of it
@@ -197,14 +194,12 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 one or one an image: PIL, or (B, C, h, w) in [-1, 1].
             classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
                 itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
-                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, 0 unless it was made with another,
-                where the network is told a label.
+                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, where the network is told a label.
             guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`Sparing`). 1:
                 at each. None: the pipeline's own.
             guidance_tolerance: instead, ask an image's classifier again where its gradient has turned so far that the
-                image would be off by more than this, in the units of x0 (0.05 is 2.5% of [-1, 1]); while a term acts
-                that no noise-aware network is asked for, ask at each step. None: the pipeline's own, unless
-                `guidance_every` is given.
+                image would be off by more, in the units of x0 (0.05 is 2.5% of [-1, 1]); at each step while a term
+                acts that asks another network. None: the pipeline's own, unless `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
