@@ -166,8 +166,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         Args:
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off; 1: exact, as
-                far as the classifier is; more: sharper and less varied. None: the pipeline's own (`config.defaults`).
+            guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off; 1: exact
+                if the classifier is; more: sharper and less varied. None: the pipeline's own (`config.defaults`).
             guidance_start, guidance_stop: between which fractions of the run, in [0, 1]. None: the pipeline's own.
             num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
             timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
