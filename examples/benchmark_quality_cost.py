@@ -339,8 +339,12 @@ def main() -> None:
 
     # 3. All of them as tables
     write_json(figures, path)
-    tables = {"quality": quality_table, "solvers": solver_table, "directions": direction_table, "preset": quality_table}
-    text = "\n\n".join(table(figures[part]) for part, table in tables.items() if part in figures) + "\n"
+    tables = {"quality": (quality_table, "What the published recipe's quality costs"),
+              "solvers": (solver_table, "Frechet distance by solver, bold where it is above that without guidance"),
+              "directions": (direction_table, f"What is made of the gradient, {max(options.solver_steps)} steps"),
+              "preset": (quality_table, "The preset: a network that is told the label")}
+    text = "".join(f"## {title}\n\n{table(figures[part])}\n\n" for part, (table, title) in tables.items()
+                   if part in figures).rstrip("\n") + "\n"
     write_bytes(text.encode(), options.output / "quality_cost.md")
     print(text)
 

@@ -77,9 +77,9 @@ def test_the_command_writes_a_pipeline(unet: Path, classifier: Path, tmp_path: P
     assert all(torch.equal(got, tensor) for got, tensor in
                zip(pipeline.unet.state_dict().values(), expected.state_dict().values(), strict=True))
     assert pipeline.classifier.config.beta_schedule == "squaredcos_cap_v2"
-    assert pipeline.config.defaults == {"guidance_scale": 2.5, "classifier_free_scale": 0.0, "num_inference_steps": 3,
-                                        "guidance_algorithm": "mean", "guidance_every": 1,
-                                        "guidance_tolerance": None}
+    assert pipeline.config.defaults == {"guidance_scale": 2.5, "guidance_start": 0.0, "guidance_stop": 1.0,
+                                        "classifier_free_scale": 0.0, "num_inference_steps": 3,
+                                        "guidance_algorithm": "mean", "guidance_every": 1, "guidance_tolerance": None}
     scheduler = pipeline.scheduler
     assert (type(scheduler), scheduler.config.variance_type) == (DDPMScheduler, "learned_range")
     assert (scheduler.config.beta_schedule, scheduler.config.timestep_spacing) == ("squaredcos_cap_v2", "linspace")
@@ -207,9 +207,10 @@ def test_every_preset_at_full_size(name: str, tmp_path: Path, monkeypatch: pytes
     (pipeline,) = saved
     assert type(pipeline.unet) is (ADMUNet2DModel if name in ADM_CLASSES else UNet2DModel)
     steps = 1000 if name.startswith("lsun") else 250
-    assert pipeline.config.defaults == {"guidance_scale": SCALES.get(name, 0.0), "classifier_free_scale": 0.0,
+    assert pipeline.config.defaults == {"guidance_scale": SCALES.get(name, 0.0), "guidance_start": 0.0,
+                                        "guidance_stop": 1.0, "classifier_free_scale": 0.0,
                                         "num_inference_steps": steps, "guidance_algorithm": "mean",
-                                       "guidance_every": 1, "guidance_tolerance": None}
+                                        "guidance_every": 1, "guidance_tolerance": None}
     assert pipeline.scheduler.config.variance_type == "learned_range"
     beta = "squaredcos_cap_v2" if name == "imagenet-64" else "linear"
     assert pipeline.scheduler.config.beta_schedule == beta

@@ -320,7 +320,10 @@ class Run:
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, without what says which images were skipped; how long it took is counted."""
         begun = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except ConnectionError as error:  # it died while it handed a batch over, of which torch says no more
+            raise RuntimeError("a DataLoader worker process exited unexpectedly") from error
         self.waited += time.perf_counter() - begun
         if "corrupt" in batch:
             rows = [row for row in batch.pop("corrupt").tolist() if row >= 0]
