@@ -45,7 +45,8 @@ class Splitting:
     step begin at one sample, at which network and terms are asked once; so a multi-step scheduler's history is of the
     guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to; in a step from s_n >
     `STEEPEST` s_{n+1}, as all are in very few steps, it says little of the whole of it, and the first line holds. Where
-    guidance begins or ends within the run, strang does so half a step earlier.
+    guidance begins or ends within the run, strang does so half a step earlier. A scheduler that asks twice in a step,
+    as Heun, breaks in very few steps with both as with neither.
 
     Args:
         algorithm: "lie_trotter" or "strang".
