@@ -340,8 +340,8 @@ def main() -> None:
     # 3. All of them as tables
     write_json(figures, path)
     tables = {"quality": (quality_table, "What the published recipe's quality costs"),
-              "solvers": (solver_table, f"Frechet distance by solver, {options.solver_images} images a point; bold where "
-                          "it is above that without guidance"),
+              "solvers": (solver_table, f"Frechet distance by solver, {options.solver_images} images a point; bold "
+                                        "where it is above that without guidance"),
               "directions": (direction_table, f"What is made of the gradient, {max(options.solver_steps)} steps"),
               "preset": (quality_table, "The preset: a network that is told the label")}
     text = "".join(f"## {title}\n\n{table(figures[part])}\n\n" for part, (table, title) in tables.items()
