@@ -22,6 +22,7 @@ from guided_diffusers import (
     speed,
 )
 from guided_diffusers.guidance import frozen, gradient
+from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 
 ONE_LEVEL = {"block_out_channels": (8,), "layers_per_block": 1}
@@ -223,6 +224,23 @@ def test_optimize_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     half = quiet(small_unet().bfloat16(), DDIMScheduler(), small_classifier().bfloat16())
     with optimize(half) as chosen:
         assert not chosen.on and chosen.off["unet, autocast"] == "its weights are torch.bfloat16"
+
+
+def test_optimize_counts_what_the_pipeline_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own interval and every k-th step; with a tolerance batches shrink, and shrunk ones aren't compiled."""
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(speed, "_seconds", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "computes_in_bfloat16", lambda device: True)
+    interval = {"guidance_start": 0.5, "guidance_stop": 0.9}
+    for own, seconds in (({}, 1000), (interval, 400), ({"guidance_every": 4}, 250)):
+        pipeline.register_to_config(defaults=DEFAULTS | own)
+        with optimize(pipeline, 100, 10, 50) as chosen:
+            said = chosen.on | chosen.off
+            assert f"of {seconds} seconds" in said["classifier, torch.compile"]
+            assert "of 1000 seconds" in said["unet, torch.compile"]
+    pipeline.register_to_config(defaults=DEFAULTS | {"guidance_tolerance": 0.1})
+    with optimize(pipeline, 10_000, 10, 50) as chosen:
+        assert "guidance_tolerance" in chosen.off["classifier, torch.compile"] and "unet, torch.compile" in chosen.on
 
 
 def test_what_optimize_refuses() -> None:

@@ -30,6 +30,7 @@ from guided_diffusers import (
     Step,
     noise_levels,
 )
+from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.splitting import Sparing, step_weights
 
 SCALE, IMAGES = 3.0, 4
@@ -104,6 +105,17 @@ def test_a_third_order_solver_in_few_steps_bears_scale_10_only_beside_its_step()
     """In 8 steps its history of guided predictions leads far away; that of unguided ones doesn't."""
     def off(algorithm: str) -> float:
         z, true = solved("DPM-Solver++ 3M", 8, algorithm, scale=10.0)
+        return float((z - true).square().mean().sqrt())
+
+    plain, beside = off("output"), max(off("lie_trotter"), off("strang"))
+    assert plain > 5 and beside < 1.5
+
+
+@pytest.mark.parametrize("solver", ["Heun", "KDPM2"])
+def test_a_solver_that_asks_twice_in_a_step_bears_scale_10_in_few_steps_beside_it(solver: str) -> None:
+    """Its second question would take most of what guidance has just added for noise; beside it, it doesn't see that."""
+    def off(algorithm: str) -> float:
+        z, true = solved(solver, 6, algorithm, scale=10.0)
         return float((z - true).square().mean().sqrt())
 
     plain, beside = off("output"), max(off("lie_trotter"), off("strang"))
@@ -315,6 +327,8 @@ def test_the_pipeline_s_own_are_used_and_saved(tmp_path: Any) -> None:
     assert torch.equal(own.images, sample(pipeline, 1, guidance_start=0.3, guidance_stop=0.8, guidance_every=1,
                                           guidance_algorithm="output").images)
     assert sample(part, 1, guidance_start=0.0, guidance_stop=1.0).guidance_evaluations == 20
+    unsaid = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, defaults=dict.fromkeys(DEFAULTS))
+    assert unsaid.config.defaults == DEFAULTS
 
 
 @pytest.mark.parametrize(("call", "message"), [

@@ -66,7 +66,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         id2label: names of the labels, where there is no classifier that has them.
         defaults: what arguments of a call are without them; they are saved with the pipeline. By default
             guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
-            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None.
+            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; None is
+            as without.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -87,7 +88,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         if unknown := (defaults or {}).keys() - DEFAULTS.keys():
             raise ValueError(f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}")
         self.register_to_config(id2label={int(i): name for i, name in names.items()} if names else None,
-                                defaults={**DEFAULTS, **(defaults or {})})
+                                defaults=DEFAULTS | {name: value for name, value in (defaults or {}).items()
+                                                     if value is not None})
 
     @classmethod
     def from_bundled(cls, name: str = "fashion-mnist", **kwargs: Any) -> ClassifierGuidedPipeline:

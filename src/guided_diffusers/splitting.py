@@ -27,8 +27,8 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
-#: s_n / s_{n+1} beyond which guidance at a step's end is no second opinion on the whole of it; with 4, strang diverged
-#: in 5 steps at scale 10 (`examples/benchmark_quality_cost.py --part solvers`)
+#: s_n / s_{n+1} beyond which a step is steep: guidance at its end is no second opinion on the whole of it. With 4,
+#: strang diverged in 5 steps at scale 10 (`examples/benchmark_quality_cost.py --part solvers`)
 STEEPEST = 2.0
 #: by how much an interval between two questions may be longer than the one before it, in log s
 GROWTH = 2.0
@@ -43,10 +43,13 @@ class Splitting:
     with w_n = s_n - s_{n+1} without noise, and as `step_weights` with it. They are the splittings of Wizadwongsa &
     Suwajanakorn 2023, "Accelerating guided diffusion sampling with splitting numerical methods", but both parts of a
     step begin at one sample, at which network and terms are asked once; so a multi-step scheduler's history is of the
-    guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to; in a step from s_n >
-    `STEEPEST` s_{n+1}, as all are in very few steps, it says little of the whole of it, and the first line holds. Where
-    guidance begins or ends within the run, strang does so half a step earlier. A scheduler that asks twice in a step,
-    as Heun, breaks in very few steps with both as with neither.
+    guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to. Where guidance begins or ends
+    within the run, strang does so half a step earlier.
+
+    In a step from s_n > `STEEPEST` s_{n+1}, as all are in very few steps, e_{n+1} says little of the whole of it, and
+    the first line holds; and a scheduler that asks twice in a step, as Heun, sees c_n until the step ends. For to the
+    network at s_{n+1} a part w_n e_n that has just been added is noise, of which the scheduler would then take away
+    (s_n / s_{n+1} - 1) / 2 times as much.
 
     Args:
         algorithm: "lie_trotter" or "strang".
@@ -67,7 +70,9 @@ class Splitting:
         self.levels, self.halves = levels, algorithm == "strang"
         self.weights = step_weights(scheduler, levels, eta)
         self.s = [*(level.sigma / level.alpha for level in levels), 0.0]
+        self.asks = getattr(scheduler, "order", 1)  # the network, in each of the scheduler's steps
         self.moved: float | torch.Tensor = 0.0  # c, where the network is asked
+        self._c: float | torch.Tensor = 0.0  # and where guidance has got to
         self._before: tuple[float | torch.Tensor, float, torch.Tensor] | None = None  # c, w and e of the step before
 
     def unguided(self, index: int, output: torch.Tensor, sample: torch.Tensor, score_shift: torch.Tensor | None,
@@ -83,19 +88,23 @@ class Splitting:
         if level.b:
             output = level.output(own, level.x0(sample, output) - self.moved).to(output.dtype)
         e = torch.zeros_like(sample) if score_shift is None else level.sigma * score_shift
-        c, w = self.moved, self.weights[index]
+        c, w = self._c, self.weights[index]
         if self._before is not None:
             its_c, its_w, its_e = self._before
             c = its_c + its_w / 2 * (its_e + e)
-        self.moved = c + w * e
-        following = self.s[index + 1]
-        self._before = (c, w, e) if self.halves and self.s[index] <= STEEPEST * following else None
+        self._c = c + w * e
+        first = index - index % self.asks
+        last = min(first + self.asks, len(self.levels)) - 1
+        steep = self.s[first] > STEEPEST * self.s[last + 1]
+        if index == last or not steep:
+            self.moved = self._c
+        self._before = (c, w, e) if self.halves and not steep else None
         return output, own
 
     def guided(self, index: int, own: torch.Tensor) -> torch.Tensor:
         """The sample after the step, from the scheduler's."""
         alpha = self.levels[index + 1].alpha if index + 1 < len(self.levels) else 1.0
-        return own + (alpha * self.moved).to(own.dtype)
+        return (own + alpha * self.moved).to(own.dtype)
 
 
 def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float = 0.0) -> list[float]:
