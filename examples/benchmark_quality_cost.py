@@ -9,9 +9,7 @@ Four parts, each with a table; all points of one have the same seeds, and nothin
     quality     the published recipe, and of one solver at some steps: no guidance, the plain correction at every step,
                 and fewer questions (`guidance_tolerance`) from a fraction of the run on. Equal quality is the published
                 recipe's accuracy less half a point, and its Frechet distance and recall within their bootstrap
-                intervals. The surcharge of guidance is a run's seconds above those of the same without. Seconds are
-                those of one batch of each setting, in turns, so that whatever else the machine does falls on all
-                alike: the median of --repeats turns, CPU time on a CPU; the published recipe has one turn.
+                intervals. The surcharge of guidance is a run's seconds above those of the same without.
     solvers     where the plain correction and splitting diverge: scales 1 to 20 by solver; the Frechet distances above
                 those without guidance are marked.
     directions  what is made of the gradient at high scales: dynamic thresholding of x0, the gradient orthogonal to the
@@ -21,7 +19,9 @@ Four parts, each with a table; all points of one have the same seeds, and nothin
                 distance and recall, within their intervals.
 
 In the first three the network isn't told the label, so that the classifier alone steers. Each point is measured once
-and kept: started again, or several times at once, the benchmark goes on. It writes `quality_cost.json` and `.md` with
+and kept: started again, or several times at once, the benchmark goes on. The seconds of the first and the last table
+are those of one batch of each setting, in turns, so that whatever else the machine does falls on all alike: the median
+of --repeats turns, CPU time on a CPU; the published recipe has one turn. It writes `quality_cost.json` and `.md` with
 the tables of all parts that were measured, `quality_cost.png` and `preset.json` into the output folder.
 """
 
@@ -33,7 +33,6 @@ import shlex
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,44 +140,39 @@ def chosen(found: Sequence[tuple[Setting, Result]]) -> Point | None:
     return max(harmless, key=lambda row: row[0], default=(0.0, None))[1]
 
 
-def in_turns(pipeline: ClassifierGuidedPipeline, wanted: Sequence[Setting], conditional: bool | None,
+def in_turns(pipeline: ClassifierGuidedPipeline, wanted: Sequence[Setting], folder: str, conditional: bool | None,
              options: argparse.Namespace) -> dict[str, float]:
-    """{setting: seconds an image}, kept in `timing.json`."""
-    path = options.output / "timing.json"
-    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    if {str(one.point) for one in wanted} <= known.keys():
-        return known
+    """{setting: seconds an image}; each turn's are kept in the folder's `timing.json`."""
+    path = options.output / folder / "timing.json"
+    taken: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
 
     def now() -> float:
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize()
         return time.process_time() if pipeline.device.type == "cpu" else time.perf_counter()
 
-    labels, taken = sorted(pipeline.config.id2label), defaultdict(list)
+    labels = sorted(pipeline.config.id2label)
     with computing_in(pipeline.unet, DTYPES[options.dtype]):
         for turn, one in product(range(options.repeats), wanted):
-            if turn and one.kind == "published":
+            if len(taken.get(str(one.point), [])) > (0 if one.kind == "published" else turn):
                 continue
             made = quiet_copy(pipeline, scheduler_for(pipeline.scheduler, one.point.scheduler))
             began = now()
             for _ in sample(made, labels, 0, options.batch_size, range(options.batch_size), conditional=conditional,
                             output_type="pt", **one.point.call):
-                taken[str(one.point)].append((now() - began) / options.batch_size)
-    write_json(known := {name: statistics.median(seconds) for name, seconds in taken.items()}, path)
-    return known
+                taken.setdefault(str(one.point), []).append((now() - began) / options.batch_size)
+            write_json(taken, path)
+    return {name: statistics.median(seconds[: options.repeats]) for name, seconds in taken.items()}
 
 
-def quality_rows(found: Sequence[tuple[Setting, Result]], timing: Mapping[str, float] | None = None,
-                 ) -> list[dict[str, Any]]:
-    """The first table, and the last; seconds are those of the points where `timing` has none."""
-    took = {one.point: (timing or {}).get(str(one.point), result.cost["seconds"]) for one, result in found}
-    seconds = {(one.kind, one.point.scheduler, one.point.num_inference_steps): took[one.point]
-               for one, _ in found if one.kind in ("unguided", "plain")}
+def quality_rows(found: Sequence[tuple[Setting, Result]], timing: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The first table, and the last."""
+    took = {one.point: timing[str(one.point)] for one, _ in found}
     published_point, published = next(((one.point, result) for one, result in found if one.kind == "published"),
                                       (None, None))
     rows = []
     for one, result in found:
-        cost, place = result.cost, (one.point.scheduler, one.point.num_inference_steps)
+        cost = result.cost
         row = {"kind": one.kind, "setting": str(one.point), "steps": one.point.num_inference_steps,
                **{name: result.value(name) for name in FIGURES},
                **{f"{name}_interval": list(result.ends(name)) for name in FIGURES},
@@ -187,7 +181,8 @@ def quality_rows(found: Sequence[tuple[Setting, Result]], timing: Mapping[str, f
         if published is not None:
             row |= {"seconds_of_published": took[one.point] / took[published_point],
                     "equal_quality": equal(result, published)}
-        none, plain = (seconds.get((kind, *place)) for kind in ("unguided", "plain"))
+        none = took.get(one.point.unguided)
+        plain = took.get(Point(one.point.scheduler, one.point.num_inference_steps, one.point.guidance_scale))
         if one.point.guidance_scale and none is not None and plain is not None:
             row["surcharge_of_plain"] = (took[one.point] - none) / (plain - none)
         rows.append(row)
@@ -208,10 +203,10 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def solver_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+def solver_rows(results: Sequence[Result], images: int) -> list[dict[str, Any]]:
     values = {result.point: result.value("frechet_distance") for result in results}
     none = {point.line[:2]: value for point, value in values.items() if point.guidance_scale == 0}
-    return [{"steps": point.num_inference_steps, "solver": point.scheduler,
+    return [{"images": images, "steps": point.num_inference_steps, "solver": point.scheduler,
              "algorithm": point.guidance_algorithm or "output", "scale": point.guidance_scale,
              "frechet_distance": value, "unguided": none[point.line[:2]],
              "diverged": not value <= none[point.line[:2]]} for point, value in values.items() if point.guidance_scale]
@@ -276,8 +271,8 @@ def main() -> None:
     option("--tolerances", type=float, nargs="+", default=[0.1, 0.2],
            help="`guidance_tolerance` there; the first in the last table, too (default: 0.1 0.2)")
     option("--num-images", type=int, default=2000, help="of a point of the first table (default: %(default)s)")
-    option("--repeats", type=int, default=3, help="turns of its timing (default: %(default)s)")
-    option("--solver-images", type=int, default=100, help="of the second and third (default: %(default)s)")
+    option("--repeats", type=int, default=3, help="turns of a timing (default: %(default)s)")
+    option("--solver-images", type=int, default=200, help="of the second and third (default: %(default)s)")
     option("--solver-steps", type=int, nargs="+", default=[5, 10], help="of the second and third (default: 5 10)")
     option("--preset-images", type=int, default=1000, help="of the last (default: %(default)s)")
     option("--preset-steps", type=int, nargs="+", default=[15], help="of the last (default: 15)")
@@ -291,6 +286,8 @@ def main() -> None:
     option("--output", type=Path, default=Path("out/quality_cost"), help="a folder (default: %(default)s)")
     option("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1 is allowed")
 
     # 1. The model without its own preset
     device = torch.device(options.device)
@@ -316,17 +313,19 @@ def main() -> None:
             wanted = [*settings(options.solver, options.steps, [options.scale], options.starts, options.tolerances),
                       Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean"))]
             results = measure([one.point for one in wanted], part, options.num_images)
-            timing = in_turns(pipeline, wanted, False if told else None, options)
+            timing = in_turns(pipeline, wanted, part, False if told else None, options)
             figures[part] = quality_rows(list(zip(wanted, results, strict=True)), timing)
             draw(figures[part], options.output / "quality_cost.png")
         elif part == "solvers":
             points = list(solver_points(options.solver_steps))
-            figures[part] = solver_rows(measure(points, part, options.solver_images, bootstrap=2))
+            figures[part] = solver_rows(measure(points, part, options.solver_images, bootstrap=2),
+                                        options.solver_images)
         elif part == "directions":
             figures[part] = []
             for name, (solver, term, scales) in DIRECTIONS.items():
                 points = [Point(solver, max(options.solver_steps), scale) for scale in scales]
-                figures[part] += [{"direction": name, "scale": one.point.guidance_scale,
+                figures[part] += [{"images": options.solver_images, "steps": one.point.num_inference_steps,
+                                   "direction": name, "scale": one.point.guidance_scale,
                                    **{key: one.value(key) for key in FIGURES}} for one in measure(
                     points, f"{part}/{name}", options.solver_images, bootstrap=2, by=steered(pipeline, term))]
         else:
@@ -334,18 +333,18 @@ def main() -> None:
                                    options.tolerances[:1]))
             found = list(zip(wanted, measure([one.point for one in wanted], part, options.preset_images, tell=True),
                              strict=True))
-            figures[part] = quality_rows(found)
+            figures[part] = quality_rows(found, in_turns(pipeline, wanted, part, None, options))
             write_preset(figures[part], chosen(found), options.output / "preset.json")
 
     # 3. All of them as tables
     write_json(figures, path)
     tables = {"quality": (quality_table, "What the published recipe's quality costs"),
-              "solvers": (solver_table, f"Frechet distance by solver, {options.solver_images} images a point; bold "
-                                        "where it is above that without guidance"),
-              "directions": (direction_table, f"What is made of the gradient, {max(options.solver_steps)} steps"),
+              "solvers": (solver_table, "Frechet distance by solver, {images} images a point; bold where it is above "
+                                        "that without guidance"),
+              "directions": (direction_table, "What is made of the gradient, {steps} steps, {images} images a point"),
               "preset": (quality_table, "The preset: a network that is told the label")}
-    text = "".join(f"## {title}\n\n{table(figures[part])}\n\n" for part, (table, title) in tables.items()
-                   if part in figures).rstrip("\n") + "\n"
+    text = "".join(f"## {title.format_map(figures[part][0])}\n\n{table(figures[part])}\n\n"
+                   for part, (table, title) in tables.items() if part in figures).rstrip("\n") + "\n"
     write_bytes(text.encode(), options.output / "quality_cost.md")
     print(text)
 

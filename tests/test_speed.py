@@ -232,7 +232,7 @@ def test_optimize_counts_what_the_pipeline_asks(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "_seconds", lambda *args: 1.0)
     monkeypatch.setattr(speed, "computes_in_bfloat16", lambda device: True)
     interval = {"guidance_start": 0.5, "guidance_stop": 0.9}
-    for own, seconds in (({}, 1000), (interval, 400), ({"guidance_every": 4}, 250)):
+    for own, seconds in (({}, 1000), (interval, 400), ({"guidance_every": 4}, 250), ({"guidance_scale": 0.0}, 0)):
         pipeline.register_to_config(defaults=DEFAULTS | own)
         with optimize(pipeline, 100, 10, 50) as chosen:
             said = chosen.on | chosen.off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -113,13 +114,36 @@ def test_a_third_order_solver_in_few_steps_bears_scale_10_only_beside_its_step()
 
 @pytest.mark.parametrize("solver", ["Heun", "KDPM2"])
 def test_a_solver_that_asks_twice_in_a_step_bears_scale_10_in_few_steps_beside_it(solver: str) -> None:
-    """Its second question would take most of what guidance has just added for noise; beside it, it doesn't see that."""
-    def off(algorithm: str) -> float:
-        z, true = solved(solver, 6, algorithm, scale=10.0)
-        return float((z - true).square().mean().sqrt())
+    """Its second question would take what guidance has just added for noise; beside it, it doesn't see that yet."""
+    def off(steps: int, scale: float) -> dict[str, float]:
+        found = {name: solved(solver, steps, name, scale) for name in ("output", "lie_trotter", "strang")}
+        return {name: float((z - true).square().mean().sqrt()) for name, (z, true) in found.items()}
 
-    plain, beside = off("output"), max(off("lie_trotter"), off("strang"))
-    assert plain > 5 and beside < 1.5
+    few, more = off(5, 10.0), off(11, 3.0)
+    assert few["output"] > 10 and max(few["lie_trotter"], few["strang"]) < 3.5
+    assert max(more["lie_trotter"], more["strang"]) < 0.07  # where s falls less, it sees it at once: 0.10 if it didn't
+
+
+def test_plms_asks_twice_in_its_first_step_alone() -> None:
+    """Where s falls far in it; against 300 steps of the plain correction."""
+    case = next(one for one in CASES if one.scheduler == "PNDMScheduler" and one.config["skip_prk_steps"])
+    true = path(*oracle(case), guidance_scale=3.0, num_inference_steps=300)[-1]
+    off = {name: (path(*oracle(case), guidance_scale=3.0, num_inference_steps=6, guidance_algorithm=name)[-1] - true)
+           .square().mean().sqrt() for name in ("output", "lie_trotter")}
+    assert off["output"] > 0.8 and off["lie_trotter"] < 0.15
+
+
+@pytest.mark.parametrize("algorithm", ["lie_trotter", "strang"])
+def test_heun_asks_where_the_answer_has_an_effect(algorithm: str) -> None:
+    """At a step's begin; at its end for a half of strang, but where s falls so far that there is none."""
+    scheduler = diffusers.HeunDiscreteScheduler(**BETAS)
+    scheduler.set_timesteps(20)
+    s = [level.sigma / level.alpha for level in noise_levels(scheduler)][::2]
+    halves = sum(one < 2 * following for one, following in pairwise(s))
+    assert len(s) == 20 and halves == 18
+    found = sample(exact_pipeline(scheduler), guidance_algorithm=algorithm)
+    assert found.guidance_evaluations == 20 + (halves if algorithm == "strang" else 0)
+    assert sample(exact_pipeline(scheduler)).guidance_evaluations == 39
 
 
 def oracle(case: Case, label: int | None = None) -> tuple[OracleUNet, Any, OracleClassifier]:

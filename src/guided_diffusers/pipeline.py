@@ -66,8 +66,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         id2label: names of the labels, where there is no classifier that has them.
         defaults: what arguments of a call are without them; they are saved with the pipeline. By default
             guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
-            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; None is
-            as without.
+            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; None
+            instead of a value is that default.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -260,7 +260,8 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         with frozen(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
-                active = [term for term in terms if term.active(index, count, level)]
+                asks = splitting is None or splitting.asks(index)
+                active = [term for term in terms if asks and term.active(index, count, level)]
                 acting, rows = active, None
                 if sparing is not None and active:
                     rows = sparing.rows(index, batch_size, active)

@@ -240,8 +240,8 @@ def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, step
             else:
                 make = partial(gradients_in, part, how, chunk_size=chunk_size)
             with make():
-                calls = (images or 0) * steps * (1.0 if name == "unet" else _share_asked(pipeline))
-                pays = _compile(chosen, pipeline, name, device, computed, calls, rows, compile)
+                calls = steps if name == "unet" else steps * _share_asked(pipeline)
+                pays = _compile(chosen, pipeline, name, device, computed, images, calls, rows, compile)
             stack.enter_context(make(compile=backend if pays else None))
         if chunk_size is not None:
             chosen.note("gradient in chunks", True, f"{chunk_size} images at a time, as asked")
@@ -293,12 +293,12 @@ def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _compile(chosen: Optimized, pipeline: ClassifierGuidedPipeline, name: str, device: torch.device,
-             dtype: torch.dtype, calls: float, rows: int, wanted: bool | None) -> bool:
-    """Whether a part is compiled; `calls` of it, one an image and step, are to come, `rows` of them together."""
+             dtype: torch.dtype, images: int | None, calls: float, rows: int, wanted: bool | None) -> bool:
+    """Whether a part is compiled; `calls` of it are to come for each of the images, `rows` of them together."""
     what, share = f"{name}, torch.compile", SAVED[name].get(dtype, 0.0)
     if wanted is not None:
         return chosen.note(what, wanted, "as asked")
-    if not calls:
+    if images is None:
         return chosen.note(what, False, "how many images there will be is not known")
     if not share:
         return chosen.note(what, False, f"no faster in {dtype}")
@@ -306,15 +306,15 @@ def _compile(chosen: Optimized, pipeline: ClassifierGuidedPipeline, name: str, d
         return chosen.note(what, False, "the pipeline's guidance_tolerance asks for some images alone, in eager calls")
     if device.type != pipeline.device.type or (seconds := _seconds(pipeline, name, min(rows, PROBED))) is None:
         return chosen.note(what, False, "a call can't be timed")
-    saved = share * calls * seconds
-    return chosen.note(what, saved > COMPILE_SECONDS, f"saves about {saved:.0f} of {calls * seconds:.0f} seconds, and "
-                       f"takes {COMPILE_SECONDS:.0f}")
+    seconds *= images * calls
+    return chosen.note(what, share * seconds > COMPILE_SECONDS, f"saves about {share * seconds:.0f} of {seconds:.0f} "
+                       f"seconds, and takes {COMPILE_SECONDS:.0f}")
 
 
 def _share_asked(pipeline: ClassifierGuidedPipeline) -> float:
     """Of the steps, those at which the pipeline's own settings ask the classifier."""
     own = pipeline.config.defaults
-    return (own["guidance_stop"] - own["guidance_start"]) / own["guidance_every"]
+    return bool(own["guidance_scale"]) * (own["guidance_stop"] - own["guidance_start"]) / own["guidance_every"]
 
 
 def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float | None:

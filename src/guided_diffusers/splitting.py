@@ -27,9 +27,11 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
-#: s_n / s_{n+1} beyond which a step is steep: guidance at its end is no second opinion on the whole of it. With 4,
-#: strang diverged in 5 steps at scale 10 (`examples/benchmark_quality_cost.py --part solvers`)
+#: s_n / s_{n+1} beyond which guidance at a step's end is no second opinion on the whole of it; with 4, strang diverged
+#: in 5 steps at scale 10 (`examples/benchmark_quality_cost.py --part solvers`)
 STEEPEST = 2.0
+#: and beyond which Heun's corrector, (s_n / s_{n+1} - 1) / 2 > 1, takes away more than was added
+OVERSHOOTS = 3.0
 #: by how much an interval between two questions may be longer than the one before it, in log s
 GROWTH = 2.0
 
@@ -46,10 +48,10 @@ class Splitting:
     guided path, and any term can be asked. e_{n+1} is taken where c_n + w_n e_n leads to. Where guidance begins or ends
     within the run, strang does so half a step earlier.
 
-    In a step from s_n > `STEEPEST` s_{n+1}, as all are in very few steps, e_{n+1} says little of the whole of it, and
-    the first line holds; and a scheduler that asks twice in a step, as Heun, sees c_n until the step ends. For to the
-    network at s_{n+1} a part w_n e_n that has just been added is noise, of which the scheduler would then take away
-    (s_n / s_{n+1} - 1) / 2 times as much.
+    In very few steps s falls so far in one that not all of this holds. Beyond `STEEPEST`, e_{n+1} says little of the
+    whole step, and strang does as lie_trotter. Beyond `OVERSHOOTS`, a scheduler that asks the network twice in a step,
+    as Heun, sees c_n until the step ends: to the network at s_{n+1}, what was just added is noise, and Heun would take
+    it away (s_n / s_{n+1} - 1) / 2 times over.
 
     Args:
         algorithm: "lie_trotter" or "strang".
@@ -69,11 +71,19 @@ class Splitting:
         assert algorithm in ("lie_trotter", "strang"), algorithm
         self.levels, self.halves = levels, algorithm == "strang"
         self.weights = step_weights(scheduler, levels, eta)
-        self.s = [*(level.sigma / level.alpha for level in levels), 0.0]
-        self.asks = getattr(scheduler, "order", 1)  # the network, in each of the scheduler's steps
-        self.moved: float | torch.Tensor = 0.0  # c, where the network is asked
-        self._c: float | torch.Tensor = 0.0  # and where guidance has got to
-        self._before: tuple[float | torch.Tensor, float, torch.Tensor] | None = None  # c, w and e of the step before
+        s = [*(level.sigma / level.alpha for level in levels), 0.0]
+        order, count = getattr(scheduler, "order", 1), len(levels)  # in Diffusers, questions of a step
+        again = [i + 1 < count and ((i + 1) % order > 0 or s[i + 1] == s[i + 2]) for i in range(count)]
+        falls = [(s[i - 1 if i and again[i - 1] else i], s[i + 2 if again[i] else i + 1]) for i in range(count)]
+        self.steep = [one > STEEPEST * following for one, following in falls]
+        self.hides = [again[i] and one > OVERSHOOTS * following for i, (one, following) in enumerate(falls)]
+        self.c: float | torch.Tensor = 0.0
+        self.seen: float | torch.Tensor = 0.0  # what of it is in the samples
+        self._before: tuple[float | torch.Tensor, float, torch.Tensor] | None = None  # c, w, e of the question before
+
+    def asks(self, index: int) -> bool:
+        """Whether what guidance says at this question has an effect: none at Heun's second, but on a half of strang."""
+        return self.weights[index] != 0 or (self._before is not None and self._before[1] != 0)
 
     def unguided(self, index: int, output: torch.Tensor, sample: torch.Tensor, score_shift: torch.Tensor | None,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,27 +94,24 @@ class Splitting:
             score_shift: what guidance adds to the score there; None: nothing.
         """
         level = self.levels[index]
-        own = sample - level.alpha * self.moved
+        own = sample - level.alpha * self.seen
         if level.b:
-            output = level.output(own, level.x0(sample, output) - self.moved).to(output.dtype)
+            output = level.output(own, level.x0(sample, output) - self.seen).to(output.dtype)
         e = torch.zeros_like(sample) if score_shift is None else level.sigma * score_shift
-        c, w = self._c, self.weights[index]
+        c, w = self.c, self.weights[index]
         if self._before is not None:
             its_c, its_w, its_e = self._before
             c = its_c + its_w / 2 * (its_e + e)
-        self._c = c + w * e
-        first = index - index % self.asks
-        last = min(first + self.asks, len(self.levels)) - 1
-        steep = self.s[first] > STEEPEST * self.s[last + 1]
-        if index == last or not steep:
-            self.moved = self._c
-        self._before = (c, w, e) if self.halves and not steep else None
+        self.c = c + w * e
+        if not self.hides[index]:
+            self.seen = self.c
+        self._before = (c, w, e) if self.halves and not self.steep[index] else None
         return output, own
 
     def guided(self, index: int, own: torch.Tensor) -> torch.Tensor:
         """The sample after the step, from the scheduler's."""
         alpha = self.levels[index + 1].alpha if index + 1 < len(self.levels) else 1.0
-        return (own + alpha * self.moved).to(own.dtype)
+        return (own + alpha * self.seen).to(own.dtype)
 
 
 def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float = 0.0) -> list[float]:
@@ -112,7 +119,7 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
 
     r is what the scheduler makes of a z where x0 = 0: s' / s without noise, and (s' / s)^2 with all of it, as DDPM. It
     is read off a run with one huge number, beside which the noise is nothing; where the step forgets it (a consistency
-    model's x0, with new noise), r is 0.
+    model's x0, with new noise), r is 0. A weight below 1e-4 s, of a step that only corrects the one before, is 0.
     """
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
     vars(probe).update({name: value.cpu() for name, value in vars(probe).items() if isinstance(value, torch.Tensor)})
@@ -127,7 +134,7 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
         r = float(after / alpha) / float(x / level.alpha)
         if abs(r) < 1e-5:
             r, after = 0.0, torch.full_like(x, 1e20)
-        weights.append(level.sigma / level.alpha * (1 - r))
+        weights.append(level.sigma / level.alpha * (1 - r) if abs(1 - r) > 1e-4 else 0.0)
         x = after
     return weights
 
