@@ -84,12 +84,11 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                  id2label: dict | None = None, defaults: dict[str, Any] | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
-        names = module_config(classifier).get("id2label") or id2label
+        names = module_config(classifier).get("id2label") or id2label or {}
         if unknown := (defaults or {}).keys() - DEFAULTS.keys():
             raise ValueError(f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}")
-        self.register_to_config(id2label={int(i): name for i, name in names.items()} if names else None,
-                                defaults=DEFAULTS | {name: value for name, value in (defaults or {}).items()
-                                                     if value is not None})
+        own = {name: value for name, value in (defaults or {}).items() if value is not None}
+        self.register_to_config(id2label={int(i): name for i, name in names.items()} or None, defaults=DEFAULTS | own)
 
     @classmethod
     def from_bundled(cls, name: str = "fashion-mnist", **kwargs: Any) -> ClassifierGuidedPipeline:
@@ -260,8 +259,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         with frozen(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
-                asks = splitting is None or splitting.asks(index)
-                active = [term for term in terms if asks and term.active(index, count, level)]
+                active = [term for term in terms if term.active(index, count, level)]
+                if splitting is not None and not splitting.asks(index):
+                    active = []
                 acting, rows = active, None
                 if sparing is not None and active:
                     rows = sparing.rows(index, batch_size, active)

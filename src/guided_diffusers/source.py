@@ -115,7 +115,8 @@ def spared(pipeline: Any) -> dict[str, str]:
     if defaults["guidance_algorithm"] != "mean":
         found["posterior_variance"] = "guidance_algorithm='mean'"
     if defaults["guidance_algorithm"] in ("output", "mean"):
-        found["Splitting"] = "this guidance_algorithm"
+        found |= dict.fromkeys(("Splitting", "if splitting is not None and (not splitting.asks(index))"),
+                               "this guidance_algorithm")
     if (defaults["guidance_every"], defaults["guidance_tolerance"]) == (1, None):
         found |= dict.fromkeys(("Sparing", "if sparing is not None and active"), "guidance_every, guidance_tolerance")
     return found
