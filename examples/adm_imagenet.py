@@ -18,12 +18,16 @@ from diffusers.utils import make_image_grid
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.openai import ADMDDIMScheduler, convert_checkpoint
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--unet", type=Path, required=True)
 parser.add_argument("--classifier", type=Path)
 parser.add_argument("--upsampler", type=Path)
 parser.add_argument("--label", type=int, nargs="+")
-parser.add_argument("--num-images", type=int, default=1, help="of each label (default: %(default)s)")
+parser.add_argument(
+    "--num-images", type=int, default=1, help="of each label (default: %(default)s)"
+)
 parser.add_argument("--ddim-steps", type=int)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", type=Path, default=Path("adm.png"))
@@ -37,15 +41,21 @@ def load(file: Path, classifier: Path | None = None) -> ClassifierGuidedPipeline
     folder = file.with_name("-with-".join(path.stem for path in (file, classifier) if path))
     if not folder.exists():
         convert_checkpoint(file, folder, classifier)
-    return ClassifierGuidedPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return ClassifierGuidedPipeline.from_pretrained(folder).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 # 1. The small images, or the only ones
 pipeline, steps = load(options.unet, options.classifier), {}
 if options.ddim_steps:
-    pipeline.scheduler = ADMDDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading",
-                                                      clip_sample=False)
-    steps = {"num_inference_steps": options.ddim_steps, "clip_x0": True}  # clipped before guidance, not after
+    pipeline.scheduler = ADMDDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="leading", clip_sample=False
+    )
+    steps = {
+        "num_inference_steps": options.ddim_steps,
+        "clip_x0": True,
+    }  # clipped before guidance, not after
 generator = torch.Generator().manual_seed(options.seed)
 images = pipeline(options.label, options.num_images, generator=generator, **steps).images
 

@@ -17,7 +17,9 @@ from diffusers import DDPMScheduler
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.openai import ADMUNet2DModel
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--device", default="cpu")
@@ -54,7 +56,9 @@ def floor(x: torch.Tensor, t: torch.Tensor) -> float:
 ours, bare, last = [], [], None
 
 
-def after_step(_: object, index: int, t: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def after_step(
+    _: object, index: int, t: torch.Tensor, values: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Times the step that ended, then the floor on the same sample."""
     global last
     ended = now()
@@ -65,9 +69,16 @@ def after_step(_: object, index: int, t: torch.Tensor, values: dict[str, torch.T
     return {}
 
 
-pipeline(labels, num_inference_steps=options.steps + 2, guidance_algorithm="mean", output_type="latent",
-         callback_on_step_end=after_step)
+pipeline(
+    labels,
+    num_inference_steps=options.steps + 2,
+    guidance_algorithm="mean",
+    output_type="latent",
+    callback_on_step_end=after_step,
+)
 millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (unet, classifier)]
 ratio = median(a / b for a, b in zip(ours, bare, strict=True))
-print(f"{options.steps} steps, networks of {millions[0]:.1f} M + {millions[1]:.1f} M parameters on {options.device}: "
-      f"step {median(ours) * 1e3:.0f} ms, floor {median(bare) * 1e3:.0f} ms, median ratio {ratio:.3f}")
+print(
+    f"{options.steps} steps, networks of {millions[0]:.1f} M + {millions[1]:.1f} M parameters on {options.device}: "
+    f"step {median(ours) * 1e3:.0f} ms, floor {median(bare) * 1e3:.0f} ms, median ratio {ratio:.3f}"
+)

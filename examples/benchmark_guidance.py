@@ -26,36 +26,79 @@ from guided_diffusers.sampling.loading import exchanged, load_pipeline
 from guided_diffusers.sweep import sweep
 
 SCHEDULERS = ("ddim", "dpmsolver++", "ddpm")
-RUNS = {(10, 25): (0, 1, 2, 3, 5, 8, 10), (50,): (0, 1, 3, 5, 10), (250,): (0, 3, 10)}  # steps: scales
+RUNS = {
+    (10, 25): (0, 1, 2, 3, 5, 8, 10),
+    (50,): (0, 1, 3, 5, 10),
+    (250,): (0, 3, 10),
+}  # steps: scales
 TOLD: dict[str, Any] = {"schedulers": ("dpmsolver++",), "steps": (10, 25), "scales": (0, 1, 3, 10)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
-    option("--reference", required=True, help="labelled real images, as of `guided-diffusers sweep`")
-    option("--output", type=Path, default=Path("out/benchmark"), help="a folder (default: %(default)s)")
+    option(
+        "--reference", required=True, help="labelled real images, as of `guided-diffusers sweep`"
+    )
+    option(
+        "--output", type=Path, default=Path("out/benchmark"), help="a folder (default: %(default)s)"
+    )
     option("--schedulers", nargs="+", default=SCHEDULERS, help="(default: ddim dpmsolver++ ddpm)")
-    option("--steps", type=int, nargs="+", help="with --scales, instead of what is published, and without `-told`")
+    option(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="with --scales, instead of what is published, and without `-told`",
+    )
     option("--scales", type=float, nargs="+", help="with --steps")
     option("--num-images", type=int, default=500, help="of a point (default: %(default)s)")
     option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
     option("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
     if (options.steps is None) != (options.scales is None):
-        parser.error(f"--steps {options.steps}, --scales {options.scales}: both, or neither, are needed")
+        parser.error(
+            f"--steps {options.steps}, --scales {options.scales}: both, or neither, are needed"
+        )
 
     device = device_of(options.device, team(options.device))
-    pipeline, judge = load_pipeline("fashion-mnist").to(device), load_network("fashion-mnist", device)
+    pipeline, judge = (
+        load_pipeline("fashion-mnist").to(device),
+        load_network("fashion-mnist", device),
+    )
     pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
-    pipeline.register_to_config(defaults={**DEFAULTS, "guidance_scale": pipeline.config.defaults["guidance_scale"]})
+    pipeline.register_to_config(
+        defaults={**DEFAULTS, "guidance_scale": pipeline.config.defaults["guidance_scale"]}
+    )
 
     def run(output: Path, **more: Any) -> None:
-        print(sweep(pipeline, options.reference, output, judge, judge, num_images=options.num_images, dtype="bfloat16",
-                    batch_size=100, model="fashion-mnist", progress=not options.quiet, **more))
+        print(
+            sweep(
+                pipeline,
+                options.reference,
+                output,
+                judge,
+                judge,
+                num_images=options.num_images,
+                dtype="bfloat16",
+                batch_size=100,
+                model="fashion-mnist",
+                progress=not options.quiet,
+                **more,
+            )
+        )
 
-    for steps, scales in ({tuple(options.steps): options.scales} if options.steps else RUNS).items():
-        run(options.output, schedulers=options.schedulers, steps=steps, scales=scales, conditional=False)
+    for steps, scales in (
+        {tuple(options.steps): options.scales} if options.steps else RUNS
+    ).items():
+        run(
+            options.output,
+            schedulers=options.schedulers,
+            steps=steps,
+            scales=scales,
+            conditional=False,
+        )
     if not options.steps:
         run(options.output.with_name(f"{options.output.name}-told"), **TOLD)
 

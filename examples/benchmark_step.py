@@ -40,33 +40,66 @@ from guided_diffusers.speed import optimize
 
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
 SIZES: dict[str, dict[str, Any]] = {  # as the bundled models, and a network of 64 channels at 64x64
-    "small": {"batch": 16, "image": (1, 28), "unet": (32, 64, 128), "classifier": (32, 64, 96), "groups": 16},
-    "large": {"batch": 4, "image": (3, 64), "unet": (64, 128, 192), "classifier": (64, 128, 192), "groups": 32}}
+    "small": {
+        "batch": 16,
+        "image": (1, 28),
+        "unet": (32, 64, 128),
+        "classifier": (32, 64, 96),
+        "groups": 16,
+    },
+    "large": {
+        "batch": 4,
+        "image": (3, 64),
+        "unet": (64, 128, 192),
+        "classifier": (64, 128, 192),
+        "groups": 32,
+    },
+}
 STEPS_A_CALL = 6
 SETTINGS: dict[str, dict[str, Any]] = {
-    "eager": {"dtype": torch.float32, "compile": False}, "autocast": {"dtype": torch.bfloat16, "compile": False},
-    "compiled": {"dtype": torch.float32, "compile": True}, "both": {"dtype": torch.bfloat16, "compile": True}}
+    "eager": {"dtype": torch.float32, "compile": False},
+    "autocast": {"dtype": torch.bfloat16, "compile": False},
+    "compiled": {"dtype": torch.float32, "compile": True},
+    "both": {"dtype": torch.bfloat16, "compile": True},
+}
 
 
 def make_pipeline(size: str, device: str) -> ClassifierGuidedPipeline:
     settings, levels = SIZES[size], len(SIZES[size]["unet"])
     channels, resolution = settings["image"]
-    shared = {"sample_size": resolution, "in_channels": channels, "layers_per_block": 1, "attention_head_dim": 32,
-              "norm_num_groups": settings["groups"]}
-    unet = UNet2DModel(out_channels=channels, block_out_channels=settings["unet"],
-                       down_block_types=(PLAIN,) * (levels - 1) + (ATTENTION,),
-                       up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1), **shared)
-    classifier = NoiseAwareClassifier(num_labels=10, block_out_channels=settings["classifier"],
-                                      down_block_types=("ResnetDownsampleBlock2D",) * (levels - 1) + (ATTENTION,),
-                                      **shared)
-    pipeline = ClassifierGuidedPipeline(unet.eval(), DDIMScheduler(clip_sample=False), classifier.eval()).to(device)
+    shared = {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "layers_per_block": 1,
+        "attention_head_dim": 32,
+        "norm_num_groups": settings["groups"],
+    }
+    unet = UNet2DModel(
+        out_channels=channels,
+        block_out_channels=settings["unet"],
+        down_block_types=(PLAIN,) * (levels - 1) + (ATTENTION,),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        **shared,
+    )
+    classifier = NoiseAwareClassifier(
+        num_labels=10,
+        block_out_channels=settings["classifier"],
+        down_block_types=("ResnetDownsampleBlock2D",) * (levels - 1) + (ATTENTION,),
+        **shared,
+    )
+    pipeline = ClassifierGuidedPipeline(
+        unet.eval(), DDIMScheduler(clip_sample=False), classifier.eval()
+    ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def make_floor(pipeline: ClassifierGuidedPipeline, size: str) -> Callable[[], None]:
     """What each guided step must do, on the same networks."""
-    settings, labels = SIZES[size], torch.zeros(SIZES[size]["batch"], 1, dtype=torch.long, device=pipeline.device)
+    settings, labels = (
+        SIZES[size],
+        torch.zeros(SIZES[size]["batch"], 1, dtype=torch.long, device=pipeline.device),
+    )
     channels, resolution = settings["image"]
     x = torch.randn(settings["batch"], channels, resolution, resolution, device=pipeline.device)
     for part in (pipeline.unet, pipeline.classifier):
@@ -89,6 +122,7 @@ def call(pipeline: ClassifierGuidedPipeline, size: str, guided: bool, **more: An
 
 def clock(device: str, cpu_time: bool) -> Callable[[], float]:
     """Seconds, with --cpu-time those of this process and of the compilers that it started."""
+
     def now() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
@@ -107,7 +141,9 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
     floor, seconds = make_floor(pipeline, size), {"floor": [], "guided": [], "unguided": []}
     kind, begin = "", 0.0
 
-    def after_step(pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict) -> dict:
+    def after_step(
+        pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict
+    ) -> dict:
         nonlocal begin
         if index:  # the first one has the call's preparations in it
             seconds[kind].append(now() - begin)
@@ -120,14 +156,19 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
     for warm in (True, False):
         for _ in range(1 if warm else max(1, steps // (STEPS_A_CALL - 1))):
             for kind in ("guided", "unguided"):
-                steps_and_hook = {"num_inference_steps": STEPS_A_CALL, "callback_on_step_end": after_step}
+                steps_and_hook = {
+                    "num_inference_steps": STEPS_A_CALL,
+                    "callback_on_step_end": after_step,
+                }
                 call(pipeline, size, kind == "guided", **steps_and_hook)
         if warm:
             seconds = {name: [] for name in seconds}
     return seconds
 
 
-def time_settings(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, dict[str, float]]:
+def time_settings(
+    size: str, device: str, steps: int, cpu_time: bool
+) -> dict[str, dict[str, float]]:
     """Of each of `SETTINGS`: seconds of a guided step, by those as it is, and what the first call took to compile."""
     pipeline, now = make_pipeline(size, device), clock(device, cpu_time)
 
@@ -143,8 +184,11 @@ def time_settings(size: str, device: str, steps: int, cpu_time: bool) -> dict[st
         for _ in range(max(2, steps // STEPS_A_CALL)):
             pairs.append((seconds(name), seconds("eager")))
         ratios = [mine / eager for mine, eager in pairs]
-        found[name] = {"ms": 1e3 * statistics.median(mine for mine, _ in pairs) / STEPS_A_CALL,
-                       "ratio": statistics.median(ratios), "compile_seconds": 0.0}
+        found[name] = {
+            "ms": 1e3 * statistics.median(mine for mine, _ in pairs) / STEPS_A_CALL,
+            "ratio": statistics.median(ratios),
+            "compile_seconds": 0.0,
+        }
         if SETTINGS[name]["compile"]:
             found[name]["compile_seconds"] = first - pairs[0][0]
     return found
@@ -165,54 +209,105 @@ def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
 
     three_steps()  # once before, for what is allocated once for all
     if device == "cpu":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             three_steps()
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-        tensors = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+        tensors = max(
+            event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+        )
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         three_steps()
         tensors = torch.cuda.max_memory_allocated() - before
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {name: value / 2**20 for name, value in (("tensors", tensors), ("weights", weights), ("process", process))}
+    return {
+        name: value / 2**20
+        for name, value in (("tensors", tensors), ("weights", weights), ("process", process))
+    }
 
 
 def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a size, memory first, each in a process of its own."""
     figures: dict[str, Any] = {}
     for kind in ("floor", "guided", "unguided"):
-        command = [sys.executable, __file__, "--size", size, "--device", options.device, "--probe", kind]
-        figures[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "--size",
+            size,
+            "--device",
+            options.device,
+            "--probe",
+            kind,
+        ]
+        figures[kind] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
     for kind, seconds in time_steps(size, options.device, options.steps, options.cpu_time).items():
         tenths = statistics.quantiles(seconds, n=10)
-        figures[kind] |= {"ms": 1e3 * statistics.median(seconds), "ms_10%": 1e3 * tenths[0], "ms_90%": 1e3 * tenths[-1],
-                          "steps": len(seconds)}
+        figures[kind] |= {
+            "ms": 1e3 * statistics.median(seconds),
+            "ms_10%": 1e3 * tenths[0],
+            "ms_90%": 1e3 * tenths[-1],
+            "steps": len(seconds),
+        }
     if options.compile:
         with tempfile.TemporaryDirectory() as cache:  # or the compilers find what they made before
-            command = [sys.executable, __file__, "--size", size, "--device", options.device, "--probe", "settings",
-                       "--steps", str(options.steps), *(["--cpu-time"] if options.cpu_time else [])]
+            command = [
+                sys.executable,
+                __file__,
+                "--size",
+                size,
+                "--device",
+                options.device,
+                "--probe",
+                "settings",
+                "--steps",
+                str(options.steps),
+                *(["--cpu-time"] if options.cpu_time else []),
+            ]
             alone = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **alone})
+            run = subprocess.run(
+                command, check=True, capture_output=True, text=True, env={**os.environ, **alone}
+            )
             figures["settings"] = json.loads(run.stdout)
-    figures["guided / floor"] = {name: figures["guided"][name] / figures["floor"][name] for name in ("ms", "tensors")}
+    figures["guided / floor"] = {
+        name: figures["guided"][name] / figures["floor"][name] for name in ("ms", "tensors")
+    }
     return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, action="append", help="a size (default: all)")
-    parser.add_argument("--steps", type=int, default=50, help="timed steps of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="timed steps of each kind (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall")
-    parser.add_argument("--compile", action="store_true", help="time autocast and torch.compile, too")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time autocast and torch.compile, too"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--probe", choices=["floor", "guided", "unguided", "settings"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--probe", choices=["floor", "guided", "unguided", "settings"], help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.probe == "settings":
-        return print(json.dumps(time_settings(options.size[0], options.device, options.steps, options.cpu_time)))
+        return print(
+            json.dumps(
+                time_settings(options.size[0], options.device, options.steps, options.cpu_time)
+            )
+        )
     if options.probe:
         return print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
 
@@ -221,18 +316,30 @@ def main() -> None:
         results[size] = figures = measure(size, options)
         settings = SIZES[size]
         channels, resolution = settings["image"]
-        print(f"\n{size}: {settings['batch']} images of {resolution}x{resolution}x{channels}, network "
-              f"{settings['unet']}, classifier {settings['classifier']}, weights {figures['floor']['weights']:.0f} MiB")
-        print(f"{'':>10} {'ms a step':>10} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}")
+        print(
+            f"\n{size}: {settings['batch']} images of {resolution}x{resolution}x{channels}, network "
+            f"{settings['unet']}, classifier {settings['classifier']}, weights {figures['floor']['weights']:.0f} MiB"
+        )
+        print(
+            f"{'':>10} {'ms a step':>10} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}"
+        )
         for kind in ("floor", "guided", "unguided"):
             row = figures[kind]
             spread = f"{row['ms_10%']:.1f} to {row['ms_90%']:.1f}"
-            print(f"{kind:>10} {row['ms']:10.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}")
+            print(
+                f"{kind:>10} {row['ms']:10.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}"
+            )
         ratio = figures["guided / floor"]
         print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
         for name, row in figures.get("settings", {}).items():
-            compiling = f", after {row['compile_seconds']:.0f} s of compiling" if SETTINGS[name]["compile"] else ""
-            print(f"{name:>10} {row['ms']:10.1f} ms a guided step, {row['ratio']:.3f} of eager{compiling}")
+            compiling = (
+                f", after {row['compile_seconds']:.0f} s of compiling"
+                if SETTINGS[name]["compile"]
+                else ""
+            )
+            print(
+                f"{name:>10} {row['ms']:10.1f} ms a guided step, {row['ratio']:.3f} of eager{compiling}"
+            )
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
 

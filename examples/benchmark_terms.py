@@ -36,19 +36,41 @@ from guided_diffusers import (
 )
 
 BATCH, SIZE, STEPS_A_CALL = 8, 32, 6
-TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 16, "projection_dim": 64}
-CLASSIFIER = {"sample_size": SIZE, "in_channels": 3, "block_out_channels": (32, 64, 96), "layers_per_block": 1,
-              "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-              "attention_head_dim": 32, "norm_num_groups": 16}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "projection_dim": 64,
+}
+CLASSIFIER = {
+    "sample_size": SIZE,
+    "in_channels": 3,
+    "block_out_channels": (32, 64, 96),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "attention_head_dim": 32,
+    "norm_num_groups": 16,
+}
 
-Parts = tuple[Guidance, Callable[[torch.Tensor, torch.Tensor], Any]]  # the term; what its floor does with (x, x0)
+Parts = tuple[
+    Guidance, Callable[[torch.Tensor, torch.Tensor], Any]
+]  # the term; what its floor does with (x, x0)
 
 
 def make_network() -> UNet2DModel:
-    return UNet2DModel(sample_size=SIZE, block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16,
-                       down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), attention_head_dim=32,
-                       up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), num_class_embeds=11).eval()
+    return UNet2DModel(
+        sample_size=SIZE,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        attention_head_dim=32,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        num_class_embeds=11,
+    ).eval()
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -60,13 +82,26 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 def make_terms(network: UNet2DModel) -> dict[str, Parts]:
     """Each term, and the work that its floor adds to the network's forward pass."""
     classifier = NoiseAwareClassifier(num_labels=10, **CLASSIFIER).eval()
-    resnet = ResNetForImageClassification(ResNetConfig(hidden_sizes=[64, 128, 256], depths=[1, 1, 1], num_labels=10,
-                                                       embedding_size=32)).eval()
-    vision = {"image_size": SIZE, "patch_size": 4, "hidden_size": 128, "intermediate_size": 256, "projection_dim": 64,
-              "num_hidden_layers": 4, "num_attention_heads": 4}
+    resnet = ResNetForImageClassification(
+        ResNetConfig(
+            hidden_sizes=[64, 128, 256], depths=[1, 1, 1], num_labels=10, embedding_size=32
+        )
+    ).eval()
+    vision = {
+        "image_size": SIZE,
+        "patch_size": 4,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "projection_dim": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=64)).eval()
     noise_aware = NoiseAwareCLIP(CLASSIFIER, TEXT).eval()
-    picture, text = torch.rand(3, SIZE, SIZE) * 2 - 1, torch.nn.functional.normalize(torch.randn(1, 64), dim=-1)
+    picture, text = (
+        torch.rand(3, SIZE, SIZE) * 2 - 1,
+        torch.nn.functional.normalize(torch.randn(1, 64), dim=-1),
+    )
     noise_aware.encode_prompts = lambda prompts: text.expand(len(prompts), -1)  # no tokenizer here
     worse = make_network()
 
@@ -77,31 +112,54 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
         return (x0 - x0.flip(-1)).square().sum((1, 2, 3))
 
     def likeness(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(clip.get_image_features(x).pooler_output, dim=-1) @ text.T
+        return (
+            torch.nn.functional.normalize(clip.get_image_features(x).pooler_output, dim=-1) @ text.T
+        )
 
     return {
-        "classifier": (ClassifierGuidance(classifier, 3), lambda x, x0: gradient(label_of(classifier, 500), x)),
+        "classifier": (
+            ClassifierGuidance(classifier, 3),
+            lambda x, x0: gradient(label_of(classifier, 500), x),
+        ),
         "classifier-free": (ClassifierFreeGuidance(10), lambda x, x0: None),
-        "autoguidance": (ModelGuidance(worse), lambda x, x0: worse(x, 500, torch.full((len(x),), 3)).sample),
-        "image-classifier": (ImageClassifierGuidance(resnet, 3), lambda x, x0: gradient(label_of(resnet), x0)),
+        "autoguidance": (
+            ModelGuidance(worse),
+            lambda x, x0: worse(x, 500, torch.full((len(x),), 3)).sample,
+        ),
+        "image-classifier": (
+            ImageClassifierGuidance(resnet, 3),
+            lambda x, x0: gradient(label_of(resnet), x0),
+        ),
         "clip": (CLIPGuidance(clip, image_prompt=picture), lambda x, x0: gradient(likeness, x0)),
-        "noise-aware-clip": (NoiseAwareCLIPGuidance(noise_aware, "a coat"), lambda x, x0: gradient(
-            lambda x: noise_aware.encode_image(x, 500) @ text.T, x)),
+        "noise-aware-clip": (
+            NoiseAwareCLIPGuidance(noise_aware, "a coat"),
+            lambda x, x0: gradient(lambda x: noise_aware.encode_image(x, 500) @ text.T, x),
+        ),
         "energy": (EnergyGuidance(energy), lambda x, x0: gradient(energy, x0)),
-        "energy-through-network": (EnergyGuidance(energy, through_network=True), lambda x, x0: gradient(
-            lambda x: energy(network(x, 500, torch.full((len(x),), 3)).sample), x)),
-        "image-classifier-through-network": (ImageClassifierGuidance(resnet, 3, through_network=True),
-                                             lambda x, x0: gradient(lambda x: label_of(resnet)(
-                                                 network(x, 500, torch.full((len(x),), 3)).sample), x)),
+        "energy-through-network": (
+            EnergyGuidance(energy, through_network=True),
+            lambda x, x0: gradient(
+                lambda x: energy(network(x, 500, torch.full((len(x),), 3)).sample), x
+            ),
+        ),
+        "image-classifier-through-network": (
+            ImageClassifierGuidance(resnet, 3, through_network=True),
+            lambda x, x0: gradient(
+                lambda x: label_of(resnet)(network(x, 500, torch.full((len(x),), 3)).sample), x
+            ),
+        ),
     }
 
 
-def time_steps(network: UNet2DModel, name: str, parts: Parts, options: argparse.Namespace) -> dict[str, list[float]]:
+def time_steps(
+    network: UNet2DModel, name: str, parts: Parts, options: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds of each guided step, and of the floor after it."""
     now = time.process_time if options.cpu_time else time.perf_counter
     term, work = parts
-    pipeline = ClassifierGuidedPipeline(network, DDIMScheduler(clip_sample=False),
-                                        id2label={i: str(i) for i in range(10)})
+    pipeline = ClassifierGuidedPipeline(
+        network, DDIMScheduler(clip_sample=False), id2label={i: str(i) for i in range(10)}
+    )
     pipeline.set_progress_bar_config(disable=True)
     x = torch.randn(BATCH, 3, SIZE, SIZE)
     rows = 2 * BATCH if name == "classifier-free" else BATCH
@@ -111,10 +169,14 @@ def time_steps(network: UNet2DModel, name: str, parts: Parts, options: argparse.
 
     @torch.no_grad()
     def floor() -> None:
-        x0 = None if term.through_network else network(doubled, 500, labels).sample[:BATCH]  # else one pass for both
+        x0 = (
+            None if term.through_network else network(doubled, 500, labels).sample[:BATCH]
+        )  # else one pass for both
         work(x, x0)
 
-    def after_step(pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict) -> dict:
+    def after_step(
+        pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict
+    ) -> dict:
         nonlocal begin
         if index:  # the first one has the call's preparations in it
             seconds["guided"].append(now() - begin)
@@ -127,8 +189,14 @@ def time_steps(network: UNet2DModel, name: str, parts: Parts, options: argparse.
     for call in range(1 + max(1, options.steps // (STEPS_A_CALL - 1))):
         if call == 1:  # the one before was to warm up
             seconds["guided"].clear(), seconds["floor"].clear()
-        pipeline([3] * BATCH, guidance_scale=0, num_inference_steps=STEPS_A_CALL, output_type="latent", guidance=term,
-                 callback_on_step_end=after_step)
+        pipeline(
+            [3] * BATCH,
+            guidance_scale=0,
+            num_inference_steps=STEPS_A_CALL,
+            output_type="latent",
+            guidance=term,
+            callback_on_step_end=after_step,
+        )
     return seconds
 
 
@@ -136,17 +204,25 @@ def main() -> None:
     torch.manual_seed(0)
     network = make_network()
     terms = make_terms(network)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--terms", nargs="+", choices=terms, default=list(terms))
-    parser.add_argument("--steps", type=int, default=60, help="timed steps of each term (default: %(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="timed steps of each term (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     for module in (network, *(module for term, _ in terms.values() for module in term.modules())):
         module.requires_grad_(False)
 
     results = {}
-    print(f"{'term':>24} {'floor ms':>9} {'guided ms':>10} {'ratio':>6}   ({BATCH} images of {SIZE}x{SIZE}x3, medians)")
+    print(
+        f"{'term':>24} {'floor ms':>9} {'guided ms':>10} {'ratio':>6}   ({BATCH} images of {SIZE}x{SIZE}x3, medians)"
+    )
     for name in options.terms:
         seconds = time_steps(network, name, terms[name], options)
         floor, guided = (1e3 * statistics.median(seconds[kind]) for kind in ("floor", "guided"))

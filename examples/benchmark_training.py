@@ -48,19 +48,30 @@ WARM_UP = 3  # steps that aren't counted
 def network(options: argparse.Namespace, channels: int) -> UNet2DModel:
     config = json.loads((ROOT / "training/configs/fashion_mnist_unet.json").read_text())
     torch.manual_seed(0)
-    return UNet2DModel(**config, sample_size=options.resolution, in_channels=channels, out_channels=channels)
+    return UNet2DModel(
+        **config, sample_size=options.resolution, in_channels=channels, out_channels=channels
+    )
 
 
-def batch_loss(model: torch.nn.Module, scheduler: DDPMScheduler, x0: torch.Tensor, eps: torch.Tensor,
-               t: torch.Tensor) -> torch.Tensor:
+def batch_loss(
+    model: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    x0: torch.Tensor,
+    eps: torch.Tensor,
+    t: torch.Tensor,
+) -> torch.Tensor:
     return F.mse_loss(model(scheduler.add_noise(x0, eps, t), t).sample.float(), eps)
 
 
 def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
     """The least that a training does."""
     split = load_dataset(str(folder), split="train")
-    images = torch.from_numpy(np.stack([np.array(row["image"]) for row in split.select(range(min(2000, len(split))))]))
-    images = images.reshape(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2).to(options.device)
+    images = torch.from_numpy(
+        np.stack([np.array(row["image"]) for row in split.select(range(min(2000, len(split))))])
+    )
+    images = (
+        images.reshape(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2).to(options.device)
+    )
     model, scheduler = network(options, images.shape[1]).to(options.device), DDPMScheduler()
     parameters = list(model.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
@@ -78,17 +89,26 @@ def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
 
 def plain(options: argparse.Namespace, folder: Path) -> Iterator[None]:
     """A script as many are written."""
+
     def transform(examples: dict[str, list[Image.Image]]) -> dict[str, list[torch.Tensor]]:
         size = (options.resolution, options.resolution)
-        images = (np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32) for image in examples["image"])
+        images = (
+            np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
+            for image in examples["image"]
+        )
         arrays = (image.reshape(*size, -1).transpose(2, 0, 1) for image in images)
         return {"input": [torch.from_numpy(array) / 127.5 - 1 for array in arrays]}
 
     accelerator = Accelerator(cpu=options.device == "cpu")
     split = load_dataset(str(folder), split="train")
     channels = len(split[0]["image"].getbands())
-    loader = DataLoader(split.with_transform(transform), options.batch_size, shuffle=True, drop_last=True,
-                        num_workers=options.workers)
+    loader = DataLoader(
+        split.with_transform(transform),
+        options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+    )
     model, scheduler = network(options, channels), DDPMScheduler()
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -118,15 +138,30 @@ def plain(options: argparse.Namespace, folder: Path) -> Iterator[None]:
             yield
 
 
-def ours(options: argparse.Namespace, folder: Path, output: str, between: Callable[[], None]) -> Run:
+def ours(
+    options: argparse.Namespace, folder: Path, output: str, between: Callable[[], None]
+) -> Run:
     """`loop.Run`, which calls `between` once a step."""
-    settings = Options(train_data_dir=str(folder), resolution=options.resolution, train_batch_size=options.batch_size,
-                       max_train_steps=options.steps + WARM_UP + 1, lr_warmup_steps=5, checkpointing_steps=10**9,
-                       validation_steps=0, output_dir=output, cpu=options.device == "cpu", progress=False,
-                       cache_images=options.cache_images, dataloader_num_workers=options.workers)
+    settings = Options(
+        train_data_dir=str(folder),
+        resolution=options.resolution,
+        train_batch_size=options.batch_size,
+        max_train_steps=options.steps + WARM_UP + 1,
+        lr_warmup_steps=5,
+        checkpointing_steps=10**9,
+        validation_steps=0,
+        output_dir=output,
+        cpu=options.device == "cpu",
+        progress=False,
+        cache_images=options.cache_images,
+        dataloader_num_workers=options.workers,
+    )
     accelerator = make_accelerator(settings)
     data, _ = load_data(settings, accelerator)
-    run, scheduler = Run(settings, accelerator, network(options, data.channels), data), DDPMScheduler()
+    run, scheduler = (
+        Run(settings, accelerator, network(options, data.channels), data),
+        DDPMScheduler(),
+    )
 
     def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         between()
@@ -169,6 +204,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
 
 def peak_memory(name: str, options: argparse.Namespace, folder: Path) -> float:
     """MiB of tensors at the peak of one loop's four steps."""
+
     def four_steps() -> None:
         if name == "ours":
             options.steps = 0
@@ -182,22 +218,33 @@ def peak_memory(name: str, options: argparse.Namespace, folder: Path) -> float:
     if options.device == "cuda":
         four_steps()
         return torch.cuda.max_memory_allocated() / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         four_steps()
     with tempfile.TemporaryDirectory() as place:
         profile.export_chrome_trace(f"{place}/trace.json")
         events = json.loads(Path(place, "trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / 2**20
+    return (
+        max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+        / 2**20
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", help="a folder of images or Parquet files; noise if left out")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30, help="that are timed")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images, but of the bare loop's")
-    parser.add_argument("--cache_images", action="store_true", help="ours keeps decoded images in memory")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read images, but of the bare loop's"
+    )
+    parser.add_argument(
+        "--cache_images", action="store_true", help="ours keeps decoded images in memory"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--alone", choices=LOOPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -213,15 +260,25 @@ def main() -> None:
             return
         seconds, waiting = measure(options, folder)
         line = [sys.executable, __file__, *sys.argv[1:], "--images", str(folder), "--alone"]
-        said = {name: subprocess.run([*line, name], check=True, stdout=subprocess.PIPE, text=True).stdout
-                for name in LOOPS}
+        said = {
+            name: subprocess.run(
+                [*line, name], check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
+            for name in LOOPS
+        }
     peaks = {name: float(text.splitlines()[-1]) for name, text in said.items()}
     for name in LOOPS:
-        print(f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms a step, peak {peaks[name]:8.1f} MiB")
+        print(
+            f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms a step, peak {peaks[name]:8.1f} MiB"
+        )
     for other in LOOPS[1:]:
-        ratio = statistics.median(theirs / our for theirs, our in zip(seconds[other], seconds["ours"], strict=False))
+        ratio = statistics.median(
+            theirs / our for theirs, our in zip(seconds[other], seconds["ours"], strict=False)
+        )
         memory = peaks["ours"] / peaks[other]
-        print(f"against {other}: throughput {ratio:.3f} (median of steps), peak memory {memory:.3f}")
+        print(
+            f"against {other}: throughput {ratio:.3f} (median of steps), peak memory {memory:.3f}"
+        )
     print(f"ours waits {waiting:.1%} of its time for data")
 
 

@@ -15,13 +15,17 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 
 ENERGIES = {
     "symmetric": lambda x: (x - x.flip(-1)).square().sum((1, 2, 3)),
-    "left of the 1st": lambda x: (x - x[:1].detach())[..., : x.shape[-1] // 2].square().sum((1, 2, 3)),
+    "left of the 1st": lambda x: (
+        (x - x[:1].detach())[..., : x.shape[-1] // 2].square().sum((1, 2, 3))
+    ),
     "dark": lambda x: 800 * (x.mean((1, 2, 3)) + 0.8).square(),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--label", default="t-shirt")
     parser.add_argument("--scale", type=float, default=5.0)
     parser.add_argument("--images", type=int, default=8, help="a row (default: %(default)s)")
@@ -35,11 +39,19 @@ def main() -> None:
     for name in (None, *ENERGIES):
         term = EnergyGuidance(ENERGIES[name], options.scale) if name else None
         # beside the scheduler's step: within it, energies as strong as these break a scheduler of second order
-        images = pipeline([options.label] * options.images, guidance=term, output_type="pt",
-                          guidance_algorithm="lie_trotter", num_inference_steps=options.num_inference_steps,
-                          generator=[image_generator(options.seed, i) for i in range(options.images)]).images
+        images = pipeline(
+            [options.label] * options.images,
+            guidance=term,
+            output_type="pt",
+            guidance_algorithm="lie_trotter",
+            num_inference_steps=options.num_inference_steps,
+            generator=[image_generator(options.seed, i) for i in range(options.images)],
+        ).images
         energies = {key: energy(2 * images - 1).mean().item() for key, energy in ENERGIES.items()}
-        print(f"{name or 'none':>16}: " + ", ".join(f"{key} {value:.1f}" for key, value in energies.items()))
+        print(
+            f"{name or 'none':>16}: "
+            + ", ".join(f"{key} {value:.1f}" for key, value in energies.items())
+        )
         pictures += pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
     save_image(grid(pictures, ["none", *ENERGIES]), options.output)
 

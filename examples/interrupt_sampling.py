@@ -28,14 +28,36 @@ import psutil
 from PIL import Image
 
 
-def command(options: argparse.Namespace, folder: Path, processes: int = 1, batch_size: int | None = None) -> list[str]:
+def command(
+    options: argparse.Namespace, folder: Path, processes: int = 1, batch_size: int | None = None
+) -> list[str]:
     """A run that makes the folder, or goes on with it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    program = ["-m", "guided_diffusers", "sample", "--model", options.model, "--label", "all", "--device",
-               options.device, "--num-images", str(options.num_images), "--num-inference-steps",
-               str(options.num_inference_steps), "--format", options.format, "--batch-size",
-               str(batch_size or options.batch_size), "--shard-size", str(options.shard_size), "--output", str(folder),
-               "--quiet", *(["--scheduler", options.scheduler] if options.scheduler else [])]
+    program = [
+        "-m",
+        "guided_diffusers",
+        "sample",
+        "--model",
+        options.model,
+        "--label",
+        "all",
+        "--device",
+        options.device,
+        "--num-images",
+        str(options.num_images),
+        "--num-inference-steps",
+        str(options.num_inference_steps),
+        "--format",
+        options.format,
+        "--batch-size",
+        str(batch_size or options.batch_size),
+        "--shard-size",
+        str(options.shard_size),
+        "--output",
+        str(folder),
+        "--quiet",
+        *(["--scheduler", options.scheduler] if options.scheduler else []),
+    ]
     return [sys.executable, *(launcher if processes > 1 else []), *program]
 
 
@@ -43,7 +65,9 @@ def run(line: list[str], log: Path, until: tuple[Path, int, float] | None = None
     """Start a command, and kill it (folder, shards, seconds): so long after so many shards are done; whether it was."""
     environment, begun = {**os.environ, "OMP_NUM_THREADS": "1"}, None
     with log.open("a") as out:
-        process = subprocess.Popen(line, stdout=out, stderr=out, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            line, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
     try:
         while process.poll() is None:
             if until and begun is None and done(until[0]) >= until[1]:
@@ -77,7 +101,11 @@ def done(folder: Path) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -88,7 +116,9 @@ def pixels(folder: Path) -> np.ndarray:
         from datasets import load_dataset
 
         with tempfile.TemporaryDirectory() as cache:
-            rows = load_dataset("parquet", data_files=sorted(map(str, folder.glob("data/*"))), cache_dir=cache)["train"]
+            rows = load_dataset(
+                "parquet", data_files=sorted(map(str, folder.glob("data/*"))), cache_dir=cache
+            )["train"]
             return np.stack([np.asarray(row["image"]) for row in rows])
     paths = sorted(folder.rglob("*.png"), key=lambda path: path.name)
     return np.stack([np.asarray(Image.open(path)) for path in paths])
@@ -96,19 +126,30 @@ def pixels(folder: Path) -> np.ndarray:
 
 def kill(options: argparse.Namespace, folder: Path, seconds_a_shard: float, log: Path) -> int:
     """Kill the run so many times; how many fell on a write."""
-    draw, shards, torn = random.Random(options.seed), -(-options.num_images // options.shard_size), 0
+    draw, shards, torn = (
+        random.Random(options.seed),
+        -(-options.num_images // options.shard_size),
+        0,
+    )
     for number in range(1, options.kills + 1):
         there, at_start = done(folder), number % 5 == 0
-        share = max(1, (shards - there) // (options.kills - number + 2))  # shards that this part may make
+        share = max(
+            1, (shards - there) // (options.kills - number + 2)
+        )  # shards that this part may make
         wanted = 0 if at_start else min(there + draw.randint(1, share), shards - 1)
         seconds = draw.uniform(0, 8 if at_start else 2 * seconds_a_shard)
         processes = 2 - number % 2
         if not run(command(options, folder, processes), log, (folder, wanted, seconds)):
-            raise SystemExit(f"sampling ended before kill {number} of {options.kills}: give it more --num-images")
+            raise SystemExit(
+                f"sampling ended before kill {number} of {options.kills}: give it more --num-images"
+            )
         half = len(list(folder.rglob("*.partial")))
         torn += half > 0
-        print(f"kill {number}: {processes} process{'es' * (processes > 1)}, {seconds:.2f} s after shard {wanted}; "
-              f"{done(folder)} of {shards} shards are there{', a file is half-written' if half else ''}", flush=True)
+        print(
+            f"kill {number}: {processes} process{'es' * (processes > 1)}, {seconds:.2f} s after shard {wanted}; "
+            f"{done(folder)} of {shards} shards are there{', a file is half-written' if half else ''}",
+            flush=True,
+        )
     run(command(options, folder), log)
     return torn
 
@@ -124,32 +165,49 @@ def work(options: argparse.Namespace, root: Path) -> dict[str, object]:
     run(command(options, root / "other", batch_size=options.other_batch_size), log)
 
     whole = files(root / "whole")
-    figures: dict[str, object] = {"num_images": options.num_images, "files": len(whole), "kills": options.kills,
-                                  "kills_that_left_a_file_half_written": torn}
+    figures: dict[str, object] = {
+        "num_images": options.num_images,
+        "files": len(whole),
+        "kills": options.kills,
+        "kills_that_left_a_file_half_written": torn,
+    }
     for name in ("two", "killed"):
         found = files(root / name)
-        figures[f"files_that_differ_{name}"] = sum(whole.get(path) != found.get(path) for path in whole | found)
+        figures[f"files_that_differ_{name}"] = sum(
+            whole.get(path) != found.get(path) for path in whole | found
+        )
     one, other = (pixels(root / name).astype(int) for name in ("whole", "other"))
-    figures |= {"batch_sizes": [options.batch_size, options.other_batch_size],
-                "pixels_that_differ": float(np.mean(one != other)), "largest_difference": int(abs(one - other).max()),
-                "images_that_differ": float(np.mean((one != other).reshape(len(one), -1).any(1)))}
+    figures |= {
+        "batch_sizes": [options.batch_size, options.other_batch_size],
+        "pixels_that_differ": float(np.mean(one != other)),
+        "largest_difference": int(abs(one - other).max()),
+        "images_that_differ": float(np.mean((one != other).reshape(len(one), -1).any(1))),
+    }
     return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="fashion-mnist")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--num-inference-steps", type=int, default=5)
     parser.add_argument("--scheduler", help="default: the model's own")
-    parser.add_argument("--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder")
+    parser.add_argument(
+        "--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--other-batch-size", type=int, default=7)
     parser.add_argument("--shard-size", type=int, default=64)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work-dir", type=Path, help="a new folder that keeps the images; a temporary one if left out")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="a new folder that keeps the images; a temporary one if left out",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     if options.work_dir and options.work_dir.exists():
@@ -161,7 +219,11 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n")
-    wrong = figures["files_that_differ_two"] or figures["files_that_differ_killed"] or figures["largest_difference"] > 1
+    wrong = (
+        figures["files_that_differ_two"]
+        or figures["files_that_differ_killed"]
+        or figures["largest_difference"] > 1
+    )
     sys.exit(int(bool(wrong)))
 
 

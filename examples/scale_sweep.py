@@ -1,7 +1,7 @@
 """The same noise at growing guidance scales: one row a scale, from varied to sharp.
 
-    python examples/scale_sweep.py
-    python examples/scale_sweep.py --label coat --scales 0 1 3 10 --classifier-free --output coats.png
+python examples/scale_sweep.py
+python examples/scale_sweep.py --label coat --scales 0 1 3 10 --classifier-free --output coats.png
 """
 
 import argparse
@@ -12,10 +12,16 @@ from guided_diffusers.sampling import grid, sample, save_image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--label", default="sneaker")
     parser.add_argument("--scales", type=float, nargs="+", default=[0, 0.5, 1, 2, 5, 10])
-    parser.add_argument("--classifier-free", action="store_true", help="the network steers itself, without classifier")
+    parser.add_argument(
+        "--classifier-free",
+        action="store_true",
+        help="the network steers itself, without classifier",
+    )
     parser.add_argument("--images", type=int, default=8, help="a row (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -25,10 +31,19 @@ def main() -> None:
     pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
     pictures = []
     for scale in options.scales:
-        how = {"guidance_scale": 0, "classifier_free_scale": scale} if options.classifier_free else {
-            "guidance_scale": scale, "guidance_start": 0.0, "conditional": False}
-        for _, images in sample(pipeline, [options.label], options.seed, indices=range(options.images),
-                                num_inference_steps=options.num_inference_steps, **how):
+        how = (
+            {"guidance_scale": 0, "classifier_free_scale": scale}
+            if options.classifier_free
+            else {"guidance_scale": scale, "guidance_start": 0.0, "conditional": False}
+        )
+        for _, images in sample(
+            pipeline,
+            [options.label],
+            options.seed,
+            indices=range(options.images),
+            num_inference_steps=options.num_inference_steps,
+            **how,
+        ):
             pictures += images
     save_image(grid(pictures, [f"{scale:g}" for scale in options.scales]), options.output)
     print(f"{options.output}: {options.label} at the scales {options.scales}, a row each")

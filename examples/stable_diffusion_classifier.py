@@ -19,14 +19,22 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id"
+    )
     parser.add_argument("--classifier", default="microsoft/resnet-50", help="folder or Hub id")
     parser.add_argument("--prompt", default="a photo of a dog on a meadow")
-    parser.add_argument("--label", default="golden retriever", help="one of the classifier's names, or an id")
+    parser.add_argument(
+        "--label", default="golden retriever", help="one of the classifier's names, or an id"
+    )
     parser.add_argument("--scale", type=float, default=20.0, help="of the classifier; 0 is off")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the prompt; 1 is off")
-    parser.add_argument("--start", type=float, default=0.2, help="the first predicted images are blurs, 0 to 1")
+    parser.add_argument(
+        "--start", type=float, default=0.2, help="the first predicted images are blurs, 0 to 1"
+    )
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -36,15 +44,26 @@ def main() -> None:
 
     pipeline = StableDiffusionPipeline.from_pretrained(options.model).to(options.device)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    classifier = AutoModelForImageClassification.from_pretrained(options.classifier).to(options.device)
+    classifier = AutoModelForImageClassification.from_pretrained(options.classifier).to(
+        options.device
+    )
     label = int(options.label) if options.label.isdigit() else options.label
-    term = ImageClassifierGuidance(classifier, label, options.scale, options.start,
-                                   processor=AutoImageProcessor.from_pretrained(options.classifier))
+    term = ImageClassifierGuidance(
+        classifier,
+        label,
+        options.scale,
+        options.start,
+        processor=AutoImageProcessor.from_pretrained(options.classifier),
+    )
 
     def sample() -> list:
-        return pipeline(options.prompt, num_images_per_prompt=options.images, guidance_scale=options.guidance_scale,
-                        generator=[image_generator(options.seed, i) for i in range(options.images)],
-                        num_inference_steps=options.num_inference_steps).images
+        return pipeline(
+            options.prompt,
+            num_images_per_prompt=options.images,
+            guidance_scale=options.guidance_scale,
+            generator=[image_generator(options.seed, i) for i in range(options.images)],
+            num_inference_steps=options.num_inference_steps,
+        ).images
 
     unguided = sample()
     with guide(pipeline, term):

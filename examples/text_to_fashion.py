@@ -1,7 +1,7 @@
 """Text to fashion: a network that knows no words follows a caption, by a CLIP that understands noise (GLIDE's way).
 
-    python examples/text_to_fashion.py
-    python examples/text_to_fashion.py --prompts "the image shows a frock" "a grey image of trainers" --scale 8
+python examples/text_to_fashion.py
+python examples/text_to_fashion.py --prompts "the image shows a frock" "a grey image of trainers" --scale 8
 """
 
 import argparse
@@ -13,11 +13,24 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", nargs="+", default=[
-        "the shop shows a small picture of a gown", "this is a bootie", "a handbag on a black background"],
-        help="in the words of training/configs/fashion_mnist_captions.json; another CLIP knows others")
-    parser.add_argument("--clip", default=folder("fashion-mnist") / "clip", help="a NoiseAwareCLIP, folder or Hub id")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=[
+            "the shop shows a small picture of a gown",
+            "this is a bootie",
+            "a handbag on a black background",
+        ],
+        help="in the words of training/configs/fashion_mnist_captions.json; another CLIP knows others",
+    )
+    parser.add_argument(
+        "--clip",
+        default=folder("fashion-mnist") / "clip",
+        help="a NoiseAwareCLIP, folder or Hub id",
+    )
     parser.add_argument("--scale", type=float, default=5.0)
     parser.add_argument("--images", type=int, default=8, help="a prompt (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=30)
@@ -29,9 +42,13 @@ def main() -> None:
     clip = NoiseAwareCLIP.from_pretrained(options.clip)
     prompts = [prompt for prompt in options.prompts for _ in range(options.images)]
     towards = NoiseAwareCLIPGuidance(clip, prompts, options.scale)
-    pictures = pipeline(num_images_per_label=len(prompts), guidance=towards, conditional=False,
-                        num_inference_steps=options.num_inference_steps,
-                        generator=[image_generator(options.seed, i) for i in range(len(prompts))]).images
+    pictures = pipeline(
+        num_images_per_label=len(prompts),
+        guidance=towards,
+        conditional=False,
+        num_inference_steps=options.num_inference_steps,
+        generator=[image_generator(options.seed, i) for i in range(len(prompts))],
+    ).images
     save_image(grid(pictures, options.prompts), options.output)
     print(f"{options.output}: {options.prompts}, a row each")
 

@@ -20,9 +20,18 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 def train_regressor(images: torch.Tensor, steps: int) -> NoiseAwareClassifier:
     """x_t -> the mean pixel value of x0, for images (N, 1, H, W) in [-1, 1]."""
     torch.manual_seed(0)
-    model = NoiseAwareClassifier(images.shape[-1], 1, num_labels=1, problem_type="regression", pool="adaptive",
-                                 block_out_channels=(16, 32), down_block_types=("ResnetDownsampleBlock2D",) * 2,
-                                 layers_per_block=1, norm_num_groups=8, attention_head_dim=16)
+    model = NoiseAwareClassifier(
+        images.shape[-1],
+        1,
+        num_labels=1,
+        problem_type="regression",
+        pool="adaptive",
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+    )
     schedule, optimizer = DDPMScheduler(), torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(steps):
         x0, t = images[torch.randint(len(images), (64,))], torch.randint(1000, (64,))
@@ -34,10 +43,16 @@ def train_regressor(images: torch.Tensor, steps: int) -> NoiseAwareClassifier:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--label", default="pullover")
-    parser.add_argument("--brightness", type=float, nargs="+", default=[-0.7, -0.45, -0.2], help="means, in [-1, 1]")
-    parser.add_argument("--std", type=float, default=0.05, help="how far it may be off (default: %(default)s)")
+    parser.add_argument(
+        "--brightness", type=float, nargs="+", default=[-0.7, -0.45, -0.2], help="means, in [-1, 1]"
+    )
+    parser.add_argument(
+        "--std", type=float, default=0.05, help="how far it may be off (default: %(default)s)"
+    )
     parser.add_argument("--images", type=int, default=8, help="a row (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--training-images", type=int, default=256)
@@ -46,19 +61,33 @@ def main() -> None:
     options = parser.parse_args()
 
     pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
-    own = pipeline(list(range(10)), num_images_per_label=-(-options.training_images // 10), guidance_scale=0,
-                   num_inference_steps=15, output_type="latent", generator=image_generator(0, 0)).images.clamp(-1, 1)
+    own = pipeline(
+        list(range(10)),
+        num_images_per_label=-(-options.training_images // 10),
+        guidance_scale=0,
+        num_inference_steps=15,
+        output_type="latent",
+        generator=image_generator(0, 0),
+    ).images.clamp(-1, 1)
     regressor = train_regressor(own, options.training_steps)
     pictures = []
     for brightness in options.brightness:
         bright = ClassifierGuidance(regressor, target=brightness, std=options.std)
-        images = pipeline([options.label] * options.images, num_inference_steps=options.num_inference_steps,
-                          guidance=bright, generator=[image_generator(1, i) for i in range(options.images)],
-                          output_type="latent").images.clamp(-1, 1)
-        print(f"asked for {brightness:+.2f}: mean {images.mean():+.2f}, of single images "
-              f"{[round(one.mean().item(), 2) for one in images]}")
+        images = pipeline(
+            [options.label] * options.images,
+            num_inference_steps=options.num_inference_steps,
+            guidance=bright,
+            generator=[image_generator(1, i) for i in range(options.images)],
+            output_type="latent",
+        ).images.clamp(-1, 1)
+        print(
+            f"asked for {brightness:+.2f}: mean {images.mean():+.2f}, of single images "
+            f"{[round(one.mean().item(), 2) for one in images]}"
+        )
         pictures += pipeline.numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).numpy())
-    save_image(grid(pictures, [f"{brightness:+.1f}" for brightness in options.brightness]), options.output)
+    save_image(
+        grid(pictures, [f"{brightness:+.1f}" for brightness in options.brightness]), options.output
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small: more threads only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests' tensors are small: more threads only wait for each other
 
 import numpy as np
 import pytest
@@ -37,7 +39,9 @@ class Mixture:
         distance = (x.double()[:, None] - alpha * self.means).flatten(2).square().sum(-1)
         return self.prior.log() - distance / (2 * variance)
 
-    def denoised(self, x: torch.Tensor, alpha: float, sigma: float, label: int | None) -> torch.Tensor:
+    def denoised(
+        self, x: torch.Tensor, alpha: float, sigma: float, label: int | None
+    ) -> torch.Tensor:
         """E[x0 | x, label], or without a label E[x0 | x]."""
         x = x.double()
         gain = alpha * self.std**2 / ((alpha * self.std) ** 2 + sigma**2)
@@ -55,7 +59,11 @@ class Clock:
         self.kind = kind
         if kind == "ddpm":
             betas = {"beta_start": 1e-4, "beta_end": 0.02, **betas}
-            abar = torch.cumprod(1 - DDPMScheduler(**betas).betas.double(), 0) if abar is None else abar.double()
+            abar = (
+                torch.cumprod(1 - DDPMScheduler(**betas).betas.double(), 0)
+                if abar is None
+                else abar.double()
+            )
             abar = abar.clamp(min=2.0**-48).numpy()
             self.log_ratio = 0.5 * np.log((1 - abar) / abar)
 
@@ -80,7 +88,9 @@ class Clock:
             case "ipndm":
                 return max(np.cos(t * np.pi / 2), 2.0**-24), np.sin(t * np.pi / 2)
             case "wuerstchen":
-                abar = (np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
+                abar = (
+                    np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)
+                ) ** 2
                 abar = np.clip(abar, 1e-4, 0.9999)
                 return np.sqrt(abar), np.sqrt(1 - abar)
             case "ve":  # the network is told sigma itself
@@ -94,13 +104,21 @@ class OracleUNet(torch.nn.Module):
     `sigma_data`: its input is x_t / sqrt(sigma^2 + sigma_data^2), as EDM's.
     """
 
-    def __init__(self, mixture: Mixture, prediction: str, clock: Clock, label: int | None = None,
-                 sigma_data: float | None = None):
+    def __init__(
+        self,
+        mixture: Mixture,
+        prediction: str,
+        clock: Clock,
+        label: int | None = None,
+        sigma_data: float | None = None,
+    ):
         super().__init__()
         self.mixture, self.prediction, self.clock, self.label = mixture, prediction, clock, label
         self.sigma_data = sigma_data
         self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.config = SimpleNamespace(sample_size=SHAPE[1:], in_channels=SHAPE[0], out_channels=SHAPE[0])
+        self.config = SimpleNamespace(
+            sample_size=SHAPE[1:], in_channels=SHAPE[0], out_channels=SHAPE[0]
+        )
         self.calls = 0
 
     def forward(self, sample: torch.Tensor, t: Any, return_dict: bool = True) -> Any:
@@ -110,7 +128,12 @@ class OracleUNet(torch.nn.Module):
         if self.sigma_data is not None:
             x = x * np.hypot(sigma, self.sigma_data)
         x0 = self.mixture.denoised(x, alpha, sigma, self.label)
-        a, b = affine(self.prediction, alpha, sigma, **({"sigma_data": self.sigma_data} if self.sigma_data else {}))
+        a, b = affine(
+            self.prediction,
+            alpha,
+            sigma,
+            **({"sigma_data": self.sigma_data} if self.sigma_data else {}),
+        )
         output = ((x0 - a * x) / b).to(sample.dtype)
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
@@ -118,11 +141,22 @@ class OracleUNet(torch.nn.Module):
 class OracleClassifier(torch.nn.Module):
     """The exact classifier: log p(k) p(z | k) at the (fractional) timestep of its own schedule."""
 
-    def __init__(self, mixture: Mixture, num_labels: int = 2, names: dict[int, str] | None = None, **betas: Any):
+    def __init__(
+        self,
+        mixture: Mixture,
+        num_labels: int = 2,
+        names: dict[int, str] | None = None,
+        **betas: Any,
+    ):
         super().__init__()
         self.mixture, self.clock, self.calls = mixture, Clock("ddpm", **betas), 0
-        self.config = {"num_train_timesteps": 1000, "beta_schedule": "linear", **betas, "num_labels": num_labels,
-                       "id2label": names}
+        self.config = {
+            "num_train_timesteps": 1000,
+            "beta_schedule": "linear",
+            **betas,
+            "num_labels": num_labels,
+            "id2label": names,
+        }
         self.seen: list[float] = []
 
     def forward(self, sample: torch.Tensor, timestep: float) -> Any:

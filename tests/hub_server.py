@@ -36,9 +36,16 @@ class Hub(ThreadingHTTPServer):
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """What a client's process needs; its cache is in `home`."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
-                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
-                "HF_TOKEN": token or ""}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": token or "",
+        }
 
     def commit(self, repo: str, branch: str, files: dict[str, bytes]) -> str:
         sha = hashlib.sha1(repr((repo, len(self.files), sorted(files))).encode()).hexdigest()
@@ -65,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, content: object = b"", status: int = 200, sent: int | None = None, **headers: object) -> None:
+    def answer(
+        self, content: object = b"", status: int = 200, sent: int | None = None, **headers: object
+    ) -> None:
         """`sent`: so many bytes, then the connection ends; None: all."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
@@ -81,21 +90,37 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         path, hub = unquote(urlsplit(self.path).path), self.server
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else b""
+        body = (
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == "POST"
+            else b""
+        )
         asked = f"{self.command} {path}"
-        match, method = next(((match, method) for pattern, method in ROUTES if (match := re.fullmatch(pattern, asked))),
-                             (None, None))
+        match, method = next(
+            (
+                (match, method)
+                for pattern, method in ROUTES
+                if (match := re.fullmatch(pattern, asked))
+            ),
+            (None, None),
+        )
         if match is None:
             return self.refuse(404, "EntryNotFound")
         found = {"body": body, **match.groupdict()}
         reads = self.command in ("GET", "HEAD") and found.get("repo") not in hub.private
-        if not reads and self.command != "PUT" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if (
+            not reads
+            and self.command != "PUT"
+            and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             return self.refuse(401, "RepoNotFound" if "repo" in found else "Unauthorized")
         if "repo" in found:
             if found["repo"] not in hub.heads:
                 return self.refuse(401, "RepoNotFound")
             revision = found.setdefault("revision", None) or "main"
-            found["revision"] = sha = revision if revision in hub.files else hub.heads[found["repo"]].get(revision)
+            found["revision"] = sha = (
+                revision if revision in hub.files else hub.heads[found["repo"]].get(revision)
+            )
             found["branch"] = found.get("branch", revision)
             if sha is None:
                 return self.refuse(404, "RevisionNotFound")
@@ -120,12 +145,28 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def info(self, body: bytes, repo: str, branch: str, revision: str) -> None:
-        self.answer({"id": repo, "sha": revision, "private": repo in self.server.private, "tags": [],
-                     "siblings": [{"rfilename": path} for path in self.server.files[revision]]})
+        self.answer(
+            {
+                "id": repo,
+                "sha": revision,
+                "private": repo in self.server.private,
+                "tags": [],
+                "siblings": [{"rfilename": path} for path in self.server.files[revision]],
+            }
+        )
 
     def tree(self, body: bytes, repo: str, branch: str, revision: str) -> None:
-        self.answer([{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                     for path, content in self.server.files[revision].items()])
+        self.answer(
+            [
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": hashlib.sha1(content).hexdigest(),
+                }
+                for path, content in self.server.files[revision].items()
+            ]
+        )
 
     def resolve(self, body: bytes, repo: str, branch: str, revision: str, path: str) -> None:
         if (content := self.server.files[revision].get(path)) is None:
@@ -135,11 +176,22 @@ class Handler(BaseHTTPRequestHandler):
             self.server.ranges.append(asked)
             start = int(asked.removeprefix("bytes=").partition("-")[0])
             partial = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        if self.command == "GET" and self.server.fault in ("download", "always") and path.endswith("safetensors"):
+        if (
+            self.command == "GET"
+            and self.server.fault in ("download", "always")
+            and path.endswith("safetensors")
+        ):
             self.server.fault = None if self.server.fault == "download" else "always"
             sent = (len(content) - start) // 2
-        self.answer(content[start:], 206 if asked else 200, sent, ETag=f'"{hashlib.sha256(content).hexdigest()}"',
-                    X_Repo_Commit=revision, Accept_Ranges="bytes", **partial)
+        self.answer(
+            content[start:],
+            206 if asked else 200,
+            sent,
+            ETag=f'"{hashlib.sha256(content).hexdigest()}"',
+            X_Repo_Commit=revision,
+            Accept_Ranges="bytes",
+            **partial,
+        )
 
     def break_next(self, body: bytes, name: str) -> None:
         self.server.fault = name if name != "none" else None
@@ -149,15 +201,31 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, branch: str, revision: str) -> None:
-        self.answer({"files": [
-            {"path": file["path"], "shouldIgnore": False,
-             "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"}
-            for file in json.loads(body)["files"]]})
+        self.answer(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "shouldIgnore": False,
+                        "uploadMode": "lfs"
+                        if file["path"].endswith((".safetensors", ".png"))
+                        else "regular",
+                    }
+                    for file in json.loads(body)["files"]
+                ]
+            }
+        )
 
     def batch(self, body: bytes, repo: str, branch: str, revision: str) -> None:
-        self.answer({"transfer": "basic", "objects": [
-            {**one, "actions": {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}}
-            for one in json.loads(body)["objects"]]})
+        self.answer(
+            {
+                "transfer": "basic",
+                "objects": [
+                    {**one, "actions": {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}}
+                    for one in json.loads(body)["objects"]
+                ],
+            }
+        )
 
     def put(self, body: bytes, oid: str) -> None:
         size = int(self.headers["Content-Length"])
@@ -172,7 +240,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fault == "commit":
             return self.refuse(400, "BadRequest")
         files = dict(self.server.files[revision])
-        for key, value in ((one["key"], one["value"]) for one in map(json.loads, body.splitlines())):
+        for key, value in (
+            (one["key"], one["value"]) for one in map(json.loads, body.splitlines())
+        ):
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
@@ -180,7 +250,13 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 del files[value["path"]]
         sha = self.server.commit(repo, branch, files)
-        self.answer({"commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "commitOid": sha, "pullRequestUrl": None})
+        self.answer(
+            {
+                "commitUrl": f"{self.server.url}/{repo}/commit/{sha}",
+                "commitOid": sha,
+                "pullRequestUrl": None,
+            }
+        )
 
 
 ROUTES = [

@@ -70,45 +70,92 @@ def lively(model: torch.nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
-def conditional_unet(channels: int = 4, out: int | None = None, **changes: Any) -> UNet2DConditionModel:
+def conditional_unet(
+    channels: int = 4, out: int | None = None, **changes: Any
+) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return lively(UNet2DConditionModel(**{
-        "sample_size": 8, "in_channels": channels, "out_channels": out or channels, "cross_attention_dim": WIDTH,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 2,
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **BLOCKS, **changes}))
+    return lively(
+        UNet2DConditionModel(
+            **{
+                "sample_size": 8,
+                "in_channels": channels,
+                "out_channels": out or channels,
+                "cross_attention_dim": WIDTH,
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "attention_head_dim": 2,
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                **BLOCKS,
+                **changes,
+            }
+        )
+    )
 
 
 def plain_unet(channels: int) -> UNet2DModel:
     torch.manual_seed(0)
-    return lively(UNet2DModel(sample_size=8, in_channels=channels, out_channels=channels,
-                              down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **BLOCKS))
+    return lively(
+        UNet2DModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            **BLOCKS,
+        )
+    )
 
 
 def vae(**changes: Any) -> AutoencoderKL:
     torch.manual_seed(1)
-    return AutoencoderKL(**{"latent_channels": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                            "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 16, **BLOCKS, **changes}).eval()
+    return AutoencoderKL(
+        **{
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "sample_size": 16,
+            **BLOCKS,
+            **changes,
+        }
+    ).eval()
 
 
 @cache
 def tokenizer() -> CLIPTokenizer:
     folder = Path(mkdtemp())
-    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz",
-             *(letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
 
 
 def text_config(**changes: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(**{"vocab_size": 60, "hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 1,
-                             "num_attention_heads": 2, "projection_dim": WIDTH, "bos_token_id": 0, "eos_token_id": 1,
-                             **changes})
+    return CLIPTextConfig(
+        **{
+            "vocab_size": 60,
+            "hidden_size": WIDTH,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": WIDTH,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **changes,
+        }
+    )
 
 
 def embeds(count: int = 2) -> dict[str, Any]:
-    return {"prompt_embeds": normal(count, TOKENS, WIDTH, seed=1),
-            "negative_prompt_embeds": normal(count, TOKENS, WIDTH, seed=2)}
+    return {
+        "prompt_embeds": normal(count, TOKENS, WIDTH, seed=1),
+        "negative_prompt_embeds": normal(count, TOKENS, WIDTH, seed=2),
+    }
 
 
 def quiet(pipeline: Any) -> Any:
@@ -116,15 +163,36 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def stable_diffusion(cls: type = diffusers.StableDiffusionPipeline, scheduler: Any = None, unet: Any = None,
-                     **components: Any) -> Any:
+def stable_diffusion(
+    cls: type = diffusers.StableDiffusionPipeline,
+    scheduler: Any = None,
+    unet: Any = None,
+    **components: Any,
+) -> Any:
     scheduler = scheduler or PNDMScheduler(skip_prk_steps=True, **SD)
-    return quiet(cls(vae=vae(), text_encoder=None, tokenizer=None, unet=unet or conditional_unet(), scheduler=scheduler,
-                     safety_checker=None, feature_extractor=None, requires_safety_checker=False, **components))
+    return quiet(
+        cls(
+            vae=vae(),
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet or conditional_unet(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **components,
+        )
+    )
 
 
 def sd_call(**changes: Any) -> dict[str, Any]:
-    return {**embeds(), "output_type": "latent", "guidance_scale": 5.0, "num_inference_steps": 3, **changes}
+    return {
+        **embeds(),
+        "output_type": "latent",
+        "guidance_scale": 5.0,
+        "num_inference_steps": 3,
+        **changes,
+    }
 
 
 def pictures(size: int, count: int = 2) -> torch.Tensor:
@@ -132,27 +200,63 @@ def pictures(size: int, count: int = 2) -> torch.Tensor:
 
 
 def sdxl() -> Any:
-    unet = conditional_unet(addition_embed_type="text_time", addition_time_embed_dim=4,
-                            projection_class_embeddings_input_dim=6 * 4 + WIDTH)
-    return quiet(diffusers.StableDiffusionXLPipeline(
-        vae=vae(scaling_factor=0.13025), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=EulerDiscreteScheduler(**SD), add_watermarker=False))
+    unet = conditional_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+    )
+    return quiet(
+        diffusers.StableDiffusionXLPipeline(
+            vae=vae(scaling_factor=0.13025),
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**SD),
+            add_watermarker=False,
+        )
+    )
 
 
 def sdxl_call(**changes: Any) -> dict[str, Any]:
-    return sd_call(pooled_prompt_embeds=normal(2, WIDTH, seed=5), height=16, width=16,
-                   negative_pooled_prompt_embeds=normal(2, WIDTH, seed=6), **changes)
+    return sd_call(
+        pooled_prompt_embeds=normal(2, WIDTH, seed=5),
+        height=16,
+        width=16,
+        negative_pooled_prompt_embeds=normal(2, WIDTH, seed=6),
+        **changes,
+    )
 
 
 def sd3() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4,
-        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=8, pooled_projection_dim=WIDTH,
-        pos_embed_max_size=8)
-    return quiet(diffusers.StableDiffusion3Pipeline(
-        lively(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), vae(shift_factor=0.06, scaling_factor=1.5),
-        None, None, None, None, None, None))
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=8,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=8,
+    )
+    return quiet(
+        diffusers.StableDiffusion3Pipeline(
+            lively(transformer),
+            FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae(shift_factor=0.06, scaling_factor=1.5),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+    )
 
 
 def sd3_call(**changes: Any) -> dict[str, Any]:
@@ -162,157 +266,341 @@ def sd3_call(**changes: Any) -> dict[str, Any]:
 def flux() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(2, 2, 4))
-    return quiet(diffusers.FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae(shift_factor=0.0), None, None, None,
-                                        None, lively(transformer)))
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return quiet(
+        diffusers.FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(),
+            vae(shift_factor=0.0),
+            None,
+            None,
+            None,
+            None,
+            lively(transformer),
+        )
+    )
 
 
 def flux_call(**changes: Any) -> dict[str, Any]:
-    return {"prompt_embeds": normal(2, TOKENS, WIDTH), "pooled_prompt_embeds": normal(2, WIDTH), "height": 16,
-            "width": 16, "num_inference_steps": 3, "output_type": "latent", **changes}
+    return {
+        "prompt_embeds": normal(2, TOKENS, WIDTH),
+        "pooled_prompt_embeds": normal(2, WIDTH),
+        "height": 16,
+        "width": 16,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        **changes,
+    }
 
 
 def dit(scheduler: Any = None) -> Any:
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=4,
-        sample_size=8)
-    return quiet(diffusers.DiTPipeline(lively(transformer), vae(), scheduler or DDIMScheduler(clip_sample=False)))
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    return quiet(
+        diffusers.DiTPipeline(
+            lively(transformer), vae(), scheduler or DDIMScheduler(clip_sample=False)
+        )
+    )
 
 
 def pixart(cls: type) -> Any:
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4,
-        cross_attention_dim=8, sample_size=8, caption_channels=WIDTH, use_additional_conditions=False)
-    return quiet(cls(tokenizer=None, text_encoder=None, vae=vae(), transformer=lively(transformer),
-                     scheduler=diffusers.DPMSolverMultistepScheduler()))
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        sample_size=8,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+    )
+    return quiet(
+        cls(
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae(),
+            transformer=lively(transformer),
+            scheduler=diffusers.DPMSolverMultistepScheduler(),
+        )
+    )
 
 
 def pixart_call(**changes: Any) -> dict[str, Any]:
     mask = torch.ones(2, TOKENS)
-    return sd_call(prompt_attention_mask=mask, negative_prompt_attention_mask=mask, negative_prompt=None,
-                   use_resolution_binning=False, height=16, width=16, **changes)
+    return sd_call(
+        prompt_attention_mask=mask,
+        negative_prompt_attention_mask=mask,
+        negative_prompt=None,
+        use_resolution_binning=False,
+        height=16,
+        width=16,
+        **changes,
+    )
 
 
-IF_SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.95,
-                "sample_max_value": 1.5, "variance_type": "learned_range"}
+IF_SCHEDULER = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "variance_type": "learned_range",
+}
 
 
 def deepfloyd() -> Any:
-    return quiet(diffusers.IFPipeline(None, None, conditional_unet(3, 6), DDPMScheduler(**IF_SCHEDULER), None, None,
-                                      None, requires_safety_checker=False))
+    return quiet(
+        diffusers.IFPipeline(
+            None,
+            None,
+            conditional_unet(3, 6),
+            DDPMScheduler(**IF_SCHEDULER),
+            None,
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+    )
 
 
 def deepfloyd_superresolution() -> Any:
     unet = conditional_unet(6, 6, class_embed_type="timestep")
-    return quiet(diffusers.IFSuperResolutionPipeline(None, None, unet, DDPMScheduler(**IF_SCHEDULER), DDPMScheduler(),
-                                                     None, None, None, requires_safety_checker=False))
+    return quiet(
+        diffusers.IFSuperResolutionPipeline(
+            None,
+            None,
+            unet,
+            DDPMScheduler(**IF_SCHEDULER),
+            DDPMScheduler(),
+            None,
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+    )
 
 
 def kandinsky() -> Any:
     unet = conditional_unet(
-        4, 8, addition_embed_type="image", encoder_hid_dim_type="image_proj", encoder_hid_dim=WIDTH,
-        cross_attention_dim=WIDTH, resnet_time_scale_shift="scale_shift",
+        4,
+        8,
+        addition_embed_type="image",
+        encoder_hid_dim_type="image_proj",
+        encoder_hid_dim=WIDTH,
+        cross_attention_dim=WIDTH,
+        resnet_time_scale_shift="scale_shift",
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn")
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )
     torch.manual_seed(2)
-    movq = VQModel(latent_channels=4, num_vq_embeddings=12, vq_embed_dim=4, norm_type="spatial",
-                   down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  block_out_channels=(32, 32))
-    scheduler = DDPMScheduler(variance_type="learned_range", beta_schedule="linear", clip_sample=True)
+    movq = VQModel(
+        latent_channels=4,
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+        norm_type="spatial",
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+    )
+    scheduler = DDPMScheduler(
+        variance_type="learned_range", beta_schedule="linear", clip_sample=True
+    )
     return quiet(diffusers.KandinskyV22Pipeline(unet, scheduler, movq.eval()))
 
 
 def kandinsky_call(**changes: Any) -> dict[str, Any]:
-    return {"image_embeds": normal(2, WIDTH, seed=1), "negative_image_embeds": normal(2, WIDTH, seed=2), "height": 16,
-            "width": 16, "guidance_scale": 4.0, "num_inference_steps": 3, "output_type": "latent", **changes}
+    return {
+        "image_embeds": normal(2, WIDTH, seed=1),
+        "negative_image_embeds": normal(2, WIDTH, seed=2),
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 4.0,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        **changes,
+    }
 
 
 def kandinsky_prior() -> Any:
     torch.manual_seed(0)
-    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=WIDTH)
-    vision = CLIPVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                              image_size=8, patch_size=4, projection_dim=WIDTH)
-    scheduler = diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample=True,
-                                          num_train_timesteps=1000, clip_sample_range=5.0)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=WIDTH
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=WIDTH,
+    )
+    scheduler = diffusers.UnCLIPScheduler(
+        variance_type="fixed_small_log",
+        prediction_type="sample",
+        clip_sample=True,
+        num_train_timesteps=1000,
+        clip_sample_range=5.0,
+    )
     image_processor = diffusers.image_processor.VaeImageProcessor()
     image_processor.crop_size = {"height": 8}
-    return quiet(diffusers.KandinskyV22PriorPipeline(
-        lively(prior), CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text_config()).eval(),
-        tokenizer(), scheduler, image_processor))
+    return quiet(
+        diffusers.KandinskyV22PriorPipeline(
+            lively(prior),
+            CLIPVisionModelWithProjection(vision),
+            CLIPTextModelWithProjection(text_config()).eval(),
+            tokenizer(),
+            scheduler,
+            image_processor,
+        )
+    )
 
 
 def ldm() -> Any:
-    return quiet(diffusers.LDMPipeline(vqvae=VQModel(latent_channels=3, norm_num_groups=4, block_out_channels=(8,)),
-                                       unet=plain_unet(3), scheduler=DDIMScheduler(clip_sample=False, **SD)))
+    return quiet(
+        diffusers.LDMPipeline(
+            vqvae=VQModel(latent_channels=3, norm_num_groups=4, block_out_channels=(8,)),
+            unet=plain_unet(3),
+            scheduler=DDIMScheduler(clip_sample=False, **SD),
+        )
+    )
 
 
 def ldm_text() -> Any:
     torch.manual_seed(0)
-    return quiet(diffusers.LDMTextToImagePipeline(
-        vqvae=vae(), bert=CLIPTextModel(text_config()).eval(), tokenizer=tokenizer(), unet=conditional_unet(),
-        scheduler=DDIMScheduler(clip_sample=False, **SD)))
+    return quiet(
+        diffusers.LDMTextToImagePipeline(
+            vqvae=vae(),
+            bert=CLIPTextModel(text_config()).eval(),
+            tokenizer=tokenizer(),
+            unet=conditional_unet(),
+            scheduler=DDIMScheduler(clip_sample=False, **SD),
+        )
+    )
 
 
 def controlnet() -> Any:
     unet = conditional_unet()
     torch.manual_seed(3)
-    control = lively(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)), seed=3)
-    return stable_diffusion(diffusers.StableDiffusionControlNetPipeline, unet=unet, controlnet=control)
+    control = lively(
+        ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)), seed=3
+    )
+    return stable_diffusion(
+        diffusers.StableDiffusionControlNetPipeline, unet=unet, controlnet=control
+    )
 
 
 def inpaint(channels: int) -> tuple[Any, dict[str, Any]]:
-    pipeline = stable_diffusion(diffusers.StableDiffusionInpaintPipeline, DDIMScheduler(clip_sample=False, **SD),
-                                conditional_unet(channels, 4))
+    pipeline = stable_diffusion(
+        diffusers.StableDiffusionInpaintPipeline,
+        DDIMScheduler(clip_sample=False, **SD),
+        conditional_unet(channels, 4),
+    )
     mask = torch.zeros(2, 1, 16, 16)
     mask[..., :8] = 1
     return pipeline, sd_call(image=pictures(16), mask_image=mask, height=16, width=16)
 
 
 PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    "DDPM": lambda: (quiet(diffusers.DDPMPipeline(plain_unet(3), DDPMScheduler(clip_sample=False))),
-                     {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}),
-    "DDIM": lambda: (quiet(diffusers.DDIMPipeline(plain_unet(3), DDIMScheduler())),
-                     {"batch_size": 2, "num_inference_steps": 3, "eta": 0.5, "output_type": "np"}),
+    "DDPM": lambda: (
+        quiet(diffusers.DDPMPipeline(plain_unet(3), DDPMScheduler(clip_sample=False))),
+        {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"},
+    ),
+    "DDIM": lambda: (
+        quiet(diffusers.DDIMPipeline(plain_unet(3), DDIMScheduler())),
+        {"batch_size": 2, "num_inference_steps": 3, "eta": 0.5, "output_type": "np"},
+    ),
     "LDM": lambda: (ldm(), {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}),
-    "LDM text": lambda: (ldm_text(), {"prompt": ["a cat", "dogs"], "num_inference_steps": 3, "output_type": "np",
-                                      "guidance_scale": 3.0, "height": 64, "width": 64}),
+    "LDM text": lambda: (
+        ldm_text(),
+        {
+            "prompt": ["a cat", "dogs"],
+            "num_inference_steps": 3,
+            "output_type": "np",
+            "guidance_scale": 3.0,
+            "height": 64,
+            "width": 64,
+        },
+    ),
     "SD": lambda: (stable_diffusion(), sd_call()),
     "SD without": lambda: (stable_diffusion(), sd_call(guidance_scale=1.0)),
-    "SD 2 Euler v": lambda: (stable_diffusion(scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", **SD)),
-                             sd_call()),
-    "SD Heun": lambda: (stable_diffusion(scheduler=diffusers.HeunDiscreteScheduler(**SD)), sd_call()),
+    "SD 2 Euler v": lambda: (
+        stable_diffusion(scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", **SD)),
+        sd_call(),
+    ),
+    "SD Heun": lambda: (
+        stable_diffusion(scheduler=diffusers.HeunDiscreteScheduler(**SD)),
+        sd_call(),
+    ),
     "SDXL": lambda: (sdxl(), sdxl_call()),
-    "SDXL img2img": lambda: (quiet(diffusers.StableDiffusionXLImg2ImgPipeline(**sdxl().components,
-                                                                              add_watermarker=False)),
-                             {k: v for k, v in sdxl_call(image=pictures(16), strength=0.7).items()
-                              if k not in ("height", "width")}),
+    "SDXL img2img": lambda: (
+        quiet(
+            diffusers.StableDiffusionXLImg2ImgPipeline(**sdxl().components, add_watermarker=False)
+        ),
+        {
+            k: v
+            for k, v in sdxl_call(image=pictures(16), strength=0.7).items()
+            if k not in ("height", "width")
+        },
+    ),
     "SD 3": lambda: (sd3(), sd3_call()),
     "Flux": lambda: (flux(), flux_call()),
     "DiT": lambda: (dit(), {"class_labels": [3, 5], "num_inference_steps": 3, "output_type": "np"}),
-    "DiT without": lambda: (dit(DDPMScheduler(clip_sample=False)),
-                            {"class_labels": [3, 5], "guidance_scale": 1.0, "num_inference_steps": 3,
-                             "output_type": "np"}),
+    "DiT without": lambda: (
+        dit(DDPMScheduler(clip_sample=False)),
+        {
+            "class_labels": [3, 5],
+            "guidance_scale": 1.0,
+            "num_inference_steps": 3,
+            "output_type": "np",
+        },
+    ),
     "PixArt-alpha": lambda: (pixart(diffusers.PixArtAlphaPipeline), pixart_call()),
     "PixArt-sigma": lambda: (pixart(diffusers.PixArtSigmaPipeline), pixart_call()),
     "IF": lambda: (deepfloyd(), {**sd_call(output_type="pt"), "height": 8, "width": 8}),
-    "IF superresolution": lambda: (deepfloyd_superresolution(), {**sd_call(output_type="pt"), "image": pictures(4),
-                                                                 "height": 8, "width": 8}),
-    "Kandinsky prior": lambda: (kandinsky_prior(), {"prompt": ["a cat", "dogs"], "num_inference_steps": 3,
-                                                    "output_type": "pt"}),
+    "IF superresolution": lambda: (
+        deepfloyd_superresolution(),
+        {**sd_call(output_type="pt"), "image": pictures(4), "height": 8, "width": 8},
+    ),
+    "Kandinsky prior": lambda: (
+        kandinsky_prior(),
+        {"prompt": ["a cat", "dogs"], "num_inference_steps": 3, "output_type": "pt"},
+    ),
     "Kandinsky": lambda: (kandinsky(), kandinsky_call()),
-    "img2img": lambda: (stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, DDIMScheduler(clip_sample=False,
-                                                                                                 **SD)),
-                        sd_call(image=pictures(16), strength=0.7)),
-    "img2img Euler": lambda: (stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, EulerDiscreteScheduler(**SD)),
-                              sd_call(image=pictures(16), strength=0.7)),
+    "img2img": lambda: (
+        stable_diffusion(
+            diffusers.StableDiffusionImg2ImgPipeline, DDIMScheduler(clip_sample=False, **SD)
+        ),
+        sd_call(image=pictures(16), strength=0.7),
+    ),
+    "img2img Euler": lambda: (
+        stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline, EulerDiscreteScheduler(**SD)),
+        sd_call(image=pictures(16), strength=0.7),
+    ),
     "inpainting 9": lambda: inpaint(9),
     "inpainting 4": lambda: inpaint(4),
-    "PAG": lambda: (stable_diffusion(diffusers.StableDiffusionPAGPipeline, pag_applied_layers="mid"),
-                    sd_call(pag_scale=3.0)),
+    "PAG": lambda: (
+        stable_diffusion(diffusers.StableDiffusionPAGPipeline, pag_applied_layers="mid"),
+        sd_call(pag_scale=3.0),
+    ),
     "ControlNet": lambda: (controlnet(), sd_call(image=pictures(16), height=16, width=16)),
 }
 
@@ -332,7 +620,9 @@ class Recorder:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = own(scheduler, *args, **kwargs)
             if nudge and not self.steps:  # both halves of DiT's alike
-                rows = normal(2, *result[0].shape[1:], seed=8).repeat(len(result[0]) // 2, *[1] * (result[0].ndim - 1))
+                rows = normal(2, *result[0].shape[1:], seed=8).repeat(
+                    len(result[0]) // 2, *[1] * (result[0].ndim - 1)
+                )
                 result[0].add_(nudge * rows.to(result[0]))
             names = ("model_output", "timestep", "sample")
             self.steps.append({**dict(zip(names, args, strict=False)), **kwargs, "next": result[0]})
@@ -360,7 +650,12 @@ def formula(scheduler: Any, t: Any) -> tuple[float, float]:
     if "FlowMatch" in type(scheduler).__name__:
         return 1 - t / 1000, t / 1000
     if any(name in type(scheduler).__name__ for name in ("Euler", "Heun")):
-        betas = torch.linspace(SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+        betas = (
+            torch.linspace(
+                SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 1000, dtype=torch.float64
+            )
+            ** 2
+        )
         abar = torch.cumprod(1 - betas, 0).numpy()
         return 1.0, float(np.interp(t, np.arange(1000), np.sqrt((1 - abar) / abar)))
     abar = scheduler.alphas_cumprod[round(t)].double().item()
@@ -400,13 +695,15 @@ class Spy(Guidance):
 
 # every pipeline
 
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_at_scale_0_it_is_the_unguided_pipeline_bit_for_bit(name: str) -> None:
     pipeline, call = PIPELINES[name]()
     record = Recorder(pipeline)
     plain, off = record(**call), record(Spy(0.0), **call)
-    assert len(plain) == len(off) > 0 and all(torch.equal(a["next"], b["next"])
-                                              for a, b in zip(plain, off, strict=True))
+    assert len(plain) == len(off) > 0 and all(
+        torch.equal(a["next"], b["next"]) for a, b in zip(plain, off, strict=True)
+    )
     assert all(torch.isfinite(step["next"]).all() for step in plain)
 
 
@@ -419,20 +716,37 @@ def test_what_a_term_sees_and_what_becomes_of_its_score(name: str) -> None:
     assert len(spy.seen) == len(steps) == len(plain)
     for index, (step, got) in enumerate(zip(spy.seen, steps, strict=True)):
         t, rows = got["timestep"], len(step.sample)
-        assert rows == 2 and step.index == index and step.count == len(steps) and step.timestep == float(t)
+        assert (
+            rows == 2
+            and step.index == index
+            and step.count == len(steps)
+            and step.timestep == float(t)
+        )
         alpha, sigma = formula(pipeline.scheduler, t)
         assert step.level.alpha == pytest.approx(alpha, rel=2e-3, abs=1e-6)
         assert step.level.sigma == pytest.approx(sigma, rel=2e-3)
         torch.testing.assert_close(step.sample, got["sample"][:rows])
         moved = x0_of(pipeline.scheduler, got["model_output"], t, got["sample"])[:rows]
         shift = sigma**2 / max(alpha, 2.0**-24) * -scale * (got["sample"][:rows] - 0.3)
-        size = max(float(moved.abs().max()), float(shift.abs().max()), float((sigma * got["model_output"]).abs().max()))
+        size = max(
+            float(moved.abs().max()),
+            float(shift.abs().max()),
+            float((sigma * got["model_output"]).abs().max()),
+        )
         torch.testing.assert_close(moved, step.x0 + shift, rtol=5e-3, atol=1e-4 * size)
-        torch.testing.assert_close(spy.again[index], step.x0, rtol=1e-3, atol=1e-4 * float(step.x0.abs().max()))
-    first = x0_of(pipeline.scheduler, plain[0]["model_output"], plain[0]["timestep"], plain[0]["sample"])[:2]
-    torch.testing.assert_close(spy.seen[0].x0, first, rtol=2e-3, atol=1e-4 * float(first.abs().max()))
+        torch.testing.assert_close(
+            spy.again[index], step.x0, rtol=1e-3, atol=1e-4 * float(step.x0.abs().max())
+        )
+    first = x0_of(
+        pipeline.scheduler, plain[0]["model_output"], plain[0]["timestep"], plain[0]["sample"]
+    )[:2]
+    torch.testing.assert_close(
+        spy.seen[0].x0, first, rtol=2e-3, atol=1e-4 * float(first.abs().max())
+    )
     if steps[0]["model_output"].shape[1] > plain[0]["sample"].shape[1]:  # the learned variance
-        variances = [step["model_output"][:, plain[0]["sample"].shape[1] :] for step in (plain[0], steps[0])]
+        variances = [
+            step["model_output"][:, plain[0]["sample"].shape[1] :] for step in (plain[0], steps[0])
+        ]
         assert torch.equal(*variances)
 
 
@@ -444,7 +758,9 @@ def test_afterwards_the_pipeline_is_as_before_also_after_an_exception(name: str)
     wanted = [[p.requires_grad for p in module.parameters()] for module in modules]
     states = [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
     plain = Recorder(pipeline)(**call)
-    attributes = [set(vars(module)) for module in modules]  # a cache of diffusers stays from the first run
+    attributes = [
+        set(vars(module)) for module in modules
+    ]  # a cache of diffusers stays from the first run
 
     class Fails(Spy):
         def score(self, step: Step) -> torch.Tensor:
@@ -457,7 +773,9 @@ def test_afterwards_the_pipeline_is_as_before_also_after_an_exception(name: str)
         pipeline(**deepcopy(call))
     assert "step" not in vars(pipeline.scheduler)
     for module, grads, state, names in zip(modules, wanted, states, attributes, strict=True):
-        assert [p.requires_grad for p in module.parameters()] == grads and set(vars(module)) == names
+        assert [p.requires_grad for p in module.parameters()] == grads and set(
+            vars(module)
+        ) == names
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     again = Recorder(pipeline)(**call)
@@ -465,6 +783,7 @@ def test_afterwards_the_pipeline_is_as_before_also_after_an_exception(name: str)
 
 
 # what the terms can ask for
+
 
 class Seen:
     """A term with the steps and scores that it gave."""
@@ -488,7 +807,9 @@ DECODES: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "DiT": lambda pipeline, z: pipeline.vae.decode(z / 0.18215).sample,
     "LDM": lambda pipeline, z: pipeline.vqvae.decode(z / 0.18215).sample,
     "Kandinsky": lambda pipeline, z: pipeline.movq.decode(z, force_not_quantize=True).sample,
-    "IF": lambda pipeline, z: z, "Kandinsky prior": lambda pipeline, z: z}
+    "IF": lambda pipeline, z: z,
+    "Kandinsky prior": lambda pipeline, z: z,
+}
 
 
 class StraightThrough:
@@ -505,36 +826,56 @@ class StraightThrough:
 def test_terms_look_at_images_as_the_pipeline_decodes_them(name: str) -> None:
     """The score is the finite difference of the energy of what the pipeline's own decoder makes of x0."""
     pipeline, call = PIPELINES[name]()
-    record, target = Seen(EnergyGuidance(lambda images: ((images - 0.2) ** 2).flatten(1).sum(1), 0.5)), DECODES[name]
+    record, target = (
+        Seen(EnergyGuidance(lambda images: ((images - 0.2) ** 2).flatten(1).sum(1), 0.5)),
+        DECODES[name],
+    )
     Recorder(pipeline)(record.term, **call)
     for step, score in zip(record.steps, record.scores, strict=True):
         x0 = step.x0.double()
         with torch.no_grad():
             torch.testing.assert_close(step.decode(step.x0), target(pipeline, step.x0))
-            network = next((deepcopy(one).double() for key in ("vae", "movq", "vqvae")
-                            if (one := getattr(pipeline, key, None))), None)
+            network = next(
+                (
+                    deepcopy(one).double()
+                    for key in ("vae", "movq", "vqvae")
+                    if (one := getattr(pipeline, key, None))
+                ),
+                None,
+            )
             vqvae = StraightThrough(network, x0 / 0.18215) if name == "LDM" else None
             holder = type("Holder", (), {"vae": network, "movq": network, "vqvae": vqvae})()
             direction, h = normal(*x0.shape, seed=8).double(), 1e-5 * float(x0.abs().max())
-            up, down = (((target(holder, x0 + s * h * direction) - 0.2) ** 2).flatten(1).sum(1) for s in (1, -1))
+            up, down = (
+                ((target(holder, x0 + s * h * direction) - 0.2) ** 2).flatten(1).sum(1)
+                for s in (1, -1)
+            )
         jacobian = step.level.alpha / (step.level.alpha**2 + step.level.sigma**2)
-        torch.testing.assert_close((score * direction).flatten(1).sum(1), -0.5 * jacobian * (up - down) / (2 * h),
-                                   rtol=2e-3, atol=1e-4 * float(score.norm()))
+        torch.testing.assert_close(
+            (score * direction).flatten(1).sum(1),
+            -0.5 * jacobian * (up - down) / (2 * h),
+            rtol=2e-3,
+            atol=1e-4 * float(score.norm()),
+        )
 
 
 def test_the_gradient_through_the_network_is_the_finite_difference() -> None:
     """In float64, of the image's energy, through the two halves of classifier-free guidance, written out."""
     scheduler = DDIMScheduler(clip_sample=False, **SD)
     pipeline = stable_diffusion(scheduler=scheduler).to(torch.float64)
-    record = Seen(EnergyGuidance(lambda images: (images**2).sum((1, 2, 3)), 0.5, through_network=True))
+    record = Seen(
+        EnergyGuidance(lambda images: (images**2).sum((1, 2, 3)), 0.5, through_network=True)
+    )
     call = sd_call(**{name: value.double() for name, value in embeds().items()})
     Recorder(pipeline)(record.term, **call)
     assert len(record.steps) == 3
 
     def energy(x: torch.Tensor, t: float) -> torch.Tensor:
         alpha, sigma = formula(scheduler, t)
-        no, yes = (pipeline.unet(x, t, encoder_hidden_states=call[name]).sample
-                   for name in ("negative_prompt_embeds", "prompt_embeds"))
+        no, yes = (
+            pipeline.unet(x, t, encoder_hidden_states=call[name]).sample
+            for name in ("negative_prompt_embeds", "prompt_embeds")
+        )
         x0 = (x - sigma * (no + 5.0 * (yes - no))) / alpha
         return (pipeline.vae.decode(x0 / 0.18215).sample ** 2).sum((1, 2, 3))
 
@@ -542,8 +883,9 @@ def test_the_gradient_through_the_network_is_the_finite_difference() -> None:
         direction, h = normal(*step.sample.shape, seed=8).double(), 1e-5
         with torch.no_grad():
             up, down = (energy(step.sample + s * h * direction, step.timestep) for s in (1, -1))
-        torch.testing.assert_close((score * direction).sum((1, 2, 3)), -0.5 * (up - down) / (2 * h), rtol=1e-4,
-                                   atol=1e-9)
+        torch.testing.assert_close(
+            (score * direction).sum((1, 2, 3)), -0.5 * (up - down) / (2 * h), rtol=1e-4, atol=1e-9
+        )
 
 
 @pytest.fixture
@@ -573,7 +915,9 @@ def test_an_energy_of_x0_falls_as_its_finite_differences_say(name: str, float64:
     def second(*terms: Guidance, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """(sample, predicted x0) of the two images."""
         got = record(*terms, nudge=nudge, **call)[1]
-        return got["sample"][:2], x0_of(pipeline.scheduler, got["model_output"], got["timestep"], got["sample"])[:2]
+        return got["sample"][:2], x0_of(
+            pipeline.scheduler, got["model_output"], got["timestep"], got["sample"]
+        )[:2]
 
     def slope(gradient: torch.Tensor, *points: torch.Tensor) -> torch.Tensor:
         return (gradient * (points[0] - points[1]) / (2 * h)).flatten(1).sum(1)
@@ -581,14 +925,20 @@ def test_an_energy_of_x0_falls_as_its_finite_differences_say(name: str, float64:
     (x, plain), (above, up), (below, down) = second(), second(nudge=h), second(nudge=-h)
     alpha, sigma = formula(pipeline.scheduler, record.steps[1]["timestep"])
     begin = 0.9 / len(record.steps)  # from the second step
-    (seen, through), (seen_too, beside) = (second(EnergyGuidance(waves, scale, begin, of="x0", through_network=one))
-                                           for one in (True, False))
+    (seen, through), (seen_too, beside) = (
+        second(EnergyGuidance(waves, scale, begin, of="x0", through_network=one))
+        for one in (True, False)
+    )
     assert torch.equal(seen, x) and torch.equal(seen_too, x) and x.dtype == torch.float64
     gradient = (plain - through) * alpha / (scale * sigma**2)
     # a control network's own gradient is left out: what it said is taken as given
     tolerance = 0.05 if name == "ControlNet" else 1e-4
-    torch.testing.assert_close(slope(gradient, above, below), (waves(up) - waves(down)) / (2 * h), rtol=tolerance,
-                               atol=tolerance * float(gradient.norm()))
+    torch.testing.assert_close(
+        slope(gradient, above, below),
+        (waves(up) - waves(down)) / (2 * h),
+        rtol=tolerance,
+        atol=tolerance * float(gradient.norm()),
+    )
     fall = scale * sigma**2 / (alpha**2 + sigma**2) * plain.cos().square().flatten(1).sum(1)
     torch.testing.assert_close(waves(plain) - waves(beside), fall, rtol=1e-3, atol=0)
 
@@ -596,22 +946,60 @@ def test_an_energy_of_x0_falls_as_its_finite_differences_say(name: str, float64:
 def counted(network: torch.nn.Module) -> list[int]:
     """The batch sizes of the network's calls, as they come."""
     calls: list[int] = []
-    network.register_forward_hook(lambda module, args, kwargs, output: calls.append(
-        len(args[0] if args else next(iter(kwargs.values())))), with_kwargs=True)
+    network.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(
+            len(args[0] if args else next(iter(kwargs.values())))
+        ),
+        with_kwargs=True,
+    )
     return calls
 
 
-CONDITIONS: dict[str, tuple[dict[str, Any], float, dict[str, Any]]] = {  # null, the pipeline's scale, its "off"
-    "SD": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"]}, 5.0, {"guidance_scale": 1.0}),
-    "SDXL": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"],
-              "added_cond_kwargs": {"text_embeds": normal(2, WIDTH, seed=6)}}, 5.0, {"guidance_scale": 1.0}),
-    "SD 3": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"],
-              "pooled_projections": normal(2, WIDTH, seed=6)}, 5.0, {"guidance_scale": 1.0}),
+CONDITIONS: dict[
+    str, tuple[dict[str, Any], float, dict[str, Any]]
+] = {  # null, the pipeline's scale, its "off"
+    "SD": (
+        {"encoder_hidden_states": embeds()["negative_prompt_embeds"]},
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
+    "SDXL": (
+        {
+            "encoder_hidden_states": embeds()["negative_prompt_embeds"],
+            "added_cond_kwargs": {"text_embeds": normal(2, WIDTH, seed=6)},
+        },
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
+    "SD 3": (
+        {
+            "encoder_hidden_states": embeds()["negative_prompt_embeds"],
+            "pooled_projections": normal(2, WIDTH, seed=6),
+        },
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
     "DiT": ({"class_labels": torch.tensor([1000])}, 4.0, {"guidance_scale": 1.0}),
-    "PixArt-sigma": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"]}, 5.0, {"guidance_scale": 1.0}),
-    "Kandinsky": ({"added_cond_kwargs": {"image_embeds": normal(2, WIDTH, seed=2)}}, 4.0, {"guidance_scale": 1.0}),
-    "ControlNet": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"]}, 5.0, {"guidance_scale": 1.0}),
-    "IF": ({"encoder_hidden_states": embeds()["negative_prompt_embeds"]}, 5.0, {"guidance_scale": 1.0}),
+    "PixArt-sigma": (
+        {"encoder_hidden_states": embeds()["negative_prompt_embeds"]},
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
+    "Kandinsky": (
+        {"added_cond_kwargs": {"image_embeds": normal(2, WIDTH, seed=2)}},
+        4.0,
+        {"guidance_scale": 1.0},
+    ),
+    "ControlNet": (
+        {"encoder_hidden_states": embeds()["negative_prompt_embeds"]},
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
+    "IF": (
+        {"encoder_hidden_states": embeds()["negative_prompt_embeds"]},
+        5.0,
+        {"guidance_scale": 1.0},
+    ),
 }
 
 
@@ -620,7 +1008,9 @@ def test_classifier_free_guidance_is_the_pipelines_own_with_one_call_a_step(name
     pipeline, call = PIPELINES[name]()
     null, scale, off = CONDITIONS[name]
     record = Recorder(pipeline)
-    if name == "ControlNet":  # its control for the null prompt comes from the null prompt in one, and not in the other
+    if (
+        name == "ControlNet"
+    ):  # its control for the null prompt comes from the null prompt in one, and not in the other
         call["controlnet_conditioning_scale"] = 0.0
     own = record(**call)
     calls = counted(getattr(pipeline, "unet", None) or pipeline.transformer)
@@ -628,8 +1018,9 @@ def test_classifier_free_guidance_is_the_pipelines_own_with_one_call_a_step(name
     assert calls == [4] * len(own)
     for one, other in zip(own, ours, strict=True):
         rows = len(other["next"])
-        torch.testing.assert_close(other["next"], one["next"][:rows], rtol=2e-3,
-                                   atol=2e-4 * float(one["next"].abs().max()))
+        torch.testing.assert_close(
+            other["next"], one["next"][:rows], rtol=2e-3, atol=2e-4 * float(one["next"].abs().max())
+        )
     plain = record(**{**call, **off})
     assert (plain[0]["next"] - ours[0]["next"]).norm() > 1e-3 * (plain[0]["next"]).norm()
 
@@ -643,8 +1034,12 @@ def test_conditions_act_on_part_of_the_run_and_beside_the_pipelines_own_guidance
 
     pipeline, call = PIPELINES["img2img"]()
     calls, spy = counted(pipeline.unet), Spy(0.1)
-    Recorder(pipeline)(ClassifierFreeGuidance(null, 2.0, 0.5, 1.0) + spy, **{**call, "num_inference_steps": 6})
-    assert [step.index for step in spy.seen] == [0, 1, 2, 3] and {step.count for step in spy.seen} == {4}
+    Recorder(pipeline)(
+        ClassifierFreeGuidance(null, 2.0, 0.5, 1.0) + spy, **{**call, "num_inference_steps": 6}
+    )
+    assert [step.index for step in spy.seen] == [0, 1, 2, 3] and {
+        step.count for step in spy.seen
+    } == {4}
     assert calls == [4, 4, 4, 4, 8, 4, 8, 4]  # the spy's own between them
 
 
@@ -657,11 +1052,18 @@ def test_a_worse_network_is_told_the_same() -> None:
     got, context = plain[0], torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
     _, sigma = formula(pipeline.scheduler, got["timestep"])
     with torch.no_grad():
-        no, yes = worse(torch.cat([got["sample"]] * 2) / hypot(1, sigma), got["timestep"],
-                        encoder_hidden_states=context).sample.chunk(2)
+        no, yes = worse(
+            torch.cat([got["sample"]] * 2) / hypot(1, sigma),
+            got["timestep"],
+            encoder_hidden_states=context,
+        ).sample.chunk(2)
     bad = no + 5.0 * (yes - no)
-    torch.testing.assert_close(ours[0]["model_output"], got["model_output"] + 2 * (got["model_output"] - bad),
-                               rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ours[0]["model_output"],
+        got["model_output"] + 2 * (got["model_output"] - bad),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert all(p.requires_grad for p in worse.parameters())
 
 
@@ -671,11 +1073,17 @@ def test_a_classifier_steers_stable_diffusion_by_names_and_scales_an_image() -> 
     record_of = Seen(ClassifierGuidance(classifier, ["cat", "owl"], [2.0, 0.0]))
     plain, ours = record(**call), record(record_of.term, **call)
     assert not torch.equal(plain[-1]["next"][0], ours[-1]["next"][0])
-    torch.testing.assert_close(ours[-1]["next"][1], plain[-1]["next"][1])  # PNDM mixes steps, not images
+    torch.testing.assert_close(
+        ours[-1]["next"][1], plain[-1]["next"][1]
+    )  # PNDM mixes steps, not images
     step, score = record_of.steps[0], record_of.scores[0]
     _, sigma = formula(pipeline.scheduler, step.timestep)
-    torch.testing.assert_close(ours[0]["model_output"], plain[0]["model_output"] - sigma * score, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="label holds 3 labels up to id 2; one, or one for each of the 2 images"):
+    torch.testing.assert_close(
+        ours[0]["model_output"], plain[0]["model_output"] - sigma * score, rtol=1e-3, atol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match="label holds 3 labels up to id 2; one, or one for each of the 2 images"
+    ):
         record(ClassifierGuidance(classifier, [0, 1, 2]), **call)
 
 
@@ -683,8 +1091,10 @@ def test_a_sum_of_terms_is_one_guidance() -> None:
     pipeline, call = PIPELINES["SD without"]()
     record, null = Recorder(pipeline), {"encoder_hidden_states": embeds()["negative_prompt_embeds"]}
     terms = [Spy(0.1), ClassifierFreeGuidance(null, 2.0)]
-    plain, one, other, both, summed = (record(*some, **call)[0]["model_output"] for some in
-                                       ([], terms[:1], terms[1:], terms, [terms[0] + terms[1]]))
+    plain, one, other, both, summed = (
+        record(*some, **call)[0]["model_output"]
+        for some in ([], terms[:1], terms[1:], terms, [terms[0] + terms[1]])
+    )
     torch.testing.assert_close(both - plain, (one - plain) + (other - plain), rtol=1e-3, atol=1e-5)
     assert torch.equal(both, summed)
 
@@ -692,7 +1102,12 @@ def test_a_sum_of_terms_is_one_guidance() -> None:
 def test_dit_of_two_images_of_one_seed_is_not_taken_for_a_doubled_batch() -> None:
     pipeline = dit()
     classifier = small_classifier(in_channels=4)
-    call = {"class_labels": [3, 3], "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
+    call = {
+        "class_labels": [3, 3],
+        "guidance_scale": 1.0,
+        "num_inference_steps": 2,
+        "output_type": "np",
+    }
     with guide(pipeline, ClassifierGuidance(classifier, ["cat", "dog"])):
         generators = [torch.Generator().manual_seed(1) for _ in range(2)]
         images = pipeline(**call, generator=generators).images
@@ -704,7 +1119,9 @@ def test_within_inference_mode_it_is_the_same() -> None:
     record, null = Recorder(pipeline), {"encoder_hidden_states": embeds()["negative_prompt_embeds"]}
 
     def terms() -> Guidance:
-        return ClassifierFreeGuidance(null, 2.0) + EnergyGuidance(lambda x: (x**2).sum((1, 2, 3)), through_network=True)
+        return ClassifierFreeGuidance(null, 2.0) + EnergyGuidance(
+            lambda x: (x**2).sum((1, 2, 3)), through_network=True
+        )
 
     plain = record(terms(), **call)[-1]["next"]
     with torch.inference_mode():
@@ -718,7 +1135,15 @@ def test_a_new_call_and_other_timesteps_are_a_new_run() -> None:
         pipeline(**deepcopy(call))
         pipeline(**{**deepcopy(call), "num_inference_steps": 2})
         pipeline(**{**deepcopy(call), "timesteps": [900, 400]})
-    assert [(step.index, step.count) for step in spy.seen] == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [(step.index, step.count) for step in spy.seen] == [
+        (0, 3),
+        (1, 3),
+        (2, 3),
+        (0, 2),
+        (1, 2),
+        (0, 2),
+        (1, 2),
+    ]
     assert [step.timestep for step in spy.seen[-2:]] == [900, 400]
 
 
@@ -755,13 +1180,16 @@ def test_a_loop_of_ones_own_is_guided_too() -> None:
     x, spy = normal(1, 4, 8, 8) * 2, Spy(0.1)
     with guide(pipeline, spy), torch.no_grad():
         for t in begun:
-            output = pipeline.unet(pipeline.scheduler.scale_model_input(x, t), t, normal(1, TOKENS, WIDTH)).sample
+            output = pipeline.unet(
+                pipeline.scheduler.scale_model_input(x, t), t, normal(1, TOKENS, WIDTH)
+            ).sample
             x = pipeline.scheduler.step(output, t, x).prev_sample
     assert [(step.index, step.count) for step in spy.seen] == [(0, 2), (1, 2)]
     assert [step.timestep for step in spy.seen] == begun.tolist()
 
 
 # misuse
+
 
 def test_what_cannot_be_guided_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     pipeline, call = PIPELINES["SD"]()
@@ -790,7 +1218,10 @@ def test_what_cannot_be_guided_is_refused(caplog: pytest.LogCaptureFixture) -> N
     assert "step" not in vars(pipeline.scheduler) and "nothing was guided" not in caplog.text
     with guide(pipeline, spy):
         pass
-    assert "nothing was guided: PNDMScheduler.step of the StableDiffusionPipeline was not called" in caplog.text
+    assert (
+        "nothing was guided: PNDMScheduler.step of the StableDiffusionPipeline was not called"
+        in caplog.text
+    )
     pipeline.scheduler = diffusers.DDIMInverseScheduler()
     with pytest.raises(ValueError, match="scheduler DDIMInverseScheduler can't be guided"):
         entering(pipeline, spy)
@@ -799,11 +1230,16 @@ def test_what_cannot_be_guided_is_refused(caplog: pytest.LogCaptureFixture) -> N
 def test_conditions_that_the_network_is_not_told_are_refused() -> None:
     pipeline, call = PIPELINES["SD"]()
     record = Recorder(pipeline)
-    with pytest.raises(ValueError, match=r"a term has the condition 'class_labels'; the pipeline tells its "
-                                         r"UNet2DConditionModel \['encoder_hidden_states', "):
+    with pytest.raises(
+        ValueError,
+        match=r"a term has the condition 'class_labels'; the pipeline tells its "
+        r"UNet2DConditionModel \['encoder_hidden_states', ",
+    ):
         record(ClassifierFreeGuidance(1), **call)
     for shape in ((3, TOKENS, WIDTH), (1, TOKENS + 1, WIDTH)):
-        with pytest.raises(ValueError, match=r"a condition has shape .* in the place of \(4, 5, 8\); one row"):
+        with pytest.raises(
+            ValueError, match=r"a condition has shape .* in the place of \(4, 5, 8\); one row"
+        ):
             record(ClassifierFreeGuidance({"encoder_hidden_states": normal(*shape)}), **call)
     record(ClassifierFreeGuidance(1, 0.0), **call)
 
@@ -812,7 +1248,9 @@ def test_a_combination_that_is_not_affine_is_refused_where_it_matters() -> None:
     pipeline, call = PIPELINES["SD"]()
     record, call = Recorder(pipeline), {**call, "guidance_rescale": 0.7}
     record(EnergyGuidance(lambda x: (x**2).sum((1, 2, 3))), **call)
-    with pytest.raises(ValueError, match="no weighted mean of the batch's parts .*use through_network=False"):
+    with pytest.raises(
+        ValueError, match="no weighted mean of the batch's parts .*use through_network=False"
+    ):
         record(EnergyGuidance(lambda x: (x**2).sum((1, 2, 3)), through_network=True), **call)
 
 
@@ -823,35 +1261,53 @@ def test_a_network_that_is_not_seen_is_told_of() -> None:
         def score(self, step: Step) -> torch.Tensor:
             return step.predict(step.sample)
 
-    with pytest.raises(ValueError, match="between two steps none of its unet, transformer, prior was called"), \
-            guide(pipeline, Unseen()):
+    with (
+        pytest.raises(
+            ValueError, match="between two steps none of its unet, transformer, prior was called"
+        ),
+        guide(pipeline, Unseen()),
+    ):
         pipeline.unet = conditional_unet()  # as a pipeline with two networks that change over
         pipeline(**call)
 
 
 def test_dit_with_a_scheduler_that_scales_is_refused() -> None:
-    with pytest.raises(ValueError, match="not given the sample as EulerDiscreteScheduler scales it.*use a "
-                                         "scheduler that doesn't scale"):
+    with pytest.raises(
+        ValueError,
+        match="not given the sample as EulerDiscreteScheduler scales it.*use a "
+        "scheduler that doesn't scale",
+    ):
         Recorder(dit(EulerDiscreteScheduler()))(Spy(), **PIPELINES["DiT"]()[1])
 
 
 def test_a_classifier_on_another_device_is_refused() -> None:
     pipeline, call = PIPELINES["SD"]()
-    with pytest.raises(ValueError, match=r"NoiseAwareClassifier is on \['meta'\], the pipeline's samples are on cpu"):
-        Recorder(pipeline)(ClassifierGuidance(small_classifier(in_channels=4).to("meta"), "cat"), **call)
+    with pytest.raises(
+        ValueError,
+        match=r"NoiseAwareClassifier is on \['meta'\], the pipeline's samples are on cpu",
+    ):
+        Recorder(pipeline)(
+            ClassifierGuidance(small_classifier(in_channels=4).to("meta"), "cat"), **call
+        )
 
 
 def test_infinite_guidance_is_refused() -> None:
     pipeline, call = PIPELINES["SD"]()
     with pytest.raises(FloatingPointError, match="the guidance is not finite at step 0 of 4"):
-        Recorder(pipeline)(EnergyGuidance(lambda x: (x * 1e38).exp().sum((1, 2, 3)), of="x0"), **call)
+        Recorder(pipeline)(
+            EnergyGuidance(lambda x: (x * 1e38).exp().sum((1, 2, 3)), of="x0"), **call
+        )
 
 
 def test_packed_latents_are_refused_for_terms_that_look_at_images() -> None:
     pipeline, call = PIPELINES["Flux"]()
     for term, message in (
-            (EnergyGuidance(lambda x: (x**2).sum((1, 2, 3))), r"FluxPipeline: its latents \(2, 16, 16\) are packed"),
-            (ClassifierGuidance(small_classifier(), "cat"), r"sample.shape is \(2, 16, 16\)")):
+        (
+            EnergyGuidance(lambda x: (x**2).sum((1, 2, 3))),
+            r"FluxPipeline: its latents \(2, 16, 16\) are packed",
+        ),
+        (ClassifierGuidance(small_classifier(), "cat"), r"sample.shape is \(2, 16, 16\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             Recorder(pipeline)(term, **call)
 
@@ -865,6 +1321,7 @@ def test_clipping_without_noise_is_warned_of(caplog: pytest.LogCaptureFixture) -
 
 
 # networks in other clothes
+
 
 def test_a_network_whose_forward_is_exchanged_meanwhile() -> None:
     """As offloading does after each call of the pipeline."""
@@ -888,12 +1345,22 @@ def test_in_half_precision_it_is_nearly_the_same() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         pipeline, call = PIPELINES["SD 2 Euler v"]()
         null = {"encoder_hidden_states": embeds()["negative_prompt_embeds"]}
-        energy = Seen(EnergyGuidance(lambda x: (x.float() ** 2).sum((1, 2, 3)), 1e-3, through_network=True))
-        call = {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+        energy = Seen(
+            EnergyGuidance(lambda x: (x.float() ** 2).sum((1, 2, 3)), 1e-3, through_network=True)
+        )
+        call = {
+            name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+            for name, value in call.items()
+        }
         Recorder(pipeline.to(dtype))(energy.term + ClassifierFreeGuidance(null, 0.1), **call)
         assert energy.scores[0].dtype == torch.float32
         scores[dtype] = energy.scores[0]
-    assert torch.nn.functional.cosine_similarity(*(score.flatten() for score in scores.values()), dim=0) > 0.95
+    assert (
+        torch.nn.functional.cosine_similarity(
+            *(score.flatten() for score in scores.values()), dim=0
+        )
+        > 0.95
+    )
 
 
 def test_a_compiled_network() -> None:

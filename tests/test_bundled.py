@@ -15,7 +15,18 @@ from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
 from guided_diffusers.sampling import sample
 
-LABELS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+LABELS = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +49,30 @@ def test_labels_and_figures(pipeline: ClassifierGuidedPipeline) -> None:
     assert pipeline.unet.config.num_class_embeds == 11  # ten labels and the null label
     figures = json.loads((folder("fashion-mnist") / "figures.json").read_text())
     accuracy = {row["timestep"]: row["accuracy"] for row in figures["classifier"]["held_out"]}
-    assert len(accuracy) == 10 and accuracy[49] > 0.85 and accuracy[49] > accuracy[449] > accuracy[949]
+    assert (
+        len(accuracy) == 10 and accuracy[49] > 0.85 and accuracy[49] > accuracy[449] > accuracy[949]
+    )
 
 
 @pytest.mark.parametrize("conditional, least", [(True, 0.85), (False, 0.75)])
-def test_the_judge_agrees(pipeline: ClassifierGuidedPipeline, conditional: bool, least: float) -> None:
+def test_the_judge_agrees(
+    pipeline: ClassifierGuidedPipeline, conditional: bool, least: float
+) -> None:
     """With few steps and images; `examples/judge_agreement.py` measures it in full."""
     judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
     agreed = {}
     for scale in (0.0, 3.0):
-        (_, images), = sample(pipeline, LABELS, 0, 40, range(40), guidance_scale=scale, conditional=conditional,
-                              num_inference_steps=15, output_type="latent")
+        ((_, images),) = sample(
+            pipeline,
+            LABELS,
+            0,
+            40,
+            range(40),
+            guidance_scale=scale,
+            conditional=conditional,
+            num_inference_steps=15,
+            output_type="latent",
+        )
         with torch.no_grad():
             told = judge(images.clamp(-1, 1), 0).logits.argmax(-1)
         agreed[scale] = (told == torch.arange(40) % 10).float().mean().item()
@@ -62,11 +86,26 @@ def test_a_bundle_takes_a_preset(tmp_path: Path) -> None:
     """training/bundle.py: scheduler and defaults change, the weights don't; a call that says nothing takes them."""
     place, preset = tmp_path / "bundle", tmp_path / "preset.json"
     shutil.copytree(folder("fashion-mnist"), place)
-    defaults = {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_start": 0.5, "guidance_tolerance": 0.1}
-    preset.write_text(json.dumps({"scheduler": "dpmsolver++3m", "defaults": defaults, "command": "measured",
-                                  "rows": [{"guidance": "some", "agreement": 0.9}]}))
+    defaults = {
+        "num_inference_steps": 4,
+        "guidance_scale": 2.0,
+        "guidance_start": 0.5,
+        "guidance_tolerance": 0.1,
+    }
+    preset.write_text(
+        json.dumps(
+            {
+                "scheduler": "dpmsolver++3m",
+                "defaults": defaults,
+                "command": "measured",
+                "rows": [{"guidance": "some", "agreement": 0.9}],
+            }
+        )
+    )
     script = Path(__file__).parents[1] / "training/bundle.py"
-    subprocess.run([sys.executable, script, "--preset", preset, "--output", place], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, script, "--preset", preset, "--output", place], check=True, timeout=300
+    )
     for part in ("unet", "classifier", "judge", "clip"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert (place / name).read_bytes() == (folder("fashion-mnist") / name).read_bytes()
@@ -75,15 +114,31 @@ def test_a_bundle_takes_a_preset(tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert pipeline.scheduler.config.solver_order == 3
-    own, said = (pipeline("bag", generator=torch.Generator().manual_seed(0), output_type="pt", **call)
-                 for call in ({}, defaults))
+    own, said = (
+        pipeline("bag", generator=torch.Generator().manual_seed(0), output_type="pt", **call)
+        for call in ({}, defaults)
+    )
     assert own.guidance_evaluations == 2 and torch.equal(own.images, said.images)
 
 
 def test_the_first_command(tmp_path: Path) -> None:
     """What the README says first, from another folder."""
-    command = [sys.executable, "-m", "guided_diffusers", "sample", "--label", "sneaker", "--guidance-scale", "3",
-               "--num-images", "2", "--num-inference-steps", "5", "--output", "sneaker.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "guided_diffusers",
+        "sample",
+        "--label",
+        "sneaker",
+        "--guidance-scale",
+        "3",
+        "--num-images",
+        "2",
+        "--num-inference-steps",
+        "5",
+        "--output",
+        "sneaker.png",
+    ]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "sneaker.png").is_file() and "2 images of sneaker" in ran.stdout

@@ -43,7 +43,9 @@ def images(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-def test_a_fresh_classifier_is_uniform_and_only_its_last_layer_is_zero(pool: str, size: tuple[int, int]) -> None:
+def test_a_fresh_classifier_is_uniform_and_only_its_last_layer_is_zero(
+    pool: str, size: tuple[int, int]
+) -> None:
     model = NoiseAwareClassifier(**SMALL | {"pool": pool, "sample_size": size})
     output = model(images(2, 3, *size), 5)
     assert output.logits.shape == (2, 3) and not output.logits.any()
@@ -110,14 +112,24 @@ def test_dtypes(pool: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 def test_saved_and_loaded_is_the_same_bit_for_bit(pool: str, tmp_path: Path) -> None:
     model = small(
-        pool=pool, id2label=LABELS, attention_head_dim=(16, 32), num_train_timesteps=2, trained_betas=[0.1, 0.2]
+        pool=pool,
+        id2label=LABELS,
+        attention_head_dim=(16, 32),
+        num_train_timesteps=2,
+        trained_betas=[0.1, 0.2],
     )
     model.save_pretrained(tmp_path)
     loaded = NoiseAwareClassifier.from_pretrained(tmp_path)
     assert torch.equal(loaded(images(), 1.5).logits, model(images(), 1.5).logits)
-    assert loaded.config.id2label == LABELS and loaded.config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    assert loaded.config.id2label == LABELS and loaded.config.label2id == {
+        "cat": 0,
+        "dog": 1,
+        "owl": 2,
+    }
     public = {name for name in model.config if not name.startswith("_")}
-    plain = [json.loads(json.dumps({name: m.config[name] for name in public})) for m in (model, loaded)]
+    plain = [
+        json.loads(json.dumps({name: m.config[name] for name in public})) for m in (model, loaded)
+    ]
     assert plain[0] == plain[1]
     assert NoiseAwareClassifier.from_config(loaded.config).config.id2label == LABELS
 
@@ -163,7 +175,9 @@ def test_every_argument_has_an_effect(changes: dict[str, Any]) -> None:
 def test_downsample_type_rules_the_blocks_with_attention() -> None:
     names = {}
     for kind in ("conv", "resnet"):
-        model = NoiseAwareClassifier(**SMALL | {"down_block_types": ("AttnDownBlock2D",) * 2, "downsample_type": kind})
+        model = NoiseAwareClassifier(
+            **SMALL | {"down_block_types": ("AttnDownBlock2D",) * 2, "downsample_type": kind}
+        )
         names[kind] = {name for name in model.state_dict() if "downsamplers" in name}
     assert "down_blocks.0.downsamplers.0.conv.weight" in names["conv"]
     assert "down_blocks.0.downsamplers.0.norm1.weight" in names["resnet"]
@@ -183,12 +197,20 @@ def test_the_noise_schedule_is_ddpm_schedulers() -> None:
 
     ours, theirs = NoiseAwareClassifier(**SMALL).config, DDPMScheduler().config
     assert {name: ours[name] for name in SCHEDULE} == {name: theirs[name] for name in SCHEDULE}
-    changed = {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.01, "beta_end": 0.3}
+    changed = {
+        "num_train_timesteps": 10,
+        "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 0.01,
+        "beta_end": 0.3,
+    }
     assert changed.items() <= dict(NoiseAwareClassifier(**SMALL, **changed).config).items()
 
 
 def test_labels_are_derived_and_normalised() -> None:
-    for labels in ({"id2label": {"2": "owl", "0": "cat", "1": "dog"}}, {"label2id": {"owl": 2, "cat": 0, "dog": 1}}):
+    for labels in (
+        {"id2label": {"2": "owl", "0": "cat", "1": "dog"}},
+        {"label2id": {"owl": 2, "cat": 0, "dog": 1}},
+    ):
         config = NoiseAwareClassifier(**SMALL, **labels).config
         assert list(config.id2label.items()) == list(LABELS.items())
         assert config.label2id == {"cat": 0, "dog": 1, "owl": 2}
@@ -210,11 +232,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layers_per_block": 0}, "layers_per_block is 0; allowed: a positive integer"),
     ({"block_out_channels": ()}, r"block_out_channels is \(\)"),
     ({"block_out_channels": (32, 64, 64)}, "down_block_types is .*; allowed: 3 of"),
-    ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}, "down_block_types is .*ResnetDownsampleBlock2D.*resnet"),
-    (PLAIN | {"down_block_types": SMALL["down_block_types"]}, "down_block_types is .*allowed: .*'DownBlock2D'.*conv"),
-    ({"down_block_types": ("KDownBlock2D", "AttnDownBlock2D")}, "down_block_types is .*KDownBlock2D"),
-    ({"downsample_type": "pool"}, r"downsample_type is 'pool'; allowed: one of \('conv', 'resnet'\)"),
-    ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'; allowed: .*scale_shift"),
+    (
+        {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")},
+        "down_block_types is .*ResnetDownsampleBlock2D.*resnet",
+    ),
+    (
+        PLAIN | {"down_block_types": SMALL["down_block_types"]},
+        "down_block_types is .*allowed: .*'DownBlock2D'.*conv",
+    ),
+    (
+        {"down_block_types": ("KDownBlock2D", "AttnDownBlock2D")},
+        "down_block_types is .*KDownBlock2D",
+    ),
+    (
+        {"downsample_type": "pool"},
+        r"downsample_type is 'pool'; allowed: one of \('conv', 'resnet'\)",
+    ),
+    (
+        {"resnet_time_scale_shift": "spatial"},
+        "resnet_time_scale_shift is 'spatial'; allowed: .*scale_shift",
+    ),
     ({"attention_head_dim": 24}, r"attention_head_dim is 24; allowed: a divisor of .*\[64\]"),
     ({"attention_head_dim": (32,)}, r"attention_head_dim is \(32,\)"),
     ({"norm_num_groups": 48}, r"norm_num_groups is 48; allowed: .*\(32, 64\)"),
@@ -222,18 +259,32 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout is 1.0; allowed: 0"),
     ({"time_proj_dim": 33}, "time_proj_dim is 33; allowed: None or a positive even number"),
     ({"pool": "mean"}, "pool is 'mean'; allowed: one of .*spatial_v2"),
-    ({"id2label": {0: "cat", 1: "dog"}}, r"ids of id2label or label2id is \[0, 1\]; allowed: .* 0 to 2"),
+    (
+        {"id2label": {0: "cat", 1: "dog"}},
+        r"ids of id2label or label2id is \[0, 1\]; allowed: .* 0 to 2",
+    ),
     ({"label2id": {"cat": 0, "dog": 0, "owl": 2}}, "label2id is .*; allowed: one name an id"),
-    ({"id2label": LABELS, "label2id": {"cat": 1, "dog": 0, "owl": 2}}, "label2id is .*; allowed: the inverse"),
-    ({"id2label": LABELS, "label2id": {"cat": 0, "dog": 1}}, "label2id is .*; allowed: the inverse"),
+    (
+        {"id2label": LABELS, "label2id": {"cat": 1, "dog": 0, "owl": 2}},
+        "label2id is .*; allowed: the inverse",
+    ),
+    (
+        {"id2label": LABELS, "label2id": {"cat": 0, "dog": 1}},
+        "label2id is .*; allowed: the inverse",
+    ),
     ({"num_train_timesteps": 0}, "num_train_timesteps is 0; allowed: a positive integer"),
     ({"beta_schedule": "cosine"}, "beta_schedule is 'cosine'; allowed: .*squaredcos_cap_v2"),
     ({"beta_start": 0.5}, r"\(beta_start, beta_end\) is \(0.5, 0.02\)"),
-    ({"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; allowed: None or num_train_timesteps = 1000 values"),
+    (
+        {"trained_betas": [0.1]},
+        r"trained_betas is \[0.1\]; allowed: None or num_train_timesteps = 1000 values",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=[str(changes) for changes, _ in REFUSED]
+)
 def test_wrong_arguments_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NoiseAwareClassifier(**SMALL | changes)
@@ -244,16 +295,23 @@ def test_wrong_inputs_are_refused_by_name() -> None:
     for x in (images(2, 1, 16, 16), images(3, 16, 16)):
         with pytest.raises(ValueError, match=r"sample.shape is .*; allowed: \(B, 3, H, W\)"):
             model(x, 3)
-    with pytest.raises(ValueError, match=r"sample.shape is .*; allowed: \(B, C, 16, 16\) with pool='attention'"):
+    with pytest.raises(
+        ValueError, match=r"sample.shape is .*; allowed: \(B, C, 16, 16\) with pool='attention'"
+    ):
         model(images(2, 3, 32, 32), 3)
     for t in (torch.zeros(3), torch.zeros(2, 1)):
-        with pytest.raises(ValueError, match=r"timestep.shape is .*; allowed: \(\) or \(B,\) = \(2,\)"):
+        with pytest.raises(
+            ValueError, match=r"timestep.shape is .*; allowed: \(\) or \(B,\) = \(2,\)"
+        ):
             model(images(), t)
 
 
 def test_forward_reads_no_value_back_from_the_device() -> None:
     model = small().to("meta")  # reading a value there is an error
-    assert model(images().to("meta"), torch.tensor([3.5, 7.0], device="meta")).logits.device.type == "meta"
+    assert (
+        model(images().to("meta"), torch.tensor([3.5, 7.0], device="meta")).logits.device.type
+        == "meta"
+    )
     assert model(images().to("meta"), 3.5).logits.device.type == "meta"
 
 

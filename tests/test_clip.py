@@ -37,16 +37,33 @@ import loop  # noqa: E402
 import options  # noqa: E402
 import train_clip  # noqa: E402
 
-IMAGE = {"layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4, "block_out_channels": [8, 16],
-         "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 12, "projection_dim": 6}
-CAPTIONS = {"train": {"dark": ["a dark image", "this is dark", "black, dark"],
-                      "light": ["a light image", "this is light", "white, light"]},
-            "held_out": {"dark": ["this image is a black"], "light": ["this image is a white"]}}
+IMAGE = {
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 12,
+    "projection_dim": 6,
+}
+CAPTIONS = {
+    "train": {
+        "dark": ["a dark image", "this is dark", "black, dark"],
+        "light": ["a light image", "this is light", "white, light"],
+    },
+    "held_out": {"dark": ["this image is a black"], "light": ["this image is a white"]},
+}
 SENTENCES = [caption for part in CAPTIONS["train"].values() for caption in part]
-TINY = ("--resolution 8 --train_batch_size 4 --lr_warmup_steps 0 --learning_rate 1e-2 --validation_samples 10 "
-        "--ddpm_num_steps 50 --no_progress --cpu --model_config_name_or_path {root}/image.json")
+TINY = (
+    "--resolution 8 --train_batch_size 4 --lr_warmup_steps 0 --learning_rate 1e-2 --validation_samples 10 "
+    "--ddpm_num_steps 50 --no_progress --cpu --model_config_name_or_path {root}/image.json"
+)
 DATA = "--train_data_dir {root}/data "
 BY_LABEL = DATA + "--captions {root}/captions.json "
 SMALL = "--text_config {root}/text.json "
@@ -55,9 +72,17 @@ SMALL = "--text_config {root}/text.json "
 def make_clip(**changes: object) -> NoiseAwareCLIP:
     torch.manual_seed(0)
     tokenizer = train_clip.word_tokenizer(SENTENCES, 12)
-    text = {**TEXT, "vocab_size": len(tokenizer), "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    text = {
+        **TEXT,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+        "pad_token_id": 0,
+    }
     image = {**IMAGE, "sample_size": 8, "in_channels": 1}
-    return NoiseAwareCLIP(**{"image_config": image, "text_config": text, "tokenizer": tokenizer, **changes}).eval()
+    return NoiseAwareCLIP(
+        **{"image_config": image, "text_config": text, "tokenizer": tokenizer, **changes}
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +95,30 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dark and light images with labels, a caption and several captions; configs, and models to start from."""
     root = tmp_path_factory.mktemp("clip")
     random = np.random.default_rng(0)
-    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"]), "one": Value("string"),
-                         "several": List(Value("string")), "number": Value("int64")})
+    features = Features(
+        {
+            "image": Image(),
+            "label": ClassLabel(names=["dark", "light"]),
+            "one": Value("string"),
+            "several": List(Value("string")),
+            "number": Value("int64"),
+        }
+    )
     (root / "data").mkdir()
     for split, count in (("train", 24), ("test", 10)):
         labels = [i % 2 for i in range(count)]
-        pixels = [random.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(180 * label) for label in labels]
+        pixels = [
+            random.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(180 * label)
+            for label in labels
+        ]
         several = [CAPTIONS["train"][["dark", "light"][label]] for label in labels]
-        rows = {"image": [PILImage.fromarray(image) for image in pixels], "label": labels, "several": several,
-                "one": [captions[i % 3] for i, captions in enumerate(several)], "number": labels}
+        rows = {
+            "image": [PILImage.fromarray(image) for image in pixels],
+            "label": labels,
+            "several": several,
+            "one": [captions[i % 3] for i, captions in enumerate(several)],
+            "number": labels,
+        }
         Dataset.from_dict(rows, features=features).to_parquet(root / "data" / f"{split}.parquet")
     for name, content in (("image", IMAGE), ("text", TEXT), ("captions", CAPTIONS)):
         (root / f"{name}.json").write_text(json.dumps(content))
@@ -87,14 +127,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(encoder.head[-1].out.weight)
     encoder.save_pretrained(root / "classifier")
     tokenizer = train_clip.word_tokenizer([*SENTENCES, "more words"], 12)
-    config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), eos_token_id=3, bos_token_id=2, pad_token_id=0)
+    config = CLIPTextConfig(
+        **TEXT, vocab_size=len(tokenizer), eos_token_id=3, bos_token_id=2, pad_token_id=0
+    )
     text = CLIPTextModelWithProjection(config)
     text.save_pretrained(root / "text")
     text.text_model.save_pretrained(root / "unprojected")
     for folder in ("text", "unprojected"):
         tokenizer.save_pretrained(root / folder)
-    UNet2DModel(8, 1, 1, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, norm_num_groups=4,
-                up_block_types=("UpBlock2D",) * 2, layers_per_block=1).save_pretrained(root / "unet")
+    UNet2DModel(
+        8,
+        1,
+        1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+    ).save_pretrained(root / "unet")
     return root
 
 
@@ -105,7 +155,9 @@ def train(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def run(line: str, output: str = "out") -> Path:
         folder = tmp_path / output
-        words = shlex.split(f"train_clip.py {TINY} {line} --output_dir {folder}".replace("{root}", str(root)))
+        words = shlex.split(
+            f"train_clip.py {TINY} {line} --output_dir {folder}".replace("{root}", str(root))
+        )
         monkeypatch.setattr(sys, "argv", words)
         start_afresh()
         try:
@@ -143,26 +195,38 @@ def test_embeddings_and_critic(clip: NoiseAwareCLIP) -> None:
     assert output.image_embeds.shape == (3, 6) and output.text_embeds.shape == (2, 6)
     for embeds in (output.image_embeds, output.text_embeds):
         torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(embeds)))
-    cosines = torch.stack([torch.stack([i @ c for c in output.text_embeds]) for i in output.image_embeds])
+    cosines = torch.stack(
+        [torch.stack([i @ c for c in output.text_embeds]) for i in output.image_embeds]
+    )
     torch.testing.assert_close(output.logits_per_image, cosines / 0.07)
     assert torch.equal(output.image_embeds, clip.encode_image(sample, t))
     torch.testing.assert_close(clip.encode_image(sample, 12.5)[1], output.image_embeds[1])
-    torch.testing.assert_close(clip.encode_image(sample, torch.tensor(49))[2], output.image_embeds[2])
+    torch.testing.assert_close(
+        clip.encode_image(sample, torch.tensor(49))[2], output.image_embeds[2]
+    )
     assert (clip.encode_image(sample, 0) - clip.encode_image(sample, 49)).abs().max() > 1e-3
-    assert torch.equal(clip(sample, t, tokens.input_ids, return_dict=False)[0], output.logits_per_image)
+    assert torch.equal(
+        clip(sample, t, tokens.input_ids, return_dict=False)[0], output.logits_per_image
+    )
     with torch.autocast("cpu", torch.bfloat16):
         output = clip(sample, t, tokens.input_ids)
     assert output.logits_per_image.dtype == output.image_embeds.dtype == torch.float32
-    torch.testing.assert_close(output.logits_per_image, output.image_embeds @ output.text_embeds.T / 0.07)
+    torch.testing.assert_close(
+        output.logits_per_image, output.image_embeds @ output.text_embeds.T / 0.07
+    )
     half = make_clip().to(torch.bfloat16)
     embeds = half.encode_image(sample.bfloat16(), 3), half.encode_text(tokens.input_ids)
-    assert all(torch.allclose(e.norm(dim=1), torch.ones(())) and e.dtype == torch.float32 for e in embeds)
+    assert all(
+        torch.allclose(e.norm(dim=1), torch.ones(())) and e.dtype == torch.float32 for e in embeds
+    )
 
 
 def test_gradient_of_the_critic_is_that_of_finite_differences(clip: NoiseAwareCLIP) -> None:
     exact, tokens = make_clip().double(), clip.tokenizer(SENTENCES[:1], return_tensors="pt")
     generator = torch.Generator().manual_seed(2)
-    x, direction = (torch.randn(1, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, direction = (
+        torch.randn(1, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     # float64 weights; the embedding itself is float32, hence the wide step
     critic = lambda x: exact(x, 7.0, tokens.input_ids).logits_per_image.sum()  # noqa: E731
     (gradient,) = torch.autograd.grad(critic(x.requires_grad_()), x)
@@ -179,18 +243,33 @@ def test_the_scale_is_at_most_100() -> None:
 
 
 def test_the_schedule_is_in_the_config(clip: NoiseAwareCLIP) -> None:
-    schedule = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}
+    schedule = {
+        "num_train_timesteps": 50,
+        "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    }
     assert schedule_config(clip) == schedule == schedule_config(clip.image_encoder)
     betas = [0.1, 0.2]
     model = make_clip(num_train_timesteps=2, trained_betas=betas)
-    assert schedule_config(model)["trained_betas"] == schedule_config(model.image_encoder)["trained_betas"] == betas
+    assert (
+        schedule_config(model)["trained_betas"]
+        == schedule_config(model.image_encoder)["trained_betas"]
+        == betas
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"image_config": {**IMAGE, "num_labels": 4, "beta_end": 0.1}}, r"image_config has \['beta_end', 'num_labels'\]"),
-    ({"image_config": {**IMAGE, "sample_size": 9}}, "sample_size is 9"),
-    ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"image_config": {**IMAGE, "num_labels": 4, "beta_end": 0.1}},
+            r"image_config has \['beta_end', 'num_labels'\]",
+        ),
+        ({"image_config": {**IMAGE, "sample_size": 9}}, "sample_size is 9"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ],
+)
 def test_what_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_clip(**changes)
@@ -203,11 +282,23 @@ def test_word_tokenizer() -> None:
     tokenizer = train_clip.word_tokenizer(["A T-shirt, red", "a coat"], 9)
     tokens = tokenizer("A t-SHIRT,red glove")
     assert tokenizer.convert_ids_to_tokens(tokens.input_ids) == [
-        "[BOS]", "a", "t", "-", "shirt", ",", "red", "[UNK]", "[EOS]"]
+        "[BOS]",
+        "a",
+        "t",
+        "-",
+        "shirt",
+        ",",
+        "red",
+        "[UNK]",
+        "[EOS]",
+    ]
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) == (0, 1, 3)
     cut = tokenizer("red " * 20, truncation=True, max_length=5).input_ids
     assert len(cut) == 5 and cut[-1] == 3
-    assert tokenizer.get_vocab() == train_clip.word_tokenizer(["A T-shirt, red", "a coat"], 9).get_vocab()
+    assert (
+        tokenizer.get_vocab()
+        == train_clip.word_tokenizer(["A T-shirt, red", "a coat"], 9).get_vocab()
+    )
 
 
 def test_prompts_are_the_same_in_any_batch(clip: NoiseAwareCLIP) -> None:
@@ -223,7 +314,9 @@ def test_prompts_are_the_same_in_any_batch(clip: NoiseAwareCLIP) -> None:
 def test_text_is_pooled_at_eos(clip: NoiseAwareCLIP) -> None:
     ids = clip.tokenizer(["dark", "this is light"], padding=True, return_tensors="pt").input_ids
     hidden = clip.text_encoder(ids).last_hidden_state
-    pooled = torch.stack([hidden[0, 2], hidden[1, 4]])  # [BOS] dark [EOS], [BOS] this is light [EOS]
+    pooled = torch.stack(
+        [hidden[0, 2], hidden[1, 4]]
+    )  # [BOS] dark [EOS], [BOS] this is light [EOS]
     wanted = F.normalize(pooled @ clip.text_encoder.text_projection.weight.T, dim=1)
     torch.testing.assert_close(clip.encode_text(ids), wanted)
 
@@ -235,12 +328,17 @@ def test_prompts_that_cannot_be_read_are_refused(clip: NoiseAwareCLIP) -> None:
         clip.encode_prompts([])
     with pytest.raises(ValueError, match="'light light .*' of 14 tokens; up to 12 are allowed"):
         clip.encode_prompts(["dark", "light " * 12])
-    with pytest.raises(ValueError, match=r"'a Zebra in light', and the model never read the words \['Zebra', 'in'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"'a Zebra in light', and the model never read the words \['Zebra', 'in'\]",
+    ):
         clip.encode_prompts(["light", "a Zebra in light"])
 
 
 @pytest.mark.parametrize("subfolder", [None, "clip"])
-def test_saved_and_loaded_is_the_same(clip: NoiseAwareCLIP, tmp_path: Path, subfolder: str | None) -> None:
+def test_saved_and_loaded_is_the_same(
+    clip: NoiseAwareCLIP, tmp_path: Path, subfolder: str | None
+) -> None:
     first, second = tmp_path / "first" / (subfolder or ""), tmp_path / "second"
     clip.encode_prompts(SENTENCES)  # a tokenizer would save how it last padded
     clip.save_pretrained(first)
@@ -248,8 +346,13 @@ def test_saved_and_loaded_is_the_same(clip: NoiseAwareCLIP, tmp_path: Path, subf
     assert not loaded.training and apart(clip.state_dict(), loaded.state_dict()) == 0
     assert torch.equal(loaded.encode_prompts(SENTENCES), clip.encode_prompts(SENTENCES))
     loaded.save_pretrained(second)
-    names = ["config.json", "diffusion_pytorch_model.safetensors", "guided_diffusers_clip.py",
-             "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    names = [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "guided_diffusers_clip.py",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ]
     for folder in (first, second):
         found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         assert sorted(found) == names
@@ -268,27 +371,47 @@ def test_only_safetensors_are_loaded(clip: NoiseAwareCLIP, tmp_path: Path) -> No
 
 
 def test_captioned_images(root: Path) -> None:
-    images = LabelledImages(Dataset.from_parquet(str(root / "data" / "train.parquet")), resolution=8)
+    images = LabelledImages(
+        Dataset.from_parquet(str(root / "data" / "train.parquet")), resolution=8
+    )
     one, several = CaptionedImages(images, "one"), CaptionedImages(images, "several")
-    assert [one[i]["caption"] for i in range(4)] == ["a dark image", "this is light", "black, dark", "a light image"]
-    assert len(one) == 24 and sorted(set(one.captions())) == sorted(set(several.captions())) == sorted(SENTENCES)
-    by_label = CaptionedImages(images, captions={0: CAPTIONS["train"]["dark"], 1: CAPTIONS["train"]["light"]})
+    assert [one[i]["caption"] for i in range(4)] == [
+        "a dark image",
+        "this is light",
+        "black, dark",
+        "a light image",
+    ]
+    assert len(one) == 24 and sorted(set(one.captions())) == sorted(
+        set(several.captions())
+    ) == sorted(SENTENCES)
+    by_label = CaptionedImages(
+        images, captions={0: CAPTIONS["train"]["dark"], 1: CAPTIONS["train"]["light"]}
+    )
     for data in (several, by_label):
         drawn = [data[1, seed]["caption"] for seed in range(300)]
         assert drawn == [data[1, seed]["caption"] for seed in range(300)]
         assert all(70 < drawn.count(caption) < 130 for caption in CAPTIONS["train"]["light"])
         assert data[7]["caption"] == data[7, 7]["caption"]
-        assert torch.equal(data[3, 5]["pixel_values"], images[3, 5]["pixel_values"]) and data[3, 5]["label"] == 1
-    with pytest.raises(ValueError, match="caption_column='number' holds .*int64.*; strings or lists of strings"):
+        assert (
+            torch.equal(data[3, 5]["pixel_values"], images[3, 5]["pixel_values"])
+            and data[3, 5]["label"] == 1
+        )
+    with pytest.raises(
+        ValueError, match="caption_column='number' holds .*int64.*; strings or lists of strings"
+    ):
         CaptionedImages(images, "number")
     with pytest.raises(ValueError, match=r"captions: there are none for the labels \['light'\]"):
         CaptionedImages(images, captions={0: ["dark"]})
-    with pytest.raises(ValueError, match="caption_column=None, captions=None: one of the two is needed"):
+    with pytest.raises(
+        ValueError, match="caption_column=None, captions=None: one of the two is needed"
+    ):
         CaptionedImages(images)
     unlabelled = LabelledImages(images.dataset.select_columns(["image"]), resolution=8)
     with pytest.raises(ValueError, match="captions: captions by label need labels"):
         CaptionedImages(unlabelled, captions={0: ["dark"]})
-    empty = Dataset.from_dict({**images.dataset[:1], "several": [[]]}, features=images.dataset.features)
+    empty = Dataset.from_dict(
+        {**images.dataset[:1], "several": [[]]}, features=images.dataset.features
+    )
     with pytest.raises(ValueError, match=r"row 0 has the captions \[\]"):
         CaptionedImages(LabelledImages(empty, resolution=8), "several")[0]
 
@@ -299,28 +422,55 @@ def test_captioned_images(root: Path) -> None:
 def test_contrastive_loss() -> None:
     """Written out pair by pair; and 0 of a perfect match at a large scale."""
     generator = torch.Generator().manual_seed(0)
-    images, texts = (F.normalize(torch.randn(5, 3, generator=generator, dtype=torch.float64), dim=1) for _ in range(2))
+    images, texts = (
+        F.normalize(torch.randn(5, 3, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    )
     f = lambda i, j: 3.0 * sum(images[i] * texts[j]).item()  # noqa: E731
-    wanted = sum(
-        math.log(sum(math.exp(f(i, j)) for j in range(5))) + math.log(sum(math.exp(f(j, i)) for j in range(5)))
-        - 2 * f(i, i) for i in range(5)) / 10
-    assert train_clip.contrastive_loss(images, texts, torch.tensor(3.0)).item() == pytest.approx(wanted, abs=1e-12)
-    assert train_clip.contrastive_loss(torch.eye(4), torch.eye(4), torch.tensor(100.0)).item() < 1e-6
+    wanted = (
+        sum(
+            math.log(sum(math.exp(f(i, j)) for j in range(5)))
+            + math.log(sum(math.exp(f(j, i)) for j in range(5)))
+            - 2 * f(i, i)
+            for i in range(5)
+        )
+        / 10
+    )
+    assert train_clip.contrastive_loss(images, texts, torch.tensor(3.0)).item() == pytest.approx(
+        wanted, abs=1e-12
+    )
+    assert (
+        train_clip.contrastive_loss(torch.eye(4), torch.eye(4), torch.tensor(100.0)).item() < 1e-6
+    )
 
 
-def test_it_learns_and_its_figures_are_of_the_saved_model(train: Callable[..., Path], root: Path) -> None:
-    folder = train(BY_LABEL + SMALL + "--max_train_steps 60 --ema_max_decay 0.9 --train_batch_size 8")
+def test_it_learns_and_its_figures_are_of_the_saved_model(
+    train: Callable[..., Path], root: Path
+) -> None:
+    folder = train(
+        BY_LABEL + SMALL + "--max_train_steps 60 --ema_max_decay 0.9 --train_batch_size 8"
+    )
     model = NoiseAwareCLIP.from_pretrained(folder)
     assert schedule_config(model)["num_train_timesteps"] == 50
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["step"], metrics["images"]) == (60, 10)
     held_out = Dataset.from_parquet(str(root / "data" / "test.parquet"))
-    x0 = torch.stack([torch.from_numpy(np.array(row["image"], np.float32))[None] for row in held_out]) / 127.5 - 1
+    x0 = (
+        torch.stack(
+            [torch.from_numpy(np.array(row["image"], np.float32))[None] for row in held_out]
+        )
+        / 127.5
+        - 1
+    )
     label = torch.tensor(held_out["label"])
     with torch.no_grad():
-        texts = torch.cat([model.encode_prompts(CAPTIONS["held_out"][name]) for name in ("dark", "light")])
+        texts = torch.cat(
+            [model.encode_prompts(CAPTIONS["held_out"][name]) for name in ("dark", "light")]
+        )
         for k, row in enumerate(metrics["held_out"]):
-            eps = torch.stack([torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(10)])
+            eps = torch.stack(
+                [torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(10)]
+            )
             t = torch.full((10,), row["timestep"])
             image = model.encode_image(DDPMScheduler(50).add_noise(x0, eps, t), t)
             right = ((image @ texts.T).argmax(dim=1) == label).float().mean().item()
@@ -330,12 +480,19 @@ def test_it_learns_and_its_figures_are_of_the_saved_model(train: Callable[..., P
             own, other = f.gather(1, label[:, None])[:, 0], f.gather(1, 1 - label[:, None])[:, 0]
             assert row["retrieval"] == pytest.approx((own > other).float().mean().item(), abs=1e-5)
             assert row["cross_entropy"] == pytest.approx(
-                (torch.logaddexp(own, other + math.log(5)) - own).mean().item(), abs=1e-4)
+                (torch.logaddexp(own, other + math.log(5)) - own).mean().item(), abs=1e-4
+            )
     assert metrics["held_out"][0]["zero_shot"] >= 0.9
 
 
-@pytest.mark.parametrize("line", [BY_LABEL + SMALL + "--random_shift 1", DATA + "--caption_column several " + SMALL,
-                                  DATA + "--caption_column one --text_encoder {root}/text --max_timestep 20"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        BY_LABEL + SMALL + "--random_shift 1",
+        DATA + "--caption_column several " + SMALL,
+        DATA + "--caption_column one --text_encoder {root}/text --max_timestep 20",
+    ],
+)
 def test_resumed_equals_uninterrupted(train: Callable[..., Path], line: str) -> None:
     line += " --checkpointing_steps 2 --checkpoints_total_limit 0 --max_train_steps 4"
     whole = train(line + " --validation_steps 2", "whole")
@@ -344,24 +501,44 @@ def test_resumed_equals_uninterrupted(train: Callable[..., Path], line: str) -> 
     (parts / "diffusion_pytorch_model.safetensors").unlink()
     train(line + " --resume_from_checkpoint latest", "parts")
     assert apart(weights(whole), weights(parts)) == 0
-    tokenizers = [(folder / "tokenizer" / "tokenizer.json").read_bytes() for folder in (whole, parts)]
+    tokenizers = [
+        (folder / "tokenizer" / "tokenizer.json").read_bytes() for folder in (whole, parts)
+    ]
     assert tokenizers[0] == tokenizers[1]
     assert schedule_config(NoiseAwareCLIP.from_pretrained(whole))["num_train_timesteps"] == (
-        21 if "max_timestep" in line else 50)
+        21 if "max_timestep" in line else 50
+    )
 
 
-def test_two_processes_equal_one_with_twice_the_batch(train: Callable[..., Path], root: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(
+    train: Callable[..., Path], root: Path, tmp_path: Path
+) -> None:
     line = BY_LABEL + SMALL + "--adam_epsilon 1e-4 --max_train_steps 3 --validation_samples 5 "
     one, two = train(line, "one"), tmp_path / "two"
-    words = shlex.split(f"{TINY} {line} --train_batch_size 2 --output_dir {two}".replace("{root}", str(root)))
+    words = shlex.split(
+        f"{TINY} {line} --train_batch_size 2 --output_dir {two}".replace("{root}", str(root))
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    runs = [subprocess.Popen(
-        [sys.executable, str(TRAINING / "train_clip.py"), *words], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_DATASETS_CACHE": str(root / "cache")})
-        for rank in range(2)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(TRAINING / "train_clip.py"), *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "HF_DATASETS_CACHE": str(root / "cache"),
+            },
+        )
+        for rank in range(2)
+    ]
     try:
         errors = [run.communicate(timeout=300)[1] for run in runs]
     finally:
@@ -369,16 +546,24 @@ def test_two_processes_equal_one_with_twice_the_batch(train: Callable[..., Path]
             run.kill()
     assert [run.returncode for run in runs] == [0, 0], errors
     assert apart(weights(one), weights(two)) < 1e-5
-    figures = [json.loads((folder / "metrics.json").read_text())["held_out"] for folder in (one, two)]
+    figures = [
+        json.loads((folder / "metrics.json").read_text())["held_out"] for folder in (one, two)
+    ]
     for first, second in zip(*figures, strict=True):
         assert first == pytest.approx(second, abs=1e-3)
 
 
 def test_warm_starts(train: Callable[..., Path], root: Path) -> None:
     """At learning rate 0 the start is what's saved; a frozen text encoder stays what it was."""
-    line = BY_LABEL + "--image_encoder {root}/classifier --text_encoder {root}/text --max_train_steps 2 "
+    line = (
+        BY_LABEL
+        + "--image_encoder {root}/classifier --text_encoder {root}/text --max_train_steps 2 "
+    )
     start = train(line + "--learning_rate 0 --ddpm_num_steps 60", "start")
-    model, classifier = NoiseAwareCLIP.from_pretrained(start), NoiseAwareClassifier.from_pretrained(root / "classifier")
+    model, classifier = (
+        NoiseAwareCLIP.from_pretrained(start),
+        NoiseAwareClassifier.from_pretrained(root / "classifier"),
+    )
     text = CLIPTextModelWithProjection.from_pretrained(root / "text")
     assert apart(model.text_encoder.state_dict(), text.state_dict()) == 0
     mine, theirs = model.image_encoder.state_dict(), classifier.state_dict()
@@ -394,30 +579,70 @@ def test_warm_starts(train: Callable[..., Path], root: Path) -> None:
     assert apart(moved.text_encoder.state_dict(), text.state_dict()) > 0
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (DATA, "--caption_column None and --captions None: one of the two is needed"),
-    (BY_LABEL + "--caption_column one", "--caption_column one and --captions .*: only one of the two"),
-    (BY_LABEL + SMALL + "--text_encoder {root}/text", "--text_encoder .* and --text_config .*: only one of the two"),
-    (BY_LABEL + "--freeze_text_encoder", "--freeze_text_encoder needs --text_encoder"),
-    (DATA + "--caption_column words", r"caption_column='words': the dataset has the columns \['image', "),
-    (DATA + "--caption_column number", "caption_column='number' holds .*int64"),
-    (DATA + "--captions {root}/none.json", "--captions .*none.json: .*No such file"),
-    (DATA + "--captions {root}/text.json", r"--captions .*text.json has \['hidden_size', .*\]; \"train\""),
-    (DATA + "--captions {root}/other.json", r"--captions .*: 'train' has the labels \['dark'\], the dataset"),
-    (DATA + "--captions {root}/string.json", "--captions .*: 'train' has 'dark' for 'dark'; a list of strings"),
-    (BY_LABEL + "--text_config {root}/list.json", "--text_config .*list.json holds a list; an object is allowed"),
-    (BY_LABEL + "--text_encoder {root}/none", "--text_encoder .*none: "),
-    (BY_LABEL + "--text_encoder {root}/unprojected --freeze_text_encoder", r"has no \['text_projection.weight'\]"),
-    (BY_LABEL + "--image_encoder {root}/none", "--image_encoder .*none: "),
-    (BY_LABEL + "--image_encoder {root}/unet", "--image_encoder .*unet: "),
-    (BY_LABEL + "--image_encoder {root}/classifier --resolution 16", "--image_encoder .*, --resolution 16: .*mismatch"),
-    (BY_LABEL + "--max_timestep 50", "--max_timestep 50: 0 to 49 is allowed"),
-])
-def test_wrong_options_are_named(train: Callable[..., Path], root: Path, tmp_path: Path, line: str, message: str,
-                                 capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (DATA, "--caption_column None and --captions None: one of the two is needed"),
+        (
+            BY_LABEL + "--caption_column one",
+            "--caption_column one and --captions .*: only one of the two",
+        ),
+        (
+            BY_LABEL + SMALL + "--text_encoder {root}/text",
+            "--text_encoder .* and --text_config .*: only one of the two",
+        ),
+        (BY_LABEL + "--freeze_text_encoder", "--freeze_text_encoder needs --text_encoder"),
+        (
+            DATA + "--caption_column words",
+            r"caption_column='words': the dataset has the columns \['image', ",
+        ),
+        (DATA + "--caption_column number", "caption_column='number' holds .*int64"),
+        (DATA + "--captions {root}/none.json", "--captions .*none.json: .*No such file"),
+        (
+            DATA + "--captions {root}/text.json",
+            r"--captions .*text.json has \['hidden_size', .*\]; \"train\"",
+        ),
+        (
+            DATA + "--captions {root}/other.json",
+            r"--captions .*: 'train' has the labels \['dark'\], the dataset",
+        ),
+        (
+            DATA + "--captions {root}/string.json",
+            "--captions .*: 'train' has 'dark' for 'dark'; a list of strings",
+        ),
+        (
+            BY_LABEL + "--text_config {root}/list.json",
+            "--text_config .*list.json holds a list; an object is allowed",
+        ),
+        (BY_LABEL + "--text_encoder {root}/none", "--text_encoder .*none: "),
+        (
+            BY_LABEL + "--text_encoder {root}/unprojected --freeze_text_encoder",
+            r"has no \['text_projection.weight'\]",
+        ),
+        (BY_LABEL + "--image_encoder {root}/none", "--image_encoder .*none: "),
+        (BY_LABEL + "--image_encoder {root}/unet", "--image_encoder .*unet: "),
+        (
+            BY_LABEL + "--image_encoder {root}/classifier --resolution 16",
+            "--image_encoder .*, --resolution 16: .*mismatch",
+        ),
+        (BY_LABEL + "--max_timestep 50", "--max_timestep 50: 0 to 49 is allowed"),
+    ],
+)
+def test_wrong_options_are_named(
+    train: Callable[..., Path],
+    root: Path,
+    tmp_path: Path,
+    line: str,
+    message: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, content in (("other", {"train": {"dark": ["dark"]}}), ("list", [1]),
-                          ("string", {"train": {"dark": "dark", "light": ["light"]}})):
+    for name, content in (
+        ("other", {"train": {"dark": ["dark"]}}),
+        ("list", [1]),
+        ("string", {"train": {"dark": "dark", "light": ["light"]}}),
+    ):
         (root / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit) as end:
         train(line, "refused")
@@ -443,15 +668,23 @@ def test_fashion_mnist_captions() -> None:
     for caption in known + new:
         ids = tokenizer(caption).input_ids
         assert len(ids) <= text["max_position_embeddings"] and tokenizer.unk_token_id not in ids
-    assert all(tokenizer.unk_token_id not in tokenizer(label).input_ids for label in captions["train"])
+    assert all(
+        tokenizer.unk_token_id not in tokenizer(label).input_ids for label in captions["train"]
+    )
 
 
 def test_recipe_is_understood_and_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, readme = (
-        next(line[line.index("training/train_clip.py"):].split() for line in text.replace("\\\n", "").splitlines()
-             if "training/train_clip.py" in line and "--max_train_steps" in line)
-        for text in ((TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
-                     (TRAINING / "README.md").read_text()))
+        next(
+            line[line.index("training/train_clip.py") :].split()
+            for line in text.replace("\\\n", "").splitlines()
+            if "training/train_clip.py" in line and "--max_train_steps" in line
+        )
+        for text in (
+            (TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
+            (TRAINING / "README.md").read_text(),
+        )
+    )
     assert sorted(recipe) == sorted(readme)
     monkeypatch.setattr(sys, "argv", recipe)
     parsed = options.parse(train_clip.ClipOptions, None)

@@ -30,7 +30,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def split(images: list[np.ndarray], labels: list | None = None, feature: object = None) -> Dataset:
     """A split of the images, with a column `y` of labels of that feature."""
-    rows, features = {"picture": [PILImage.fromarray(image) for image in images]}, {"picture": Image()}
+    rows, features = (
+        {"picture": [PILImage.fromarray(image) for image in images]},
+        {"picture": Image()},
+    )
     if labels is not None:
         rows, features = {**rows, "y": labels}, {**features, "y": feature}
     return Dataset.from_dict(rows, features=Features(features))
@@ -55,12 +58,18 @@ def test_pixels_span_minus_one_to_one() -> None:
 def test_channels() -> None:
     grey, colour = RAMP, np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
     assert LabelledImages(split([grey]), resolution=8)[0]["pixel_values"].shape == (1, 8, 8)
-    torch.testing.assert_close(LabelledImages(split([colour]), resolution=8)[0]["pixel_values"], scaled(colour))
+    torch.testing.assert_close(
+        LabelledImages(split([colour]), resolution=8)[0]["pixel_values"], scaled(colour)
+    )
     # one grey image first doesn't make a coloured split grey
     mixed = LabelledImages(split([grey, colour]), resolution=8)
     assert mixed.channels == 3
     torch.testing.assert_close(mixed[0]["pixel_values"], scaled(np.stack([grey] * 3, axis=2)))
-    assert LabelledImages(split([colour]), resolution=8, channels=1)[0]["pixel_values"].shape == (1, 8, 8)
+    assert LabelledImages(split([colour]), resolution=8, channels=1)[0]["pixel_values"].shape == (
+        1,
+        8,
+        8,
+    )
 
 
 def test_sixteen_bit_images_keep_their_range() -> None:
@@ -78,11 +87,13 @@ def test_resizes_the_shorter_side_and_crops_the_longer() -> None:
     for seed in range(200):
         crop = data[0, seed]["pixel_values"]
         left = round((crop[0, 0, 0].item() + 1) * 127.5 / 8)
-        torch.testing.assert_close(crop, scaled(wide[:, left:left + 8]))
+        torch.testing.assert_close(crop, scaled(wide[:, left : left + 8]))
         lefts.add(left)
     assert lefts == set(range(25))  # every place, the two ends included
     smaller = LabelledImages(split([wide]), resolution=4, center_crop=True)[0]["pixel_values"]
-    expected = PILImage.fromarray(wide).resize((16, 4), PILImage.Resampling.BICUBIC).crop((6, 0, 10, 4))
+    expected = (
+        PILImage.fromarray(wide).resize((16, 4), PILImage.Resampling.BICUBIC).crop((6, 0, 10, 4))
+    )
     torch.testing.assert_close(smaller, scaled(np.asarray(expected)))
 
 
@@ -99,7 +110,11 @@ def test_flip_is_of_half_the_images() -> None:
 
 def test_shift_repeats_the_edge_and_reaches_all_places() -> None:
     data = LabelledImages(split([RAMP]), resolution=8, random_shift=2)
-    places = {(y, x): scaled(np.pad(RAMP, 2, mode="edge")[y:y + 8, x:x + 8]) for y in range(5) for x in range(5)}
+    places = {
+        (y, x): scaled(np.pad(RAMP, 2, mode="edge")[y : y + 8, x : x + 8])
+        for y in range(5)
+        for x in range(5)
+    }
     seen = set()
     for seed in range(300):
         pixels = data[0, seed]["pixel_values"]
@@ -116,12 +131,15 @@ def test_an_item_depends_on_its_index_and_seed_alone() -> None:
     assert torch.equal(data[1]["pixel_values"], data[1, 0]["pixel_values"])
 
 
-@pytest.mark.parametrize(("labels", "feature", "names", "ids"), [
-    ([2, 0, 1], ClassLabel(names=["x", "y", "z"]), {0: "x", 1: "y", 2: "z"}, [2, 0, 1]),
-    ([3, 0, 3], Value("int64"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
-    ([3, 0, 3], Value("uint8"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
-    (["dog", "cat", "dog"], Value("string"), {0: "cat", 1: "dog"}, [1, 0, 1]),
-])
+@pytest.mark.parametrize(
+    ("labels", "feature", "names", "ids"),
+    [
+        ([2, 0, 1], ClassLabel(names=["x", "y", "z"]), {0: "x", 1: "y", 2: "z"}, [2, 0, 1]),
+        ([3, 0, 3], Value("int64"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
+        ([3, 0, 3], Value("uint8"), {0: "0", 1: "1", 2: "2", 3: "3"}, [3, 0, 3]),
+        (["dog", "cat", "dog"], Value("string"), {0: "cat", 1: "dog"}, [1, 0, 1]),
+    ],
+)
 def test_labels(labels: list, feature: object, names: dict[int, str], ids: list[int]) -> None:
     data = LabelledImages(split([RAMP] * 3, labels, feature), label_column="y", resolution=8)
     assert data.id2label == names
@@ -132,31 +150,70 @@ def test_labels_without_a_column() -> None:
     assert LabelledImages(split([RAMP]), resolution=8).id2label == {}
     # integers could be anything: they are labels only if asked for
     assert LabelledImages(split([RAMP], [4], Value("int64")), resolution=8).id2label == {}
-    assert LabelledImages(split([RAMP], [0], ClassLabel(names=["a", "b"])), resolution=8).id2label == {0: "a", 1: "b"}
+    assert LabelledImages(
+        split([RAMP], [0], ClassLabel(names=["a", "b"])), resolution=8
+    ).id2label == {0: "a", 1: "b"}
 
 
 def test_another_splits_labels_keep_their_ids() -> None:
-    train = LabelledImages(split([RAMP] * 2, ["cat", "dog"], Value("string")), label_column="y", resolution=8)
-    held_out = LabelledImages(split([RAMP], ["dog"], Value("string")), label_column="y", resolution=8,
-                              labels=train.id2label)
+    train = LabelledImages(
+        split([RAMP] * 2, ["cat", "dog"], Value("string")), label_column="y", resolution=8
+    )
+    held_out = LabelledImages(
+        split([RAMP], ["dog"], Value("string")),
+        label_column="y",
+        resolution=8,
+        labels=train.id2label,
+    )
     assert held_out[0]["label"] == 1
-    unknown = LabelledImages(split([RAMP], ["cow"], Value("string")), label_column="y", labels=train.id2label)
-    with pytest.raises(ValueError, match=r"label 'cow' of row 0 is none of the 2 labels \['cat', 'dog'\]"):
+    unknown = LabelledImages(
+        split([RAMP], ["cow"], Value("string")), label_column="y", labels=train.id2label
+    )
+    with pytest.raises(
+        ValueError, match=r"label 'cow' of row 0 is none of the 2 labels \['cat', 'dog'\]"
+    ):
         _ = unknown[0]
     with pytest.raises(ValueError, match="label_column='y' has the labels .*, the other split"):
         LabelledImages(split([RAMP], [0], ClassLabel(names=["dog", "cat"])), labels=train.id2label)
 
 
-@pytest.mark.parametrize(("dataset", "options", "message"), [
-    (split([]), {}, "no rows"),
-    (split([RAMP]), {"image_column": "foto"}, r"image_column='foto': the dataset has the columns \['picture'\]"),
-    (split([RAMP]), {"label_column": "foto"}, r"label_column='foto': the dataset has the columns \['picture'\]"),
-    (split([RAMP], [1], Value("int64")), {"image_column": "y"}, "image_column='y' holds Value.*not images"),
-    (split([RAMP], [-1], Value("int64")), {"label_column": "y"}, "label_column='y' holds Value.*from -1 on"),
-    (split([RAMP], [1.5], Value("float32")), {"label_column": "y"}, "label_column='y' holds Value.*from 1.5 on"),
-    (split([RAMP] * 2, ["a", None], Value("string")), {"label_column": "y"}, "in every row"),
-    (Dataset.from_dict({"y": [1]}), {}, r"image_column=None: the dataset has the columns \['y'\]"),
-])
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (split([]), {}, "no rows"),
+        (
+            split([RAMP]),
+            {"image_column": "foto"},
+            r"image_column='foto': the dataset has the columns \['picture'\]",
+        ),
+        (
+            split([RAMP]),
+            {"label_column": "foto"},
+            r"label_column='foto': the dataset has the columns \['picture'\]",
+        ),
+        (
+            split([RAMP], [1], Value("int64")),
+            {"image_column": "y"},
+            "image_column='y' holds Value.*not images",
+        ),
+        (
+            split([RAMP], [-1], Value("int64")),
+            {"label_column": "y"},
+            "label_column='y' holds Value.*from -1 on",
+        ),
+        (
+            split([RAMP], [1.5], Value("float32")),
+            {"label_column": "y"},
+            "label_column='y' holds Value.*from 1.5 on",
+        ),
+        (split([RAMP] * 2, ["a", None], Value("string")), {"label_column": "y"}, "in every row"),
+        (
+            Dataset.from_dict({"y": [1]}),
+            {},
+            r"image_column=None: the dataset has the columns \['y'\]",
+        ),
+    ],
+)
 def test_wrong_columns(dataset: Dataset, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LabelledImages(dataset, **options)
@@ -171,7 +228,9 @@ def test_a_hidden_label_is_named() -> None:
 def test_bytes_of_files_are_images_where_named(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     PILImage.fromarray(RAMP).save(buffer, "PNG")
-    plain = Dataset.from_dict({"png": [buffer.getvalue()], "file": [{"bytes": buffer.getvalue(), "path": None}]})
+    plain = Dataset.from_dict(
+        {"png": [buffer.getvalue()], "file": [{"bytes": buffer.getvalue(), "path": None}]}
+    )
     for column in ("png", "file"):
         data = LabelledImages(plain, image_column=column, resolution=8)
         torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
@@ -189,7 +248,9 @@ def test_image_folder_and_parquet_folder(tmp_path: Path) -> None:
     assert test[0]["label"] == 1
 
     (tmp_path / "parquet").mkdir()
-    split([RAMP], [1], ClassLabel(names=["cat", "dog"])).to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    split([RAMP], [1], ClassLabel(names=["cat", "dog"])).to_parquet(
+        tmp_path / "parquet" / "train-0.parquet"
+    )
     data = LabelledImages(load_splits(str(tmp_path / "parquet"))["train"], resolution=8)
     assert data.id2label == {0: "cat", 1: "dog"}
     torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
@@ -207,24 +268,36 @@ def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
     streamed = load_splits(str(tmp_path / "*.parquet"), streaming=True)
     assert [*streamed] == ["train"] and [row["y"] for row in streamed["train"]] == [0, 1, 2]
     (tmp_path / "notes.txt").write_text("no images")
-    for pattern, found in (("*.*", r"4 files of the kinds \['.parquet', '.txt'\]"), ("*.tar", "0 files")):
+    for pattern, found in (
+        ("*.*", r"4 files of the kinds \['.parquet', '.txt'\]"),
+        ("*.tar", "0 files"),
+    ):
         with pytest.raises(ValueError, match=f"matches {found}.*'.tar', '.parquet'"):
             load_splits(str(tmp_path / pattern))
 
 
 def test_rows_of_streams_have_names() -> None:
-    assert [row_name(number) for number in (7, SHARD, 3 * SHARD + 7)] == ["row 7", "row 0 of shard 0",
-                                                                         "row 7 of shard 2"]
+    assert [row_name(number) for number in (7, SHARD, 3 * SHARD + 7)] == [
+        "row 7",
+        "row 0 of shard 0",
+        "row 7 of shard 2",
+    ]
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_prepare_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gzipped: bool) -> None:
+def test_prepare_fashion_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gzipped: bool
+) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
     labels = np.array([9, 0, 7], dtype=np.uint8)
     (tmp_path / "idx").mkdir()
     for prefix in ("train", "t10k"):
         for stem, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
-            content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+            content = (
+                bytes([0, 0, 8, array.ndim])
+                + np.array(array.shape, ">u4").tobytes()
+                + array.tobytes()
+            )
             path = tmp_path / "idx" / f"{stem}-ubyte{'.gz' if gzipped else ''}"
             path.write_bytes(gzip.compress(content) if gzipped else content)
     command = ["prepare", "--source", str(tmp_path / "idx"), "--output", str(tmp_path / "data")]
@@ -234,13 +307,19 @@ def test_prepare_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     splits = load_splits(str(tmp_path / "data"))
     assert sorted(splits) == ["test", "train"]
     data = LabelledImages(splits["train"], resolution=28)
-    assert [data.id2label[data[i]["label"]] for i in range(3)] == ["ankle boot", "t-shirt", "sneaker"]
+    assert [data.id2label[data[i]["label"]] for i in range(3)] == [
+        "ankle boot",
+        "t-shirt",
+        "sneaker",
+    ]
     for i in range(3):
         torch.testing.assert_close(data[i]["pixel_values"], scaled(images[i]))
 
     with pytest.raises(SystemExit, match="exists already"):
         prepare_fashion_mnist.main()
-    monkeypatch.setattr(sys, "argv", [*command[:-1], str(tmp_path / "other"), "--source", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", [*command[:-1], str(tmp_path / "other"), "--source", str(tmp_path)]
+    )
     with pytest.raises(SystemExit, match="train-images-idx3-ubyte.* dataset-fashion-mnist"):
         prepare_fashion_mnist.main()
 

@@ -39,7 +39,13 @@ from guided_diffusers.evaluation import (
 from guided_diffusers.evaluation.bits import process_of
 from guided_diffusers.evaluation.images import matched
 from guided_diffusers.losses import bits_per_dim
-from guided_diffusers.metrics import Moments, density_coverage, frechet_distance, kernel_distance, precision_recall
+from guided_diffusers.metrics import (
+    Moments,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from guided_diffusers.sampling import image_generator, sample_to_folder
 from guided_diffusers.sampling.shards import Shards, parquet
 
@@ -64,8 +70,10 @@ def png(array: np.ndarray, path: Path) -> bytes:
 def write(path: Path, form: str, count: int = 60, seed: int = 2) -> Path:
     """Generated images in one of the forms of `guided-diffusers sample`."""
     arrays, labels = pixels(count, seed)
-    pngs = [png(array, path / "pngs" / NAMES[label].replace("/", "-") / f"{i:06d}.png")
-            for i, (array, label) in enumerate(zip(arrays, labels, strict=True))]
+    pngs = [
+        png(array, path / "pngs" / NAMES[label].replace("/", "-") / f"{i:06d}.png")
+        for i, (array, label) in enumerate(zip(arrays, labels, strict=True))
+    ]
     match form:
         case "npz":
             np.savez(path / "samples.npz", arrays[..., None].repeat(3, 3), np.array(labels))
@@ -74,15 +82,29 @@ def write(path: Path, form: str, count: int = 60, seed: int = 2) -> Path:
             for shard in range(0, count, 25):
                 file = path / "shards" / "data" / f"train-{shard:05d}.parquet"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(parquet(pngs[shard : shard + 25], labels[shard : shard + 25], NAMES))
+                file.write_bytes(
+                    parquet(pngs[shard : shard + 25], labels[shard : shard + 25], NAMES)
+                )
             return path / "shards"
     return path / "pngs"
 
 
 def judge_module(names: list[str] = NAMES) -> NoiseAwareClassifier:
     torch.manual_seed(0)
-    found = NoiseAwareClassifier(8, 1, len(names), (8, 16), ("DownBlock2D",) * 2, 1, "conv", "default", 8, 4,
-                                 pool="adaptive", id2label=dict(enumerate(names)))
+    found = NoiseAwareClassifier(
+        8,
+        1,
+        len(names),
+        (8, 16),
+        ("DownBlock2D",) * 2,
+        1,
+        "conv",
+        "default",
+        8,
+        4,
+        pool="adaptive",
+        id2label=dict(enumerate(names)),
+    )
     torch.nn.init.normal_(found.head[-1].weight)
     return found.eval()
 
@@ -100,10 +122,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(place: Path, images: Path | None, *arguments: str, judge: str | None = None) -> dict[str, Any]:
-    main(["evaluate", *([str(images)] if images else []), "--dataset", str(place / "real"), "--features",
-          judge or str(place / "judge"), "--output", str(place / "out"), "--quiet", "--device", "cpu", "--bootstrap",
-          "20", *arguments])
+def run(
+    place: Path, images: Path | None, *arguments: str, judge: str | None = None
+) -> dict[str, Any]:
+    main(
+        [
+            "evaluate",
+            *([str(images)] if images else []),
+            "--dataset",
+            str(place / "real"),
+            "--features",
+            judge or str(place / "judge"),
+            "--output",
+            str(place / "out"),
+            "--quiet",
+            "--device",
+            "cpu",
+            "--bootstrap",
+            "20",
+            *arguments,
+        ]
+    )
     return json.loads((place / "out" / "evaluation.json").read_text())
 
 
@@ -113,22 +152,33 @@ def stacked(images: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_all_forms_are_read_alike(place: Path, tmp_path: Path) -> None:
-    found = {form: open_generated(write(tmp_path / form, form)) for form in ("imagefolder", "parquet", "npz")}
+    found = {
+        form: open_generated(write(tmp_path / form, form))
+        for form in ("imagefolder", "parquet", "npz")
+    }
     arrays, labels = pixels(60, 2)
     expected = torch.from_numpy(arrays)[:, None].float() / 127.5 - 1
     for form in ("parquet", "npz"):
         images, got = stacked(found[form])
-        assert torch.allclose(images, expected.expand_as(images), atol=1e-6) and got.tolist() == labels, form
+        assert (
+            torch.allclose(images, expected.expand_as(images), atol=1e-6) and got.tolist() == labels
+        ), form
     assert found["parquet"].shape == (1, 8, 8) and found["npz"].shape == (3, 8, 8)
     images, got = stacked(found["imagefolder"])  # in the order of their folders
     order = sorted(range(60), key=lambda i: (labels[i], i))
-    assert torch.allclose(images, expected[order], atol=1e-6) and got.tolist() == [labels[i] for i in order]
+    assert torch.allclose(images, expected[order], atol=1e-6) and got.tolist() == [
+        labels[i] for i in order
+    ]
     for images in found.values():  # from anywhere
-        assert [label for _, label in images.read(23, 53)] == [label for _, label in images.read(0, 60)][23:53]
+        assert [label for _, label in images.read(23, 53)] == [
+            label for _, label in images.read(0, 60)
+        ][23:53]
         assert torch.equal(next(images.read(41, 42))[0], list(images.read(0, 60))[41][0])
 
 
-def test_figures_are_those_of_the_judges_features(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_figures_are_those_of_the_judges_features(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Against the metrics of all features at once, computed here; the same for each form but for the images' order."""
     module = judge_module()
     seen: list[torch.Tensor] = []
@@ -142,7 +192,9 @@ def test_figures_are_those_of_the_judges_features(place: Path, tmp_path: Path, c
     found = run(place, generated, "--batch-size", "7")
     value = {name: figure["value"] for name, figure in found["figures"].items()}
     assert value["frechet_distance"] == pytest.approx(frechet_distance(real, features), rel=1e-5)
-    assert value["kernel_distance"] == pytest.approx(float(kernel_distance(real, features)), rel=1e-4)
+    assert value["kernel_distance"] == pytest.approx(
+        float(kernel_distance(real, features)), rel=1e-4
+    )
     assert (value["precision"], value["recall"]) == pytest.approx(precision_recall(real, features))
     assert (value["density"], value["coverage"]) == pytest.approx(density_coverage(real, features))
     right = logits.argmax(1) == labels
@@ -158,10 +210,16 @@ def test_figures_are_those_of_the_judges_features(place: Path, tmp_path: Path, c
         low, high = figure["interval"]
         assert low <= figure["value"] <= high
     assert found["settings"]["features"]["network"] == str(place / "judge")
-    assert found["settings"]["real"]["split"] == "test" and found["settings"]["images"]["count"] == 60
+    assert (
+        found["settings"]["real"]["split"] == "test" and found["settings"]["images"]["count"] == 60
+    )
     said = capsys.readouterr().out
     assert "Frechet distance" in said and "FID" not in said and "hat/cap" in said
-    assert {one.name for one in (place / "out").iterdir()} == {"evaluation.json", "confusion.png", "nearest.png"}
+    assert {one.name for one in (place / "out").iterdir()} == {
+        "evaluation.json",
+        "confusion.png",
+        "nearest.png",
+    }
     assert Image.open(place / "out" / "confusion.png").size[0] > 300
     assert Image.open(place / "out" / "nearest.png").size[0] > 10 * 80
 
@@ -174,12 +232,35 @@ def test_figures_are_those_of_the_judges_features(place: Path, tmp_path: Path, c
 def test_options_have_an_effect(place: Path, tmp_path: Path) -> None:
     generated = write(tmp_path, "parquet")
     plain = run(place, generated)
-    few = run(place, generated, "--max-features", "30", "--bootstrap", "0", "--no-per-class", "--judge", "none",
-              "--training-split", "none", "--no-picture", "--split", "train")
-    assert few["figures"]["precision"]["images"] == 30 and few["figures"]["frechet_distance"]["images"] == 60
+    few = run(
+        place,
+        generated,
+        "--max-features",
+        "30",
+        "--bootstrap",
+        "0",
+        "--no-per-class",
+        "--judge",
+        "none",
+        "--training-split",
+        "none",
+        "--no-picture",
+        "--split",
+        "train",
+    )
+    assert (
+        few["figures"]["precision"]["images"] == 30
+        and few["figures"]["frechet_distance"]["images"] == 60
+    )
     assert few["figures"]["frechet_distance"]["interval"] is None and few["per_class"] == []
-    assert few["confusion"] is None and "top_1" not in few["figures"] and few["settings"]["real"]["split"] == "train"
-    assert "memorised" not in few["figures"] and any("a sample of 30 of the 60" in note for note in few["notes"])
+    assert (
+        few["confusion"] is None
+        and "top_1" not in few["figures"]
+        and few["settings"]["real"]["split"] == "train"
+    )
+    assert "memorised" not in few["figures"] and any(
+        "a sample of 30 of the 60" in note for note in few["notes"]
+    )
     other = run(place, generated, "--seed", "5", "--confidence", "0.5", "--nearest", "10")
     wide, narrow = (one["figures"]["precision"]["interval"] for one in (plain, other))
     assert wide != narrow and other["figures"]["nearest_ratio"]["images"] == 10
@@ -188,13 +269,42 @@ def test_options_have_an_effect(place: Path, tmp_path: Path) -> None:
 
 def test_several_processes_give_the_same_figures(place: Path, tmp_path: Path) -> None:
     generated = write(tmp_path, "parquet")
-    options = ["--max-features", "40", "--batch-size", "7", "--bits-per-dim", "5", "--model", str(tmp_path / "model")]
+    options = [
+        "--max-features",
+        "40",
+        "--batch-size",
+        "7",
+        "--bits-per-dim",
+        "5",
+        "--model",
+        str(tmp_path / "model"),
+    ]
     pipeline().save_pretrained(tmp_path / "model")
     one = run(place, generated, *options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-               "guided_diffusers", "evaluate", str(generated), "--dataset", str(place / "real"), "--features",
-               str(place / "judge"), "--output", str(tmp_path / "two"), "--quiet", "--device", "cpu", "--bootstrap",
-               "20", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "guided_diffusers",
+        "evaluate",
+        str(generated),
+        "--dataset",
+        str(place / "real"),
+        "--features",
+        str(place / "judge"),
+        "--output",
+        str(tmp_path / "two"),
+        "--quiet",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        "20",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Frechet distance") == 1  # one process says it
@@ -209,7 +319,11 @@ def alike(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(alike, one, other))
-    return one == other if not isinstance(one, float) else one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    return (
+        one == other
+        if not isinstance(one, float)
+        else one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    )
 
 
 SEPARATE = """
@@ -245,8 +359,17 @@ print("alike")
 def test_one_process_looks_for_all_whether_something_was_kept(place: Path, tmp_path: Path) -> None:
     """Two processes, each with a folder of its own, of which one has the real images' summary."""
     (tmp_path / "separate.py").write_text(SEPARATE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(tmp_path / "separate.py"), str(place), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "separate.py"),
+        str(place),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("alike") == 2
@@ -288,8 +411,12 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     """Peaks of processes; the features of 18,000 more images would be 74 MB."""
     peaks = []
     for count in ("2000", "20000"):
-        done = subprocess.run([sys.executable, "-c", MEMORY, count, str(Path(__file__).parent)], capture_output=True,
-                              text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, count, str(Path(__file__).parent)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0], peaks
@@ -297,21 +424,41 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
 
 def test_copied_training_images_are_found(place: Path) -> None:
     """A third of the generated images are training images."""
-    training, held_out = (open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test"))
+    training, held_out = (
+        open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test")
+    )
     copied = [{"pixel_values": image, "label": label} for image, label in training.read(30, 50)]
     arrays, labels = pixels(40, 7)
-    fresh = [{"pixel_values": torch.from_numpy(array)[None].float() / 127.5 - 1, "label": label}
-             for array, label in zip(arrays, labels, strict=True)]
+    fresh = [
+        {"pixel_values": torch.from_numpy(array)[None].float() / 127.5 - 1, "label": label}
+        for array, label in zip(arrays, labels, strict=True)
+    ]
     judge = of_classifier(judge_module())
-    found = evaluate(Rows(fresh + copied, judge.names), held_out, judge, None, training, bootstrap=20, progress=False)
-    assert {(one.generated, one.training) for one in found.pairs} <= {(40 + i, 30 + i) for i in range(20)}
+    found = evaluate(
+        Rows(fresh + copied, judge.names),
+        held_out,
+        judge,
+        None,
+        training,
+        bootstrap=20,
+        progress=False,
+    )
+    assert {(one.generated, one.training) for one in found.pairs} <= {
+        (40 + i, 30 + i) for i in range(20)
+    }
     assert len(found.pairs) == 10 and all(one.distance < 1e-5 for one in found.pairs)
     assert all(torch.equal(*one.images) for one in found.pairs)
-    assert found.figures["memorised"]["value"] >= 1 / 3 and found.figures["memorised"]["real"] <= 0.02
-    none = evaluate(Rows(fresh, judge.names), held_out, judge, None, training, bootstrap=20, progress=False)
+    assert (
+        found.figures["memorised"]["value"] >= 1 / 3 and found.figures["memorised"]["real"] <= 0.02
+    )
+    none = evaluate(
+        Rows(fresh, judge.names), held_out, judge, None, training, bootstrap=20, progress=False
+    )
     assert none.figures["memorised"]["value"] < 0.1
-    assert 0.7 < none.figures["nearest_ratio"]["value"] < 1.4 and found.figures["nearest_ratio"]["value"] < \
-        none.figures["nearest_ratio"]["value"]
+    assert (
+        0.7 < none.figures["nearest_ratio"]["value"] < 1.4
+        and found.figures["nearest_ratio"]["value"] < none.figures["nearest_ratio"]["value"]
+    )
     assert not [note for note in none.notes if "training images" in note]
     assert "20 of 60 generated images are training images, to rounding" in found.notes
 
@@ -330,16 +477,35 @@ class Shaken(torch.nn.Module):
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_training_images_among_the_others_are_said(place: Path, offset: float) -> None:
     """Also in features that are far from 0, and in other batches, where they are rounded otherwise."""
-    training, held_out = (open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test"))
-    rows = {name: [{"pixel_values": image, "label": label} for image, label in images.read(0, len(images))]
-            for name, images in (("training", training), ("held out", held_out))}
+    training, held_out = (
+        open_real(str(place / "real"), (1, 8, 8), split) for split in ("train", "test")
+    )
+    rows = {
+        name: [
+            {"pixel_values": image, "label": label} for image, label in images.read(0, len(images))
+        ]
+        for name, images in (("training", training), ("held out", held_out))
+    }
     network = of_module(Shaken(offset))
 
     def found(generated: list[Any], real: list[Any]) -> tuple[Any, ...]:
-        got = evaluate(Rows(generated), Rows(real), network, None, training, bootstrap=5, progress=False, batch_size=32)
+        got = evaluate(
+            Rows(generated),
+            Rows(real),
+            network,
+            None,
+            training,
+            bootstrap=5,
+            progress=False,
+            batch_size=32,
+        )
         memorised, ratio = (got.figures.get(name, {}) for name in ("memorised", "nearest_ratio"))
-        return memorised["value"], memorised["real"], ratio.get("value"), [
-            note for note in got.notes if "training images" in note]
+        return (
+            memorised["value"],
+            memorised["real"],
+            ratio.get("value"),
+            [note for note in got.notes if "training images" in note],
+        )
 
     all_ = "{0} of {0} {1} images are training images, to rounding".format
     held, copied = rows["held out"], rows["training"]
@@ -347,11 +513,18 @@ def test_training_images_among_the_others_are_said(place: Path, offset: float) -
     # real images that are training images: what is said of generated ones is which of them are, too
     memorised, real, ratio, notes = found(held[:30] + copied[:10], copied)
     assert (memorised, real, ratio) == (0.25, 1, None)
-    assert notes[:2] == ["10 of 40 generated images are training images, to rounding", all_(90, "held-out")]
+    assert notes[:2] == [
+        "10 of 40 generated images are training images, to rounding",
+        all_(90, "held-out"),
+    ]
     assert notes[2].startswith("most held-out images are training images") and len(notes) == 3
-    memorised, real, ratio, notes = found(held[:30] + copied[:10], held + copied[:5])  # some of them
+    memorised, real, ratio, notes = found(
+        held[:30] + copied[:10], held + copied[:5]
+    )  # some of them
     assert memorised == 0.25 and real == pytest.approx(5 / 55) and 0.5 < ratio < 1.5
-    assert notes[1] == "5 of 55 held-out images are training images, to rounding" and len(notes) == 2
+    assert (
+        notes[1] == "5 of 55 held-out images are training images, to rounding" and len(notes) == 2
+    )
     memorised, real, ratio, notes = found(held, held)  # the reference's own images
     assert memorised == real == pytest.approx(0.02) and ratio == 1 and not notes
 
@@ -360,20 +533,26 @@ def test_a_collapsed_model_is_not_diverse(place: Path) -> None:
     judge = of_classifier(judge_module())
     real = open_real(str(place / "real"), (1, 8, 8))
     arrays, labels = pixels(3, 9)
-    same = [{"pixel_values": torch.from_numpy(arrays[i % 3])[None].float() / 127.5 - 1, "label": i % 3}
-            for i in range(30)]
+    same = [
+        {"pixel_values": torch.from_numpy(arrays[i % 3])[None].float() / 127.5 - 1, "label": i % 3}
+        for i in range(30)
+    ]
     found = evaluate(Rows(same, judge.names), real, judge, bootstrap=5, progress=False).figures
     assert found["relative_diversity"]["value"] < 1e-3 and found["coverage"]["value"] < 0.5
     alike_ = evaluate(real, real, judge, bootstrap=5, progress=False).figures
     assert alike_["relative_diversity"]["value"] == pytest.approx(1)
     assert alike_["frechet_distance"]["value"] == pytest.approx(0, abs=1e-8)
     rows = evaluate(real, real, judge, judge, bootstrap=20, progress=False).per_class
-    for figure in (alike_["frechet_distance"], *(row["frechet_distance"] for row in rows)):  # a distance isn't below 0
+    for figure in (
+        alike_["frechet_distance"],
+        *(row["frechet_distance"] for row in rows),
+    ):  # a distance isn't below 0
         assert 0 == figure["interval"][0] <= figure["value"] < figure["interval"][1]
 
 
-def test_a_bar_is_shown_where_the_bootstrap_takes_long(monkeypatch: pytest.MonkeyPatch,
-                                                       capsys: pytest.CaptureFixture) -> None:
+def test_a_bar_is_shown_where_the_bootstrap_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def slow(real: Any, features: torch.Tensor, weights: Any) -> torch.Tensor:
         return torch.stack([time.sleep(0.4) or weight.sum() for weight in weights])
 
@@ -381,20 +560,47 @@ def test_a_bar_is_shown_where_the_bootstrap_takes_long(monkeypatch: pytest.Monke
     moments = Moments(2)
     moments.update(torch.eye(2))
     for shown in (True, False):
-        assert Bootstrap(4, progress=shown).distances(moments, torch.eye(2), 7, " of boot").tolist() == [7.0] * 4
+        assert (
+            Bootstrap(4, progress=shown).distances(moments, torch.eye(2), 7, " of boot").tolist()
+            == [7.0] * 4
+        )
         said = capsys.readouterr().err
-        assert ("Frechet distance of boot, resampled" in said and "/4" in said) if shown else not said
+        assert (
+            ("Frechet distance of boot, resampled" in said and "/4" in said) if shown else not said
+        )
 
 
 def test_a_network_that_looks_at_what_it_guided_is_said(place: Path, tmp_path: Path) -> None:
     def notes(images: str, *arguments: str, judge: Path = place / "judge") -> list[str]:
-        found = run(place, tmp_path / images, "--no-picture", "--training-split", "none", *arguments, judge=str(judge))
-        return [note.split(",")[0] for note in found["notes"] if "the weights of the classifier that guided" in note]
+        found = run(
+            place,
+            tmp_path / images,
+            "--no-picture",
+            "--training-split",
+            "none",
+            *arguments,
+            judge=str(judge),
+        )
+        return [
+            note.split(",")[0]
+            for note in found["notes"]
+            if "the weights of the classifier that guided" in note
+        ]
 
-    guided = ClassifierGuidedPipeline(pipeline().unet, DDIMScheduler(clip_sample=False), judge_module())
+    guided = ClassifierGuidedPipeline(
+        pipeline().unet, DDIMScheduler(clip_sample=False), judge_module()
+    )
     for scale in (2.0, 0.0):
-        sample_to_folder(guided, [0, 1, 2], tmp_path / str(scale), 12, format="parquet", num_inference_steps=2,
-                         guidance_scale=scale, progress=False)
+        sample_to_folder(
+            guided,
+            [0, 1, 2],
+            tmp_path / str(scale),
+            12,
+            format="parquet",
+            num_inference_steps=2,
+            guidance_scale=scale,
+            progress=False,
+        )
     other = judge_module()
     other.head[-1].weight.data *= 1.5
     other.save_pretrained(tmp_path / "other")
@@ -414,11 +620,16 @@ def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
     first, second = run(place, generated), run(place, generated, judge=str(tmp_path / "other"))
     assert first["figures"]["top_1"] == second["figures"]["top_1"]
     assert second["classes"] == names and 0 < first["figures"]["top_1"]["value"] < 1
-    assert {row["name"]: row["frechet_distance"]["value"] for row in first["per_class"]} == pytest.approx(
-        {row["name"]: row["frechet_distance"]["value"] for row in second["per_class"]})
+    assert {
+        row["name"]: row["frechet_distance"]["value"] for row in first["per_class"]
+    } == pytest.approx(
+        {row["name"]: row["frechet_distance"]["value"] for row in second["per_class"]}
+    )
 
 
-@pytest.mark.parametrize("names", [["boot"], ["bullet train", "test", "boot"], ["a/b", "a-b", "Boot", "boot"]])
+@pytest.mark.parametrize(
+    "names", [["boot"], ["bullet train", "test", "boot"], ["a/b", "a-b", "Boot", "boot"]]
+)
 def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
     """Also an only one, those that are called as a split is, and those that are one folder's name."""
     written = Shards(tmp_path, "imagefolder", names, [i % len(names) for i in range(6)], 6, 6)
@@ -435,32 +646,58 @@ def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
 def test_labels_of_one_name_stay_apart() -> None:
     wanted = {0: "crane", 1: "a/b", 2: "crane", 3: "c/d", 4: "c/d"}
     assert matched(wanted, wanted, "x", "y") == {i: i for i in range(5)}
-    assert matched({0: "a-b", 1: "c-d 3", 2: "c/d 4", 3: "crane 0", 4: "crane 2"}, wanted, "x", "y") == {
-        0: 1, 1: 3, 2: 4, 3: 0, 4: 2}
-    assert matched({0: "crane 2", 1: "crane"}, {0: "crane", 1: "crane 2", 2: "crane"}, "x", "y")[0] == 1
+    assert matched(
+        {0: "a-b", 1: "c-d 3", 2: "c/d 4", 3: "crane 0", 4: "crane 2"}, wanted, "x", "y"
+    ) == {0: 1, 1: 3, 2: 4, 3: 0, 4: 2}
+    assert (
+        matched({0: "crane 2", 1: "crane"}, {0: "crane", 1: "crane 2", 2: "crane"}, "x", "y")[0]
+        == 1
+    )
 
 
-def test_what_was_found_of_real_images_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generated, options = write(tmp_path, "parquet"), ("--cache", str(tmp_path / "cache"), "--training-split", "none")
+def test_what_was_found_of_real_images_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated, options = (
+        write(tmp_path, "parquet"),
+        ("--cache", str(tmp_path / "cache"), "--training-split", "none"),
+    )
     first = run(place, generated, *options)
     (kept,) = (tmp_path / "cache").iterdir()
     seen: list[int] = []
     before = Rows.read
-    monkeypatch.setattr(Rows, "read", lambda self, start, stop: seen.append(stop - start) or before(self, start, stop))
+    monkeypatch.setattr(
+        Rows,
+        "read",
+        lambda self, start, stop: seen.append(stop - start) or before(self, start, stop),
+    )
     assert run(place, generated, *options) == first
     assert 50 not in seen and 60 not in seen  # shards of 25, and one image for its features' width
     run(place, generated, *options, "--seed", "1")
     assert 50 in seen and len(list((tmp_path / "cache").iterdir())) == 2
-    assert open_real(str(place / "real"), (1, 8, 8)).description.items() >= {  # which the kept file's name is made of
-        "image_column": "image", "label_column": "label"}.items()
+    assert (
+        open_real(str(place / "real"), (1, 8, 8)).description.items()
+        >= {  # which the kept file's name is made of
+            "image_column": "image",
+            "label_column": "label",
+        }.items()
+    )
 
 
 def test_networks_of_transformers(place: Path, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
-                       patch_size=4, num_channels=1, id2label=dict(enumerate(NAMES)))
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        id2label=dict(enumerate(NAMES)),
+    )
     processor = ViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.25])
     for name, cls in (("judge", ViTForImageClassification), ("features", ViTModel)):
         cls(config).save_pretrained(tmp_path / name)
@@ -475,11 +712,22 @@ def test_networks_of_transformers(place: Path, tmp_path: Path) -> None:
         features, logits = load_network(tmp_path / "features")(images)
         expected = ViTModel.from_pretrained(tmp_path / "features")(pixel_values).pooler_output
         assert torch.allclose(features, expected, atol=1e-5) and logits is None
-    found = run(place, write(tmp_path, "parquet"), "--judge", str(tmp_path / "judge"), judge=str(tmp_path / "features"))
-    assert found["settings"]["judge"]["network"] == str(tmp_path / "judge") and "top_1" in found["figures"]
+    found = run(
+        place,
+        write(tmp_path, "parquet"),
+        "--judge",
+        str(tmp_path / "judge"),
+        judge=str(tmp_path / "features"),
+    )
+    assert (
+        found["settings"]["judge"]["network"] == str(tmp_path / "judge")
+        and "top_1" in found["figures"]
+    )
 
 
-def test_only_features_of_inception_make_an_fid(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_features_of_inception_make_an_fid(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a stand-in for torch-fidelity's class, which needs 90 MB of weights."""
     images = open_real(str(place / "real"), (1, 8, 8))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
@@ -507,65 +755,118 @@ def test_only_features_of_inception_make_an_fid(place: Path, tmp_path: Path, mon
     found = evaluate(images, images, network, bootstrap=5, progress=False)
     assert found.figures["frechet_distance"]["name"] == "FID" and "Inception score" in str(found)
     grey, _ = pixels(50, 1)
-    assert torch.equal(network(stacked(images)[0])[0], torch.from_numpy(grey).flatten(1)[:, :8].float())
+    assert torch.equal(
+        network(stacked(images)[0])[0], torch.from_numpy(grey).flatten(1)[:, :8].float()
+    )
     other = evaluate(images, images, of_module(torch.nn.Flatten()), bootstrap=5, progress=False)
-    assert other.figures["frechet_distance"]["name"] == "Frechet distance" and "class_score" not in other.figures
+    assert (
+        other.figures["frechet_distance"]["name"] == "Frechet distance"
+        and "class_score" not in other.figures
+    )
 
 
 def pipeline() -> ClassifierGuidedPipeline:
     torch.manual_seed(0)
-    unet = UNet2DModel(8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-                       block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, num_class_embeds=4)
-    return ClassifierGuidedPipeline(unet, DDIMScheduler(num_train_timesteps=6, beta_end=0.5),
-                                    id2label=dict(enumerate(reversed(NAMES))))
+    unet = UNet2DModel(
+        8,
+        1,
+        1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=4,
+    )
+    return ClassifierGuidedPipeline(
+        unet,
+        DDIMScheduler(num_train_timesteps=6, beta_end=0.5),
+        id2label=dict(enumerate(reversed(NAMES))),
+    )
 
 
 def test_bits_per_dimension(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The bound of the images themselves, told the network's ids of their labels."""
     pipeline().save_pretrained(tmp_path / "model")
-    found = run(place, None, "--bits-per-dim", "10", "--model", str(tmp_path / "model"), "--batch-size", "4")
+    found = run(
+        place, None, "--bits-per-dim", "10", "--model", str(tmp_path / "model"), "--batch-size", "4"
+    )
     images, labels = stacked(open_real(str(place / "real"), (1, 8, 8)))
     model = pipeline()
-    expected = bits_per_dim(model.unet.eval(), process_of(model), images[::5], 2 - labels[::5],
-                            generator=[image_generator(0, i) for i in range(10)])
+    expected = bits_per_dim(
+        model.unet.eval(),
+        process_of(model),
+        images[::5],
+        2 - labels[::5],
+        generator=[image_generator(0, i) for i in range(10)],
+    )
     bits = found["bits_per_dimension"]
     assert bits["total"]["value"] == pytest.approx(float(expected["total"].mean()), rel=1e-6)
-    assert bits["prior"] + sum(row["bound"] for row in bits["terms"]) == pytest.approx(bits["total"]["value"])
+    assert bits["prior"] + sum(row["bound"] for row in bits["terms"]) == pytest.approx(
+        bits["total"]["value"]
+    )
     assert [row["timestep"] for row in bits["terms"]] == list(range(6))
-    assert [row["x0_mse"] for row in bits["terms"]] == pytest.approx(expected["x0_mse"].mean(0).tolist(), rel=1e-5)
+    assert [row["x0_mse"] for row in bits["terms"]] == pytest.approx(
+        expected["x0_mse"].mean(0).tolist(), rel=1e-5
+    )
     low, high = bits["total"]["interval"]
     assert low < bits["total"]["value"] < high and bits["images"] == 10
     assert "bits per dimension" in capsys.readouterr().out
     assert Image.open(place / "out" / "bits_per_dim.png").size[0] > 900
 
 
-@pytest.mark.parametrize("feature", [Value("int64"), Value("uint8"), ClassLabel(names=["0", "1", "2"])])
-def test_bits_per_dimension_of_labels_without_names(feature: Any, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "feature", [Value("int64"), Value("uint8"), ClassLabel(names=["0", "1", "2"])]
+)
+def test_bits_per_dimension_of_labels_without_names(
+    feature: Any, place: Path, tmp_path: Path
+) -> None:
     """Ids stay ids for a network that has names; those that it hasn't are refused."""
     pipeline().save_pretrained(tmp_path / "model")
     arrays, labels = pixels(20, 1)
     for name, ids in (("real", labels), ("more", [label + 1 for label in labels])):
         if name == "more" and isinstance(feature, ClassLabel):
             feature = ClassLabel(names=["0", "1", "2", "3"])
-        rows = Dataset.from_dict({"image": [png(array, tmp_path / "x.png") for array in arrays], "label": ids})
+        rows = Dataset.from_dict(
+            {"image": [png(array, tmp_path / "x.png") for array in arrays], "label": ids}
+        )
         (tmp_path / name).mkdir()
-        rows.cast(Features({"image": ImageFeature(), "label": feature})).to_parquet(tmp_path / name / "test.parquet")
-    bits = ("--bits-per-dim", "10", "--model", str(tmp_path / "model"), "--label-column", "label", "--no-picture")
+        rows.cast(Features({"image": ImageFeature(), "label": feature})).to_parquet(
+            tmp_path / name / "test.parquet"
+        )
+    bits = (
+        "--bits-per-dim",
+        "10",
+        "--model",
+        str(tmp_path / "model"),
+        "--label-column",
+        "label",
+        "--no-picture",
+    )
     found = run(tmp_path, None, *bits)["bits_per_dimension"]["total"]["value"]
     images, ids = stacked(open_real(str(tmp_path / "real"), (1, 8, 8), label_column="label"))
     model = pipeline()
     noise = [[image_generator(0, i) for i in range(10)] for _ in range(2)]
     for draws, dtype in zip(noise, (torch.int64, torch.uint8), strict=True):
-        expected = bits_per_dim(model.unet.eval(), process_of(model), images[::2], ids[::2].to(dtype), generator=draws)
+        expected = bits_per_dim(
+            model.unet.eval(), process_of(model), images[::2], ids[::2].to(dtype), generator=draws
+        )
         assert found == pytest.approx(float(expected["total"].mean()), rel=1e-6)
-    with pytest.raises(ValueError, match="class_labels are torch.float32; ids, integers, are allowed"):
+    with pytest.raises(
+        ValueError, match="class_labels are torch.float32; ids, integers, are allowed"
+    ):
         bits_per_dim(model.unet, process_of(model), images[::2], ids[::2].float())
-    with pytest.raises(SystemExit, match=r"images have the labels \[1, 2, 3\], and the network knows the ids 0 to 2"):
+    with pytest.raises(
+        SystemExit,
+        match=r"images have the labels \[1, 2, 3\], and the network knows the ids 0 to 2",
+    ):
         run(tmp_path, None, *bits, "--dataset", str(tmp_path / "more"))
 
 
 @pytest.mark.parametrize("content", [b"not found", None])
-def test_an_unreadable_image_of_a_parquet_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+def test_an_unreadable_image_of_a_parquet_file_is_named(
+    content: bytes | None, tmp_path: Path
+) -> None:
     """By its row in that file, wherever reading started; those before it are read. None: a picture that is cut."""
     arrays, labels = pixels(300, 0)
     good = [png(array, tmp_path / "x.png") for array in arrays]
@@ -583,8 +884,9 @@ def test_an_unreadable_image_of_a_parquet_file_is_named(content: bytes | None, t
         open_generated(tmp_path)
 
 
-def test_a_full_disk_loses_no_figure(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk_loses_no_figure(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """What was found is said, what was there before stays, and nothing is half-written."""
     generated, save = write(tmp_path, "parquet"), Evaluation.save
     run(place, generated, "--output", str(tmp_path / "out"), "--seed", "1")
@@ -596,7 +898,9 @@ def test_a_full_disk_loses_no_figure(place: Path, tmp_path: Path, monkeypatch: p
             save(*arguments)
 
     monkeypatch.setattr(Evaluation, "save", limited)
-    with pytest.raises(SystemExit, match="evaluate: .*evaluation.json can't be written: File too large"):
+    with pytest.raises(
+        SystemExit, match="evaluate: .*evaluation.json can't be written: File too large"
+    ):
         run(place, generated, "--output", str(tmp_path / "out"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     said = capsys.readouterr().out
@@ -653,46 +957,63 @@ def broken(tmp_path: Path, how: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how, message", [
-    ("an unreadable picture", r"row \d+ \(.*png\) can't be read"),
-    ("no picture", r"row \d+ \(.*png\) can't be read"),
-    ("another size", "that of row 30 is 9 by 9, others are 8 by 8"),
-    ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is cut short"),
-    ("a damaged Parquet shard", r"train-00050.parquet can't be read; it is damaged"),
-    ("an unreadable image in a Parquet shard", r"image of row 7 of .*train-00025.parquet can't be read"),
-    ("a truncated npz", "samples.npz can't be read; it is cut short"),
-    ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
-    ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),
-    ("an npz of fewer labels", r"\(19,\) labels, which don't fit"),
-    ("an npz without labels", "judge: the generated images have no labels"),
-    ("too few in an npz", "5 generated images: at least 6 are needed"),
-    ("an npz of unknown labels", "labels .* are there, and ids 0 to 2 are known"),
-    ("an unfinished run", "isn't complete, as its manifest says"),
-    ("a manifest of more", "has 60 images, its manifest says 61"),
-    ("no manifest", "manifest.json can't be read"),
-])
-def test_broken_images_are_named_and_nothing_is_written(place: Path, tmp_path: Path, how: str, message: str) -> None:
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("an unreadable picture", r"row \d+ \(.*png\) can't be read"),
+        ("no picture", r"row \d+ \(.*png\) can't be read"),
+        ("another size", "that of row 30 is 9 by 9, others are 8 by 8"),
+        ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is cut short"),
+        ("a damaged Parquet shard", r"train-00050.parquet can't be read; it is damaged"),
+        (
+            "an unreadable image in a Parquet shard",
+            r"image of row 7 of .*train-00025.parquet can't be read",
+        ),
+        ("a truncated npz", "samples.npz can't be read; it is cut short"),
+        ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
+        ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),
+        ("an npz of fewer labels", r"\(19,\) labels, which don't fit"),
+        ("an npz without labels", "judge: the generated images have no labels"),
+        ("too few in an npz", "5 generated images: at least 6 are needed"),
+        ("an npz of unknown labels", "labels .* are there, and ids 0 to 2 are known"),
+        ("an unfinished run", "isn't complete, as its manifest says"),
+        ("a manifest of more", "has 60 images, its manifest says 61"),
+        ("no manifest", "manifest.json can't be read"),
+    ],
+)
+def test_broken_images_are_named_and_nothing_is_written(
+    place: Path, tmp_path: Path, how: str, message: str
+) -> None:
     output = tmp_path / "none"
     with pytest.raises(SystemExit, match=message):
         run(place, broken(tmp_path, how), "--judge", str(place / "judge"), "--output", str(output))
     assert not output.exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--judge", "OTHER"], r"the generated images have the labels \['coat'\], which the judge .*other hasn't.*: "
-                           "a judge with other classes can't judge them"),
-    (["--split", "valid"], r"split 'valid' isn't there; it has \['test', 'train'\]"),
-    (["--training-split", "test"], "--training-split test: it is that of the real images"),
-    (["--bootstrap", "-1"], "bootstrap=-1: at least 0"),
-    (["--max-features", "5"], "max_features=5: at least 6"),
-    (["--nearest", "0"], "nearest=0"),
-    (["--batch-size", "0"], "batch_size=0"),
-    (["--confidence", "1"], "confidence=1.0: a share between 0 and 1"),
-    (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: both or neither"),
-    (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),
-    (["--features", "imagenet"], r"model 'imagenet' is not bundled; allowed: \['fashion-mnist'\]"),
-    (["--dataset", "DAMAGED"], "dataset: .* can't be read"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--judge", "OTHER"],
+            r"the generated images have the labels \['coat'\], which the judge .*other hasn't.*: "
+            "a judge with other classes can't judge them",
+        ),
+        (["--split", "valid"], r"split 'valid' isn't there; it has \['test', 'train'\]"),
+        (["--training-split", "test"], "--training-split test: it is that of the real images"),
+        (["--bootstrap", "-1"], "bootstrap=-1: at least 0"),
+        (["--max-features", "5"], "max_features=5: at least 6"),
+        (["--nearest", "0"], "nearest=0"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--confidence", "1"], "confidence=1.0: a share between 0 and 1"),
+        (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: both or neither"),
+        (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),
+        (
+            ["--features", "imagenet"],
+            r"model 'imagenet' is not bundled; allowed: \['fashion-mnist'\]",
+        ),
+        (["--dataset", "DAMAGED"], "dataset: .* can't be read"),
+    ],
+)
 def test_wrong_arguments(place: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     judge_module(["boot", "scarf", "hat/cap"]).save_pretrained(tmp_path / "other")
     pipeline().save_pretrained(tmp_path / "model")
@@ -711,9 +1032,26 @@ def test_other_refusals(place: Path) -> None:
         evaluate(Rows([{"pixel_values": torch.zeros(3, 8, 8), "label": 0}] * 9), real, judge)
     with pytest.raises(ValueError, match="judge: Flatten is no classifier"):
         evaluate(real, real, flat, flat)
-    with pytest.raises(FloatingPointError, match="Flatten gives features or logits that are not finite"):
-        evaluate(Rows([{"pixel_values": torch.full((1, 8, 8), np.nan), "label": 0}] * 9), real, flat, progress=False)
+    with pytest.raises(
+        FloatingPointError, match="Flatten gives features or logits that are not finite"
+    ):
+        evaluate(
+            Rows([{"pixel_values": torch.full((1, 8, 8), np.nan), "label": 0}] * 9),
+            real,
+            flat,
+            progress=False,
+        )
     with pytest.raises(ValueError, match=r"Identity gives \(1, 1, 8, 8\) for 1 images; \(B, D\)"):
         evaluate(real, real, of_module(torch.nn.Identity()), progress=False)
     with pytest.raises(SystemExit, match="a network must be named"):
-        main(["evaluate", str(place / "real"), "--dataset", str(place / "real"), "--images-split", "train", "--quiet"])
+        main(
+            [
+                "evaluate",
+                str(place / "real"),
+                "--dataset",
+                str(place / "real"),
+                "--images-split",
+                "train",
+                "--quiet",
+            ]
+        )

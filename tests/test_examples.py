@@ -26,17 +26,39 @@ def run(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.Monke
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize(("name", "arguments", "rows"), [
-    ("scale_sweep", ["--scales", "0", "4", "--images", "2"], 2),
-    ("scale_sweep", ["--scales", "0", "4", "8", "--images", "2", "--classifier-free"], 3),
-    ("two_classifiers", ["--brightness", "-0.8", "-0.2", "--images", "2", "--training-images", "10",
-                         "--training-steps", "3"], 2),
-    ("energy", ["--images", "2"], 4),
-    ("text_to_fashion", ["--prompts", "a photo of a sneaker", "a coat", "--images", "2"], 2),
-])
-def test_an_example_writes_its_picture(name: str, arguments: list[str], rows: int, tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    run(name, [*arguments, "--num-inference-steps", "3", "--output", "picture.png"], tmp_path, monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "arguments", "rows"),
+    [
+        ("scale_sweep", ["--scales", "0", "4", "--images", "2"], 2),
+        ("scale_sweep", ["--scales", "0", "4", "8", "--images", "2", "--classifier-free"], 3),
+        (
+            "two_classifiers",
+            [
+                "--brightness",
+                "-0.8",
+                "-0.2",
+                "--images",
+                "2",
+                "--training-images",
+                "10",
+                "--training-steps",
+                "3",
+            ],
+            2,
+        ),
+        ("energy", ["--images", "2"], 4),
+        ("text_to_fashion", ["--prompts", "a photo of a sneaker", "a coat", "--images", "2"], 2),
+    ],
+)
+def test_an_example_writes_its_picture(
+    name: str, arguments: list[str], rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(
+        name,
+        [*arguments, "--num-inference-steps", "3", "--output", "picture.png"],
+        tmp_path,
+        monkeypatch,
+    )
     with Image.open(tmp_path / "picture.png") as picture:
         pixels = np.asarray(picture.convert("L"))
     height = pixels.shape[0] // rows
@@ -53,34 +75,87 @@ def tiny_data(folder: Path) -> str:
     return str(folder)
 
 
-def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(tmp_path: Path,
-                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tiny_data(tmp_path / "data")
-    run("train_off_the_shelf", ["--data", data, "--output", "resnet", "--size", "32", "--epochs", "1", "--batch-size",
-                                "8", "--images", "16"], tmp_path, monkeypatch)
+    run(
+        "train_off_the_shelf",
+        [
+            "--data",
+            data,
+            "--output",
+            "resnet",
+            "--size",
+            "32",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "8",
+            "--images",
+            "16",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     assert 0 <= json.loads((tmp_path / "resnet/figures.json").read_text())["test_accuracy"] <= 1
-    run("benchmark_x0_gradient", ["--classifier", "resnet", "--images", "10", "--scales", "5", "--num-inference-steps",
-                                  "2", "--output", "figures.json"], tmp_path, monkeypatch)
+    run(
+        "benchmark_x0_gradient",
+        [
+            "--classifier",
+            "resnet",
+            "--images",
+            "10",
+            "--scales",
+            "5",
+            "--num-inference-steps",
+            "2",
+            "--output",
+            "figures.json",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     off, cheap, exact = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [off["scale"], cheap["scale"], exact["scale"]] == [0, 5, 5]
     assert len({row["mean_log_p"] for row in (off, cheap, exact)}) == 3
 
 
-def test_the_table_of_guidances_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--data", tiny_data(tmp_path / "data"), "--output", "table", "--images-per-label", "1",
-                 "--num-inference-steps", "2", "--captions",
-                 str(EXAMPLES.parent / "training/configs/fashion_mnist_captions.json"), "--rows"]
+def test_the_table_of_guidances_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [
+        "--data",
+        tiny_data(tmp_path / "data"),
+        "--output",
+        "table",
+        "--images-per-label",
+        "1",
+        "--num-inference-steps",
+        "2",
+        "--captions",
+        str(EXAMPLES.parent / "training/configs/fashion_mnist_captions.json"),
+        "--rows",
+    ]
     run("guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
     first = (tmp_path / "table/unguided.json").stat().st_mtime_ns
-    run("guidance_table", [*arguments, "unguided", "classifier-free", "--report", "report"], tmp_path, monkeypatch)
+    run(
+        "guidance_table",
+        [*arguments, "unguided", "classifier-free", "--report", "report"],
+        tmp_path,
+        monkeypatch,
+    )
     assert (tmp_path / "table/unguided.json").stat().st_mtime_ns == first
     rows = json.loads((tmp_path / "report/guidance_table.json").read_text())
-    assert [(name, row["images"], row["network_evaluations"], row["guide_evaluations"]) for name, row in rows.items()
-            ] == [("unguided", 10, 2, 0), ("classifier-free", 10, 4, 0)]
+    assert [
+        (name, row["images"], row["network_evaluations"], row["guide_evaluations"])
+        for name, row in rows.items()
+    ] == [("unguided", 10, 2, 0), ("classifier-free", 10, 4, 0)]
     for row in rows.values():
         assert row["agreement"] == pytest.approx(sum(row["agreement_per_label"].values()) / 10)
-        assert row["frechet_distance"] > 0 and 0 <= row["recall"] <= 1 and 0 <= row["precision"] <= 1
+        assert (
+            row["frechet_distance"] > 0 and 0 <= row["recall"] <= 1 and 0 <= row["precision"] <= 1
+        )
     assert rows["unguided"]["frechet_distance"] != rows["classifier-free"]["frechet_distance"]
     assert "| classifier-free, scale 1 | " in capsys.readouterr().out
     with Image.open(tmp_path / "report/guidance_table.png") as picture:
@@ -89,44 +164,117 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(tmp_path: Path, monkeyp
 
 
 def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("benchmark_terms", ["--terms", "energy", "classifier-free", "--steps", "5", "--cpu-time", "--output",
-                            "figures.json"], tmp_path, monkeypatch)
+    run(
+        "benchmark_terms",
+        [
+            "--terms",
+            "energy",
+            "classifier-free",
+            "--steps",
+            "5",
+            "--cpu-time",
+            "--output",
+            "figures.json",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["energy", "classifier-free"]
     for row in figures.values():
-        assert row["floor_ms"] > 0 and row["ratio"] == pytest.approx(row["guided_ms"] / row["floor_ms"])
+        assert row["floor_ms"] > 0 and row["ratio"] == pytest.approx(
+            row["guided_ms"] / row["floor_ms"]
+        )
     assert figures["classifier-free"]["floor_ms"] > figures["energy"]["floor_ms"]  # twice the batch
 
 
 def tiny_model(folder: Path) -> str:
     """Of ten labels, which a pipeline takes no time for."""
     unet = diffusers.UNet2DModel(
-        8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,),
-        layers_per_block=1, norm_num_groups=4, num_class_embeds=10)
-    ClassifierGuidedPipeline(unet, diffusers.DDIMScheduler(), id2label={i: f"label {i}" for i in range(10)},
-                             defaults={"guidance_scale": 0.0}).save_pretrained(folder)
+        8,
+        1,
+        1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=10,
+    )
+    ClassifierGuidedPipeline(
+        unet,
+        diffusers.DDIMScheduler(),
+        id2label={i: f"label {i}" for i in range(10)},
+        defaults={"guidance_scale": 0.0},
+    ).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("format", ["imagefolder", "npz"])
-def test_what_writing_images_costs_is_measured(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("benchmark_sampling", ["--model", tiny_model(tmp_path / "model"), "--num-images", "12", "--batch-size", "5",
-                               "--num-inference-steps", "2", "--repeats", "2", "--format", format, "--output",
-                               "figures.json"], tmp_path, monkeypatch)
+def test_what_writing_images_costs_is_measured(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(
+        "benchmark_sampling",
+        [
+            "--model",
+            tiny_model(tmp_path / "model"),
+            "--num-images",
+            "12",
+            "--batch-size",
+            "5",
+            "--num-inference-steps",
+            "2",
+            "--repeats",
+            "2",
+            "--format",
+            format,
+            "--output",
+            "figures.json",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())
     loop, folder = figures["seconds"]["loop"], figures["seconds"]["folder"]
     assert len(loop) == len(folder) == 2 and figures["format"] == format
     for clock in ("wall", "cpu"):
         ratios = [one[clock] / other[clock] for one, other in zip(loop, folder, strict=True)]
-        assert figures[f"throughput_ratio_{clock}"] == pytest.approx(sum(ratios) / 2) and min(ratios) > 0
+        assert (
+            figures[f"throughput_ratio_{clock}"] == pytest.approx(sum(ratios) / 2)
+            and min(ratios) > 0
+        )
 
 
-def test_a_killed_and_a_shared_run_make_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_and_a_shared_run_make_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        run("interrupt_sampling", [
-            "--model", tiny_model(tmp_path / "model"), "--num-images", "240", "--batch-size", "2", "--shard-size", "2",
-            "--other-batch-size", "1", "--kills", "1", "--format", "parquet", "--num-inference-steps", "2", "--output",
-            "figures.json"], tmp_path, monkeypatch)
+        run(
+            "interrupt_sampling",
+            [
+                "--model",
+                tiny_model(tmp_path / "model"),
+                "--num-images",
+                "240",
+                "--batch-size",
+                "2",
+                "--shard-size",
+                "2",
+                "--other-batch-size",
+                "1",
+                "--kills",
+                "1",
+                "--format",
+                "parquet",
+                "--num-inference-steps",
+                "2",
+                "--output",
+                "figures.json",
+            ],
+            tmp_path,
+            monkeypatch,
+        )
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert ended.value.code == 0 and figures["files"] == 120 * 2 + 1 and figures["kills"] == 1
     assert figures["files_that_differ_two"] == figures["files_that_differ_killed"] == 0
@@ -134,43 +282,125 @@ def test_a_killed_and_a_shared_run_make_the_same_images(tmp_path: Path, monkeypa
 
 
 def tiny_stable_diffusion(folder: Path) -> None:
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    vocabulary = {token: i for i, token in enumerate([*"abcdefghijklmnopqrstuvwxyz", "<|startoftext|>",
-                                                      "<|endoftext|>"])}
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    vocabulary = {
+        token: i
+        for i, token in enumerate(
+            [*"abcdefghijklmnopqrstuvwxyz", "<|startoftext|>", "<|endoftext|>"]
+        )
+    }
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        **shape, vocab_size=28, max_position_embeddings=12, bos_token_id=26, eos_token_id=27, pad_token_id=27))
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            **shape,
+            vocab_size=28,
+            max_position_embeddings=12,
+            bos_token_id=26,
+            eos_token_id=27,
+            pad_token_id=27,
+        )
+    )
     diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=transformers.CLIPTokenizer(vocabulary, merges=[], model_max_length=12),
-        unet=unet, scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        vae=vae,
+        text_encoder=text,
+        tokenizer=transformers.CLIPTokenizer(vocabulary, merges=[], model_max_length=12),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
 
 
-def test_stable_diffusion_by_a_classifier_writes_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stable_diffusion_by_a_classifier_writes_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_stable_diffusion(tmp_path / "sd")
-    transformers.ViTForImageClassification(transformers.ViTConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4,
-        id2label={0: "cat", 1: "dog"})).save_pretrained(tmp_path / "vit")
+    transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=8,
+            patch_size=4,
+            id2label={0: "cat", 1: "dog"},
+        )
+    ).save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
-    run("stable_diffusion_classifier", [
-        "--model", "sd", "--classifier", "vit", "--label", "dog", "--scale", "300", "--prompt", "a dog", "--start", "0",
-        "--num-inference-steps", "3", "--output", "picture.png"], tmp_path, monkeypatch)
+    run(
+        "stable_diffusion_classifier",
+        [
+            "--model",
+            "sd",
+            "--classifier",
+            "vit",
+            "--label",
+            "dog",
+            "--scale",
+            "300",
+            "--prompt",
+            "a dog",
+            "--start",
+            "0",
+            "--num-inference-steps",
+            "3",
+            "--output",
+            "picture.png",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     with Image.open(tmp_path / "picture.png") as picture:
         pixels = np.asarray(picture)
     upper, lower = np.split(pixels[:, -160:], 2)
     assert not np.array_equal(upper, lower)
 
 
-def test_an_imagenet_classifier_of_pypi_becomes_surer_of_its_label(tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    run("off_the_shelf_imagenet", ["--labels", "770", "--images", "2", "--num-inference-steps", "5", "--scale", "10",
-                                   "--no-through-network", "--output", "picture.png"], tmp_path, monkeypatch)
+def test_an_imagenet_classifier_of_pypi_becomes_surer_of_its_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(
+        "off_the_shelf_imagenet",
+        [
+            "--labels",
+            "770",
+            "--images",
+            "2",
+            "--num-inference-steps",
+            "5",
+            "--scale",
+            "10",
+            "--no-through-network",
+            "--output",
+            "picture.png",
+        ],
+        tmp_path,
+        monkeypatch,
+    )
     rows = json.loads((tmp_path / "picture.json").read_text())["rows"]
-    assert [row["when"] for row in rows] == ["half-way", "final"] and all(row["rise"] > 0 for row in rows)
+    assert [row["when"] for row in rows] == ["half-way", "final"] and all(
+        row["rise"] > 0 for row in rows
+    )
     assert rows[-1]["rose"] == 2 and (tmp_path / "picture.png").exists()

@@ -28,16 +28,30 @@ from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2
 from guided_diffusers.source import code_of, self_contained
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
-          "layers_per_block": 1, "norm_num_groups": 4}
+BLOCKS = {
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
 NAMES = {0: "boot", 1: "coat", 2: "hat"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_classifier(seed: int = 1) -> NoiseAwareClassifier:
     torch.manual_seed(seed)
-    classifier = NoiseAwareClassifier(8, 1, 3, (8,), ("ResnetDownsampleBlock2D",), 1, attention_head_dim=8,
-                                      norm_num_groups=4, id2label=NAMES)
+    classifier = NoiseAwareClassifier(
+        8,
+        1,
+        3,
+        (8,),
+        ("ResnetDownsampleBlock2D",),
+        1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        id2label=NAMES,
+    )
     torch.nn.init.normal_(classifier.head[-1].out.weight)
     return classifier
 
@@ -45,11 +59,15 @@ def make_classifier(seed: int = 1) -> NoiseAwareClassifier:
 def make_pipeline(adm: bool = False) -> ClassifierGuidedPipeline:
     torch.manual_seed(0)
     if adm:
-        unet = ADMUNet2DModel(8, 1, 1, **BLOCKS, attention_head_dim=4, attn_norm_num_groups=4, num_class_embeds=4)
+        unet = ADMUNet2DModel(
+            8, 1, 1, **BLOCKS, attention_head_dim=4, attn_norm_num_groups=4, num_class_embeds=4
+        )
     else:
         unet = UNet2DModel(8, 1, 1, **BLOCKS, num_class_embeds=4)
     scheduler = (ADMDDIMScheduler if adm else DDIMScheduler)(clip_sample=False)
-    pipeline = ClassifierGuidedPipeline(unet, scheduler, make_classifier(), defaults={"guidance_scale": 2.0})
+    pipeline = ClassifierGuidedPipeline(
+        unet, scheduler, make_classifier(), defaults={"guidance_scale": 2.0}
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -67,7 +85,11 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -76,36 +98,59 @@ def edit(path: Path, **changes: object) -> None:
 
 def images(pipeline: DiffusionPipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(["boot", 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0),
-                    output_type="pt").images
+    return pipeline(
+        ["boot", 1],
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
 
 
-@pytest.mark.parametrize("cls", [NoiseAwareClassifier, ADMUNet2DModel, ADMDDIMScheduler, NoiseAwareCLIP])
-def test_self_contained_code_imports_nothing_of_ours_and_is_clean(cls: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cls", [NoiseAwareClassifier, ADMUNet2DModel, ADMDDIMScheduler, NoiseAwareCLIP]
+)
+def test_self_contained_code_imports_nothing_of_ours_and_is_clean(
+    cls: type, tmp_path: Path
+) -> None:
     text = self_contained(cls)
-    modules = {node.module or "." for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    modules = {
+        node.module or "." for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)
+    }
     assert not any(name.startswith((".", "guided_diffusers")) for name in modules)
     path = tmp_path / "file.py"
     path.write_text(text)
-    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", path],
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", path],
+        capture_output=True,
+        text=True,
+    )
     if "No module named ruff" not in run.stderr:
         assert run.returncode == 0, run.stdout
 
 
 def test_a_saved_folder_holds_the_code_that_the_source_makes(saved: Path) -> None:
     """None is written by hand: each file is what `self_contained` makes now."""
-    made = {"unet/guided_diffusers_openai_unet.py": ADMUNet2DModel,
-            "classifier/guided_diffusers_classifier.py": NoiseAwareClassifier,
-            "scheduler/guided_diffusers_openai_schedules.py": ADMDDIMScheduler}
-    assert {path.relative_to(saved).as_posix() for path in saved.rglob("*.py")} == {"pipeline.py", *made}
+    made = {
+        "unet/guided_diffusers_openai_unet.py": ADMUNet2DModel,
+        "classifier/guided_diffusers_classifier.py": NoiseAwareClassifier,
+        "scheduler/guided_diffusers_openai_schedules.py": ADMDDIMScheduler,
+    }
+    assert {path.relative_to(saved).as_posix() for path in saved.rglob("*.py")} == {
+        "pipeline.py",
+        *made,
+    }
     assert (saved / "pipeline.py").read_text() == code_of(make_pipeline(adm=True))
     for file, cls in made.items():
         assert (saved / file).read_text() == self_contained(cls)
         assert len(self_contained(cls).splitlines()) < 900
     pipeline = ast.parse((saved / "pipeline.py").read_text())
     methods = {node.name for node in ast.walk(pipeline) if isinstance(node, ast.FunctionDef)}
-    assert "__call__" in methods and not methods & {"from_bundled", "save_code", "folder", "register"}
+    assert "__call__" in methods and not methods & {
+        "from_bundled",
+        "save_code",
+        "folder",
+        "register",
+    }
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == "ClassifierGuidedPipeline"
     assert index["classifier"] == ["guided_diffusers_classifier", "NoiseAwareClassifier"]
@@ -126,13 +171,21 @@ def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:
 def test_folders_saved_before_and_by_others(folder: Path, tmp_path: Path) -> None:
     """The class's own module in model_index.json; a network alone, with a classifier's folder; subfolder, variant."""
     expected = images(make_pipeline(adm=True))
-    edit(folder / "model_index.json", classifier=["guided_diffusers.classifier", "NoiseAwareClassifier"])
+    edit(
+        folder / "model_index.json",
+        classifier=["guided_diffusers.classifier", "NoiseAwareClassifier"],
+    )
     for path in folder.rglob("*.py"):
         path.unlink()
-    edit(folder / "model_index.json", unet=["guided_diffusers.openai.unet", "ADMUNet2DModel"],
-         scheduler=["guided_diffusers.openai.schedules", "ADMDDIMScheduler"])
+    edit(
+        folder / "model_index.json",
+        unet=["guided_diffusers.openai.unet", "ADMUNet2DModel"],
+        scheduler=["guided_diffusers.openai.schedules", "ADMDDIMScheduler"],
+    )
     assert torch.equal(images(ClassifierGuidedPipeline.from_pretrained(folder)), expected)
-    assert torch.equal(images(ClassifierGuidedPipeline.from_pretrained(tmp_path, subfolder="model")), expected)
+    assert torch.equal(
+        images(ClassifierGuidedPipeline.from_pretrained(tmp_path, subfolder="model")), expected
+    )
 
     own = make_pipeline()
     DDPMPipeline(own.unet, own.scheduler).save_pretrained(tmp_path / "ddpm")
@@ -148,7 +201,9 @@ def test_folders_saved_before_and_by_others(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(images(again), images(joined))
 
 
-def test_a_component_that_is_passed_makes_no_noise(folder: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_component_that_is_passed_makes_no_noise(
+    folder: Path, capfd: pytest.CaptureFixture
+) -> None:
     other = make_classifier(seed=2)
     assert ClassifierGuidedPipeline.from_pretrained(folder, classifier=other).classifier is other
     assert "non-standard" not in capfd.readouterr().err
@@ -162,15 +217,30 @@ def evil(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"classifier": ["evil", "Evil"]}, "classifier is .'evil', 'Evil'., code of the repository"),
-    ({"_class_name": ["evil", "Evil"]}, "_class_name is .'evil', 'Evil'., code of the repository"),
-    ({"classifier": ["../evil", "Evil"]}, "no .module, class."),
-    ({"unet": ["subprocess", "Popen"]}, "unet is .'subprocess', 'Popen'., which is no class of a model"),
-    ({"unet": ["diffusers", "DDPMPipeline"]}, "which is no class of a model"),
-    ({"scheduler": ["diffusers", "nothing"]}, "which is no class of a model"),
-    ({"vae": ["nothing_like_it", "Vae"]}, "which is no class of a model here; a model or scheduler of diffusers"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"classifier": ["evil", "Evil"]},
+            "classifier is .'evil', 'Evil'., code of the repository",
+        ),
+        (
+            {"_class_name": ["evil", "Evil"]},
+            "_class_name is .'evil', 'Evil'., code of the repository",
+        ),
+        ({"classifier": ["../evil", "Evil"]}, "no .module, class."),
+        (
+            {"unet": ["subprocess", "Popen"]},
+            "unet is .'subprocess', 'Popen'., which is no class of a model",
+        ),
+        ({"unet": ["diffusers", "DDPMPipeline"]}, "which is no class of a model"),
+        ({"scheduler": ["diffusers", "nothing"]}, "which is no class of a model"),
+        (
+            {"vae": ["nothing_like_it", "Vae"]},
+            "which is no class of a model here; a model or scheduler of diffusers",
+        ),
+    ],
+)
 def test_loading_refuses_a_foreign_index(folder: Path, changes: dict, message: str) -> None:
     evil(folder / "classifier")
     evil(folder)
@@ -185,7 +255,9 @@ def test_loading_refuses_foreign_weights_and_configs(folder: Path) -> None:
         ClassifierGuidedPipeline.from_pretrained(folder, use_safetensors=False)
     with pytest.raises(ValueError, match="use_safetensors is False"):
         NoiseAwareClassifier.from_pretrained(folder / "classifier", use_safetensors=False)
-    with pytest.raises(ValueError, match="_class_name of the config is 'ADMUNet2DModel'; allowed: NoiseAware"):
+    with pytest.raises(
+        ValueError, match="_class_name of the config is 'ADMUNet2DModel'; allowed: NoiseAware"
+    ):
         NoiseAwareClassifier.from_pretrained(folder / "unet")
     for model in (make_pipeline(), make_classifier()):
         with pytest.raises(ValueError, match="safe_serialization"):
@@ -194,7 +266,10 @@ def test_loading_refuses_foreign_weights_and_configs(folder: Path) -> None:
     torch.save(torch.load, weights.with_suffix(".bin"))  # would be a call of it, unpickled
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    for load in (lambda: ClassifierGuidedPipeline.from_pretrained(folder), lambda: safetensors_header(weights)):
+    for load in (
+        lambda: ClassifierGuidedPipeline.from_pretrained(folder),
+        lambda: safetensors_header(weights),
+    ):
         with pytest.raises(OSError, match=f"classifier/{WEIGHTS}"):
             load()
     weights.unlink()
@@ -213,20 +288,29 @@ def test_loading_refuses_foreign_weights_and_configs(folder: Path) -> None:
 SECRET = "hf_" + "aBcDeFgHiJ" * 4
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("notes.md", f"my key is {SECRET}", "notes.md holds a Hugging Face token"),
-    ("figures.json", '{"key": "AKIAABCDEFGHIJKLMNOP"}', "figures.json holds an AWS key"),
-    ("note.txt", "see https://user:secret@example.org/x", "holds a password in an address"),
-    ("id.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "holds a private key"),
-    ("unet/weights.bin", "x", "unet/weights.bin is a pickle"),
-    ("picture.png", pickle.dumps({"a": 1}), "picture.png is a pickle"),
-    ("classifier/helper.py", "x = 1", "classifier/helper.py is code"),
-    ("run", "#!/bin/sh\n", "run is code"),
-    ("figures.json", '{"from": "/home/me/data/x"}', "figures.json names a path of a machine: /home/me/data/x"),
-    ("figures.json", '{"from": "C:\\\\Users\\\\me"}', "figures.json names a path of a machine"),
-    ("pipeline.py", "import os", "pipeline.py isn't the code that this version"),
-])
-def test_what_may_not_be_published(folder: Path, name: str, content: str | bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("notes.md", f"my key is {SECRET}", "notes.md holds a Hugging Face token"),
+        ("figures.json", '{"key": "AKIAABCDEFGHIJKLMNOP"}', "figures.json holds an AWS key"),
+        ("note.txt", "see https://user:secret@example.org/x", "holds a password in an address"),
+        ("id.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "holds a private key"),
+        ("unet/weights.bin", "x", "unet/weights.bin is a pickle"),
+        ("picture.png", pickle.dumps({"a": 1}), "picture.png is a pickle"),
+        ("classifier/helper.py", "x = 1", "classifier/helper.py is code"),
+        ("run", "#!/bin/sh\n", "run is code"),
+        (
+            "figures.json",
+            '{"from": "/home/me/data/x"}',
+            "figures.json names a path of a machine: /home/me/data/x",
+        ),
+        ("figures.json", '{"from": "C:\\\\Users\\\\me"}', "figures.json names a path of a machine"),
+        ("pipeline.py", "import os", "pipeline.py isn't the code that this version"),
+    ],
+)
+def test_what_may_not_be_published(
+    folder: Path, name: str, content: str | bytes, message: str
+) -> None:
     code = ClassifierGuidedPipeline.from_pretrained(folder).code()
     check_files(folder, code)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -235,11 +319,16 @@ def test_what_may_not_be_published(folder: Path, name: str, content: str | bytes
     assert SECRET not in str(error.value)
 
 
-def test_more_that_may_not_be_published(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_that_may_not_be_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Links out, secrets in a header of weights, the user's own token; fractions, addresses and tags are no paths."""
-    (folder / "README.md").write_text("1/2, </details>, https://huggingface.co/data/x, out/unet, `a/b/c.png`, N/A")
+    (folder / "README.md").write_text(
+        "1/2, </details>, https://huggingface.co/data/x, out/unet, `a/b/c.png`, N/A"
+    )
     check_files(folder, make_pipeline(adm=True).code())
     from safetensors.torch import save_file
+
     save_file({"x": torch.zeros(1)}, folder / "unet" / "more.safetensors", {"note": SECRET})
     with pytest.raises(ValueError, match="unet/more.safetensors holds a Hugging Face token"):
         check_files(folder, make_pipeline(adm=True).code())
@@ -262,28 +351,41 @@ def test_the_gate_sees_other_images(folder: Path) -> None:
     other = ClassifierGuidedPipeline.from_pretrained(folder)
     with torch.no_grad():
         other.classifier.head[-1].out.weight.mul_(1.001)
-    with pytest.raises(ValueError, match="says something else without guided-diffusers; the largest difference is"):
+    with pytest.raises(
+        ValueError, match="says something else without guided-diffusers; the largest difference is"
+    ):
         hub.check(folder, other)
 
 
-def test_the_gate_does_not_wait_for_ever(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_does_not_wait_for_ever(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "asleep.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(hub.alone, "__file__", str(tmp_path / "asleep.py"))
     monkeypatch.setattr(hub, "PATIENCE", 0.5)
     (folder / "pipeline.py").write_text(code_of(make_pipeline(adm=True)))
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder))} says nothing without guided-diffusers in 0.5 s"):
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(folder))} says nothing without guided-diffusers in 0.5 s"
+    ):
         hub.check(folder)
 
 
-@pytest.mark.parametrize("label", ["baker's hat", 'a 5" nail', "both ' and \"", "back\\slash", "Mütze"])
+@pytest.mark.parametrize(
+    "label", ["baker's hat", 'a 5" nail', "both ' and \"", "back\\slash", "Mütze"]
+)
 def test_the_snippets_of_a_card_name_any_label(label: str) -> None:
     pipeline = make_pipeline()
     pipeline.register_to_config(id2label={0: label, 1: "coat", 2: "coat"})
     snippets = [text for text in usage(pipeline, "user/model") if text.startswith("```python")]
     assert len(snippets) == 2
     for text in snippets:
-        called = [call.args for call in ast.walk(ast.parse(text.removeprefix("```python").removesuffix("```")))
-                  if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "pipeline"]
+        called = [
+            call.args
+            for call in ast.walk(ast.parse(text.removeprefix("```python").removesuffix("```")))
+            if isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id == "pipeline"
+        ]
         assert [ast.literal_eval(arguments[0]) for arguments in called] == [label]
 
 
@@ -293,75 +395,158 @@ class Foreign(NoiseAwareClassifier):
 
 def test_only_what_can_travel_is_published(tmp_path: Path) -> None:
     pipeline = make_pipeline()
-    pipeline.register_modules(classifier=Foreign(**{name: value for name, value in pipeline.classifier.config.items()
-                                                    if not name.startswith("_")}))
+    pipeline.register_modules(
+        classifier=Foreign(
+            **{
+                name: value
+                for name, value in pipeline.classifier.config.items()
+                if not name.startswith("_")
+            }
+        )
+    )
     pipeline.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"classifier is test_hub.Foreign, whose code can't go along"):
+    with pytest.raises(
+        ValueError, match=r"classifier is test_hub.Foreign, whose code can't go along"
+    ):
         hub.push(tmp_path / "model", "user/model", picture=False)
     pipeline.unet.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="holds a UNet2DModel; a ClassifierGuidedPipeline, a NoiseAware"):
+    with pytest.raises(
+        ValueError, match="holds a UNet2DModel; a ClassifierGuidedPipeline, a NoiseAware"
+    ):
         hub.push(tmp_path / "unet", "user/model")
     with pytest.raises(ValueError, match="holds neither a pipeline"):
         hub.push(tmp_path, "user/model")
 
 
-HELD_OUT = [{"timestep": 49, "accuracy": 0.875, "cross_entropy": 0.3, "ece": 0.021},
-            {"timestep": 949, "accuracy": 0.25, "cross_entropy": 2.0, "ece": 0.034}]
-GUIDED = [{"guidance_scale": scale, "agreement": agreement, "frechet_distance": distance, "images": 100}
-          for scale, agreement, distance in ((0.0, 0.115, 2.25), (3.0, 0.915, 1.125))]
+HELD_OUT = [
+    {"timestep": 49, "accuracy": 0.875, "cross_entropy": 0.3, "ece": 0.021},
+    {"timestep": 949, "accuracy": 0.25, "cross_entropy": 2.0, "ece": 0.034},
+]
+GUIDED = [
+    {"guidance_scale": scale, "agreement": agreement, "frechet_distance": distance, "images": 100}
+    for scale, agreement, distance in ((0.0, 0.115, 2.25), (3.0, 0.915, 1.125))
+]
 
 
 def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    options = {"dataset_name": "someone/clothes", "max_train_steps": 5250, "learning_rate": 6e-4, "output_dir": "/x/y"}
-    figures = {"classifier": {"step": 5, "held_out": HELD_OUT, "options": options},
-               "judge_agreement": {"rows": GUIDED, "command": "python examples/judge_agreement.py --scales 0 3"}}
+    options = {
+        "dataset_name": "someone/clothes",
+        "max_train_steps": 5250,
+        "learning_rate": 6e-4,
+        "output_dir": "/x/y",
+    }
+    figures = {
+        "classifier": {"step": 5, "held_out": HELD_OUT, "options": options},
+        "judge_agreement": {
+            "rows": GUIDED,
+            "command": "python examples/judge_agreement.py --scales 0 3",
+        },
+    }
     (folder / "figures.json").write_text(json.dumps(figures))
     main(["card", str(folder), "--repo", "user/model", "--license", "mit"])
     assert "README.md is written" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
-    assert (card.data.library_name, card.data.license, card.data.datasets) == ("diffusers", "mit", ["someone/clothes"])
-    assert card.data.pipeline_tag == "unconditional-image-generation" and card.data.model_name == "model"
-    assert {(one.metric_type, one.metric_name.partition(", ")[2], one.metric_value)
-            for one in card.data.eval_results} == {
-        ("accuracy", "noise of timestep 49", 0.875), ("accuracy", "noise of timestep 949", 0.25),
-        ("ece", "noise of timestep 49", 0.021), ("ece", "noise of timestep 949", 0.034),
-        ("agreement", "unguided", 0.115), ("agreement", "scale 3", 0.915),
-        ("frechet_distance", "unguided", 2.25), ("frechet_distance", "scale 3", 1.125)}
-    for text in ("boot, coat, hat", "![Images that it generated", "![Figures at each noise level](figure-levels.png)",
-                 "![How good guided images are](figure-judge_agreement.png)", "images: 100.",
-                 "| 49 | 0.875 | 0.3 | 0.021 |", "| scale 3 | 3 | 0.915 | 1.125 |",
-                 "`python examples/judge_agreement.py --scales 0 3`",
-                 "| learning rate | 0.0006 |", "87.5% at timestep 49, 25.0% at 949", "licence of the weights is mit",
-                 'from_pretrained("user/model")', 'custom_pipeline="user/model", trust_remote_code=True'):
+    assert (card.data.library_name, card.data.license, card.data.datasets) == (
+        "diffusers",
+        "mit",
+        ["someone/clothes"],
+    )
+    assert (
+        card.data.pipeline_tag == "unconditional-image-generation"
+        and card.data.model_name == "model"
+    )
+    assert {
+        (one.metric_type, one.metric_name.partition(", ")[2], one.metric_value)
+        for one in card.data.eval_results
+    } == {
+        ("accuracy", "noise of timestep 49", 0.875),
+        ("accuracy", "noise of timestep 949", 0.25),
+        ("ece", "noise of timestep 49", 0.021),
+        ("ece", "noise of timestep 949", 0.034),
+        ("agreement", "unguided", 0.115),
+        ("agreement", "scale 3", 0.915),
+        ("frechet_distance", "unguided", 2.25),
+        ("frechet_distance", "scale 3", 1.125),
+    }
+    for text in (
+        "boot, coat, hat",
+        "![Images that it generated",
+        "![Figures at each noise level](figure-levels.png)",
+        "![How good guided images are](figure-judge_agreement.png)",
+        "images: 100.",
+        "| 49 | 0.875 | 0.3 | 0.021 |",
+        "| scale 3 | 3 | 0.915 | 1.125 |",
+        "`python examples/judge_agreement.py --scales 0 3`",
+        "| learning rate | 0.0006 |",
+        "87.5% at timestep 49, 25.0% at 949",
+        "licence of the weights is mit",
+        'from_pretrained("user/model")',
+        'custom_pipeline="user/model", trust_remote_code=True',
+    ):
         assert text in card.text, text
-    assert set(re.findall(r"\]\(([\w-]+\.png)\)", card.text)) == {path.name for path in folder.glob("*.png")}
+    assert set(re.findall(r"\]\(([\w-]+\.png)\)", card.text)) == {
+        path.name for path in folder.glob("*.png")
+    }
     assert not list(folder.glob(".*"))
 
 
-def test_the_charts_show_what_the_figures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_charts_show_what_the_figures_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every number of the rows is the place of a point or the length of a bar; what isn't there isn't drawn."""
     drawn = []
     monkeypatch.setattr(charts, "_save", lambda figure, path: drawn.append(figure) or True)
-    levels = [{"timestep": t, "sigma_over_alpha": 1.0, "ece": t / 100, "ece_floor": 0.01, "gradient_norm": 2.0 * t}
-              for t in (9, 5)]
-    figures = {"classifier": {"held_out": HELD_OUT}, "diagnosis": {"levels": levels},
-               "judge": {"held_out": HELD_OUT[:1]},
-               "table": {name: {"agreement": row["agreement"], "frechet_distance": row["frechet_distance"]}
-                         for name, row in zip("ab", GUIDED, strict=True)}}
+    levels = [
+        {
+            "timestep": t,
+            "sigma_over_alpha": 1.0,
+            "ece": t / 100,
+            "ece_floor": 0.01,
+            "gradient_norm": 2.0 * t,
+        }
+        for t in (9, 5)
+    ]
+    figures = {
+        "classifier": {"held_out": HELD_OUT},
+        "diagnosis": {"levels": levels},
+        "judge": {"held_out": HELD_OUT[:1]},
+        "table": {
+            name: {"agreement": row["agreement"], "frechet_distance": row["frechet_distance"]}
+            for name, row in zip("ab", GUIDED, strict=True)
+        },
+    }
     assert charts.draw_levels(charts.level_rows(figures), tmp_path / "x.png")
-    panels = {panel.get_title(): [line.get_xydata().tolist() for line in panel.lines] for panel in drawn[0].axes}
+    panels = {
+        panel.get_title(): [line.get_xydata().tolist() for line in panel.lines]
+        for panel in drawn[0].axes
+    }
     assert panels == {
-        "accuracy": [[[49, 0.875], [949, 0.25]]], "cross entropy (nats)": [[[49, 0.3], [949, 2.0]]],
-        "expected calibration error": [[[49, 0.021], [949, 0.034]], [[5, 0.05], [9, 0.09]], [[5, 0.01], [9, 0.01]]],
-        "sigma |gradient|": [[[5, 10], [9, 18]]]}
+        "accuracy": [[[49, 0.875], [949, 0.25]]],
+        "cross entropy (nats)": [[[49, 0.3], [949, 2.0]]],
+        "expected calibration error": [
+            [[49, 0.021], [949, 0.034]],
+            [[5, 0.05], [9, 0.09]],
+            [[5, 0.01], [9, 0.01]],
+        ],
+        "sigma |gradient|": [[[5, 10], [9, 18]]],
+    }
     assert charts.draw_guided(charts.guided_rows(figures)["table"], tmp_path / "x.png")
-    bars = {panel.get_title(): [bar.get_width() for bar in panel.patches] for panel in drawn[1].axes}
-    assert bars == {"judge agrees": [0.115, 0.915], "Frechet distance (less is nearer)": [2.25, 1.125]}
+    bars = {
+        panel.get_title(): [bar.get_width() for bar in panel.patches] for panel in drawn[1].axes
+    }
+    assert bars == {
+        "judge agrees": [0.115, 0.915],
+        "Frechet distance (less is nearer)": [2.25, 1.125],
+    }
     assert [label.get_text() for label in drawn[1].axes[0].get_yticklabels()] == ["a", "b"]
-    assert not charts.draw_levels({}, tmp_path / "x.png") and not charts.draw_guided([], tmp_path / "x.png")
+    assert not charts.draw_levels({}, tmp_path / "x.png") and not charts.draw_guided(
+        [], tmp_path / "x.png"
+    )
 
 
-def test_a_card_that_a_person_wrote_or_edited_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_a_person_wrote_or_edited_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that was made is made anew, with the licence and datasets that it names."""
     folder, card = tmp_path / "model", tmp_path / "model" / "README.md"
     make_classifier().save_pretrained(folder)
@@ -378,7 +563,9 @@ def test_a_card_that_a_person_wrote_or_edited_is_kept(tmp_path: Path, monkeypatc
         assert (tmp_path / "stage" / "README.md").read_text() == text
         with pytest.raises(FileExistsError, match="README.md was written or edited by a person"):
             hub.card(folder)
-        with pytest.raises(ValueError, match="license: .*README.md was written or edited by a person"):
+        with pytest.raises(
+            ValueError, match="license: .*README.md was written or edited by a person"
+        ):
             hub.prepare(folder, tmp_path / "other", "user/two", license="mit")
         shutil.rmtree(tmp_path / "other")
         assert card.read_text() == text
@@ -388,7 +575,9 @@ def test_a_card_that_a_person_wrote_or_edited_is_kept(tmp_path: Path, monkeypatc
     NoiseAwareClassifier.from_pretrained(folder).push_to_hub("user/two")
     assert sent["README.md"] == b"" and sent[WEIGHTS] == (folder / WEIGHTS).read_bytes()
     sent.clear()
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/two")  # not by Diffusers' own upload
+    model.save_pretrained(
+        tmp_path / "saved", push_to_hub=True, repo_id="user/two"
+    )  # not by Diffusers' own upload
     assert WEIGHTS in sent
 
 
@@ -398,17 +587,26 @@ def test_a_clip_is_published_as_a_classifier_is(tmp_path: Path) -> None:
     clip.save_pretrained(folder)
     assert (folder / "guided_diffusers_clip.py").read_text() == self_contained(NoiseAwareCLIP)
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
-        "AutoModel": "guided_diffusers_clip.NoiseAwareCLIP"}
+        "AutoModel": "guided_diffusers_clip.NoiseAwareCLIP"
+    }
     NoiseAwareCLIP.from_pretrained(folder).save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
-    rows = [{"timestep": t, "retrieval": 0.5, "cross_entropy": 2.0, "zero_shot": 0.625} for t in (49, 949)]
+    rows = [
+        {"timestep": t, "retrieval": 0.5, "cross_entropy": 2.0, "zero_shot": 0.625}
+        for t in (49, 949)
+    ]
     (folder / "metrics.json").write_text(json.dumps({"step": 5, "images": 7, "held_out": rows}))
     model = hub.prepare(folder, tmp_path / "stage", "user/clip")
     hub.check(tmp_path / "stage", model)
     card = ModelCard.load(tmp_path / "stage" / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
-    for text in ("A noise-aware CLIP", "After 5 steps of training, on 7 held-out images", "NoiseAwareCLIPGuidance",
-                 "| 49 | 0.5 | 2 | 0.625 |", "62.5% at timestep 49"):
+    for text in (
+        "A noise-aware CLIP",
+        "After 5 steps of training, on 7 held-out images",
+        "NoiseAwareCLIPGuidance",
+        "| 49 | 0.5 | 2 | 0.625 |",
+        "62.5% at timestep 49",
+    ):
         assert text in card.text, text
     with torch.no_grad():
         model.text_encoder.text_projection.weight.mul_(1.1).add_(0.01)
@@ -417,12 +615,17 @@ def test_a_clip_is_published_as_a_classifier_is(tmp_path: Path) -> None:
 
     for wrong in ({"safe_serialization": False}, {"use_safetensors": False}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is False"):
-            clip.save_pretrained(folder, **wrong) if "safe_serialization" in wrong else \
-                NoiseAwareCLIP.from_pretrained(folder, **wrong)
+            clip.save_pretrained(
+                folder, **wrong
+            ) if "safe_serialization" in wrong else NoiseAwareCLIP.from_pretrained(folder, **wrong)
     edit(folder / "config.json", _class_name="Foreign")
-    with pytest.raises(ValueError, match="_class_name of the config is 'Foreign'; allowed: NoiseAwareCLIP"):
+    with pytest.raises(
+        ValueError, match="_class_name of the config is 'Foreign'; allowed: NoiseAwareCLIP"
+    ):
         NoiseAwareCLIP.from_pretrained(folder)
-    with pytest.raises(ValueError, match="holds a Foreign; a ClassifierGuidedPipeline, a NoiseAwareClassifier or a"):
+    with pytest.raises(
+        ValueError, match="holds a Foreign; a ClassifierGuidedPipeline, a NoiseAwareClassifier or a"
+    ):
         hub.push(folder, "user/clip")
 
 
@@ -430,34 +633,111 @@ def test_the_card_of_a_classifier_without_figures(tmp_path: Path) -> None:
     make_classifier().save_pretrained(tmp_path)
     card = ModelCard.load(hub.card(tmp_path, "user/classifier"))
     assert (card.data.pipeline_tag, card.data.license) == ("image-classification", "unknown")
-    assert "3 labels: boot, coat, hat" in card.text and "isn't stated" in card.text and "## Figures" not in card.text
+    assert (
+        "3 labels: boot, coat, hat" in card.text
+        and "isn't stated" in card.text
+        and "## Figures" not in card.text
+    )
     assert count_parameters(tmp_path) == sum(p.numel() for p in make_classifier().parameters())
 
 
 LEANS_ON = [  # module, attribute, parameters that we or the generated code give, or words of its source
-    ("diffusers.pipelines.pipeline_loading_utils", "_get_custom_components_and_folders", ["hasattr(pipelines"]),
-    ("diffusers.pipelines.pipeline_loading_utils", "get_class_obj_and_candidates",
-     ["is_pipeline_module", "getattr(pipelines, library_name)", 'library_name + ".py"', "trust_remote_code"]),
-    ("diffusers.pipelines.pipeline_loading_utils", "_get_pipeline_class", ["getattr(diffusers_module, class_name)"]),
-    ("diffusers.pipelines.pipeline_loading_utils", "_resolve_custom_pipeline_and_cls", ["isinstance(config"]),
-    ("diffusers.pipelines.pipeline_loading_utils", "maybe_raise_or_warn", ["You have passed a non-standard module"]),
-    ("diffusers.pipelines.pipeline_loading_utils", "_fetch_class_library_tuple", ["LOADABLE_CLASSES"]),
-    ("diffusers.utils.dynamic_modules_utils", "get_cached_module_file", ['submodule = "local"', "trust_remote_code"]),
-    ("diffusers.utils.dynamic_modules_utils", "find_pipeline_class", ["issubclass(cls, DiffusionPipeline)"]),
-    ("diffusers.utils.hub_utils", "_get_checkpoint_shard_files", ["os.path.basename(shard_filename)"]),
-    ("diffusers.models.model_loading_utils", "load_state_dict", ["Unable to load weights from checkpoint file"]),
-    ("diffusers.models.auto_model", "AutoModel.from_pretrained", ['config["auto_map"][cls.__name__]']),
-    ("diffusers.models.modeling_utils", "ModelMixin.from_pretrained", ["cls.from_config(", "use_safetensors"]),
-    ("diffusers.models.modeling_utils", "ModelMixin.save_pretrained", ["save_config(save_directory)"]),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "_get_custom_components_and_folders",
+        ["hasattr(pipelines"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "get_class_obj_and_candidates",
+        [
+            "is_pipeline_module",
+            "getattr(pipelines, library_name)",
+            'library_name + ".py"',
+            "trust_remote_code",
+        ],
+    ),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "_get_pipeline_class",
+        ["getattr(diffusers_module, class_name)"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "_resolve_custom_pipeline_and_cls",
+        ["isinstance(config"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "maybe_raise_or_warn",
+        ["You have passed a non-standard module"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_loading_utils",
+        "_fetch_class_library_tuple",
+        ["LOADABLE_CLASSES"],
+    ),
+    (
+        "diffusers.utils.dynamic_modules_utils",
+        "get_cached_module_file",
+        ['submodule = "local"', "trust_remote_code"],
+    ),
+    (
+        "diffusers.utils.dynamic_modules_utils",
+        "find_pipeline_class",
+        ["issubclass(cls, DiffusionPipeline)"],
+    ),
+    (
+        "diffusers.utils.hub_utils",
+        "_get_checkpoint_shard_files",
+        ["os.path.basename(shard_filename)"],
+    ),
+    (
+        "diffusers.models.model_loading_utils",
+        "load_state_dict",
+        ["Unable to load weights from checkpoint file"],
+    ),
+    (
+        "diffusers.models.auto_model",
+        "AutoModel.from_pretrained",
+        ['config["auto_map"][cls.__name__]'],
+    ),
+    (
+        "diffusers.models.modeling_utils",
+        "ModelMixin.from_pretrained",
+        ["cls.from_config(", "use_safetensors"],
+    ),
+    (
+        "diffusers.models.modeling_utils",
+        "ModelMixin.save_pretrained",
+        ["save_config(save_directory)"],
+    ),
     ("diffusers.configuration_utils", "ConfigMixin.save_config", ["to_json_file"]),
     ("diffusers.configuration_utils", "ConfigMixin.to_json_file", ["to_json_string"]),
-    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.download",
-     ["CUSTOM_PIPELINE_FILE_NAME", "custom_components", "passed_components"]),
-    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.save_pretrained",
-     ['"safe_serialization" in save_method_signature', '"variant" in save_method_signature',
-      '"max_shard_size" in save_method_signature']),
-    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline._get_signature_keys", ["_optional_components"]),
-    ("diffusers.utils.hub_utils", "PushToHubMixin.push_to_hub", ["save_pretrained(tmpdir", "_upload_folder"]),
+    (
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline.download",
+        ["CUSTOM_PIPELINE_FILE_NAME", "custom_components", "passed_components"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline.save_pretrained",
+        [
+            '"safe_serialization" in save_method_signature',
+            '"variant" in save_method_signature',
+            '"max_shard_size" in save_method_signature',
+        ],
+    ),
+    (
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline._get_signature_keys",
+        ["_optional_components"],
+    ),
+    (
+        "diffusers.utils.hub_utils",
+        "PushToHubMixin.push_to_hub",
+        ["save_pretrained(tmpdir", "_upload_folder"],
+    ),
 ]
 
 
@@ -468,20 +748,30 @@ def test_canary_of_what_publishing_leans_on(module: str, name: str, words: list[
     found = sys.modules.get(module) or __import__(module, fromlist=["x"])
     for part in name.split("."):
         found = getattr(found, part, None)
-        assert found is not None, f"Diffusers {diffusers.__version__} has no {module}.{name} any more"
+        assert found is not None, (
+            f"Diffusers {diffusers.__version__} has no {module}.{name} any more"
+        )
     source = inspect.getsource(inspect.unwrap(getattr(found, "__func__", found)))
     for word in words:
-        assert word in source, f"{module}.{name} of Diffusers {diffusers.__version__} has no {word!r} any more"
+        assert word in source, (
+            f"{module}.{name} of Diffusers {diffusers.__version__} has no {word!r} any more"
+        )
 
 
 def test_our_names_are_free_in_diffusers() -> None:
     """What `register` adds hides nothing of Diffusers' own."""
-    code = ("import diffusers; print(hasattr(diffusers, 'ClassifierGuidedPipeline'), "
-            "[name for name in dir(diffusers.pipelines) if 'guided_diffusers' in name])")
+    code = (
+        "import diffusers; print(hasattr(diffusers, 'ClassifierGuidedPipeline'), "
+        "[name for name in dir(diffusers.pipelines) if 'guided_diffusers' in name])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "[]"]
-    assert diffusers.pipelines.guided_diffusers_classifier.NoiseAwareClassifier is NoiseAwareClassifier
-    assert diffusers.pipelines.guided_diffusers_openai_schedules.ADMDDPMScheduler is ADMDDPMScheduler
+    assert (
+        diffusers.pipelines.guided_diffusers_classifier.NoiseAwareClassifier is NoiseAwareClassifier
+    )
+    assert (
+        diffusers.pipelines.guided_diffusers_openai_schedules.ADMDDPMScheduler is ADMDDPMScheduler
+    )
 
 
 def test_training_options_of_publishing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -489,7 +779,10 @@ def test_training_options_of_publishing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     from publishing import PublishedOptions
-    with pytest.raises(ValueError, match="--hub_model_id a/b, --hub_private False need --push_to_hub"):
+
+    with pytest.raises(
+        ValueError, match="--hub_model_id a/b, --hub_private False need --push_to_hub"
+    ):
         PublishedOptions(train_data_dir="x", hub_model_id="a/b")
     with pytest.raises(ValueError, match="--push_to_hub needs a token"):
         PublishedOptions(train_data_dir="x", push_to_hub=True)

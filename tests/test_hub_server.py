@@ -67,8 +67,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = make_pipeline()
     plain.unet.save_pretrained(place / "ddpm" / "unet")
     plain.scheduler.save_pretrained(place / "ddpm" / "scheduler")
-    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.42.0", "unet": ["diffusers", "UNet2DModel"],
-             "scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.42.0",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (place / "ddpm" / "model_index.json").write_text(json.dumps(index))
     make_classifier(seed=2).save_pretrained(place / "classifier")
     (place / "classifier" / "README.md").write_text("# Mine\n\nWritten by a person.\n")
@@ -81,9 +85,14 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a second virtual environment, which has all that this one has, but for this package."""
     place = tmp_path_factory.mktemp("stranger")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True, timeout=120)
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)}))
-    for path in {path for entry in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-                 for path in Path(entry).iterdir()}:
+    packages = Path(
+        sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)})
+    )
+    for path in {
+        path
+        for entry in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+        for path in Path(entry).iterdir()
+    }:
         if path.suffix != ".pth" and "guided_diffusers" not in path.name:
             (packages / path.name).symlink_to(path)
     return place / "bin" / "python"
@@ -92,8 +101,14 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(hub: Hub, place: Path, script: str, python: Path | str = sys.executable) -> dict:
     """What a script in a clean process says; its cache outlives it."""
     script = COMMON + textwrap.dedent(script) + "\nimport json\nprint('SAID' + json.dumps(said))\n"
-    run = subprocess.run([python, "-W", "ignore", "-c", script], cwd=place, capture_output=True, text=True, timeout=600,
-                         env={**os.environ, **hub.environment(place / "home")})
+    run = subprocess.run(
+        [python, "-W", "ignore", "-c", script],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **hub.environment(place / "home")},
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     assert TOKEN not in run.stdout + run.stderr
     return json.loads(run.stdout.partition("SAID")[2])
@@ -102,7 +117,10 @@ def client(hub: Hub, place: Path, script: str, python: Path | str = sys.executab
 @pytest.fixture(scope="module")
 def published(hub: Hub, place: Path) -> dict:
     """Push, and push again; broken uploads."""
-    return client(hub, place, """
+    return client(
+        hub,
+        place,
+        """
         from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP, hub
         from guided_diffusers.cli import main
 
@@ -134,22 +152,47 @@ def published(hub: Hub, place: Path) -> dict:
             said[name] = error(pipeline.push_to_hub, "user/model", picture=False)
         fault("none")
         said["no token"] = error(pipeline.push_to_hub, "user/new", picture=False, token=False)
-    """)
+    """,
+    )
 
 
 def test_a_push_is_one_commit_with_all_that_belongs_to_it(hub: Hub, published: dict) -> None:
     first = hub.files[published["first"]]
     assert first.keys() == {
-        "README.md", "figure-levels.png", "example.png", "figures.json", "model_index.json", "pipeline.py",
-        f"unet/{WEIGHTS}", "unet/config.json", "unet/guided_diffusers_openai_unet.py",
-        "scheduler/scheduler_config.json", "scheduler/guided_diffusers_openai_schedules.py", f"classifier/{WEIGHTS}",
-        "classifier/config.json", "classifier/guided_diffusers_classifier.py"}
-    assert not any(TOKEN.encode() in content for files in hub.files.values() for content in files.values())
+        "README.md",
+        "figure-levels.png",
+        "example.png",
+        "figures.json",
+        "model_index.json",
+        "pipeline.py",
+        f"unet/{WEIGHTS}",
+        "unet/config.json",
+        "unet/guided_diffusers_openai_unet.py",
+        "scheduler/scheduler_config.json",
+        "scheduler/guided_diffusers_openai_schedules.py",
+        f"classifier/{WEIGHTS}",
+        "classifier/config.json",
+        "classifier/guided_diffusers_classifier.py",
+    }
+    assert not any(
+        TOKEN.encode() in content for files in hub.files.values() for content in files.values()
+    )
     classifier = hub.head("user/classifier")
-    assert classifier.keys() == {"README.md", WEIGHTS, "config.json", "guided_diffusers_classifier.py"}
+    assert classifier.keys() == {
+        "README.md",
+        WEIGHTS,
+        "config.json",
+        "guided_diffusers_classifier.py",
+    }
     assert classifier["README.md"].decode() == "# Mine\n\nWritten by a person.\n"
-    assert hub.head("user/clip").keys() == {"README.md", WEIGHTS, "config.json", "guided_diffusers_clip.py",
-                                            "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    assert hub.head("user/clip").keys() == {
+        "README.md",
+        WEIGHTS,
+        "config.json",
+        "guided_diffusers_clip.py",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
     assert hub.private == {"user/hidden"}
 
 
@@ -157,7 +200,9 @@ def test_pushed_again_nothing_stale_is_left(hub: Hub, published: dict) -> None:
     sharded, second = (hub.files[published[name]].keys() for name in ("sharded", "second"))
     assert f"unet/{WEIGHTS}" not in sharded and f"unet/{WEIGHTS}.index.json" in sharded
     assert {name for name in second if name.startswith("unet/") and "safetensors" in name} == {
-        f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"}  # a variant stands beside the weights
+        f"unet/{WEIGHTS}",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    }  # a variant stands beside the weights
 
 
 def test_a_broken_upload_leaves_the_revision_as_it_was(hub: Hub, published: dict) -> None:
@@ -169,13 +214,26 @@ def test_a_broken_upload_leaves_the_revision_as_it_was(hub: Hub, published: dict
 @pytest.fixture(scope="module")
 def with_package(hub: Hub, place: Path, published: dict) -> dict:
     index = json.loads(hub.head("user/model")["model_index.json"])
-    files = {**hub.files[published["first"]], "classifier/evil.py": b"open('ran', 'w')\nclass Evil: pass\n",
-             "model_index.json": json.dumps({**index, "classifier": ["evil", "Evil"]}).encode()}
+    files = {
+        **hub.files[published["first"]],
+        "classifier/evil.py": b"open('ran', 'w')\nclass Evil: pass\n",
+        "model_index.json": json.dumps({**index, "classifier": ["evil", "Evil"]}).encode(),
+    }
     hub.commit("user/evil", "main", files)
-    header = json.dumps({"x": {"dtype": "U8", "shape": [LARGE], "data_offsets": [0, LARGE]}}).encode()
-    hub.commit("user/large", "main", {"x.safetensors": len(header).to_bytes(8, "little") + header + bytes(LARGE)})
+    header = json.dumps(
+        {"x": {"dtype": "U8", "shape": [LARGE], "data_offsets": [0, LARGE]}}
+    ).encode()
+    hub.commit(
+        "user/large",
+        "main",
+        {"x.safetensors": len(header).to_bytes(8, "little") + header + bytes(LARGE)},
+    )
     hub.commit("user/outside", "main", {"../outside.json": b"{}", "config.json": b"{}"})
-    return client(hub, place, f"first = {published['first']!r}" + textwrap.dedent("""
+    return client(
+        hub,
+        place,
+        f"first = {published['first']!r}"
+        + textwrap.dedent("""
         import guided_diffusers
         from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
         from guided_diffusers.cli import main
@@ -227,38 +285,79 @@ def with_package(hub: Hub, place: Path, published: dict) -> dict:
         said["broken"] = error(load, "pulled")
         said["broken, push"] = error(guided_diffusers.hub.push, "pulled", "user/model")
         Path(broken).write_bytes(whole)
-    """))
+    """),
+    )
 
 
 def test_with_the_package(hub: Hub, place: Path, with_package: dict) -> None:
-    for case in ("Hub", "Hub, base class", "revision", "variant", "offline", "network and classifier", "subfolder",
-                 "private, token", "pulled", "snippet", "folder", "subfolder, variant", "and offline"):
+    for case in (
+        "Hub",
+        "Hub, base class",
+        "revision",
+        "variant",
+        "offline",
+        "network and classifier",
+        "subfolder",
+        "private, token",
+        "pulled",
+        "snippet",
+        "folder",
+        "subfolder, variant",
+        "and offline",
+    ):
         assert with_package[case] is True, case
-    assert any(re.match(r"bytes=[1-9]\d*-", asked) for asked in hub.ranges)  # what was cut off once went on
-    assert (place / "large" / "x.safetensors").read_bytes() == hub.head("user/large")["x.safetensors"]
+    assert any(
+        re.match(r"bytes=[1-9]\d*-", asked) for asked in hub.ranges
+    )  # what was cut off once went on
+    assert (place / "large" / "x.safetensors").read_bytes() == hub.head("user/large")[
+        "x.safetensors"
+    ]
 
 
 def test_broken_downloads_and_refusals(place: Path, with_package: dict) -> None:
     for case in ("code of the repository", "code of the repository, pull"):
-        assert re.match(r"ValueError.*classifier is \['evil', 'Evil'\], code of the repos", with_package[case], re.S)
+        assert re.match(
+            r"ValueError.*classifier is \['evil', 'Evil'\], code of the repos",
+            with_package[case],
+            re.S,
+        )
     assert "'../outside.json', whose path leaves the folder" in with_package["path out"]
-    assert not list(place.rglob("ran")) and not list(place.rglob("outside.json")) and not (place / "out").exists()
+    assert (
+        not list(place.rglob("ran"))
+        and not list(place.rglob("outside.json"))
+        and not (place / "out").exists()
+    )
     assert with_package["cut off always"] != "nothing was raised"
-    assert re.match("RepositoryNotFoundError: 401.*make sure you are authenticated", with_package["private"], re.S)
+    assert re.match(
+        "RepositoryNotFoundError: 401.*make sure you are authenticated",
+        with_package["private"],
+        re.S,
+    )
     for case in ("broken", "broken, push"):
         assert f"unet/{WEIGHTS}" in with_package[case]
 
 
-def test_loaded_and_saved_again_it_is_the_same(hub: Hub, place: Path, published: dict, with_package: dict) -> None:
+def test_loaded_and_saved_again_it_is_the_same(
+    hub: Hub, place: Path, published: dict, with_package: dict
+) -> None:
     first = hub.files[published["first"]]
     saved = contents(place / "saved")
-    assert saved == {path: first[path] for path in first if path not in (
-        "README.md", "figure-levels.png", "example.png", "figures.json")}
+    assert saved == {
+        path: first[path]
+        for path in first
+        if path not in ("README.md", "figure-levels.png", "example.png", "figures.json")
+    }
 
 
 @pytest.fixture(scope="module")
-def without_package(hub: Hub, place: Path, stranger: Path, with_package: dict, published: dict) -> dict:
-    return client(hub, place, f"first = {published['first']!r}" + textwrap.dedent("""
+def without_package(
+    hub: Hub, place: Path, stranger: Path, with_package: dict, published: dict
+) -> dict:
+    return client(
+        hub,
+        place,
+        f"first = {published['first']!r}"
+        + textwrap.dedent("""
         said["guided_diffusers"] = error(__import__, "guided_diffusers")
         expected, changed = (load_file(f"{name}.safetensors")["images"] for name in ("images", "changed"))
         load = DiffusionPipeline.from_pretrained
@@ -291,7 +390,9 @@ def without_package(hub: Hub, place: Path, stranger: Path, with_package: dict, p
         from huggingface_hub import hf_hub_download
         exec(Path(hf_hub_download("user/clip", "README.md")).read_text().split("```python")[2].partition("```")[0])
         said["snippet of the CLIP"] = list(cosines.shape)
-    """), stranger)
+    """),
+        stranger,
+    )
 
 
 def test_without_the_package(place: Path, published: dict, hub: Hub, without_package: dict) -> None:
@@ -300,47 +401,74 @@ def test_without_the_package(place: Path, published: dict, hub: Hub, without_pac
     assert without_package["guided_diffusers"].startswith("ModuleNotFoundError")
     assert without_package["snippet of the CLIP"] == [1, 2]
     import torch
+
     with torch.no_grad():
         logits = make_classifier(seed=2).eval()(torch.ones(1, 1, 8, 8), 3.5).logits.tolist()
     assert without_package["logits"] == logits
-    assert without_package["saving"] == ["ImportError: saving needs the package: pip install guided-diffusers"] * 2
+    assert (
+        without_package["saving"]
+        == ["ImportError: saving needs the package: pip install guided-diffusers"] * 2
+    )
     assert not (place / "alone").exists()
     assert contents(place / "classifier2").items() == contents(place / "classifier").items() - {
-        ("README.md", b"# Mine\n\nWritten by a person.\n")}
+        ("README.md", b"# Mine\n\nWritten by a person.\n")
+    }
     assert contents(place / "clip2") == contents(place / "clip")
 
 
 def test_without_trust_no_code_of_a_repository_runs(without_package: dict) -> None:
     refused = [text for case, text in without_package.items() if case.startswith("refused")]
-    assert len(refused) == 4 and all(re.match("ValueError.*trust_remote_code=True", text, re.S) for text in refused)
+    assert len(refused) == 4 and all(
+        re.match("ValueError.*trust_remote_code=True", text, re.S) for text in refused
+    )
     missing = [text for case, text in without_package.items() if case.startswith("no custom")]
-    assert len(missing) == 2 and all("no attribute ClassifierGuidedPipeline" in text for text in missing)
+    assert len(missing) == 2 and all(
+        "no attribute ClassifierGuidedPipeline" in text for text in missing
+    )
 
 
-def test_the_four_cases_in_one_table(with_package: dict, without_package: dict, place: Path) -> None:
+def test_the_four_cases_in_one_table(
+    with_package: dict, without_package: dict, place: Path
+) -> None:
     """`pytest -s tests/test_hub_server.py -k four_cases` prints it."""
+
     def refused(said: dict, *cases: str) -> list[str]:
-        return ["refused: " + re.sub(r"\s+", " ", next(said[case] for case in said if case.startswith(one)))[:110]
-                for one in cases]
+        return [
+            "refused: "
+            + re.sub(r"\s+", " ", next(said[case] for case in said if case.startswith(one)))[:110]
+            for one in cases
+        ]
 
     folder = str((place / "pulled").resolve())
-    rows = [["", "folder", "Hub"],
-            ["with the package", with_package["folder"], with_package["Hub"]],
-            ["without, trust_remote_code", without_package["folder"], without_package["Hub"]],
-            ["without, no trust", *refused(without_package, f"refused {folder}", "refused user/model")],
-            ["without, no custom_pipeline", *refused(without_package, f"no custom pipeline {folder}",
-                                                     "no custom pipeline user/model")],
-            ["broken weights; other code", *refused(with_package, "broken", "code of the repository")],
-            ["private, no token", "", *refused(with_package, "private")]]
+    rows = [
+        ["", "folder", "Hub"],
+        ["with the package", with_package["folder"], with_package["Hub"]],
+        ["without, trust_remote_code", without_package["folder"], without_package["Hub"]],
+        ["without, no trust", *refused(without_package, f"refused {folder}", "refused user/model")],
+        [
+            "without, no custom_pipeline",
+            *refused(
+                without_package, f"no custom pipeline {folder}", "no custom pipeline user/model"
+            ),
+        ],
+        ["broken weights; other code", *refused(with_package, "broken", "code of the repository")],
+        ["private, no token", "", *refused(with_package, "private")],
+    ]
     for name, *cells in rows:
-        print(f"{name:28}", *(f"{'images equal' if cell is True else str(cell):112}" for cell in cells))
+        print(
+            f"{name:28}",
+            *(f"{'images equal' if cell is True else str(cell):112}" for cell in cells),
+        )
     assert [cell for row in rows[1:3] for cell in row[1:]] == [True] * 4
     assert all("nothing was raised" not in cell for row in rows[3:] for cell in row[1:])
 
 
 def test_pulled_again_nothing_stale_is_loaded(hub: Hub, place: Path) -> None:
     """Of shards, then one file, then shards; files of no pull stay, and one that would hide the weights is refused."""
-    said = client(hub, place, """
+    said = client(
+        hub,
+        place,
+        """
         from guided_diffusers import NoiseAwareClassifier, hub
         hub.check = lambda *_: None
         model = NoiseAwareClassifier.from_pretrained("classifier")
@@ -373,18 +501,28 @@ def test_pulled_again_nothing_stale_is_loaded(hub: Hub, place: Path) -> None:
         before = {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()}
         said["own"] = error(hub.pull, "user/again", "own")
         said["as it was"] = before == {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()}
-    """)
-    assert said["shards"][0] and f"{WEIGHTS}.index.json" in said["shards"][1] and len(said["shards"][1]) > 2
+    """,
+    )
+    assert (
+        said["shards"][0]
+        and f"{WEIGHTS}.index.json" in said["shards"][1]
+        and len(said["shards"][1]) > 2
+    )
     assert said["one"] == said["one again"] == [True, [WEIGHTS, "mine.safetensors"]]
     assert said["shards again"] == [True, [*said["shards"][1], "mine.safetensors"]]
     assert said["mine"] and said["as it was"]
-    assert re.match(rf"ValueError: own/{WEIGHTS}.index.json is of no pull, and hides {WEIGHTS} of user/again",
-                    said["own"])
+    assert re.match(
+        rf"ValueError: own/{WEIGHTS}.index.json is of no pull, and hides {WEIGHTS} of user/again",
+        said["own"],
+    )
 
 
 def test_a_card_on_the_hub_is_heeded(hub: Hub, place: Path) -> None:
     """Of one that was made the licence and datasets go on; one that a person edited stays, unless another comes."""
-    said = client(hub, place, """
+    said = client(
+        hub,
+        place,
+        """
         from huggingface_hub import HfApi, ModelCard, hf_hub_download
         from guided_diffusers import NoiseAwareClassifier, hub
         hub.check = lambda *_: None
@@ -423,11 +561,17 @@ def test_a_card_on_the_hub_is_heeded(hub: Hub, place: Path) -> None:
         said["refused"] = error(loaded.push_to_hub, "user/card", license="mit")
         hub.push("classifier", "user/card")
         said["of a person"] = told()
-    """)
-    assert said["kept"] == ["mit", ["someone/clothes"]] and said["given"] == ["apache-2.0", ["someone/clothes"]]
+    """,
+    )
+    assert said["kept"] == ["mit", ["someone/clothes"]] and said["given"] == [
+        "apache-2.0",
+        ["someone/clothes"],
+    ]
     assert said["of the folder"] == ["cc-by-4.0", ["someone/clothes"]]
     assert said["edited"] and said["weights"] and said["inner"] == "# Inner"
-    assert said["refused"].startswith("ValueError: license: README.md of user/card was written or edited by a person")
+    assert said["refused"].startswith(
+        "ValueError: license: README.md of user/card was written or edited by a person"
+    )
     assert said["of a person"] == "# Mine\n\nWritten by a person.\n"
 
 
@@ -440,12 +584,36 @@ def train(hub: Hub, place: Path, script: str, name: str, *more: object) -> tuple
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
     run = subprocess.run(
-        [sys.executable, TRAINING / script, "--train_data_dir", place / "photos", "--resolution", "8", "--cpu",
-         "--train_batch_size", "4", "--max_train_steps", "2", "--output_dir", place / name, "--no_progress", *more,
-         "--push_to_hub", "--hub_model_id", f"user/{name}"], env={**os.environ, **hub.environment(place / "home")},
-        capture_output=True, text=True, timeout=600)
+        [
+            sys.executable,
+            TRAINING / script,
+            "--train_data_dir",
+            place / "photos",
+            "--resolution",
+            "8",
+            "--cpu",
+            "--train_batch_size",
+            "4",
+            "--max_train_steps",
+            "2",
+            "--output_dir",
+            place / name,
+            "--no_progress",
+            *more,
+            "--push_to_hub",
+            "--hub_model_id",
+            f"user/{name}",
+        ],
+        env={**os.environ, **hub.environment(place / "home")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert f"published: {hub.url}/user/{name}/commit/" in run.stdout and TOKEN not in run.stdout + run.stderr
+    assert (
+        f"published: {hub.url}/user/{name}/commit/" in run.stdout
+        and TOKEN not in run.stdout + run.stderr
+    )
     files = hub.head(f"user/{name}")
     assert "## Training\n\nTrained on photos" in files["README.md"].decode()
     assert not {"metrics.json", "options.json"} & files.keys()
@@ -453,10 +621,18 @@ def train(hub: Hub, place: Path, script: str, name: str, *more: object) -> tuple
 
 
 def test_training_publishes_what_it_made(hub: Hub, place: Path, published: dict) -> None:
-    config = {name: value for name, value in make_classifier().config.items() if not name.startswith("_")}
+    config = {
+        name: value for name, value in make_classifier().config.items() if not name.startswith("_")
+    }
     (place / "config.json").write_text(json.dumps({**config, "id2label": None, "label2id": None}))
-    _, figures = train(hub, place, "train_classifier.py", "trained", "--model_config_name_or_path",
-                       place / "config.json")
+    _, figures = train(
+        hub,
+        place,
+        "train_classifier.py",
+        "trained",
+        "--model_config_name_or_path",
+        place / "config.json",
+    )
     figures = figures["classifier"]
     assert len(figures["held_out"]) == 10 and figures["options"]["train_data_dir"] == "photos"
     assert "output_dir" not in figures["options"]
@@ -465,12 +641,24 @@ def test_training_publishes_what_it_made(hub: Hub, place: Path, published: dict)
 def test_training_a_clip_publishes_it(hub: Hub, place: Path, published: dict) -> None:
     for name, content in (("image", IMAGE), ("text", TEXT), ("captions", CAPTIONS)):
         (place / f"{name}.json").write_text(json.dumps(content))
-    files, figures = train(hub, place, "train_clip.py", "trained-clip", "--captions", place / "captions.json",
-                           "--text_config", place / "text.json", "--model_config_name_or_path", place / "image.json")
+    files, figures = train(
+        hub,
+        place,
+        "train_clip.py",
+        "trained-clip",
+        "--captions",
+        place / "captions.json",
+        "--text_config",
+        place / "text.json",
+        "--model_config_name_or_path",
+        place / "image.json",
+    )
     assert {"guided_diffusers_clip.py", "tokenizer/tokenizer.json", WEIGHTS} <= files.keys()
     assert figures["clip"]["held_out"][0].keys() >= {"retrieval", "zero_shot"}
     assert "accuracy by unseen captions" in files["README.md"].decode()
 
 
 def test_no_token_is_written(place: Path, with_package: dict, without_package: dict) -> None:
-    assert not [path for path in place.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not [
+        path for path in place.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]

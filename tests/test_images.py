@@ -24,9 +24,18 @@ STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.5, -1.0], "latents_std":
 def small_vae(**config: Any) -> AutoencoderKL:
     """RGB images of 16x16 from two channels of 8x8."""
     torch.manual_seed(0)
-    return AutoencoderKL(**{"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-                            "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 2, "norm_num_groups": 4,
-                            "layers_per_block": 1, "sample_size": 16, **config}).eval()
+    return AutoencoderKL(
+        **{
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": 2,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            "sample_size": 16,
+            **config,
+        }
+    ).eval()
 
 
 def latent_pipeline(scheduler: Any, vae: AutoencoderKL, **config: Any) -> ClassifierGuidedPipeline:
@@ -46,7 +55,10 @@ def test_latents_are_unscaled_as_in_diffusers(config: dict[str, Any]) -> None:
     """As StableDiffusionPipeline, StableDiffusion3Pipeline and StableDiffusionXLPipeline do it."""
     vae, latents = small_vae(**config).double(), normal(3, 2, 8, 8)
     if "latents_mean" in config:
-        mean, std = (torch.tensor(config[name]).view(1, 2, 1, 1).double() for name in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(config[name]).view(1, 2, 1, 1).double()
+            for name in ("latents_mean", "latents_std")
+        )
         unscaled = latents * std / vae.config.scaling_factor + mean
     else:
         unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
@@ -76,7 +88,9 @@ def test_a_gradient_decodes_one_image_at_a_time() -> None:
 
 
 def test_a_half_precision_decoder_that_overflows_is_refused_before_the_run() -> None:
-    message = r"vae: it computes in float16 and overflows there \(force_upcast\); load it in float32"
+    message = (
+        r"vae: it computes in float16 and overflows there \(force_upcast\); load it in float32"
+    )
     with pytest.raises(ValueError, match=message):
         decode(small_vae().half(), torch.zeros(1, 2, 8, 8))
     assert decode(small_vae().to(torch.bfloat16), torch.zeros(1, 2, 8, 8)).dtype == torch.bfloat16
@@ -85,7 +99,12 @@ def test_a_half_precision_decoder_that_overflows_is_refused_before_the_run() -> 
     with pytest.raises(ValueError, match=message):
         pipeline("cat", num_inference_steps=2)
     assert not calls
-    assert sample(pipeline, "cat", num_inference_steps=2).shape == (1, 2, 8, 8)  # latents need no decoder
+    assert sample(pipeline, "cat", num_inference_steps=2).shape == (
+        1,
+        2,
+        8,
+        8,
+    )  # latents need no decoder
     pipeline = latent_pipeline(DDIMScheduler(), small_vae(force_upcast=False).half())
     assert pipeline("cat", num_inference_steps=2, output_type="pt").images.isfinite().all()
 
@@ -96,38 +115,54 @@ def test_images_in_each_form(channels: int) -> None:
     values = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0, 0.25])
     images = torch.stack([values.roll(i) for i in range(channels)])[None].reshape(1, channels, 2, 4)
     expected = torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.625])
-    expected = torch.stack([expected.roll(i) for i in range(channels)])[None].reshape(1, channels, 2, 4)
+    expected = torch.stack([expected.roll(i) for i in range(channels)])[None].reshape(
+        1, channels, 2, 4
+    )
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert torch.equal(convert(images.to(dtype), "pt"), expected)
     array = convert(images, "np")
     assert array.dtype == np.float32 and np.array_equal(array, expected.permute(0, 2, 3, 1).numpy())
-    picture, = convert(images, "pil")
+    (picture,) = convert(images, "pil")
     assert picture.size == (4, 2) and picture.mode == {1: "L", 3: "RGB"}[channels]
     assert np.array_equal(np.asarray(picture).reshape(2, 4, channels), (array[0] * 255).round())
 
 
 # a latent pipeline
 
-@pytest.mark.parametrize(("scheduler", "config"), [(DDIMScheduler, SCALING), (EulerDiscreteScheduler, STATISTICS)])
-def test_images_are_the_decoded_latents_also_when_loaded(scheduler: type, config: dict, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("scheduler", "config"), [(DDIMScheduler, SCALING), (EulerDiscreteScheduler, STATISTICS)]
+)
+def test_images_are_the_decoded_latents_also_when_loaded(
+    scheduler: type, config: dict, tmp_path: Path
+) -> None:
     vae = small_vae(**config)
     pipeline = latent_pipeline(scheduler(), vae)
 
     def images(pipeline: ClassifierGuidedPipeline, output_type: str, **more: Any) -> Any:
-        return pipeline(["cat", "dog"], output_type=output_type, num_inference_steps=3, **more,
-                        generator=[torch.Generator().manual_seed(i) for i in (0, 1)]).images
+        return pipeline(
+            ["cat", "dog"],
+            output_type=output_type,
+            num_inference_steps=3,
+            **more,
+            generator=[torch.Generator().manual_seed(i) for i in (0, 1)],
+        ).images
 
     latents, pictures = images(pipeline, "latent"), images(pipeline, "pt")
     assert latents.shape == (2, 2, 8, 8) and pictures.shape == (2, 3, 16, 16)
     if "latents_mean" in config:
-        mean, std = (torch.tensor(config[name]).view(1, 2, 1, 1) for name in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(config[name]).view(1, 2, 1, 1) for name in ("latents_mean", "latents_std")
+        )
         unscaled = latents * std / 0.5 + mean
     else:
         unscaled = latents / 0.18215
     with torch.no_grad():
         torch.testing.assert_close(pictures, (vae.decode(unscaled).sample / 2 + 0.5).clamp(0, 1))
     assert [picture.size for picture in images(pipeline, "pil")] == [(16, 16)] * 2
-    assert not torch.equal(images(pipeline, "latent", guidance_scale=0), latents)  # the classifier sees latents
+    assert not torch.equal(
+        images(pipeline, "latent", guidance_scale=0), latents
+    )  # the classifier sees latents
 
     pipeline.save_pretrained(tmp_path)
     loaded = ClassifierGuidedPipeline.from_pretrained(tmp_path)
@@ -142,7 +177,10 @@ def test_images_are_the_decoded_latents_also_when_loaded(scheduler: type, config
 def test_an_energy_of_images_goes_through_the_decoder(through_network: bool) -> None:
     """Its score at each step is the finite difference, in float64, of a loop over networks and decoder written out;
     and it lowers the energy of what comes out."""
-    vae, scheduler = small_vae(scaling_factor=0.8, shift_factor=0.1).double(), DDIMScheduler(clip_sample=False)
+    vae, scheduler = (
+        small_vae(scaling_factor=0.8, shift_factor=0.1).double(),
+        DDIMScheduler(clip_sample=False),
+    )
     pipeline = latent_pipeline(scheduler, vae)
     pipeline.unet.double()
     direction, target = normal(2, 2, 8, 8, seed=1), 0.2 * normal(3, 16, 16, seed=2)
@@ -162,13 +200,16 @@ def test_an_energy_of_images_goes_through_the_decoder(through_network: bool) -> 
         abar = scheduler.alphas_cumprod[t].double()
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
 
-        def predict(x: torch.Tensor, t: Any = t, alpha: torch.Tensor = alpha, sigma: torch.Tensor = sigma) \
-                -> torch.Tensor:
+        def predict(
+            x: torch.Tensor, t: Any = t, alpha: torch.Tensor = alpha, sigma: torch.Tensor = sigma
+        ) -> torch.Tensor:
             return (x - sigma * pipeline.unet(x, t).sample) / alpha
 
         with torch.no_grad():
             if through_network:
-                expected = slope(lambda x: of_x0(predict(x)), step.sample, direction, 0.1 * float(alpha))  # noqa: B023
+                expected = slope(
+                    lambda x: of_x0(predict(x)), step.sample, direction, 0.1 * float(alpha)
+                )  # noqa: B023
             else:
                 expected = alpha * slope(of_x0, predict(step.sample), direction, 0.1)
         assert_equal((score * direction).sum((1, 2, 3)), -0.3 * expected, 1e-5)
@@ -182,12 +223,23 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32_for_guidanc
     pipeline = sdxl().to(torch.float16)
     pipeline.vae.register_to_config(force_upcast=True)
     seen: list[torch.dtype] = []
-    hook = pipeline.vae.decoder.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    call = {name: value.half() if isinstance(value, torch.Tensor) else value for name, value in sdxl_call().items()}
-    plain = pipeline(**{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}).images
+    hook = pipeline.vae.decoder.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
+    call = {
+        name: value.half() if isinstance(value, torch.Tensor) else value
+        for name, value in sdxl_call().items()
+    }
+    plain = pipeline(
+        **{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    ).images
     own, darker = len(seen), EnergyGuidance(lambda image: image.mean((1, 2, 3)), 300.0)
     with guide(pipeline, darker + darker):
-        found = pipeline(**{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}).images
+        found = pipeline(
+            **{**call, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+        ).images
     hook.remove()
-    assert pipeline.vae.dtype == torch.float16 and len(seen) > 2 * own and set(seen) == {torch.float32}
+    assert (
+        pipeline.vae.dtype == torch.float16 and len(seen) > 2 * own and set(seen) == {torch.float32}
+    )
     assert np.isfinite(found).all() and found.mean() < plain.mean()

@@ -33,14 +33,24 @@ import loop  # noqa: E402
 import train_classifier  # noqa: E402
 import train_unet  # noqa: E402
 
-SIZES = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1,
-         "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4, "latent_channels": 4}
+SIZES = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+}
 COLOURS = {"red": (220, 40, 30), "green": (20, 160, 50), "blue": (10, 60, 230)}
-TINY = ("--resolution 16 --center_crop --train_batch_size 4 --learning_rate 1e-3 --max_train_steps 3 --no_progress "
-        "--cpu --lr_warmup_steps 1 --validation_samples 4")
+TINY = (
+    "--resolution 16 --center_crop --train_batch_size 4 --learning_rate 1e-3 --max_train_steps 3 --no_progress "
+    "--cpu --lr_warmup_steps 1 --validation_samples 4"
+)
 
 
-def make_vae(seed: int = 0, kind: type = AutoencoderKL, **config: object) -> AutoencoderKL | VQModel:
+def make_vae(
+    seed: int = 0, kind: type = AutoencoderKL, **config: object
+) -> AutoencoderKL | VQModel:
     torch.manual_seed(seed)
     return kind(**{**SIZES, **config}).eval().requires_grad_(False)
 
@@ -59,8 +69,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for name, config in (("unet", UNET), ("classifier", CLASSIFIER)):
         (root / f"{name}.json").write_text(json.dumps(config))
     make_vae().save_pretrained(root / "vae")
-    return SimpleNamespace(root=root, folder=root / "folder", vae=root / "vae", unet=root / "unet.json",
-                           classifier=root / "classifier.json")
+    return SimpleNamespace(
+        root=root,
+        folder=root / "folder",
+        vae=root / "vae",
+        unet=root / "unet.json",
+        classifier=root / "classifier.json",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +87,20 @@ def small_shards(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def images(place: SimpleNamespace) -> LabelledImages:
-    return LabelledImages(datasets.load_dataset(str(place.folder))["train"], resolution=16, center_crop=True)
+    return LabelledImages(
+        datasets.load_dataset(str(place.folder))["train"], resolution=16, center_crop=True
+    )
 
 
 @pytest.fixture
-def train(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def train(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
     def run(script: str, line: str = "", output: str = "out") -> Path:
-        command = (f"{TINY} --train_data_dir {place.folder} --model_config_name_or_path {vars(place)[script]} "
-                   f"{line.format(**vars(place))} --output_dir {tmp_path / output}")
+        command = (
+            f"{TINY} --train_data_dir {place.folder} --model_config_name_or_path {vars(place)[script]} "
+            f"{line.format(**vars(place))} --output_dir {tmp_path / output}"
+        )
         if script == "classifier":
             command += " --diagnosis_images 6"
         monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command)])
@@ -99,7 +120,9 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: float = float("inf")):
         self.images, self.stop_after, whole = 0, stop_after, latents.encode
 
-        def counting(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def counting(
+            vae: torch.nn.Module, pixels: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if self.images >= self.stop_after:
                 raise KeyboardInterrupt
             self.images += len(pixels)
@@ -108,25 +131,35 @@ class Counted:
         monkeypatch.setattr(latents, "encode", counting)
 
 
-def write(data: latents.LatentImages, vae: torch.nn.Module, workers: int = 0, progress: bool = False) \
-        -> latents.LatentImages:
+def write(
+    data: latents.LatentImages, vae: torch.nn.Module, workers: int = 0, progress: bool = False
+) -> latents.LatentImages:
     options = SimpleNamespace(dataloader_num_workers=workers, progress=progress)
     latents.write_latents(options, Accelerator(cpu=True), vae, data, None)
     return data
 
 
 def cached(root: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {str(path.relative_to(root)): load_file(path) for path in sorted(root.rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(root)): load_file(path) for path in sorted(root.rglob("*.safetensors"))
+    }
 
 
 # How latents are scaled
 
 
-@pytest.mark.parametrize("config", [
-    {"scaling_factor": 0.3},
-    {"scaling_factor": 0.36, "shift_factor": 0.7},
-    {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 0.5]},
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scaling_factor": 0.3},
+        {"scaling_factor": 0.36, "shift_factor": 0.7},
+        {
+            "scaling_factor": 0.5,
+            "latents_mean": [0.1, -0.2, 0.3, 0.4],
+            "latents_std": [1.0, 2.0, 3.0, 0.5],
+        },
+    ],
+)
 def test_encode_is_the_inverse_of_decode(config: dict[str, object]) -> None:
     vae, pixels = make_vae(**config).double(), torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
     posterior = vae.encode(pixels).latent_dist
@@ -134,20 +167,26 @@ def test_encode_is_the_inverse_of_decode(config: dict[str, object]) -> None:
     assert mean.shape == std.shape == (2, 4, 8, 8)
     torch.testing.assert_close(decode(vae, mean), vae.decode(posterior.mean).sample)
     eps = torch.randn_like(mean)  # a draw, too, and so std
-    torch.testing.assert_close(decode(vae, mean + std * eps), vae.decode(posterior.mean + posterior.std * eps).sample)
+    torch.testing.assert_close(
+        decode(vae, mean + std * eps), vae.decode(posterior.mean + posterior.std * eps).sample
+    )
 
 
 def test_scaled_latents_have_unit_variance_where_the_config_says_so() -> None:
     pixels = torch.rand(16, 3, 16, 16) * 2 - 1
     z = make_vae().encode(pixels).latent_dist.mean
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
-    for config in ({"scaling_factor": 1.0, "latents_mean": mean.tolist(), "latents_std": std.tolist()},
-                   {"scaling_factor": 1 / z.std().item(), "shift_factor": z.mean().item()}):
+    for config in (
+        {"scaling_factor": 1.0, "latents_mean": mean.tolist(), "latents_std": std.tolist()},
+        {"scaling_factor": 1 / z.std().item(), "shift_factor": z.mean().item()},
+    ):
         scaled, _ = encode(make_vae(**config), pixels)
         assert abs(scaled.mean()) < 1e-4 and scaled.std() == pytest.approx(1, abs=2e-2)
 
 
-def test_a_vector_quantized_autoencoder_has_no_posterior(images: LabelledImages, tmp_path: Path) -> None:
+def test_a_vector_quantized_autoencoder_has_no_posterior(
+    images: LabelledImages, tmp_path: Path
+) -> None:
     vae = make_vae(kind=VQModel, vq_embed_dim=5, scaling_factor=0.5)
     data = write(latents.LatentImages(images, vae, tmp_path), vae)
     assert (data.channels, data.resolution) == (5, 8)
@@ -184,19 +223,27 @@ def test_items_are_draws_from_the_posterior_by_seed(images: LabelledImages, tmp_
         assert data[index]["label"] == images[index]["label"]
 
 
-def test_a_cache_is_used_again(images: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                               capfd: pytest.CaptureFixture) -> None:
+def test_a_cache_is_used_again(
+    images: LabelledImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
     counted, vae = Counted(monkeypatch), make_vae()
     first = write(latents.LatentImages(images, vae, tmp_path), vae, progress=True)
     assert counted.images == 30 and "30/30" in capfd.readouterr().err
-    second = write(latents.LatentImages(images, make_vae(), tmp_path), vae, workers=1, progress=True)
+    second = write(
+        latents.LatentImages(images, make_vae(), tmp_path), vae, workers=1, progress=True
+    )
     assert "/30" not in capfd.readouterr().err
     assert counted.images == 30 and torch.equal(first[3]["pixel_values"], second[3]["pixel_values"])
     write(latents.LatentImages(images, vae, tmp_path, random_flip=True), vae, workers=1)
     assert counted.images == 90  # and their mirror images
 
 
-def test_the_name_of_a_cache_depends_on_all_that_it_holds(place: SimpleNamespace, images: LabelledImages) -> None:
+def test_the_name_of_a_cache_depends_on_all_that_it_holds(
+    place: SimpleNamespace, images: LabelledImages
+) -> None:
     def named(vae: torch.nn.Module, flip: bool = False, split: str = "train", **how: object) -> str:
         how = {"resolution": 16, "center_crop": True, **how}
         data = LabelledImages(datasets.load_dataset(str(place.folder))[split], **how)
@@ -205,15 +252,24 @@ def test_the_name_of_a_cache_depends_on_all_that_it_holds(place: SimpleNamespace
     vae = make_vae()
     other_weight = make_vae()
     other_weight.decoder.conv_out.bias[0] += 1e-6
-    names = [named(vae), named(vae, resolution=18), named(vae, center_crop=False), named(vae, flip=True),
-             named(vae, split="test"), named(vae, channels=1), named(make_vae(1)), named(other_weight),
-             named(make_vae(scaling_factor=0.5))]
+    names = [
+        named(vae),
+        named(vae, resolution=18),
+        named(vae, center_crop=False),
+        named(vae, flip=True),
+        named(vae, split="test"),
+        named(vae, channels=1),
+        named(make_vae(1)),
+        named(other_weight),
+        named(make_vae(scaling_factor=0.5)),
+    ]
     assert len(set(names)) == len(names)
     assert named(AutoencoderKL.from_pretrained(place.vae)) == names[0]  # wherever it comes from
 
 
-def test_an_interrupted_encoding_goes_on(images: LabelledImages, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_encoding_goes_on(
+    images: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the third of four files; what is cut off in place, as by a full disk, isn't read either."""
     vae = make_vae()
     whole = write(latents.LatentImages(images, vae, tmp_path / "whole"), vae)
@@ -252,15 +308,23 @@ def test_latents_that_are_not_finite_are_refused(images: LabelledImages, tmp_pat
 # The scripts
 
 
-def test_guided_pictures_of_a_latent_model(place: SimpleNamespace, train: Callable[..., Path], tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guided_pictures_of_a_latent_model(
+    place: SimpleNamespace,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counted = Counted(monkeypatch)
     shared = "--vae {vae} --random_flip --latents_cache " + str(tmp_path / "latents")
-    folder = train("unet", shared + " --class_conditional --sample_images 3 --validation_steps 2", "unet")
+    folder = train(
+        "unet", shared + " --class_conditional --sample_images 3 --validation_steps 2", "unet"
+    )
     assert counted.images == 2 * 30 + 6
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     assert (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels) == (8, 4)
-    assert pipeline.scheduler.config.clip_sample is False and isinstance(pipeline.vae, AutoencoderKL)
+    assert pipeline.scheduler.config.clip_sample is False and isinstance(
+        pipeline.vae, AutoencoderKL
+    )
     assert PILImage.open(folder / "samples-2.png").size == (16, 48)
 
     source = shared.replace("{vae}", str(folder)) + f" --scheduler {folder}"  # the pipeline's own
@@ -268,33 +332,52 @@ def test_guided_pictures_of_a_latent_model(place: SimpleNamespace, train: Callab
     assert counted.images == 66
     assert (classifier.config.sample_size, classifier.config.in_channels) == (8, 4)
     assert classifier.config.id2label == {0: "blue", 1: "green", 2: "red"}
-    for made in (ClassifierGuidedPipeline.from_pretrained(folder, classifier=classifier),
-                 ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, classifier, pipeline.vae)):
+    for made in (
+        ClassifierGuidedPipeline.from_pretrained(folder, classifier=classifier),
+        ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, classifier, pipeline.vae),
+    ):
         made.set_progress_bar_config(disable=True)
-        pictures = [made(["red", 0], guidance_scale=scale, num_inference_steps=3, output_type="pt",
-                         generator=torch.Generator().manual_seed(0)).images for scale in (0.0, 500.0)]
+        pictures = [
+            made(
+                ["red", 0],
+                guidance_scale=scale,
+                num_inference_steps=3,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+            for scale in (0.0, 500.0)
+        ]
         assert pictures[0].shape == (2, 3, 16, 16) and pictures[0].std() > 0
         assert (pictures[0] - pictures[1]).abs().max() > 1e-3
 
 
-def test_training_sees_the_drawn_latents(place: SimpleNamespace, images: LabelledImages, tmp_path: Path,
-                                         train: Callable[..., Path]) -> None:
+def test_training_sees_the_drawn_latents(
+    place: SimpleNamespace, images: LabelledImages, tmp_path: Path, train: Callable[..., Path]
+) -> None:
     """A figure of the held-out images, worked out from the saved folder and the autoencoder alone."""
     folder = train("classifier", "--vae {vae}")
     model = NoiseAwareClassifier.from_pretrained(folder).eval()
     vae = AutoencoderKL.from_pretrained(place.vae)
-    held_out = LabelledImages(datasets.load_dataset(str(place.folder))["test"], resolution=16, center_crop=True)
+    held_out = LabelledImages(
+        datasets.load_dataset(str(place.folder))["test"], resolution=16, center_crop=True
+    )
     x0, labels = [], []
     for i in (0, 1, 3, 4):  # four of six, evenly spread
         mean, std = encode(vae, held_out[i]["pixel_values"][None])
-        x0.append(mean + std * torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(i)))
+        x0.append(
+            mean + std * torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(i))
+        )
         labels.append(held_out[i]["label"])
     row = json.loads((folder / "metrics.json").read_text())["held_out"][5]
-    eps = torch.stack([torch.randn(4, 8, 8, generator=loop.generator_for(0, 3, i, 5)) for i in (0, 1, 3, 4)])
+    eps = torch.stack(
+        [torch.randn(4, 8, 8, generator=loop.generator_for(0, 3, i, 5)) for i in (0, 1, 3, 4)]
+    )
     t = torch.full((4,), row["timestep"])
     with torch.no_grad():
         logits = model(DDPMScheduler(1000).add_noise(torch.cat(x0), eps, t), t).logits
-    assert row["cross_entropy"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), abs=2e-5)
+    assert row["cross_entropy"] == pytest.approx(
+        F.cross_entropy(logits, torch.tensor(labels)).item(), abs=2e-5
+    )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path]) -> None:
@@ -303,33 +386,52 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path]) -
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-4")
     shutil.rmtree(parts / "latents")
-    train("classifier", line + " --resume_from_checkpoint latest --dataloader_num_workers 1", "parts")
+    train(
+        "classifier", line + " --resume_from_checkpoint latest --dataloader_num_workers 1", "parts"
+    )
     one, other = (load_file(next(path.glob("*.safetensors"))) for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_two_processes_write_the_same_cache(images: LabelledImages, tmp_path: Path) -> None:
     vae = make_vae()
-    one, two = (latents.LatentImages(images, vae, tmp_path / name, random_flip=True) for name in ("one", "two"))
+    one, two = (
+        latents.LatentImages(images, vae, tmp_path / name, random_flip=True)
+        for name in ("one", "two")
+    )
     write(one, vae)
     own = tmp_path / "own"
     own.mkdir()
     torch.multiprocessing.spawn(write_share, (free_port(), two, vae, own), nprocs=2, daemon=True)
     assert sorted(path.name for path in own.iterdir()) == ["0 of 2", "1 of 2"]
-    assert [json.loads(path.read_text()) for path in sorted(own.iterdir())] == [[0, 2], [1, 3]]  # of four files
+    assert [json.loads(path.read_text()) for path in sorted(own.iterdir())] == [
+        [0, 2],
+        [1, 3],
+    ]  # of four files
     first, second = cached(tmp_path / "one"), cached(tmp_path / "two")
     assert first.keys() == second.keys() and len(first) == 4
-    assert all(torch.equal(first[path][name], second[path][name]) for path in first for name in ("mean", "std"))
+    assert all(
+        torch.equal(first[path][name], second[path][name])
+        for path in first
+        for name in ("mean", "std")
+    )
     assert {path.suffix for path in two.files[0].parent.iterdir()} == {".safetensors"}
 
 
-def write_share(rank: int, port: int, data: latents.LatentImages, vae: torch.nn.Module, own: Path) -> None:
+def write_share(
+    rank: int, port: int, data: latents.LatentImages, vae: torch.nn.Module, own: Path
+) -> None:
     """Encode in one process of two, and note which files were its own.
 
     The process is a fresh one: one that is forked from this one waits for the threads that stayed in it for ever.
     """
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     latents.SHARD, latents.PIXELS = 8, 4 * 16**2
     written, write_file = [], latents.write_file
 
@@ -345,20 +447,54 @@ def write_share(rank: int, port: int, data: latents.LatentImages, vae: torch.nn.
     loop.finish(Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize(("script", "line", "message"), [
-    ("classifier", "--vae {vae} --random_shift 1", "--vae .* encodes an image once.*--random_shift is 1"),
-    ("classifier", "--vae {vae} --center_crop False", "--center_crop is False, which must be given"),
-    ("classifier", "--latents_cache here", "--latents_cache here needs --vae"),
-    ("classifier", "--vae {folder}", "--vae .*folder: .*config.json"),
-    ("classifier", "--vae {root}/none", "--vae .*none: "),
-    ("classifier", "--vae {root}/model", "--vae .*model holds a UNet2DModel; AutoencoderKL and VQModel are allowed"),
-    ("classifier", "--vae {root}/wide", "--vae .*wide encodes 2 channels; 1 and 3 are allowed"),
-    ("classifier", "--vae {vae} --resolution 17", "--resolution 17: the multiples of 2 are allowed with this --vae"),
-    ("unet", "--vae {vae} --resolution 18", "--resolution 18: the multiples of 4 are allowed for a network of 2"),
-    ("unet", "--vae {vae} --bits_per_dim_images 1", "--bits_per_dim_images 1: with --vae 0 is allowed"),
-])
-def test_wrong_options_are_named(place: SimpleNamespace, train: Callable[..., Path], tmp_path: Path,
-                                 capsys: pytest.CaptureFixture, script: str, line: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "line", "message"),
+    [
+        (
+            "classifier",
+            "--vae {vae} --random_shift 1",
+            "--vae .* encodes an image once.*--random_shift is 1",
+        ),
+        (
+            "classifier",
+            "--vae {vae} --center_crop False",
+            "--center_crop is False, which must be given",
+        ),
+        ("classifier", "--latents_cache here", "--latents_cache here needs --vae"),
+        ("classifier", "--vae {folder}", "--vae .*folder: .*config.json"),
+        ("classifier", "--vae {root}/none", "--vae .*none: "),
+        (
+            "classifier",
+            "--vae {root}/model",
+            "--vae .*model holds a UNet2DModel; AutoencoderKL and VQModel are allowed",
+        ),
+        ("classifier", "--vae {root}/wide", "--vae .*wide encodes 2 channels; 1 and 3 are allowed"),
+        (
+            "classifier",
+            "--vae {vae} --resolution 17",
+            "--resolution 17: the multiples of 2 are allowed with this --vae",
+        ),
+        (
+            "unet",
+            "--vae {vae} --resolution 18",
+            "--resolution 18: the multiples of 4 are allowed for a network of 2",
+        ),
+        (
+            "unet",
+            "--vae {vae} --bits_per_dim_images 1",
+            "--bits_per_dim_images 1: with --vae 0 is allowed",
+        ),
+    ],
+)
+def test_wrong_options_are_named(
+    place: SimpleNamespace,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    script: str,
+    line: str,
+    message: str,
+) -> None:
     """With a message, before anything is encoded."""
     UNet2DModel(**UNET, sample_size=8).save_pretrained(place.root / "model")
     make_vae(in_channels=2).save_pretrained(place.root / "wide")

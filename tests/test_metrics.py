@@ -46,13 +46,17 @@ def exactly(mean: float, std: float) -> torch.Tensor:
 
 def test_frechet_distance_of_gaussians_on_a_line() -> None:
     """(mean_a - mean_b)^2 + (std_a - std_b)^2."""
-    assert frechet_distance(exactly(1.0, 2.0), exactly(-0.5, 0.25)) == pytest.approx(1.5**2 + 1.75**2, rel=1e-12)
+    assert frechet_distance(exactly(1.0, 2.0), exactly(-0.5, 0.25)) == pytest.approx(
+        1.5**2 + 1.75**2, rel=1e-12
+    )
 
 
 def test_frechet_distance_is_that_of_scipys_matrix_root() -> None:
     a, b = features(300, 12, 0), features(200, 12, 1)
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real
+    )
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
@@ -93,9 +97,13 @@ def test_wrong_features_are_refused() -> None:
         precision_recall(torch.zeros(5, 2), torch.zeros(9, 2), k=5)
 
 
-def with_moments(mean: torch.Tensor, deviations: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
+def with_moments(
+    mean: torch.Tensor, deviations: torch.Tensor, rows: int, seed: int
+) -> torch.Tensor:
     """Features whose sample mean is this, and whose covariance is diagonal, with these standard deviations."""
-    x = torch.randn(rows, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        rows, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     x = x - x.mean(0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
     return mean + white * deviations
@@ -103,8 +111,13 @@ def with_moments(mean: torch.Tensor, deviations: torch.Tensor, rows: int, seed: 
 
 def test_frechet_distance_of_gaussians() -> None:
     """|mean_a - mean_b|^2 + sum (std_a - std_b)^2 of covariances that commute, in any orientation."""
-    mean, std = torch.tensor([[1.0, 2, 0, -1], [0.5, -1, 3, 0]]), torch.tensor([[1.0, 2, 0.1, 5], [3, 2, 0.5, 0.01]])
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    mean, std = (
+        torch.tensor([[1.0, 2, 0, -1], [0.5, -1, 3, 0]]),
+        torch.tensor([[1.0, 2, 0.1, 5], [3, 2, 0.5, 0.01]]),
+    )
+    turn = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
     a, b = (with_moments(mean[i].double(), std[i].double(), 50 + i, i) @ turn for i in (0, 1))
     expected = (mean[0] - mean[1]).square().sum() + (std[0] - std[1]).square().sum()
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-7)
@@ -135,7 +148,9 @@ def test_distances_are_those_of_torchmetrics() -> None:
         metric.update(generated[:, :, None, None], real=False)
     score.update(generated[:, :, None, None])
     assert frechet_distance(real, generated) == pytest.approx(float(theirs.compute()), rel=1e-4)
-    assert float(kernel_distance(real, generated)) == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+    assert float(kernel_distance(real, generated)) == pytest.approx(
+        float(kid.compute()[0]), rel=1e-4
+    )
     ours = ClassScore(6)
     ours.update(torch.arange(200), generated)
     assert float(ours.compute()[0]) == pytest.approx(float(score.compute()[0]), rel=1e-4)
@@ -143,6 +158,7 @@ def test_distances_are_those_of_torchmetrics() -> None:
 
 def test_kernel_distance_by_power_sums() -> None:
     """On a line, sum_ij (x_i y_j + 1)^3 = sum_p C(3, p) (sum x^p) (sum y^p)."""
+
     def pairs(x: torch.Tensor, y: torch.Tensor) -> float:
         return sum(c * float((x**p).sum() * (y**p).sum()) for p, c in enumerate((1, 3, 3, 1)))
 
@@ -156,20 +172,34 @@ def test_kernel_distance_by_power_sums() -> None:
 
 def test_kernel_distance_is_unbiased() -> None:
     """Of two samples of one distribution it is 0 on average."""
-    found = torch.stack([kernel_distance(*torch.randn(
-        2, 10, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)) for i in range(400)])
+    found = torch.stack(
+        [
+            kernel_distance(
+                *torch.randn(
+                    2, 10, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64
+                )
+            )
+            for i in range(400)
+        ]
+    )
     assert abs(float(found.mean())) < 4 * float(found.std()) / 20
 
 
 def test_class_score_of_sure_and_of_silent_answers() -> None:
     """K for sure and evenly spread answers, 1 for silence and for always the same."""
-    for logits, expected in ((1000 * torch.eye(5).repeat(4, 1), 5), (torch.zeros(9, 5), 1), (torch.eye(5)[[2] * 9], 1)):
+    for logits, expected in (
+        (1000 * torch.eye(5).repeat(4, 1), 5),
+        (torch.zeros(9, 5), 1),
+        (torch.eye(5)[[2] * 9], 1),
+    ):
         score = ClassScore(5)
         score.update(torch.arange(len(logits)), logits)
         assert float(score.compute()[0]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_density_and_coverage_are_those_of_scikit_learns_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_density_and_coverage_are_those_of_scikit_learns_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real, generated, k = features(120, 4, 0), 1.5 * features(90, 4, 1) - 2, 5
     radius = NearestNeighbors(n_neighbors=k + 1).fit(real).kneighbors(real)[0][:, -1]
     within = torch.cdist(generated, real).numpy() <= radius
@@ -186,7 +216,9 @@ def test_density_and_coverage_are_those_of_scikit_learns_neighbours(monkeypatch:
 def test_an_outlier_makes_recall_large_and_not_density() -> None:
     """What Naeem et al. hold against recall: one far image's ball takes in everything."""
     real = features(100, 3, 0)
-    few = torch.cat([real.mean(0) + 0.001 * features(4, 3, 1), real.mean(0) + torch.tensor([[100.0, 0, 0]])])
+    few = torch.cat(
+        [real.mean(0) + 0.001 * features(4, 3, 1), real.mean(0) + torch.tensor([[100.0, 0, 0]])]
+    )
     assert precision_recall(real, few, 4)[1] == 1 and density_coverage(real, few, 4)[1] < 1
 
 
@@ -199,13 +231,18 @@ def test_class_diversity_is_the_mean_pairwise_distance() -> None:
 
 
 def test_answers_are_those_of_scikit_learn() -> None:
-    labels, logits = torch.arange(200) % 8, features(200, 8, 0).float() + 3 * torch.eye(8)[torch.arange(200) % 8]
+    labels, logits = (
+        torch.arange(200) % 8,
+        features(200, 8, 0).float() + 3 * torch.eye(8)[torch.arange(200) % 8],
+    )
     answers = Answers(8)
     for some in torch.arange(200).split(33):
         answers.update(labels[some], logits[some])
     total, right, among = answers.compute()
     assert (answers.confusion.numpy() == confusion_matrix(labels, logits.argmax(1))).all()
-    assert float(among.sum() / total.sum()) == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
+    assert float(among.sum() / total.sum()) == pytest.approx(
+        top_k_accuracy_score(labels, logits, k=5)
+    )
     assert 0 < right.sum() < among.sum() < 200
 
 
@@ -282,7 +319,9 @@ def test_kept_images_are_drawn_uniformly_whatever_the_batches() -> None:
         assert len(set(numbers.tolist())) == 15
         assert torch.equal(labels, numbers % 4) and torch.equal(vectors[:, 0], numbers.float())
         often[numbers] += 1
-    assert ((often - 75).square() / (300 * 0.25 * 0.75)).mean() < 1.6  # chi square of 60 shares, each 300 / 4
+    assert (
+        (often - 75).square() / (300 * 0.25 * 0.75)
+    ).mean() < 1.6  # chi square of 60 shares, each 300 / 4
 
 
 def test_accumulators_do_not_grow() -> None:
@@ -309,17 +348,27 @@ def test_resampled_figures_are_those_of_repeated_images() -> None:
     found = frechet_resampled(moments.compute(), x, weights)
     expected = [frechet_distance(real, x.repeat_interleave(one.long(), 0)) for one in weights]
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
-    few = 3 + features(8, 3, 2) @ torch.randn(3, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    few = 3 + features(8, 3, 2) @ torch.randn(
+        3, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     wide = Moments(20)  # fewer images than features
     wide.update(features(40, 20, 4))
     weights_of_few = resamples(8, 6, 0, 30)
-    expected = [distance_of_gaussians(*wide.compute(), rows.mean(0), rows.T.cov()) for rows in (
-        few.repeat_interleave(one.long(), 0) for one in weights_of_few)]
-    assert frechet_resampled(wide.compute(), few, weights_of_few).tolist() == pytest.approx(expected, rel=1e-6)
+    expected = [
+        distance_of_gaussians(*wide.compute(), rows.mean(0), rows.T.cov())
+        for rows in (few.repeat_interleave(one.long(), 0) for one in weights_of_few)
+    ]
+    assert frechet_resampled(wide.compute(), few, weights_of_few).tolist() == pytest.approx(
+        expected, rel=1e-6
+    )
     some = (torch.arange(25) % 5 > 0).double()[None]  # each once or not at all
-    for figure in (lambda rows, w: kernel_distance(real, x[rows], w),
-                   lambda rows, w: class_diversity(x[rows], labels[rows], w)):
-        assert float(figure(slice(None), some)[0]) == pytest.approx(float(figure(some[0] > 0, None)), rel=1e-9)
+    for figure in (
+        lambda rows, w: kernel_distance(real, x[rows], w),
+        lambda rows, w: class_diversity(x[rows], labels[rows], w),
+    ):
+        assert float(figure(slice(None), some)[0]) == pytest.approx(
+            float(figure(some[0] > 0, None)), rel=1e-9
+        )
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -336,13 +385,21 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
     """The spread of the replicates of one draw against that over fresh draws."""
     scale, real = torch.linspace(0.5, 3, 5).double(), Moments(5)
-    real.update(torch.randn(2000, 5, generator=torch.Generator().manual_seed(999), dtype=torch.float64))
+    real.update(
+        torch.randn(2000, 5, generator=torch.Generator().manual_seed(999), dtype=torch.float64)
+    )
 
     def figures(seed: int) -> torch.Tensor:
-        x = scale * torch.randn(300, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = scale * torch.randn(
+            300, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         if name == "frechet":
-            return torch.cat([torch.tensor([frechet_distance(real, x)]),
-                              frechet_resampled(real.compute(), x, resamples(300, 100, seed))])
+            return torch.cat(
+                [
+                    torch.tensor([frechet_distance(real, x)]),
+                    frechet_resampled(real.compute(), x, resamples(300, 100, seed)),
+                ]
+            )
         score = ClassScore(5, 100, seed)
         score.update(torch.arange(300), x)
         return score.compute()
@@ -351,14 +408,20 @@ def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
     assert float(all_[:, 1:].std(1).mean()) == pytest.approx(float(all_[:, 0].std()), rel=0.3)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "two rows each"),
-    (lambda: class_diversity(torch.zeros(2, 2), torch.tensor([0, 1])), "two of one class are needed"),
-    (lambda: density_coverage(torch.zeros(5, 2), torch.zeros(5, 2)), "k=5: more than k"),
-    (lambda: Moments(2).compute(), "0 images: two or more"),
-    (lambda: Kept(0), "size=0"),
-    (lambda: Moments(2).restore({"a": torch.zeros(1)}), "none of Moments"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "two rows each"),
+        (
+            lambda: class_diversity(torch.zeros(2, 2), torch.tensor([0, 1])),
+            "two of one class are needed",
+        ),
+        (lambda: density_coverage(torch.zeros(5, 2), torch.zeros(5, 2)), "k=5: more than k"),
+        (lambda: Moments(2).compute(), "0 images: two or more"),
+        (lambda: Kept(0), "size=0"),
+        (lambda: Moments(2).restore({"a": torch.zeros(1)}), "none of Moments"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -25,11 +25,17 @@ def modular(block: bool = True) -> Any:
     """SDXL from embeddings to latents, with our block or without; components, but for the scheduler, as `sdxl()`."""
     blocks = StableDiffusionXLCoreDenoiseStep()
     if block:
-        blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks.insert("guidance", ClassifierGuidanceBlock(), 2)
+        blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks.insert(
+            "guidance", ClassifierGuidanceBlock(), 2
+        )
     pipeline = blocks.init_pipeline()
     plain = sdxl()
-    pipeline.update_components(unet=plain.unet, vae=plain.vae, scheduler=EulerDiscreteScheduler(**SD),
-                               guider=Guider(guidance_scale=5.0))
+    pipeline.update_components(
+        unet=plain.unet,
+        vae=plain.vae,
+        scheduler=EulerDiscreteScheduler(**SD),
+        guider=Guider(guidance_scale=5.0),
+    )
     if block:
         pipeline.update_components(classifier=small_classifier(in_channels=4))
     return quiet(pipeline)
@@ -37,10 +43,20 @@ def modular(block: bool = True) -> Any:
 
 def call(pipeline: Any, **more: Any) -> torch.Tensor:
     given = sdxl_call()
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
-             "height", "width", "num_inference_steps")
-    return pipeline(**{**{name: given[name] for name in names}, "latents": LATENTS.clone(), **more}, output="latents",
-                    generator=torch.Generator().manual_seed(0))
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "height",
+        "width",
+        "num_inference_steps",
+    )
+    return pipeline(
+        **{**{name: given[name] for name in names}, "latents": LATENTS.clone(), **more},
+        output="latents",
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def test_at_scale_0_the_latents_are_the_same_bit_for_bit() -> None:
@@ -58,12 +74,20 @@ def test_it_is_the_plain_pipeline_under_guide() -> None:
     term = ClassifierGuidance(small_classifier(in_channels=4), label, scale)
     plain = sdxl()
     with guide(plain, term):
-        expected = plain(**sdxl_call(), latents=LATENTS.clone(), generator=torch.Generator().manual_seed(0)).images
+        expected = plain(
+            **sdxl_call(), latents=LATENTS.clone(), generator=torch.Generator().manual_seed(0)
+        ).images
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     with guide(plain, ClassifierGuidance(small_classifier(in_channels=4), label, [0.0, 0.0])):
-        free = plain(**sdxl_call(), latents=LATENTS.clone(), generator=torch.Generator().manual_seed(0)).images
-    assert (ours - free).norm() > 20 * (ours - expected).norm()  # the two calls' batches differ, in rounding
-    assert torch.equal(call(pipeline, label=label, guidance_scale=scale), ours)  # nothing is left from a run
+        free = plain(
+            **sdxl_call(), latents=LATENTS.clone(), generator=torch.Generator().manual_seed(0)
+        ).images
+    assert (ours - free).norm() > 20 * (
+        ours - expected
+    ).norm()  # the two calls' batches differ, in rounding
+    assert torch.equal(
+        call(pipeline, label=label, guidance_scale=scale), ours
+    )  # nothing is left from a run
 
 
 def test_guide_works_on_a_modular_pipeline() -> None:
@@ -81,8 +105,10 @@ def test_terms_through_the_network_ask_it_again_in_as_many_calls() -> None:
     assert len(spy.again) == 3
     for again, step in zip(spy.again, spy.seen, strict=True):
         torch.testing.assert_close(again, step.x0, rtol=1e-3, atol=1e-4)
-    null = {"encoder_hidden_states": sdxl_call()["negative_prompt_embeds"],
-            "added_cond_kwargs": {"text_embeds": sdxl_call()["negative_pooled_prompt_embeds"]}}
+    null = {
+        "encoder_hidden_states": sdxl_call()["negative_prompt_embeds"],
+        "added_cond_kwargs": {"text_embeds": sdxl_call()["negative_pooled_prompt_embeds"]},
+    }
     own = call(pipeline)
     pipeline.update_components(guider=Guider(guidance_scale=1.0))
     with guide(pipeline, ClassifierFreeGuidance(null, 4.0)):
@@ -93,7 +119,12 @@ def test_img2img_begins_midway() -> None:
     """As the plain pipeline of image to image under `guide`, bit for bit as `guide` on the modular one; `start` and
     `stop` count from where the run begins."""
     image, label = normal(2, 4, 8, 8, seed=6), ["cat", "owl"]
-    given = {"image_latents": image, "strength": 0.7, "num_inference_steps": 6, "latents": None}  # four steps
+    given = {
+        "image_latents": image,
+        "strength": 0.7,
+        "num_inference_steps": 6,
+        "latents": None,
+    }  # four steps
     plain = quiet(StableDiffusionXLImg2ImgPipeline(**sdxl().components, add_watermarker=False))
     own = {name: value for name, value in sdxl_call().items() if name not in ("height", "width")}
     own |= {"image": image, "strength": 0.7, "num_inference_steps": 6}

@@ -45,7 +45,11 @@ def reference() -> Path:
 def pair(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if kind.startswith("clf"):
         return convert_classifier, export_classifier
-    return (convert_super_resolution, export_super_resolution) if kind == "sr" else (convert_unet, export_unet)
+    return (
+        (convert_super_resolution, export_super_resolution)
+        if kind == "sr"
+        else (convert_unet, export_unet)
+    )
 
 
 def original(reference: Path, name: str) -> tuple[State, dict[str, Any]]:
@@ -62,7 +66,9 @@ def assert_identical(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 # 1. The numbers of the original
 
 
-def outputs(name: str, model: Any, x: Tensor, t: Tensor, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+def outputs(
+    name: str, model: Any, x: Tensor, t: Tensor, arrays: Mapping[str, Any]
+) -> dict[str, Tensor]:
     if name in CLASSIFIERS:
         x = x.requires_grad_()
         logits = model(x, t).logits
@@ -75,11 +81,17 @@ def outputs(name: str, model: Any, x: Tensor, t: Tensor, arrays: Mapping[str, An
 
 
 @pytest.mark.parametrize("name", NETWORKS + CLASSIFIERS)
-def test_outputs_and_input_gradients_are_the_originals(reference: Path, name: str, tmp_path: Path) -> None:
+def test_outputs_and_input_gradients_are_the_originals(
+    reference: Path, name: str, tmp_path: Path
+) -> None:
     state, args = original(reference, name)
-    pair(name)[0](state, args).save_pretrained(tmp_path)  # what is saved and loaded must still have it all
+    pair(name)[0](state, args).save_pretrained(
+        tmp_path
+    )  # what is saved and loaded must still have it all
     saved = json.loads((tmp_path / "config.json").read_text())["_class_name"]
-    model_class = {c.__name__: c for c in (UNet2DModel, ADMUNet2DModel, NoiseAwareClassifier)}[saved]
+    model_class = {c.__name__: c for c in (UNet2DModel, ADMUNet2DModel, NoiseAwareClassifier)}[
+        saved
+    ]
     model = model_class.from_pretrained(tmp_path)
     x_T = torch.from_numpy(np.load(reference / "inputs.npz")["x_T"])
     arrays, worst = np.load(reference / "forward" / f"{name}.npz"), {}
@@ -94,7 +106,10 @@ def test_outputs_and_input_gradients_are_the_originals(reference: Path, name: st
                     worst[what[1], suffix] = max(worst.get((what[1], suffix), 0.0), error)
                     assert error < tolerance, what
     assert {suffix for _, suffix in worst} == {"", "_f64"}
-    print(f"\n{name:15} {type(model).__name__:20}", {"".join(key): f"{error:.1e}" for key, error in worst.items()})
+    print(
+        f"\n{name:15} {type(model).__name__:20}",
+        {"".join(key): f"{error:.1e}" for key, error in worst.items()},
+    )
 
 
 # 2. Round trips
@@ -131,7 +146,9 @@ def layers(args: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
     def resampler(name: str, conv: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from (
-            residual(name, width, width) if args["resblock_updown"] else [(f"{name}.{conv}", (width, width, 3, 3))]
+            residual(name, width, width)
+            if args["resblock_updown"]
+            else [(f"{name}.{conv}", (width, width, 3, 3))]
         )
 
     yield from (("time_embed.0", (4 * c, c)), ("time_embed.2", (4 * c, 4 * c)))
@@ -174,7 +191,9 @@ def layers(args: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield from attention(f"output_blocks.{index}.1", width)
                 last = 2
             if level and i == depth:
-                yield from resampler(f"output_blocks.{index}.{last}", "conv", width) if resamples else ()
+                yield from (
+                    resampler(f"output_blocks.{index}.{last}", "conv", width) if resamples else ()
+                )
                 factor //= 2
             index += 1
     yield from (("out.0", (width,)), ("out.2", (out, width, 3, 3)))
@@ -194,13 +213,18 @@ def original_shapes(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def random_state(args: Mapping[str, Any]) -> State:
     generator = torch.Generator().manual_seed(0)
-    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in original_shapes(args).items()}
+    return {
+        name: 0.1 * torch.randn(shape, generator=generator)
+        for name, shape in original_shapes(args).items()
+    }
 
 
 @pytest.mark.parametrize("name", ["unet_d", "sr", *CLASSIFIERS])
 def test_the_layout_used_below_is_that_of_the_reference(reference: Path, name: str) -> None:
     state, args = original(reference, name)
-    assert original_shapes(args | {"super_resolution": name == "sr"}) == {k: tuple(v.shape) for k, v in state.items()}
+    assert original_shapes(args | {"super_resolution": name == "sr"}) == {
+        k: tuple(v.shape) for k, v in state.items()
+    }
 
 
 UNET = {
@@ -209,7 +233,9 @@ UNET = {
     "num_classes": None, "num_heads": 1, "num_head_channels": 16, "num_heads_upsample": -1,
     "use_scale_shift_norm": True, "resblock_updown": True, "use_new_attention_order": False,
 }  # fmt: skip
-CLASSIFIER = {name: value for name, value in UNET.items() if name != "num_classes"} | {"pool": "attention"}
+CLASSIFIER = {name: value for name, value in UNET.items() if name != "num_classes"} | {
+    "pool": "attention"
+}
 BY_NUMBER = {"num_heads": 4, "num_head_channels": -1}
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -230,7 +256,9 @@ VARIANTS: list[dict[str, Any]] = [
     BY_NUMBER | {"num_heads_upsample": 2},
 ]
 CLASSIFIER_VARIANTS = [
-    {"pool": pool} | change for change in VARIANTS[:5] for pool in ("attention", "adaptive", "spatial", "spatial_v2")
+    {"pool": pool} | change
+    for change in VARIANTS[:5]
+    for pool in ("attention", "adaptive", "spatial", "spatial_v2")
 ]
 CLASSIFIER_VARIANTS += [
     {"pool": "adaptive"} | BY_NUMBER,
@@ -245,7 +273,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "args"), CASES, ids=str)
-def test_round_trip_of_every_variant_through_a_saved_model(kind: str, args: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trip_of_every_variant_through_a_saved_model(
+    kind: str, args: dict[str, Any], tmp_path: Path
+) -> None:
     state = random_state(args | {"super_resolution": kind == "sr"})
     convert, export = pair(kind)
     model = convert(state, args)
@@ -254,7 +284,13 @@ def test_round_trip_of_every_variant_through_a_saved_model(kind: str, args: dict
     assert_identical(there, state)
     # One setting may have two spellings (heads, unused levels of attention), so compare what they make.
     assert_identical(export(convert(there, config))[0], state)
-    spelled = {"num_heads", "num_head_channels", "num_heads_upsample", "attention_resolutions", "resblock_updown"}
+    spelled = {
+        "num_heads",
+        "num_head_channels",
+        "num_heads_upsample",
+        "attention_resolutions",
+        "resblock_updown",
+    }
     assert {name: config[name] for name in config.keys() - spelled} == {
         name: args[name] for name in config.keys() - spelled
     }
@@ -263,7 +299,10 @@ def test_round_trip_of_every_variant_through_a_saved_model(kind: str, args: dict
 def test_the_files_tensors_are_copied() -> None:
     state = random_state(UNET)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    assert convert_unet({name: tensor.half() for name, tensor in state.items()}, UNET).dtype == torch.float16
+    assert (
+        convert_unet({name: tensor.half() for name, tensor in state.items()}, UNET).dtype
+        == torch.float16
+    )
     model = convert_unet(state, UNET)
     assert model.dtype == torch.float32 and not model.training
     exported, _ = export_unet(model)
@@ -289,7 +328,9 @@ def test_a_fixed_number_of_heads_over_several_widths(new_order: bool) -> None:
         attention = block.attentions[0]
         width = state[f"{name}.norm.weight"].numel()
         x = torch.randn(2, width, 3, 3, generator=torch.Generator().manual_seed(1))
-        normed = F.group_norm(x, 32, state[f"{name}.norm.weight"], state[f"{name}.norm.bias"], 1e-5).flatten(2)
+        normed = F.group_norm(
+            x, 32, state[f"{name}.norm.weight"], state[f"{name}.norm.bias"], 1e-5
+        ).flatten(2)
         qkv = state[f"{name}.qkv.weight"][..., 0] @ normed + state[f"{name}.qkv.bias"][:, None]
         if new_order:
             q, k, v = (part.unflatten(1, (heads, -1)) for part in qkv.chunk(3, dim=1))
@@ -307,7 +348,9 @@ def test_resampling_without_a_convolution_is_exact() -> None:
     x = torch.randn(2, 32, 6, 8, dtype=torch.float64)
     torch.testing.assert_close(model.down_blocks[0].downsamplers[0](x), F.avg_pool2d(x, 2))
     x = torch.randn(2, 64, 6, 8, dtype=torch.float64)
-    torch.testing.assert_close(model.up_blocks[1].upsamplers[0](x), F.interpolate(x, scale_factor=2.0))
+    torch.testing.assert_close(
+        model.up_blocks[1].upsamplers[0](x), F.interpolate(x, scale_factor=2.0)
+    )
 
 
 def test_adm_unet_equals_unet2d_where_both_can_say_it() -> None:
@@ -315,7 +358,10 @@ def test_adm_unet_equals_unet2d_where_both_can_say_it() -> None:
     assert type(plain) is UNet2DModel
     settings = {name: value for name, value in plain.config.items() if not name.startswith("_")}
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
-    for change in ({}, {"attention_head_dim": (16, 16, 16), "up_attention_head_dim": 16, "time_proj_dim": 32}):
+    for change in (
+        {},
+        {"attention_head_dim": (16, 16, 16), "up_attention_head_dim": 16, "time_proj_dim": 32},
+    ):
         model = ADMUNet2DModel(**settings | change).eval()
         model.load_state_dict(plain.state_dict())
         assert torch.equal(model(x, t).sample, plain(x, t).sample)
@@ -324,9 +370,15 @@ def test_adm_unet_equals_unet2d_where_both_can_say_it() -> None:
         model.load_state_dict(plain.state_dict())
         assert not torch.allclose(model(x, t).sample, plain(x, t).sample, rtol=1e-3)
     for change, message in (
-        ({"attention_head_dim": 24}, "attention_head_dim has 24; allowed: a divisor of its level's 32"),
+        (
+            {"attention_head_dim": 24},
+            "attention_head_dim has 24; allowed: a divisor of its level's 32",
+        ),
         ({"attention_head_dim": (16,)}, r"attention_head_dim is \(16,\); allowed: .* 3 of them"),
-        ({"time_proj_dim": 32, "time_embedding_type": "fourier"}, r"time_proj_dim is 32, but .*'fourier'"),
+        (
+            {"time_proj_dim": 32, "time_embedding_type": "fourier"},
+            r"time_proj_dim is 32, but .*'fourier'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ADMUNet2DModel(**settings | change)
@@ -340,7 +392,12 @@ CLASSIFIER_FLAGS = {"classifier_attention_resolutions": "32,16,8", "classifier_d
                     "classifier_pool": "attention", "classifier_resblock_updown": True,
                     "classifier_use_scale_shift_norm": True}  # fmt: skip
 HEADS_128 = {"num_heads": 4, "num_head_channels": -1}
-MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
+MULT = {
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {  # kind, flags, millions of parameters as in the paper
     "64x64_diffusion": ("unet", FLAGS | {"image_size": 64, "num_channels": 192, "num_res_blocks": 3,
                                          "use_new_attention_order": True, "noise_schedule": "cosine"}, 296),
@@ -369,7 +426,9 @@ def published_arguments(kind: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": 3,
         "model_channels": flags[{"clf": "classifier_width"}.get(kind, "num_channels")],
         "num_res_blocks": flags[{"clf": "classifier_depth"}.get(kind, "num_res_blocks")],
-        "attention_resolutions": [size // int(r) for r in flags[f"{prefix}attention_resolutions"].split(",")],
+        "attention_resolutions": [
+            size // int(r) for r in flags[f"{prefix}attention_resolutions"].split(",")
+        ],
         "channel_mult": MULT[256 if kind == "sr" else size],
         "use_scale_shift_norm": True,
         "resblock_updown": True,
@@ -388,7 +447,9 @@ def test_published_architectures_fit_one_to_one(name: str) -> None:
     convert, export = pair(kind)
     model = convert(state, flags)
     assert round(sum(prod(shape) for shape in shapes.values()) / 1e6) == millions
-    assert sum(p.numel() for p in model.parameters()) == sum(prod(shape) for shape in shapes.values())
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        prod(shape) for shape in shapes.values()
+    )
     there, config = export(model)
     assert {key: tuple(tensor.shape) for key, tensor in there.items()} == shapes
     # Out of the same tensors, the constructor's arguments and the flags make one model.
@@ -406,7 +467,9 @@ def test_a_classifier_carries_its_noise_schedule() -> None:
     config = convert_classifier(state, CLASSIFIER).config
     assert (config.beta_schedule, config.num_train_timesteps) == ("linear", 1000)
     assert (config.beta_start, config.beta_end) == (0.0001, 0.02)
-    config = convert_classifier(state, CLASSIFIER | {"noise_schedule": "cosine", "diffusion_steps": 4000}).config
+    config = convert_classifier(
+        state, CLASSIFIER | {"noise_schedule": "cosine", "diffusion_steps": 4000}
+    ).config
     assert (config.beta_schedule, config.num_train_timesteps) == ("squaredcos_cap_v2", 4000)
     with pytest.raises(ValueError, match="noise_schedule is 'sqrt'; allowed: 'linear' or 'cosine'"):
         convert_classifier(state, CLASSIFIER | {"noise_schedule": "sqrt"})
@@ -417,10 +480,14 @@ def test_a_classifier_carries_its_noise_schedule() -> None:
 
 def test_what_the_tensors_show_need_not_be_said() -> None:
     needed = {name: UNET[name] for name in ("image_size", "num_head_channels", "dropout")}
-    assert dict(convert_unet(random_state(UNET), needed).config) == dict(convert_unet(random_state(UNET), UNET).config)
+    assert dict(convert_unet(random_state(UNET), needed).config) == dict(
+        convert_unet(random_state(UNET), UNET).config
+    )
     needed = {name: CLASSIFIER[name] for name in ("num_head_channels", "dropout", "num_res_blocks")}
     state = random_state(CLASSIFIER)
-    assert dict(convert_classifier(state, needed).config) == dict(convert_classifier(state, CLASSIFIER).config)
+    assert dict(convert_classifier(state, needed).config) == dict(
+        convert_classifier(state, CLASSIFIER).config
+    )
 
 
 CONTRADICTIONS = [
@@ -448,7 +515,9 @@ CONTRADICTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "message"), CONTRADICTIONS, ids=[str(change) for change, _ in CONTRADICTIONS])
+@pytest.mark.parametrize(
+    ("change", "message"), CONTRADICTIONS, ids=[str(change) for change, _ in CONTRADICTIONS]
+)
 def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert_unet(random_state(UNET), UNET | change)
@@ -456,15 +525,34 @@ def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_classifier_contradictions_are_named() -> None:
     state = random_state(CLASSIFIER)
-    without = {name: value for name, value in CLASSIFIER.items() if name not in ("num_res_blocks", "image_size")}
+    without = {
+        name: value
+        for name, value in CLASSIFIER.items()
+        if name not in ("num_res_blocks", "image_size")
+    }
     for config, message in (
         (CLASSIFIER | {"image_size": 32}, "image_size is 32 in the config but 16 in the tensors"),
-        (CLASSIFIER | {"pool": "adaptive"}, "pool is 'adaptive' in the config but 'attention' in the tensors"),
+        (
+            CLASSIFIER | {"pool": "adaptive"},
+            "pool is 'adaptive' in the config but 'attention' in the tensors",
+        ),
         (CLASSIFIER | {"out_channels": 5}, "out_channels is 5 in the config but 6 in the tensors"),
-        (CLASSIFIER | {"num_res_blocks": 3}, "num_res_blocks is 3, but the tensors have 6 input blocks"),
-        (CLASSIFIER | {"num_res_blocks": 2}, r"attention_resolutions is \[1, 2\] in the config but \[1\]"),
-        (CLASSIFIER | {"class_cond": True}, "class_cond is True in the config but num_classes is None"),
-        (CLASSIFIER | {"num_head_channels": -1}, "num_head_channels is -1 or missing; pool='attention' needs"),
+        (
+            CLASSIFIER | {"num_res_blocks": 3},
+            "num_res_blocks is 3, but the tensors have 6 input blocks",
+        ),
+        (
+            CLASSIFIER | {"num_res_blocks": 2},
+            r"attention_resolutions is \[1, 2\] in the config but \[1\]",
+        ),
+        (
+            CLASSIFIER | {"class_cond": True},
+            "class_cond is True in the config but num_classes is None",
+        ),
+        (
+            CLASSIFIER | {"num_head_channels": -1},
+            "num_head_channels is -1 or missing; pool='attention' needs",
+        ),
         (without, "num_res_blocks can't be read off a classifier's tensors"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -487,16 +575,22 @@ def test_the_wrong_kind_or_half_a_file_is_refused() -> None:
         convert_classifier(unet, UNET)
     with pytest.raises(ValueError, match="tensors of a classifier .*use convert_classifier"):
         convert_unet(classifier, CLASSIFIER)
-    with pytest.raises(ValueError, match="in_channels is 3 in the tensors; an up-sampler's is even"):
+    with pytest.raises(
+        ValueError, match="in_channels is 3 in the tensors; an up-sampler's is even"
+    ):
         convert_super_resolution(unet, UNET)
     with pytest.raises(ValueError, match="in_channels is 3 in the config but 6 in the tensors"):
         convert_unet(random_state(UNET | {"super_resolution": True}), UNET)
     with pytest.raises(ValueError, match="The tensors lack 'time_embed.0.weight'"):
         convert_unet({name: t for name, t in unet.items() if "time_embed" not in name}, UNET)
-    with pytest.raises(ValueError, match=r"1 missing \['middle_block.1.norm.bias'\], 1 superfluous \['extra'\]"):
+    with pytest.raises(
+        ValueError, match=r"1 missing \['middle_block.1.norm.bias'\], 1 superfluous \['extra'\]"
+    ):
         convert_unet({name: t for name, t in (unet | {"extra": unet["out.2.bias"]}).items() if "1.norm.bias" not in name
                       or "middle" not in name}, UNET)  # fmt: skip
-    with pytest.raises(ValueError, match=r"out.0.bias has shape \(7,\); the arguments .* need \(32,\)"):
+    with pytest.raises(
+        ValueError, match=r"out.0.bias has shape \(7,\); the arguments .* need \(32,\)"
+    ):
         convert_unet(unet | {"out.0.bias": torch.zeros(7)}, UNET)
     with pytest.raises(ValueError, match=r"The tensors lack \['input_blocks.4'\]"):
         convert_unet({name: t for name, t in unet.items() if "input_blocks.4" not in name}, UNET)
@@ -505,19 +599,28 @@ def test_the_wrong_kind_or_half_a_file_is_refused() -> None:
 
 
 def test_what_the_original_has_no_word_for_is_refused() -> None:
-    settings = {name: value for name, value in convert_unet(random_state(UNET), UNET).config.items() if name[0] != "_"}
+    settings = {
+        name: value
+        for name, value in convert_unet(random_state(UNET), UNET).config.items()
+        if name[0] != "_"
+    }
     for change, message in (
         ({"act_fn": "mish"}, "act_fn is 'mish'; guided-diffusion allows 'silu'"),
         ({"norm_eps": 1e-6}, "norm_eps is 1e-06; guided-diffusion allows 1e-05"),
         ({"freq_shift": 1}, "freq_shift is 1; guided-diffusion allows 0"),
         ({"upsample_type": "conv"}, "upsample_type is 'conv'; guided-diffusion allows 'resnet'"),
-        ({"sample_size": (16, 8)}, r"sample_size is \(16, 8\); guided-diffusion allows 'an integer'"),
+        (
+            {"sample_size": (16, 8)},
+            r"sample_size is \(16, 8\); guided-diffusion allows 'an integer'",
+        ),
         ({"time_embedding_dim": 64}, "time_embedding_dim is 64; guided-diffusion allows 128"),
     ):
         with pytest.raises(ValueError, match=message):
             export_unet(UNet2DModel(**settings | change))
     model = ADMUNet2DModel(**settings | {"attention_head_dim": (16, 32, 16)})
-    with pytest.raises(ValueError, match="attention_head_dim is .*one width, or one number of heads"):
+    with pytest.raises(
+        ValueError, match="attention_head_dim is .*one width, or one number of heads"
+    ):
         export_unet(model)
     with pytest.raises(ValueError, match="in_channels is 3; allowed: an even number"):
         export_super_resolution(UNet2DModel(**settings))

@@ -27,7 +27,12 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
 
 
 def images(pipeline: ClassifierGuidedPipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
-    call = {"output_type": "latent", "num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), **kwargs}
+    call = {
+        "output_type": "latent",
+        "num_inference_steps": 4,
+        "generator": torch.Generator().manual_seed(0),
+        **kwargs,
+    }
     return pipeline(*args, **call).images
 
 
@@ -44,9 +49,23 @@ def told(unet: torch.nn.Module) -> list[list[int] | None]:
 
 # scale 0 and batches
 
-UNGUIDED = {"DDPM": {}, "DDIM": {}, "EulerDiscrete": {}, "EulerAncestralDiscrete": {}, "HeunDiscrete": {},
-            "DPMSolverMultistep": {}, "UniPCMultistep": {}, "PNDM": {}, "FlowMatchEulerDiscrete": {}, "EDMEuler": {},
-            "KDPM2Discrete": {}, "LCM": {}, "DEISMultistep": {}, "LMSDiscrete": {}, "TCD": {}}
+UNGUIDED = {
+    "DDPM": {},
+    "DDIM": {},
+    "EulerDiscrete": {},
+    "EulerAncestralDiscrete": {},
+    "HeunDiscrete": {},
+    "DPMSolverMultistep": {},
+    "UniPCMultistep": {},
+    "PNDM": {},
+    "FlowMatchEulerDiscrete": {},
+    "EDMEuler": {},
+    "KDPM2Discrete": {},
+    "LCM": {},
+    "DEISMultistep": {},
+    "LMSDiscrete": {},
+    "TCD": {},
+}
 
 
 @pytest.mark.parametrize("name", UNGUIDED)
@@ -54,24 +73,44 @@ def test_scale_0_is_the_plain_diffusers_loop_bit_for_bit(name: str) -> None:
     unet, scheduler = small_unet(), getattr(diffusers, f"{name}Scheduler")()
     classifier = small_classifier()
     calls = counted(classifier)
-    found = images(quiet(unet, scheduler, classifier), "cat", 2, guidance_scale=0, num_inference_steps=5)
+    found = images(
+        quiet(unet, scheduler, classifier), "cat", 2, guidance_scale=0, num_inference_steps=5
+    )
 
     generator = torch.Generator().manual_seed(0)
     scheduler.set_timesteps(5)
     x = torch.randn(2, 1, 8, 8, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
     takes = inspect.signature(scheduler.step).parameters
-    draws = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in takes}
+    draws = {
+        name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in takes
+    }
     with torch.no_grad():
         for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            scaled = (
+                scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            )
             x = scheduler.step(unet(scaled, t).sample, t, x, **draws).prev_sample
     assert torch.equal(found, x) and not calls
-    assert not torch.equal(images(quiet(unet, scheduler, classifier), "cat", 2, num_inference_steps=5), x) and calls
+    assert (
+        not torch.equal(
+            images(quiet(unet, scheduler, classifier), "cat", 2, num_inference_steps=5), x
+        )
+        and calls
+    )
 
 
-STOCHASTIC = {"DDPM": {}, "DDIM": {"eta": 1.0}, "EulerAncestralDiscrete": {}, "KDPM2AncestralDiscrete": {}, "LCM": {},
-              "DPMSolverMultistep": {"algorithm_type": "sde-dpmsolver++"}, "DPMSolverSDE": {}, "SASolver": {},
-              "CosineDPMSolverMultistep": {}, "DPMSolverMultistep ": {}}
+STOCHASTIC = {
+    "DDPM": {},
+    "DDIM": {"eta": 1.0},
+    "EulerAncestralDiscrete": {},
+    "KDPM2AncestralDiscrete": {},
+    "LCM": {},
+    "DPMSolverMultistep": {"algorithm_type": "sde-dpmsolver++"},
+    "DPMSolverSDE": {},
+    "SASolver": {},
+    "CosineDPMSolverMultistep": {},
+    "DPMSolverMultistep ": {},
+}
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -81,10 +120,19 @@ def test_an_image_is_the_same_in_any_batch(name: str) -> None:
     labels, scales = ["cat", "dog", "owl", "cat"], [0.0, 1.0, 5.0, 50.0]
 
     def batch(chosen: list[int]) -> torch.Tensor:
-        pipeline = quiet(small_unet(), getattr(diffusers, f"{name.strip()}Scheduler")(**config), small_classifier())
+        pipeline = quiet(
+            small_unet(),
+            getattr(diffusers, f"{name.strip()}Scheduler")(**config),
+            small_classifier(),
+        )
         every = generators(4)
-        return images(pipeline, [labels[i] for i in chosen], guidance_scale=[scales[i] for i in chosen],
-                      generator=[every[i] for i in chosen], **call)
+        return images(
+            pipeline,
+            [labels[i] for i in chosen],
+            guidance_scale=[scales[i] for i in chosen],
+            generator=[every[i] for i in chosen],
+            **call,
+        )
 
     together = batch([0, 1, 2, 3])
     assert len({float(image.sum()) for image in together}) == 4
@@ -108,9 +156,20 @@ def test_the_noise_of_dpm_solver_sde_is_the_generators() -> None:
 
 # labels
 
-@pytest.mark.parametrize(("label", "ids"), [
-    ("owl", [2, 2]), (1, [1, 1]), (["cat", 2], [0, 0, 2, 2]), (torch.tensor([2, 1]), [2, 2, 1, 1]),
-    ({"dog": 1.0}, [1, 1]), ({"dog": 0.5, "cat": 0.5}, [3, 3]), (["owl", {"dog": -1.0}], [2, 2, 3, 3]), (None, [3, 3])])
+
+@pytest.mark.parametrize(
+    ("label", "ids"),
+    [
+        ("owl", [2, 2]),
+        (1, [1, 1]),
+        (["cat", 2], [0, 0, 2, 2]),
+        (torch.tensor([2, 1]), [2, 2, 1, 1]),
+        ({"dog": 1.0}, [1, 1]),
+        ({"dog": 0.5, "cat": 0.5}, [3, 3]),
+        (["owl", {"dog": -1.0}], [2, 2, 3, 3]),
+        (None, [3, 3]),
+    ],
+)
 def test_a_class_conditional_network_gets_the_label(label: Any, ids: list[int]) -> None:
     """Two images a label; mixtures and no label are the null label, id 3."""
     unet = small_unet(**CONDITIONAL)
@@ -135,37 +194,63 @@ def test_conditional_decides_what_the_network_is_told() -> None:
 def test_a_network_without_a_null_label_needs_a_label_an_image() -> None:
     pipeline = quiet(small_unet(num_class_embeds=3), DDIMScheduler(), small_classifier())
     images(pipeline, ["cat", "dog"])
-    for call in ({"label": {"cat": 0.5, "dog": 0.5}}, {"label": None}, {"label": 0, "conditional": False}):
-        with pytest.raises(ValueError, match=r"has no null label \(3 class embeddings, 3 known labels\)"):
+    for call in (
+        {"label": {"cat": 0.5, "dog": 0.5}},
+        {"label": None},
+        {"label": 0, "conditional": False},
+    ):
+        with pytest.raises(
+            ValueError, match=r"has no null label \(3 class embeddings, 3 known labels\)"
+        ):
             images(pipeline, **call)
 
 
 def test_names_come_from_the_classifier_or_the_pipeline() -> None:
-    unet, classifier = small_unet(**CONDITIONAL), small_classifier(id2label={0: "rose", 1: "tulip", 2: "daisy"})
+    unet, classifier = (
+        small_unet(**CONDITIONAL),
+        small_classifier(id2label={0: "rose", 1: "tulip", 2: "daisy"}),
+    )
     seen = told(unet)
     images(quiet(unet, DDIMScheduler(), classifier, id2label=NAMES), "daisy")
     images(quiet(unet, DDIMScheduler(), WithoutCount(classifier), id2label=NAMES), "owl")
-    images(quiet(unet, DDIMScheduler(), id2label={str(i): name for i, name in NAMES.items()}), "owl", guidance_scale=0)
+    images(
+        quiet(unet, DDIMScheduler(), id2label={str(i): name for i, name in NAMES.items()}),
+        "owl",
+        guidance_scale=0,
+    )
     assert seen == [[2]] * 12
 
 
 # guidance_scale
 
+
 def test_guidance_scale_for_all_a_label_and_an_image() -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(), small_classifier())
-    labels, latents = ["cat", "owl"], torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, latents = (
+        ["cat", "owl"],
+        torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
 
     def at(scale: Any) -> torch.Tensor:
         return images(pipeline, labels, 2, guidance_scale=scale, latents=latents)
 
     off, weak, strong = at(0), at(100.0), at(1000.0)
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(weak, strong, strict=True))
-    torch.testing.assert_close(at([100.0, 1000.0]), torch.cat([weak[:2], strong[2:]]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(at(torch.tensor([1000.0, 0, 100, 1000])),
-                               torch.stack([strong[0], off[1], weak[2], strong[3]]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        at([100.0, 1000.0]), torch.cat([weak[:2], strong[2:]]), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        at(torch.tensor([1000.0, 0, 100, 1000])),
+        torch.stack([strong[0], off[1], weak[2], strong[3]]),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert torch.equal(at([100, 100]), weak)
     for wrong in ([1.0, 2.0, 3.0], [[1.0]], [1.0]):
-        with pytest.raises(ValueError, match=r"guidance_scale has shape .*; a number, or one a label or an image \(2"):
+        with pytest.raises(
+            ValueError,
+            match=r"guidance_scale has shape .*; a number, or one a label or an image \(2",
+        ):
             at(wrong)
 
 
@@ -180,6 +265,7 @@ def test_more_guidance_more_of_the_class(mixture: Mixture) -> None:
 
 
 # outputs and callbacks
+
 
 def test_output_types() -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(), small_classifier())
@@ -203,12 +289,21 @@ def test_callbacks_see_and_change_tensors() -> None:
         seen.append((index, int(t), sorted(tensors), tensors["score_shift"] is not None))
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 3 else {}
 
-    found = images(pipeline, "cat", callback_on_step_end=stop, guidance_stop=0.5,
-                   callback_on_step_end_tensor_inputs=["latents", "model_output", "score_shift"])
+    found = images(
+        pipeline,
+        "cat",
+        callback_on_step_end=stop,
+        guidance_stop=0.5,
+        callback_on_step_end_tensor_inputs=["latents", "model_output", "score_shift"],
+    )
     assert not found.any()
     names = ["latents", "model_output", "score_shift"]
-    assert seen == [(i, t, names, i < 2) for i, t in enumerate(pipeline.scheduler.timesteps.tolist())]
-    assert images(pipeline, "cat", callback_on_step_end=lambda *_: None).any()  # may give nothing back
+    assert seen == [
+        (i, t, names, i < 2) for i, t in enumerate(pipeline.scheduler.timesteps.tolist())
+    ]
+    assert images(
+        pipeline, "cat", callback_on_step_end=lambda *_: None
+    ).any()  # may give nothing back
 
 
 def test_a_callback_object_brings_its_tensors() -> None:
@@ -219,7 +314,9 @@ def test_a_callback_object_brings_its_tensors() -> None:
             return {"latents": tensors["latents"] / 2} if index == 3 else tensors
 
     pipeline = quiet(small_unet(), DDIMScheduler(), small_classifier())
-    halved = images(pipeline, "cat", callback_on_step_end=Halve(cutoff_step_ratio=None, cutoff_step_index=0))
+    halved = images(
+        pipeline, "cat", callback_on_step_end=Halve(cutoff_step_ratio=None, cutoff_step_index=0)
+    )
     torch.testing.assert_close(2 * halved, images(pipeline, "cat"))
 
 
@@ -227,12 +324,18 @@ def test_the_callbacks_output_is_the_corrected_one() -> None:
     """For epsilon: unguided output - sigma * score shift."""
     pipeline, seen = quiet(small_unet(), DDIMScheduler(), small_classifier()), {}
     for scale in (0, 50.0):
+
         def note(pipeline: Any, index: int, t: Any, tensors: dict, scale: float = scale) -> dict:
             seen[scale, index] = tensors
             return {}
 
-        images(pipeline, "cat", guidance_scale=scale, callback_on_step_end=note,
-               callback_on_step_end_tensor_inputs=["model_output", "score_shift"])
+        images(
+            pipeline,
+            "cat",
+            guidance_scale=scale,
+            callback_on_step_end=note,
+            callback_on_step_end_tensor_inputs=["model_output", "score_shift"],
+        )
     level = noise_levels(pipeline.scheduler)[0]
     expected = seen[0, 0]["model_output"] - level.sigma * seen[50.0, 0]["score_shift"]
     torch.testing.assert_close(seen[50.0, 0]["model_output"], expected)
@@ -240,7 +343,10 @@ def test_the_callbacks_output_is_the_corrected_one() -> None:
 
 # steps, timesteps, sigmas, eta
 
-@pytest.mark.parametrize("scheduler", sorted({case.scheduler for case in CASES} - {"DDPMWuerstchenScheduler"}))
+
+@pytest.mark.parametrize(
+    "scheduler", sorted({case.scheduler for case in CASES} - {"DDPMWuerstchenScheduler"})
+)
 def test_timesteps_and_sigmas_have_an_effect_or_are_refused(scheduler: str) -> None:
     case = next(case for case in CASES if case.scheduler == scheduler)
     pipeline = quiet(small_unet(), getattr(diffusers, scheduler)(**case.config))
@@ -248,20 +354,32 @@ def test_timesteps_and_sigmas_have_an_effect_or_are_refused(scheduler: str) -> N
         try:
             images(pipeline, **{name: value})
         except ValueError as error:
-            assert name in str(error) and (f"{name}: {scheduler} takes none of one's own" in str(error)
-                                           or f"{name}={value}: {scheduler} can't take it" in str(error)
-                                           or name == "sigmas" and "use_flow_sigmas" in str(error)
-                                           or "has no noise level" in str(error) or "must start before" in str(error))
+            assert name in str(error) and (
+                f"{name}: {scheduler} takes none of one's own" in str(error)
+                or f"{name}={value}: {scheduler} can't take it" in str(error)
+                or name == "sigmas"
+                and "use_flow_sigmas" in str(error)
+                or "has no noise level" in str(error)
+                or "must start before" in str(error)
+            )
         else:
             used = pipeline.scheduler.timesteps.tolist()
             first = used[0] / 1000 if name == "timesteps" else float(pipeline.scheduler.sigmas[0])
             assert first == pytest.approx(0.9, abs=1e-3)
-            assert len(set(used)) == (3 if scheduler == "EulerDiscreteScheduler" and name == "sigmas" else 4)
+            assert len(set(used)) == (
+                3 if scheduler == "EulerDiscreteScheduler" and name == "sigmas" else 4
+            )
 
 
 def test_a_noise_level_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="timesteps, sigmas: at timestep 20000 FlowMatchEulerDiscreteScheduler has no"):
-        images(quiet(small_unet(), diffusers.FlowMatchEulerDiscreteScheduler()), sigmas=[20.0, 5.0, 1.0])
+    with pytest.raises(
+        ValueError,
+        match="timesteps, sigmas: at timestep 20000 FlowMatchEulerDiscreteScheduler has no",
+    ):
+        images(
+            quiet(small_unet(), diffusers.FlowMatchEulerDiscreteScheduler()),
+            sigmas=[20.0, 5.0, 1.0],
+        )
 
 
 def test_eta_adds_noise_where_the_scheduler_has_it() -> None:
@@ -276,7 +394,10 @@ def test_eta_adds_noise_where_the_scheduler_has_it() -> None:
 
 # Algorithm 1, and learned variances
 
-def algorithm_1(pipeline: ClassifierGuidedPipeline, label: int, scale: float, steps: int) -> torch.Tensor:
+
+def algorithm_1(
+    pipeline: ClassifierGuidedPipeline, label: int, scale: float, steps: int
+) -> torch.Tensor:
     """x_{t-1} ~ N(mu + s Sigma grad log p(y | x_t), Sigma), with the tables of guided-diffusion's shorter run."""
     unet, classifier = pipeline.unet, pipeline.classifier
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -293,9 +414,15 @@ def algorithm_1(pipeline: ClassifierGuidedPipeline, label: int, scale: float, st
     x = torch.randn(1, 1, 8, 8, generator=generator)
     for i, t in list(enumerate(times))[::-1]:
         with torch.no_grad():
-            eps, *v = unet(x, t).sample.chunk(2, dim=1) if unet.config.out_channels == 2 else (unet(x, t).sample,)
+            eps, *v = (
+                unet(x, t).sample.chunk(2, dim=1)
+                if unet.config.out_channels == 2
+                else (unet(x, t).sample,)
+            )
         x0 = (x - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()
-        mean = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (1 - abar[i])
+        mean = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (
+            1 - abar[i]
+        )
         match scheduler.config.variance_type:
             case "fixed_small":
                 variance = posterior[i]
@@ -318,50 +445,77 @@ def test_mean_is_algorithm_1(variance_type: str) -> None:
     unet = small_unet(out_channels=2 if variance_type == "learned_range" else 1)
     scheduler = DDPMScheduler(variance_type=variance_type, clip_sample=False)
     pipeline = quiet(unet, scheduler, small_classifier())
-    found = images(pipeline, "dog", guidance_scale=300.0, num_inference_steps=8, guidance_algorithm="mean")
+    found = images(
+        pipeline, "dog", guidance_scale=300.0, num_inference_steps=8, guidance_algorithm="mean"
+    )
     expected = algorithm_1(pipeline, 1, 300.0, 8)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    other = images(pipeline, "dog", guidance_scale=300.0, num_inference_steps=8, guidance_algorithm="output")
+    other = images(
+        pipeline, "dog", guidance_scale=300.0, num_inference_steps=8, guidance_algorithm="output"
+    )
     assert (found - other).abs().max() > 0.02 * expected.abs().max()
 
 
 def test_mean_is_refused_where_there_is_none() -> None:
     for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UnCLIP", "FlowMatchEulerDiscrete"):
         pipeline = quiet(small_unet(), getattr(diffusers, f"{name}Scheduler")(), small_classifier())
-        with pytest.raises(ValueError, match=f"mean of a DDPM step; with {name}Scheduler the others are allowed"):
+        with pytest.raises(
+            ValueError, match=f"mean of a DDPM step; with {name}Scheduler the others are allowed"
+        ):
             images(pipeline, "dog", guidance_algorithm="mean")
 
 
-@pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "PNDM"])
+@pytest.mark.parametrize(
+    "name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "PNDM"]
+)
 def test_a_learned_variance_is_dropped_where_it_is_not_read(name: str) -> None:
     """The same images as from the same network without the variance's channels."""
     both, alone = small_unet(out_channels=2), small_unet()
-    alone.load_state_dict({**both.state_dict(), "conv_out.weight": both.conv_out.weight[:1],
-                           "conv_out.bias": both.conv_out.bias[:1]})
-    found, expected = (images(quiet(unet, getattr(diffusers, f"{name}Scheduler")(), small_classifier()), "cat")
-                       for unet in (both, alone))
+    alone.load_state_dict(
+        {
+            **both.state_dict(),
+            "conv_out.weight": both.conv_out.weight[:1],
+            "conv_out.bias": both.conv_out.bias[:1],
+        }
+    )
+    found, expected = (
+        images(quiet(unet, getattr(diffusers, f"{name}Scheduler")(), small_classifier()), "cat")
+        for unet in (both, alone)
+    )
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDPMParallel"])
 def test_a_learned_variance_is_read_by_ddpm(name: str) -> None:
     unet, classifier = small_unet(out_channels=2), small_classifier()
-    found = {kind: images(quiet(unet, getattr(diffusers, f"{name}Scheduler")(variance_type=kind), classifier), "cat")
-             for kind in ("learned_range", "fixed_small")}
+    found = {
+        kind: images(
+            quiet(unet, getattr(diffusers, f"{name}Scheduler")(variance_type=kind), classifier),
+            "cat",
+        )
+        for kind in ("learned_range", "fixed_small")
+    }
     assert found["learned_range"].shape == (1, 1, 8, 8) and not torch.allclose(*found.values())
-    with pytest.raises(ValueError, match="variance_type='learned_range' needs a network with a learned variance, 2"):
+    with pytest.raises(
+        ValueError, match="variance_type='learned_range' needs a network with a learned variance, 2"
+    ):
         images(quiet(small_unet(), DDPMScheduler(variance_type="learned_range"), classifier), "cat")
-    with pytest.raises(ValueError, match="the network gave 3 channels for a sample of 1; 1 or, with a learned vari"):
+    with pytest.raises(
+        ValueError, match="the network gave 3 channels for a sample of 1; 1 or, with a learned vari"
+    ):
         images(quiet(small_unet(out_channels=3), DDPMScheduler(), classifier), "cat")
 
 
 # components
 
+
 def state(pipeline: ClassifierGuidedPipeline) -> dict[str, Any]:
     facts: dict[str, Any] = {"scheduler": dict(pipeline.scheduler.config)}
     for part in ("unet", "classifier"):
         module = getattr(pipeline, part)
-        facts[part] = [(name, p.requires_grad, p.grad, p.sum().item()) for name, p in module.named_parameters()]
+        facts[part] = [
+            (name, p.requires_grad, p.grad, p.sum().item()) for name, p in module.named_parameters()
+        ]
         facts[part] += [child.training for child in module.modules()]
     return facts
 
@@ -383,12 +537,17 @@ def test_a_call_leaves_the_components_as_they_were() -> None:
 
 
 def test_the_starting_noise_can_be_given_and_is_left_alone() -> None:
-    pipeline, latents = quiet(small_unet(), DDIMScheduler(), small_classifier()), torch.randn(2, 1, 8, 8)
+    pipeline, latents = (
+        quiet(small_unet(), DDIMScheduler(), small_classifier()),
+        torch.randn(2, 1, 8, 8),
+    )
     copy = latents.clone()
     found = images(pipeline, "cat", 2, latents=latents)
     assert torch.equal(latents, copy)
     assert torch.equal(images(pipeline, "cat", 2, latents=latents, generator=None), found)
-    assert torch.equal(images(pipeline, latents=latents), images(pipeline, None, 2, latents=latents))
+    assert torch.equal(
+        images(pipeline, latents=latents), images(pipeline, None, 2, latents=latents)
+    )
     wide = torch.randn(1, 1, 16, 8)
     assert images(pipeline, latents=wide).shape == wide.shape
 
@@ -413,8 +572,12 @@ class PlainClassifier(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = torch.nn.Linear(64, 3)
-        self.config = {"num_train_timesteps": 500, "beta_schedule": "scaled_linear", "num_labels": 3,
-                       "id2label": {"0": "cat", "1": "dog", "2": "owl"}}
+        self.config = {
+            "num_train_timesteps": 500,
+            "beta_schedule": "scaled_linear",
+            "num_labels": 3,
+            "id2label": {"0": "cat", "1": "dog", "2": "owl"},
+        }
 
     def forward(self, sample: torch.Tensor, timestep: float) -> Any:
         return SimpleNamespace(logits=self.layer(sample.flatten(1)))
@@ -423,18 +586,25 @@ class PlainClassifier(torch.nn.Module):
 def test_plain_modules_are_components() -> None:
     pipeline = quiet(PlainNetwork(), EulerDiscreteScheduler(), PlainClassifier())
     assert pipeline.num_labels == 3 and pipeline.dtype == torch.float32
-    with pytest.raises(ValueError, match="latents is needed: the network's config has no sample_size and in_channels"):
+    with pytest.raises(
+        ValueError,
+        match="latents is needed: the network's config has no sample_size and in_channels",
+    ):
         images(pipeline, "owl")
     latents = torch.randn(1, 1, 8, 8)
     off, on = (images(pipeline, "owl", latents=latents, guidance_scale=scale) for scale in (0, 5.0))
     assert not torch.allclose(off, on)
-    with pytest.raises(ValueError, match="label 'cow' is unknown; allowed: ids 0 to 2 and the names"):
+    with pytest.raises(
+        ValueError, match="label 'cow' is unknown; allowed: ids 0 to 2 and the names"
+    ):
         images(pipeline, "cow", latents=latents)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    full = images(quiet(small_unet(), DDIMScheduler(), small_classifier()), "cat", guidance_scale=20.0)
+    full = images(
+        quiet(small_unet(), DDIMScheduler(), small_classifier()), "cat", guidance_scale=20.0
+    )
     pipeline = quiet(small_unet(), DDIMScheduler(), small_classifier()).to(dtype)
     assert pipeline.dtype == dtype and pipeline.classifier.dtype == dtype
     seen: list[torch.dtype] = []
@@ -448,8 +618,12 @@ def test_half_precision(dtype: torch.dtype) -> None:
     found = images(pipeline, "cat", guidance_scale=20.0, latents=latents, guidance=Look(1e-9))
     assert found.dtype == dtype and set(seen) == {torch.float32}
     torch.testing.assert_close(found.float(), full, rtol=0.1, atol=0.1)
-    mixed = quiet(small_unet(), DDIMScheduler(), small_classifier().to(dtype))  # a float32 network, a half classifier
-    torch.testing.assert_close(images(mixed, "cat", guidance_scale=20.0), full, rtol=0.05, atol=0.05)
+    mixed = quiet(
+        small_unet(), DDIMScheduler(), small_classifier().to(dtype)
+    )  # a float32 network, a half classifier
+    torch.testing.assert_close(
+        images(mixed, "cat", guidance_scale=20.0), full, rtol=0.05, atol=0.05
+    )
 
 
 def test_a_network_stored_in_8_bits_computes_in_its_compute_dtype() -> None:
@@ -468,10 +642,13 @@ def test_offloading_gives_the_same_images() -> None:
         assert part._hf_hook.prev_module_hook is None
     for _ in range(2):
         torch.testing.assert_close(images(pipeline, "cat"), expected)
-    assert all(p.requires_grad for part in (pipeline.unet, pipeline.classifier) for p in part.parameters())
+    assert all(
+        p.requires_grad for part in (pipeline.unet, pipeline.classifier) for p in part.parameters()
+    )
 
 
 # saving, loading, other pipelines
+
 
 def test_saved_and_loaded_gives_the_same_images_and_names(tmp_path: Path) -> None:
     pipeline = quiet(small_unet(**CONDITIONAL), EulerDiscreteScheduler(), small_classifier())
@@ -481,18 +658,25 @@ def test_saved_and_loaded_gives_the_same_images_and_names(tmp_path: Path) -> Non
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(images(loaded, ["cat", "owl"], guidance_scale=10.0), expected)
     assert loaded.config.id2label == NAMES and loaded.num_labels == 3
-    assert type(loaded.classifier) is type(pipeline.classifier) and not list(tmp_path.rglob("*.bin"))
+    assert type(loaded.classifier) is type(pipeline.classifier) and not list(
+        tmp_path.rglob("*.bin")
+    )
     half = ClassifierGuidedPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == half.classifier.dtype == torch.bfloat16
     flowers = small_classifier(id2label={0: "rose", 1: "tulip", 2: "daisy"})
-    assert ClassifierGuidedPipeline.from_pretrained(tmp_path, classifier=flowers).config.id2label[2] == "daisy"
+    assert (
+        ClassifierGuidedPipeline.from_pretrained(tmp_path, classifier=flowers).config.id2label[2]
+        == "daisy"
+    )
 
 
 def test_a_ddpm_folder_and_a_classifier_are_a_pipeline(tmp_path: Path) -> None:
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     alone = ClassifierGuidedPipeline.from_pretrained(tmp_path)
     assert alone.classifier is None
-    with pytest.raises(ValueError, match="label has no effect: the network is unconditional and there is no class"):
+    with pytest.raises(
+        ValueError, match="label has no effect: the network is unconditional and there is no class"
+    ):
         alone(0)
     guided = ClassifierGuidedPipeline.from_pretrained(tmp_path, classifier=small_classifier())
     for pipeline in (alone, guided):
@@ -527,24 +711,59 @@ def test_an_unknown_bundled_name_is_refused() -> None:
 
 # what is refused
 
-@pytest.mark.parametrize(("call", "message"), [
-    ({"num_images_per_label": 0}, "num_images_per_label=0: at least 1 is allowed"),
-    ({"num_inference_steps": 0}, "num_inference_steps=0: at least 1 is allowed"),
-    ({"output_type": "jpg"}, "output_type='jpg': 'pil', 'np', 'pt' and 'latent' are allowed"),
-    ({"guidance_algorithm": "both"}, "guidance_algorithm='both': one of output, mean, lie_trotter, strang"),
-    ({"guidance_start": 0.9, "guidance_stop": 0.1},
-     "guidance_start=0.9, guidance_stop=0.1: 0 <= start <= stop <= 1 is allowed"),
-    ({"guidance_scale": float("inf")}, "scale is .*inf.*; a finite number or one an image is allowed"),
-    ({"label": None, "guidance_scale": 2.0}, "guidance_scale=2.0, classifier_free_scale=None need a label to steer to"),
-    ({"label": "cow"}, "label 'cow' is unknown"), ({"label": 3}, "label 3 is unknown; allowed: ids 0 to 2"),
-    ({"conditional": True}, "conditional=True needs a network with class embeddings; this one is unconditional"),
-    ({"generator": generators(3)}, "generator is a list of 3; one, or one for each of the 1 images, is allowed"),
-    ({"latents": torch.zeros(2, 1, 8, 8)}, r"latents has shape \(2, 1, 8, 8\); \(1, C, H, W\) is allowed"),
-    ({"latents": torch.zeros(8, 8)}, r"latents has shape \(8, 8\); \(1, C, H, W\) is allowed"),
-    ({"label": None, "num_images_per_label": 3, "latents": torch.zeros(2, 1, 8, 8)}, "latents has shape"),
-    ({"timesteps": [1, 0], "sigmas": [1.0]}, "timesteps and sigmas: only one is allowed"),
-    ({"callback_on_step_end_tensor_inputs": ["latent"]}, r"callback_on_step_end_tensor_inputs: \['latent'\] not"),
-    ({"guidance": Pull([1.0, 2.0])}, "scale holds 2 numbers for 1 images; one, or one an image, is allowed")])
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"num_images_per_label": 0}, "num_images_per_label=0: at least 1 is allowed"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0: at least 1 is allowed"),
+        ({"output_type": "jpg"}, "output_type='jpg': 'pil', 'np', 'pt' and 'latent' are allowed"),
+        (
+            {"guidance_algorithm": "both"},
+            "guidance_algorithm='both': one of output, mean, lie_trotter, strang",
+        ),
+        (
+            {"guidance_start": 0.9, "guidance_stop": 0.1},
+            "guidance_start=0.9, guidance_stop=0.1: 0 <= start <= stop <= 1 is allowed",
+        ),
+        (
+            {"guidance_scale": float("inf")},
+            "scale is .*inf.*; a finite number or one an image is allowed",
+        ),
+        (
+            {"label": None, "guidance_scale": 2.0},
+            "guidance_scale=2.0, classifier_free_scale=None need a label to steer to",
+        ),
+        ({"label": "cow"}, "label 'cow' is unknown"),
+        ({"label": 3}, "label 3 is unknown; allowed: ids 0 to 2"),
+        (
+            {"conditional": True},
+            "conditional=True needs a network with class embeddings; this one is unconditional",
+        ),
+        (
+            {"generator": generators(3)},
+            "generator is a list of 3; one, or one for each of the 1 images, is allowed",
+        ),
+        (
+            {"latents": torch.zeros(2, 1, 8, 8)},
+            r"latents has shape \(2, 1, 8, 8\); \(1, C, H, W\) is allowed",
+        ),
+        ({"latents": torch.zeros(8, 8)}, r"latents has shape \(8, 8\); \(1, C, H, W\) is allowed"),
+        (
+            {"label": None, "num_images_per_label": 3, "latents": torch.zeros(2, 1, 8, 8)},
+            "latents has shape",
+        ),
+        ({"timesteps": [1, 0], "sigmas": [1.0]}, "timesteps and sigmas: only one is allowed"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latent"]},
+            r"callback_on_step_end_tensor_inputs: \['latent'\] not",
+        ),
+        (
+            {"guidance": Pull([1.0, 2.0])},
+            "scale holds 2 numbers for 1 images; one, or one an image, is allowed",
+        ),
+    ],
+)
 def test_wrong_input_is_refused(call: dict[str, Any], message: str) -> None:
     pipeline = quiet(small_unet(), DDPMScheduler(), small_classifier())
     with pytest.raises(ValueError, match=message):
@@ -554,14 +773,23 @@ def test_wrong_input_is_refused(call: dict[str, Any], message: str) -> None:
 def test_wrong_pipelines_are_refused() -> None:
     conditional = small_unet(**CONDITIONAL)
     for label, named in (({"cat": 1.0, "dog": 1.0}, "{0: 1.0, 1: 1.0}"), (None, "no label")):
-        with pytest.raises(ValueError, match=f"conditional=True: the network can't be told {named}; use None or False"):
+        with pytest.raises(
+            ValueError,
+            match=f"conditional=True: the network can't be told {named}; use None or False",
+        ):
             images(quiet(conditional, DDIMScheduler(), small_classifier()), label, conditional=True)
-    with pytest.raises(ValueError, match=r"guidance_scale=1.0 needs a classifier, and the pipeline has none: pass"):
+    with pytest.raises(
+        ValueError, match=r"guidance_scale=1.0 needs a classifier, and the pipeline has none: pass"
+    ):
         images(quiet(conditional, DDIMScheduler(), id2label=NAMES), "cat")
-    with pytest.raises(ValueError, match="label 7 is unknown to the network; ids 0 to 3 are allowed"):
+    with pytest.raises(
+        ValueError, match="label 7 is unknown to the network; ids 0 to 3 are allowed"
+    ):
         images(quiet(conditional, DDIMScheduler()), 7, guidance_scale=0)
     bare = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="classifier Linear: its config must hold the noise schedule"):
+    with pytest.raises(
+        ValueError, match="classifier Linear: its config must hold the noise schedule"
+    ):
         images(quiet(small_unet(), DDIMScheduler(), bare), 0)
 
 
@@ -573,14 +801,23 @@ def test_guidance_of_ones_own_adds_to_the_classifiers() -> None:
     twice = images(pipeline, "cat", guidance_scale=2.0)
     term = ClassifierGuidance(pipeline.classifier, "cat", 1.0)
     torch.testing.assert_close(images(pipeline, "cat", guidance_scale=1.0, guidance=term), twice)
-    torch.testing.assert_close(images(pipeline, "cat", guidance_scale=0, guidance=term + term), twice)
+    torch.testing.assert_close(
+        images(pipeline, "cat", guidance_scale=0, guidance=term + term), twice
+    )
 
 
-@pytest.mark.parametrize(("scheduler", "scale", "warned"), [
-    (DDIMScheduler(), 1.0, True), (DDIMScheduler(), 0.0, False), (DDIMScheduler(clip_sample=False), 1.0, False),
-    (DDPMScheduler(), 1.0, False)])
-def test_warns_of_clipping_that_spoils_guidance(scheduler: Any, scale: float, warned: bool,
-                                                caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "scale", "warned"),
+    [
+        (DDIMScheduler(), 1.0, True),
+        (DDIMScheduler(), 0.0, False),
+        (DDIMScheduler(clip_sample=False), 1.0, False),
+        (DDPMScheduler(), 1.0, False),
+    ],
+)
+def test_warns_of_clipping_that_spoils_guidance(
+    scheduler: Any, scale: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     images(quiet(small_unet(), scheduler, small_classifier()), 0, guidance_scale=scale)
     assert ("clip_sample=False" in caplog.text) == warned
 
@@ -595,8 +832,15 @@ def test_a_term_of_scale_0_is_off() -> None:
 
 
 def test_the_interval_is_checked_at_scale_0() -> None:
-    with pytest.raises(ValueError, match=r"guidance_start=5, guidance_stop=1.0: 0 <= start <= stop <= 1 is allowed"):
-        images(quiet(small_unet(), DDPMScheduler(), small_classifier()), "cat", guidance_scale=0, guidance_start=5)
+    with pytest.raises(
+        ValueError, match=r"guidance_start=5, guidance_stop=1.0: 0 <= start <= stop <= 1 is allowed"
+    ):
+        images(
+            quiet(small_unet(), DDPMScheduler(), small_classifier()),
+            "cat",
+            guidance_scale=0,
+            guidance_start=5,
+        )
 
 
 def test_names_are_those_of_an_exchanged_classifier() -> None:

@@ -55,19 +55,27 @@ class Net(nn.Module):
 
     def __init__(self, outputs: int = 2, width: int = 48):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(17, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                  nn.Linear(width, outputs)).double()
+        self.body = nn.Sequential(
+            nn.Linear(17, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, outputs),
+        ).double()
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | float = SIGMA) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x), 1)
         return self.body(torch.cat([x.flatten(1), sigma], dim=1))
 
 
-def drawn(mixture: Mixture, count: int, generator: torch.Generator, alpha: Any = ALPHA, sigma: Any = SIGMA) \
-        -> SimpleNamespace:
+def drawn(
+    mixture: Mixture, count: int, generator: torch.Generator, alpha: Any = ALPHA, sigma: Any = SIGMA
+) -> SimpleNamespace:
     """Labels, images, noise, and the noisy images."""
     y = torch.multinomial(mixture.prior, count, True, generator=generator)
-    x0 = mixture.means[y] + mixture.std * torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    x0 = mixture.means[y] + mixture.std * torch.randn(
+        count, *SHAPE, generator=generator, dtype=torch.float64
+    )
     eps = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
     return SimpleNamespace(y=y, x0=x0, eps=eps, x_t=alpha * x0 + sigma * eps)
 
@@ -76,8 +84,13 @@ def posterior(mixture: Mixture, x: torch.Tensor) -> torch.Tensor:
     return mixture.log_joint(x, ALPHA, SIGMA).softmax(dim=1)
 
 
-def learned(mixture: Mixture, loss: Callable[[nn.Module, SimpleNamespace, torch.Generator], torch.Tensor],
-            outputs: int = 2, steps: int = 400, count: int = 256) -> Net:
+def learned(
+    mixture: Mixture,
+    loss: Callable[[nn.Module, SimpleNamespace, torch.Generator], torch.Tensor],
+    outputs: int = 2,
+    steps: int = 400,
+    count: int = 256,
+) -> Net:
     """A net after some hundred steps on fresh images, at a rate that falls to 0."""
     torch.manual_seed(0)
     net, generator = Net(outputs), torch.Generator().manual_seed(1)
@@ -104,7 +117,9 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def test_label_smoothing_learns_the_smoothed_posterior(mixture: Mixture) -> None:
-    net = learned(mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, label_smoothing=0.3))
+    net = learned(
+        mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, label_smoothing=0.3)
+    )
     x = held_out(mixture).x_t
     with torch.no_grad():
         found, exact = net(x).softmax(dim=1), posterior(mixture, x)
@@ -113,15 +128,23 @@ def test_label_smoothing_learns_the_smoothed_posterior(mixture: Mixture) -> None
 
 def test_class_weights_learn_the_posterior_of_a_weighted_prior(mixture: Mixture) -> None:
     weight = torch.tensor([5.0, 0.5], dtype=torch.float64)
-    net = learned(mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, class_weights=weight))
+    net = learned(
+        mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, class_weights=weight)
+    )
     x = held_out(mixture).x_t
     with torch.no_grad():
         found, exact = net(x).softmax(dim=1), posterior(mixture, x)
-    assert distance(found, F.normalize(exact * weight, p=1, dim=1)) < 0.04 < 0.1 < distance(found, exact)
+    assert (
+        distance(found, F.normalize(exact * weight, p=1, dim=1))
+        < 0.04
+        < 0.1
+        < distance(found, exact)
+    )
 
 
 def test_mixup_learns_the_expected_share(mixture: Mixture) -> None:
     """E[share of label 1 | x_t] of two images mixed uniformly, by quadrature over the share."""
+
     def loss(net: nn.Module, data: SimpleNamespace, generator: torch.Generator) -> torch.Tensor:
         share = torch.rand(len(data.y), generator=generator)
         x0, y = mixup(data.x0, soft_labels(data.y, 2), share)
@@ -134,8 +157,11 @@ def test_mixup_learns_the_expected_share(mixture: Mixture) -> None:
         for i in range(2):
             for j in range(2):
                 mean = ALPHA * (share * mixture.means[i] + (1 - share) * mixture.means[j])
-                log_p.append((mixture.prior[i] * mixture.prior[j]).log() - 8 * variance.log()
-                             - (x - mean).flatten(1).square().sum(1) / (2 * variance))
+                log_p.append(
+                    (mixture.prior[i] * mixture.prior[j]).log()
+                    - 8 * variance.log()
+                    - (x - mean).flatten(1).square().sum(1) / (2 * variance)
+                )
                 one.append(share * i + (1 - share) * j)
     exact = (torch.stack(log_p).softmax(dim=0) * torch.stack(one)[:, None]).sum(dim=0)
     with torch.no_grad():
@@ -145,6 +171,7 @@ def test_mixup_learns_the_expected_share(mixture: Mixture) -> None:
 
 def test_several_labels_learn_each_ones_probability(mixture: Mixture) -> None:
     """The second label is there in 0.9 of one class and 0.2 of the other."""
+
     def loss(net: nn.Module, data: SimpleNamespace, generator: torch.Generator) -> torch.Tensor:
         share = torch.where(data.y == 1, 0.9, 0.2)
         second = torch.rand(len(data.y), generator=generator) < share
@@ -164,10 +191,16 @@ def test_regression_learns_the_posterior_mean(mixture: Mixture) -> None:
         return torch.stack([data.x0[:, 0, 0, 0], data.y.double()], dim=1) * scale
 
     variance = target(held_out(mixture)).var(dim=0)
-    net = learned(mixture, lambda net, data, _: label_losses(net(data.x_t) * scale, target(data), REGRESSION,
-                                                             variance=variance))
+    net = learned(
+        mixture,
+        lambda net, data, _: label_losses(
+            net(data.x_t) * scale, target(data), REGRESSION, variance=variance
+        ),
+    )
     x = held_out(mixture).x_t
-    exact = torch.stack([mixture.denoised(x, ALPHA, SIGMA, None)[:, 0, 0, 0], posterior(mixture, x)[:, 1]], dim=1)
+    exact = torch.stack(
+        [mixture.denoised(x, ALPHA, SIGMA, None)[:, 0, 0, 0], posterior(mixture, x)[:, 1]], dim=1
+    )
     with torch.no_grad():
         assert distance(net(x), exact) < 0.08 < 0.3 < distance(exact.mean(0), exact)
 
@@ -175,9 +208,13 @@ def test_regression_learns_the_posterior_mean(mixture: Mixture) -> None:
 def test_balanced_weights_are_those_of_a_uniform_prior() -> None:
     counts = torch.tensor([10, 30, 60])
     weight = balanced_weights(counts, 100)
-    torch.testing.assert_close(weight * counts, torch.full((3,), 100 / 3))  # each class has a third of the loss
+    torch.testing.assert_close(
+        weight * counts, torch.full((3,), 100 / 3)
+    )  # each class has a third of the loss
     torch.testing.assert_close(balanced_weights(counts, 100, MULTI) * counts, 100.0 - counts)
-    with pytest.raises(ValueError, match=r"counts=\[0, 3\] of 3 images: at least one image of every label"):
+    with pytest.raises(
+        ValueError, match=r"counts=\[0, 3\] of 3 images: at least one image of every label"
+    ):
         balanced_weights(torch.tensor([0, 3]), 3)
     with pytest.raises(ValueError, match="and one without"):
         balanced_weights(torch.tensor([1, 3]), 3, MULTI)
@@ -189,12 +226,20 @@ def test_losses_by_hand() -> None:
     by_hand = -(torch.log(p[0, 0]) + torch.log(1 - p[0, 1]) + torch.log(p[0, 2]))
     torch.testing.assert_close(label_losses(f, y, MULTI), by_hand[None] / 3)
     torch.testing.assert_close(log_likelihood(f, y, MULTI), -by_hand[None])
-    torch.testing.assert_close(label_losses(f, y, MULTI, label_smoothing=1.0), F.softplus(f).mean(1) - f.mean(1) / 2)
+    torch.testing.assert_close(
+        label_losses(f, y, MULTI, label_smoothing=1.0), F.softplus(f).mean(1) - f.mean(1) / 2
+    )
     torch.testing.assert_close(log_likelihood(f, torch.tensor([2])), f.log_softmax(1)[:, 2])
-    torch.testing.assert_close(label_losses(f, y, REGRESSION, variance=torch.tensor([1.0, 2.0, 4.0])),
-                               torch.tensor([(0 + 4 / 2 + 0.25 / 4) / 3]))
-    for kind, more in ((REGRESSION, {"label_smoothing": 0.1}), (REGRESSION, {"class_weights": y[0]}),
-                       (MULTI, {"variance": y[0]}), ("ranking", {})):
+    torch.testing.assert_close(
+        label_losses(f, y, REGRESSION, variance=torch.tensor([1.0, 2.0, 4.0])),
+        torch.tensor([(0 + 4 / 2 + 0.25 / 4) / 3]),
+    )
+    for kind, more in (
+        (REGRESSION, {"label_smoothing": 0.1}),
+        (REGRESSION, {"class_weights": y[0]}),
+        (MULTI, {"variance": y[0]}),
+        ("ranking", {}),
+    ):
         with pytest.raises(ValueError, match="no effect|are allowed"):
             label_losses(f, y, kind, **more)
     with pytest.raises(ValueError, match="have a likelihood"):
@@ -205,6 +250,7 @@ def test_losses_by_hand() -> None:
 
 def test_figures_are_scikit_learns() -> None:
     from sklearn.metrics import label_ranking_average_precision_score, r2_score
+
     generator = torch.Generator().manual_seed(0)
     f = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     y = (torch.rand(40, 5, generator=generator) < 0.4).double()
@@ -228,8 +274,10 @@ def gradient_error(mixture: Mixture, net: Net, levels: torch.Tensor) -> float:
         data = drawn(mixture, 500, torch.Generator().manual_seed(9), alpha, sigma)
         x = data.x_t.requires_grad_()
         rows = torch.arange(len(x))
-        exact, found = (torch.autograd.grad(logits.log_softmax(dim=1)[rows, data.y].sum(), x)[0]
-                        for logits in (mixture.log_joint(x, alpha, sigma), net(x, sigma)))
+        exact, found = (
+            torch.autograd.grad(logits.log_softmax(dim=1)[rows, data.y].sum(), x)[0]
+            for logits in (mixture.log_joint(x, alpha, sigma), net(x, sigma))
+        )
         wrong += sigma**2 * (found - exact).square().sum().item()
         whole += sigma**2 * exact.square().sum().item()
     return wrong / whole
@@ -259,13 +307,20 @@ def test_score_matching_makes_the_gradient_right(mixture: Mixture) -> None:
             losses = label_losses(logits, data.y)
             if weight:
                 score = -unet(x.detach(), t).sample / sigma
-                losses = losses + weight * score_matching_losses(log_likelihood(logits, data.y), x, data.eps,
-                                                                 torch.full((128,), sigma, dtype=torch.float64), score)
+                losses = losses + weight * score_matching_losses(
+                    log_likelihood(logits, data.y),
+                    x,
+                    data.eps,
+                    torch.full((128,), sigma, dtype=torch.float64),
+                    score,
+                )
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
             schedule.step()
-        errors.append([gradient_error(mixture, net, part) for part in (levels, levels[2:3], levels[3:])])
+        errors.append(
+            [gradient_error(mixture, net, part) for part in (levels, levels[2:3], levels[3:])]
+        )
     plain, matched = errors
     assert matched[0] < 0.75 * plain[0] and all(matched[k] < 0.5 * plain[k] for k in (1, 2)), errors
 
@@ -277,8 +332,12 @@ def test_the_exact_gradient_is_the_best_for_score_matching(mixture: Mixture) -> 
     log_joint = mixture.log_joint(x, ALPHA, SIGMA)
     (score,) = torch.autograd.grad(log_joint.logsumexp(dim=1).sum(), x, retain_graph=True)
     # log_joint lacks the -|x|^2 / 2v that its classes share
-    losses = [score_matching_losses(scale * log_likelihood(log_joint, data.y), x, data.eps, sigma, score).mean().item()
-              for scale in (0.8, 1.0, 1.2)]
+    losses = [
+        score_matching_losses(scale * log_likelihood(log_joint, data.y), x, data.eps, sigma, score)
+        .mean()
+        .item()
+        for scale in (0.8, 1.0, 1.2)
+    ]
     assert losses[1] < min(losses[0], losses[2])
     denoised = mixture.denoised(x, ALPHA, SIGMA, 0), mixture.denoised(x, ALPHA, SIGMA, 1)
     mean = torch.stack(denoised)[data.y, torch.arange(4000)]
@@ -291,7 +350,9 @@ def test_the_exact_gradient_is_the_best_for_score_matching(mixture: Mixture) -> 
 
 def test_the_worst_case_of_a_linear_classifier() -> None:
     """It is radius * -w / |w|: exact after any number of steps, and no weight gets a gradient."""
-    w = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    w = torch.randn(
+        1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for steps in (1, 4):
         found = worst_case(lambda x: F.softplus(-(x.flatten(1) @ w[0])), x, 0.7, steps)
@@ -306,11 +367,15 @@ def test_robust_training_makes_it_less_sensitive(mixture: Mixture) -> None:
     radius, data = 1.0, held_out(mixture, 1000)
 
     def loss(net: nn.Module, data: SimpleNamespace, radius: float) -> torch.Tensor:
-        return label_losses(net(worst_case(lambda x: label_losses(net(x), data.y), data.x_t, radius, 3)), data.y)
+        return label_losses(
+            net(worst_case(lambda x: label_losses(net(x), data.y), data.x_t, radius, 3)), data.y
+        )
 
     norms, worst, plain = [], [], []
     for trained_on in (0.0, radius):
-        net = learned(mixture, lambda net, data, _, r=trained_on: loss(net, data, r), steps=200, count=128)
+        net = learned(
+            mixture, lambda net, data, _, r=trained_on: loss(net, data, r), steps=200, count=128
+        )
         x = data.x_t.requires_grad_()
         (grad,) = torch.autograd.grad(label_losses(net(x), data.y).sum(), x)
         norms.append(grad.flatten(1).norm(dim=1).mean().item())
@@ -347,18 +412,35 @@ def test_importance_sampling_is_unbiased() -> None:
 def digits(count: int = 24) -> Dataset:
     """Digits with their divisors among 2, 3 and 5 as ids, names and vectors, and with numbers."""
     from sklearn.datasets import load_digits
+
     loaded = load_digits()
-    images = [PILImage.fromarray(image) for image in (loaded.images[:count] * 255 / 16).astype(np.uint8)]
+    images = [
+        PILImage.fromarray(image) for image in (loaded.images[:count] * 255 / 16).astype(np.uint8)
+    ]
     labels = loaded.target[:count].tolist()
     ids = [[i for i, divisor in enumerate((2, 3, 5)) if label % divisor == 0] for label in labels]
-    rows = {"image": images, "class": labels, "ids": ids, "integers": ids,
-            "names": [[f"by {i}" for i in row] for row in ids],
-            "vector": [[int(i in row) for i in range(3)] for row in ids],
-            "number": [label / 4 for label in labels], "pair": [[label / 4, 1 - label] for label in labels]}
-    features = Features({"image": Image(), "class": ClassLabel(names=NAMES),
-                         "ids": List(ClassLabel(names=["a", "b", "c"])), "integers": List(Value("int64")),
-                         "names": List(Value("string")), "vector": List(Value("int64")), "number": Value("float32"),
-                         "pair": List(Value("float32"))})
+    rows = {
+        "image": images,
+        "class": labels,
+        "ids": ids,
+        "integers": ids,
+        "names": [[f"by {i}" for i in row] for row in ids],
+        "vector": [[int(i in row) for i in range(3)] for row in ids],
+        "number": [label / 4 for label in labels],
+        "pair": [[label / 4, 1 - label] for label in labels],
+    }
+    features = Features(
+        {
+            "image": Image(),
+            "class": ClassLabel(names=NAMES),
+            "ids": List(ClassLabel(names=["a", "b", "c"])),
+            "integers": List(Value("int64")),
+            "names": List(Value("string")),
+            "vector": List(Value("int64")),
+            "number": Value("float32"),
+            "pair": List(Value("float32")),
+        }
+    )
     return Dataset.from_dict(rows, features=features)
 
 
@@ -371,24 +453,39 @@ def test_label_columns() -> None:
         assert torch.equal(found.targets(), vectors) and torch.equal(found[5]["label"], vectors[5])
         assert torch.equal(found[(5, 1)]["pixel_values"], images[(5, 1)]["pixel_values"])
         names[column] = list(found.id2label.values())
-    assert names == {"ids": ["a", "b", "c"], "integers": ["0", "1", "2"], "names": ["by 0", "by 1", "by 2"],
-                     "vector": ["0", "1", "2"]}
+    assert names == {
+        "ids": ["a", "b", "c"],
+        "integers": ["0", "1", "2"],
+        "names": ["by 0", "by 1", "by 2"],
+        "vector": ["0", "1", "2"],
+    }
     for column, width in (("number", 1), ("pair", 2)):
         found = TargetedImages(images, column, REGRESSION)
-        assert (found.num_labels, found.id2label) == (width, {}) and found[3]["label"].shape == (width,)
+        assert (found.num_labels, found.id2label) == (width, {}) and found[3]["label"].shape == (
+            width,
+        )
         assert torch.equal(found.targets(), torch.tensor(data[column][:]).reshape(-1, width))
     few = LabelledImages(data.select([1]), label_column="class", resolution=8)  # 1 has no divisor
-    assert TargetedImages(few, "names", MULTI, {0: "by 0", 1: "by 1", 2: "by 2"}).targets().tolist() == [[0, 0, 0]]
+    assert TargetedImages(
+        few, "names", MULTI, {0: "by 0", 1: "by 1", 2: "by 2"}
+    ).targets().tolist() == [[0, 0, 0]]
 
 
-@pytest.mark.parametrize(("column", "kind", "message"), [
-    ("foto", MULTI, "label_column='foto': multi_label_classification needs one of the dataset's columns"),
-    (None, REGRESSION, "label_column=None: regression needs one of"),
-    ("number", MULTI, "label_column='number' holds .*float32.*lists of class ids"),
-    ("pair", MULTI, "label_column='pair' holds .*lists of class ids"),
-    ("names", REGRESSION, "label .*by 0.* of row 0 .*finite numbers are allowed"),
-    ("class", SINGLE, "problem_type='single_label_classification'"),
-])
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [
+        (
+            "foto",
+            MULTI,
+            "label_column='foto': multi_label_classification needs one of the dataset's columns",
+        ),
+        (None, REGRESSION, "label_column=None: regression needs one of"),
+        ("number", MULTI, "label_column='number' holds .*float32.*lists of class ids"),
+        ("pair", MULTI, "label_column='pair' holds .*lists of class ids"),
+        ("names", REGRESSION, "label .*by 0.* of row 0 .*finite numbers are allowed"),
+        ("class", SINGLE, "problem_type='single_label_classification'"),
+    ],
+)
 def test_wrong_label_columns_are_named(column: str | None, kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TargetedImages(LabelledImages(digits(), resolution=8), column, kind)
@@ -406,22 +503,46 @@ def test_labels_of_another_split_are_refused() -> None:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """A recipe of these options on eight digits, a classifier with random weights, and a batch."""
+
     def make(data: LabelledImages | TargetedImages | None = None, **more: Any) -> SimpleNamespace:
-        options = ClassifierOptions(train_data_dir="digits", resolution=8, train_batch_size=8, cpu=True, **more)
+        options = ClassifierOptions(
+            train_data_dir="digits", resolution=8, train_batch_size=8, cpu=True, **more
+        )
         data = data or LabelledImages(digits(), label_column="class", resolution=8)
         torch.manual_seed(0)
-        model = NoiseAwareClassifier(**CLASSIFIER, sample_size=8, in_channels=1, problem_type=options.problem_type,
-                                     num_labels=len(data.id2label) or data.num_labels).eval()
+        model = NoiseAwareClassifier(
+            **CLASSIFIER,
+            sample_size=8,
+            in_channels=1,
+            problem_type=options.problem_type,
+            num_labels=len(data.id2label) or data.num_labels,
+        ).eval()
         nn.init.normal_(model.head[-1].out.weight, std=0.5)
         scheduler = DDPMScheduler(1000)
         recipe = recipes.Recipe(options, Accelerator(cpu=True), scheduler, 999, data)
         items = [data[i] for i in range(8)]
-        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
-        again, draws = (Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu")) for _ in range(2))
-        t, eps = options.min_timestep + again.randint(1000 - options.min_timestep), again.randn(1, 8, 8)
-        return SimpleNamespace(loss=recipe(model, batch, draws), model=model, x0=batch["pixel_values"],
-                               y=batch["label"], t=t, eps=eps, scheduler=scheduler, recipe=recipe,
-                               x_t=scheduler.add_noise(batch["pixel_values"], eps, t))
+        batch = {
+            name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]
+        }
+        again, draws = (
+            Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu")) for _ in range(2)
+        )
+        t, eps = (
+            options.min_timestep + again.randint(1000 - options.min_timestep),
+            again.randn(1, 8, 8),
+        )
+        return SimpleNamespace(
+            loss=recipe(model, batch, draws),
+            model=model,
+            x0=batch["pixel_values"],
+            y=batch["label"],
+            t=t,
+            eps=eps,
+            scheduler=scheduler,
+            recipe=recipe,
+            x_t=scheduler.add_noise(batch["pixel_values"], eps, t),
+        )
+
     return make
 
 
@@ -429,20 +550,33 @@ def test_the_loss_is_the_formula(made: Callable[..., SimpleNamespace], tmp_path:
     plain = made()
     logits = plain.model(plain.x_t, plain.t).logits
     torch.testing.assert_close(plain.loss, F.cross_entropy(logits, plain.y))
-    torch.testing.assert_close(made(label_smoothing=0.2).loss, F.cross_entropy(logits, plain.y, label_smoothing=0.2))
+    torch.testing.assert_close(
+        made(label_smoothing=0.2).loss, F.cross_entropy(logits, plain.y, label_smoothing=0.2)
+    )
     counts = torch.bincount(torch.tensor(digits()["class"][:]), minlength=10)
     (tmp_path / "weights.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
-    for given, weight in (("balanced", 24 / (10 * counts)), (",".join(map(str, range(10))), torch.arange(10.0)),
-                          (str(tmp_path / "weights.json"), torch.arange(10.0))):
+    for given, weight in (
+        ("balanced", 24 / (10 * counts)),
+        (",".join(map(str, range(10))), torch.arange(10.0)),
+        (str(tmp_path / "weights.json"), torch.arange(10.0)),
+    ):
         expected = F.cross_entropy(logits, plain.y, weight, reduction="none").mean()
         torch.testing.assert_close(made(class_weights=given).loss, expected)
     late = made(min_timestep=900)
     assert late.t.min() >= 900
-    torch.testing.assert_close(late.loss, F.cross_entropy(late.model(late.x_t, late.t).logits, late.y))
-    robust = worst_case(lambda x: F.cross_entropy(plain.model(x, plain.t).logits, plain.y, reduction="none"), plain.x_t,
-                        0.5, 2)
+    torch.testing.assert_close(
+        late.loss, F.cross_entropy(late.model(late.x_t, late.t).logits, late.y)
+    )
+    robust = worst_case(
+        lambda x: F.cross_entropy(plain.model(x, plain.t).logits, plain.y, reduction="none"),
+        plain.x_t,
+        0.5,
+        2,
+    )
     loss = made(robust_epsilon=0.5, robust_steps=2)
-    torch.testing.assert_close(loss.loss, F.cross_entropy(plain.model(robust, plain.t).logits, plain.y))
+    torch.testing.assert_close(
+        loss.loss, F.cross_entropy(plain.model(robust, plain.t).logits, plain.y)
+    )
     assert loss.loss > plain.loss and made(robust_epsilon=0.5).loss != loss.loss
     assert all(parameter.grad is None for parameter in loss.model.parameters())
 
@@ -450,27 +584,40 @@ def test_the_loss_is_the_formula(made: Callable[..., SimpleNamespace], tmp_path:
 def test_mixed_images_are_those_of_their_neighbours(made: Callable[..., SimpleNamespace]) -> None:
     """As the formula says; two processes mix what one does."""
     mixed = made(mixup=0.4)
-    halves = [mixed.recipe._draw_shares(Draws(torch.Generator().manual_seed(3), 4, rank, 2, torch.device("cpu")))
-              for rank in range(2)]
-    whole = mixed.recipe._draw_shares(Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu")))
+    halves = [
+        mixed.recipe._draw_shares(
+            Draws(torch.Generator().manual_seed(3), 4, rank, 2, torch.device("cpu"))
+        )
+        for rank in range(2)
+    ]
+    whole = mixed.recipe._draw_shares(
+        Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
+    )
     assert torch.equal(torch.cat(halves), whole) and whole.min() >= 0 and whole.max() <= 1
     fresh = Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
     fresh.randint(1000), fresh.randn(1, 8, 8)
     share = mixed.recipe._draw_shares(fresh)
     swapped = [1, 0, 3, 2, 5, 4, 7, 6]
-    x0 = share[:, None, None, None] * mixed.x0 + (1 - share)[:, None, None, None] * mixed.x0[swapped]
-    log_p = mixed.model(mixed.scheduler.add_noise(x0, mixed.eps, mixed.t), mixed.t).logits.log_softmax(1)
+    x0 = (
+        share[:, None, None, None] * mixed.x0 + (1 - share)[:, None, None, None] * mixed.x0[swapped]
+    )
+    log_p = mixed.model(
+        mixed.scheduler.add_noise(x0, mixed.eps, mixed.t), mixed.t
+    ).logits.log_softmax(1)
     rows = torch.arange(8)
     expected = -(share * log_p[rows, mixed.y] + (1 - share) * log_p[rows, mixed.y[swapped]]).mean()
     torch.testing.assert_close(mixed.loss, expected)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_score_matching_asks_the_diffusion_model(made: Callable[..., SimpleNamespace], tmp_path: Path,
-                                                 prediction: str) -> None:
+def test_score_matching_asks_the_diffusion_model(
+    made: Callable[..., SimpleNamespace], tmp_path: Path, prediction: str
+) -> None:
     """With its null label, at its own timestep of that noise; the gradient's weights get one, too."""
     torch.manual_seed(1)
-    unet = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11).eval()
+    unet = UNet2DModel(
+        **UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11
+    ).eval()
     for module in unet.modules():  # the last layers are not zero
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.1)
@@ -493,7 +640,9 @@ def test_score_matching_asks_the_diffusion_model(made: Callable[..., SimpleNames
     assert all(parameter.grad is not None for parameter in found.model.parameters())
     with pytest.raises(ValueError, match="--score_model .*knows no noise as of timestep 999"):
         own = DDPMScheduler(500, prediction_type=prediction)
-        pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=own, id2label=dict(enumerate(NAMES)))
+        pipeline = ClassifierGuidedPipeline(
+            unet=unet, scheduler=own, id2label=dict(enumerate(NAMES))
+        )
         pipeline.save_pretrained(tmp_path / "short")
         made(dlsm_weight=2.0, score_model=str(tmp_path / "short"))
 
@@ -505,8 +654,10 @@ def test_other_heads_losses(made: Callable[..., SimpleNamespace]) -> None:
     logits = found.model(found.x_t, found.t).logits
     torch.testing.assert_close(found.loss, F.binary_cross_entropy_with_logits(logits, found.y))
     count = several.targets().sum(0)
-    torch.testing.assert_close(made(several, problem_type=MULTI, class_weights="balanced").loss,
-                               F.binary_cross_entropy_with_logits(logits, found.y, pos_weight=(24 - count) / count))
+    torch.testing.assert_close(
+        made(several, problem_type=MULTI, class_weights="balanced").loss,
+        F.binary_cross_entropy_with_logits(logits, found.y, pos_weight=(24 - count) / count),
+    )
     numbers = TargetedImages(images, "pair", REGRESSION)
     found = made(numbers, problem_type=REGRESSION)
     variance = numbers.targets().var(dim=0, unbiased=False)
@@ -520,9 +671,17 @@ def test_other_heads_losses(made: Callable[..., SimpleNamespace]) -> None:
 def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
     """It does in the classifier what it does in the UNet: the middle block's output is the same."""
     shape = {"sample_size": 8, "in_channels": 1}
-    for number, more in enumerate(({}, {"resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet",
-                                        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-                                        "attn_norm_num_groups": 4})):
+    for number, more in enumerate(
+        (
+            {},
+            {
+                "resnet_time_scale_shift": "scale_shift",
+                "downsample_type": "resnet",
+                "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+                "attn_norm_num_groups": 4,
+            },
+        )
+    ):
         torch.manual_seed(0)
         unet = UNet2DModel(**{**UNET, **shape, **more}, out_channels=1, num_class_embeds=3)
         folder = tmp_path / str(number)
@@ -532,10 +691,17 @@ def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
         options = ClassifierOptions(train_data_dir="digits", init_from=str(folder))
         said = recipes.start_at(options, model, start, None)
         body = [name for name in model.state_dict() if not name.startswith("head.")]
-        assert said.startswith(f"starts from {folder}: {len(body)} of {len(model.state_dict())} parameters")
+        assert said.startswith(
+            f"starts from {folder}: {len(body)} of {len(model.state_dict())} parameters"
+        )
         hidden = []
-        for network, extra in ((unet.eval(), {"class_labels": torch.zeros(2, dtype=torch.long)}), (model.eval(), {})):
-            network.mid_block.register_forward_hook(lambda module, args, output, to=hidden: to.append(output))
+        for network, extra in (
+            (unet.eval(), {"class_labels": torch.zeros(2, dtype=torch.long)}),
+            (model.eval(), {}),
+        ):
+            network.mid_block.register_forward_hook(
+                lambda module, args, output, to=hidden: to.append(output)
+            )
             if extra:
                 unet.class_embedding.weight.data.zero_()
             network(torch.ones(2, 1, 8, 8), torch.tensor([3.0, 700.0]), **extra)
@@ -545,8 +711,14 @@ def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
 def test_a_classifier_with_other_labels(tmp_path: Path) -> None:
     """All but the last layer, and its architecture and noise schedule; with the same labels, all."""
     schedule = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear"}
-    first = NoiseAwareClassifier(**CLASSIFIER, **schedule, sample_size=8, in_channels=1, num_labels=3,
-                                 id2label={0: "a", 1: "b", 2: "c"})
+    first = NoiseAwareClassifier(
+        **CLASSIFIER,
+        **schedule,
+        sample_size=8,
+        in_channels=1,
+        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
+    )
     nn.init.normal_(first.head[-1].out.weight)
     first.save_pretrained(tmp_path)
     options = ClassifierOptions(train_data_dir="digits", init_from=str(tmp_path))
@@ -554,14 +726,24 @@ def test_a_classifier_with_other_labels(tmp_path: Path) -> None:
     taken = recipes.start_schedule(options, start)
     assert (taken.config.num_train_timesteps, taken.config.beta_schedule) == (40, "scaled_linear")
     assert recipes.start_schedule(options, None) is None
-    for names, other in (("abc", []), ("abd", ["head.2.out.weight", "head.2.out.bias"]),
-                         ("abcd", ["head.2.out.weight", "head.2.out.bias"])):
-        model = NoiseAwareClassifier(**{**recipes.architecture(start), "num_labels": len(names)},
-                                     id2label=dict(enumerate(names)))
+    for names, other in (
+        ("abc", []),
+        ("abd", ["head.2.out.weight", "head.2.out.bias"]),
+        ("abcd", ["head.2.out.weight", "head.2.out.bias"]),
+    ):
+        model = NoiseAwareClassifier(
+            **{**recipes.architecture(start), "num_labels": len(names)},
+            id2label=dict(enumerate(names)),
+        )
         said = recipes.start_at(options, model, start, None)
-        assert f": {len(first.state_dict()) - len(other)} of {len(first.state_dict())} parameters" in said
+        assert (
+            f": {len(first.state_dict()) - len(other)} of {len(first.state_dict())} parameters"
+            in said
+        )
         for name, value in model.state_dict().items():
-            assert torch.equal(value, torch.zeros_like(value) if name in other else first.state_dict()[name])
+            assert torch.equal(
+                value, torch.zeros_like(value) if name in other else first.state_dict()[name]
+            )
 
 
 # The script
@@ -577,15 +759,27 @@ def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tagged"
 
 
-@pytest.mark.parametrize(("kind", "column", "guided"), [
-    (MULTI, "names", {"label": "by 1"}), (REGRESSION, "pair", {"target": [1.0, -3.0]})])
-def test_other_heads_become_models_that_guide(train: Callable[..., Path], tagged: Path, kind: str, column: str,  # noqa: F811
-                                              guided: dict[str, Any]) -> None:
-    folder = train("classifier", f"--max_train_steps 2 --problem_type {kind} --label_column {column}",
-                   data=f"--train_data_dir {tagged}")
+@pytest.mark.parametrize(
+    ("kind", "column", "guided"),
+    [(MULTI, "names", {"label": "by 1"}), (REGRESSION, "pair", {"target": [1.0, -3.0]})],
+)
+def test_other_heads_become_models_that_guide(
+    train: Callable[..., Path],
+    tagged: Path,
+    kind: str,
+    column: str,
+    guided: dict[str, Any],
+) -> None:
+    folder = train(
+        "classifier",
+        f"--max_train_steps 2 --problem_type {kind} --label_column {column}",
+        data=f"--train_data_dir {tagged}",
+    )
     model = NoiseAwareClassifier.from_pretrained(folder)
     assert model.config.problem_type == kind
-    assert model.config.id2label == (None if kind == REGRESSION else {0: "by 0", 1: "by 1", 2: "by 2"})
+    assert model.config.id2label == (
+        None if kind == REGRESSION else {0: "by 0", 1: "by 1", 2: "by 2"}
+    )
     rows = json.loads((folder / "metrics.json").read_text())["held_out"]
     assert {*FIGURES[kind]} <= rows[0].keys()
     assert all(math.isfinite(row[name]) for row in rows for name in FIGURES[kind])
@@ -596,10 +790,12 @@ def test_other_heads_become_models_that_guide(train: Callable[..., Path], tagged
         assert (model.head[-1].out.bias - mean).abs().max() < 0.01
 
 
-def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> None:  # noqa: F811
+def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> None:
     """The history of losses is in the checkpoints."""
-    line = ("--ddpm_num_steps 2 --timestep_sampler second_moment --no_use_ema --validation_samples 1 "
-            "--max_train_steps 12 --checkpointing_steps 9 ")
+    line = (
+        "--ddpm_num_steps 2 --timestep_sampler second_moment --no_use_ema --validation_samples 1 "
+        "--max_train_steps 12 --checkpointing_steps 9 "
+    )
     whole = train("classifier", line, "whole")
     parts = train("classifier", line.replace("max_train_steps 12", "max_train_steps 9"), "parts")
     train("classifier", line + "--resume_from_checkpoint latest", "parts")
@@ -608,32 +804,51 @@ def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> No
     assert apart(weights(whole), weights(uniform)) > 0
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"label_smoothing": 1.0}, "--label_smoothing 1.0: 0 up to, not including, 1 is allowed"),
-    ({"mixup": -1.0}, "--mixup -1.0: 0 or more is allowed"),
-    ({"mixup": float("nan")}, "--mixup nan: 0 or more"),
-    ({"mixup": 1.0, "train_batch_size": 3}, "--train_batch_size 3: an even number"),
-    ({"robust_steps": 3}, "--robust_steps 3: 1 or more is allowed, with --robust_epsilon"),
-    ({"dlsm_weight": 1.0}, "--dlsm_weight 1.0 and --score_model None need each other"),
-    ({"score_model": "x"}, "--dlsm_weight 0.0 and --score_model x need each other"),
-    ({"dlsm_weight": 1.0, "score_model": "x", "mixup": 1.0}, "--dlsm_weight 1.0: with --mixup 1.0"),
-    ({"dlsm_weight": 1.0, "score_model": "x", "problem_type": REGRESSION}, "--dlsm_weight 1.0: .*regression"),
-    ({"dlsm_weight": 1.0, "score_model": "x", "gradient_checkpointing": True},
-     "--dlsm_weight 1.0 differentiates twice"),
-    ({"label_smoothing": 0.1, "problem_type": REGRESSION}, "--label_smoothing 0.1: none and 0 are allowed"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"label_smoothing": 1.0}, "--label_smoothing 1.0: 0 up to, not including, 1 is allowed"),
+        ({"mixup": -1.0}, "--mixup -1.0: 0 or more is allowed"),
+        ({"mixup": float("nan")}, "--mixup nan: 0 or more"),
+        ({"mixup": 1.0, "train_batch_size": 3}, "--train_batch_size 3: an even number"),
+        ({"robust_steps": 3}, "--robust_steps 3: 1 or more is allowed, with --robust_epsilon"),
+        ({"dlsm_weight": 1.0}, "--dlsm_weight 1.0 and --score_model None need each other"),
+        ({"score_model": "x"}, "--dlsm_weight 0.0 and --score_model x need each other"),
+        (
+            {"dlsm_weight": 1.0, "score_model": "x", "mixup": 1.0},
+            "--dlsm_weight 1.0: with --mixup 1.0",
+        ),
+        (
+            {"dlsm_weight": 1.0, "score_model": "x", "problem_type": REGRESSION},
+            "--dlsm_weight 1.0: .*regression",
+        ),
+        (
+            {"dlsm_weight": 1.0, "score_model": "x", "gradient_checkpointing": True},
+            "--dlsm_weight 1.0 differentiates twice",
+        ),
+        (
+            {"label_smoothing": 0.1, "problem_type": REGRESSION},
+            "--label_smoothing 0.1: none and 0 are allowed",
+        ),
+    ],
+)
 def test_wrong_options_are_named(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassifierOptions(train_data_dir="digits", **more)
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"class_weights": "1,2"}, "--class_weights 1,2: 10 numbers"),
-    ({"class_weights": "rare"}, "--class_weights rare: .*`balanced`"),
-    ({"min_timestep": 1000}, "--min_timestep 1000: 0 to 999"),
-    ({"dlsm_weight": 1.0, "score_model": "nowhere"}, "--score_model nowhere: "),
-])
-def test_what_does_not_fit_is_named(made: Callable[..., SimpleNamespace], more: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"class_weights": "1,2"}, "--class_weights 1,2: 10 numbers"),
+        ({"class_weights": "rare"}, "--class_weights rare: .*`balanced`"),
+        ({"min_timestep": 1000}, "--min_timestep 1000: 0 to 999"),
+        ({"dlsm_weight": 1.0, "score_model": "nowhere"}, "--score_model nowhere: "),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    made: Callable[..., SimpleNamespace], more: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         made(**more)
 
@@ -641,7 +856,9 @@ def test_what_does_not_fit_is_named(made: Callable[..., SimpleNamespace], more: 
 def test_a_start_that_is_none_is_named(tmp_path: Path) -> None:
     DDPMScheduler().save_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(ValueError, match="--init_from .*AutoencoderKL; NoiseAwareClassifier and UNet2DModel are"):
+    with pytest.raises(
+        ValueError, match="--init_from .*AutoencoderKL; NoiseAwareClassifier and UNet2DModel are"
+    ):
         recipes.load_start(str(tmp_path))
     with pytest.raises(ValueError, match="--init_from nowhere: "):
         recipes.load_start("nowhere")

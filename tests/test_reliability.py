@@ -61,12 +61,15 @@ LATEST = SIX + "--resume_from_checkpoint latest"
 
 
 @pytest.fixture
-def broken(place: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:  # noqa: F811
+def broken(place: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     """The image folder with one image of the training cut short, and which row that is."""
     folder = shutil.copytree(place.folder, tmp_path / "broken")
     row = 20
-    path = Path(datasets.load_dataset(str(folder))["train"].cast_column("image", Image(decode=False))[row]["image"]
-                ["path"])
+    path = Path(
+        datasets.load_dataset(str(folder))["train"].cast_column("image", Image(decode=False))[row][
+            "image"
+        ]["path"]
+    )
     path.write_bytes(path.read_bytes()[:40])
     return SimpleNamespace(folder=folder, row=row, path=path, option=f"--train_data_dir {folder}")
 
@@ -106,13 +109,16 @@ def another_seed(checkpoint: Path) -> str:
 
 def with_code(checkpoint: Path) -> str:
     """A pickle that would write a file when it's loaded, with a manifest that fits it."""
+
     class Code:
         def __reduce__(self) -> tuple[Callable, tuple]:
             return os.mkdir, (str(checkpoint / "run"),)
 
     torch.save({"step": Code()}, checkpoint / "custom_checkpoint_0.pkl")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["custom_checkpoint_0.pkl"] = checkpointing.written(checkpoint / "custom_checkpoint_0.pkl")
+    manifest["files"]["custom_checkpoint_0.pkl"] = checkpointing.written(
+        checkpoint / "custom_checkpoint_0.pkl"
+    )
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return "it holds posix.mkdir, which isn't loaded"
 
@@ -125,124 +131,232 @@ def of_something_else(checkpoint: Path) -> str:
 
 
 def test_a_broken_or_foreign_checkpoint_is_refused_and_the_one_before_is_used(
-        train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    train: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
     whole = train("classifier", SIX, "whole")
-    for damage in (cut, flip_a_bit, lose_a_file, cut_the_manifest, another_seed, with_code, of_something_else):
+    for damage in (
+        cut,
+        flip_a_bit,
+        lose_a_file,
+        cut_the_manifest,
+        another_seed,
+        with_code,
+        of_something_else,
+    ):
         parts = shutil.copytree(whole, whole.with_name(damage.__name__))
         (parts / "diffusion_pytorch_model.safetensors").unlink()
         reason = damage(parts / "checkpoint-6")
         capsys.readouterr()
         train("classifier", LATEST, parts.name)
         said = capsys.readouterr().out
-        assert re.search(rf"checkpoint-6 is refused: .*{re.escape(reason)}.*\n(.*\n)*goes on .*checkpoint-4\n", said)
+        assert re.search(
+            rf"checkpoint-6 is refused: .*{re.escape(reason)}.*\n(.*\n)*goes on .*checkpoint-4\n",
+            said,
+        )
         assert apart(weights(whole), weights(parts)) == 0
-        assert apart(shadow(whole / "checkpoint-6"), shadow(parts / "checkpoint-6")) == 0  # written anew
-        assert len([*parts.glob("checkpoint-6.refused-*")]) == 1  # and the refused one is still there
+        assert (
+            apart(shadow(whole / "checkpoint-6"), shadow(parts / "checkpoint-6")) == 0
+        )  # written anew
+        assert (
+            len([*parts.glob("checkpoint-6.refused-*")]) == 1
+        )  # and the refused one is still there
         assert not [*parts.rglob("run")]
 
 
-def test_without_a_usable_checkpoint_all_are_named(train: Callable[..., Path]) -> None:  # noqa: F811
+def test_without_a_usable_checkpoint_all_are_named(train: Callable[..., Path]) -> None:
     folder = train("classifier", SIX)
     before = sorted(path.name for path in folder.glob("checkpoint-*"))
-    with pytest.raises(SystemExit, match="--resume_from_checkpoint latest: .*checkpoint-6: of another run: seed 0, "
-                                         "here 1; .*checkpoint-4: .*checkpoint-2: "):
+    with pytest.raises(
+        SystemExit,
+        match="--resume_from_checkpoint latest: .*checkpoint-6: of another run: seed 0, "
+        "here 1; .*checkpoint-4: .*checkpoint-2: ",
+    ):
         train("classifier", LATEST + " --seed 1")
-    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-6: of another run: optimizer 'adamw', "
-                                         "here 'adamw_fused'$"):
-        train("classifier", SIX + f"--resume_from_checkpoint {folder / 'checkpoint-6'} --optimizer adamw_fused")
+    with pytest.raises(
+        SystemExit,
+        match="--resume_from_checkpoint .*checkpoint-6: of another run: optimizer 'adamw', "
+        "here 'adamw_fused'$",
+    ):
+        train(
+            "classifier",
+            SIX + f"--resume_from_checkpoint {folder / 'checkpoint-6'} --optimizer adamw_fused",
+        )
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == before
 
 
-@pytest.mark.parametrize(("script", "line", "changes"), [
-    ("classifier", "--lr_scheduler cosine", {
-        "--max_train_steps 7": "max_train_steps 6, here 7", "--learning_rate 2e-3": "learning_rate 0.001, here",
-        "--train_batch_size 2": "images a forward pass 4, here 2", "--label_smoothing 0.1": "label_smoothing 0.0",
-        "--gradient_accumulation_steps 2": "gradient_accumulation_steps 1, here 2", "--random_flip": "random_flip",
-        "--mixed_precision bf16": "mixed_precision 'no', here 'bf1", "--max_timestep 99": "max_timestep None",
-        "--class_weights balanced": "class_weights None, here 'balanced'", "--optimizer adamw_fused": "optimizer",
-        "--model_config_name_or_path {other}": "network's dropout 0.0, here 0.2", "--adam_beta2 0.9": "adam_beta2"}),
-    ("unet", "--prediction_type v_prediction", {
-        "--prediction_type sample": "prediction_type 'v_prediction', here 'sample'", "--resolution 6": "resolution 8",
-        "--objective hybrid": "objective 'simple', here 'hybrid', network's out_channels 1, here 2",
-        "--ddpm_num_steps 500": "ddpm_num_steps 1000, here 500", "--ema_power 0.5": "ema_power 0.75, here 0.5"}),
-])
-def test_what_would_be_another_training_is_named(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
-                                                 script: str, line: str, changes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("script", "line", "changes"),
+    [
+        (
+            "classifier",
+            "--lr_scheduler cosine",
+            {
+                "--max_train_steps 7": "max_train_steps 6, here 7",
+                "--learning_rate 2e-3": "learning_rate 0.001, here",
+                "--train_batch_size 2": "images a forward pass 4, here 2",
+                "--label_smoothing 0.1": "label_smoothing 0.0",
+                "--gradient_accumulation_steps 2": "gradient_accumulation_steps 1, here 2",
+                "--random_flip": "random_flip",
+                "--mixed_precision bf16": "mixed_precision 'no', here 'bf1",
+                "--max_timestep 99": "max_timestep None",
+                "--class_weights balanced": "class_weights None, here 'balanced'",
+                "--optimizer adamw_fused": "optimizer",
+                "--model_config_name_or_path {other}": "network's dropout 0.0, here 0.2",
+                "--adam_beta2 0.9": "adam_beta2",
+            },
+        ),
+        (
+            "unet",
+            "--prediction_type v_prediction",
+            {
+                "--prediction_type sample": "prediction_type 'v_prediction', here 'sample'",
+                "--resolution 6": "resolution 8",
+                "--objective hybrid": "objective 'simple', here 'hybrid', network's out_channels 1, here 2",
+                "--ddpm_num_steps 500": "ddpm_num_steps 1000, here 500",
+                "--ema_power 0.5": "ema_power 0.75, here 0.5",
+            },
+        ),
+    ],
+)
+def test_what_would_be_another_training_is_named(
+    train: Callable[..., Path],
+    place: SimpleNamespace,
+    script: str,
+    line: str,
+    changes: dict[str, str],
+) -> None:
     """And from the other side: that of the changed options isn't one for the plain ones."""
     other = place.root / "dropout-more.json"
     other.write_text(json.dumps({**json.loads(vars(place)[script].read_text()), "dropout": 0.2}))
-    folder = train(script, f"{line} {SIX} --max_train_steps 2" if "cosine" not in line else f"{line} {SIX}")
+    folder = train(
+        script, f"{line} {SIX} --max_train_steps 2" if "cosine" not in line else f"{line} {SIX}"
+    )
     for more, reason in changes.items():
         with pytest.raises(SystemExit, match=f"of another run: {re.escape(reason)}"):
             train(script, f"{line} {LATEST} {more.format(other=other)}")
-    changed = train(script, f"{line} {SIX} --max_train_steps 2 {[*changes][1].format(other=other)}", "changed")
+    changed = train(
+        script, f"{line} {SIX} --max_train_steps 2 {[*changes][1].format(other=other)}", "changed"
+    )
     with pytest.raises(SystemExit, match="of another run: "):
-        train(script, f"{line} --resume_from_checkpoint {changed / 'checkpoint-2'} --max_train_steps 2", "plain")
-    assert len([*folder.glob("checkpoint-*")]) == len(loop.checkpoints(folder)) > 0  # nothing was put aside
+        train(
+            script,
+            f"{line} --resume_from_checkpoint {changed / 'checkpoint-2'} --max_train_steps 2",
+            "plain",
+        )
+    assert (
+        len([*folder.glob("checkpoint-*")]) == len(loop.checkpoints(folder)) > 0
+    )  # nothing was put aside
 
 
-def test_what_may_change_changes_nothing(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
-                                         tmp_path: Path) -> None:
+def test_what_may_change_changes_nothing(
+    train: Callable[..., Path],
+    place: SimpleNamespace,
+    tmp_path: Path,
+) -> None:
     """A run goes on elsewhere, with more steps, other records and other ways to read the same images."""
-    known = {f.name for cls in (train_unet.UNetOptions, train_classifier.ClassifierOptions) for f in fields(cls)}
+    known = {
+        f.name
+        for cls in (train_unet.UNetOptions, train_classifier.ClassifierOptions)
+        for f in fields(cls)
+    }
     assert MAY_CHANGE <= known
     whole = train("classifier", SIX, "whole")
     train("classifier", SIX + "--max_train_steps 4", "first")
     moved = shutil.copytree(place.folder, tmp_path / "moved")
     config = shutil.copy(place.classifier, tmp_path / "moved.json")
-    resumed = train("classifier", f"--max_train_steps 6 --checkpointing_steps 5 --resume_from_checkpoint "
-                                  f"{tmp_path / 'first' / 'checkpoint-4'} --validation_steps 1 --validation_samples 3 "
-                                  f"--dataloader_num_workers 1 --cache_images --skip_corrupt_images --logging_dir else "
-                                  f"--num_train_epochs 7 --validation_split test --model_config_name_or_path {config}",
-                    "second", data=f"--train_data_dir {moved}")
+    resumed = train(
+        "classifier",
+        f"--max_train_steps 6 --checkpointing_steps 5 --resume_from_checkpoint "
+        f"{tmp_path / 'first' / 'checkpoint-4'} --validation_steps 1 --validation_samples 3 "
+        f"--dataloader_num_workers 1 --cache_images --skip_corrupt_images --logging_dir else "
+        f"--num_train_epochs 7 --validation_split test --model_config_name_or_path {config}",
+        "second",
+        data=f"--train_data_dir {moved}",
+    )
     assert apart(weights(whole), weights(resumed)) == 0
     assert apart(shadow(whole / "checkpoint-6"), shadow(tmp_path / "first" / "checkpoint-4")) > 0
 
 
-def test_a_full_disk_ends_the_run_and_loses_nothing(train: Callable[..., Path],  # noqa: F811
-                                                    capsys: pytest.CaptureFixture) -> None:
-    whole, folder = train("classifier", SIX, "whole"), train("classifier", SIX + "--max_train_steps 2", "parts")
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    train: Callable[..., Path],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    whole, folder = (
+        train("classifier", SIX, "whole"),
+        train("classifier", SIX + "--max_train_steps 2", "parts"),
+    )
     largest = (folder / "checkpoint-2" / "model.safetensors").stat().st_size
-    for size in (largest // 2, largest + 1000):  # the weights don't fit; they do, but the optimizer's states don't
-        with files_of_at_most(size), pytest.raises(OSError, match="checkpoint-4 can't be written: "):
+    for size in (
+        largest // 2,
+        largest + 1000,
+    ):  # the weights don't fit; they do, but the optimizer's states don't
+        with (
+            files_of_at_most(size),
+            pytest.raises(OSError, match="checkpoint-4 can't be written: "),
+        ):
             train("classifier", LATEST, "parts")
-        assert re.search("stopped after step 4; .* goes on from .*checkpoint-2\n", capsys.readouterr().err)
+        assert re.search(
+            "stopped after step 4; .* goes on from .*checkpoint-2\n", capsys.readouterr().err
+        )
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     train("classifier", LATEST, "parts")
     assert apart(weights(whole), weights(folder)) == 0
 
 
-def test_killed_at_random_moments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                  capsys: pytest.CaptureFixture) -> None:
+def test_killed_at_random_moments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The script, with two kills; it says what differs where something does."""
     kept = kill_and_resume.KillOptions(kills=2, steps=60, checkpointing_steps=5)
     assert kill_and_resume.work(kept, tmp_path) == 0
-    assert re.search(r"kill 2: .*\n\d{3} tensors and numbers compared after 2 kills: 0 differ", capsys.readouterr().out)
+    assert re.search(
+        r"kill 2: .*\n\d{3} tensors and numbers compared after 2 kills: 0 differ",
+        capsys.readouterr().out,
+    )
     one = kill_and_resume.state(tmp_path / "whole", 60)
     assert any(name.startswith("checkpoint-60/optimizer.bin: /state/0/exp_avg") for name in one)
-    assert not all(kill_and_resume.same(value, kill_and_resume.state(tmp_path / "whole", 60)[name] + 1)
-                   for name, value in one.items() if isinstance(value, torch.Tensor))
+    assert not all(
+        kill_and_resume.same(value, kill_and_resume.state(tmp_path / "whole", 60)[name] + 1)
+        for name, value in one.items()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 # Images, labels, losses
 
 
-def test_a_corrupt_image_is_named(train: Callable[..., Path], broken: SimpleNamespace) -> None:  # noqa: F811
+def test_a_corrupt_image_is_named(train: Callable[..., Path], broken: SimpleNamespace) -> None:
     for line in ("", "--dataloader_num_workers 1"):
-        with pytest.raises(ValueError, match=rf"the image of row {broken.row} \({broken.path}\) can't be read: "):
+        with pytest.raises(
+            ValueError, match=rf"the image of row {broken.row} \({broken.path}\) can't be read: "
+        ):
             train("classifier", "--max_train_steps 12 " + line, data=broken.option)
 
 
-def test_corrupt_images_are_skipped_and_counted(train: Callable[..., Path], broken: SimpleNamespace,  # noqa: F811
-                                                capfd: pytest.CaptureFixture) -> None:
+def test_corrupt_images_are_skipped_and_counted(
+    train: Callable[..., Path],
+    broken: SimpleNamespace,
+    capfd: pytest.CaptureFixture,
+) -> None:
     """24 steps of 4 are two epochs of 48; with workers, with a cache or resumed it is the same training."""
     line = "--max_train_steps 24 --checkpointing_steps 8 --skip_corrupt_images "
     whole = train("classifier", line + "--checkpoints_total_limit 0", "whole", data=broken.option)
     said = capfd.readouterr()
-    assert said.err.count(f"the image of row {broken.row} can't be read: another takes its place") == 1
-    assert f"2 times another image took the place of one that can't be read, in rows [{broken.row}]" in said.out
+    assert (
+        said.err.count(f"the image of row {broken.row} can't be read: another takes its place") == 1
+    )
+    assert (
+        f"2 times another image took the place of one that can't be read, in rows [{broken.row}]"
+        in said.out
+    )
     for output, more in (("workers", "--dataloader_num_workers 2"), ("cache", "--cache_images")):
-        assert apart(weights(whole), weights(train("classifier", line + more, output, data=broken.option))) == 0
+        assert (
+            apart(
+                weights(whole),
+                weights(train("classifier", line + more, output, data=broken.option)),
+            )
+            == 0
+        )
     parts = shutil.copytree(whole, whole.with_name("parts"))
     for step in (16, 24):
         shutil.rmtree(parts / f"checkpoint-{step}")
@@ -265,30 +379,44 @@ def test_another_image_with_its_own_label_takes_the_place(broken: SimpleNamespac
     assert len(rows) > 10
     assert data[3, 1]["corrupt"] == -1 and data[3, 1]["row"] == 3 and "row" not in plain[3]
     nothing = Dataset.from_dict({"image": [b"no image"] * 3}).cast_column("image", Image())
-    with pytest.raises(ValueError, match="the image of row 1 can't be read, nor those of 99 rows drawn instead"):
+    with pytest.raises(
+        ValueError, match="the image of row 1 can't be read, nor those of 99 rows drawn instead"
+    ):
         LabelledImages(nothing, resolution=8, skip_corrupt_images=True)[1]
 
 
-def test_held_out_images_that_are_skipped_are_counted(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
-                                                      tmp_path: Path) -> None:
+def test_held_out_images_that_are_skipped_are_counted(
+    train: Callable[..., Path],
+    place: SimpleNamespace,
+    tmp_path: Path,
+) -> None:
     folder = shutil.copytree(place.folder, tmp_path / "held_out")
     next(folder.glob("test/*/*.png")).write_bytes(b"no image")
     line = "--max_train_steps 1 --validation_samples 100"
-    figures = json.loads((train("classifier", line + " --skip_corrupt_images", data=f"--train_data_dir {folder}")
-                          / "metrics.json").read_text())
+    figures = json.loads(
+        (
+            train("classifier", line + " --skip_corrupt_images", data=f"--train_data_dir {folder}")
+            / "metrics.json"
+        ).read_text()
+    )
     assert (figures["images"], figures["skipped_images"]) == (12, 1)
     with pytest.raises(ValueError, match="the image of row .*no|the image of row .* can't be read"):
         train("classifier", line, "other", data=f"--train_data_dir {folder}")
 
 
-def test_a_wrong_label_is_named(train: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_a_wrong_label_is_named(train: Callable[..., Path], tmp_path: Path) -> None:
     image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     (tmp_path / "wrong").mkdir()
     Dataset.from_dict({"image": [image] * 4, "label": [0, 1, -1, 1]}, features=features).to_parquet(
-        tmp_path / "wrong" / "train.parquet")
+        tmp_path / "wrong" / "train.parquet"
+    )
     with pytest.raises(ValueError, match=r"label -1 of row 2 is none of the 2 labels \['a', 'b'\]"):
-        train("classifier", "--max_train_steps 1 --skip_corrupt_images", data=f"--train_data_dir {tmp_path / 'wrong'}")
+        train(
+            "classifier",
+            "--max_train_steps 1 --skip_corrupt_images",
+            data=f"--train_data_dir {tmp_path / 'wrong'}",
+        )
 
 
 class Plain:
@@ -302,8 +430,16 @@ class Plain:
                 return super().__getitem__(item)
 
         start_afresh()
-        self.options = Options(train_data_dir="x", resolution=8, train_batch_size=4, output_dir=str(folder),
-                               checkpointing_steps=1, progress=False, cpu=True, **settings)
+        self.options = Options(
+            train_data_dir="x",
+            resolution=8,
+            train_batch_size=4,
+            output_dir=str(folder),
+            checkpointing_steps=1,
+            progress=False,
+            cpu=True,
+            **settings,
+        )
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
         self.run = loop.Run(self.options, Accelerator(cpu=True), model, Deadly(split, resolution=8))
 
@@ -320,7 +456,7 @@ class Plain:
             start_afresh()
 
 
-def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_path: Path) -> None:
     split = datasets.load_dataset(str(place.folder))["train"]
     with pytest.raises(FloatingPointError, match="weights at step 4 are NaN or infinite"):
         Plain(tmp_path, split, max_train_steps=9, max_grad_norm=0.0).train(broken_at=3)
@@ -329,9 +465,11 @@ def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_p
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> None:
     split, begun = datasets.load_dataset(str(place.folder))["train"], time.monotonic()
-    with pytest.raises(RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"):
+    with pytest.raises(
+        RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"
+    ):
         Plain(tmp_path, split, deadly=True, max_train_steps=24, dataloader_num_workers=1).train()
     assert time.monotonic() - begun < 60
     Plain(tmp_path, split, max_train_steps=24, resume_from_checkpoint="latest").train()  # goes on
@@ -340,21 +478,50 @@ def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> N
 # Several processes
 
 
-@pytest.mark.parametrize("launcher", [
-    "torch.distributed.run --standalone --nproc_per_node 2",
-    "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0",
-])
-def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: SimpleNamespace,  # noqa: F811
-                                                        broken: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --standalone --nproc_per_node 2",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --main_process_port 0",
+    ],
+)
+def test_a_process_that_fails_ends_all_with_its_message(
+    launcher: str,
+    place: SimpleNamespace,
+    broken: SimpleNamespace,
+    tmp_path: Path,
+) -> None:
     """One process meets a corrupt image; the other waits for its gradients."""
-    command = [sys.executable, "-m", *launcher.split(), str(TRAINING / "train_classifier.py"), *TINY.split(),
-               *broken.option.split(), "--cpu", "--model_config_name_or_path", str(place.classifier),
-               "--max_train_steps", "1000", "--output_dir", str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-                   "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        *launcher.split(),
+        str(TRAINING / "train_classifier.py"),
+        *TINY.split(),
+        *broken.option.split(),
+        "--cpu",
+        "--model_config_name_or_path",
+        str(place.classifier),
+        "--max_train_steps",
+        "1000",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     guard = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))  # ends the reading below
     try:
         guard.start()
@@ -370,7 +537,9 @@ def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: Si
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode not in (0, -signal.SIGKILL)
-    assert f"CorruptImage: the image of row {broken.row} ({broken.path}) can't be read" in "".join(said)
+    assert f"CorruptImage: the image of row {broken.row} ({broken.path}) can't be read" in "".join(
+        said
+    )
     assert seconds < 60
     with pytest.raises(ProcessLookupError):  # nothing of the group is left
         os.killpg(process.pid, 0)
@@ -379,20 +548,37 @@ def test_a_process_that_fails_ends_all_with_its_message(launcher: str, place: Si
 # Scale
 
 
-@pytest.mark.parametrize(("name", "kind", "processes"), [
-    ("cpu", "NO", 1), ("single_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 8), ("multi_node", "MULTI_GPU", 16),
-    ("fsdp", "FSDP", 8), ("deepspeed", "DEEPSPEED", 8),
-])
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [
+        ("cpu", "NO", 1),
+        ("single_gpu", "NO", 1),
+        ("multi_gpu", "MULTI_GPU", 8),
+        ("multi_node", "MULTI_GPU", 16),
+        ("fsdp", "FSDP", 8),
+        ("deepspeed", "DEEPSPEED", 8),
+    ],
+)
 def test_accelerate_configs_are_read(name: str, kind: str, processes: int) -> None:
     """By Accelerate's loader, and by its launcher as far as without the machines."""
     path = TRAINING / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))
-    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (kind, processes, name == "cpu")
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (
+        kind,
+        processes,
+        name == "cpu",
+    )
     line = ["--config_file", str(path), "train.py", "--train_data_dir", "photos"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    assert args.num_processes == processes and args.training_script_args == ["--train_data_dir", "photos"]
+    assert args.num_processes == processes and args.training_script_args == [
+        "--train_data_dir",
+        "photos",
+    ]
     assert (args.use_fsdp, args.use_deepspeed) == (kind == "FSDP", kind == "DEEPSPEED")
-    assert (args.multi_gpu, args.num_machines) == (kind == "MULTI_GPU", 2 if name == "multi_node" else 1)
+    assert (args.multi_gpu, args.num_machines) == (
+        kind == "MULTI_GPU",
+        2 if name == "multi_node" else 1,
+    )
 
 
 def test_all_accelerate_configs_are_tested() -> None:
@@ -402,63 +588,118 @@ def test_all_accelerate_configs_are_tested() -> None:
 
 
 @pytest.mark.parametrize("script", ["classifier", "unet"])
-def test_gradient_checkpointing_changes_no_weight(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
-                                                  script: str) -> None:
+def test_gradient_checkpointing_changes_no_weight(
+    train: Callable[..., Path],
+    place: SimpleNamespace,
+    script: str,
+) -> None:
     config = place.root / f"{script}-dropout.json"
     config.write_text(json.dumps({**json.loads(vars(place)[script].read_text()), "dropout": 0.2}))
     line = f"--max_train_steps 3 --model_config_name_or_path {config} "
-    plain, checkpointed = (weights(train(script, line + more, more[2:] or "plain"))
-                           for more in ("", "--gradient_checkpointing"))
+    plain, checkpointed = (
+        weights(train(script, line + more, more[2:] or "plain"))
+        for more in ("", "--gradient_checkpointing")
+    )
     assert apart(plain, checkpointed) < 1e-6
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"optimizer": "adamw_8bit"},
-     "--optimizer adamw_8bit: with distributed_type FSDP one of ('adamw', 'adamw_fused') is allowed"),
-    ({"mixed_precision": "fp16"},
-     "--mixed_precision fp16: with distributed_type FSDP one of ('no', 'bf16') is allowed"),
-    ({"backend": DynamoBackend.INDUCTOR}, "dynamo_backend inductor: with distributed_type FSDP one of ('no',) is"),
-    ({"fsdp_version": 1}, "fsdp_version 1: with distributed_type FSDP one of (2,) is allowed"),
-    ({"state_dict_type": StateDictType.SHARDED_STATE_DICT},
-     "fsdp_state_dict_type SHARDED_STATE_DICT: with distributed_type FSDP one of ('FULL_STATE_DICT',) is allowed"),
-    ({"kind": DistributedType.DEEPSPEED, "zero_stage": 3},
-     "zero_stage 3: with distributed_type DEEPSPEED one of (0, 1, 2) is allowed"),
-])
-def test_what_a_network_in_parts_is_not_trained_with(settings: dict[str, Any], message: str) -> None:
-    given = {"kind": DistributedType.FSDP, "optimizer": "adamw", "mixed_precision": "no", "fsdp_version": 2,
-             "backend": DynamoBackend.NO, "state_dict_type": StateDictType.FULL_STATE_DICT, "zero_stage": 2, **settings}
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer": "adamw_8bit"},
+            "--optimizer adamw_8bit: with distributed_type FSDP one of ('adamw', 'adamw_fused') is allowed",
+        ),
+        (
+            {"mixed_precision": "fp16"},
+            "--mixed_precision fp16: with distributed_type FSDP one of ('no', 'bf16') is allowed",
+        ),
+        (
+            {"backend": DynamoBackend.INDUCTOR},
+            "dynamo_backend inductor: with distributed_type FSDP one of ('no',) is",
+        ),
+        ({"fsdp_version": 1}, "fsdp_version 1: with distributed_type FSDP one of (2,) is allowed"),
+        (
+            {"state_dict_type": StateDictType.SHARDED_STATE_DICT},
+            "fsdp_state_dict_type SHARDED_STATE_DICT: with distributed_type FSDP one of ('FULL_STATE_DICT',) is allowed",
+        ),
+        (
+            {"kind": DistributedType.DEEPSPEED, "zero_stage": 3},
+            "zero_stage 3: with distributed_type DEEPSPEED one of (0, 1, 2) is allowed",
+        ),
+    ],
+)
+def test_what_a_network_in_parts_is_not_trained_with(
+    settings: dict[str, Any], message: str
+) -> None:
+    given = {
+        "kind": DistributedType.FSDP,
+        "optimizer": "adamw",
+        "mixed_precision": "no",
+        "fsdp_version": 2,
+        "backend": DynamoBackend.NO,
+        "state_dict_type": StateDictType.FULL_STATE_DICT,
+        "zero_stage": 2,
+        **settings,
+    }
     given = SimpleNamespace(**given)
     state = SimpleNamespace(fsdp_plugin=given, deepspeed_plugin=given, dynamo_plugin=given)
-    accelerator = SimpleNamespace(distributed_type=given.kind, state=state, mixed_precision=given.mixed_precision)
+    accelerator = SimpleNamespace(
+        distributed_type=given.kind, state=state, mixed_precision=given.mixed_precision
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         loop.split_between_processes(given, accelerator, torch.nn.Linear(1, 1))
 
 
 def test_a_network_in_parts_is_not_differentiated_twice() -> None:
     given = train_classifier.ClassifierOptions(train_data_dir="x", dlsm_weight=1.0, score_model="x")
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, mixed_precision="no", state=SimpleNamespace(
-        dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)))
-    with pytest.raises(ValueError, match="--dlsm_weight 1.0 differentiates twice, which distributed_type FSDP isn't"):
-        recipes.Recipe(given, accelerator, DDPMScheduler(), 999, SimpleNamespace(id2label={0: "a", 1: "b"}))
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        mixed_precision="no",
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
+    )
+    with pytest.raises(
+        ValueError,
+        match="--dlsm_weight 1.0 differentiates twice, which distributed_type FSDP isn't",
+    ):
+        recipes.Recipe(
+            given, accelerator, DDPMScheduler(), 999, SimpleNamespace(id2label={0: "a", 1: "b"})
+        )
 
 
-def test_fsdp_on_cpus_is_refused(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    for name, value in {**environment_of("fsdp"), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+def test_fsdp_on_cpus_is_refused(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        **environment_of("fsdp"),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }.items():
         monkeypatch.setenv(name, value)
     try:
-        with pytest.raises(SystemExit, match="--cpu with distributed_type FSDP.*training/accelerate/cpu.yaml, is all"):
+        with pytest.raises(
+            SystemExit,
+            match="--cpu with distributed_type FSDP.*training/accelerate/cpu.yaml, is all",
+        ):
             train("classifier", "--max_train_steps 1")
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("script", ["classifier", "unet"])
-def test_a_compiled_network_trains_and_is_saved_as_it_is(train: Callable[..., Path],  # noqa: F811
-                                                         monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def test_a_compiled_network_trains_and_is_saved_as_it_is(
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+) -> None:
     """By what --dynamo_backend of `accelerate launch` sets; compiled goes on plain, and plain compiled."""
     line = SIX + "--adam_epsilon 1e-4 --validation_steps 3 --validation_samples 2"
-    args = launch_command_parser().parse_args(["--dynamo_backend", "eager", "--num_processes", "1", "x.py"])
+    args = launch_command_parser().parse_args(
+        ["--dynamo_backend", "eager", "--num_processes", "1", "x.py"]
+    )
     args, _, _ = _validate_launch_command(args)
     compiled = prepare_simple_launcher_cmd_env(args)[1]["ACCELERATE_DYNAMO_BACKEND"]
     assert compiled == "EAGER"
@@ -470,7 +711,11 @@ def test_a_compiled_network_trains_and_is_saved_as_it_is(train: Callable[..., Pa
     assert frames > 0
     for name, backend in (("plain", compiled), ("compiled", "no")):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-        resumed = train(script, f"{line} --resume_from_checkpoint {folders[name] / 'checkpoint-4'}", f"{name}-resumed")
+        resumed = train(
+            script,
+            f"{line} --resume_from_checkpoint {folders[name] / 'checkpoint-4'}",
+            f"{name}-resumed",
+        )
         assert apart(weights(folders["plain"]), weights(resumed)) < 1e-6
     plain, other = (folder / "checkpoint-6" for folder in folders.values())
     assert {path.name for path in plain.iterdir()} == {path.name for path in other.iterdir()}
@@ -479,28 +724,44 @@ def test_a_compiled_network_trains_and_is_saved_as_it_is(train: Callable[..., Pa
     torch._dynamo.reset()
 
 
-def test_optimizers(train: Callable[..., Path]) -> None:  # noqa: F811
+def test_optimizers(train: Callable[..., Path]) -> None:
     line = f"{SIX} --adam_epsilon 1e-4 --optimizer "
-    plain, fused = (weights(train("classifier", line + name, name)) for name in ("adamw", "adamw_fused"))
+    plain, fused = (
+        weights(train("classifier", line + name, name)) for name in ("adamw", "adamw_fused")
+    )
     assert 0 < apart(plain, fused) < 1e-6
     if not find_spec("bitsandbytes"):
-        with pytest.raises(SystemExit, match="--optimizer adamw_8bit needs bitsandbytes .pip install bitsandbytes"):
+        with pytest.raises(
+            SystemExit, match="--optimizer adamw_8bit needs bitsandbytes .pip install bitsandbytes"
+        ):
             train("classifier", "--max_train_steps 1 --optimizer adamw_8bit", "8bit")
         return
     whole = train("classifier", line + "adamw_8bit", "8bit")
     assert 0 < apart(plain, weights(whole)) < 0.02
-    resumed = train("classifier", f"{line} adamw_8bit --resume_from_checkpoint {whole / 'checkpoint-4'}", "resumed")
+    resumed = train(
+        "classifier",
+        f"{line} adamw_8bit --resume_from_checkpoint {whole / 'checkpoint-4'}",
+        "resumed",
+    )
     assert apart(weights(whole), weights(resumed)) == 0
 
 
-def test_cached_images_are_the_same_images(train: Callable[..., Path], place: SimpleNamespace) -> None:  # noqa: F811
+def test_cached_images_are_the_same_images(
+    train: Callable[..., Path], place: SimpleNamespace
+) -> None:
     split = datasets.load_dataset(str(place.folder))["train"]
     settings = {"resolution": 6, "random_flip": True, "random_shift": 1}
-    plain, cached = LabelledImages(split, **settings), LabelledImages(split, **settings, cache_images=True)
+    plain, cached = (
+        LabelledImages(split, **settings),
+        LabelledImages(split, **settings, cache_images=True),
+    )
     for seed in range(3):
         for i in range(5):
             one, other = plain[i, seed], cached[i, seed]
-            assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["label"] == other["label"]
+            assert (
+                torch.equal(one["pixel_values"], other["pixel_values"])
+                and one["label"] == other["label"]
+            )
     begun = time.process_time()
     for seed in range(20):
         _ = cached[0, seed]
@@ -508,5 +769,12 @@ def test_cached_images_are_the_same_images(train: Callable[..., Path], place: Si
     for seed in range(20):
         _ = plain[0, seed]
     assert seconds < time.process_time() - begun
-    assert apart(*(weights(train("classifier", "--max_train_steps 14 " + more, more[2:] or "plain"))
-                                  for more in ("", "--cache_images"))) == 0
+    assert (
+        apart(
+            *(
+                weights(train("classifier", "--max_train_steps 14 " + more, more[2:] or "plain"))
+                for more in ("", "--cache_images")
+            )
+        )
+        == 0
+    )

@@ -45,18 +45,33 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def make(pipeline: ClassifierGuidedPipeline, tmp_path: Path) -> Make:  # noqa: F811
+def make(pipeline: ClassifierGuidedPipeline, tmp_path: Path) -> Make:
     """Ten images in four shards of two batches each, into a folder of that name."""
+
     def function(name: str, **changed: Any) -> Any:
-        return sample_to_folder(pipeline, [0, "coat", "7"], tmp_path / name, **{
-            "num_images": 10, "batch_size": 2, "shard_size": 3, "num_inference_steps": 2, "progress": False,
-            **changed})
+        return sample_to_folder(
+            pipeline,
+            [0, "coat", "7"],
+            tmp_path / name,
+            **{
+                "num_images": 10,
+                "batch_size": 2,
+                "shard_size": 3,
+                "num_inference_steps": 2,
+                "progress": False,
+                **changed,
+            },
+        )
 
     return function
 
 
-def files(folder: Path) -> dict[str, bytes]:  # noqa: F811
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 class Crash(BaseException):
@@ -86,8 +101,9 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_run_that_dies_at_any_moment_goes_on(format: str, make: Make, tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_dies_at_any_moment_goes_on(
+    format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"format": format, "num_images": 5, "num_inference_steps": 1}
     make("whole", **settings)
     whole, moved = files(tmp_path / "whole"), 0
@@ -101,14 +117,20 @@ def test_a_run_that_dies_at_any_moment_goes_on(format: str, make: Make, tmp_path
         assert sum(name.endswith(".partial") for name in before) == 1
         images = {".shards/00000.json": 3, ".shards/00001.json": 2, ".shards/samples.json": 5}
         made = make("parts", **settings)
-        assert made.images == 5 and made.before == min(5, sum(images.get(name, 0) for name in before))
+        assert made.images == 5 and made.before == min(
+            5, sum(images.get(name, 0) for name in before)
+        )
         assert files(tmp_path / "parts") == whole, f"killed at file {moved}"
         shutil.rmtree(tmp_path / "parts")
         moved += 1
-    assert moved == {"imagefolder": 5 + 2 + 3, "parquet": 2 + 2 + 3, "npz": 2 + 2 + 2 + 3}[format]  # 3: the manifest
+    assert (
+        moved == {"imagefolder": 5 + 2 + 3, "parquet": 2 + 2 + 3, "npz": 2 + 2 + 2 + 3}[format]
+    )  # 3: the manifest
 
 
-def test_killed_again_and_again(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_again_and_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each start makes one shard, and dies."""
     make("whole")
     for _ in range(3):
@@ -121,13 +143,21 @@ def test_killed_again_and_again(make: Make, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_other_batches_and_shards_make_the_same_images(format: str, make: Make, tmp_path: Path,
-                                                       pipeline: ClassifierGuidedPipeline) -> None:  # noqa: F811
+def test_other_batches_and_shards_make_the_same_images(
+    format: str, make: Make, tmp_path: Path, pipeline: ClassifierGuidedPipeline
+) -> None:
     """As `sample` makes them one by one, up to rounding; in the order of their numbers."""
-    expected = [np.asarray(image, int) for i in range(10) for _, images in sample(
-        pipeline, [0, 1, 2], 0, 1, [i], num_inference_steps=2) for image in images]
-    for name, sizes in {"a": {}, "b": {"batch_size": 3, "shard_size": 7}, "c": {"batch_size": 4, "shard_size": 99}
-                        }.items():
+    expected = [
+        np.asarray(image, int)
+        for i in range(10)
+        for _, images in sample(pipeline, [0, 1, 2], 0, 1, [i], num_inference_steps=2)
+        for image in images
+    ]
+    for name, sizes in {
+        "a": {},
+        "b": {"batch_size": 3, "shard_size": 7},
+        "c": {"batch_size": 4, "shard_size": 99},
+    }.items():
         make(name, format=format, **sizes)
         found, labels = read(tmp_path / name, format)
         assert labels == [i % 3 for i in range(10)]
@@ -151,32 +181,75 @@ def read(place: Path, format: str) -> tuple[np.ndarray, list[int]]:
     ids = {name: i for i, name in NAMES.items()}
     found = sorted(zip(numbers, rows, strict=True), key=lambda pair: pair[0])
     assert sorted(numbers) == list(range(10))
-    return (np.stack([np.asarray(row["image"], int) for _, row in found]),
-            [ids[rows.features["label"].names[row["label"]]] for _, row in found])
+    return (
+        np.stack([np.asarray(row["image"], int) for _, row in found]),
+        [ids[rows.features["label"].names[row["label"]]] for _, row in found],
+    )
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
-def test_an_image_has_its_own_noise_in_every_step(scheduler: type, pipeline: ClassifierGuidedPipeline,  # noqa: F811
-                                                  ) -> None:
-    stochastic = ClassifierGuidedPipeline(pipeline.unet, scheduler.from_config(pipeline.scheduler.config),
-                                          pipeline.classifier)
+def test_an_image_has_its_own_noise_in_every_step(
+    scheduler: type,
+    pipeline: ClassifierGuidedPipeline,
+) -> None:
+    stochastic = ClassifierGuidedPipeline(
+        pipeline.unet, scheduler.from_config(pipeline.scheduler.config), pipeline.classifier
+    )
     stochastic.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 3, "output_type": "latent"}
-    together = [image for _, images in sample(stochastic, [0, 1], 3, 4, range(4), **call) for image in images]
-    alone = [image for _, images in sample(stochastic, [0, 1], 3, 1, range(4), **call) for image in images]
-    other = [image for _, images in sample(stochastic, [0, 1], 4, 1, range(4), **call) for image in images]
+    together = [
+        image
+        for _, images in sample(stochastic, [0, 1], 3, 4, range(4), **call)
+        for image in images
+    ]
+    alone = [
+        image
+        for _, images in sample(stochastic, [0, 1], 3, 1, range(4), **call)
+        for image in images
+    ]
+    other = [
+        image
+        for _, images in sample(stochastic, [0, 1], 4, 1, range(4), **call)
+        for image in images
+    ]
     for one, another, different in zip(together, alone, other, strict=True):
         torch.testing.assert_close(one, another, atol=1e-4, rtol=1e-4)
         assert (one - different).abs().max() > 0.1
 
 
-def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProcess:  # noqa: F811
+def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProcess:
     """By two processes, with a time limit, and nothing left behind."""
     launcher = "torch.distributed.run --standalone --nproc_per_node 2"
-    line = [sys.executable, "-m", *launcher.split(), "-m", "guided_diffusers", "sample", "--model", folder, "--label",
-            "all", "--device", "cpu", "--num-images", "10", "--batch-size", "2", "--shard-size", "3",
-            "--num-inference-steps", "2", "--format", "parquet", "--output", str(output), *more]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    line = [
+        sys.executable,
+        "-m",
+        *launcher.split(),
+        "-m",
+        "guided_diffusers",
+        "sample",
+        "--model",
+        folder,
+        "--label",
+        "all",
+        "--device",
+        "cpu",
+        "--num-images",
+        "10",
+        "--batch-size",
+        "2",
+        "--shard-size",
+        "3",
+        "--num-inference-steps",
+        "2",
+        "--format",
+        "parquet",
+        "--output",
+        str(output),
+        *more,
+    ]
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -189,22 +262,48 @@ def launched(folder: str, output: Path, *more: str) -> subprocess.CompletedProce
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
-def test_two_processes_make_what_one_makes_also_after_one_failed(folder: str, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_make_what_one_makes_also_after_one_failed(
+    folder: str, tmp_path: Path
+) -> None:
     in_the_way = tmp_path / "two" / "data" / "train-00001-of-00004.parquet"  # of the second process
-    run(folder, "--label", "all", "--num-images", "10", "--batch-size", "2", "--shard-size", "3",
-        "--num-inference-steps", "2", "--format", "parquet", "--output", str(tmp_path / "two"), "--device", "cpu")
+    run(
+        folder,
+        "--label",
+        "all",
+        "--num-images",
+        "10",
+        "--batch-size",
+        "2",
+        "--shard-size",
+        "3",
+        "--num-inference-steps",
+        "2",
+        "--format",
+        "parquet",
+        "--output",
+        str(tmp_path / "two"),
+        "--device",
+        "cpu",
+    )
     whole = files(tmp_path / "two")
     for path in [*(tmp_path / "two" / "data").iterdir(), *(tmp_path / "two" / ".shards").iterdir()]:
         path.unlink()
     in_the_way.mkdir()
     failed = launched(folder, tmp_path / "two")
-    assert failed.returncode != 0 and f"{in_the_way} can't be written: Is a directory" in failed.stderr
+    assert (
+        failed.returncode != 0 and f"{in_the_way} can't be written: Is a directory" in failed.stderr
+    )
     in_the_way.rmdir()
     there = len(list((tmp_path / "two" / ".shards").iterdir()))
-    assert there < 4 and json.loads((tmp_path / "two" / "manifest.json").read_text())["complete"] is False
+    assert (
+        there < 4
+        and json.loads((tmp_path / "two" / "manifest.json").read_text())["complete"] is False
+    )
     second = launched(folder, tmp_path / "two")
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("10 images of boot, coat, 7 (DDIMScheduler, seed 0) in ") == 1  # of the main process
+    assert (
+        second.stdout.count("10 images of boot, coat, 7 (DDIMScheduler, seed 0) in ") == 1
+    )  # of the main process
     assert " by 2 processes: " in second.stdout
     assert files(tmp_path / "two") == whole
 
@@ -223,12 +322,24 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize(("format", "name"), [
-    ("imagefolder", "coat/000004.png"), ("parquet", "data/train-00002-of-00004.parquet"), ("npz", "samples.npz"),
-    ("npz", ".shards/00001.npy"), ("imagefolder", ".shards/00002.json"),
-])
-def test_a_broken_file_is_made_again(format: str, name: str, damage: Callable[[Path], None], make: Make, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("imagefolder", "coat/000004.png"),
+        ("parquet", "data/train-00002-of-00004.parquet"),
+        ("npz", "samples.npz"),
+        ("npz", ".shards/00001.npy"),
+        ("imagefolder", ".shards/00002.json"),
+    ],
+)
+def test_a_broken_file_is_made_again(
+    format: str,
+    name: str,
+    damage: Callable[[Path], None],
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = make("whole", format=format) and files(tmp_path / "whole")
     if name.endswith(".npy"):  # there before they are joined
         with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -244,13 +355,22 @@ def test_a_broken_file_is_made_again(format: str, name: str, damage: Callable[[P
     if damage is flip_a_bit and name.endswith(".json"):
         return  # it may still be read, as another size or name, or not
     assert made.before == {"samples.npz": 0}.get(name, 7)
-    if not (damage is Path.unlink and name.endswith(".json")):  # else it looks as if it was never written
-        reason = {cut: "has .* bytes of ", flip_a_bit: "isn't as it was written", Path.unlink: "No such file"}[damage]
-        assert len(said) == 1 and re.search("made again: .*" + ("" if name.endswith(".json") else reason), said[0])
+    if not (
+        damage is Path.unlink and name.endswith(".json")
+    ):  # else it looks as if it was never written
+        reason = {
+            cut: "has .* bytes of ",
+            flip_a_bit: "isn't as it was written",
+            Path.unlink: "No such file",
+        }[damage]
+        assert len(said) == 1 and re.search(
+            "made again: .*" + ("" if name.endswith(".json") else reason), said[0]
+        )
 
 
-def test_broken_images_make_the_folder_incomplete_until_they_are_there(make: Make, tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_images_make_the_folder_incomplete_until_they_are_there(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("a")
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"] is True
     (tmp_path / "a" / "boot" / "000000.png").unlink()
@@ -259,16 +379,25 @@ def test_broken_images_make_the_folder_incomplete_until_they_are_there(make: Mak
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"] is False
 
 
-def test_a_run_of_other_settings_is_refused(make: Make, pipeline: ClassifierGuidedPipeline,  # noqa: F811
-                                            tmp_path: Path) -> None:
+def test_a_run_of_other_settings_is_refused(
+    make: Make,
+    pipeline: ClassifierGuidedPipeline,
+    tmp_path: Path,
+) -> None:
     make("a", guidance_scale=2.0)
     before = files(tmp_path / "a")
-    for changed, message in (({"seed": 1}, "seed is 0, here 1"), ({"num_images": 11}, "num_images is 10, here 11"),
-                             ({"guidance_scale": 3.0}, "guidance_scale is 2.0, here 3.0"),
-                             ({"batch_size": 1, "eta": 0.5}, "batch_size is 2, here 1; eta is None, here 0.5"),
-                             ({"format": "npz"}, "format is imagefolder, here npz"),
-                             ({"revision": "b" * 40, "model": "user/b"}, "model is .*; revision is sha")):
-        with pytest.raises(ValueError, match=r"manifest.json is of a run with other settings.*: " + message + ".*Use"):
+    for changed, message in (
+        ({"seed": 1}, "seed is 0, here 1"),
+        ({"num_images": 11}, "num_images is 10, here 11"),
+        ({"guidance_scale": 3.0}, "guidance_scale is 2.0, here 3.0"),
+        ({"batch_size": 1, "eta": 0.5}, "batch_size is 2, here 1; eta is None, here 0.5"),
+        ({"format": "npz"}, "format is imagefolder, here npz"),
+        ({"revision": "b" * 40, "model": "user/b"}, "model is .*; revision is sha"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"manifest.json is of a run with other settings.*: " + message + ".*Use",
+        ):
             make("a", **{"guidance_scale": 2.0, **changed})
     pipeline.scheduler.register_to_config(beta_end=0.03)
     try:
@@ -295,30 +424,49 @@ def test_a_folder_of_something_else_is_refused(make: Make, tmp_path: Path) -> No
     make("b")
     (tmp_path / "b" / "manifest.json").write_text('{"seed": 0, "num_im')
     before = files(tmp_path / "b")
-    with pytest.raises(ValueError, match="b/manifest.json can't be read .*another folder is allowed"):
+    with pytest.raises(
+        ValueError, match="b/manifest.json can't be read .*another folder is allowed"
+    ):
         make("b")
     assert files(tmp_path / "b") == before
 
 
 def test_wrong_arguments_of_python(make: Make, tmp_path: Path) -> None:
-    for changed, message in (({"num_images": 0}, "num_images=0: at least 1"), ({"shard_size": 0}, "shard_size=0: at"),
-                             ({"batch_size": 4}, "batch_size=4: at most shard_size=3 is allowed"),
-                             ({"format": "zip"}, "format='zip': imagefolder, parquet, npz are allowed")):
+    for changed, message in (
+        ({"num_images": 0}, "num_images=0: at least 1"),
+        ({"shard_size": 0}, "shard_size=0: at"),
+        ({"batch_size": 4}, "batch_size=4: at most shard_size=3 is allowed"),
+        ({"format": "zip"}, "format='zip': imagefolder, parquet, npz are allowed"),
+    ):
         with pytest.raises(ValueError, match=message):
             make("a", **changed)
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--output", "x.png", "--format", "npz"], "--format npz: --output x.png is a picture"),
-    (["--output", "x.png", "--shard-size", "9"], "--shard-size 9: --output x.png is a picture"),
-    (["--output", "x", "--shard-size", "0"], "--shard-size 0: at least 1"),
-    (["--output", "x", "--batch-size", "9", "--shard-size", "3"], "batch_size=9: at most shard_size=3"),
-    (["--output", "x", "--diagnostics", "y.txt"], "y.txt: a name that ends with .json, .png"),
-    (["--output", "x", "--revision", "v1"], "--revision v1: only a model of the Hub has revisions"),
-])
-def test_wrong_arguments_of_the_program(arguments: list[str], message: str, folder: str, tmp_path: Path,  # noqa: F811
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--output", "x.png", "--format", "npz"], "--format npz: --output x.png is a picture"),
+        (["--output", "x.png", "--shard-size", "9"], "--shard-size 9: --output x.png is a picture"),
+        (["--output", "x", "--shard-size", "0"], "--shard-size 0: at least 1"),
+        (
+            ["--output", "x", "--batch-size", "9", "--shard-size", "3"],
+            "batch_size=9: at most shard_size=3",
+        ),
+        (["--output", "x", "--diagnostics", "y.txt"], "y.txt: a name that ends with .json, .png"),
+        (
+            ["--output", "x", "--revision", "v1"],
+            "--revision v1: only a model of the Hub has revisions",
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_program(
+    arguments: list[str],
+    message: str,
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         run(folder, "--label", "all", *arguments)
@@ -326,11 +474,15 @@ def test_wrong_arguments_of_the_program(arguments: list[str], message: str, fold
 
 
 @pytest.mark.parametrize("size", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_that_do_not_find_each_other_are_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_find_each_other_are_refused(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(size, "2")
     state = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
-    with pytest.raises(ValueError, match="says that 2 processes were started, and 1 found each other"):
+    with pytest.raises(
+        ValueError, match="says that 2 processes were started, and 1 found each other"
+    ):
         team("cpu")
     state.num_processes = 2
     assert team("cpu") is team(None) is state
@@ -338,28 +490,43 @@ def test_processes_that_do_not_find_each_other_are_refused(size: str, monkeypatc
         team("cuda")
 
 
-def test_several_processes_are_refused_what_is_for_one(folder: str, tmp_path: Path,  # noqa: F811
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused_what_is_for_one(
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for arguments, message in ((["--output", "x.png"], "a picture is made by one process"),
-                               (["--output", "x", "--diagnostics", "y.json"],
-                                "--diagnostics y.json: 2 processes were started, .* one process is allowed"),
-                               (["--output", "x", "--device", "cuda:1"], "each has its own; cuda is allowed")):
+    for arguments, message in (
+        (["--output", "x.png"], "a picture is made by one process"),
+        (
+            ["--output", "x", "--diagnostics", "y.json"],
+            "--diagnostics y.json: 2 processes were started, .* one process is allowed",
+        ),
+        (["--output", "x", "--device", "cuda:1"], "each has its own; cuda is allowed"),
+    ):
         with pytest.raises(SystemExit, match=message):
             run(folder, "--label", "all", *arguments)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_loses_nothing(format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_nothing(
+    format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("whole", format=format)
-    shard = {"parquet": "data/train-00001-of-00004.parquet", "npz": ".shards/00001.npy",
-             "imagefolder": "boot/000003.png"}[format]
+    shard = {
+        "parquet": "data/train-00001-of-00004.parquet",
+        "npz": ".shards/00001.npy",
+        "imagefolder": "boot/000003.png",
+    }[format]
     with dying(monkeypatch, after=3):  # the manifest twice, the first shard, but not its note
         make("parts", format=format)
     make_rest, before = make, files(tmp_path / "parts")
     first = {name for name in before if not name.endswith(".partial") and "manifest" not in name}
     assert len(first) == 1
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{shard} can't be written: File too large"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=f"{shard} can't be written: File too large"),
+    ):
         writes = Shards.write
 
         def write(self: Shards, number: int, content: list) -> None:
@@ -369,9 +536,16 @@ def test_a_full_disk_loses_nothing(format: str, make: Make, tmp_path: Path, monk
         patch.setattr(Shards, "write", write)
         make_rest("parts", format=format)
     there = files(tmp_path / "parts")
-    assert ".shards/00000.json" in there and shard not in there and not [n for n in there if n.endswith(".partial")]
+    assert (
+        ".shards/00000.json" in there
+        and shard not in there
+        and not [n for n in there if n.endswith(".partial")]
+    )
     if format == "npz":  # all shards fit, what they are put together to doesn't
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="samples.npz can't be written: File too"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match="samples.npz can't be written: File too"),
+        ):
             join = Shards._join
 
             def smaller(self: Shards, path: Path) -> None:
@@ -385,9 +559,14 @@ def test_a_full_disk_loses_nothing(format: str, make: Make, tmp_path: Path, monk
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_the_program_says_that_the_disk_is_full_in_a_line(folder: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_program_says_that_the_disk_is_full_in_a_line(folder: str, tmp_path: Path) -> None:
     limited = files_of_at_most(60)
-    with limited, pytest.raises(SystemExit, match=r"^guided-diffusers sample: .*manifest.json can't be written: File"):
+    with (
+        limited,
+        pytest.raises(
+            SystemExit, match=r"^guided-diffusers sample: .*manifest.json can't be written: File"
+        ),
+    ):
         run(folder, "--label", "all", "--output", str(tmp_path / "a"))
     assert files(tmp_path / "a") == {}
 
@@ -398,7 +577,10 @@ def test_the_program_says_that_the_disk_is_full_in_a_line(folder: str, tmp_path:
 def test_an_archive_is_joined_in_little_memory(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     written = Shards(tmp_path, "npz", ["a", "b"], [0, 1], 1900, 100)
-    parts = [draw.integers(0, 256, (min(100, 1900 - first), 32, 32, 3), np.uint8) for first in range(0, 1900, 100)]
+    parts = [
+        draw.integers(0, 256, (min(100, 1900 - first), 32, 32, 3), np.uint8)
+        for first in range(0, 1900, 100)
+    ]
     for number, part in enumerate(parts):
         written.write(number, list(part))
     tracemalloc.start()
@@ -427,11 +609,15 @@ def test_names_are_apart_also_those_that_clash_with_a_numbered_one() -> None:
     assert unique(["a", "b", "a 0"]) == ["a", "b", "a 0"]
     names = ["a/b", "a-b", "A-b", "a-b 0", ".x", "-x", "Boot", "boot", "coat"]
     found = folder_names(names)
-    assert len({name.casefold() for name in found}) == len(names)  # folders of one name, where capitals don't count
+    assert len({name.casefold() for name in found}) == len(
+        names
+    )  # folders of one name, where capitals don't count
     assert found[-1] == "coat" and not {char for name in found for char in name} & set("/\\.")
 
 
-def test_the_hash_of_a_model_is_that_of_its_content(pipeline: ClassifierGuidedPipeline, folder: str) -> None:  # noqa: F811
+def test_the_hash_of_a_model_is_that_of_its_content(
+    pipeline: ClassifierGuidedPipeline, folder: str
+) -> None:
     loaded = ClassifierGuidedPipeline.from_pretrained(folder)
     assert weights_hash(loaded) == weights_hash(pipeline)
     assert module_hash(loaded.classifier) == module_hash(pipeline.classifier)
@@ -440,8 +626,11 @@ def test_the_hash_of_a_model_is_that_of_its_content(pipeline: ClassifierGuidedPi
     assert module_hash(loaded.classifier) != module_hash(pipeline.classifier)
 
 
-def test_the_manifest_names_the_commit_of_a_model_of_the_hub(folder: str, tmp_path: Path,  # noqa: F811
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_names_the_commit_of_a_model_of_the_hub(
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """From a cache as the Hub's client leaves it, offline."""
     from huggingface_hub import constants
 
@@ -467,19 +656,28 @@ def test_differences() -> None:
     assert not list(differences(one, one))
 
 
-def test_progress_is_said_unless_it_is_turned_off(make: Make, capsys: pytest.CaptureFixture) -> None:
+def test_progress_is_said_unless_it_is_turned_off(
+    make: Make, capsys: pytest.CaptureFixture
+) -> None:
     make("a", progress=True)
     said = capsys.readouterr().err
-    assert "10/10" in said and "image/s" in said and "00:00<" in said and "2/2" not in said  # no bar a batch
+    assert (
+        "10/10" in said and "image/s" in said and "00:00<" in said and "2/2" not in said
+    )  # no bar a batch
     make("a", progress=True)
     assert "checking" in capsys.readouterr().err
     make("b")
     assert not capsys.readouterr().err
 
 
-def test_a_run_warns_once_not_once_a_batch(pipeline: ClassifierGuidedPipeline, tmp_path: Path,  # noqa: F811
-                                           caplog: pytest.LogCaptureFixture) -> None:
-    clipping = ClassifierGuidedPipeline(pipeline.unet, DDIMScheduler(clip_sample=True), pipeline.classifier)
+def test_a_run_warns_once_not_once_a_batch(
+    pipeline: ClassifierGuidedPipeline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clipping = ClassifierGuidedPipeline(
+        pipeline.unet, DDIMScheduler(clip_sample=True), pipeline.classifier
+    )
     clipping.set_progress_bar_config(disable=True)
 
     def said() -> int:
@@ -488,8 +686,16 @@ def test_a_run_warns_once_not_once_a_batch(pipeline: ClassifierGuidedPipeline, t
         return found
 
     for name in ("a", "b"):  # each run says it
-        sample_to_folder(clipping, [0, 1], tmp_path / name, 6, batch_size=1, shard_size=2, num_inference_steps=1,
-                         progress=False)
+        sample_to_folder(
+            clipping,
+            [0, 1],
+            tmp_path / name,
+            6,
+            batch_size=1,
+            shard_size=2,
+            num_inference_steps=1,
+            progress=False,
+        )
         assert said() == 1
     for _ in sample(clipping, [0, 1], 0, 1, range(4), num_inference_steps=1):
         pass
@@ -510,41 +716,76 @@ def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> 
         outputs.write_json({}, tmp_path / "file" / "x.json")
 
 
-def test_a_label_that_is_a_mixture_is_refused(make: Make, pipeline: ClassifierGuidedPipeline,  # noqa: F811
-                                              tmp_path: Path) -> None:
+def test_a_label_that_is_a_mixture_is_refused(
+    make: Make,
+    pipeline: ClassifierGuidedPipeline,
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ValueError, match="one label an image is allowed"):
         sample_to_folder(pipeline, [{"boot": 0.5, "coat": 0.5}], tmp_path / "x", 2)
 
 
-def test_pictures_are_as_they_were(folder: str, tmp_path: Path) -> None:  # noqa: F811
+def test_pictures_are_as_they_were(folder: str, tmp_path: Path) -> None:
     """The images of a picture are those of a folder."""
     run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one.jpg"))
     run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one.png"))
     run(folder, "--label", "boot", "--num-images", "1", "--output", str(tmp_path / "one"))
-    with Image.open(tmp_path / "one.png") as picture, Image.open(tmp_path / "one" / "boot" / "000000.png") as image:
-        assert picture.size == (80, 80) and picture.resize((8, 8), 0).convert("L").tobytes() == image.tobytes()
+    with (
+        Image.open(tmp_path / "one.png") as picture,
+        Image.open(tmp_path / "one" / "boot" / "000000.png") as image,
+    ):
+        assert (
+            picture.size == (80, 80)
+            and picture.resize((8, 8), 0).convert("L").tobytes() == image.tobytes()
+        )
 
 
-def test_the_manifest_has_what_a_call_settled(folder: str) -> None:  # noqa: F811
+def test_the_manifest_has_what_a_call_settled(folder: str) -> None:
     """Of `guidance_every` and `guidance_tolerance` one turns the other's default off, and None is the default."""
     own = ClassifierGuidedPipeline.from_pretrained(folder)
-    own.register_to_config(defaults={**own.config.defaults, "guidance_tolerance": 0.05, "guidance_scale": 4.0})
+    own.register_to_config(
+        defaults={**own.config.defaults, "guidance_tolerance": 0.05, "guidance_scale": 4.0}
+    )
     assert settled(own, {})["guidance_tolerance"] == 0.05
     found = settled(own, {"guidance_every": 4, "guidance_scale": None, "conditional": None})
-    assert (found["guidance_every"], found["guidance_tolerance"], found["guidance_scale"]) == (4, None, 4.0)
+    assert (found["guidance_every"], found["guidance_tolerance"], found["guidance_scale"]) == (
+        4,
+        None,
+        4.0,
+    )
     assert found["conditional"] is None
     assert settled(own, {"guidance_tolerance": 0.1})["guidance_every"] == 1
 
 
-def test_the_program_guides_a_part_of_the_run_and_goes_on_with_any_scheduler(folder: str, tmp_path: Path,  # noqa: F811
-                                                                             ) -> None:
+def test_the_program_guides_a_part_of_the_run_and_goes_on_with_any_scheduler(
+    folder: str,
+    tmp_path: Path,
+) -> None:
     """DPM-Solver has an infinite number in its config, which JSON has not."""
-    common = ["--label", "boot", "--num-images", "2", "--scheduler", "dpmsolver", "--guidance-scale", "9"]
-    for name, more in (("whole", []), ("part", ["--guidance-start", "0.5", "--guidance-stop", "0.9"])):
+    common = [
+        "--label",
+        "boot",
+        "--num-images",
+        "2",
+        "--scheduler",
+        "dpmsolver",
+        "--guidance-scale",
+        "9",
+    ]
+    for name, more in (
+        ("whole", []),
+        ("part", ["--guidance-start", "0.5", "--guidance-stop", "0.9"]),
+    ):
         for _ in range(2):
             run(folder, *common, *more, "--output", str(tmp_path / name))
-    whole, part = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "part"))
+    whole, part = (
+        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "part")
+    )
     assert (whole["guidance_start"], whole["guidance_stop"]) == (0, 1)
     assert (part["guidance_start"], part["guidance_stop"]) == (0.5, 0.9) and part["complete"]
-    assert part["scheduler"]["lambda_min_clipped"] is None and "clip_sample" not in part["scheduler"]
-    assert files(tmp_path / "whole")["boot/000000.png"] != files(tmp_path / "part")["boot/000000.png"]
+    assert (
+        part["scheduler"]["lambda_min_clipped"] is None and "clip_sample" not in part["scheduler"]
+    )
+    assert (
+        files(tmp_path / "whole")["boot/000000.png"] != files(tmp_path / "part")["boot/000000.png"]
+    )

@@ -20,20 +20,46 @@ from guided_diffusers import ClassifierGuidedPipeline, source
 from guided_diffusers.source import code_of
 
 ROOT = Path(__file__).parents[1]
-SCHEDULERS = {"mean": "DDPM", "latent mean": "DDPM", "up-sampling": "DDPM", "flow": "FlowMatchEulerDiscrete",
-              "latent flow": "FlowMatchEulerDiscrete", "EDM": "EDMEuler", "consistency": "CMStochasticIterative",
-              "trigflow": "SCM", "second order": "KDPM2Discrete", "own memory": "CogVideoXDPM"}
+SCHEDULERS = {
+    "mean": "DDPM",
+    "latent mean": "DDPM",
+    "up-sampling": "DDPM",
+    "flow": "FlowMatchEulerDiscrete",
+    "latent flow": "FlowMatchEulerDiscrete",
+    "EDM": "EDMEuler",
+    "consistency": "CMStochasticIterative",
+    "trigflow": "SCM",
+    "second order": "KDPM2Discrete",
+    "own memory": "CogVideoXDPM",
+}
 KINDS = ("plain", "class-conditional", "latent", "spared", *SCHEDULERS)
 
 
 def make(kind: str) -> ClassifierGuidedPipeline:
     torch.manual_seed(0)
-    unet = UNet2DModel(8, 2 if kind == "up-sampling" else 1, 1, **BLOCKS,
-                       num_class_embeds=4 if kind == "class-conditional" or "latent" in kind else None)
-    vae = AutoencoderKL(1, 1, ("DownEncoderBlock2D",), ("UpDecoderBlock2D",), (4,), norm_num_groups=2,
-                        latent_channels=1) if "latent" in kind else None
+    unet = UNet2DModel(
+        8,
+        2 if kind == "up-sampling" else 1,
+        1,
+        **BLOCKS,
+        num_class_embeds=4 if kind == "class-conditional" or "latent" in kind else None,
+    )
+    vae = (
+        AutoencoderKL(
+            1,
+            1,
+            ("DownEncoderBlock2D",),
+            ("UpDecoderBlock2D",),
+            (4,),
+            norm_num_groups=2,
+            latent_channels=1,
+        )
+        if "latent" in kind
+        else None
+    )
     scheduler = getattr(diffusers, SCHEDULERS.get(kind, "DDIM") + "Scheduler")(
-        **{"clip_sample": False} if kind == "spared" else {})
+        **{"clip_sample": False} if kind == "spared" else {}
+    )
     defaults = {"guidance_algorithm": "mean"} if SCHEDULERS.get(kind) == "DDPM" else {}
     if kind == "class-conditional" or "latent" in kind:
         defaults["classifier_free_scale"] = 2.0
@@ -48,32 +74,63 @@ def call(pipeline: ClassifierGuidedPipeline, kind: str, **options: object) -> to
     if kind == "up-sampling":
         options["image"] = torch.zeros(1, 1, 4, 4)
     steps = 2 if kind == "trigflow" else 3  # all that its scheduler takes
-    return pipeline(["boot", {1: 0.5, 2: 0.5}] if kind == "plain" else ["boot", 1], num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(0), output_type="pt", **options).images
+    return pipeline(
+        ["boot", {1: 0.5, 2: 0.5}] if kind == "plain" else ["boot", 1],
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **options,
+    ).images
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_short_and_clean_and_has_no_more_than_its_pipeline_needs(kind: str, tmp_path: Path) -> None:
+def test_a_file_is_short_and_clean_and_has_no_more_than_its_pipeline_needs(
+    kind: str, tmp_path: Path
+) -> None:
     text = code_of(make(kind))
     assert len(text.splitlines()) < (1000 if kind == "spared" else 900)
     tree = ast.parse(text)
-    assert not any(node.level or (node.module or "").startswith("guided_diffusers") for node in ast.walk(tree)
-                   if isinstance(node, ast.ImportFrom))
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert not any(
+        node.level or (node.module or "").startswith("guided_diffusers")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    )
+    defined = {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
     latent = ("latent", "latent mean", "latent flow")
-    for name, kinds in (("posterior_variance", ("mean", "latent mean", "up-sampling")),
-                        ("low_resolution", ("up-sampling",)),
-                        ("decode", latent), ("NullGuidance", ("class-conditional", *latent)),
-                        ("rare_affine", ("EDM", "consistency", "trigflow")), ("own_stepper", ("own memory",)),
-                        ("Splitting", ("spared",)), ("Sparing", ("spared",)),
-                        ("is_flow", ("flow", "latent flow")), ("EnergyGuidance", ()), ("save", ())):
+    for name, kinds in (
+        ("posterior_variance", ("mean", "latent mean", "up-sampling")),
+        ("low_resolution", ("up-sampling",)),
+        ("decode", latent),
+        ("NullGuidance", ("class-conditional", *latent)),
+        ("rare_affine", ("EDM", "consistency", "trigflow")),
+        ("own_stepper", ("own memory",)),
+        ("Splitting", ("spared",)),
+        ("Sparing", ("spared",)),
+        ("is_flow", ("flow", "latent flow")),
+        ("EnergyGuidance", ()),
+        ("save", ()),
+    ):
         assert (name in defined) == (kind in kinds), name
     assert "Generate images of a label" in text
     assert ("num_images_per_label: consecutive images" in text) == (
-        kind not in (*latent, "up-sampling", "spared"))  # which have no room for that
+        kind not in (*latent, "up-sampling", "spared")
+    )  # which have no room for that
     (tmp_path / "file.py").write_text(text)
-    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml",
-                          tmp_path / "file.py"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--config",
+            ROOT / "pyproject.toml",
+            tmp_path / "file.py",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if "No module named ruff" not in run.stderr:
         assert run.returncode == 0, run.stdout
 
@@ -138,10 +195,18 @@ save_file({kind: value.contiguous() for kind, value in images.items()}, "theirs.
 json.dump(errors, open("errors.json", "w"))
 """
 EXCHANGED = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler")
-REFUSED = ("IPNDMScheduler", "SASolverScheduler", "KDPM2DiscreteScheduler", "ScoreSdeVeScheduler", "SCMScheduler")
+REFUSED = (
+    "IPNDMScheduler",
+    "SASolverScheduler",
+    "KDPM2DiscreteScheduler",
+    "ScoreSdeVeScheduler",
+    "SCMScheduler",
+)
 
 
-def test_without_the_package_images_are_the_same_and_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_without_the_package_images_are_the_same_and_what_is_not_there_is_refused(
+    tmp_path: Path,
+) -> None:
     ours = {}
     for kind in KINDS:
         pipeline = make(kind)
@@ -155,21 +220,34 @@ def test_without_the_package_images_are_the_same_and_what_is_not_there_is_refuse
             pipeline.scheduler = DDIMScheduler()
             ours[kind + " DDIM"] = call(pipeline, kind)
     ours["after all others"] = ours["EDM"]  # Diffusers has one module for all local pipelines
-    definition = inspect.getsource(call).replace("pipeline: ClassifierGuidedPipeline, kind: str, **options: object",
-                                                 "pipeline, kind, **options")
-    names = "\n".join(f"{name} = {globals()[name]!r}" for name in ("KINDS", "SCHEDULERS", "EXCHANGED", "REFUSED"))
+    definition = inspect.getsource(call).replace(
+        "pipeline: ClassifierGuidedPipeline, kind: str, **options: object",
+        "pipeline, kind, **options",
+    )
+    names = "\n".join(
+        f"{name} = {globals()[name]!r}" for name in ("KINDS", "SCHEDULERS", "EXCHANGED", "REFUSED")
+    )
     script = WITHOUT.replace("CALL", names + "\n" + definition)
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True,
-                         timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     theirs = load_file(tmp_path / "theirs.safetensors")
     assert theirs.keys() == ours.keys()
     for name, images in ours.items():
         assert torch.equal(images, theirs[name]), name
     errors = json.loads((tmp_path / "errors.json").read_text())
-    assert len(errors) == 10 + len(REFUSED) + 2 * len([kind for kind in theirs if kind.endswith(" DDIM")])
+    assert len(errors) == 10 + len(REFUSED) + 2 * len(
+        [kind for kind in theirs if kind.endswith(" DDIM")]
+    )
     for name, text in errors.items():
-        assert text.startswith("ImportError") and text.endswith("needs the package: pip install guided-diffusers"), name
+        assert text.startswith("ImportError") and text.endswith(
+            "needs the package: pip install guided-diffusers"
+        ), name
 
 
 def test_what_is_spared_must_be_in_the_source(monkeypatch: pytest.MonkeyPatch) -> None:

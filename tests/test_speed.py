@@ -57,10 +57,14 @@ class TinyCLIP(torch.nn.Module):
 
     def encode_image(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         t = torch.as_tensor(timestep, dtype=sample.dtype).expand(len(sample), 1) / 1000
-        return torch.nn.functional.normalize(self.layer(torch.cat([sample.flatten(1), t], dim=1)), dim=-1)
+        return torch.nn.functional.normalize(
+            self.layer(torch.cat([sample.flatten(1), t], dim=1)), dim=-1
+        )
 
     def encode_prompts(self, texts: list[str]) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.tensor([[len(text), 1.0, 2, 3, 4] for text in texts]), dim=-1)
+        return torch.nn.functional.normalize(
+            torch.tensor([[len(text), 1.0, 2, 3, 4] for text in texts]), dim=-1
+        )
 
 
 def terms(count: int) -> dict[str, ClassifierGuidance | NoiseAwareCLIPGuidance]:
@@ -69,27 +73,47 @@ def terms(count: int) -> dict[str, ClassifierGuidance | NoiseAwareCLIPGuidance]:
     small, each = small_classifier(), torch.arange(count)
     multi = small_classifier(problem_type="multi_label_classification")
     regressor = small_classifier(problem_type="regression")
-    return {"labels": ClassifierGuidance(small, (each % 3).tolist(), joint_temperature=1.5, marginal_temperature=0.5),
-            "one label": ClassifierGuidance(small, {"cat": 1.0, "owl": -0.5}, torch.linspace(0, 5, count)),
-            "multi": ClassifierGuidance(multi, [{int(i) % 3: 1.0, (int(i) + 1) % 3: 2.0} for i in each]),
-            "targets": ClassifierGuidance(regressor, target=torch.stack([each, -each, 2 * each], 1).double(), std=0.5),
-            "one target": ClassifierGuidance(regressor, target=1.5),
-            "clip": NoiseAwareCLIPGuidance(TinyCLIP(), ["a" * (int(i) + 1) for i in each])}
+    return {
+        "labels": ClassifierGuidance(
+            small, (each % 3).tolist(), joint_temperature=1.5, marginal_temperature=0.5
+        ),
+        "one label": ClassifierGuidance(
+            small, {"cat": 1.0, "owl": -0.5}, torch.linspace(0, 5, count)
+        ),
+        "multi": ClassifierGuidance(
+            multi, [{int(i) % 3: 1.0, (int(i) + 1) % 3: 2.0} for i in each]
+        ),
+        "targets": ClassifierGuidance(
+            regressor, target=torch.stack([each, -each, 2 * each], 1).double(), std=0.5
+        ),
+        "one target": ClassifierGuidance(regressor, target=1.5),
+        "clip": NoiseAwareCLIPGuidance(TinyCLIP(), ["a" * (int(i) + 1) for i in each]),
+    }
 
 
 def a_step(count: int, ratio: float = 1.0) -> Any:
-    return step_at(level_at(ratio), torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
+    return step_at(
+        level_at(ratio), torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    )
 
 
 # torch.compile
 
+
 def test_compiled_once_for_all_steps_labels_scales_and_calls() -> None:
     pipeline, calls = tiny_pipeline(), []
-    pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))  # as the sweep's
-    runs = [(["cat", "dog", "owl"], 20.0, 4), (["dog", "dog", {"cat": 1.0, "owl": -1.0}], [1.0, 30.0, 2.0], 7),
-            (["cat", "dog", "owl"], 5.0, 3)]
-    expected = [sample(pipeline, label, guidance_scale=scale, num_inference_steps=steps)
-                for label, scale, steps in runs]
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args: calls.append(len(args[0]))
+    )  # as the sweep's
+    runs = [
+        (["cat", "dog", "owl"], 20.0, 4),
+        (["dog", "dog", {"cat": 1.0, "owl": -1.0}], [1.0, 30.0, 2.0], 7),
+        (["cat", "dog", "owl"], 5.0, 3),
+    ]
+    expected = [
+        sample(pipeline, label, guidance_scale=scale, num_inference_steps=steps)
+        for label, scale, steps in runs
+    ]
     calls.clear()
     backend = Compilations()
     with optimize(pipeline, **COMPILED, backend=backend):
@@ -98,7 +122,9 @@ def test_compiled_once_for_all_steps_labels_scales_and_calls() -> None:
             assert (found - images).norm() < 1e-5 * images.norm()
             assert backend.count == 2  # the network, and the classifier's value and gradient
     assert calls == [3] * 14
-    assert torch.equal(sample(pipeline, *runs[0][:1], guidance_scale=20.0, num_inference_steps=4), expected[0])
+    assert torch.equal(
+        sample(pipeline, *runs[0][:1], guidance_scale=20.0, num_inference_steps=4), expected[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["labels", "multi", "targets", "clip"])
@@ -112,13 +138,18 @@ def test_value_and_gradient_in_one_are_those_apart(kind: str) -> None:
 
 def test_softplus_is_followed_though_not_compiled() -> None:
     classifier = small_classifier(pool="spatial")
-    term, step, backend = ClassifierGuidance(classifier, [0, 1], softplus=3.0), a_step(2), Compilations()
+    term, step, backend = (
+        ClassifierGuidance(classifier, [0, 1], softplus=3.0),
+        a_step(2),
+        Compilations(),
+    )
     expected = term.score(step)
     with gradients_in(classifier, compile=backend):
         assert torch.equal(term.score(step), expected) and not backend.count
 
 
 # chunks
+
 
 @pytest.mark.parametrize("kind", ["labels", "one label", "multi", "targets", "one target", "clip"])
 def test_a_gradient_in_chunks_is_the_same(kind: str) -> None:
@@ -142,11 +173,15 @@ def test_a_term_for_another_number_of_images_is_refused_in_chunks_too(kind: str)
 def peak(function: Callable[[], Any], folder: Path) -> int:
     """Bytes of the tensors above what was there before, at their most, as torch's allocator counts them."""
     function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
     profile.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    totals = [
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    ]
     return max(totals) - min(totals)
 
 
@@ -161,10 +196,13 @@ def test_chunks_take_less_memory(tmp_path: Path) -> None:
 
 # autocast
 
+
 def test_autocast_computes_in_bfloat16_and_gives_float32() -> None:
     term, step, seen = terms(4)["labels"], a_step(4), []
     expected = term.score(step)
-    term.module.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    term.module.conv_in.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
     with gradients_in(term.module, torch.bfloat16):
         found = term.score(step)
     cosine = torch.nn.functional.cosine_similarity(found.flatten(1), expected.flatten(1))
@@ -182,12 +220,22 @@ def test_autocast_computes_in_bfloat16_and_gives_float32() -> None:
 
 # together
 
+
 def test_optimized_is_saved_as_it_is_and_undone(tmp_path: Path) -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), small_classifier())
-    plain = {name: dict(vars(part)) for name, part in (("unet", pipeline.unet), ("classifier", pipeline.classifier))}
+    plain = {
+        name: dict(vars(part))
+        for name, part in (("unet", pipeline.unet), ("classifier", pipeline.classifier))
+    }
     expected = sample(pipeline, ["cat", "owl"], num_inference_steps=3)
-    chosen = optimize(pipeline, dtype=torch.bfloat16, channels_last=True, compile=True, chunk_size=1,
-                      backend=Compilations())
+    chosen = optimize(
+        pipeline,
+        dtype=torch.bfloat16,
+        channels_last=True,
+        compile=True,
+        chunk_size=1,
+        backend=Compilations(),
+    )
     assert len(chosen.on) == 7 and not chosen.off and str(chosen).count("as asked") == 7
     assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     pipeline.save_pretrained(tmp_path)
@@ -207,8 +255,11 @@ def test_optimize_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def on(*args: Any, **kwargs: Any) -> set[str]:
         with optimize(pipeline, *args, **kwargs) as chosen:
-            assert chosen.on.keys() | chosen.off.keys() == {f"{name}, {what}" for name in ("unet", "classifier")
-                                                            for what in ("autocast", "channels_last", "torch.compile")}
+            assert chosen.on.keys() | chosen.off.keys() == {
+                f"{name}, {what}"
+                for name in ("unet", "classifier")
+                for what in ("autocast", "channels_last", "torch.compile")
+            }
             return set(chosen.on)
 
     both = {"unet, autocast", "classifier, autocast"}
@@ -232,7 +283,12 @@ def test_optimize_counts_what_the_pipeline_asks(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "_seconds", lambda *args: 1.0)
     monkeypatch.setattr(speed, "computes_in_bfloat16", lambda device: True)
     interval = {"guidance_start": 0.5, "guidance_stop": 0.9}
-    for own, seconds in (({}, 1000), (interval, 400), ({"guidance_every": 4}, 250), ({"guidance_scale": 0.0}, 0)):
+    for own, seconds in (
+        ({}, 1000),
+        (interval, 400),
+        ({"guidance_every": 4}, 250),
+        ({"guidance_scale": 0.0}, 0),
+    ):
         pipeline.register_to_config(defaults=DEFAULTS | own)
         with optimize(pipeline, 100, 10, 50) as chosen:
             said = chosen.on | chosen.off
@@ -240,23 +296,36 @@ def test_optimize_counts_what_the_pipeline_asks(monkeypatch: pytest.MonkeyPatch)
             assert "of 1000 seconds" in said["unet, torch.compile"]
     pipeline.register_to_config(defaults=DEFAULTS | {"guidance_tolerance": 0.1})
     with optimize(pipeline, 10_000, 10, 50) as chosen:
-        assert "guidance_tolerance" in chosen.off["classifier, torch.compile"] and "unet, torch.compile" in chosen.on
+        assert (
+            "guidance_tolerance" in chosen.off["classifier, torch.compile"]
+            and "unet, torch.compile" in chosen.on
+        )
 
 
 def test_what_optimize_refuses() -> None:
     pipeline, alone = tiny_pipeline(), quiet(small_unet(), DDIMScheduler())
-    for call, message in (({"images": 0}, "images=0"), ({"steps": 0}, "steps=0"), ({"batch_size": 0}, "batch_size=0"),
-                          ({"chunk_size": 0}, "chunk_size=0"), ({"dtype": torch.float64}, "dtype=torch.float64")):
+    for call, message in (
+        ({"images": 0}, "images=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"dtype": torch.float64}, "dtype=torch.float64"),
+    ):
         with pytest.raises(ValueError, match=message):
             optimize(pipeline, **call)
-        assert "forward" not in vars(pipeline.unet) and "input_gradient" not in vars(pipeline.classifier)
+        assert "forward" not in vars(pipeline.unet) and "input_gradient" not in vars(
+            pipeline.classifier
+        )
     with optimize(alone, dtype=torch.bfloat16) as chosen:
         assert set(chosen.on) == {"unet, autocast"}
-    with pytest.raises(ValueError, match="chunk_size=4 has no effect: the pipeline has no classifier"):
+    with pytest.raises(
+        ValueError, match="chunk_size=4 has no effect: the pipeline has no classifier"
+    ):
         optimize(alone, chunk_size=4)
 
 
 # offloading
+
 
 def test_offloading_moves_no_model_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's hook sends away the one that came before, if there is one. Onto the CPU itself: no bytes move."""
@@ -290,7 +359,10 @@ def test_offloading_moves_no_model_between_steps(monkeypatch: pytest.MonkeyPatch
         assert sent_in_steps(pipeline) == 0
         assert torch.equal(sample(pipeline, ["cat", "owl"], num_inference_steps=3), expected)
     chosen.undo()
-    assert torch.equal(sample(pipeline, ["cat"], num_inference_steps=3), sample(plain, ["cat"], num_inference_steps=3))
+    assert torch.equal(
+        sample(pipeline, ["cat"], num_inference_steps=3),
+        sample(plain, ["cat"], num_inference_steps=3),
+    )
     with pytest.raises(ValueError, match="UNet2DModel is offloaded already"):
         optimize(pipeline, dtype=torch.bfloat16)
 
@@ -305,6 +377,7 @@ def test_offloading_moves_no_model_between_steps(monkeypatch: pytest.MonkeyPatch
 
 # accelerators
 
+
 class Waits(TorchDispatchMode):
     """Notes the operations for which an accelerator would make the host wait: copies to it that don't say otherwise."""
 
@@ -312,7 +385,9 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if op is torch.ops.aten._to_copy.default:
             to = torch.device(kwargs.get("device") or args[0].device)

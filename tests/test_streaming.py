@@ -52,7 +52,7 @@ def png(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def shards(place: SimpleNamespace) -> SimpleNamespace:  # noqa: F811
+def shards(place: SimpleNamespace) -> SimpleNamespace:
     """Digits in six Parquet files and in six tar files of different lengths, with held-out ones, and what is in them.
 
     Six files are a multiple of one, two and three processes, and not of four.
@@ -66,26 +66,50 @@ def shards(place: SimpleNamespace) -> SimpleNamespace:  # noqa: F811
     files = [f"train-{k:02d}" for k in range(6)] + ["test-00"]
     for name, start, size in zip(files, np.cumsum([0, *SIZES]), (*SIZES, 12), strict=True):
         part = slice(start, start + size)
-        rows = {"image": [{"bytes": image, "path": None} for image in images[part]], "label": labels[part]}
-        Dataset.from_dict(rows, features=features).to_parquet(root / "shards" / f"{name}.parquet", batch_size=4)
+        rows = {
+            "image": [{"bytes": image, "path": None} for image in images[part]],
+            "label": labels[part],
+        }
+        Dataset.from_dict(rows, features=features).to_parquet(
+            root / "shards" / f"{name}.parquet", batch_size=4
+        )
         with tarfile.open(root / "tars" / f"{name}.tar", "w") as file:
             for i in range(start, start + size):
-                fields = {"png": images[i], "cls": str(labels[i]).encode(),
-                          "json": json.dumps({"name": NAMES[labels[i]], "of": {"number": labels[i]}}).encode()}
+                fields = {
+                    "png": images[i],
+                    "cls": str(labels[i]).encode(),
+                    "json": json.dumps(
+                        {"name": NAMES[labels[i]], "of": {"number": labels[i]}}
+                    ).encode(),
+                }
                 for ending, content in fields.items():
                     member = tarfile.TarInfo(f"{i:05d}.{ending}")
                     member.size = len(content)
                     file.addfile(member, io.BytesIO(content))
-    return SimpleNamespace(parquet=root / "shards", tars=root / "tars", images=images, labels=labels,
-                           option=f"--train_data_dir {root / 'shards'}")
+    return SimpleNamespace(
+        parquet=root / "shards",
+        tars=root / "tars",
+        images=images,
+        labels=labels,
+        option=f"--train_data_dir {root / 'shards'}",
+    )
 
 
 def stream(path: Path, **settings: object) -> StreamedImages:
     return StreamedImages(load_splits(str(path), streaming=True)["train"], resolution=8, **settings)
 
 
-def batches(source: StreamedImages, last: int = 10**6, rank: int = 0, world: int = 1, seed: int = 0, size: int = 1,
-            window: int = 5, first: int = 0, position: dict[str, int] | None = None) -> StreamedBatches:
+def batches(
+    source: StreamedImages,
+    last: int = 10**6,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    size: int = 1,
+    window: int = 5,
+    first: int = 0,
+    position: dict[str, int] | None = None,
+) -> StreamedBatches:
     return StreamedBatches(source, window, size, seed, rank, world, first, last, position)
 
 
@@ -114,7 +138,9 @@ def test_each_image_once_an_epoch_in_total(shards: SimpleNamespace, kind: str, w
     source = stream(vars(shards)[kind])
     parts = [epochs(source, 3, rank=rank, world=world) for rank in range(world)]
     for epoch in range(3):
-        assert Counter(image for part in parts for image in part[epoch]) == Counter(shards.images[:48])
+        assert Counter(image for part in parts for image in part[epoch]) == Counter(
+            shards.images[:48]
+        )
     lengths = {len(part[0]) for part in parts}
     assert lengths == {12} if world == 4 else len(lengths) > 1 or world == 1
 
@@ -125,28 +151,47 @@ def test_the_order_depends_on_seed_and_epoch(shards: SimpleNamespace) -> None:
     assert epochs(stream(shards.parquet), 2) == [one, two]
     assert one != two and one != other
     starts = {shards.images[start]: k for k, start in enumerate(np.cumsum([0, *SIZES[:-1]]))}
-    plain = [[starts[image] for image in epoch if image in starts] for epoch in epochs(source, 2, window=1)]
+    plain = [
+        [starts[image] for image in epoch if image in starts]
+        for epoch in epochs(source, 2, window=1)
+    ]
     assert sorted(plain[0]) == list(range(6)) and plain[0] != plain[1]  # shards in another order
-    assert plain[0] != [starts[image] for image in epochs(source, 1, seed=1, window=1)[0] if image in starts]
+    assert plain[0] != [
+        starts[image] for image in epochs(source, 1, seed=1, window=1)[0] if image in starts
+    ]
     # without a window, a shard's images stay in a row; with one, they move within it, and no further
     for kept, moved in zip(epochs(source, 2, window=1), (one, two), strict=True):
         first = shards.images.index(kept[0])
         assert [shards.images.index(image) for image in kept[:5]] == list(range(first, first + 5))
-        assert all(sorted(kept[k:k + 5]) == sorted(moved[k:k + 5]) for k in range(0, 48, 5)) and kept != moved
-        orders = {tuple(kept[k:k + 5].index(image) for image in moved[k:k + 5]) for k in range(0, 45, 5)}
+        assert (
+            all(sorted(kept[k : k + 5]) == sorted(moved[k : k + 5]) for k in range(0, 48, 5))
+            and kept != moved
+        )
+        orders = {
+            tuple(kept[k : k + 5].index(image) for image in moved[k : k + 5])
+            for k in range(0, 45, 5)
+        }
         assert len(orders) > 5  # each window's own
 
 
 def test_seeds_are_those_of_positions_over_all_processes(shards: SimpleNamespace) -> None:
     source = stream(shards.parquet)
     for rank in range(2):
-        found = [seed for items in batches(source, 3, rank, 2, seed=7, size=4) for *_, seed in read(items)]
+        found = [
+            seed
+            for items in batches(source, 3, rank, 2, seed=7, size=4)
+            for *_, seed in read(items)
+        ]
         assert found == [7 * 1_000_003 + 8 * k + 4 * rank + i for k in range(3) for i in range(4)]
 
 
-@pytest.mark.parametrize(("kind", "rank", "world"), [
-    ("parquet", 0, 1), ("tars", 0, 1), ("parquet", 1, 2), ("parquet", 2, 4), ("tars", 3, 4)])
-def test_it_goes_on_from_any_batch(shards: SimpleNamespace, kind: str, rank: int, world: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rank", "world"),
+    [("parquet", 0, 1), ("tars", 0, 1), ("parquet", 1, 2), ("parquet", 2, 4), ("tars", 3, 4)],
+)
+def test_it_goes_on_from_any_batch(
+    shards: SimpleNamespace, kind: str, rank: int, world: int
+) -> None:
     """In the middle of a window, of a shard, across epochs: the same items, and the same positions, at once or again.
 
     Batches of 3 and windows of 5 have their borders everywhere.
@@ -167,7 +212,9 @@ def test_it_goes_on_from_any_batch(shards: SimpleNamespace, kind: str, rank: int
             assert resumed.position(j + 1) == positions[j]
 
 
-def test_only_two_windows_are_in_memory(shards: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_two_windows_are_in_memory(
+    shards: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, most, seen, original = stream(shards.parquet), 0, [], StreamedImages.shard_rows
 
     def counted(self: StreamedImages, shard: int, first: int = 0) -> Iterator[Row]:
@@ -183,7 +230,9 @@ def test_only_two_windows_are_in_memory(shards: SimpleNamespace, monkeypatch: py
             most = max(most, sum(type(thing) is Row for thing in gc.get_objects()))
     finally:
         gc.unfreeze()
-    assert len(seen) >= 120 and 6 <= most <= 2 * 6 + 2 * 2 + 1  # two windows, a batch, the one before, the next row
+    assert (
+        len(seen) >= 120 and 6 <= most <= 2 * 6 + 2 * 2 + 1
+    )  # two windows, a batch, the one before, the next row
 
 
 def test_a_process_without_a_row_ends(shards: SimpleNamespace) -> None:
@@ -195,50 +244,76 @@ def test_a_process_without_a_row_ends(shards: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars", "folder"])
-def test_items_are_those_of_labelled_images(shards: SimpleNamespace, place: SimpleNamespace,  # noqa: F811
-                                            kind: str) -> None:
+def test_items_are_those_of_labelled_images(
+    shards: SimpleNamespace,
+    place: SimpleNamespace,
+    kind: str,
+) -> None:
     path = place.folder if kind == "folder" else vars(shards)[kind]
-    settings = {"random_flip": True, "random_shift": 1, **({"label_column": "cls"} if kind == "tars" else {})}
+    settings = {
+        "random_flip": True,
+        "random_shift": 1,
+        **({"label_column": "cls"} if kind == "tars" else {}),
+    }
     plain = LabelledImages(load_splits(str(path))["train"], resolution=6, **settings)
-    source = StreamedImages(load_splits(str(path), streaming=True)["train"], resolution=6, **settings,
-                            labels=dict(enumerate(map(str, range(10)))) if kind == "tars" else None)
+    source = StreamedImages(
+        load_splits(str(path), streaming=True)["train"],
+        resolution=6,
+        **settings,
+        labels=dict(enumerate(map(str, range(10)))) if kind == "tars" else None,
+    )
     assert (source.id2label, source.channels) == (plain.id2label, plain.channels)
     rows = list(source.rows())
     assert len(rows) == len(plain) == 48
     for i in range(0, 48, 5):
         one, other = source[(rows, i), i + 100], plain[i, i + 100]
-        assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["label"] == other["label"]
+        assert (
+            torch.equal(one["pixel_values"], other["pixel_values"])
+            and one["label"] == other["label"]
+        )
 
 
-def test_a_folders_images_are_shuffled_all_together(place: SimpleNamespace) -> None:  # noqa: F811
+def test_a_folders_images_are_shuffled_all_together(place: SimpleNamespace) -> None:
     """They come label by label, and as names only, of which all are shuffled."""
     source = stream(place.folder)
     assert [row.label for row in source.rows()] == sorted(row.label for row in source.rows())
     whole = [rows[i].label for items in batches(source, 48, window=1) for (rows, i), _ in items]
     assert whole != sorted(whole) and len(set(whole[:12])) >= 5
     held_out = source.in_memory(12, source.id2label)
-    assert [held_out[i]["label"] for i in range(12)] == [row.label for row in list(source.rows())[::4]]
+    assert [held_out[i]["label"] for i in range(12)] == [
+        row.label for row in list(source.rows())[::4]
+    ]
 
 
-@pytest.mark.parametrize(("column", "labels", "names"), [
-    ("cls", "10", [str(i) for i in range(10)]),
-    ("cls", ",".join(NAMES), NAMES),
-    ("json.name", "{names}", NAMES),
-    ("json.of.number", "{names}", NAMES),
-])
-def test_labels_that_are_told(shards: SimpleNamespace, tmp_path: Path, column: str, labels: str,
-                              names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("column", "labels", "names"),
+    [
+        ("cls", "10", [str(i) for i in range(10)]),
+        ("cls", ",".join(NAMES), NAMES),
+        ("json.name", "{names}", NAMES),
+        ("json.of.number", "{names}", NAMES),
+    ],
+)
+def test_labels_that_are_told(
+    shards: SimpleNamespace, tmp_path: Path, column: str, labels: str, names: list[str]
+) -> None:
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
     told = label_names(labels.format(names=tmp_path / "names.json"))
     source = stream(shards.tars, label_column=column, labels=told)
     assert source.id2label == dict(enumerate(names))
     rows = list(source.rows())
     assert [source[(rows, i), 0]["label"] for i in range(48)] == shards.labels[:48]
-    held_out = StreamedImages(load_splits(str(shards.tars), streaming=True)["test"], label_column=column, resolution=8,
-                              labels=told).in_memory(5, told)
+    held_out = StreamedImages(
+        load_splits(str(shards.tars), streaming=True)["test"],
+        label_column=column,
+        resolution=8,
+        labels=told,
+    ).in_memory(5, told)
     assert [held_out[i]["label"] for i in range(len(held_out))] == shards.labels[48:53]  # the first
     few = stream(shards.tars, label_column=column, labels={0: names[0], 1: names[1]})
-    with pytest.raises(ValueError, match=r"label '?\w'? of row 2 of shard 0 is none of the 2 labels"):
+    with pytest.raises(
+        ValueError, match=r"label '?\w'? of row 2 of shard 0 is none of the 2 labels"
+    ):
         few[(rows, 2), 0]
 
 
@@ -246,7 +321,9 @@ def test_corrupt_images(shards: SimpleNamespace) -> None:
     """Named by row and shard; where they're to be skipped another of the batch takes the place, with its own label."""
     rows = list(islice(stream(shards.parquet).rows(), 8))
     rows[3] = rows[3]._replace(image={"bytes": b"no image", "path": "x.png"})
-    with pytest.raises(ValueError, match=r"the image of row 3 of shard 0 \(x.png\) can't be read: "):
+    with pytest.raises(
+        ValueError, match=r"the image of row 3 of shard 0 \(x.png\) can't be read: "
+    ):
         _ = stream(shards.parquet)[(rows, 3), 0]
     plain, skipping = stream(shards.parquet), stream(shards.parquet, skip_corrupt_images=True)
     taken = set()
@@ -260,22 +337,36 @@ def test_corrupt_images(shards: SimpleNamespace) -> None:
         taken.add(i)
     assert len(taken) == 7
     assert skipping[(rows, 2), 0]["corrupt"] == -1
-    with pytest.raises(ValueError, match="row 3 of shard 0 can't be read, nor those of 1 rows drawn instead"):
+    with pytest.raises(
+        ValueError, match="row 3 of shard 0 can't be read, nor those of 1 rows drawn instead"
+    ):
         _ = skipping[([rows[3]] * 2, 0), 0]
 
 
 # Runs
 
 
-@pytest.mark.parametrize(("script", "data", "line"), [
-    ("classifier", "--train_data_dir {root}/shards", ""),
-    ("unet", "--dataset_name {root}/shards", "--class_conditional"),
-    ("classifier", "--train_data_dir {root}/tars", "--label_column json.name --labels " + ",".join(NAMES)),
-    ("unet", "--train_data_dir '{root}/tars/train-*.tar'", ""),
-    ("classifier", "--train_data_dir {folder}", "--skip_corrupt_images"),
-])
-def test_trains(train: Callable[..., Path], shards: SimpleNamespace, script: str, data: str,  # noqa: F811
-                line: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "data", "line"),
+    [
+        ("classifier", "--train_data_dir {root}/shards", ""),
+        ("unet", "--dataset_name {root}/shards", "--class_conditional"),
+        (
+            "classifier",
+            "--train_data_dir {root}/tars",
+            "--label_column json.name --labels " + ",".join(NAMES),
+        ),
+        ("unet", "--train_data_dir '{root}/tars/train-*.tar'", ""),
+        ("classifier", "--train_data_dir {folder}", "--skip_corrupt_images"),
+    ],
+)
+def test_trains(
+    train: Callable[..., Path],
+    shards: SimpleNamespace,
+    script: str,
+    data: str,
+    line: str,
+) -> None:
     folder = train(script, f"--streaming --max_train_steps 3 {line}", data=data)
     assert weights(folder)
     if "*" in data:  # one split, nothing held out
@@ -286,42 +377,68 @@ def test_trains(train: Callable[..., Path], shards: SimpleNamespace, script: str
         assert list(NoiseAwareClassifier.from_pretrained(folder).id2label.values()) == NAMES
 
 
-def test_figures_are_of_the_first_held_out_images(train: Callable[..., Path], shards: SimpleNamespace,  # noqa: F811
-                                                  tmp_path: Path) -> None:
+def test_figures_are_of_the_first_held_out_images(
+    train: Callable[..., Path],
+    shards: SimpleNamespace,
+    tmp_path: Path,
+) -> None:
     """A run that reads these alone, all in memory, finds the same of the same network."""
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     (tmp_path / "first").mkdir()
     for name, part in (("train", slice(0, 48)), ("test", slice(48, 54))):
-        rows = {"image": [{"bytes": image, "path": None} for image in shards.images[part]],
-                "label": shards.labels[part]}
-        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "first" / f"{name}.parquet")
+        rows = {
+            "image": [{"bytes": image, "path": None} for image in shards.images[part]],
+            "label": shards.labels[part],
+        }
+        Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / "first" / f"{name}.parquet"
+        )
     line = "--max_train_steps 1 --learning_rate 0"  # the weights it starts with
-    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (
-        train("classifier", line + " --streaming", "one", shards.option),
-        train("classifier", line, "other", f"--train_data_dir {tmp_path / 'first'}"))]
+    figures = [
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (
+            train("classifier", line + " --streaming", "one", shards.option),
+            train("classifier", line, "other", f"--train_data_dir {tmp_path / 'first'}"),
+        )
+    ]
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize(("data", "line"), [
-    ("--train_data_dir {root}/shards", "--shuffle_buffer 7"),
-    ("--train_data_dir {root}/tars", "--shuffle_buffer 50 --label_column cls --labels 10 "
-                                     "--gradient_accumulation_steps 2 --dataloader_num_workers 1"),
-    ("--train_data_dir {folder}", ""),
-])
-def test_resumed_equals_uninterrupted(train: Callable[..., Path], place: SimpleNamespace,  # noqa: F811
-                                      shards: SimpleNamespace, data: str, line: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("--train_data_dir {root}/shards", "--shuffle_buffer 7"),
+        (
+            "--train_data_dir {root}/tars",
+            "--shuffle_buffer 50 --label_column cls --labels 10 "
+            "--gradient_accumulation_steps 2 --dataloader_num_workers 1",
+        ),
+        ("--train_data_dir {folder}", ""),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    train: Callable[..., Path],
+    place: SimpleNamespace,
+    shards: SimpleNamespace,
+    data: str,
+    line: str,
+) -> None:
     """Bit for bit, with augmentation and dropout, from the middle of an epoch of 12 batches into the next."""
     config = place.root / "dropout.json"
     config.write_text(json.dumps({**CLASSIFIER, "dropout": 0.2}))
-    line += (f" --streaming --model_config_name_or_path {config} --checkpointing_steps 7 --checkpoints_total_limit 0 "
-             "--max_train_steps 14 --random_shift 1")
+    line += (
+        f" --streaming --model_config_name_or_path {config} --checkpointing_steps 7 --checkpoints_total_limit 0 "
+        "--max_train_steps 14 --random_shift 1"
+    )
     whole = train("classifier", line, "whole", data)
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-14")
     train("classifier", line + " --resume_from_checkpoint latest", "parts", data)
     one, other = whole / "checkpoint-14", parts / "checkpoint-14"
     assert apart(weights(whole), weights(parts)) == 0 and apart(shadow(one), shadow(other)) == 0
-    first, second = (torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in (one, other))
+    first, second = (
+        torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in (one, other)
+    )
     assert all(torch.equal(first[i][name], second[i][name]) for i in first for name in first[i])
     assert positions(one) == positions(other) and positions(one)[0]["epoch"] >= 1
 
@@ -330,21 +447,36 @@ def positions(checkpoint: Path) -> list[dict[str, int]]:
     return torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)["positions"]
 
 
-def test_workers_change_nothing(train: Callable[..., Path], shards: SimpleNamespace) -> None:  # noqa: F811
+def test_workers_change_nothing(train: Callable[..., Path], shards: SimpleNamespace) -> None:
     line = "--streaming --max_train_steps 15 --random_flip --dataloader_num_workers "
     none, two = (weights(train("classifier", line + count, count, shards.option)) for count in "02")
     assert apart(none, two) == 0
 
 
-def test_two_processes(place: SimpleNamespace, shards: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes(place: SimpleNamespace, shards: SimpleNamespace, tmp_path: Path) -> None:
     """Each with its own shards and epochs of its own length, and one that goes on as the uninterrupted one."""
-    line = (f"{TINY} {shards.option} --streaming --shuffle_buffer 5 --cpu --model_config_name_or_path "
-            f"{place.classifier} --max_train_steps 14 --checkpointing_steps 7 --output_dir ").split()
+    line = (
+        f"{TINY} {shards.option} --streaming --shuffle_buffer 5 --cpu --model_config_name_or_path "
+        f"{place.classifier} --max_train_steps 14 --checkpointing_steps 7 --output_dir "
+    ).split()
     script = str(TRAINING / "train_classifier.py")
-    launched(tmp_path, place, [
-        ({}, [script, *line, str(tmp_path / "whole")]),
-        ({}, [script, *line, str(tmp_path / "parts"), "--resume_from_checkpoint",
-              str(tmp_path / "whole" / "checkpoint-7")])])
+    launched(
+        tmp_path,
+        place,
+        [
+            ({}, [script, *line, str(tmp_path / "whole")]),
+            (
+                {},
+                [
+                    script,
+                    *line,
+                    str(tmp_path / "parts"),
+                    "--resume_from_checkpoint",
+                    str(tmp_path / "whole" / "checkpoint-7"),
+                ],
+            ),
+        ],
+    )
     assert apart(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
     source, found = stream(shards.parquet), positions(tmp_path / "whole" / "checkpoint-14")
     for rank in range(2):
@@ -353,88 +485,221 @@ def test_two_processes(place: SimpleNamespace, shards: SimpleNamespace, tmp_path
     assert found == positions(tmp_path / "parts" / "checkpoint-14")
 
 
-def test_another_kind_of_stream_does_not_go_on(train: Callable[..., Path], shards: SimpleNamespace) -> None:  # noqa: F811
+def test_another_kind_of_stream_does_not_go_on(
+    train: Callable[..., Path], shards: SimpleNamespace
+) -> None:
     line = "--max_train_steps 2 --checkpointing_steps 2 --resume_from_checkpoint latest "
     train("classifier", line + "--streaming", data=shards.option)
     for other in ("--streaming --shuffle_buffer 5", ""):
-        with pytest.raises(SystemExit, match="of another run: .*images '6 shards streamed to 1 processes, 1000 "
-                                             "shuffled together', here"):
+        with pytest.raises(
+            SystemExit,
+            match="of another run: .*images '6 shards streamed to 1 processes, 1000 "
+            "shuffled together', here",
+        ):
             train("classifier", line + other, data=shards.option)
 
 
-def test_corrupt_images_in_a_run(train: Callable[..., Path], shards: SimpleNamespace, tmp_path: Path,  # noqa: F811
-                                 capfd: pytest.CaptureFixture) -> None:
+def test_corrupt_images_in_a_run(
+    train: Callable[..., Path],
+    shards: SimpleNamespace,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
     """Three epochs with one such image; the batch that has it differs from epoch to epoch."""
     (tmp_path / "broken").mkdir()
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     for k in range(2):
-        rows = {"image": [{"bytes": b"no image" if (k, i) == (1, 5) else shards.images[8 * k + i], "path": None}
-                          for i in range(8)], "label": shards.labels[8 * k:8 * k + 8]}
-        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "broken" / f"train-{k}.parquet")
+        rows = {
+            "image": [
+                {
+                    "bytes": b"no image" if (k, i) == (1, 5) else shards.images[8 * k + i],
+                    "path": None,
+                }
+                for i in range(8)
+            ],
+            "label": shards.labels[8 * k : 8 * k + 8],
+        }
+        Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / "broken" / f"train-{k}.parquet"
+        )
     data, line = f"--train_data_dir {tmp_path / 'broken'}", "--streaming --max_train_steps 12"
-    with pytest.raises(SystemExit, match="the image of row 5 of shard 1 can't be read: "):  # of the first sixteen
+    with pytest.raises(
+        SystemExit, match="the image of row 5 of shard 1 can't be read: "
+    ):  # of the first sixteen
         train("classifier", line, "ends", data)
-    whole = train("classifier", line + " --skip_corrupt_images --checkpointing_steps 5 --checkpoints_total_limit 0",
-                  "whole", data)
+    whole = train(
+        "classifier",
+        line + " --skip_corrupt_images --checkpointing_steps 5 --checkpoints_total_limit 0",
+        "whole",
+        data,
+    )
     said = capfd.readouterr()
-    assert said.err.count("the image of row 5 of shard 1 can't be read: another takes its place") == 1
-    assert "3 times another image took the place of one that can't be read, in rows ['row 5 of shard 1']" in said.out
+    assert (
+        said.err.count("the image of row 5 of shard 1 can't be read: another takes its place") == 1
+    )
+    assert (
+        "3 times another image took the place of one that can't be read, in rows ['row 5 of shard 1']"
+        in said.out
+    )
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-10")
-    train("classifier", line + " --skip_corrupt_images --resume_from_checkpoint latest", "parts", data)
+    train(
+        "classifier", line + " --skip_corrupt_images --resume_from_checkpoint latest", "parts", data
+    )
     assert apart(weights(whole), weights(parts)) == 0
 
 
-def test_clip_by_label(shards: SimpleNamespace, place: SimpleNamespace, tmp_path: Path,  # noqa: F811
-                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_by_label(
+    shards: SimpleNamespace,
+    place: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Goes on as the uninterrupted run."""
-    (tmp_path / "captions.json").write_text(json.dumps({"train": {name: [f"a {name}", f"{name}."] for name in NAMES}}))
-    (tmp_path / "text.json").write_text(json.dumps({
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": 8, "projection_dim": 4}))
-    line = (f"{TINY} {shards.option} --cpu --streaming --captions {tmp_path / 'captions.json'} --text_config "
-            f"{tmp_path / 'text.json'} --model_config_name_or_path {place.classifier} --max_train_steps 4 "
-            "--checkpointing_steps 2 --output_dir ").split()
-    for more in ([str(tmp_path / "whole")],
-                 [str(tmp_path / "parts"), "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]):
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"train": {name: [f"a {name}", f"{name}."] for name in NAMES}})
+    )
+    (tmp_path / "text.json").write_text(
+        json.dumps(
+            {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 8,
+                "projection_dim": 4,
+            }
+        )
+    )
+    line = (
+        f"{TINY} {shards.option} --cpu --streaming --captions {tmp_path / 'captions.json'} --text_config "
+        f"{tmp_path / 'text.json'} --model_config_name_or_path {place.classifier} --max_train_steps 4 "
+        "--checkpointing_steps 2 --output_dir "
+    ).split()
+    for more in (
+        [str(tmp_path / "whole")],
+        [
+            str(tmp_path / "parts"),
+            "--resume_from_checkpoint",
+            str(tmp_path / "whole" / "checkpoint-2"),
+        ],
+    ):
         monkeypatch.setattr(sys, "argv", ["train_clip.py", *line, *more])
         start_afresh()
         train_clip.main()
-    one, other = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("whole", "parts"))
+    one, other = (
+        load_file(tmp_path / name / "checkpoint-4" / "model.safetensors")
+        for name in ("whole", "parts")
+    )
     assert apart(one, other) == 0
 
 
 # What is refused
 
 
-@pytest.mark.parametrize(("data", "line", "message"), [
-    ("{root}/shards", "", "--streaming needs --max_train_steps"),
-    ("{root}/shards", "--max_train_steps 1 --vae x --center_crop", "--vae x .*--streaming can't"),
-    ("{root}/shards", "--max_train_steps 1 --cache_images", "--cache_images .*--streaming none"),
-    ("{root}/shards", "--max_train_steps 1 --shuffle_buffer 0", "--shuffle_buffer 0: 1 or more"),
-    ("{root}/shards", "--max_train_steps 1 --skip_corrupt_images --train_batch_size 1",
-     "--train_batch_size 1: with --streaming and --skip_corrupt_images 2 or more"),
-    ("{root}/shards", "--max_train_steps 1 --class_weights balanced", "--class_weights balanced .*--streaming"),
-    ("{root}/shards", "--max_train_steps 1 --problem_type regression --label_column label",
-     "--problem_type regression .*--streaming"),
-    ("{root}/shards", "--max_train_steps 1 --train_split night", "--train_split night: the dataset has"),
-    ("{root}/shards", "--max_train_steps 1 --image_column foto", r"image_column='foto': .*\['image', 'label'\]"),
-    ("{root}/shards", "--max_train_steps 1 --labels cat,dog", r"--labels \['cat', 'dog'\]: not allowed, since the "
-                                                              "dataset names its own: .*'a'"),
-    ("{root}/tars", "--max_train_steps 1", "--label_column None: 0 labels found.*'cls'"),
-    ("{root}/tars", "--max_train_steps 1 --labels 10", r"--labels .*: not allowed, since the dataset has no column of "
-                                                       "labels"),
-    ("{root}/tars", "--max_train_steps 1 --label_column cls",
-     r"--label_column cls holds Value\('int64'\), .*with --labels, are allowed"),
-    ("{root}/tars", "--max_train_steps 1 --label_column json.none", "label_column='json.none': .*'json'"),
-    ("{root}/tars", "--max_train_steps 1 --label_column cls --labels a,a", "--labels a,a: different names"),
-    ("{root}/tars", "--max_train_steps 1 --label_column cls --labels 0", "--labels 0: different names"),
-    ("{root}/tars", "--max_train_steps 1 --label_column cls --labels {classifier}", "--labels .*json: different names"),
-    ("{root}/*.md", "--max_train_steps 1", "--train_data_dir .*md: dataset: .* matches 0 files"),
-    ("{root}/*", "--max_train_steps 1", "--train_data_dir .*: dataset: .* matches .* of the kinds .*json"),
-])
-def test_wrong_options_are_named(train: Callable[..., Path], shards: SimpleNamespace, tmp_path: Path,  # noqa: F811
-                                 capsys: pytest.CaptureFixture, data: str, line: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "line", "message"),
+    [
+        ("{root}/shards", "", "--streaming needs --max_train_steps"),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --vae x --center_crop",
+            "--vae x .*--streaming can't",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --cache_images",
+            "--cache_images .*--streaming none",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --shuffle_buffer 0",
+            "--shuffle_buffer 0: 1 or more",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --skip_corrupt_images --train_batch_size 1",
+            "--train_batch_size 1: with --streaming and --skip_corrupt_images 2 or more",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --class_weights balanced",
+            "--class_weights balanced .*--streaming",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --problem_type regression --label_column label",
+            "--problem_type regression .*--streaming",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --train_split night",
+            "--train_split night: the dataset has",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --image_column foto",
+            r"image_column='foto': .*\['image', 'label'\]",
+        ),
+        (
+            "{root}/shards",
+            "--max_train_steps 1 --labels cat,dog",
+            r"--labels \['cat', 'dog'\]: not allowed, since the "
+            "dataset names its own: .*'a'",
+        ),
+        ("{root}/tars", "--max_train_steps 1", "--label_column None: 0 labels found.*'cls'"),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --labels 10",
+            r"--labels .*: not allowed, since the dataset has no column of "
+            "labels",
+        ),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --label_column cls",
+            r"--label_column cls holds Value\('int64'\), .*with --labels, are allowed",
+        ),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --label_column json.none",
+            "label_column='json.none': .*'json'",
+        ),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --label_column cls --labels a,a",
+            "--labels a,a: different names",
+        ),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --label_column cls --labels 0",
+            "--labels 0: different names",
+        ),
+        (
+            "{root}/tars",
+            "--max_train_steps 1 --label_column cls --labels {classifier}",
+            "--labels .*json: different names",
+        ),
+        (
+            "{root}/*.md",
+            "--max_train_steps 1",
+            "--train_data_dir .*md: dataset: .* matches 0 files",
+        ),
+        (
+            "{root}/*",
+            "--max_train_steps 1",
+            "--train_data_dir .*: dataset: .* matches .* of the kinds .*json",
+        ),
+    ],
+)
+def test_wrong_options_are_named(
+    train: Callable[..., Path],
+    shards: SimpleNamespace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    data: str,
+    line: str,
+    message: str,
+) -> None:
     with pytest.raises(SystemExit) as end:
         train("classifier", "--streaming " + line, "refused", data=f"--train_data_dir '{data}'")
     said = capsys.readouterr().err + str(end.value)
@@ -443,8 +708,11 @@ def test_wrong_options_are_named(train: Callable[..., Path], shards: SimpleNames
 
 
 @pytest.mark.parametrize("option", ["--shuffle_buffer 5", "--labels 10"])
-def test_options_of_streams_need_a_stream(train: Callable[..., Path], capsys: pytest.CaptureFixture,  # noqa: F811
-                                          option: str) -> None:
+def test_options_of_streams_need_a_stream(
+    train: Callable[..., Path],
+    capsys: pytest.CaptureFixture,
+    option: str,
+) -> None:
     with pytest.raises(SystemExit):
         train("classifier", option)
     assert f"{option} needs --streaming" in capsys.readouterr().err
@@ -452,4 +720,6 @@ def test_options_of_streams_need_a_stream(train: Callable[..., Path], capsys: py
 
 def test_captions_of_a_column_are_refused() -> None:
     with pytest.raises(ValueError, match="--caption_column text: with --streaming --captions"):
-        train_clip.ClipOptions(train_data_dir="x", streaming=True, max_train_steps=1, caption_column="text")
+        train_clip.ClipOptions(
+            train_data_dir="x", streaming=True, max_train_steps=1, caption_column="text"
+        )

@@ -29,61 +29,131 @@ from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.cli import main
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
 from guided_diffusers.sampling import sample_to_folder
-from guided_diffusers.sweep import Point, Result, Store, pareto_front, points, sweep, verdict_of, write_report
+from guided_diffusers.sweep import (
+    Point,
+    Result,
+    Store,
+    pareto_front,
+    points,
+    sweep,
+    verdict_of,
+    write_report,
+)
 from guided_diffusers.sweep.measure import computing_in, scheduler_for, scheduler_name
 
-SETTINGS = {"model": "m", "weights": "w", "num_images": 12, "dtype": "float32", "conditional": None,
-            "reference": {"name": "data", "split": "test", "images": 30}, "judge": {"network": "judge"},
-            "features": {"network": "judge"}}
+SETTINGS = {
+    "model": "m",
+    "weights": "w",
+    "num_images": 12,
+    "dtype": "float32",
+    "conditional": None,
+    "reference": {"name": "data", "split": "test", "images": 30},
+    "judge": {"network": "judge"},
+    "features": {"network": "judge"},
+}
 
 
-def made_up(point: Point, distance: float = 1.0, accuracy: float | None = 0.5, seconds: float | None = None,
-            error: float = 0.1, pictures: str | None = None) -> Result:
+def made_up(
+    point: Point,
+    distance: float = 1.0,
+    accuracy: float | None = 0.5,
+    seconds: float | None = None,
+    error: float = 0.1,
+    pictures: str | None = None,
+) -> Result:
     figures = {"frechet_distance": distance, "recall": 0.5, "precision": 0.7}
     figures |= {} if accuracy is None else {"top_1": accuracy}
     steps = point.num_inference_steps
     guided = steps * (point.guidance_stop - point.guidance_start) * (point.guidance_scale > 0)
-    cost = {"network_evaluations": steps, "classifier_evaluations": guided, "clock": "CPU", "device": "cpu",
-            "seconds": steps + guided if seconds is None else seconds}
-    return Result(point, {name: {"value": value, "interval": [value - error, value + error]}
-                          for name, value in figures.items()}, cost, pictures)
+    cost = {
+        "network_evaluations": steps,
+        "classifier_evaluations": guided,
+        "clock": "CPU",
+        "device": "cpu",
+        "seconds": steps + guided if seconds is None else seconds,
+    }
+    return Result(
+        point,
+        {
+            name: {"value": value, "interval": [value - error, value + error]}
+            for name, value in figures.items()
+        },
+        cost,
+        pictures,
+    )
 
 
 # the points
+
 
 def test_every_combination_once_and_no_guidance_once_for_all_intervals() -> None:
     found = points([3, 0, 1], ["ddim", "ddpm"], [25, 10], [(0, 1), (0.1, 0.8)])
     assert len(found) == len(set(found)) == 2 * 2 * (1 + 2 * 2)
     assert [point.name for point in found[:5]] == [
-        "ddim-10-steps-scale-0", "ddim-10-steps-scale-1", "ddim-10-steps-scale-3",
-        "ddim-10-steps-scale-1-from-0.1-to-0.8", "ddim-10-steps-scale-3-from-0.1-to-0.8"]
+        "ddim-10-steps-scale-0",
+        "ddim-10-steps-scale-1",
+        "ddim-10-steps-scale-3",
+        "ddim-10-steps-scale-1-from-0.1-to-0.8",
+        "ddim-10-steps-scale-3-from-0.1-to-0.8",
+    ]
     assert len({point.name for point in found}) == len(found)
     assert Point("ddim", 5, 0.0) in points([2], ["ddim"], [5])
     assert points([1, 1.0, 0], ["ddim", "ddim"], [5, 5]) == points([1], ["ddim"], [5])
-    assert found[4].call == {"num_inference_steps": 10, "guidance_scale": 3.0, "guidance_start": 0.1,
-                             "guidance_stop": 0.8}
+    assert found[4].call == {
+        "num_inference_steps": 10,
+        "guidance_scale": 3.0,
+        "guidance_start": 0.1,
+        "guidance_stop": 0.8,
+    }
 
 
 def test_how_guidance_acts_is_part_of_a_point() -> None:
-    found = points([3], ["ddim"], [10], algorithms=["output", "strang"], every=[1, 4], tolerances=[0.1])
-    assert [point.name for point in found] == ["ddim-10-steps-scale-0", *(
-        f"ddim-10-steps-scale-3-{how}" for how in (
-            "output-every-1", "output-every-4", "output-tolerance-0.1", "strang-every-1", "strang-every-4",
-            "strang-tolerance-0.1"))]
-    assert len({point.line for point in found}) == 7 and {point.unguided for point in found} == {found[0]}
-    assert found[-1].call == {"num_inference_steps": 10, "guidance_scale": 3.0, "guidance_start": 0.0,
-                              "guidance_stop": 1.0, "guidance_algorithm": "strang", "guidance_tolerance": 0.1}
+    found = points(
+        [3], ["ddim"], [10], algorithms=["output", "strang"], every=[1, 4], tolerances=[0.1]
+    )
+    assert [point.name for point in found] == [
+        "ddim-10-steps-scale-0",
+        *(
+            f"ddim-10-steps-scale-3-{how}"
+            for how in (
+                "output-every-1",
+                "output-every-4",
+                "output-tolerance-0.1",
+                "strang-every-1",
+                "strang-every-4",
+                "strang-tolerance-0.1",
+            )
+        ),
+    ]
+    assert len({point.line for point in found}) == 7 and {point.unguided for point in found} == {
+        found[0]
+    }
+    assert found[-1].call == {
+        "num_inference_steps": 10,
+        "guidance_scale": 3.0,
+        "guidance_start": 0.0,
+        "guidance_stop": 1.0,
+        "guidance_algorithm": "strang",
+        "guidance_tolerance": 0.1,
+    }
     assert str(found[-2]) == "ddim, 10 steps, guided strang, every 4, scale 3"
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (([-1], ["ddim"], [5]), "scales: -1 isn't allowed; 0"), (([float("nan")], ["ddim"], [5]), "scales: nan"),
-    (([1], ["ddim"], [0]), "steps: 0 isn't allowed"), (([1], [], [5]), "one of each"),
-    (([1], ["ddim"], [5], [(0, 1)], ["euler"]), "algorithms: ['euler'] are unknown"),
-    (([1], ["ddim"], [5], [(0, 1)], [None], [0]), "every: 0 isn't"),
-    (([1], ["ddim"], [5], [(0, 1)], [None], [1.5]), "every: 1.5 isn't"),
-    (([1], ["ddim"], [5], [(0, 1)], [None], [], [0.0]), "tolerances: 0.0 isn't"),
-    (([1], ["ddim"], [5], [(0.5, 0.5)]), "intervals: 0.5:0.5"), (([1], ["ddim"], [5], [(0, 1.5)]), "0:1.5")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([-1], ["ddim"], [5]), "scales: -1 isn't allowed; 0"),
+        (([float("nan")], ["ddim"], [5]), "scales: nan"),
+        (([1], ["ddim"], [0]), "steps: 0 isn't allowed"),
+        (([1], [], [5]), "one of each"),
+        (([1], ["ddim"], [5], [(0, 1)], ["euler"]), "algorithms: ['euler'] are unknown"),
+        (([1], ["ddim"], [5], [(0, 1)], [None], [0]), "every: 0 isn't"),
+        (([1], ["ddim"], [5], [(0, 1)], [None], [1.5]), "every: 1.5 isn't"),
+        (([1], ["ddim"], [5], [(0, 1)], [None], [], [0.0]), "tolerances: 0.0 isn't"),
+        (([1], ["ddim"], [5], [(0.5, 0.5)]), "intervals: 0.5:0.5"),
+        (([1], ["ddim"], [5], [(0, 1.5)]), "0:1.5"),
+    ],
+)
 def test_points_that_are_none_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         points(*given)
@@ -91,19 +161,36 @@ def test_points_that_are_none_are_refused(given: Any, message: str) -> None:
 
 def test_a_scheduler_has_one_name() -> None:
     own = DDIMScheduler(prediction_type="v_prediction")
-    for names in (("ddim", "DDIM", "DDIMScheduler"), ("dpmsolver", "dpmsolver++", "DPMSolverMultistepScheduler"),
-                  ("sde-dpmsolver++", "SDE-DPMSolver++"), ("euler", "EulerDiscreteScheduler"),
-                  ("dpmsolver++3m", "DPMSolver++3M"), ("dpmsolver++-thresholding", "DPMSolver++-Thresholding")):
+    for names in (
+        ("ddim", "DDIM", "DDIMScheduler"),
+        ("dpmsolver", "dpmsolver++", "DPMSolverMultistepScheduler"),
+        ("sde-dpmsolver++", "SDE-DPMSolver++"),
+        ("euler", "EulerDiscreteScheduler"),
+        ("dpmsolver++3m", "DPMSolver++3M"),
+        ("dpmsolver++-thresholding", "DPMSolver++-Thresholding"),
+    ):
         found = [scheduler_for(own, name) for name in names]
         assert len({scheduler_name(one) for one in found}) == 1
         assert all(one.config.prediction_type == "v_prediction" for one in found)
-        assert scheduler_name(scheduler_for(own, scheduler_name(found[0]))) == scheduler_name(found[0])
+        assert scheduler_name(scheduler_for(own, scheduler_name(found[0]))) == scheduler_name(
+            found[0]
+        )
     sde = scheduler_for(own, "sde-dpmsolver++")
-    assert isinstance(sde, DPMSolverMultistepScheduler) and sde.config.algorithm_type == "sde-dpmsolver++"
+    assert (
+        isinstance(sde, DPMSolverMultistepScheduler)
+        and sde.config.algorithm_type == "sde-dpmsolver++"
+    )
     third = scheduler_for(own, "dpmsolver++3m-thresholding").config
-    assert (third.algorithm_type, third.solver_order, third.thresholding) == ("dpmsolver++", 3, True)
+    assert (third.algorithm_type, third.solver_order, third.thresholding) == (
+        "dpmsolver++",
+        3,
+        True,
+    )
     assert (sde.config.solver_order, sde.config.thresholding) == (2, False)
-    for options in ({"solver_order": 1}, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}):
+    for options in (
+        {"solver_order": 1},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ):
         mine = DPMSolverMultistepScheduler(**options)  # by its own name a scheduler stays as it is
         same = scheduler_for(mine, scheduler_name(mine)).config
         assert {name: same[name] for name in options} == options
@@ -111,8 +198,10 @@ def test_a_scheduler_has_one_name() -> None:
 
 # the store
 
-def test_nothing_is_measured_twice_and_what_is_broken_is_measured_again(tmp_path: Path,
-                                                                        caplog: pytest.LogCaptureFixture) -> None:
+
+def test_nothing_is_measured_twice_and_what_is_broken_is_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     wanted, asked = points([1, 3], ["ddim"], [5, 10]), []
 
     def measure(point: Point) -> Result:
@@ -132,13 +221,18 @@ def test_nothing_is_measured_twice_and_what_is_broken_is_measured_again(tmp_path
         assert path.read_text() == whole
         assert f"{path} can't be read" in caplog.text
         caplog.clear()
-    assert sorted(one.name for one in path.parent.iterdir()) == sorted(f"{point.name}.json" for point in wanted)
+    assert sorted(one.name for one in path.parent.iterdir()) == sorted(
+        f"{point.name}.json" for point in wanted
+    )
 
 
 def test_points_of_other_settings_are_refused_before_the_work(tmp_path: Path) -> None:
     Store(tmp_path, SETTINGS).write(made_up(Point("ddim", 5, 1.0)))
-    for other, said in (({"num_images": 20}, "num_images was 12, is 20"), ({"weights": "v"}, "weights was w, is v"),
-                        ({"reference": {**SETTINGS["reference"], "images": 31}}, "reference.images was 30, is 31")):
+    for other, said in (
+        ({"num_images": 20}, "num_images was 12, is 20"),
+        ({"weights": "v"}, "weights was w, is v"),
+        ({"reference": {**SETTINGS["reference"], "images": 31}}, "reference.images was 30, is 31"),
+    ):
         with pytest.raises(ValueError, match=re.escape(said)):
             Store(tmp_path, SETTINGS | other).all()
     moved = {"model": "elsewhere", "reference": {**SETTINGS["reference"], "name": "moved"}}
@@ -150,8 +244,10 @@ def test_a_point_is_made_by_one_process_and_freed_when_that_is_killed(tmp_path: 
     store, wanted = Store(tmp_path, SETTINGS), points([1], ["ddim"], [5])
     with store.claimed(wanted[1]) as mine:
         assert mine
-    code = "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print(flush=True); " \
+    code = (
+        "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print(flush=True); "
         "time.sleep(600)"
+    )
     lock = str(tmp_path / ".locks" / f"{wanted[1].name}.lock")
     other = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE)
     asked = []
@@ -173,35 +269,58 @@ def test_a_point_is_made_by_one_process_and_freed_when_that_is_killed(tmp_path: 
         other.wait(60)
 
 
-def test_a_point_that_another_process_makes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_that_another_process_makes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, (none, guided) = Store(tmp_path, SETTINGS), points([1], ["ddim"], [5])
     store.write(made_up(none))
     slept: list[float] = []
     with store.claimed(guided):
+
         def made_elsewhere(seconds: float) -> None:
             slept.append(seconds)
             store.write(made_up(guided))
 
         monkeypatch.setattr(time, "sleep", made_elsewhere)
-        assert Store(tmp_path, SETTINGS).fill([none, guided], lambda point: pytest.fail("measured twice"), 0.5) == 0
+        assert (
+            Store(tmp_path, SETTINGS).fill(
+                [none, guided], lambda point: pytest.fail("measured twice"), 0.5
+            )
+            == 0
+        )
     assert slept == [0.5]
 
 
 # the verdict
 
+
 def test_a_warning_where_guidance_is_worse_than_none_and_only_there() -> None:
     none, one, three, eight = points([1, 3, 8], ["ddim"], [10])
-    harmless = [made_up(none, 1.0, 0.8), made_up(one, 0.5, 0.9), made_up(three, 1.15, 0.95), made_up(eight, 1.2, 0.65)]
-    found = verdict_of(harmless, 3.0)  # all intervals reach +-0.1, so the last ones overlap with that of none
+    harmless = [
+        made_up(none, 1.0, 0.8),
+        made_up(one, 0.5, 0.9),
+        made_up(three, 1.15, 0.95),
+        made_up(eight, 1.2, 0.65),
+    ]
+    found = verdict_of(
+        harmless, 3.0
+    )  # all intervals reach +-0.1, so the last ones overlap with that of none
     assert not found.warnings and not found.harmful and found.best == found.sharpest == one
-    assert any("The model's own scale, 3, is nowhere worse than none" in word for word in found.words)
+    assert any(
+        "The model's own scale, 3, is nowhere worse than none" in word for word in found.words
+    )
 
     found = verdict_of([*harmless[:2], made_up(three, 1.21, 0.95), made_up(eight, 0.9, 0.59)], 3.0)
     assert set(found.harmful) == {three, eight}
-    assert "model's own scale, 3, is worse than none; ddim, 10 steps: Frechet distance 1.21 (1.11 to 1.31) against 1 " \
+    assert (
+        "model's own scale, 3, is worse than none; ddim, 10 steps: Frechet distance 1.21 (1.11 to 1.31) against 1 "
         "(0.9 to 1.1)" in found.warnings[0]
-    assert "guidance at scales 3, 8 is worse than none; at 8 judge agrees 59.0% (49.0% to 69.0%) against 80.0%" in \
-        found.warnings[1] and len(found.warnings) == 2
+    )
+    assert (
+        "guidance at scales 3, 8 is worse than none; at 8 judge agrees 59.0% (49.0% to 69.0%) against 80.0%"
+        in found.warnings[1]
+        and len(found.warnings) == 2
+    )
     assert "Warning: " in str(found)
     found = verdict_of([*harmless[:3], made_up(eight, 2.0, 0.9)], 3.0)  # not the own scale, but one
     assert len(found.warnings) == 1 and "at scale 8 is worse" in found.warnings[0]
@@ -209,7 +328,12 @@ def test_a_warning_where_guidance_is_worse_than_none_and_only_there() -> None:
 
 def test_harm_is_to_the_same_scheduler_and_steps() -> None:
     ddim, ddpm = points([1], ["ddim"], [10]), points([1], ["ddpm"], [10])
-    results = [made_up(ddim[0], 1.0), made_up(ddim[1], 2.0), made_up(ddpm[0], 3.0), made_up(ddpm[1], 2.0)]
+    results = [
+        made_up(ddim[0], 1.0),
+        made_up(ddim[1], 2.0),
+        made_up(ddpm[0], 3.0),
+        made_up(ddpm[1], 2.0),
+    ]
     assert set(verdict_of(results).harmful) == {ddim[1]}
     inside = Point("ddpm", 10, 1.0, 0.1, 0.8)  # whose none is that of the whole run
     assert set(verdict_of([*results, made_up(inside, 4.0)]).harmful) == {ddim[1], inside}
@@ -218,17 +342,26 @@ def test_harm_is_to_the_same_scheduler_and_steps() -> None:
 def test_the_same_harm_of_several_steps_is_one_warning() -> None:
     some = points([1, 5], ["ddim"], [10, 25])
     found = verdict_of([made_up(point, 1.0 + point.guidance_scale) for point in some])
-    assert found.warnings == ("ddim, 10 and 25 steps: guidance at every scale is worse than none; at 5 with 10 steps "
-                              "Frechet distance 6 (5.9 to 6.1) against 1 (0.9 to 1.1).",)
-    assert found.best.guidance_scale == 0 and "images without guidance are nearest" in " ".join(found.words)
+    assert found.warnings == (
+        "ddim, 10 and 25 steps: guidance at every scale is worse than none; at 5 with 10 steps "
+        "Frechet distance 6 (5.9 to 6.1) against 1 (0.9 to 1.1).",
+    )
+    assert found.best.guidance_scale == 0 and "images without guidance are nearest" in " ".join(
+        found.words
+    )
 
 
 def test_the_sharpest_is_within_the_interval_of_the_best() -> None:
     some = points([1, 3, 8], ["ddim"], [10])
-    distances, accuracies = (0.5, 0.45, 0.54, 0.56), (0.6, 0.7, 0.8, 0.9)  # the best's interval is 0.35 to 0.55
+    distances, accuracies = (
+        (0.5, 0.45, 0.54, 0.56),
+        (0.6, 0.7, 0.8, 0.9),
+    )  # the best's interval is 0.35 to 0.55
     found = verdict_of([made_up(*one) for one in zip(some, distances, accuracies, strict=True)])
     assert (found.best, found.sharpest) == (some[1], some[2])
-    found = verdict_of([made_up(point, d, None) for point, d in zip(some, distances, strict=True)])  # without a judge
+    found = verdict_of(
+        [made_up(point, d, None) for point, d in zip(some, distances, strict=True)]
+    )  # without a judge
     assert found.best == some[1] and "accuracy" not in str(found)
     with pytest.raises(ValueError, match="no point"):
         verdict_of([])
@@ -244,8 +377,11 @@ def test_the_front_by_brute_force(seed: int) -> None:
     for a in results:
         better = False
         for b in results:
-            pairs = [(b.value("frechet_distance"), a.value("frechet_distance")),
-                     (a.value("top_1"), b.value("top_1")), (b.cost["seconds"], a.cost["seconds"])]
+            pairs = [
+                (b.value("frechet_distance"), a.value("frechet_distance")),
+                (a.value("top_1"), b.value("top_1")),
+                (b.cost["seconds"], a.cost["seconds"]),
+            ]
             better |= all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
         expected |= set() if better else {a.point}
     front = pareto_front(results)
@@ -256,12 +392,15 @@ def test_the_front_by_brute_force(seed: int) -> None:
 
 def test_the_clocks_noise_puts_nothing_on_the_front() -> None:
     some = [Point("ddim", 10, scale) for scale in (1.0, 2.0, 3.0)]
-    results = [made_up(point, distance, 0.5, seconds) for point, distance, seconds in zip(
-        some, (1.0, 2.0, 3.0), (1.01, 1.0, 0.99), strict=True)]
+    results = [
+        made_up(point, distance, 0.5, seconds)
+        for point, distance, seconds in zip(some, (1.0, 2.0, 3.0), (1.01, 1.0, 0.99), strict=True)
+    ]
     assert [one.point for one in pareto_front(results)] == some[:1]
 
 
 # the report
+
 
 class References(HTMLParser):
     """What a page refers to, its text, and the tags that are open at its end."""
@@ -273,7 +412,11 @@ class References(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.found += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
+        self.found += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "srcset", "href", "data", "action")
+        ]
         if tag not in ("meta", "link", "img", "source", "br"):
             self.open.append(tag)
 
@@ -289,24 +432,46 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of made-up points, with names that are markup."""
     folder = tmp_path_factory.mktemp("report")
     results = []
-    for i, point in enumerate(points([1, 5], ["ddim", "dpmsolver++"], [5, 10], [(0, 1), (0.2, 0.8)])):
-        pixels = np.repeat(10 * i + np.arange(10, dtype=np.uint8)[None], 8, 0).repeat(8, 1)  # ten images in a row
+    for i, point in enumerate(
+        points([1, 5], ["ddim", "dpmsolver++"], [5, 10], [(0, 1), (0.2, 0.8)])
+    ):
+        pixels = np.repeat(10 * i + np.arange(10, dtype=np.uint8)[None], 8, 0).repeat(
+            8, 1
+        )  # ten images in a row
         (folder / "points").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / "points" / f"{point.name}.png")
-        results.append(made_up(point, 1 + point.guidance_scale / 4, 0.5, pictures=f"{point.name}.png"))
-    write_report(folder, results, SETTINGS | {"model": "<script>alert(1)</script>"}, 5.0,
-                 [f"<b>{i}" for i in range(10)])
+        results.append(
+            made_up(point, 1 + point.guidance_scale / 4, 0.5, pictures=f"{point.name}.png")
+        )
+    write_report(
+        folder,
+        results,
+        SETTINGS | {"model": "<script>alert(1)</script>"},
+        5.0,
+        [f"<b>{i}" for i in range(10)],
+    )
     return folder
 
 
 def test_the_page_needs_nothing_else(report: Path) -> None:
     text = (report / "report.html").read_text()
     page = References(text)
-    assert len(page.found) == 1 + 2 * 3 + 8 * 3 and not page.open  # an icon, curves by day and night, a strip a row
+    assert (
+        len(page.found) == 1 + 2 * 3 + 8 * 3 and not page.open
+    )  # an icon, curves by day and night, a strip a row
     assert all(one.startswith("data:") for one in page.found)
-    assert not re.search(r"https?:|//\w|@import|url\(|<link(?! rel=\"icon\")", re.sub(r"data:[^\"]*", "", text))
-    assert "<script>alert" not in text and "<script>alert(1)</script>" in page.text and "<b>3" in page.text
-    assert "Guidance can be worse than none" in page.text and "own scale, 5, is worse than none in 8 of 8" in page.text
+    assert not re.search(
+        r"https?:|//\w|@import|url\(|<link(?! rel=\"icon\")", re.sub(r"data:[^\"]*", "", text)
+    )
+    assert (
+        "<script>alert" not in text
+        and "<script>alert(1)</script>" in page.text
+        and "<b>3" in page.text
+    )
+    assert (
+        "Guidance can be worse than none" in page.text
+        and "own scale, 5, is worse than none in 8 of 8" in page.text
+    )
     assert page.text.count("scale 5") >= 8 and "guided from 0.2 to 0.8" in page.text
 
 
@@ -324,19 +489,25 @@ def test_the_markdown_refers_to_pictures_that_are_there(report: Path) -> None:
 def test_a_grid_has_a_row_a_scale_at_equal_seeds(report: Path) -> None:
     grid = np.asarray(Image.open(report / "images-ddim-5-steps-from-0.2-to-0.8.png").convert("L"))
     height = grid.shape[0] // 3
-    rows = [[int(grid[height // 2 + row * height, -5 - height * i]) for i in range(3)] for row in range(3)]
+    rows = [
+        [int(grid[height // 2 + row * height, -5 - height * i]) for i in range(3)]
+        for row in range(3)
+    ]
     assert rows == [[9, 8, 7], [39, 38, 37], [49, 48, 47]]  # points 0, 3 and 4
 
 
 def test_no_warning_where_there_is_none(tmp_path: Path) -> None:
     some = points([1], ["ddim"], [5])
-    write_report(tmp_path, [made_up(point, 2 - point.guidance_scale) for point in some], SETTINGS, 1.0)
+    write_report(
+        tmp_path, [made_up(point, 2 - point.guidance_scale) for point in some], SETTINGS, 1.0
+    )
     text = (tmp_path / "report.html").read_text()
     assert "Guidance does no harm here" in text and "can be worse than none" not in text
     assert "Warning" not in (tmp_path / "report.md").read_text()
 
 
 # the whole, with small networks
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -352,8 +523,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with a judge beside it, which never guided."""
     folder = tmp_path_factory.mktemp("model")
-    pipeline = quiet(small_unet(num_class_embeds=4), DDIMScheduler(clip_sample=False), small_classifier(),
-                     defaults={"num_inference_steps": 2, "guidance_scale": 3.0})
+    pipeline = quiet(
+        small_unet(num_class_embeds=4),
+        DDIMScheduler(clip_sample=False),
+        small_classifier(),
+        defaults={"num_inference_steps": 2, "guidance_scale": 3.0},
+    )
     pipeline.save_pretrained(folder)
     judge = small_classifier(id2label=NAMES)
     with torch.no_grad():
@@ -364,23 +539,64 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return ["sweep", "--model", str(model), "--reference", str(data), "--features", str(model / "judge"), "--scales",
-            "2", "--num-images", "12", "--batch-size", "5", "--device", "cpu", "--bootstrap", "10", "--quiet",
-            "--output", str(output), *more]
+    return [
+        "sweep",
+        "--model",
+        str(model),
+        "--reference",
+        str(data),
+        "--features",
+        str(model / "judge"),
+        "--scales",
+        "2",
+        "--num-images",
+        "12",
+        "--batch-size",
+        "5",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        "10",
+        "--quiet",
+        "--output",
+        str(output),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
 def swept(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("swept")
-    main(arguments(model, data, folder, "--schedulers", "ddim", "dpmsolver++", "--steps", "2", "4", "--intervals",
-                   "0:1", "0:0.5"))
+    main(
+        arguments(
+            model,
+            data,
+            folder,
+            "--schedulers",
+            "ddim",
+            "dpmsolver++",
+            "--steps",
+            "2",
+            "4",
+            "--intervals",
+            "0:1",
+            "0:0.5",
+        )
+    )
     return folder
 
 
 def test_a_sweep_makes_points_curves_and_reports(swept: Path) -> None:
     names = {path.name for path in swept.iterdir()}
-    assert {"report.html", "report.md", "sweep.json", "quality-diversity.png", "quality-cost.png", "by-scale.png",
-            "points"} <= names and not [name for name in names if name.endswith(".partial")]
+    assert {
+        "report.html",
+        "report.md",
+        "sweep.json",
+        "quality-diversity.png",
+        "quality-cost.png",
+        "by-scale.png",
+        "points",
+    } <= names and not [name for name in names if name.endswith(".partial")]
     found = {path.stem: json.loads(path.read_text()) for path in (swept / "points").glob("*.json")}
     assert len(found) == 2 * 2 * 3
     for one in found.values():
@@ -388,27 +604,57 @@ def test_a_sweep_makes_points_curves_and_reports(swept: Path) -> None:
         assert one["cost"]["network_evaluations"] == steps and one["cost"]["seconds"] > 0
         share = point["guidance_stop"] if point["guidance_scale"] else 0
         assert one["cost"]["classifier_evaluations"] == steps * share
-        assert {"frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "top_1",
-                "relative_diversity", "class_score"} <= one["figures"].keys()
+        assert {
+            "frechet_distance",
+            "kernel_distance",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "top_1",
+            "relative_diversity",
+            "class_score",
+        } <= one["figures"].keys()
         assert one["figures"]["top_1"]["interval"] and len(one["per_class"]) == 3
     strip = Image.open(swept / "points" / "ddim-2-steps-scale-2.png")
     assert strip.size == (80, 8) and strip.mode == "L"
     assert "own scale, 3, was not measured" in (swept / "report.md").read_text()
-    assert all(one.startswith("data:") for one in References((swept / "report.html").read_text()).found)
+    assert all(
+        one.startswith("data:") for one in References((swept / "report.html").read_text()).found
+    )
 
 
-def test_figures_are_those_of_the_same_images_in_a_folder(swept: Path, model: Path, data: Path, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_same_images_in_a_folder(
+    swept: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
     """Sampled by `sample`, evaluated by `evaluate`."""
     pipeline, judge = ClassifierGuidedPipeline.from_pretrained(model), load_network(model / "judge")
-    sample_to_folder(pipeline, [0, 1, 2], tmp_path, 12, batch_size=5, shard_size=20, progress=False, guidance_scale=2.0,
-                     num_inference_steps=4, guidance_stop=0.5, format="parquet")
+    sample_to_folder(
+        pipeline,
+        [0, 1, 2],
+        tmp_path,
+        12,
+        batch_size=5,
+        shard_size=20,
+        progress=False,
+        guidance_scale=2.0,
+        num_inference_steps=4,
+        guidance_stop=0.5,
+        format="parquet",
+    )
     images = open_generated(tmp_path)
-    expected = evaluate(images, open_real(str(data), images.shape), judge, judge, bootstrap=10, progress=False)
+    expected = evaluate(
+        images, open_real(str(data), images.shape), judge, judge, bootstrap=10, progress=False
+    )
     found = json.loads((swept / "points" / "ddim-4-steps-scale-2-from-0-to-0.5.json").read_text())
     assert found["figures"].keys() == expected.figures.keys()
     for name, figure in expected.figures.items():
-        assert found["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6, abs=1e-9), name
-        assert found["figures"][name]["interval"] == pytest.approx(figure["interval"], rel=1e-6, abs=1e-9), name
+        assert found["figures"][name]["value"] == pytest.approx(
+            figure["value"], rel=1e-6, abs=1e-9
+        ), name
+        assert found["figures"][name]["interval"] == pytest.approx(
+            figure["interval"], rel=1e-6, abs=1e-9
+        ), name
 
 
 def test_started_again_it_measures_what_is_missing(swept: Path, model: Path, data: Path) -> None:
@@ -418,8 +664,10 @@ def test_started_again_it_measures_what_is_missing(swept: Path, model: Path, dat
     assert new == {"ddim-2-steps-scale-3.json", "ddim-2-steps-scale-3.png"}
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert "ddim, 4 steps" in (swept / "report.md").read_text()  # what was there is in the report
-    for more, was in ((["--num-images", "13"], "num_images was 12, is 13"),
-                      (["--batch-size", "4"], "batch_size was 5, is 4")):
+    for more, was in (
+        (["--num-images", "13"], "num_images was 12, is 13"),
+        (["--batch-size", "4"], "batch_size was 5, is 4"),
+    ):
         with pytest.raises(SystemExit, match=f"other settings .{was}"):
             main(arguments(model, data, swept, *more))
 
@@ -427,11 +675,17 @@ def test_started_again_it_measures_what_is_missing(swept: Path, model: Path, dat
 def test_a_killed_sweep_goes_on(swept: Path, model: Path, data: Path, tmp_path: Path) -> None:
     """By SIGKILL, when its first point is there."""
     given = arguments(model, data, tmp_path, "--schedulers", "ddim", "--steps", "2", "4")
-    run = subprocess.Popen([sys.executable, "-m", "guided_diffusers", *given],
-                           env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run = subprocess.Popen(
+        [sys.executable, "-m", "guided_diffusers", *given],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     try:
         until = time.monotonic() + 300
-        while not list(tmp_path.glob("points/[!.]*.json")) and run.poll() is None and time.monotonic() < until:
+        while (
+            not list(tmp_path.glob("points/[!.]*.json"))
+            and run.poll() is None
+            and time.monotonic() < until
+        ):
             time.sleep(0.01)
     finally:
         run.kill()
@@ -445,10 +699,14 @@ def test_a_killed_sweep_goes_on(swept: Path, model: Path, data: Path, tmp_path: 
     for name, one in made.items():  # as without the kill, whatever the process
         expected = json.loads((swept / "points" / name).read_text())
         for figure, value in expected["figures"].items():
-            assert one["figures"][figure]["value"] == pytest.approx(value["value"], rel=1e-5, abs=1e-9), (name, figure)
+            assert one["figures"][figure]["value"] == pytest.approx(
+                value["value"], rel=1e-5, abs=1e-9
+            ), (name, figure)
 
 
-def test_a_full_disk_loses_no_point(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_no_point(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace, given = os.replace, arguments(model, data, tmp_path, "--steps", "2")
 
     def full(source: Any, target: Any) -> None:
@@ -457,13 +715,19 @@ def test_a_full_disk_loses_no_point(model: Path, data: Path, tmp_path: Path, mon
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SystemExit, match="ddim-2-steps-scale-2.json can't be written: No space left"):
+    with pytest.raises(
+        SystemExit, match="ddim-2-steps-scale-2.json can't be written: No space left"
+    ):
         main(given)
-    assert [path.name for path in (tmp_path / "points").glob("*.json")] == ["ddim-2-steps-scale-0.json"]
+    assert [path.name for path in (tmp_path / "points").glob("*.json")] == [
+        "ddim-2-steps-scale-0.json"
+    ]
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()
     main(given)
-    assert len(list((tmp_path / "points").glob("*.json"))) == 2 and (tmp_path / "report.html").exists()
+    assert (
+        len(list((tmp_path / "points").glob("*.json"))) == 2 and (tmp_path / "report.html").exists()
+    )
 
 
 def test_arguments_have_an_effect(swept: Path, model: Path, data: Path, tmp_path: Path) -> None:
@@ -471,24 +735,50 @@ def test_arguments_have_an_effect(swept: Path, model: Path, data: Path, tmp_path
         return json.loads((folder / "points" / f"{name}.json").read_text())["figures"]
 
     plain = figures(swept)
-    for name, more in {"seed": ["--seed", "1", "--judge", "none"], "told": ["--no-conditional"],
-                       "dtype": ["--dtype", "bfloat16"]}.items():
+    for name, more in {
+        "seed": ["--seed", "1", "--judge", "none"],
+        "told": ["--no-conditional"],
+        "dtype": ["--dtype", "bfloat16"],
+    }.items():
         main(arguments(model, data, tmp_path / name, *more))
-        assert figures(tmp_path / name)["frechet_distance"]["value"] != plain["frechet_distance"]["value"], name
+        assert (
+            figures(tmp_path / name)["frechet_distance"]["value"]
+            != plain["frechet_distance"]["value"]
+        ), name
     assert "top_1" in figures(tmp_path / "told") and "top_1" not in figures(tmp_path / "seed")
     assert "judge: none" in (tmp_path / "seed" / "report.md").read_text()
-    settings = json.loads((tmp_path / "dtype" / "points" / "ddim-2-steps-scale-2.json").read_text())["settings"]
+    settings = json.loads(
+        (tmp_path / "dtype" / "points" / "ddim-2-steps-scale-2.json").read_text()
+    )["settings"]
     assert settings["dtype"] == "bfloat16" and settings["weights"].startswith("sha256:")
     assert settings["device"] == "cpu" and settings["batch_size"] == 5
-    main(arguments(model, data, tmp_path / "how", "--algorithms", "output", "strang", "--every", "1", "2",
-                   "--tolerances", "0.1"))
-    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "how" / "points").glob("*scale-2-*.json")}
+    main(
+        arguments(
+            model,
+            data,
+            tmp_path / "how",
+            "--algorithms",
+            "output",
+            "strang",
+            "--every",
+            "1",
+            "2",
+            "--tolerances",
+            "0.1",
+        )
+    )
+    found = {
+        path.stem: json.loads(path.read_text())
+        for path in (tmp_path / "how" / "points").glob("*scale-2-*.json")
+    }
     assert len(found) == 6
     asked = {name: one["cost"]["classifier_evaluations"] for name, one in found.items()}
     assert [asked[f"ddim-2-steps-scale-2-strang-every-{k}"] for k in (1, 2)] == [2, 1]
 
 
-def test_a_sweep_warns_once(model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sweep_warns_once(
+    model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(model, tmp_path / "model")
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
@@ -508,102 +798,208 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
     other = small_classifier(id2label={0: "cat", 1: "dog", 2: "crow"})
     next(other.parameters()).data.mul_(2)
     other.save_pretrained(tmp_path / "other")
-    for more, message in ((["--schedulers", "nonsense"], "scheduler 'nonsense' is unknown"),
-                          (["--scales", "-1"], "scales: -1.0 isn't allowed"),
-                          (["--num-images", "3"], "num_images=3: at least"),
-                          (["--max-features", "5"], "max_features=5: at least 6"),
-                          (["--reference", str(few)], "has 4 images; at least 6"),
-                          (["--reference", str(unlabelled)], "has no labels"),
-                          (["--judge", str(tmp_path / "other")], "other classes")):
+    for more, message in (
+        (["--schedulers", "nonsense"], "scheduler 'nonsense' is unknown"),
+        (["--scales", "-1"], "scales: -1.0 isn't allowed"),
+        (["--num-images", "3"], "num_images=3: at least"),
+        (["--max-features", "5"], "max_features=5: at least 6"),
+        (["--reference", str(few)], "has 4 images; at least 6"),
+        (["--reference", str(unlabelled)], "has no labels"),
+        (["--judge", str(tmp_path / "other")], "other classes"),
+    ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             main(arguments(model, data, tmp_path / "out", *more))
         assert not list(tmp_path.glob("out/points/*"))
     for option in ("--features", "--judge"):  # that of --features is the judge, too
-        with pytest.raises(SystemExit, match="judge: .*classifier has the weights of the pipeline's classifier, which"):
+        with pytest.raises(
+            SystemExit,
+            match="judge: .*classifier has the weights of the pipeline's classifier, which",
+        ):
             main(arguments(model, data, tmp_path / "out", option, str(model / "classifier")))
-    with pytest.raises(SystemExit, match="features: .*classifier has the weights of the pipeline's classifier, which"):
-        main(arguments(model, data, tmp_path / "out", "--features", str(model / "classifier"), "--judge", "none"))
+    with pytest.raises(
+        SystemExit,
+        match="features: .*classifier has the weights of the pipeline's classifier, which",
+    ):
+        main(
+            arguments(
+                model,
+                data,
+                tmp_path / "out",
+                "--features",
+                str(model / "classifier"),
+                "--judge",
+                "none",
+            )
+        )
     assert not list(tmp_path.glob("out/points/*"))
     with pytest.raises(ValueError, match="one with a classifier"):
         judge = load_network(model / "judge")
-        sweep(quiet(small_unet(), DDIMScheduler(), id2label=NAMES), str(data), tmp_path / "out", judge, judge)
+        sweep(
+            quiet(small_unet(), DDIMScheduler(), id2label=NAMES),
+            str(data),
+            tmp_path / "out",
+            judge,
+            judge,
+        )
 
 
 def test_a_network_in_lower_precision_leaves_sampler_and_classifier_as_they_are() -> None:
     unet, classifier, seen = small_unet(num_class_embeds=4), small_classifier(), []
     pipeline = quiet(unet, DDIMScheduler(clip_sample=False), classifier)
     forward = unet.forward
-    handles = [unet.conv_in.register_forward_hook(lambda *given: seen.append(("within", given[2].dtype))),
-               unet.register_forward_hook(lambda *given: seen.append(("network", given[2][0].dtype))),
-               classifier.register_forward_hook(lambda *given: seen.append(("classifier", given[2].logits.dtype)))]
+    handles = [
+        unet.conv_in.register_forward_hook(lambda *given: seen.append(("within", given[2].dtype))),
+        unet.register_forward_hook(lambda *given: seen.append(("network", given[2][0].dtype))),
+        classifier.register_forward_hook(
+            lambda *given: seen.append(("classifier", given[2].logits.dtype))
+        ),
+    ]
 
     def image() -> torch.Tensor:
-        return pipeline("dog", guidance_scale=3.0, num_inference_steps=3, output_type="latent",
-                        generator=torch.Generator().manual_seed(0)).images
+        return pipeline(
+            "dog",
+            guidance_scale=3.0,
+            num_inference_steps=3,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).images
 
     full = image()
     seen.clear()
     with computing_in(unet, torch.bfloat16):
         lower = image()
-    assert set(seen) == {("within", torch.bfloat16), ("network", torch.float32), ("classifier", torch.float32)}
+    assert set(seen) == {
+        ("within", torch.bfloat16),
+        ("network", torch.float32),
+        ("classifier", torch.float32),
+    }
     assert lower.dtype == torch.float32 and 0 < (lower - full).abs().max() < 0.1 * full.abs().max()
     assert unet.forward == forward and "forward" not in vars(unet) and torch.equal(image(), full)
     for handle in handles:
         handle.remove()
 
 
-def test_without_intervals_a_sweep_guides_where_the_pipeline_does(model: Path, data: Path, tmp_path: Path) -> None:
-    pipeline, judge = ClassifierGuidedPipeline.from_pretrained(model), load_network(str(model / "judge"))
+def test_without_intervals_a_sweep_guides_where_the_pipeline_does(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    pipeline, judge = (
+        ClassifierGuidedPipeline.from_pretrained(model),
+        load_network(str(model / "judge")),
+    )
     pipeline.register_to_config(defaults={**pipeline.config.defaults, "guidance_start": 0.5})
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)  # infinity in its config
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config
+    )  # infinity in its config
     for intervals in (None, [(0.0, 1.0)]):
-        sweep(pipeline, str(data), tmp_path, judge, judge, scales=[2], intervals=intervals, num_images=12, bootstrap=10,
-              progress=False)
+        sweep(
+            pipeline,
+            str(data),
+            tmp_path,
+            judge,
+            judge,
+            scales=[2],
+            intervals=intervals,
+            num_images=12,
+            bootstrap=10,
+            progress=False,
+        )
     found = json.loads((tmp_path / "sweep.json").read_text())["points"]
-    assert {one["point"]["guidance_start"]: one["cost"]["classifier_evaluations"] for one in found
-            if one["point"]["guidance_scale"]} == {0.5: 1, 0.0: 2}
+    assert {
+        one["point"]["guidance_start"]: one["cost"]["classifier_evaluations"]
+        for one in found
+        if one["point"]["guidance_scale"]
+    } == {0.5: 1, 0.0: 2}
     with pytest.raises(ValueError, match="intervals="):
         sweep(pipeline, str(data), tmp_path, judge, judge, scales=[2], intervals=[], progress=False)
 
 
-def test_what_quality_costs_and_the_preset_that_follows(model: Path, data: Path, tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_quality_costs_and_the_preset_that_follows(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """examples/benchmark_quality_cost.py on a small model; started again, it measures nothing and says the same."""
+
     def run(*parts: str) -> dict:
         more = [one for part in parts for one in ("--part", part)]
-        monkeypatch.setattr(sys, "argv", ["benchmark_quality_cost", "--reference", str(data), "--model", str(model),
-                                          "--judge", str(model / "judge"), "--num-images", "12", "--solver-images",
-                                          "10", "--preset-images", "12", "--steps", "4", "--solver-steps", "2",
-                                          "--preset-steps", "4", "--preset-scales", "1", "--preset-starts", "0", "0.5",
-                                          "--output", str(tmp_path), "--dtype", "float32", "--quiet", *more])
-        runpy.run_path(str(Path(__file__).parents[1] / "examples/benchmark_quality_cost.py"), run_name="__main__")
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "benchmark_quality_cost",
+                "--reference",
+                str(data),
+                "--model",
+                str(model),
+                "--judge",
+                str(model / "judge"),
+                "--num-images",
+                "12",
+                "--solver-images",
+                "10",
+                "--preset-images",
+                "12",
+                "--steps",
+                "4",
+                "--solver-steps",
+                "2",
+                "--preset-steps",
+                "4",
+                "--preset-scales",
+                "1",
+                "--preset-starts",
+                "0",
+                "0.5",
+                "--output",
+                str(tmp_path),
+                "--dtype",
+                "float32",
+                "--quiet",
+                *more,
+            ],
+        )
+        runpy.run_path(
+            str(Path(__file__).parents[1] / "examples/benchmark_quality_cost.py"),
+            run_name="__main__",
+        )
         return json.loads((tmp_path / "quality_cost.json").read_text())
 
     parts = ("quality", "solvers", "directions", "preset")
     figures = run(*parts)
     unguided, plain, *spared, published = figures["quality"]
-    assert published["kind"] == "published" and published["equal_quality"] and published["seconds_of_published"] == 1
+    assert (
+        published["kind"] == "published"
+        and published["equal_quality"]
+        and published["seconds_of_published"] == 1
+    )
     assert published["network_evaluations"] == published["classifier_evaluations"] == 250
     assert plain["surcharge_of_plain"] == pytest.approx(1) and plain["classifier_evaluations"] == 4
     assert len(spared) == 2 and all(row["classifier_evaluations"] < 4 for row in spared)
     assert {row["algorithm"] for row in figures["solvers"]} == {"output", "lie_trotter", "strang"}
-    assert all(row["diverged"] == (row["frechet_distance"] > row["unguided"]) for row in figures["solvers"])
+    assert all(
+        row["diverged"] == (row["frechet_distance"] > row["unguided"]) for row in figures["solvers"]
+    )
     by_direction = {}
     for row in figures["directions"]:
         by_direction.setdefault(row["direction"], []).append(row["frechet_distance"])
     as_it_is = by_direction.pop("as it is")
-    assert len(by_direction) == 4 and all(values != as_it_is for name, values in by_direction.items()
-                                          if name != "capped at the score")  # which is no shorter here
+    assert len(by_direction) == 4 and all(
+        values != as_it_is for name, values in by_direction.items() if name != "capped at the score"
+    )  # which is no shorter here
 
     first, at_once, *others = figures["preset"]
-    harmless = [row for row in others if row["frechet_distance"] <= first["frechet_distance_interval"][1]
-                and row["recall"] >= first["recall_interval"][0]]
+    harmless = [
+        row
+        for row in others
+        if row["frechet_distance"] <= first["frechet_distance_interval"][1]
+        and row["recall"] >= first["recall_interval"][0]
+    ]
     preset = json.loads((tmp_path / "preset.json").read_text())
     best = max(harmless, key=lambda row: row["top_1"])
     assert preset["scheduler"] == "dpmsolver++" and preset["command"].endswith("--part preset")
     call = {"num_inference_steps": 4, "guidance_scale": 1.0, **preset["defaults"]}
     assert str(Point(preset["scheduler"], **call)) == best["setting"]
-    assert [row["agreement"] for row in preset["rows"]] == [row["top_1"] for row in (first, at_once, best)]
+    assert [row["agreement"] for row in preset["rows"]] == [
+        row["top_1"] for row in (first, at_once, best)
+    ]
     assert (tmp_path / "quality_cost.png").exists()
     monkeypatch.setattr("guided_diffusers.sweep.measure.sample", None)  # nothing is sampled again
     assert run(*parts) == run("quality") == figures  # the other parts stay

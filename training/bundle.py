@@ -24,38 +24,63 @@ from diffusers import DDIMScheduler
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
 from guided_diffusers.sweep.measure import scheduler_for
 
-LEFT_OUT = ("output_dir", "logging_dir", "resume_from_checkpoint", "report_to", "progress", "cpu",
-            "dataloader_num_workers")
+LEFT_OUT = (
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "report_to",
+    "progress",
+    "cpu",
+    "dataloader_num_workers",
+)
 PARTS = ("unet", "classifier", "judge", "clip")
 
 
 def figures(folder: Path) -> dict[str, Any]:
     options = json.loads((folder / "options.json").read_text())
-    return {**json.loads((folder / "metrics.json").read_text()),
-            "options": {name: value for name, value in options.items() if name not in LEFT_OUT}}
+    return {
+        **json.loads((folder / "metrics.json").read_text()),
+        "options": {name: value for name, value in options.items() if name not in LEFT_OUT},
+    }
 
 
 def trained(folders: dict[str, Path]) -> tuple[ClassifierGuidedPipeline, dict[str, Any]]:
     """The pipeline of the trained parts, and what was measured of each."""
     network = ClassifierGuidedPipeline.from_pretrained(folders["unet"])
-    scheduler = DDIMScheduler.from_config(network.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    scheduler = DDIMScheduler.from_config(
+        network.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
     classifier = NoiseAwareClassifier.from_pretrained(folders["classifier"])
-    return (ClassifierGuidedPipeline(network.unet, scheduler, classifier, defaults={"guidance_scale": 3.0}),
-            {name: figures(folder) for name, folder in folders.items()})
+    return (
+        ClassifierGuidedPipeline(
+            network.unet, scheduler, classifier, defaults={"guidance_scale": 3.0}
+        ),
+        {name: figures(folder) for name, folder in folders.items()},
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in PARTS:
-        parser.add_argument(f"--{name}", type=Path, help="a training's output (default: that in --output)")
-    parser.add_argument("--preset", type=Path, help="of examples/benchmark_quality_cost.py (default: none)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder; without trained parts, it is there")
+        parser.add_argument(
+            f"--{name}", type=Path, help="a training's output (default: that in --output)"
+        )
+    parser.add_argument(
+        "--preset", type=Path, help="of examples/benchmark_quality_cost.py (default: none)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the folder; without trained parts, it is there"
+    )
     options = parser.parse_args()
 
     # 1. The parts, trained or those that are there
     folders = {name: getattr(options, name) for name in PARTS}
     if any(folders.values()) and not all(folders.values()):
-        parser.error(f"--{', --'.join(name for name in PARTS if folders[name] is None)}: all four, or none, are needed")
+        parser.error(
+            f"--{', --'.join(name for name in PARTS if folders[name] is None)}: all four, or none, are needed"
+        )
     if not any(folders.values()) and options.preset is None:
         parser.error("the trained parts, --preset, or both are needed")
     if not any(folders.values()):
@@ -70,8 +95,12 @@ def main() -> None:
     # 2. How it samples where a call says nothing
     if options.preset:
         preset = json.loads(options.preset.read_text())
-        pipeline = ClassifierGuidedPipeline(pipeline.unet, scheduler_for(pipeline.scheduler, preset["scheduler"]),
-                                            pipeline.classifier, defaults=preset["defaults"])
+        pipeline = ClassifierGuidedPipeline(
+            pipeline.unet,
+            scheduler_for(pipeline.scheduler, preset["scheduler"]),
+            pipeline.classifier,
+            defaults=preset["defaults"],
+        )
         measured["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 
     # 3. Aside, then into place

@@ -21,26 +21,44 @@ from options import MAY_CHANGE, Options
 from safetensors import SafetensorError
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-MANIFEST = "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums
+MANIFEST = (
+    "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums
+)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # Python's, torch's, safetensors'
 UNLOADABLE = (*UNWRITABLE, EOFError, KeyError, TypeError, UnpicklingError, ValueError)
 # What else than tensors and plain Python the files of a checkpoint are made of: random states, DeepSpeed's optimizer.
-KNOWN = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
-         "numpy.dtypes.UInt32DType", "_codecs.encode", "deepspeed.runtime.zero.config.ZeroStageEnum",
-         "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.utils.tensor_fragment.fragment_address"}
+KNOWN = {
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtypes.UInt32DType",
+    "_codecs.encode",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
-def identity_of(options: Options, accelerator: Accelerator, model: torch.nn.Module, images: int | str, steps: int) \
-        -> dict[str, Any]:
+def identity_of(
+    options: Options,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    images: int | str,
+    steps: int,
+) -> dict[str, Any]:
     """What must be the same for a run that goes on from a checkpoint to equal the uninterrupted one.
 
     All options but those in MAY_CHANGE, what some of these come to, and the network's config. The number of steps
     belongs to it where the learning rate's schedule depends on it.
     """
     settings = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
-    settings |= {"images": images, "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-                 "images a forward pass": options.train_batch_size * accelerator.num_processes,
-                 "mixed_precision": accelerator.mixed_precision}
+    settings |= {
+        "images": images,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "images a forward pass": options.train_batch_size * accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
     if options.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = steps
     if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -58,7 +76,9 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(aside, path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]
+) -> None:
     """Write `checkpoint-STEP` under a temporary name, move it into place, drop the oldest beyond the limit.
 
     Raises:
@@ -73,7 +93,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with removed_unless_written(aside):
-            files = {str(path.relative_to(aside)): written(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+            files = {
+                str(path.relative_to(aside)): written(path)
+                for path in sorted(aside.rglob("*"))
+                if path.is_file()
+            }
             write_json(aside / MANIFEST, {"step": step, "run": identity, "files": files})
             written(aside / MANIFEST)
         shutil.rmtree(place, ignore_errors=True)
@@ -89,7 +113,9 @@ def removed_unless_written(aside: Path) -> Iterator[None]:
         yield
     except UNWRITABLE as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if "DataLoader worker" in str(error):  # one died: torch raises that wherever the main thread happens to be
+        if "DataLoader worker" in str(
+            error
+        ):  # one died: torch raises that wherever the main thread happens to be
             raise
         raise OSError(f"{aside.with_suffix('')} can't be written: {error}") from error
 
@@ -121,20 +147,29 @@ def why_refused(checkpoint: Path, identity: dict[str, Any]) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (*UNLOADABLE, AttributeError) as error:
         return f"can't be read: {error}"
-    other = [f"{name} {run.get(name)!r:.60}, here {identity.get(name)!r:.60}"
-             for name in {**identity, **run} if run.get(name) != identity.get(name)]
+    other = [
+        f"{name} {run.get(name)!r:.60}, here {identity.get(name)!r:.60}"
+        for name in {**identity, **run}
+        if run.get(name) != identity.get(name)
+    ]
     return f"of another run: {', '.join(other)}" if other else None
 
 
 def unknown_content(checkpoint: Path) -> str:
     """The classes and functions, other than KNOWN ones, that a checkpoint's pickles name; empty if there are none."""
     files = [path for path in checkpoint.rglob("*") if path.suffix in (".bin", ".pkl", ".pt")]
-    return ", ".join(sorted({name for path in files for name in get_unsafe_globals_in_checkpoint(path)} - KNOWN))
+    return ", ".join(
+        sorted({name for path in files for name in get_unsafe_globals_in_checkpoint(path)} - KNOWN)
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -146,15 +181,21 @@ def find_checkpoints(options: Options) -> list[Path]:
     """
     asked, there = options.resume_from_checkpoint, checkpoints(Path(options.output_dir))
     if asked is None and there:
-        raise ValueError(f"--output_dir {options.output_dir} has {there[-1].name} of another run: go on with "
-                         "--resume_from_checkpoint latest, or give another folder")
+        raise ValueError(
+            f"--output_dir {options.output_dir} has {there[-1].name} of another run: go on with "
+            "--resume_from_checkpoint latest, or give another folder"
+        )
     if asked in (None, "latest"):
         return there[::-1]
     if not (Path(asked) / MANIFEST).is_file():
-        raise ValueError(f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
-                         f"{[str(path) for path in there]} are allowed")
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
+            f"{[str(path) for path in there]} are allowed"
+        )
     if there and Path(asked).resolve() != there[-1].resolve():
-        raise ValueError(f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has others, up to "
-                         f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
-                         "--output_dir")
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has others, up to "
+            f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
+            "--output_dir"
+        )
     return [Path(asked)]

@@ -31,30 +31,48 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent
-SHARED = {"layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4, "block_out_channels": [8, 16],
-          "dropout": 0.1}
-CONFIGS = {"classifier": {**SHARED, "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]},
-           "unet": {**SHARED, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}}
+SHARED = {
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "block_out_channels": [8, 16],
+    "dropout": 0.1,
+}
+CONFIGS = {
+    "classifier": {**SHARED, "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]},
+    "unet": {
+        **SHARED,
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+    },
+}
 
 
 @dataclass
 class KillOptions:
-    script: Literal["classifier", "unet"] = field(default="classifier", metadata={"help": "which training"})
+    script: Literal["classifier", "unet"] = field(
+        default="classifier", metadata={"help": "which training"}
+    )
     kills: int = field(default=20, metadata={"help": "how many"})
     seed: int = field(default=0, metadata={"help": "of the moments"})
     steps: int = field(default=600, metadata={"help": "optimizer steps"})
-    checkpointing_steps: int = field(default=10, metadata={"help": "steps between checkpoints; it divides --steps"})
+    checkpointing_steps: int = field(
+        default=10, metadata={"help": "steps between checkpoints; it divides --steps"}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read images"})
-    work_dir: str | None = field(default=None, metadata={"help": "a new folder for all of it; a temporary one if left "
-                                                                 "out"})
+    work_dir: str | None = field(
+        default=None, metadata={"help": "a new folder for all of it; a temporary one if left out"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("kills", "steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: 1 or more is allowed")
         if self.steps % self.checkpointing_steps:
-            raise ValueError(f"--checkpointing_steps {self.checkpointing_steps}: a divisor of --steps {self.steps} is "
-                             "allowed")
+            raise ValueError(
+                f"--checkpointing_steps {self.checkpointing_steps}: a divisor of --steps {self.steps} is "
+                "allowed"
+            )
 
 
 def command(options: KillOptions, root: Path, output: str) -> list[str]:
@@ -65,14 +83,24 @@ def command(options: KillOptions, root: Path, output: str) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(folder / f"{i}.png")
     (root / "config.json").write_text(json.dumps(CONFIGS[options.script]))
-    line = (f"--resolution 8 --train_batch_size 4 --random_flip --lr_warmup_steps 10 --learning_rate 1e-3 --cpu "
-            f"--validation_samples 4 --validation_steps {4 * options.checkpointing_steps} --no_progress "
-            f"--max_train_steps {options.steps} --checkpointing_steps {options.checkpointing_steps} "
-            f"--dataloader_num_workers {options.dataloader_num_workers} --resume_from_checkpoint latest")
+    line = (
+        f"--resolution 8 --train_batch_size 4 --random_flip --lr_warmup_steps 10 --learning_rate 1e-3 --cpu "
+        f"--validation_samples 4 --validation_steps {4 * options.checkpointing_steps} --no_progress "
+        f"--max_train_steps {options.steps} --checkpointing_steps {options.checkpointing_steps} "
+        f"--dataloader_num_workers {options.dataloader_num_workers} --resume_from_checkpoint latest"
+    )
     line += " --sample_images 0" if options.script == "unet" else ""
-    return [sys.executable, str(HERE / f"train_{options.script}.py"), *line.split(),
-            "--train_data_dir", str(root / "images"), "--model_config_name_or_path", str(root / "config.json"),
-            "--output_dir", str(root / output)]
+    return [
+        sys.executable,
+        str(HERE / f"train_{options.script}.py"),
+        *line.split(),
+        "--train_data_dir",
+        str(root / "images"),
+        "--model_config_name_or_path",
+        str(root / "config.json"),
+        "--output_dir",
+        str(root / output),
+    ]
 
 
 def newest(folder: Path) -> int:
@@ -81,7 +109,9 @@ def newest(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def run_until(line: list[str], folder: Path, log: Path, step: int = 0, seconds: float = math.inf) -> bool:
+def run_until(
+    line: list[str], folder: Path, log: Path, step: int = 0, seconds: float = math.inf
+) -> bool:
     """Start the training and kill it so many seconds after there is a checkpoint of `step`; whether it was killed."""
     begun = None
     with log.open("a") as out:
@@ -102,9 +132,16 @@ def run_until(line: list[str], folder: Path, log: Path, step: int = 0, seconds: 
 def state(folder: Path, step: int) -> dict[str, Any]:
     """All tensors of a finished run by name: of the model, and of the last checkpoint."""
     last = folder / f"checkpoint-{step}"
-    files = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"), last / "model.safetensors"]
-    found = {f"{path.relative_to(folder)}: {name}": tensor for path in files
-             for name, tensor in load_file(path).items()}
+    files = [
+        *folder.glob("*.safetensors"),
+        *folder.glob("unet/*.safetensors"),
+        last / "model.safetensors",
+    ]
+    found = {
+        f"{path.relative_to(folder)}: {name}": tensor
+        for path in files
+        for name, tensor in load_file(path).items()
+    }
     for path in [last / "optimizer.bin", *sorted(last.glob("custom_checkpoint_*.pkl"))]:
         found |= flat(torch.load(path, weights_only=True), f"{path.relative_to(folder)}: ")
     return found
@@ -113,7 +150,11 @@ def state(folder: Path, step: int) -> dict[str, Any]:
 def flat(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, dict | list | tuple):
         parts = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for part, inside in parts for key, leaf in flat(inside, f"{name}/{part}").items()}
+        return {
+            key: leaf
+            for part, inside in parts
+            for key, leaf in flat(inside, f"{name}/{part}").items()
+        }
     return {name: value}
 
 
@@ -122,7 +163,12 @@ def same(one: Any, other: Any) -> bool:
 
 
 def work(options: KillOptions, root: Path) -> int:
-    draw, whole, killed, log = random.Random(options.seed), root / "whole", root / "killed", root / "killed.log"
+    draw, whole, killed, log = (
+        random.Random(options.seed),
+        root / "whole",
+        root / "killed",
+        root / "killed.log",
+    )
     begun = time.monotonic()
     run_until(command(options, root, "whole"), whole, root / "whole.log")
     seconds = time.monotonic() - begun
@@ -130,19 +176,29 @@ def work(options: KillOptions, root: Path) -> int:
     print(f"uninterrupted: {options.steps} steps, {seconds:.0f} s", flush=True)
     for number in range(1, options.kills + 1):
         at_start, step = number % 5 == 0, newest(killed)
-        share = (options.steps - step) // (options.kills - number + 2)  # steps that this part may take
+        share = (options.steps - step) // (
+            options.kills - number + 2
+        )  # steps that this part may take
         step = 0 if at_start else step + draw.randint(1, max(1, share))
         moment = draw.uniform(0, 5 if at_start else max(times) - min(times))
         if not run_until(command(options, root, "killed"), killed, log, step, moment):
-            raise SystemExit(f"the training ended before kill {number} of {options.kills}: give it more --steps")
+            raise SystemExit(
+                f"the training ended before kill {number} of {options.kills}: give it more --steps"
+            )
         half = ", while it wrote the next" if [*killed.glob("*.partial")] else ""
-        print(f"kill {number}: {moment:.2f} s after its {'start' if at_start else 'checkpoint'}, the newest is "
-              f"checkpoint-{newest(killed)}{half}", flush=True)
+        print(
+            f"kill {number}: {moment:.2f} s after its {'start' if at_start else 'checkpoint'}, the newest is "
+            f"checkpoint-{newest(killed)}{half}",
+            flush=True,
+        )
     run_until(command(options, root, "killed"), killed, log)
     one, other = state(whole, options.steps), state(killed, options.steps)
-    different = sorted(one.keys() ^ other.keys()) + [name for name in one.keys() & other.keys()
-                                                     if not same(one[name], other[name])]
-    print(f"{len(one)} tensors and numbers compared after {options.kills} kills: {len(different)} differ")
+    different = sorted(one.keys() ^ other.keys()) + [
+        name for name in one.keys() & other.keys() if not same(one[name], other[name])
+    ]
+    print(
+        f"{len(one)} tensors and numbers compared after {options.kills} kills: {len(different)} differ"
+    )
     print("\n".join(different[:10]))
     return int(bool(different))
 

@@ -54,9 +54,13 @@ def load_vae(options: Options) -> Autoencoder | None:
     else:
         raise ValueError(f"--vae {path}: {reason}") from reason
     if not isinstance(vae, Autoencoder):
-        raise ValueError(f"--vae {path} holds a {type(vae).__name__}; AutoencoderKL and VQModel are allowed")
+        raise ValueError(
+            f"--vae {path} holds a {type(vae).__name__}; AutoencoderKL and VQModel are allowed"
+        )
     if vae.config.in_channels not in (1, 3):
-        raise ValueError(f"--vae {path} encodes {vae.config.in_channels} channels; 1 and 3 are allowed")
+        raise ValueError(
+            f"--vae {path} encodes {vae.config.in_channels} channels; 1 and 3 are allowed"
+        )
     return vae.requires_grad_(False)
 
 
@@ -76,10 +80,14 @@ class LatentImages(torch.utils.data.Dataset):
         ValueError: if the images' resolution is no multiple of what the autoencoder scales by.
     """
 
-    def __init__(self, images: LabelledImages, vae: Autoencoder, root: Path, random_flip: bool = False):
+    def __init__(
+        self, images: LabelledImages, vae: Autoencoder, root: Path, random_flip: bool = False
+    ):
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         if images.resolution % scale:
-            raise ValueError(f"--resolution {images.resolution}: the multiples of {scale} are allowed with this --vae")
+            raise ValueError(
+                f"--resolution {images.resolution}: the multiples of {scale} are allowed with this --vae"
+            )
         self.images, self.random_flip = images, random_flip
         self.dataset, self.id2label = images.dataset, images.id2label
         self.resolution = images.resolution // scale
@@ -98,7 +106,9 @@ class LatentImages(torch.utils.data.Dataset):
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, item)
         file, row = opened(self.files[index // SHARD]), index % SHARD
-        view = int(self.random_flip and random.Random(seed).random() < 0.5)  # as LabelledImages draws it
+        view = int(
+            self.random_flip and random.Random(seed).random() < 0.5
+        )  # as LabelledImages draws it
         latents = file.get_slice("mean")[row, view]
         if "std" in file.keys():
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
@@ -109,8 +119,11 @@ class LatentImages(torch.utils.data.Dataset):
         """`mean` and, with a posterior, `std`, (B, 1 or 2 with the mirror images, C, h, w), on the CPU."""
         views = [pixels, pixels.flip(-1)] if self.random_flip else [pixels]
         parts = zip(*(encode(vae, view) for view in views), strict=True)
-        return {name: torch.stack(part, dim=1).cpu() for name, part in zip(("mean", "std"), parts, strict=True)
-                if part[0] is not None}
+        return {
+            name: torch.stack(part, dim=1).cpu()
+            for name, part in zip(("mean", "std"), parts, strict=True)
+            if part[0] is not None
+        }
 
 
 @cache
@@ -122,17 +135,25 @@ def opened(path: Path) -> safe_open:
 def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> str:
     """A hash of all that decides what a cache holds."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    settings = {"images": images.dataset._fingerprint, "image_column": images.image_column, "shard": SHARD,
-                "resolution": images.resolution, "channels": images.channels, "center_crop": images.center_crop,
-                "random_flip": random_flip, "vae": [type(vae).__name__, config]}
+    settings = {
+        "images": images.dataset._fingerprint,
+        "image_column": images.image_column,
+        "shard": SHARD,
+        "resolution": images.resolution,
+        "channels": images.channels,
+        "center_crop": images.center_crop,
+        "random_flip": random_flip,
+        "vae": [type(vae).__name__, config],
+    }
     digest = sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(save(vae.state_dict()))
     return digest.hexdigest()[:32]
 
 
 @torch.no_grad()
-def write_latents(options: Options, accelerator: Accelerator, vae: Autoencoder | None,
-                  *parts: LatentImages | None) -> None:
+def write_latents(
+    options: Options, accelerator: Accelerator, vae: Autoencoder | None, *parts: LatentImages | None
+) -> None:
     """Encode what is not there yet, with --vae; called on every process, of which each takes its share of the files.
 
     Raises:
@@ -151,30 +172,49 @@ def write_latents(options: Options, accelerator: Accelerator, vae: Autoencoder |
         vae.to(device)
 
 
-def write_files(options: Options, accelerator: Accelerator, vae: Autoencoder, data: LatentImages) -> None:
+def write_files(
+    options: Options, accelerator: Accelerator, vae: Autoencoder, data: LatentImages
+) -> None:
     """The files of one split."""
     rank, world, files = accelerator.process_index, accelerator.num_processes, data.files
     files[0].parent.mkdir(parents=True, exist_ok=True)
     mine = [k for k in range(rank, len(files), world) if not files[k].exists()]
     at_once = max(1, PIXELS // data.images.resolution**2)
-    batches = {k: list(torch.arange(k * SHARD, min((k + 1) * SHARD, len(data))).split(at_once)) for k in mine}
+    batches = {
+        k: list(torch.arange(k * SHARD, min((k + 1) * SHARD, len(data))).split(at_once))
+        for k in mine
+    }
     rows = [batch.tolist() for k in mine for batch in batches[k]]
     loader = DataLoader(data.images, batch_sampler=rows, num_workers=options.dataloader_num_workers)
-    bar = tqdm(total=sum(map(len, rows)), desc="latents of this process", unit="image",
-               disable=not (options.progress and accelerator.is_main_process and mine))
+    bar = tqdm(
+        total=sum(map(len, rows)),
+        desc="latents of this process",
+        unit="image",
+        disable=not (options.progress and accelerator.is_main_process and mine),
+    )
     stream = iter(loader)
-    for start in range(0, len(files), world):  # in step: none waits for another longer than a collective may last
+    for start in range(
+        0, len(files), world
+    ):  # in step: none waits for another longer than a collective may last
         if start + rank in batches:
             write_file(data, vae, files[start + rank], stream, len(batches[start + rank]), bar)
         accelerator.wait_for_everyone()
     bar.close()
     if missing := [file for file in files if not file.exists()]:
-        raise ValueError(f"--latents_cache: {missing[0]} was written by another process and isn't there for this one; "
-                         "a folder that all processes share is allowed")
+        raise ValueError(
+            f"--latents_cache: {missing[0]} was written by another process and isn't there for this one; "
+            "a folder that all processes share is allowed"
+        )
 
 
-def write_file(data: LatentImages, vae: Autoencoder, file: Path, stream: Iterator[dict[str, torch.Tensor]],
-               batches: int, bar: tqdm) -> None:
+def write_file(
+    data: LatentImages,
+    vae: Autoencoder,
+    file: Path,
+    stream: Iterator[dict[str, torch.Tensor]],
+    batches: int,
+    bar: tqdm,
+) -> None:
     """Encode the next batches of `stream` into a file, written aside and moved into place."""
     parts = []
     for _ in range(batches):

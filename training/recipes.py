@@ -31,68 +31,125 @@ from guided_diffusers.classifier_losses import (
 )
 from guided_diffusers.data import TargetedImages
 from guided_diffusers.losses import LossSecondMomentSampler
-from guided_diffusers.noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, affine, split_variance
+from guided_diffusers.noise import (
+    SMALLEST_ALPHA,
+    NoiseLevel,
+    TrainedSchedule,
+    affine,
+    split_variance,
+)
 
-ARCHITECTURE = ("block_out_channels", "layers_per_block", "down_block_types", "downsample_type", "norm_num_groups",
-                "resnet_time_scale_shift", "attention_head_dim", "norm_eps", "dropout")  # common to UNet and classifier
+ARCHITECTURE = (
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "downsample_type",
+    "norm_num_groups",
+    "resnet_time_scale_shift",
+    "attention_head_dim",
+    "norm_eps",
+    "dropout",
+)  # common to UNet and classifier
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 
 
 @dataclass
 class RecipeOptions(Options):
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = option(
-        SINGLE, "what a label is: one class, several (a list of ids or names, or a vector of zeros and ones), or one "
-                "or more numbers; but for the first --label_column must be given")
+    problem_type: Literal[
+        "single_label_classification", "multi_label_classification", "regression"
+    ] = option(
+        SINGLE,
+        "what a label is: one class, several (a list of ids or names, or a vector of zeros and ones), or one "
+        "or more numbers; but for the first --label_column must be given",
+    )
     class_weights: str | None = option(
-        None, "how much a label counts: `balanced` (by how rare it is), numbers such as 1,1,0.5, or a JSON file of "
-              "{name: weight}. Several labels an image: how much its presence does")
-    label_smoothing: float = option(0.0, "share of a label that is given to all labels alike; 0: off")
-    mixup: float = option(0.0, "images and labels are mixed by twos, in shares from Beta(mixup, mixup); 0: off")
+        None,
+        "how much a label counts: `balanced` (by how rare it is), numbers such as 1,1,0.5, or a JSON file of "
+        "{name: weight}. Several labels an image: how much its presence does",
+    )
+    label_smoothing: float = option(
+        0.0, "share of a label that is given to all labels alike; 0: off"
+    )
+    mixup: float = option(
+        0.0, "images and labels are mixed by twos, in shares from Beta(mixup, mixup); 0: off"
+    )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
-        "uniform", "second_moment: timesteps of large loss more often, weighted so that the mean loss stays the same")
+        "uniform",
+        "second_moment: timesteps of large loss more often, weighted so that the mean loss stays the same",
+    )
     min_timestep: int = option(0, "the least noisy timestep to train on")
     init_from: str | None = option(
-        None, "start from these weights: a classifier's or UNet2DModel's folder or Hub name, or that of a pipeline "
-              "with one. Without --model_config_name_or_path it says the architecture, too; a classifier, without "
-              "--scheduler and --ddpm options, the noise schedule")
+        None,
+        "start from these weights: a classifier's or UNet2DModel's folder or Hub name, or that of a pipeline "
+        "with one. Without --model_config_name_or_path it says the architecture, too; a classifier, without "
+        "--scheduler and --ddpm options, the noise schedule",
+    )
     robust_epsilon: float = option(
-        0.0, "train on the worst images within this distance (L2, in units of x_t) of the noisy ones; 0: off")
+        0.0,
+        "train on the worst images within this distance (L2, in units of x_t) of the noisy ones; 0: off",
+    )
     robust_steps: int = option(7, "gradients by which the worst image is found")
     dlsm_weight: float = option(
-        0.0, "weight of the denoising likelihood score-matching loss, a mean over pixels, which makes the gradient "
-             "right; it needs --score_model; 0: off")
+        0.0,
+        "weight of the denoising likelihood score-matching loss, a mean over pixels, which makes the gradient "
+        "right; it needs --score_model; 0: off",
+    )
     score_model: str | None = option(
-        None, "the diffusion model whose score that loss takes: the folder or Hub name of a pipeline with UNet2DModel, "
-              "unconditional or with a null label")
+        None,
+        "the diffusion model whose score that loss takes: the folder or Hub name of a pipeline with UNet2DModel, "
+        "unconditional or with a null label",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("label_smoothing", "mixup", "min_timestep", "robust_epsilon", "dlsm_weight"):
-            most, allowed = (1, "0 up to, not including, 1") if name == "label_smoothing" else (np.inf, "0 or more")
+            most, allowed = (
+                (1, "0 up to, not including, 1")
+                if name == "label_smoothing"
+                else (np.inf, "0 or more")
+            )
             if not 0 <= (value := getattr(self, name)) < most:
                 raise ValueError(f"--{name} {value}: {allowed} is allowed")
         if self.robust_steps < 1 or self.robust_steps != 7 and not self.robust_epsilon:
-            raise ValueError(f"--robust_steps {self.robust_steps}: 1 or more is allowed, with --robust_epsilon")
+            raise ValueError(
+                f"--robust_steps {self.robust_steps}: 1 or more is allowed, with --robust_epsilon"
+            )
         if (self.dlsm_weight > 0) != (self.score_model is not None):
-            raise ValueError(f"--dlsm_weight {self.dlsm_weight} and --score_model {self.score_model} need each other")
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight} and --score_model {self.score_model} need each other"
+            )
         if self.dlsm_weight and (self.mixup or self.problem_type == REGRESSION):
-            raise ValueError(f"--dlsm_weight {self.dlsm_weight}: with --mixup {self.mixup} and --problem_type "
-                             f"{self.problem_type} 0 is allowed, since there is no p(y | x_t) of these images")
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight}: with --mixup {self.mixup} and --problem_type "
+                f"{self.problem_type} 0 is allowed, since there is no p(y | x_t) of these images"
+            )
         if self.dlsm_weight and self.gradient_checkpointing:
-            raise ValueError(f"--dlsm_weight {self.dlsm_weight} differentiates twice, which --gradient_checkpointing "
-                             "can't: 0 is allowed with it")
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight} differentiates twice, which --gradient_checkpointing "
+                "can't: 0 is allowed with it"
+            )
         if self.streaming and self.problem_type != SINGLE:
-            raise ValueError(f"--problem_type {self.problem_type} needs all labels before the first step, which "
-                             f"--streaming doesn't have: {SINGLE} is allowed with it")
+            raise ValueError(
+                f"--problem_type {self.problem_type} needs all labels before the first step, which "
+                f"--streaming doesn't have: {SINGLE} is allowed with it"
+            )
         if self.streaming and self.class_weights == "balanced":
-            raise ValueError("--class_weights balanced counts all labels before the first step, which --streaming "
-                             "doesn't have: numbers and a JSON file are allowed with it")
+            raise ValueError(
+                "--class_weights balanced counts all labels before the first step, which --streaming "
+                "doesn't have: numbers and a JSON file are allowed with it"
+            )
         if self.mixup and self.train_batch_size % 2:
-            raise ValueError(f"--train_batch_size {self.train_batch_size}: an even number is allowed with --mixup, "
-                             "which mixes images by twos")
-        if self.problem_type == REGRESSION and (self.class_weights is not None or self.label_smoothing):
-            raise ValueError(f"--class_weights {self.class_weights}, --label_smoothing {self.label_smoothing}: none "
-                             f"and 0 are allowed with --problem_type {REGRESSION}")
+            raise ValueError(
+                f"--train_batch_size {self.train_batch_size}: an even number is allowed with --mixup, "
+                "which mixes images by twos"
+            )
+        if self.problem_type == REGRESSION and (
+            self.class_weights is not None or self.label_smoothing
+        ):
+            raise ValueError(
+                f"--class_weights {self.class_weights}, --label_smoothing {self.label_smoothing}: none "
+                f"and 0 are allowed with --problem_type {REGRESSION}"
+            )
 
 
 # Labels
@@ -103,8 +160,9 @@ def without_labels(options: RecipeOptions) -> RecipeOptions:
     return options if options.problem_type == SINGLE else replace(options, label_column=None)
 
 
-def labelled(options: RecipeOptions, data: Images, held_out: Images | None) \
-        -> tuple[Images | TargetedImages, Images | TargetedImages | None]:
+def labelled(
+    options: RecipeOptions, data: Images, held_out: Images | None
+) -> tuple[Images | TargetedImages, Images | TargetedImages | None]:
     """Both splits with the labels of --problem_type.
 
     Raises:
@@ -116,8 +174,10 @@ def labelled(options: RecipeOptions, data: Images, held_out: Images | None) \
     if held_out is not None:
         held_out = TargetedImages(held_out, options.label_column, kind, data.id2label)
         if held_out.num_labels != data.num_labels:
-            raise ValueError(f"--label_column {options.label_column}: {data.num_labels} numbers an image to train on, "
-                             f"and {held_out.num_labels} in the held-out split")
+            raise ValueError(
+                f"--label_column {options.label_column}: {data.num_labels} numbers an image to train on, "
+                f"and {held_out.num_labels} in the held-out split"
+            )
     return data, held_out
 
 
@@ -129,7 +189,9 @@ def all_labels(data: Images | TargetedImages) -> torch.Tensor:
     return torch.tensor([images.label(i) for i in range(len(images))])
 
 
-def make_class_weights(options: RecipeOptions, data: Images | TargetedImages) -> torch.Tensor | None:
+def make_class_weights(
+    options: RecipeOptions, data: Images | TargetedImages
+) -> torch.Tensor | None:
     """(num_labels,) of --class_weights.
 
     Raises:
@@ -141,7 +203,11 @@ def make_class_weights(options: RecipeOptions, data: Images | TargetedImages) ->
     try:
         if given == "balanced":
             labels = all_labels(data)
-            counts = torch.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(dim=0)
+            counts = (
+                torch.bincount(labels, minlength=len(names))
+                if labels.ndim == 1
+                else labels.sum(dim=0)
+            )
             return balanced_weights(counts, len(labels), options.problem_type)
         if Path(given).is_file():
             by_name = json.loads(Path(given).read_text())
@@ -150,11 +216,17 @@ def make_class_weights(options: RecipeOptions, data: Images | TargetedImages) ->
             weights = [float(by_name[name]) for name in names]
         else:
             weights = [float(one) for one in given.split(",")]
-        if len(weights) != len(names) or not all(0 <= weight < np.inf for weight in weights) or not any(weights):
+        if (
+            len(weights) != len(names)
+            or not all(0 <= weight < np.inf for weight in weights)
+            or not any(weights)
+        ):
             raise ValueError(f"{len(names)} numbers, 0 or more and not all 0, are allowed")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--class_weights {given}: {error}; `balanced`, numbers such as 1,1,0.5 and a JSON file of "
-                         "{name: weight} are allowed") from error
+        raise ValueError(
+            f"--class_weights {given}: {error}; `balanced`, numbers such as 1,1,0.5 and a JSON file of "
+            "{name: weight} are allowed"
+        ) from error
     return torch.tensor(weights)
 
 
@@ -178,16 +250,23 @@ def load_start(path: str | None) -> NoiseAwareClassifier | UNet2DModel | None:
         for model_class in (NoiseAwareClassifier, UNet2DModel):
             if config.get("_class_name") == model_class.__name__:
                 try:
-                    return model_class.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+                    return model_class.from_pretrained(
+                        path, subfolder=subfolder, torch_dtype=torch.float32
+                    )
                 except (OSError, ValueError) as error:
                     raise ValueError(f"--init_from {path}: {error}") from error
         reason = f"it holds a {config.get('_class_name')}"
-    raise ValueError(f"--init_from {path}: {reason}; NoiseAwareClassifier and UNet2DModel are allowed")
+    raise ValueError(
+        f"--init_from {path}: {reason}; NoiseAwareClassifier and UNet2DModel are allowed"
+    )
 
 
 def start_schedule(options: RecipeOptions, start: ModelMixin | None) -> DDPMScheduler | None:
     """The noise schedule of a classifier to start from, where the options name none."""
-    own = options.scheduler is None and (options.ddpm_num_steps, options.ddpm_beta_schedule) == (1000, "linear")
+    own = options.scheduler is None and (options.ddpm_num_steps, options.ddpm_beta_schedule) == (
+        1000,
+        "linear",
+    )
     if own and isinstance(start, NoiseAwareClassifier):
         return DDPMScheduler(**{name: start.config[name] for name in SCHEDULE})
     return None
@@ -201,8 +280,12 @@ def architecture(start: ModelMixin) -> dict[str, Any]:
     return {name: start.config[name] for name in ARCHITECTURE}
 
 
-def start_at(options: RecipeOptions, model: NoiseAwareClassifier, start: ModelMixin | None,
-             data: Images | TargetedImages) -> str | None:
+def start_at(
+    options: RecipeOptions,
+    model: NoiseAwareClassifier,
+    start: ModelMixin | None,
+    data: Images | TargetedImages,
+) -> str | None:
     """Give a fresh classifier the weights of its start, and a regressor's outputs the labels' mean; says what was done.
 
     The parameters that have the same name and shape are taken: a UNet's encoder and middle block are a classifier's,
@@ -218,14 +301,22 @@ def start_at(options: RecipeOptions, model: NoiseAwareClassifier, start: ModelMi
     if start is None:
         return None
     theirs = start.state_dict()
-    taken = {name: theirs[name] for name in own if name in theirs and theirs[name].shape == own[name].shape}
+    taken = {
+        name: theirs[name]
+        for name in own
+        if name in theirs and theirs[name].shape == own[name].shape
+    }
     if any(start.config.get(name) != model.config[name] for name in ("problem_type", "id2label")):
         taken = {name: value for name, value in taken.items() if name not in last}
     if not taken:
-        raise ValueError(f"--init_from {options.init_from}: no parameter of the {type(start).__name__} has the name "
-                         "and shape of one of the classifier's, as they have without --model_config_name_or_path")
+        raise ValueError(
+            f"--init_from {options.init_from}: no parameter of the {type(start).__name__} has the name "
+            "and shape of one of the classifier's, as they have without --model_config_name_or_path"
+        )
     model.load_state_dict(taken, strict=False)
-    numbers = sum(value.numel() for value in taken.values()) / sum(value.numel() for value in own.values())
+    numbers = sum(value.numel() for value in taken.values()) / sum(
+        value.numel() for value in own.values()
+    )
     return f"starts from {options.init_from}: {len(taken)} of {len(own)} parameters ({numbers:.0%} of the numbers)"
 
 
@@ -241,7 +332,13 @@ class ScoreModel:
         ValueError: if --score_model can't be loaded, needs a label, doesn't fit the images, or knows no such noise.
     """
 
-    def __init__(self, options: RecipeOptions, scheduler: DDPMScheduler, last: int, data: Images | TargetedImages):
+    def __init__(
+        self,
+        options: RecipeOptions,
+        scheduler: DDPMScheduler,
+        last: int,
+        data: Images | TargetedImages,
+    ):
         path = options.score_model
         try:
             pipeline = ClassifierGuidedPipeline.from_pretrained(path)
@@ -249,27 +346,43 @@ class ScoreModel:
             raise ValueError(f"--score_model {path}: {error}") from error
         self.unet, config = pipeline.unet.requires_grad_(False).eval(), pipeline.scheduler.config
         prediction, embeddings = config.get("prediction_type"), self.unet.config.num_class_embeds
-        if prediction not in ("epsilon", "sample", "v_prediction") or not config.get("beta_schedule"):
-            raise ValueError(f"--score_model {path}: its {config['_class_name']} has prediction_type {prediction!r}; a "
-                             "variance-preserving model of epsilon, sample or v_prediction is allowed")
+        if prediction not in ("epsilon", "sample", "v_prediction") or not config.get(
+            "beta_schedule"
+        ):
+            raise ValueError(
+                f"--score_model {path}: its {config['_class_name']} has prediction_type {prediction!r}; a "
+                "variance-preserving model of epsilon, sample or v_prediction is allowed"
+            )
         if embeddings is not None and pipeline.num_labels != embeddings - 1:
-            raise ValueError(f"--score_model {path}: of {embeddings} class embeddings and {pipeline.num_labels} labels "
-                             "none is a null label; an unconditional model, or one with a null label, is allowed")
+            raise ValueError(
+                f"--score_model {path}: of {embeddings} class embeddings and {pipeline.num_labels} labels "
+                "none is a null label; an unconditional model, or one with a null label, is allowed"
+            )
         size = self.unet.config.sample_size or data.resolution
         if self.unet.config.in_channels != data.channels or size != data.resolution:
-            raise ValueError(f"--score_model {path} is for {self.unet.config.in_channels} channels of size {size}; "
-                             f"{data.channels} of size {data.resolution} are allowed with this data")
+            raise ValueError(
+                f"--score_model {path} is for {self.unet.config.in_channels} channels of size {size}; "
+                f"{data.channels} of size {data.resolution} are allowed with this data"
+            )
         self.null, self.channels = embeddings - 1 if embeddings else None, data.channels
         abar = scheduler.alphas_cumprod.double().clamp(min=SMALLEST_ALPHA**2)
-        levels = [NoiseLevel(a, s, *affine(prediction, a, s))
-                  for a, s in zip(abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True)]
-        schedule = TrainedSchedule({"trained_betas": DDPMScheduler.from_config(config).betas.tolist(),
-                                    "num_train_timesteps": config["num_train_timesteps"]})
+        levels = [
+            NoiseLevel(a, s, *affine(prediction, a, s))
+            for a, s in zip(abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True)
+        ]
+        schedule = TrainedSchedule(
+            {
+                "trained_betas": DDPMScheduler.from_config(config).betas.tolist(),
+                "num_train_timesteps": config["num_train_timesteps"],
+            }
+        )
         for t in (options.min_timestep, last):
             ratio = np.log(levels[t].sigma / levels[t].alpha)
             if not schedule.log_ratio[0] - 1e-3 <= ratio <= schedule.log_ratio[-1] + 1e-3:
-                raise ValueError(f"--score_model {path} knows no noise as of timestep {t} of this schedule; its own "
-                                 "(--scheduler), or --min_timestep and --max_timestep within it, are allowed")
+                raise ValueError(
+                    f"--score_model {path} knows no noise as of timestep {t} of this schedule; its own "
+                    "(--scheduler), or --min_timestep and --max_timestep within it, are allowed"
+                )
         times = [schedule.timestep(level) for level in levels]
         to_x_t = [(level.alpha * level.a - 1) / level.sigma**2 for level in levels]
         to_output = [level.alpha * level.b / level.sigma**2 for level in levels]
@@ -281,7 +394,9 @@ class ScoreModel:
         self.unet.to(x_t.device)
         time, to_x_t, to_output = self.tables.to(x_t.device)[:, t]
         null = None if self.null is None else torch.full_like(t, self.null)
-        output = split_variance(self.unet(x_t, time, class_labels=null).sample.float(), self.channels)[0]
+        output = split_variance(
+            self.unet(x_t, time, class_labels=null).sample.float(), self.channels
+        )[0]
         return to_x_t[:, None, None, None] * x_t + to_output[:, None, None, None] * output
 
 
@@ -297,28 +412,52 @@ class Recipe:
         ValueError: if an option doesn't fit the data or the schedule.
     """
 
-    def __init__(self, options: RecipeOptions, accelerator: Accelerator, scheduler: DDPMScheduler, last: int,
-                 data: Images | TargetedImages):
+    def __init__(
+        self,
+        options: RecipeOptions,
+        accelerator: Accelerator,
+        scheduler: DDPMScheduler,
+        last: int,
+        data: Images | TargetedImages,
+    ):
         first, kind = options.min_timestep, options.problem_type
         if first > last:
-            raise ValueError(f"--min_timestep {first}: 0 to {last} is allowed with this schedule and --max_timestep")
-        self.options, self.accelerator, self.scheduler, self.first = options, accelerator, scheduler, first
+            raise ValueError(
+                f"--min_timestep {first}: 0 to {last} is allowed with this schedule and --max_timestep"
+            )
+        self.options, self.accelerator, self.scheduler, self.first = (
+            options,
+            accelerator,
+            scheduler,
+            first,
+        )
         self.count, self.num_labels = last + 1 - first, len(data.id2label)
         self.weights, self.variance = make_class_weights(options, data), None
         if kind == REGRESSION:
             self.variance = data.targets().var(dim=0, unbiased=False)
             if not (self.variance > 0).all():
-                raise ValueError(f"--label_column {options.label_column}: all numbers are the same, in one of its "
-                                 f"{data.num_labels} places; numbers that differ can be learned")
+                raise ValueError(
+                    f"--label_column {options.label_column}: all numbers are the same, in one of its "
+                    f"{data.num_labels} places; numbers that differ can be learned"
+                )
         if options.dlsm_weight and accelerator.mixed_precision == "fp16":
-            raise ValueError(f"--dlsm_weight {options.dlsm_weight}: --mixed_precision no and bf16 are allowed with it, "
-                             "since fp16's loss scaling doesn't reach the gradient within the loss")
+            raise ValueError(
+                f"--dlsm_weight {options.dlsm_weight}: --mixed_precision no and bf16 are allowed with it, "
+                "since fp16's loss scaling doesn't reach the gradient within the loss"
+            )
         if options.dlsm_weight and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise ValueError(f"--dlsm_weight {options.dlsm_weight} differentiates twice, which torch.compile can't: "
-                             "--dynamo_backend no is allowed with it")
-        if options.dlsm_weight and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(f"--dlsm_weight {options.dlsm_weight} differentiates twice, which distributed_type "
-                             f"{accelerator.distributed_type.value} isn't made for: 0 is allowed with it")
+            raise ValueError(
+                f"--dlsm_weight {options.dlsm_weight} differentiates twice, which torch.compile can't: "
+                "--dynamo_backend no is allowed with it"
+            )
+        if options.dlsm_weight and accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        ):
+            raise ValueError(
+                f"--dlsm_weight {options.dlsm_weight} differentiates twice, which distributed_type "
+                f"{accelerator.distributed_type.value} isn't made for: 0 is allowed with it"
+            )
         self.score = ScoreModel(options, scheduler, last, data) if options.dlsm_weight else None
         self.sampler = None
         if options.timestep_sampler == "second_moment":
@@ -340,28 +479,45 @@ class Recipe:
     def _draw_steps(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.sampler is None:
             return draws.randint(self.count), None
-        return tuple(part[draws.mine].to(draws.device) for part in self.sampler.sample(draws.total, draws.generator))
+        return tuple(
+            part[draws.mine].to(draws.device)
+            for part in self.sampler.sample(draws.total, draws.generator)
+        )
 
     def _draw_shares(self, draws: Draws) -> torch.Tensor:
         """Beta(mixup, mixup), which torch draws from its global generator only."""
         seed = torch.randint(2**62, (), generator=draws.generator).item()
-        shares = np.random.default_rng(seed).beta(self.options.mixup, self.options.mixup, draws.total)
+        shares = np.random.default_rng(seed).beta(
+            self.options.mixup, self.options.mixup, draws.total
+        )
         return torch.from_numpy(shares)[draws.mine].float().to(draws.device)
 
-    def _losses(self, model: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, eps: torch.Tensor) \
-            -> torch.Tensor:
+    def _losses(
+        self,
+        model: torch.nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        eps: torch.Tensor,
+    ) -> torch.Tensor:
         """One an image, (B,)."""
         options, kind, weights = self.options, self.options.problem_type, self.weights
 
         def wrong(x: torch.Tensor) -> torch.Tensor:
-            return label_losses(model(x, t).logits, y, kind, weights, options.label_smoothing, self.variance)
+            return label_losses(
+                model(x, t).logits, y, kind, weights, options.label_smoothing, self.variance
+            )
 
         if self.score is None:
             return wrong(worst_case(wrong, x_t, options.robust_epsilon, options.robust_steps))
-        with sdpa_kernel(SDPBackend.MATH):  # attention's other kernels can't be differentiated twice
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # attention's other kernels can't be differentiated twice
             logits = model(x_t.requires_grad_(), t).logits
         sigma = (1 - self.scheduler.alphas_cumprod.to(x_t.device)[t]).sqrt()
-        matching = score_matching_losses(log_likelihood(logits, y, kind), x_t, eps, sigma, self.score(x_t, t))
+        matching = score_matching_losses(
+            log_likelihood(logits, y, kind), x_t, eps, sigma, self.score(x_t, t)
+        )
         if options.robust_epsilon:
             losses = wrong(worst_case(wrong, x_t, options.robust_epsilon, options.robust_steps))
         else:

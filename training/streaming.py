@@ -16,11 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, IterableDatasetDict, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+)
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
-from guided_diffusers.data import SHARD, UNREADABLE, CorruptImage, ImageRows, LabelledImages, all_grey, row_name
+from guided_diffusers.data import (
+    SHARD,
+    UNREADABLE,
+    CorruptImage,
+    ImageRows,
+    LabelledImages,
+    all_grey,
+    row_name,
+)
 
 if TYPE_CHECKING:
     from options import Options
@@ -57,17 +73,39 @@ class StreamedImages(ImageRows):
         ValueError: if a column is missing or holds something else, or the labels' names aren't known.
     """
 
-    def __init__(self, dataset: IterableDataset, image_column: str | None = None, label_column: str | None = None,
-                 resolution: int = 64, center_crop: bool = False, random_flip: bool = False, random_shift: int = 0,
-                 channels: int | None = None, labels: dict[int, str] | None = None, skip_corrupt_images: bool = False):
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        resolution: int = 64,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        random_shift: int = 0,
+        channels: int | None = None,
+        labels: dict[int, str] | None = None,
+        skip_corrupt_images: bool = False,
+    ):
         if dataset.features is None:
-            raise ValueError("--streaming: the dataset doesn't say what its columns hold; Parquet files, tar files "
-                             "(WebDataset) and image folders do")
+            raise ValueError(
+                "--streaming: the dataset doesn't say what its columns hold; Parquet files, tar files "
+                "(WebDataset) and image folders do"
+            )
         dataset = with_field(dataset.decode(False), label_column)
-        super().__init__(dataset, image_column, label_column, resolution, center_crop, random_flip, random_shift,
-                         skip_corrupt_images)
+        super().__init__(
+            dataset,
+            image_column,
+            label_column,
+            resolution,
+            center_crop,
+            random_flip,
+            random_shift,
+            skip_corrupt_images,
+        )
         self.dataset, self._decoder = dataset, Image()
-        self._rows = dataset.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
+        self._rows = dataset.select_columns(self.columns).cast_column(
+            self.image_column, Image(decode=False)
+        )
         self._use(self._known_names(labels))
         first = list(islice(self.rows(), 16))
         if not first:
@@ -86,7 +124,10 @@ class StreamedImages(ImageRows):
 
     def shard_rows(self, shard: int, first: int = 0) -> Iterator[Row]:
         """The rows of a shard in their order, from one on."""
-        part, number = self._rows.shard(num_shards=self.num_shards, index=shard), (shard + 1) * SHARD + first
+        part, number = (
+            self._rows.shard(num_shards=self.num_shards, index=shard),
+            (shard + 1) * SHARD + first,
+        )
         for rows in (part.skip(first) if first else part).iter(AT_ONCE):
             images = rows[self.image_column]
             labels = [None] * len(images) if self.label_column is None else rows[self.label_column]
@@ -104,13 +145,23 @@ class StreamedImages(ImageRows):
         rows = list(islice(self.rows(), None if self.of_files else count))
         count = min(count, len(rows))
         rows = [rows[i * len(rows) // count] for i in range(count)]
-        columns, features = {self.image_column: [row.image or None for row in rows]}, {self.image_column: Image()}
+        columns, features = (
+            {self.image_column: [row.image or None for row in rows]},
+            {self.image_column: Image()},
+        )
         if self.label_column is not None:
             columns[self.label_column] = [row.label for row in rows]
             features[self.label_column] = self.dataset.features[self.label_column]
-        return LabelledImages(Dataset.from_dict(columns, Features(features)), self.image_column, self.label_column,
-                              self.resolution, center_crop=True, channels=self.channels, labels=labels,
-                              skip_corrupt_images=self.skip_corrupt_images)
+        return LabelledImages(
+            Dataset.from_dict(columns, Features(features)),
+            self.image_column,
+            self.label_column,
+            self.resolution,
+            center_crop=True,
+            channels=self.channels,
+            labels=labels,
+            skip_corrupt_images=self.skip_corrupt_images,
+        )
 
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor | int]:
         (rows, i), seed = item
@@ -137,7 +188,9 @@ class StreamedImages(ImageRows):
             return image
         except UNREADABLE as error:
             name = f" ({row.image['path']})" if row.image.get("path") else ""
-            raise CorruptImage(f"the image of {row_name(row.number)}{name} can't be read: {error}") from error
+            raise CorruptImage(
+                f"the image of {row_name(row.number)}{name} can't be read: {error}"
+            ) from error
 
     def _image(self, row: Row) -> tuple[PILImage.Image, int]:
         return self._prepared(self._decoded(row)), self._label(row.label, row.number)
@@ -148,12 +201,20 @@ class StreamedImages(ImageRows):
     def _known_names(self, labels: dict[int, str] | None) -> dict[int, str]:
         feature = None if self.label_column is None else self.dataset.features[self.label_column]
         if labels is not None and (feature is None or isinstance(feature, ClassLabel)):
-            has = "has no column of labels (--label_column)" if feature is None else f"names its own: {feature.names}"
-            raise ValueError(f"--labels {list(labels.values())}: not allowed, since the dataset {has}")
+            has = (
+                "has no column of labels (--label_column)"
+                if feature is None
+                else f"names its own: {feature.names}"
+            )
+            raise ValueError(
+                f"--labels {list(labels.values())}: not allowed, since the dataset {has}"
+            )
         if (names := self._names(self.dataset.features, labels)) is None:
-            raise ValueError(f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
-                             "advance: a column of class ids, and one of integers from 0 or strings with --labels, are "
-                             "allowed")
+            raise ValueError(
+                f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
+                "advance: a column of class ids, and one of integers from 0 or strings with --labels, are "
+                "allowed"
+            )
         return names
 
 
@@ -189,13 +250,17 @@ def label_names(given: str | None) -> dict[int, str] | None:
         if given.isdecimal():
             names = [str(i) for i in range(int(given))]
         else:
-            names = json.loads(Path(given).read_text()) if Path(given).is_file() else given.split(",")
+            names = (
+                json.loads(Path(given).read_text()) if Path(given).is_file() else given.split(",")
+            )
         fitting = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     except (OSError, ValueError) as error:
         raise ValueError(f"--labels {given}: {error}") from error
     if not fitting or not names or len(set(names)) < len(names):
-        raise ValueError(f"--labels {given}: different names such as cat,dog, a JSON file with a list of them and a "
-                         "number of classes, 1 or more, are allowed")
+        raise ValueError(
+            f"--labels {given}: different names such as cat,dog, a JSON file with a list of them and a "
+            "number of classes, 1 or more, are allowed"
+        )
     return dict(enumerate(names))
 
 
@@ -213,13 +278,25 @@ class StreamedBatches(Sampler[list[Item]]):
     their images being decoded.
     """
 
-    def __init__(self, source: StreamedImages, window: int | None, batch_size: int, seed: int, rank: int, world: int,
-                 first: int, last: int, position: dict[str, int] | None = None):
+    def __init__(
+        self,
+        source: StreamedImages,
+        window: int | None,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        first: int,
+        last: int,
+        position: dict[str, int] | None = None,
+    ):
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.window = None if source.of_files else window or WINDOW
         self.rank, self.world, self.first, self.last = rank, world, first, last
         self.start = dict(BEGINNING if position is None else position)
-        self._begun: deque[tuple[int, dict[str, int]]] = deque()  # rows before a window, and where it begins
+        self._begun: deque[tuple[int, dict[str, int]]] = (
+            deque()
+        )  # rows before a window, and where it begins
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
@@ -259,9 +336,11 @@ class StreamedBatches(Sampler[list[Item]]):
                 at["window"] += 1
                 place = dict(at)
             if at["window"] == 0:
-                raise ValueError(f"--streaming: process {self.rank} of {self.world} finds no row in epoch "
-                                 f"{at['epoch']} of {self.source.num_shards} shards; fewer processes, and more or "
-                                 "larger shards, are allowed")
+                raise ValueError(
+                    f"--streaming: process {self.rank} of {self.world} finds no row in epoch "
+                    f"{at['epoch']} of {self.source.num_shards} shards; fewer processes, and more or "
+                    "larger shards, are allowed"
+                )
             at = {**BEGINNING, "epoch": at["epoch"] + 1}
 
     def _epoch(self, at: dict[str, int]) -> Iterator[Row]:
@@ -288,19 +367,39 @@ def one_ahead(items: Iterator[AnyItem]) -> Iterator[AnyItem]:
             yield item
 
 
-def load_streams(options: Options, splits: IterableDatasetDict, held_out: str | None) \
-        -> tuple[StreamedImages, LabelledImages | None]:
+def load_streams(
+    options: Options, splits: IterableDatasetDict, held_out: str | None
+) -> tuple[StreamedImages, LabelledImages | None]:
     """The split to train on, and the first images of the held-out one.
 
     Raises:
         ValueError: if a column or its labels can't be used.
     """
-    train = StreamedImages(splits[options.train_split], options.image_column, options.label_column, options.resolution,
-                           options.center_crop, options.random_flip, options.random_shift,
-                           labels=label_names(options.labels), skip_corrupt_images=options.skip_corrupt_images)
+    train = StreamedImages(
+        splits[options.train_split],
+        options.image_column,
+        options.label_column,
+        options.resolution,
+        options.center_crop,
+        options.random_flip,
+        options.random_shift,
+        labels=label_names(options.labels),
+        skip_corrupt_images=options.skip_corrupt_images,
+    )
     if held_out is None:
         return train, None
-    named = None if isinstance(train.dataset.features.get(train.label_column), ClassLabel) else train.id2label or None
-    rest = StreamedImages(splits[held_out], train.image_column, train.label_column, options.resolution,
-                          channels=train.channels, labels=named, skip_corrupt_images=options.skip_corrupt_images)
+    named = (
+        None
+        if isinstance(train.dataset.features.get(train.label_column), ClassLabel)
+        else train.id2label or None
+    )
+    rest = StreamedImages(
+        splits[held_out],
+        train.image_column,
+        train.label_column,
+        options.resolution,
+        channels=train.channels,
+        labels=named,
+        skip_corrupt_images=options.skip_corrupt_images,
+    )
     return train, rest.in_memory(options.validation_samples, train.id2label)

@@ -30,7 +30,16 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, ModelMixin
 from latents import load_vae, write_latents
 from loop import Batch, Run, finish, held_out_figures, ten_levels
-from options import Images, explained, load_data, load_scheduler, make_accelerator, make_model, option, parse
+from options import (
+    Images,
+    explained,
+    load_data,
+    load_scheduler,
+    make_accelerator,
+    make_model,
+    option,
+    parse,
+)
 from publishing import PublishedOptions, publish
 from recipes import (
     SCHEDULE,
@@ -49,21 +58,29 @@ from guided_diffusers.classifier_losses import FIGURES, SINGLE, held_out_scores
 from guided_diffusers.data import TargetedImages
 from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
 
-DEFAULT = {"block_out_channels": [64, 128, 192, 256], "layers_per_block": 2, "attention_head_dim": 64, "dropout": 0.1}
+DEFAULT = {
+    "block_out_channels": [64, 128, 192, 256],
+    "layers_per_block": 2,
+    "attention_head_dim": 64,
+    "dropout": 0.1,
+}
 
 
 @dataclass
 class NoisyOptions(PublishedOptions):
     max_timestep: int | None = option(
-        None, "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
-              "and 0 for a classifier of clean images")
+        None,
+        "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
+        "and 0 for a classifier of clean images",
+    )
     adam_weight_decay: float = option(0.05, "AdamW's weight decay")
 
 
 @dataclass
 class ClassifierOptions(NoisyOptions, RecipeOptions):
-    diagnosis_images: int = option(500, "held-out images by which every evaluation says whether it is fit to guide; 0: "
-                                        "off")
+    diagnosis_images: int = option(
+        500, "held-out images by which every evaluation says whether it is fit to guide; 0: off"
+    )
 
 
 def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
@@ -73,36 +90,70 @@ def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[st
         ValueError: if --max_timestep is beyond the schedule.
     """
     schedule = {name: scheduler.config[name] for name in SCHEDULE}
-    steps = schedule["num_train_timesteps"] if options.max_timestep is None else options.max_timestep + 1
+    steps = (
+        schedule["num_train_timesteps"]
+        if options.max_timestep is None
+        else options.max_timestep + 1
+    )
     if steps > schedule["num_train_timesteps"]:
         last = schedule["num_train_timesteps"] - 1
         raise ValueError(f"--max_timestep {options.max_timestep}: 0 to {last} is allowed")
     if steps < schedule["num_train_timesteps"] or scheduler.config.rescale_betas_zero_snr:
-        schedule |= {"num_train_timesteps": steps, "trained_betas": scheduler.betas[:steps].tolist()}
+        schedule |= {
+            "num_train_timesteps": steps,
+            "trained_betas": scheduler.betas[:steps].tolist(),
+        }
     return schedule
 
 
-def make_classifier(options: ClassifierOptions, data: Images | TargetedImages, schedule: dict[str, Any],
-                    start: ModelMixin | None = None) -> NoiseAwareClassifier:
+def make_classifier(
+    options: ClassifierOptions,
+    data: Images | TargetedImages,
+    schedule: dict[str, Any],
+    start: ModelMixin | None = None,
+) -> NoiseAwareClassifier:
     if options.problem_type == SINGLE and len(data.id2label) < 2:
-        raise ValueError(f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or more are "
-                         f"needed; the dataset has the columns {data.dataset.column_names}")
+        raise ValueError(
+            f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or more are "
+            f"needed; the dataset has the columns {data.dataset.column_names}"
+        )
     default = DEFAULT if start is None else architecture(start)
-    return make_model(NoiseAwareClassifier, options, default, sample_size=data.resolution, in_channels=data.channels,
-                      num_labels=len(data.id2label) or data.num_labels, id2label=data.id2label or None, label2id=None,
-                      problem_type=options.problem_type, **schedule)
+    return make_model(
+        NoiseAwareClassifier,
+        options,
+        default,
+        sample_size=data.resolution,
+        in_channels=data.channels,
+        num_labels=len(data.id2label) or data.num_labels,
+        id2label=data.id2label or None,
+        label2id=None,
+        problem_type=options.problem_type,
+        **schedule,
+    )
 
 
-def write_diagnosis(options: ClassifierOptions, accelerator: Accelerator, model: NoiseAwareClassifier,
-                    held_out: Images, last: bool) -> None:
+def write_diagnosis(
+    options: ClassifierOptions,
+    accelerator: Accelerator,
+    model: NoiseAwareClassifier,
+    held_out: Images,
+    last: bool,
+) -> None:
     """`diagnosis.json` and its picture, by a copy in full precision, which the network under training may not keep to.
 
     Its own noise schedule says which noise levels a run has; the gradient is compared with itself under other noise.
     """
     plain = NoiseAwareClassifier.from_config(model.config)
     plain.load_state_dict(model.state_dict())
-    found = diagnose(plain.to(accelerator.device).eval(), held_out, images=options.diagnosis_images,
-                     gradient_images=32, batch_size=options.train_batch_size, finite_differences=False, progress=False)
+    found = diagnose(
+        plain.to(accelerator.device).eval(),
+        held_out,
+        images=options.diagnosis_images,
+        gradient_images=32,
+        batch_size=options.train_batch_size,
+        finite_differences=False,
+        progress=False,
+    )
     if options.vae is not None:  # latents have no range
         found = replace(found, mismatches=())
     found.save(options.output_dir, picture=find_spec("matplotlib") is not None)
@@ -128,23 +179,37 @@ def main() -> None:
         run = Run(options, accelerator, model, data)
         write_latents(options, accelerator, vae, *images)
 
-    def logits(model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def logits(
+        model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         return model(scheduler.add_noise(batch["pixel_values"], eps, t), t).logits.float()
 
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
         def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             answer, label = logits(model, batch, eps, t), batch["label"]
             scores = held_out_scores(answer, label, options.problem_type, recipe.variance)
-            return torch.stack([*scores.values(), *(calibration_gaps(answer, label).T if gaps else ())])
+            return torch.stack(
+                [*scores.values(), *(calibration_gaps(answer, label).T if gaps else ())]
+            )
 
         gaps = GAPS if options.problem_type == SINGLE else ()
-        figures = held_out_figures(options, accelerator, held_out, ten_levels(schedule["num_train_timesteps"]),
-                                   (*FIGURES[options.problem_type], *gaps), score)
+        figures = held_out_figures(
+            options,
+            accelerator,
+            held_out,
+            ten_levels(schedule["num_train_timesteps"]),
+            (*FIGURES[options.problem_type], *gaps),
+            score,
+        )
         if figures and gaps:
             figures["held_out"] = [with_calibration(row) for row in figures["held_out"]]
             if step == run.steps and accelerator.is_main_process and find_spec("matplotlib"):
                 plot(figures["held_out"], Path(options.output_dir) / "curves.png")
-            if accelerator.is_main_process and options.diagnosis_images and schedule["num_train_timesteps"] > 1:
+            if (
+                accelerator.is_main_process
+                and options.diagnosis_images
+                and schedule["num_train_timesteps"] > 1
+            ):
                 write_diagnosis(options, accelerator, model, held_out, last=step == run.steps)
         return figures
 

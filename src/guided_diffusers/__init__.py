@@ -19,6 +19,21 @@ from .pipeline import ClassifierGuidedPipeline
 
 repository.register((classifier, openai.unet, openai.schedules), (ClassifierGuidedPipeline,))
 
-__all__ = ["CLIPGuidance", "ClassifierFreeGuidance", "ClassifierGuidance", "ClassifierGuidedPipeline", "EnergyGuidance",
-           "Guidance", "ImageClassifierGuidance", "ModelGuidance", "NoiseAwareCLIP", "NoiseAwareCLIPGuidance",
-           "NoiseAwareClassifier", "NoiseLevel", "Step", "gradient", "guide", "noise_levels"]
+__all__ = [
+    "CLIPGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "ClassifierGuidedPipeline",
+    "EnergyGuidance",
+    "Guidance",
+    "ImageClassifierGuidance",
+    "ModelGuidance",
+    "NoiseAwareCLIP",
+    "NoiseAwareCLIPGuidance",
+    "NoiseAwareClassifier",
+    "NoiseLevel",
+    "Step",
+    "gradient",
+    "guide",
+    "noise_levels",
+]

@@ -58,26 +58,37 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     scheduler = getattr(pipeline, "scheduler", None)
     denoiser = _component(pipeline, DENOISERS)
     if scheduler is None or denoiser is None:
-        raise ValueError(f"pipeline {name} has no {'scheduler' if scheduler is None else ' or '.join(DENOISERS)}; "
-                         "guide needs the scheduler and the network that it steps with")
+        raise ValueError(
+            f"pipeline {name} has no {'scheduler' if scheduler is None else ' or '.join(DENOISERS)}; "
+            "guide needs the scheduler and the network that it steps with"
+        )
     if not terms or not all(isinstance(term, Guidance) for term in terms):
-        raise ValueError(f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are allowed")
+        raise ValueError(
+            f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are allowed"
+        )
     if hasattr(scheduler.step, "guided_by"):
-        raise ValueError(f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)")
+        raise ValueError(
+            f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)"
+        )
     prediction_type(scheduler)
     total = Sum(terms)
     decoder = _component(pipeline, DECODERS)
     attached = _Attached(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
     modules = [module for module in (denoiser, decoder, *total.modules()) if module is not None]
     # hooks, not another `forward`: offloading exchanges that one after each call of the pipeline
-    with (frozen(modules), _replaced(scheduler, "step", attached.step),
-          denoiser.register_forward_pre_hook(attached.before_call, with_kwargs=True),
-          denoiser.register_forward_hook(attached.after_call, with_kwargs=True)):
+    with (
+        frozen(modules),
+        _replaced(scheduler, "step", attached.step),
+        denoiser.register_forward_pre_hook(attached.before_call, with_kwargs=True),
+        denoiser.register_forward_hook(attached.after_call, with_kwargs=True),
+    ):
         scheduler.step.guided_by = total
         yield pipeline
     attached.check.finish()
     if not attached.steps:
-        logger.warning(f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called within guide")
+        logger.warning(
+            f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called within guide"
+        )
 
 
 def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
@@ -101,6 +112,7 @@ def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
 @contextmanager
 def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """Within, `owner.name(...)` is `method(...)`, with the signature of the original, which pipelines look at."""
+
     @wraps(getattr(owner, name))
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
@@ -121,10 +133,16 @@ def _decode(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
     if decoder is None:
         return x0
     if x0.ndim != 4:
-        raise ValueError(f"pipeline {type(pipeline).__name__}: its latents {tuple(x0.shape)} are packed, or no images; "
-                         "terms that look at images need (B, C, H, W)")
-    if getattr(pipeline, "movq", None) is decoder:  # Kandinsky doesn't scale, and quantization has no gradient
-        return one_by_one(lambda z: decoder.decode(z, force_not_quantize=True).sample, x0.to(decoder.dtype))
+        raise ValueError(
+            f"pipeline {type(pipeline).__name__}: its latents {tuple(x0.shape)} are packed, or no images; "
+            "terms that look at images need (B, C, H, W)"
+        )
+    if (
+        getattr(pipeline, "movq", None) is decoder
+    ):  # Kandinsky doesn't scale, and quantization has no gradient
+        return one_by_one(
+            lambda z: decoder.decode(z, force_not_quantize=True).sample, x0.to(decoder.dtype)
+        )
     return decode(decoder, x0)
 
 
@@ -139,7 +157,9 @@ class _Call:
 
     output: torch.Tensor
 
-    def __init__(self, arguments: inspect.BoundArguments, conditions: tuple[Mapping[str, Any], ...]):
+    def __init__(
+        self, arguments: inspect.BoundArguments, conditions: tuple[Mapping[str, Any], ...]
+    ):
         arguments.arguments = _copied(arguments.arguments)
         self.arguments, self.conditions = arguments, conditions
         self.others: list[torch.Tensor] = []
@@ -179,9 +199,20 @@ class _Recipe:
 class _Attached:
     """What `guide` knows between a call of the network and the scheduler's step."""
 
-    def __init__(self, scheduler: SchedulerMixin, denoiser: torch.nn.Module, decoder: torch.nn.Module | None,
-                 decode: Callable[[torch.Tensor], torch.Tensor], terms: Sum):
-        self.scheduler, self.denoiser, self.decoder, self.decode = scheduler, denoiser, decoder, decode
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        denoiser: torch.nn.Module,
+        decoder: torch.nn.Module | None,
+        decode: Callable[[torch.Tensor], torch.Tensor],
+        terms: Sum,
+    ):
+        self.scheduler, self.denoiser, self.decoder, self.decode = (
+            scheduler,
+            denoiser,
+            decoder,
+            decode,
+        )
         self.terms, self.stack = terms, ExitStack()
         self.scheduler_step, self.check, self.steps = scheduler.step, finite_check(terms), 0
         self.step_signature = inspect.signature(scheduler.step)
@@ -203,13 +234,17 @@ class _Attached:
         if self.timesteps is not self.scheduler.timesteps:
             self.run, self.calls, self.timesteps = None, [], self.scheduler.timesteps
 
-    def before_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_call(
+        self, module: torch.nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         """The pipeline calls its network: add to the batch what the acting terms want to know."""
         if self.predicting:
             return None
         self.look_for_a_new_run()
         self.open, bound = None, self.signature.bind(*args, **kwargs)
-        if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):  # a list of images, as Z-Image's
+        if not isinstance(
+            next(iter(bound.arguments.values())), torch.Tensor
+        ):  # a list of images, as Z-Image's
             return None
         conditions: tuple[Mapping[str, Any], ...] = ()
         if self.terms.conditions:
@@ -220,7 +255,9 @@ class _Attached:
         if not conditions:
             return None
         own = dict(bound.arguments)
-        others = [_told(own, condition, type(unwrap_module(module)).__name__) for condition in conditions]
+        others = [
+            _told(own, condition, type(unwrap_module(module)).__name__) for condition in conditions
+        ]
         return call.told(**tree_map(partial(_joined, len(call.input)), own, *others))
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -238,21 +275,35 @@ class _Attached:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """The scheduler's step, of a corrected output."""
         bound = self.step_signature.bind(*args, **kwargs)
-        output, timestep, sample = (bound.arguments[name] for name in ("model_output", "timestep", "sample"))
+        output, timestep, sample = (
+            bound.arguments[name] for name in ("model_output", "timestep", "sample")
+        )
         run, calls = self.run_at(timestep), self.calls
         index, self.calls, self.steps = run.step(timestep), [], self.steps + 1
         acting = run.acting(self.terms, index)
         if acting.terms():
-            with torch.inference_mode(False), torch.no_grad():  # within inference mode, nothing has a gradient
-                bound.arguments["model_output"] = self.guided(acting, run, index, calls, timestep, _plain(output),
-                                                              _plain(sample))
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # within inference mode, nothing has a gradient
+                bound.arguments["model_output"] = self.guided(
+                    acting, run, index, calls, timestep, _plain(output), _plain(sample)
+                )
             args, kwargs = bound.args, bound.kwargs
         if index + 1 == len(run.numbers):
             self.check.finish()
         return self.scheduler_step(*args, **kwargs)
 
-    def guided(self, acting: Sum, run: Run, index: int, calls: Sequence[_Call], timestep: Any, output: torch.Tensor,
-               sample: torch.Tensor) -> torch.Tensor:
+    def guided(
+        self,
+        acting: Sum,
+        run: Run,
+        index: int,
+        calls: Sequence[_Call],
+        timestep: Any,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
         """The corrected output."""
         if run.doubled is None:
             self.look(acting, calls, timestep, sample)
@@ -260,22 +311,43 @@ class _Attached:
         repeats = 2 if run.doubled else 1
         recipe = _Recipe(calls, output[: len(sample) // repeats, : sample.shape[1]])
         if any(call.conditions != acting.conditions for call in calls):
-            raise ValueError(f"timestep: the network was told another than the scheduler's {run.numbers[index]:g}, so "
-                             "which terms act wasn't known; terms with conditions can't act on part of the run")
+            raise ValueError(
+                f"timestep: the network was told another than the scheduler's {run.numbers[index]:g}, so "
+                "which terms act wasn't known; terms with conditions can't act on part of the run"
+            )
         if acting.conditions:
             _check_seen(calls)
-        others = [recipe([_plain(call.others[i]) for call in calls]) for i in range(len(acting.conditions))]
+        others = [
+            recipe([_plain(call.others[i]) for call in calls])
+            for i in range(len(acting.conditions))
+        ]
         predict = partial(self.predict, recipe, timestep)
         with self.stack:  # until the gradient is there, which decodes again
-            return guided(acting, run, index, output, sample, self.check, predict, others, self.images, repeats)
+            return guided(
+                acting,
+                run,
+                index,
+                output,
+                sample,
+                self.check,
+                predict,
+                others,
+                self.images,
+                repeats,
+            )
 
     def images(self, x0: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] of a predicted x0."""
         self.stack.enter_context(_in_float32(self.decoder))
         return self.decode(x0)
 
-    def predict(self, recipe: _Recipe, timestep: Any, x: torch.Tensor,
-                network: torch.nn.Module | None = None) -> torch.Tensor:
+    def predict(
+        self,
+        recipe: _Recipe,
+        timestep: Any,
+        x: torch.Tensor,
+        network: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
         """The output for another sample, or of another network, as the pipeline would have made it."""
         _check_seen(recipe.calls)
         scaled, said = self.scaled(x, timestep), []
@@ -283,9 +355,13 @@ class _Attached:
         try:
             for call in recipe.calls:
                 if call.input.shape[2:] != x.shape[2:]:
-                    raise ValueError(f"the network's input {tuple(call.input.shape)} is not the sample "
-                                     f"{tuple(x.shape)} with more channels behind it, so it can't be asked again")
-                rows = scaled.to(call.input.dtype).repeat(len(call.input) // len(x), *[1] * (x.ndim - 1))
+                    raise ValueError(
+                        f"the network's input {tuple(call.input.shape)} is not the sample "
+                        f"{tuple(x.shape)} with more channels behind it, so it can't be asked again"
+                    )
+                rows = scaled.to(call.input.dtype).repeat(
+                    len(call.input) // len(x), *[1] * (x.ndim - 1)
+                )
                 joined = torch.cat([rows, _plain(call.input)[:, x.shape[1] :]], dim=1)
                 args, kwargs = call.told(**{call.name: joined})
                 said.append((network or self.denoiser)(*args, **kwargs)[0])
@@ -295,24 +371,38 @@ class _Attached:
 
     def scaled(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         """What the network is given for a sample."""
-        scale = getattr(self.scheduler, "scale_model_input", None)  # Euler and Heun for flow matching have none
+        scale = getattr(
+            self.scheduler, "scale_model_input", None
+        )  # Euler and Heun for flow matching have none
         return sample if scale is None else scale(sample, timestep)
 
-    def look(self, acting: Sum, calls: Sequence[_Call], timestep: Any, sample: torch.Tensor) -> None:
+    def look(
+        self, acting: Sum, calls: Sequence[_Call], timestep: Any, sample: torch.Tensor
+    ) -> None:
         """Refuse, at the first step, what can't be guided.
 
         Raises:
             ValueError: for a classifier on another device, or a pipeline whose sample is not the scheduler's.
         """
         check_parts(self.scheduler, acting, sample.device)
-        if not calls or calls[0].input.shape[2:] != sample.shape[2:] or len(calls[0].input) % len(sample):
+        if (
+            not calls
+            or calls[0].input.shape[2:] != sample.shape[2:]
+            or len(calls[0].input) % len(sample)
+        ):
             return
         seen = calls[0].input[:, : sample.shape[1]].float()
-        expected = self.scaled(sample, timestep).repeat(len(seen) // len(sample), *[1] * (sample.ndim - 1)).float()
+        expected = (
+            self.scaled(sample, timestep)
+            .repeat(len(seen) // len(sample), *[1] * (sample.ndim - 1))
+            .float()
+        )
         if (seen - expected).norm() > 0.02 * expected.norm():
-            raise ValueError("pipeline: its network was not given the sample as "
-                             f"{type(self.scheduler).__name__} scales it, so the sample's noise level isn't known; use "
-                             "a scheduler that doesn't scale, as DDIMScheduler or DPMSolverMultistepScheduler")
+            raise ValueError(
+                "pipeline: its network was not given the sample as "
+                f"{type(self.scheduler).__name__} scales it, so the sample's noise level isn't known; use "
+                "a scheduler that doesn't scale, as DDIMScheduler or DPMSolverMultistepScheduler"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -327,9 +417,11 @@ def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_seen(calls: Sequence[_Call]) -> None:
     if not calls:
-        raise ValueError(f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a batch, so "
-                         "the network can't be asked again: use through_network=False, no conditions and no other "
-                         "network")
+        raise ValueError(
+            f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a batch, so "
+            "the network can't be asked again: use through_network=False, no conditions and no other "
+            "network"
+        )
 
 
 def _is_rows(value: Any, rows: int) -> bool:
@@ -341,8 +433,10 @@ def _told(own: Mapping[str, Any], condition: Mapping[str, Any], network: str) ->
     told = dict(own)
     for name, value in condition.items():
         if told.get(name) is None:
-            raise ValueError(f"guidance: a term has the condition {name!r}; the pipeline tells its {network} "
-                             f"{sorted(key for key, one in own.items() if one is not None)}")
+            raise ValueError(
+                f"guidance: a term has the condition {name!r}; the pipeline tells its {network} "
+                f"{sorted(key for key, one in own.items() if one is not None)}"
+            )
         told[name] = _told(told[name], value, network) if isinstance(value, Mapping) else value
     return told
 
@@ -352,12 +446,19 @@ def _joined(rows: int, own: Any, *others: Any) -> Any:
     same = all(other is own for other in others)
     if not isinstance(own, torch.Tensor) or (same and not _is_rows(own, rows)):
         return own
-    values = [torch.atleast_1d(torch.as_tensor(value)).to(own.device, own.dtype) for value in (own, *others)]
+    values = [
+        torch.atleast_1d(torch.as_tensor(value)).to(own.device, own.dtype)
+        for value in (own, *others)
+    ]
     for value in values:
         if rows % len(value) or value.shape[1:] != own.shape[1:]:
-            raise ValueError(f"guidance: a condition has shape {tuple(value.shape)} in the place of "
-                             f"{tuple(own.shape)}; one row, or one an image, of that shape is allowed")
-    return torch.cat([value.repeat(rows // len(value), *[1] * (value.ndim - 1)) for value in values])
+            raise ValueError(
+                f"guidance: a condition has shape {tuple(value.shape)} in the place of "
+                f"{tuple(own.shape)}; one row, or one an image, of that shape is allowed"
+            )
+    return torch.cat(
+        [value.repeat(rows // len(value), *[1] * (value.ndim - 1)) for value in values]
+    )
 
 
 def _is_doubled(call: _Call, output: torch.Tensor, sample: torch.Tensor) -> bool:
@@ -366,8 +467,13 @@ def _is_doubled(call: _Call, output: torch.Tensor, sample: torch.Tensor) -> bool
     if len(sample) % 2 or len(call.input) != len(sample):
         return False
     (seen, seen_too), (said, said_too), (guided, guided_too) = (
-        tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output))
-    return torch.equal(seen, seen_too) and torch.equal(guided, guided_too) and not torch.equal(said, said_too)
+        tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)
+    )
+    return (
+        torch.equal(seen, seen_too)
+        and torch.equal(guided, guided_too)
+        and not torch.equal(said, said_too)
+    )
 
 
 def weights(said: torch.Tensor, made: torch.Tensor) -> list[float]:
@@ -384,7 +490,9 @@ def weights(said: torch.Tensor, made: torch.Tensor) -> list[float]:
         ValueError: if it is no such combination, as with guidance rescale.
     """
     images, channels = made.shape[:2]
-    fits = len(said) % images == 0 and said.shape[2:] == made.shape[2:] and said.shape[1] >= channels
+    fits = (
+        len(said) % images == 0 and said.shape[2:] == made.shape[2:] and said.shape[1] >= channels
+    )
     if fits:
         parts = [part.double().flatten().cpu() for part in said[:, :channels].split(images)]
         target = made.double().flatten().cpu()
@@ -393,9 +501,13 @@ def weights(said: torch.Tensor, made: torch.Tensor) -> list[float]:
         found[0] = 1 - sum(found[1:])
         scaled = [weight * part for weight, part in zip(found, parts, strict=True)]
         eps = max(torch.finfo(tensor.dtype).eps for tensor in (said, made))
-        fits = (sum(scaled) - target).norm() <= 8 * eps * max(part.norm() for part in (target, *scaled))
+        fits = (sum(scaled) - target).norm() <= 8 * eps * max(
+            part.norm() for part in (target, *scaled)
+        )
     if not fits:
-        raise ValueError("the pipeline makes of its network's output what is no weighted mean of the batch's parts "
-                         "(guidance rescale, thresholding, ...), so it can't be made again: use through_network=False, "
-                         "no conditions and no other network, or the pipeline without it")
+        raise ValueError(
+            "the pipeline makes of its network's output what is no weighted mean of the batch's parts "
+            "(guidance rescale, thresholding, ...), so it can't be made again: use through_network=False, "
+            "no conditions and no other network, or the pipeline without it"
+        )
     return found

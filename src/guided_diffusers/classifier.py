@@ -28,7 +28,13 @@ DOWN_BLOCK_TYPES = {
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
 FILE = "guided_diffusers_classifier"  # what this file is called beside the weights
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "create_pr", "token")  # of save_pretrained(push_to_hub=True)
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "private",
+    "create_pr",
+    "token",
+)  # of save_pretrained(push_to_hub=True)
 
 
 @dataclass
@@ -47,14 +53,21 @@ class AttentionPool2d(nn.Module):
     def __init__(self, size: tuple[int, int], channels: int, head_dim: int, out_features: int):
         super().__init__()
         self.heads = channels // head_dim
-        self.positional_embedding = nn.Parameter(torch.randn(size[0] * size[1] + 1, channels) / channels**0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn(size[0] * size[1] + 1, channels) / channels**0.5
+        )
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out_features)
 
     def forward(self, hidden: Tensor) -> Tensor:
         tokens = hidden.flatten(2).mT
-        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positional_embedding
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
+        tokens = (
+            torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positional_embedding
+        )
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(tokens).chunk(3, dim=2)
+        )
         return self.out(F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1))
 
 
@@ -122,7 +135,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         levels = len(block_out_channels)
         size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         if attention_head_dim is None or isinstance(attention_head_dim, int):
-            head_dims = [attention_head_dim if attention_head_dim is not None else c for c in block_out_channels]
+            head_dims = [
+                attention_head_dim if attention_head_dim is not None else c
+                for c in block_out_channels
+            ]
         else:
             head_dims = list(attention_head_dim)
         _check_architecture(self.config, size, head_dims)
@@ -182,13 +198,20 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         """
         shape = tuple(sample.shape)
         allowed = f"(B, {self.config.in_channels}, H, W)"
-        _require(len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed)
+        _require(
+            len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed
+        )
         if self.config.pool == "attention":
             allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
             _require(shape[2:] == self.size, "sample.shape", shape, allowed)
         if torch.is_tensor(timestep):
             allowed = f"() or (B,) = ({shape[0]},)"
-            _require(timestep.shape in ((), (1,), shape[:1]), "timestep.shape", tuple(timestep.shape), allowed)
+            _require(
+                timestep.shape in ((), (1,), shape[:1]),
+                "timestep.shape",
+                tuple(timestep.shape),
+                allowed,
+            )
             timesteps = timestep.to(sample.device).expand(shape[0])
         else:
             timesteps = torch.full(shape[:1], timestep, dtype=torch.float32, device=sample.device)
@@ -223,14 +246,25 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         Raises:
             ValueError: For `safe_serialization=False`.
         """
-        _require(safe_serialization, "safe_serialization", safe_serialization, "True, weights are saved as safetensors")
+        _require(
+            safe_serialization,
+            "safe_serialization",
+            safe_serialization,
+            "True, weights are saved as safetensors",
+        )
         if is_main_process:
             self.save_code(Path(save_directory))
         sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
-        options = {"variant": variant, "max_shard_size": max_shard_size, **kwargs}  # a pipeline looks for their names
+        options = {
+            "variant": variant,
+            "max_shard_size": max_shard_size,
+            **kwargs,
+        }  # a pipeline looks for their names
         super().save_pretrained(save_directory, is_main_process, **options)
         if push_to_hub and is_main_process:
-            self.push_to_hub(sent.pop("repo_id", Path(save_directory).name), variant=variant, **sent)
+            self.push_to_hub(
+                sent.pop("repo_id", Path(save_directory).name), variant=variant, **sent
+            )
 
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""
@@ -240,7 +274,9 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
 
     def code(self) -> dict[str, str]:
         """The files, {name: text}, that load the classifier where guided-diffusers isn't installed."""
-        return {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
+        return (
+            {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -251,8 +287,12 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             OSError: For a file that is missing or broken; the message names it.
         """
         wanted = kwargs.pop("use_safetensors", True)
-        _require(wanted is not False, "use_safetensors", wanted, "True, weights in pickles aren't read")
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        _require(
+            wanted is not False, "use_safetensors", wanted, "True, weights in pickles aren't read"
+        )
+        return super().from_pretrained(
+            pretrained_model_name_or_path, use_safetensors=True, **kwargs
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -261,9 +301,14 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         Raises:
             ValueError: For the config of a model of another class.
         """
-        name, names = config.get("_class_name", cls.__name__), [base.__name__ for base in cls.__mro__]
+        name, names = (
+            config.get("_class_name", cls.__name__),
+            [base.__name__ for base in cls.__mro__],
+        )
         _require(name in names, "_class_name of the config", name, cls.__name__)
-        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **kwargs)
+        return super().from_config(
+            {key: value for key, value in config.items() if key != "auto_map"}, **kwargs
+        )
 
     def to_json_string(self) -> str:
         """The config, with the class for `AutoModel`, and without the path that the weights are from."""
@@ -281,11 +326,17 @@ def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
         # It sees conv_in, every residual block and down-sampler, and the middle block.
         seen = widths[0] + depth * sum(widths) + sum(widths[:-1]) + channels
         v2 = pool == "spatial_v2"
-        activation = (nn.GroupNorm(groups, SPATIAL_WIDTH, eps=eps), nn.SiLU()) if v2 else (nn.ReLU(),)
-        return nn.Sequential(nn.Linear(seen, SPATIAL_WIDTH), *activation, nn.Linear(SPATIAL_WIDTH, config.num_labels))
+        activation = (
+            (nn.GroupNorm(groups, SPATIAL_WIDTH, eps=eps), nn.SiLU()) if v2 else (nn.ReLU(),)
+        )
+        return nn.Sequential(
+            nn.Linear(seen, SPATIAL_WIDTH), *activation, nn.Linear(SPATIAL_WIDTH, config.num_labels)
+        )
     normed = (nn.GroupNorm(groups, channels, eps=eps), nn.SiLU())
     if pool == "adaptive":
-        return nn.Sequential(*normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.num_labels))
+        return nn.Sequential(
+            *normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.num_labels)
+        )
     grid = (size[0] >> (len(widths) - 1), size[1] >> (len(widths) - 1))
     return nn.Sequential(*normed, AttentionPool2d(grid, channels, head_dim, config.num_labels))
 
@@ -297,11 +348,20 @@ def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
 
 def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]) -> None:
     """Refuse what the blocks would misread, or fail on later with a message about something else."""
-    channels, types, pool = tuple(config.block_out_channels), tuple(config.down_block_types), config.pool
+    channels, types, pool = (
+        tuple(config.block_out_channels),
+        tuple(config.down_block_types),
+        config.pool,
+    )
     levels = len(channels)
     for name in ("in_channels", "num_labels", "layers_per_block"):
         _require(config[name] >= 1, name, config[name], "a positive integer")
-    _require(levels >= 1 and min(channels) >= 1, "block_out_channels", channels, "positive widths, one a level")
+    _require(
+        levels >= 1 and min(channels) >= 1,
+        "block_out_channels",
+        channels,
+        "positive widths, one a level",
+    )
     for name, choices in (
         ("downsample_type", tuple(DOWN_BLOCK_TYPES)),
         ("resnet_time_scale_shift", ("default", "scale_shift")),
@@ -314,23 +374,31 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     _require(len(types) == levels and set(types) <= set(known), "down_block_types", types, allowed)
     _require(0 <= config.dropout < 1, "dropout", config.dropout, "0 (off) up to, not including, 1")
     _require(config.norm_eps > 0, "norm_eps", config.norm_eps, "a positive number")
-    normed, groups = (*channels, SPATIAL_WIDTH) if pool == "spatial_v2" else channels, config.norm_num_groups
+    normed, groups = (
+        (*channels, SPATIAL_WIDTH) if pool == "spatial_v2" else channels,
+        config.norm_num_groups,
+    )
     allowed = f"a positive divisor of each of the widths {normed}"
-    _require(groups >= 1 and not any(c % groups for c in normed), "norm_num_groups", groups, allowed)
+    _require(
+        groups >= 1 and not any(c % groups for c in normed), "norm_num_groups", groups, allowed
+    )
     attended = [level for level in range(levels) if "Attn" in types[level] or level == levels - 1]
     fits = len(head_dims) == levels and all(
         head_dims[level] >= 1 and channels[level] % head_dims[level] == 0 for level in attended
     )
-    allowed = (
-        f"a divisor of the widths {[channels[level] for level in attended]} with attention, or one a level, or None"
-    )
+    allowed = f"a divisor of the widths {[channels[level] for level in attended]} with attention, or one a level, or None"
     _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
     width = config.time_proj_dim
     allowed = "None or a positive even number"
     _require(width is None or (width >= 2 and width % 2 == 0), "time_proj_dim", width, allowed)
     step = 2 ** (levels - 1) if pool == "attention" else 1
     allowed = f"one or two positive multiples of {step} for {levels} levels and pool={pool!r}"
-    _require(len(size) == 2 and all(n >= 1 and n % step == 0 for n in size), "sample_size", config.sample_size, allowed)
+    _require(
+        len(size) == 2 and all(n >= 1 and n % step == 0 for n in size),
+        "sample_size",
+        config.sample_size,
+        allowed,
+    )
 
 
 def _check_schedule(config: Any) -> None:
@@ -338,10 +406,20 @@ def _check_schedule(config: Any) -> None:
     _require(steps >= 1, "num_train_timesteps", steps, "a positive integer")
     _require(name in BETA_SCHEDULES, "beta_schedule", name, f"one of {BETA_SCHEDULES}")
     start, end = config.beta_start, config.beta_end
-    _require(0 < start <= end < 1, "(beta_start, beta_end)", (start, end), "0 < beta_start <= beta_end < 1")
+    _require(
+        0 < start <= end < 1,
+        "(beta_start, beta_end)",
+        (start, end),
+        "0 < beta_start <= beta_end < 1",
+    )
     if betas is not None:
         allowed = f"None or num_train_timesteps = {steps} values above 0 and up to 1"
-        _require(len(betas) == steps and all(0 < beta <= 1 for beta in betas), "trained_betas", betas, allowed)
+        _require(
+            len(betas) == steps and all(0 < beta <= 1 for beta in betas),
+            "trained_betas",
+            betas,
+            allowed,
+        )
 
 
 def _matched_labels(
@@ -356,13 +434,21 @@ def _matched_labels(
     else:
         id2label = {int(i): name for i, name in id2label.items()}
     allowed = f"the ids 0 to {num_labels - 1} of num_labels = {num_labels}"
-    _require(sorted(id2label) == list(range(num_labels)), "ids of id2label or label2id", sorted(id2label), allowed)
+    _require(
+        sorted(id2label) == list(range(num_labels)),
+        "ids of id2label or label2id",
+        sorted(id2label),
+        allowed,
+    )
     id2label = dict(sorted(id2label.items()))
     count = Counter(id2label.values())
     unique = {name: i for i, name in id2label.items() if count[name] == 1}
     if label2id is None:
         return id2label, unique
     label2id = {name: int(i) for name, i in label2id.items()}
-    fits = all(id2label.get(i) == name for name, i in label2id.items()) and unique.keys() <= label2id.keys()
+    fits = (
+        all(id2label.get(i) == name for name, i in label2id.items())
+        and unique.keys() <= label2id.keys()
+    )
     _require(fits, "label2id", label2id, f"the inverse of id2label = {id2label}")
     return id2label, dict(sorted(label2id.items(), key=lambda item: item[1]))

@@ -17,14 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
-FIGURES = {SINGLE: ("accuracy", "cross_entropy"), MULTI: ("accuracy", "average_precision", "cross_entropy"),
-           REGRESSION: ("r2", "mse")}  # of `held_out_scores`
+FIGURES = {
+    SINGLE: ("accuracy", "cross_entropy"),
+    MULTI: ("accuracy", "average_precision", "cross_entropy"),
+    REGRESSION: ("r2", "mse"),
+}  # of `held_out_scores`
 
 
-def label_losses(logits: Tensor, y: Tensor, problem_type: str = SINGLE, class_weights: Tensor | None = None,
-                 label_smoothing: float = 0.0, variance: Tensor | None = None) -> Tensor:
+def label_losses(
+    logits: Tensor,
+    y: Tensor,
+    problem_type: str = SINGLE,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    variance: Tensor | None = None,
+) -> Tensor:
     """How wrong the outputs are, (B,):
 
         single_label_classification   - sum_k w_k q_k log p(k | x_t),    q = (1 - s) y + s / K
@@ -49,17 +62,23 @@ def label_losses(logits: Tensor, y: Tensor, problem_type: str = SINGLE, class_we
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"problem_type={problem_type!r}: {', '.join(PROBLEM_TYPES)} are allowed")
     if problem_type == REGRESSION and (class_weights is not None or label_smoothing):
-        raise ValueError(f"class_weights={class_weights}, label_smoothing={label_smoothing} have no effect on "
-                         f"{REGRESSION}; leave them None and 0")
+        raise ValueError(
+            f"class_weights={class_weights}, label_smoothing={label_smoothing} have no effect on "
+            f"{REGRESSION}; leave them None and 0"
+        )
     if problem_type != REGRESSION and variance is not None:
         raise ValueError(f"variance={variance} has no effect on {problem_type}; leave it None")
     class_weights = None if class_weights is None else class_weights.to(wide)
     if problem_type == SINGLE:
         y = y if y.ndim == 1 else y.to(wide.dtype)
-        return F.cross_entropy(wide, y, class_weights, reduction="none", label_smoothing=label_smoothing)
+        return F.cross_entropy(
+            wide, y, class_weights, reduction="none", label_smoothing=label_smoothing
+        )
     if problem_type == MULTI:
         q = (1 - label_smoothing) * y.to(wide.dtype) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(wide, q, pos_weight=class_weights, reduction="none").mean(dim=1)
+        return F.binary_cross_entropy_with_logits(
+            wide, q, pos_weight=class_weights, reduction="none"
+        ).mean(dim=1)
     return ((wide - y).square() / (1.0 if variance is None else variance.to(wide))).mean(dim=1)
 
 
@@ -71,7 +90,9 @@ def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Ten
     """
     if problem_type == REGRESSION:
         raise ValueError(f"problem_type={problem_type!r}: {SINGLE} and {MULTI} have a likelihood")
-    return -label_losses(logits, y, problem_type) * (1 if problem_type == SINGLE else logits.shape[1])
+    return -label_losses(logits, y, problem_type) * (
+        1 if problem_type == SINGLE else logits.shape[1]
+    )
 
 
 def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) -> Tensor:
@@ -89,9 +110,13 @@ def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) ->
     """
     counts = counts.double()
     if (counts <= 0).any() or problem_type == MULTI and (counts >= images).any():
-        raise ValueError(f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
-                         f"needed{', and one without' if problem_type == MULTI else ''}")
-    return (images / (len(counts) * counts) if problem_type == SINGLE else (images - counts) / counts).float()
+        raise ValueError(
+            f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
+            f"needed{', and one without' if problem_type == MULTI else ''}"
+        )
+    return (
+        images / (len(counts) * counts) if problem_type == SINGLE else (images - counts) / counts
+    ).float()
 
 
 def soft_labels(y: Tensor, num_labels: int) -> Tensor:
@@ -115,10 +140,15 @@ def mixup(x0: Tensor, y: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     if len(x0) % 2:
         raise ValueError(f"x0 has {len(x0)} images; an even number can be mixed by twos")
     j = torch.arange(len(x0), device=x0.device) ^ 1
-    return tuple(torch.lerp(part[j], part, share.to(part).reshape(-1, *[1] * (part.ndim - 1))) for part in (x0, y))
+    return tuple(
+        torch.lerp(part[j], part, share.to(part).reshape(-1, *[1] * (part.ndim - 1)))
+        for part in (x0, y)
+    )
 
 
-def worst_case(losses: Callable[[Tensor], Tensor], x_t: Tensor, radius: float, steps: int = 7) -> Tensor:
+def worst_case(
+    losses: Callable[[Tensor], Tensor], x_t: Tensor, radius: float, steps: int = 7
+) -> Tensor:
     """The x_t + delta, |delta|_2 <= radius, of largest loss, by projected gradient ascent; detached.
 
     Kawar et al. 2022, "Enhancing diffusion-based image synthesis with robust classifier guidance", train on these:
@@ -148,7 +178,9 @@ def worst_case(losses: Callable[[Tensor], Tensor], x_t: Tensor, radius: float, s
     return x_t + delta
 
 
-def score_matching_losses(log_p: Tensor, x_t: Tensor, eps: Tensor, sigma: Tensor, score: Tensor) -> Tensor:
+def score_matching_losses(
+    log_p: Tensor, x_t: Tensor, eps: Tensor, sigma: Tensor, score: Tensor
+) -> Tensor:
     """Denoising likelihood score matching, weighted by sigma^2, a mean over an image's dimensions, (B,):
 
         sigma^2 |grad_x log p(y | x_t) + s(x_t) + eps / sigma|^2
@@ -173,8 +205,9 @@ def score_matching_losses(log_p: Tensor, x_t: Tensor, eps: Tensor, sigma: Tensor
     return (sigma * (grad + score) + eps).square().flatten(1).mean(dim=1)
 
 
-def held_out_scores(logits: Tensor, y: Tensor, problem_type: str = SINGLE, variance: Tensor | None = None) \
-        -> dict[str, Tensor]:
+def held_out_scores(
+    logits: Tensor, y: Tensor, problem_type: str = SINGLE, variance: Tensor | None = None
+) -> dict[str, Tensor]:
     """What can be said of each image's outputs, (B,) each, so that means over images are figures of a split.
 
         single_label_classification   accuracy; cross_entropy
@@ -195,7 +228,9 @@ def held_out_scores(logits: Tensor, y: Tensor, problem_type: str = SINGLE, varia
         return {"accuracy": (wide.argmax(dim=1) == y).float(), "cross_entropy": losses}
     if problem_type == REGRESSION:
         return {"r2": 1 - label_losses(wide, y, problem_type, variance=variance), "mse": losses}
-    above = (wide[:, None, :] >= wide[:, :, None]).to(wide.dtype)  # [i, k, l]: label l scores at least as high as k
+    above = (wide[:, None, :] >= wide[:, :, None]).to(
+        wide.dtype
+    )  # [i, k, l]: label l scores at least as high as k
     y = y.to(wide.dtype)
     precision = (above * y[:, None, :]).sum(dim=2) / above.sum(dim=2)
     average = torch.where(y.any(dim=1), (precision * y).sum(dim=1) / y.sum(dim=1).clamp(min=1), 1.0)

@@ -15,7 +15,9 @@ from .sweep.commands import add_sweep_command
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; what is wrong with its arguments is said in a line, without a traceback."""
-    parser = argparse.ArgumentParser("guided-diffusers", description="Guidance of diffusion sampling.")
+    parser = argparse.ArgumentParser(
+        "guided-diffusers", description="Guidance of diffusion sampling."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)

@@ -28,10 +28,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SCALE = 100.0  # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, section 2.5
-DECIDED = ("num_labels", "id2label", "label2id", "problem_type", "num_train_timesteps", "beta_schedule", "beta_start",
-           "beta_end", "trained_betas")  # arguments of the image encoder that its config leaves to the whole model
+DECIDED = (
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+)  # arguments of the image encoder that its config leaves to the whole model
 CODE_FILE = "guided_diffusers_clip"  # of a repository, for use without this package
-WHERE_FROM = ("is_local", "local_files_only", "name_or_path")  # in a tokenizer's config, where it was loaded from
+WHERE_FROM = (
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+)  # in a tokenizer's config, where it was loaded from
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -89,11 +102,19 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
         if wrong := sorted(set(DECIDED) & image_config.keys()):
-            raise ValueError(f"image_config has {wrong}; allowed: NoiseAwareClassifier's arguments but {DECIDED}")
+            raise ValueError(
+                f"image_config has {wrong}; allowed: NoiseAwareClassifier's arguments but {DECIDED}"
+            )
         text = CLIPTextConfig(**text_config)
         self.image_encoder = NoiseAwareClassifier(
-            **image_config, num_labels=text.projection_dim, num_train_timesteps=num_train_timesteps,
-            beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end, trained_betas=trained_betas)
+            **image_config,
+            num_labels=text.projection_dim,
+            num_train_timesteps=num_train_timesteps,
+            beta_schedule=beta_schedule,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            trained_betas=trained_betas,
+        )
         last_layer(self.image_encoder).reset_parameters()  # a classifier's zeros have no direction
         self.text_encoder = CLIPTextModelWithProjection(text)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -131,24 +152,40 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None:
-            raise ValueError("encode_prompts needs a tokenizer, and this model has none; give NoiseAwareCLIP one, or "
-                             "use encode_text")
+            raise ValueError(
+                "encode_prompts needs a tokenizer, and this model has none; give NoiseAwareCLIP one, or "
+                "use encode_text"
+            )
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}; allowed: a string or a list of one or more")
-        tokens = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(
+            prompts, padding=True, padding_side="right", return_tensors="pt"
+        ).to(self.device)
         length, most = tokens.input_ids.shape[1], self.text_encoder.config.max_position_embeddings
         if length > most:
             longest = prompts[int(tokens.attention_mask.sum(1).argmax())]
-            raise ValueError(f"prompts has {longest!r} of {length} tokens; up to {most} are allowed")
+            raise ValueError(
+                f"prompts has {longest!r} of {length} tokens; up to {most} are allowed"
+            )
         unknown = self.tokenizer.unk_token_id
-        if unknown != self.text_encoder.config.eos_token_id:  # which is both in CLIP's own, that knows every word
+        if (
+            unknown != self.text_encoder.config.eos_token_id
+        ):  # which is both in CLIP's own, that knows every word
             for prompt, ids in zip(prompts, tokens.input_ids.tolist(), strict=True):
                 if unknown in ids:
-                    spans = self.tokenizer(prompt, padding=True, return_offsets_mapping=True).offset_mapping
-                    words = [prompt[a:b] for (a, b), i in zip(spans, ids, strict=False) if i == unknown]
-                    known = sorted(self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens))
-                    raise ValueError(f"prompts has {prompt!r}, and the model never read the words {words}; allowed: "
-                                     f"{known}")
+                    spans = self.tokenizer(
+                        prompt, padding=True, return_offsets_mapping=True
+                    ).offset_mapping
+                    words = [
+                        prompt[a:b] for (a, b), i in zip(spans, ids, strict=False) if i == unknown
+                    ]
+                    known = sorted(
+                        self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+                    )
+                    raise ValueError(
+                        f"prompts has {prompt!r}, and the model never read the words {words}; allowed: "
+                        f"{known}"
+                    )
         return self.encode_text(tokens.input_ids, tokens.attention_mask)
 
     def forward(
@@ -160,13 +197,27 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> NoiseAwareCLIPOutput | tuple[Tensor, Tensor, Tensor]:
         """The critic f(x_t, t, c) of every image with every caption; arguments as in `encode_image`, `encode_text`."""
-        images, texts = self.encode_image(sample, timestep), self.encode_text(input_ids, attention_mask)
-        with torch.autocast(sample.device.type, enabled=False):  # 8 bits of the cosine are too few to multiply by 100
+        images, texts = (
+            self.encode_image(sample, timestep),
+            self.encode_text(input_ids, attention_mask),
+        )
+        with torch.autocast(
+            sample.device.type, enabled=False
+        ):  # 8 bits of the cosine are too few to multiply by 100
             logits = self.scale * images @ texts.mT
-        return NoiseAwareCLIPOutput(logits, images, texts) if return_dict else (logits, images, texts)
+        return (
+            NoiseAwareCLIPOutput(logits, images, texts) if return_dict else (logits, images, texts)
+        )
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, safe_serialization: bool = True,
-                        variant: str | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As any Diffusers model, in safetensors, with the tokenizer in the folder `tokenizer`, and the code that loads
         it where guided-diffusers is missing:
 
@@ -177,18 +228,26 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """
         folder = Path(save_directory)
         if not safe_serialization:
-            raise ValueError("safe_serialization is False; allowed: True, weights are saved as safetensors")
+            raise ValueError(
+                "safe_serialization is False; allowed: True, weights are saved as safetensors"
+            )
         sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
         if is_main_process:
             if self.tokenizer is not None:
                 tokenizer = copy.deepcopy(self.tokenizer)
-                if tokenizer.is_fast:  # it would save how it last padded and cut, which each call says anew
+                if (
+                    tokenizer.is_fast
+                ):  # it would save how it last padded and cut, which each call says anew
                     tokenizer.backend_tokenizer.no_padding()
                     tokenizer.backend_tokenizer.no_truncation()
                 tokenizer.save_pretrained(str(folder / "tokenizer"))
                 path = folder / "tokenizer" / "tokenizer_config.json"
-                config = {key: value for key, value in json.loads(path.read_text()).items() if key not in WHERE_FROM}
+                config = {
+                    key: value
+                    for key, value in json.loads(path.read_text()).items()
+                    if key not in WHERE_FROM
+                }
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             self.save_code(folder)
         if push_to_hub and is_main_process:
@@ -204,12 +263,20 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """The files, {name: text}, that load the model where guided-diffusers isn't installed."""
         if type(self).__module__ != __name__:
             return {}
-        if __name__ == "guided_diffusers.clip":  # by its name, since the file that travels can't import it
-            return {f"{CODE_FILE}.py": importlib.import_module("guided_diffusers.source").self_contained(type(self))}
+        if (
+            __name__ == "guided_diffusers.clip"
+        ):  # by its name, since the file that travels can't import it
+            return {
+                f"{CODE_FILE}.py": importlib.import_module(
+                    "guided_diffusers.source"
+                ).self_contained(type(self))
+            }
         return {f"{CODE_FILE}.py": Path(__file__).read_text()}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> NoiseAwareCLIP:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> NoiseAwareCLIP:
         """As any Diffusers model, from a folder or the Hub, safetensors only, with the tokenizer where there is one.
 
         Raises:
@@ -220,12 +287,16 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         from transformers.utils import cached_file
 
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors is False; allowed: True, weights in pickles aren't read")
+            raise ValueError(
+                "use_safetensors is False; allowed: True, weights in pickles aren't read"
+            )
         name = str(pretrained_model_name_or_path)
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         source = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         source["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
-        if cached_file(name, "tokenizer_config.json", **source, _raise_exceptions_for_missing_entries=False):
+        if cached_file(
+            name, "tokenizer_config.json", **source, _raise_exceptions_for_missing_entries=False
+        ):
             model.tokenizer = AutoTokenizer.from_pretrained(name, **source, trust_remote_code=False)
         return model
 
@@ -236,10 +307,15 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         Raises:
             ValueError: For the config of a model of another class.
         """
-        name, names = config.get("_class_name", cls.__name__), [base.__name__ for base in cls.__mro__]
+        name, names = (
+            config.get("_class_name", cls.__name__),
+            [base.__name__ for base in cls.__mro__],
+        )
         if name not in names:
             raise ValueError(f"_class_name of the config is {name!r}; allowed: {cls.__name__}")
-        return super().from_config({key: value for key, value in config.items() if key != "auto_map"}, **kwargs)
+        return super().from_config(
+            {key: value for key, value in config.items() if key != "auto_map"}, **kwargs
+        )
 
     def to_json_string(self) -> str:
         """The config, with the class for `AutoModel`, and without the path that the weights are from."""
@@ -256,4 +332,8 @@ def last_layer(encoder: NoiseAwareClassifier) -> nn.Linear:
 
 def image_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a [`NoiseAwareClassifier`]'s config that is `NoiseAwareCLIP`'s `image_config`."""
-    return {name: value for name, value in config.items() if name not in DECIDED and not name.startswith("_")}
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in DECIDED and not name.startswith("_")
+    }

@@ -30,14 +30,20 @@ from PIL import Image as PILImage
 
 SIXTEEN_BITS = ("I", "I;16", "I;16B")
 GREY = ("1", "L", "LA", *SIXTEEN_BITS)
-UNREADABLE = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    PILImage.DecompressionBombError,
+)  # what Pillow raises
 ATTEMPTS = 100  # images in the place of one that can't be read
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}  # of datasets
 SHARD = 2**32  # row r of shard s of a stream has the number (s + 1) SHARD + r
 
 
-def load_splits(name_or_folder: str, config_name: str | None = None, streaming: bool = False) \
-        -> DatasetDict | IterableDatasetDict:
+def load_splits(
+    name_or_folder: str, config_name: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """All splits of a dataset: a name on the Hub, an image folder (a folder a label), or a folder of Parquet files.
 
     Or a folder of tar files (WebDataset), or a pattern (`*`, `?`, `[...]`) of tar or Parquet files, the split `train`.
@@ -56,8 +62,10 @@ def load_splits(name_or_folder: str, config_name: str | None = None, streaming: 
         files = sorted(glob(str(folder)))
         kinds = {Path(file).suffix for file in files}
         if len(kinds) != 1 or not kinds <= BUILDERS.keys():
-            raise ValueError(f"dataset: {name_or_folder!r} matches {len(files)} files of the kinds {sorted(kinds)}; "
-                             f"one of {list(BUILDERS)} is allowed")
+            raise ValueError(
+                f"dataset: {name_or_folder!r} matches {len(files)} files of the kinds {sorted(kinds)}; "
+                f"one of {list(BUILDERS)} is allowed"
+            )
         return load_dataset(BUILDERS[kinds.pop()], data_files={"train": files}, streaming=streaming)
     if name_or_folder.startswith((".", "/", "~")):
         raise ValueError(f"dataset: no folder {name_or_folder!r}")
@@ -68,9 +76,13 @@ def is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _column(dataset: Dataset | IterableDataset, name: str | None, argument: str, feature_type: type) -> str:
+def _column(
+    dataset: Dataset | IterableDataset, name: str | None, argument: str, feature_type: type
+) -> str:
     """The column that was asked for, else the first one of that type."""
-    fitting = [column for column, feature in dataset.features.items() if isinstance(feature, feature_type)]
+    fitting = [
+        column for column, feature in dataset.features.items() if isinstance(feature, feature_type)
+    ]
     if name is None and fitting:
         return fitting[0]
     if name not in dataset.column_names:
@@ -84,7 +96,11 @@ class CorruptImage(ValueError):
 
 def row_name(number: int) -> str:
     """The words for a row's number: of a dataset from 0, of a stream from SHARD."""
-    return f"row {number}" if number < SHARD else f"row {number % SHARD} of shard {number // SHARD - 1}"
+    return (
+        f"row {number}"
+        if number < SHARD
+        else f"row {number % SHARD} of shard {number // SHARD - 1}"
+    )
 
 
 class ImageRows(torch.utils.data.Dataset):
@@ -97,8 +113,17 @@ class ImageRows(torch.utils.data.Dataset):
     channels: int
     id2label: dict[int, str]
 
-    def __init__(self, dataset: Dataset | IterableDataset, image_column: str | None, label_column: str | None,
-                 resolution: int, center_crop: bool, random_flip: bool, random_shift: int, skip_corrupt_images: bool):
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        image_column: str | None,
+        label_column: str | None,
+        resolution: int,
+        center_crop: bool,
+        random_flip: bool,
+        random_shift: int,
+        skip_corrupt_images: bool,
+    ):
         self.resolution, self.center_crop = resolution, center_crop
         self.random_flip, self.random_shift = random_flip, random_shift
         self.skip_corrupt_images = skip_corrupt_images
@@ -106,10 +131,16 @@ class ImageRows(torch.utils.data.Dataset):
         feature = dataset.features[self.image_column]
         self._bytes = feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature
         if not self._bytes and not isinstance(feature, Image):
-            raise ValueError(f"image_column={self.image_column!r} holds {feature}, not images; the dataset has the "
-                             f"columns {dataset.column_names}")
-        has_labels = label_column or any(isinstance(feature, ClassLabel) for feature in dataset.features.values())
-        self.label_column = _column(dataset, label_column, "label_column", ClassLabel) if has_labels else None
+            raise ValueError(
+                f"image_column={self.image_column!r} holds {feature}, not images; the dataset has the "
+                f"columns {dataset.column_names}"
+            )
+        has_labels = label_column or any(
+            isinstance(feature, ClassLabel) for feature in dataset.features.values()
+        )
+        self.label_column = (
+            _column(dataset, label_column, "label_column", ClassLabel) if has_labels else None
+        )
         self.columns = [self.image_column] + ([self.label_column] if has_labels else [])
 
     def _image(self, row: Any) -> tuple[PILImage.Image, int]:
@@ -127,7 +158,9 @@ class ImageRows(torch.utils.data.Dataset):
         if isinstance(feature, ClassLabel):
             names = dict(enumerate(feature.names))
             if labels not in (None, names):
-                raise ValueError(f"label_column={self.label_column!r} has the labels {names}, the other split {labels}")
+                raise ValueError(
+                    f"label_column={self.label_column!r} has the labels {names}, the other split {labels}"
+                )
             return names
         dtype = feature.dtype if isinstance(feature, Value) else ""
         return labels if labels is not None and ("int" in dtype or dtype == "string") else None
@@ -140,13 +173,17 @@ class ImageRows(torch.utils.data.Dataset):
         image, label, row, corrupt = self._readable(rows)
         draw = random.Random(seed)
         image = self._crop(image, draw)
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(*image.size[::-1], self.channels)
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(
+            *image.size[::-1], self.channels
+        )
         if self.random_flip and draw.random() < 0.5:
             pixels = pixels.flip(1)
         if reach := self.random_shift:
             left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
             padded = np.pad(pixels.numpy(), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            pixels = torch.from_numpy(padded)[top:top + self.resolution, left:left + self.resolution]
+            pixels = torch.from_numpy(padded)[
+                top : top + self.resolution, left : left + self.resolution
+            ]
         found = {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": label}
         return found | {"row": row, "corrupt": corrupt} if self.skip_corrupt_images else found
 
@@ -160,8 +197,10 @@ class ImageRows(torch.utils.data.Dataset):
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
-        raise CorruptImage(f"the image of {row_name(tried[0])} can't be read, nor those of {len(tried) - 1} rows drawn "
-                           "instead")
+        raise CorruptImage(
+            f"the image of {row_name(tried[0])} can't be read, nor those of {len(tried) - 1} rows drawn "
+            "instead"
+        )
 
     def _prepared(self, image: PILImage.Image) -> PILImage.Image:
         """In grey or colours, the shorter side resized."""
@@ -177,8 +216,11 @@ class ImageRows(torch.utils.data.Dataset):
 
     def _crop(self, image: PILImage.Image, draw: random.Random) -> PILImage.Image:
         size, (width, height) = self.resolution, image.size
-        left, top = ((width - size) // 2, (height - size) // 2) if self.center_crop else (
-            draw.randint(0, width - size), draw.randint(0, height - size))
+        left, top = (
+            ((width - size) // 2, (height - size) // 2)
+            if self.center_crop
+            else (draw.randint(0, width - size), draw.randint(0, height - size))
+        )
         return image.crop((left, top, left + size, top + size))
 
     def _label(self, label: object, number: int) -> int:
@@ -186,8 +228,10 @@ class ImageRows(torch.utils.data.Dataset):
             return 0
         label = self._ids.get(label, label) if isinstance(label, str) else label
         if label not in self.id2label:
-            raise ValueError(f"label {label!r} of {row_name(number)} is none of the {len(self.id2label)} labels "
-                             f"{list(self.id2label.values())[:20]}")
+            raise ValueError(
+                f"label {label!r} of {row_name(number)} is none of the {len(self.id2label)} labels "
+                f"{list(self.id2label.values())[:20]}"
+            )
         return int(label)
 
 
@@ -224,14 +268,32 @@ class LabelledImages(ImageRows):
             read, if its image can't be, or its label is none.
     """
 
-    def __init__(self, dataset: Dataset, image_column: str | None = None, label_column: str | None = None,
-                 resolution: int = 64, center_crop: bool = False, random_flip: bool = False,
-                 random_shift: int = 0, channels: int | None = None, labels: dict[int, str] | None = None,
-                 cache_images: bool = False, skip_corrupt_images: bool = False):
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        resolution: int = 64,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        random_shift: int = 0,
+        channels: int | None = None,
+        labels: dict[int, str] | None = None,
+        cache_images: bool = False,
+        skip_corrupt_images: bool = False,
+    ):
         if len(dataset) == 0:
             raise ValueError("dataset: the split has no rows")
-        super().__init__(dataset, image_column, label_column, resolution, center_crop, random_flip, random_shift,
-                         skip_corrupt_images)
+        super().__init__(
+            dataset,
+            image_column,
+            label_column,
+            resolution,
+            center_crop,
+            random_flip,
+            random_shift,
+            skip_corrupt_images,
+        )
         self._cache: dict[int, tuple[PILImage.Image, int]] | None = {} if cache_images else None
         self.dataset = dataset.cast_column(self.image_column, Image()) if self._bytes else dataset
         self._labels = dataset.select_columns([self.label_column]) if self.label_column else None
@@ -259,7 +321,12 @@ class LabelledImages(ImageRows):
             row[self.image_column].load()
             return row
         except UNREADABLE as error:
-            raw = self._rows.cast_column(self.image_column, Image(decode=False))[index][self.image_column] or {}
+            raw = (
+                self._rows.cast_column(self.image_column, Image(decode=False))[index][
+                    self.image_column
+                ]
+                or {}
+            )
             name = f" ({raw['path']})" if raw.get("path") else ""
             raise CorruptImage(f"the image of row {index}{name} can't be read: {error}") from error
 
@@ -267,14 +334,19 @@ class LabelledImages(ImageRows):
         names = self._names(self._rows.features, labels)
         if names is not None:
             return names
-        feature, values = self._rows.features[self.label_column], self._rows.unique(self.label_column)
+        feature, values = (
+            self._rows.features[self.label_column],
+            self._rows.unique(self.label_column),
+        )
         dtype = feature.dtype if isinstance(feature, Value) else ""
         if dtype == "string" and None not in values:
             return dict(enumerate(sorted(values)))
         if "int" in dtype and None not in values and min(values) >= 0:
             return {i: str(i) for i in range(max(values) + 1)}
-        raise ValueError(f"label_column={self.label_column!r} holds {feature}, from {values[0]!r} on; class ids, "
-                         "integers from 0 or strings, in every row, can be labels")
+        raise ValueError(
+            f"label_column={self.label_column!r} holds {feature}, from {values[0]!r} on; class ids, "
+            "integers from 0 or strings, in every row, can be labels"
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -282,7 +354,9 @@ class LabelledImages(ImageRows):
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, 0)
         instead = random.Random(f"instead {index} {seed}")
-        return self._item(chain([index], (instead.randrange(len(self)) for _ in range(ATTEMPTS - 1))), seed)
+        return self._item(
+            chain([index], (instead.randrange(len(self)) for _ in range(ATTEMPTS - 1))), seed
+        )
 
     def _number(self, row: int) -> int:
         return row
@@ -291,14 +365,21 @@ class LabelledImages(ImageRows):
         if self._cache is not None and row in self._cache:
             return self._cache[row]
         values = self._row(row)
-        found = self._prepared(values[self.image_column]), self._label(values.get(self.label_column), row)
+        found = (
+            self._prepared(values[self.image_column]),
+            self._label(values.get(self.label_column), row),
+        )
         if self._cache is not None:
             self._cache[row] = found
         return found
 
     def label(self, index: int) -> int:
         """The label of a row whose image isn't read."""
-        return 0 if self._labels is None else self._label(self._labels[index][self.label_column], index)
+        return (
+            0
+            if self._labels is None
+            else self._label(self._labels[index][self.label_column], index)
+        )
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -316,22 +397,37 @@ class CaptionedImages(torch.utils.data.Dataset):
             caption.
     """
 
-    def __init__(self, images: LabelledImages, caption_column: str | None = None,
-                 captions: Mapping[int, Sequence[str]] | None = None):
+    def __init__(
+        self,
+        images: LabelledImages,
+        caption_column: str | None = None,
+        captions: Mapping[int, Sequence[str]] | None = None,
+    ):
         if (caption_column is None) == (captions is None):
-            raise ValueError(f"caption_column={caption_column!r}, captions={captions!r}: one of the two is needed, and "
-                             "only one")
+            raise ValueError(
+                f"caption_column={caption_column!r}, captions={captions!r}: one of the two is needed, and "
+                "only one"
+            )
         self.images, self._by_label = images, captions
         if captions is not None:
             if not images.id2label:
-                raise ValueError("captions: captions by label need labels, and the dataset has no column of class ids")
+                raise ValueError(
+                    "captions: captions by label need labels, and the dataset has no column of class ids"
+                )
             if without := [name for i, name in images.id2label.items() if not captions.get(i)]:
                 raise ValueError(f"captions: there are none for the labels {without}")
             return
-        feature = images.dataset.features[_column(images.dataset, caption_column, "caption_column", Value)]
-        if getattr(getattr(feature, "feature", feature), "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"caption_column={caption_column!r} holds {feature}; strings or lists of strings are "
-                             "allowed")
+        feature = images.dataset.features[
+            _column(images.dataset, caption_column, "caption_column", Value)
+        ]
+        if getattr(getattr(feature, "feature", feature), "dtype", None) not in (
+            "string",
+            "large_string",
+        ):
+            raise ValueError(
+                f"caption_column={caption_column!r} holds {feature}; strings or lists of strings are "
+                "allowed"
+            )
         self._rows = images.dataset.select_columns([caption_column])
 
     def __len__(self) -> int:
@@ -340,19 +436,29 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int | str]:
         index, seed = item if isinstance(item, tuple) else (item, item)
         found = self.images[item]
-        captions = self._captions(found.get("row", index)) if self._by_label is None else self._by_label[found["label"]]
+        captions = (
+            self._captions(found.get("row", index))
+            if self._by_label is None
+            else self._by_label[found["label"]]
+        )
         return {**found, "caption": random.Random(f"caption {seed}").choice(captions)}
 
     def _captions(self, index: int) -> Sequence[str]:
         (value,) = self._rows[index].values()
         captions = [value] if isinstance(value, str) else value
         if not captions or None in captions:
-            raise ValueError(f"row {index} has the captions {captions!r}; one or more strings are allowed")
+            raise ValueError(
+                f"row {index} has the captions {captions!r}; one or more strings are allowed"
+            )
         return captions
 
     def captions(self) -> Iterator[str]:
         """All captions that an item may get."""
-        groups = self._by_label.values() if self._by_label is not None else map(self._captions, range(len(self)))
+        groups = (
+            self._by_label.values()
+            if self._by_label is not None
+            else map(self._captions, range(len(self)))
+        )
         for group in groups:
             yield from group
 
@@ -374,15 +480,28 @@ class TargetedImages(torch.utils.data.Dataset):
         ValueError: if the column is missing or holds something else; when an item is read, if its label is none.
     """
 
-    def __init__(self, images: LabelledImages, label_column: str, problem_type: str,
-                 labels: Mapping[int, str] | None = None):
+    def __init__(
+        self,
+        images: LabelledImages,
+        label_column: str,
+        problem_type: str,
+        labels: Mapping[int, str] | None = None,
+    ):
         if problem_type not in ("multi_label_classification", "regression"):
-            raise ValueError(f"problem_type={problem_type!r}: multi_label_classification and regression are allowed")
+            raise ValueError(
+                f"problem_type={problem_type!r}: multi_label_classification and regression are allowed"
+            )
         if label_column not in images.dataset.column_names:
-            raise ValueError(f"label_column={label_column!r}: {problem_type} needs one of the dataset's columns "
-                             f"{images.dataset.column_names}")
+            raise ValueError(
+                f"label_column={label_column!r}: {problem_type} needs one of the dataset's columns "
+                f"{images.dataset.column_names}"
+            )
         self.images, self.label_column, self.problem_type = images, label_column, problem_type
-        self.dataset, self.resolution, self.channels = images.dataset, images.resolution, images.channels
+        self.dataset, self.resolution, self.channels = (
+            images.dataset,
+            images.resolution,
+            images.channels,
+        )
         self._rows, self._vectors = images.dataset.select_columns([label_column]), False
         if problem_type == "regression":
             self.id2label: dict[int, str] = {}
@@ -399,13 +518,17 @@ class TargetedImages(torch.utils.data.Dataset):
 
     def _names(self, labels: Mapping[int, str] | None) -> dict[int, str]:
         feature = self._rows.features[self.label_column]
-        of = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)  # both kinds of lists
+        of = (
+            feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        )  # both kinds of lists
         lengths, values = set(), set()
         for value in self._values() if of is not None else ():
             lengths.add(len(value) if value is not None else None)
             values |= set(value or ())
         one_length = len(lengths) == 1 and None not in lengths and max(lengths) > 1
-        self._vectors = one_length and values <= {0, 1} and (labels is None or lengths == {len(labels)})
+        self._vectors = (
+            one_length and values <= {0, 1} and (labels is None or lengths == {len(labels)})
+        )
         if isinstance(of, ClassLabel):
             found = dict(enumerate(of.names))
             self._vectors = False
@@ -419,10 +542,14 @@ class TargetedImages(torch.utils.data.Dataset):
             found = {i: str(i) for i in range(max(values) + 1)}
         else:
             some = sorted(map(repr, values))[:5]
-            raise ValueError(f"label_column={self.label_column!r} holds {feature}, with values such as {some}; lists "
-                             "of class ids, of integers from 0 or of strings, or vectors of zeros and ones are allowed")
+            raise ValueError(
+                f"label_column={self.label_column!r} holds {feature}, with values such as {some}; lists "
+                "of class ids, of integers from 0 or of strings, or vectors of zeros and ones are allowed"
+            )
         if labels is not None and not set(found.values()) <= set(labels.values()):
-            raise ValueError(f"label_column={self.label_column!r} has the labels {found}, the other split {labels}")
+            raise ValueError(
+                f"label_column={self.label_column!r} has the labels {found}, the other split {labels}"
+            )
         return dict(found if labels is None else labels)
 
     def __len__(self) -> int:
@@ -430,7 +557,10 @@ class TargetedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         found = self.images[item]
-        return {**found, "label": self.label(found.get("row", item[0] if isinstance(item, tuple) else item))}
+        return {
+            **found,
+            "label": self.label(found.get("row", item[0] if isinstance(item, tuple) else item)),
+        }
 
     def label(self, index: int) -> torch.Tensor:
         """The label of a row whose image isn't read."""
@@ -438,21 +568,32 @@ class TargetedImages(torch.utils.data.Dataset):
 
     def targets(self) -> torch.Tensor:
         """All labels, (N, num_labels)."""
-        return torch.stack([self._label(value, index) for index, value in enumerate(self._values())])
+        return torch.stack(
+            [self._label(value, index) for index, value in enumerate(self._values())]
+        )
 
     def _label(self, value: object, index: int) -> torch.Tensor:
         values = list(value) if isinstance(value, list) else [value]
         if self.problem_type == "regression" or self._vectors:
             numbers = all(isinstance(one, (int, float)) and np.isfinite(one) for one in values)
-            if not numbers or len(values) != self.num_labels or self._vectors and not set(values) <= {0, 1}:
-                raise ValueError(f"label {value!r} of row {index} of label_column={self.label_column!r}: "
-                                 f"{self.num_labels} {'zeros and ones' if self._vectors else 'finite numbers'} are "
-                                 "allowed")
+            if (
+                not numbers
+                or len(values) != self.num_labels
+                or self._vectors
+                and not set(values) <= {0, 1}
+            ):
+                raise ValueError(
+                    f"label {value!r} of row {index} of label_column={self.label_column!r}: "
+                    f"{self.num_labels} {'zeros and ones' if self._vectors else 'finite numbers'} are "
+                    "allowed"
+                )
             return torch.tensor(values, dtype=torch.float32)
         ids = [self._ids.get(one, one) if isinstance(one, str) else one for one in values]
         if not isinstance(value, list) or any(i not in self.id2label for i in ids):
-            raise ValueError(f"label {value!r} of row {index} isn't a list of the {len(self.id2label)} labels "
-                             f"{list(self.id2label.values())[:20]}")
+            raise ValueError(
+                f"label {value!r} of row {index} isn't a list of the {len(self.id2label)} labels "
+                f"{list(self.id2label.values())[:20]}"
+            )
         label = torch.zeros(self.num_labels)
         label[ids] = 1.0
         return label

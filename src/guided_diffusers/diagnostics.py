@@ -28,8 +28,12 @@ from .noise import NoiseLevel
 from .outputs import aside, require_matplotlib, write_json
 from .run import Run
 
-FIGURES = {"log_probability": "log p(label | x_t)", "guidance_to_score": "|guidance| / |score|",
-           "cosine": "cosine to the step before", "outside": "x0 outside [-1, 1], share of values"}
+FIGURES = {
+    "log_probability": "log p(label | x_t)",
+    "guidance_to_score": "|guidance| / |score|",
+    "cosine": "cosine to the step before",
+    "outside": "x0 outside [-1, 1], share of values",
+}
 FORMATS = (".json", ".png", ".pdf", ".svg")
 
 
@@ -55,9 +59,15 @@ class GuidanceDiagnostics(PipelineCallback):
 
     tensor_inputs = ["sample", "x0", "score_shift"]
 
-    def __init__(self, label: Label | Sequence[Label] | None = None, classifier: torch.nn.Module | None = None):
+    def __init__(
+        self,
+        label: Label | Sequence[Label] | None = None,
+        classifier: torch.nn.Module | None = None,
+    ):
         super().__init__()
-        self.labels = [] if label is None else list(label) if isinstance(label, (list, tuple)) else [label]
+        self.labels = (
+            [] if label is None else list(label) if isinstance(label, (list, tuple)) else [label]
+        )
         self.classifier, self.images = classifier, 0
         self._levels: list[NoiseLevel] = []  # of the pipeline's run
         self._asked: NoiseAwareGuidance | None = None  # for the run's labels
@@ -66,17 +76,37 @@ class GuidanceDiagnostics(PipelineCallback):
         self._figures: dict[int, list[dict[str, torch.Tensor]]] = {}  # by step, a mapping a run
         self._places: dict[int, tuple[float, float]] = {}  # by step, timestep and sigma / alpha
 
-    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, torch.Tensor],
-                    ) -> dict[str, torch.Tensor]:
+    def callback_fn(
+        self,
+        pipeline: Any,
+        step_index: int,
+        timestep: Any,
+        callback_kwargs: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
         """Of `ClassifierGuidedPipeline`, after each step."""
         sample = callback_kwargs["sample"]
         if step_index == 0:
             self._levels = Run(pipeline.scheduler).levels
             asked = pipeline.classifier if self.classifier is None else self.classifier
-            labels = [self.labels[(self.images + i) % len(self.labels)] for i in range(len(sample)) if self.labels]
-            self._asked = ClassifierGuidance(asked, labels) if labels and asked is not None else None
-        self._go_on(_Step(step_index, float(timestep), self._levels[step_index], sample, callback_kwargs["x0"],
-                          callback_kwargs["score_shift"]), self._asked)
+            labels = [
+                self.labels[(self.images + i) % len(self.labels)]
+                for i in range(len(sample))
+                if self.labels
+            ]
+            self._asked = (
+                ClassifierGuidance(asked, labels) if labels and asked is not None else None
+            )
+        self._go_on(
+            _Step(
+                step_index,
+                float(timestep),
+                self._levels[step_index],
+                sample,
+                callback_kwargs["x0"],
+                callback_kwargs["score_shift"],
+            ),
+            self._asked,
+        )
         return {}
 
     def watch(self, *terms: Guidance) -> tuple[Guidance, ...]:
@@ -90,8 +120,10 @@ class GuidanceDiagnostics(PipelineCallback):
     def saw(self, term: Guidance, step: Step, score: torch.Tensor) -> None:
         """What a watched term adds at a step."""
         if self._now is None or self._now.sample is not step.sample:  # the first term at this step
-            self._go_on(_Step(step.index, step.timestep, step.level, step.sample, step.x0, score),
-                        term if isinstance(term, NoiseAwareGuidance) else None)
+            self._go_on(
+                _Step(step.index, step.timestep, step.level, step.sample, step.x0, score),
+                term if isinstance(term, NoiseAwareGuidance) else None,
+            )
             return
         self._now.shift = self._now.shift + score
         if self._now.log_p is None and isinstance(term, NoiseAwareGuidance):
@@ -120,11 +152,19 @@ class GuidanceDiagnostics(PipelineCallback):
         """
         self._finish_step()
         if not self._figures:
-            raise ValueError("guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or use "
-                             "what watch(...) gives")
-        return [{"index": index, "timestep": self._places[index][0], "sigma_over_alpha": self._places[index][1],
-                 **{name: torch.cat([run[name] for run in runs]).cpu() for name in runs[0]}}
-                for index, runs in sorted(self._figures.items())]
+            raise ValueError(
+                "guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or use "
+                "what watch(...) gives"
+            )
+        return [
+            {
+                "index": index,
+                "timestep": self._places[index][0],
+                "sigma_over_alpha": self._places[index][1],
+                **{name: torch.cat([run[name] for run in runs]).cpu() for name in runs[0]},
+            }
+            for index, runs in sorted(self._figures.items())
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON, or draw them (.png, .pdf, .svg) with the middle 80% of the images as a band.
@@ -145,9 +185,13 @@ class GuidanceDiagnostics(PipelineCallback):
         rows = []
         for step in steps:
             each = {name: value for name, value in step.items() if isinstance(value, torch.Tensor)}
-            rows.append({**{name: value for name, value in step.items() if name not in each},
-                         **{name: value.double().nanmean().item() for name, value in each.items()},
-                         "log_probabilities": each["log_probability"].tolist()})
+            rows.append(
+                {
+                    **{name: value for name, value in step.items() if name not in each},
+                    **{name: value.double().nanmean().item() for name, value in each.items()},
+                    "log_probabilities": each["log_probability"].tolist(),
+                }
+            )
         write_json({"images": self.images, "steps": rows}, path)
 
 
@@ -173,8 +217,13 @@ class _Step:
             if before is not None and before.shift is not None:
                 product = (self.shift.flatten(1).double() * before.shift.flatten(1).double()).sum(1)
                 cosine = product / (_norm(self.shift) * _norm(before.shift))  # 0 / 0 is NaN
-        found = {"log_probability": undefined if self.log_p is None else self.log_p, "guidance_to_score": ratio,
-                 "cosine": cosine, "outside": _outside(guided), "outside_unguided": _outside(self.x0)}
+        found = {
+            "log_probability": undefined if self.log_p is None else self.log_p,
+            "guidance_to_score": ratio,
+            "cosine": cosine,
+            "outside": _outside(guided),
+            "outside_unguided": _outside(self.x0),
+        }
         self.sample = self.x0 = undefined  # the next step looks at the shift alone
         return {name: value.float() for name, value in found.items()}
 
@@ -199,7 +248,9 @@ class _Watched(Guidance):
         return score
 
 
-def _log_probability(term: NoiseAwareGuidance, sample: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+def _log_probability(
+    term: NoiseAwareGuidance, sample: torch.Tensor, level: NoiseLevel
+) -> torch.Tensor:
     """What the term's network says of its label, (B,)."""
     dtype = next((p.dtype for p in term.module.parameters()), sample.dtype)
     z = sample / (level.alpha**2 + level.sigma**2) ** 0.5
@@ -208,7 +259,9 @@ def _log_probability(term: NoiseAwareGuidance, sample: torch.Tensor, level: Nois
 
 
 def _norm(value: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(value.flatten(1).double(), dim=1)  # squares of a sure classifier's would vanish
+    return torch.linalg.vector_norm(
+        value.flatten(1).double(), dim=1
+    )  # squares of a sure classifier's would vanish
 
 
 def _outside(x0: torch.Tensor) -> torch.Tensor:
@@ -223,7 +276,9 @@ def check_output(path: Path) -> None:
         ImportError: for a picture where matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"diagnostics {path}: a name that ends with {', '.join(FORMATS)} is allowed")
+        raise ValueError(
+            f"diagnostics {path}: a name that ends with {', '.join(FORMATS)} is allowed"
+        )
     if path.suffix.lower() != ".json":
         require_matplotlib()
 
@@ -234,10 +289,16 @@ def _draw(steps: Sequence[dict[str, Any]], images: int, path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(FIGURES), 3.4), layout="constrained")
     x = [step["index"] for step in steps]
     for axis, (name, title) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
-        curves = [(name, "guided"), ("outside_unguided", "unguided")] if name == "outside" else [(name, None)]
+        curves = (
+            [(name, "guided"), ("outside_unguided", "unguided")]
+            if name == "outside"
+            else [(name, None)]
+        )
         for key, label in curves:
             values = [step[key].double() for step in steps]
-            lines = axis.plot(x, [one.nanmean().item() for one in values], marker="o", markersize=3, label=label)
+            lines = axis.plot(
+                x, [one.nanmean().item() for one in values], marker="o", markersize=3, label=label
+            )
             band = [[one.nanquantile(share).item() for one in values] for share in (0.1, 0.9)]
             axis.fill_between(x, *band, alpha=0.2, color=lines[0].get_color(), linewidth=0)
             if label:
@@ -245,6 +306,9 @@ def _draw(steps: Sequence[dict[str, Any]], images: int, path: Path) -> None:
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.suptitle(f"guidance, step by step: mean of {images} images, and the middle 80% of them", fontsize="medium")
+    figure.suptitle(
+        f"guidance, step by step: mean of {images} images, and the middle 80% of them",
+        fontsize="medium",
+    )
     with aside(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())

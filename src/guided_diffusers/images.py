@@ -48,7 +48,9 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return one_by_one(lambda z: vae.decode(z).sample, latents.to(vae.dtype))
 
 
-def _scaling(vae: torch.nn.Module, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+def _scaling(
+    vae: torch.nn.Module, like: torch.Tensor
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """(factor, offset) by its config: the diffusion model's latents are (z - offset) * factor of the autoencoder's z.
 
     Raises:
@@ -58,8 +60,10 @@ def _scaling(vae: torch.nn.Module, like: torch.Tensor) -> tuple[torch.Tensor | f
     config = vae.config
     scaling = config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1).to(like) for name in
-                     ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(config[name]).reshape(1, -1, 1, 1).to(like)
+            for name in ("latents_mean", "latents_std")
+        )
         return scaling / std, mean
     return scaling, config.get("shift_factor") or 0.0
 
@@ -71,7 +75,9 @@ def check_precision(vae: torch.nn.Module) -> None:
         ValueError: for one.
     """
     if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
-        raise ValueError("vae: it computes in float16 and overflows there (force_upcast); load it in float32")
+        raise ValueError(
+            "vae: it computes in float16 and overflows there (force_upcast); load it in float32"
+        )
 
 
 def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -81,7 +87,9 @@ def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([checkpoint(function, one, use_reentrant=False) for one in latents.split(1)])
 
 
-def low_resolution(image: Image.Image | Sequence[Image.Image] | torch.Tensor, channels: int) -> torch.Tensor:
+def low_resolution(
+    image: Image.Image | Sequence[Image.Image] | torch.Tensor, channels: int
+) -> torch.Tensor:
     """What an up-sampling network is given beside the sample, (1 or B, C, h, w) in [-1, 1].
 
     Args:
@@ -97,8 +105,10 @@ def low_resolution(image: Image.Image | Sequence[Image.Image] | torch.Tensor, ch
         arrays = [np.atleast_3d(np.asarray(one.convert(mode), np.float32)) for one in images]
         image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
     if image.ndim != 4 or 2 * image.shape[1] != channels:
-        raise ValueError(f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
-                         f"{channels} input channels")
+        raise ValueError(
+            f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
+            f"{channels} input channels"
+        )
     return image
 
 

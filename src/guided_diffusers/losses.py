@@ -41,7 +41,10 @@ class Process:
     """
 
     def __init__(self, scheduler: DDPMScheduler, timesteps: Sequence[int] | None = None):
-        self.prediction_type, self.variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
+        self.prediction_type, self.variance_type = (
+            scheduler.config.prediction_type,
+            scheduler.config.variance_type,
+        )
         count = scheduler.config.num_train_timesteps
         self.timesteps = torch.tensor(sorted(range(count) if timesteps is None else timesteps))
         alpha_bar = torch.cumprod(1 - scheduler.betas.double().cpu(), 0)[self.timesteps]
@@ -49,12 +52,21 @@ class Process:
         beta, small = step_variances(alpha_bar)
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         if self.prediction_type == "epsilon" and not alpha.all():
-            raise ValueError("prediction_type 'epsilon': the schedule has zero terminal SNR (rescale_betas_zero_snr), "
-                             "where eps says nothing of x0; v_prediction and sample are allowed")
+            raise ValueError(
+                "prediction_type 'epsilon': the schedule has zero terminal SNR (rescale_betas_zero_snr), "
+                "where eps says nothing of x0; v_prediction and sample are allowed"
+            )
         levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
-        a, b = torch.tensor([affine(self.prediction_type, *level) for level in levels], dtype=torch.float64).T
+        a, b = torch.tensor(
+            [affine(self.prediction_type, *level) for level in levels], dtype=torch.float64
+        ).T
         self._tables = {
-            "alpha": alpha, "sigma": sigma, "snr": alpha_bar / (1 - alpha_bar), "a": a, "b": b, "beta": beta,
+            "alpha": alpha,
+            "sigma": sigma,
+            "snr": alpha_bar / (1 - alpha_bar),
+            "a": a,
+            "b": b,
+            "beta": beta,
             "small": small,
             "c_0": before.sqrt() * beta / (1 - alpha_bar),
             "c_t": (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar),
@@ -101,7 +113,9 @@ class Process:
     def log_variance(self, learned: Tensor | None, like: Tensor, k: Tensor) -> Tensor:
         """That of p(x_s | x_t); `learned` is the second half of the network's output."""
         beta, small = self.at(k, like, "beta", "small")
-        return log_variance(self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned)
+        return log_variance(
+            self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned
+        )
 
 
 class FlowProcess:
@@ -147,11 +161,21 @@ def min_snr_weights(process: Process, k: Tensor, like: Tensor, gamma: float = 5.
     All three are the same loss of the predicted x0. `like` (B, C, H, W) says the dtype and device.
     """
     (snr,) = (table.flatten() for table in process.at(k, like, "snr"))
-    return snr.clamp(max=gamma) / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[process.prediction_type]
+    return (
+        snr.clamp(max=gamma)
+        / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[process.prediction_type]
+    )
 
 
-def diffusion_loss(process: Process | FlowProcess, output: Tensor, x0: Tensor, eps: Tensor, k: Tensor,
-                   objective: Objective = "simple", snr_gamma: float | None = None) -> dict[str, Tensor]:
+def diffusion_loss(
+    process: Process | FlowProcess,
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    k: Tensor,
+    objective: Objective = "simple",
+    snr_gamma: float | None = None,
+) -> dict[str, Tensor]:
     """The loss of a network's output at `process.noised(x0, eps, k)`, and its parts, each (B,).
 
     Args:
@@ -167,17 +191,25 @@ def diffusion_loss(process: Process | FlowProcess, output: Tensor, x0: Tensor, e
         ValueError: if the network's channels or the process don't fit the objective, or the objective is unknown.
     """
     if isinstance(process, FlowProcess) and (objective != "simple" or snr_gamma is not None):
-        raise ValueError(f"objective {objective!r}, snr_gamma {snr_gamma}: flow matching allows 'simple' and None")
+        raise ValueError(
+            f"objective {objective!r}, snr_gamma {snr_gamma}: flow matching allows 'simple' and None"
+        )
     prediction, learned = split_variance(output, x0.shape[1])
     hybrid = objective in ("hybrid", "hybrid_rescaled")
     if objective not in ("simple", "bound") and not hybrid:
-        raise ValueError(f"objective {objective!r}: simple, hybrid, hybrid_rescaled and bound are allowed")
+        raise ValueError(
+            f"objective {objective!r}: simple, hybrid, hybrid_rescaled and bound are allowed"
+        )
     if objective != "bound" and hybrid != (learned is not None):
-        raise ValueError(f"objective {objective!r}: the network has {'a' if learned is not None else 'no'} learned "
-                         "variance; simple is for networks without, hybrid for those with")
+        raise ValueError(
+            f"objective {objective!r}: the network has {'a' if learned is not None else 'no'} learned "
+            "variance; simple is for networks without, hybrid for those with"
+        )
     if objective == "bound":
         if snr_gamma is not None:
-            raise ValueError(f"snr_gamma {snr_gamma}: objective 'bound' has no mse to weight; None is allowed")
+            raise ValueError(
+                f"snr_gamma {snr_gamma}: objective 'bound' has no mse to weight; None is allowed"
+            )
         vb = variational_bound(process, output, x0, process.noised(x0, eps, k), k)
         return {"loss": len(process) * vb, "vb": vb}
     mse = (process.target(x0, eps, k) - prediction).square().mean(dim=(1, 2, 3))
@@ -190,8 +222,9 @@ def diffusion_loss(process: Process | FlowProcess, output: Tensor, x0: Tensor, e
     return {"loss": weighted + vb, "mse": mse, "vb": vb}
 
 
-def variational_bound(process: Process, output: Tensor, x0: Tensor, x_t: Tensor, k: Tensor,
-                      clip: bool = False) -> Tensor:
+def variational_bound(
+    process: Process, output: Tensor, x0: Tensor, x_t: Tensor, k: Tensor, clip: bool = False
+) -> Tensor:
     """A step's term of the bound on -log p(x0), (B,), in bits a dimension (Ho et al., eq. 5):
 
         KL(q(x_s | x_t, x0) || p(x_s | x_t)),    and for k = 0    -log p(x0 | x_1) of 256 pixel values.
@@ -208,10 +241,14 @@ def variational_bound(process: Process, output: Tensor, x0: Tensor, x_t: Tensor,
     return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / log(2)
 
 
-def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+def normal_kl(
+    mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor
+) -> Tensor:
     """KL(N(mean, variance) || N(other_mean, other_variance)) of every element, in nats."""
     ratio = log_variance - other_log_variance
-    return 0.5 * (-1 - ratio + ratio.exp() + (mean - other_mean).square() * (-other_log_variance).exp())
+    return 0.5 * (
+        -1 - ratio + ratio.exp() + (mean - other_mean).square() * (-other_log_variance).exp()
+    )
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
@@ -230,9 +267,14 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_dim(network: torch.nn.Module, process: Process, x0: Tensor, class_labels: Tensor | None = None,
-                 clip: bool = True, generator: torch.Generator | list[torch.Generator] | None = None,
-                 ) -> dict[str, Tensor]:
+def bits_per_dim(
+    network: torch.nn.Module,
+    process: Process,
+    x0: Tensor,
+    class_labels: Tensor | None = None,
+    clip: bool = True,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> dict[str, Tensor]:
     """The variational bound on -log2 p(x0) a dimension: T calls of the network for a batch.
 
     Of a data set: the mean of `total` over its images.
@@ -268,11 +310,15 @@ def bits_per_dim(network: torch.nn.Module, process: Process, x0: Tensor, class_l
         alpha, sigma = process.at(k, x_t, "alpha", "sigma")
         columns["bound"].append(variational_bound(process, output, wide, x_t, k, clip))
         columns["x0_mse"].append((predicted - wide).square().mean(dim=(1, 2, 3)))
-        columns["eps_mse"].append(((x_t - alpha * predicted) / sigma - eps).square().mean(dim=(1, 2, 3)))
+        columns["eps_mse"].append(
+            ((x_t - alpha * predicted) / sigma - eps).square().mean(dim=(1, 2, 3))
+        )
     result = {name: torch.stack(terms[::-1], dim=1) for name, terms in columns.items()}
     alpha, sigma = process.at(torch.full((len(x0),), len(process) - 1), wide, "alpha", "sigma")
     zero = torch.zeros_like(wide)
-    result["prior"] = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(dim=(1, 2, 3)) / log(2)
+    result["prior"] = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(
+        dim=(1, 2, 3)
+    ) / log(2)
     return result | {"total": result["bound"].sum(dim=1) + result["prior"]}
 
 

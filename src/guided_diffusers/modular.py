@@ -31,8 +31,10 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return ("Step within the denoising loop, after the denoiser, that steers to what a noise-aware classifier of "
-                "the latents calls the label.")
+        return (
+            "Step within the denoising loop, after the denoiser, that steers to what a noise-aware classifier of "
+            "the latents calls the label."
+        )
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -40,24 +42,58 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("latents", required=True, type_hint=torch.Tensor, description="The noisy latents."),
-                InputParam("label", required=True, description="A label of `ClassifierGuidance`, or one an image."),
-                InputParam("guidance_scale", default=1.0, description="How strongly, or one an image; 0 is off.")]
+        return [
+            InputParam(
+                "latents", required=True, type_hint=torch.Tensor, description="The noisy latents."
+            ),
+            InputParam(
+                "label",
+                required=True,
+                description="A label of `ClassifierGuidance`, or one an image.",
+            ),
+            InputParam(
+                "guidance_scale",
+                default=1.0,
+                description="How strongly, or one an image; 0 is off.",
+            ),
+        ]
 
     @torch.no_grad()
-    def __call__(self, components: ModularPipeline, block_state: BlockState, i: int, t: torch.Tensor,
-                 ) -> tuple[Any, BlockState]:
+    def __call__(
+        self,
+        components: ModularPipeline,
+        block_state: BlockState,
+        i: int,
+        t: torch.Tensor,
+    ) -> tuple[Any, BlockState]:
         if i == 0:
-            terms = Sum([ClassifierGuidance(components.classifier, block_state.label, block_state.guidance_scale)])
+            terms = Sum(
+                [
+                    ClassifierGuidance(
+                        components.classifier, block_state.label, block_state.guidance_scale
+                    )
+                ]
+            )
             check_parts(components.scheduler, terms, block_state.latents.device)
-            block_state.classifier_guidance = terms, Run(components.scheduler, t), finite_check(terms)
+            block_state.classifier_guidance = (
+                terms,
+                Run(components.scheduler, t),
+                finite_check(terms),
+            )
         terms, run, check = block_state.classifier_guidance
         index = run.step(t)
         acting = run.acting(terms, index)
         if acting.terms():
             with frozen(acting.modules()):
-                block_state.noise_pred = guided(acting, run, index, block_state.noise_pred, block_state.latents, check,
-                                                _no_predict)
+                block_state.noise_pred = guided(
+                    acting,
+                    run,
+                    index,
+                    block_state.noise_pred,
+                    block_state.latents,
+                    check,
+                    _no_predict,
+                )
         if index + 1 == len(run.numbers):
             check.finish()
         return components, block_state

@@ -56,7 +56,11 @@ class NoiseLevel:
     def clipped(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The network's output that predicts the x0 of `output` clipped to [-1, 1]."""
         wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        return self.output(wide, self.x0(wide, output).clamp(-1, 1)).to(output.dtype) if self.b else output
+        return (
+            self.output(wide, self.x0(wide, output).clamp(-1, 1)).to(output.dtype)
+            if self.b
+            else output
+        )
 
     def score(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """The score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie)."""
@@ -72,13 +76,20 @@ class NoiseLevel:
         By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that predicts
         epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
         """
-        if self.sigma == 0 or self.b == 0:  # no noise, or a consistency model's boundary: the output has no say
+        if (
+            self.sigma == 0 or self.b == 0
+        ):  # no noise, or a consistency model's boundary: the output has no say
             return output
         return output + (self.sigma**2 / self.alpha / self.b * score_shift).to(output.dtype)
 
 
-def affine(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5, sigma_min: float = 0.002,
-           ) -> tuple[float, float]:
+def affine(
+    prediction: str,
+    alpha: float,
+    sigma: float,
+    sigma_data: float = 0.5,
+    sigma_min: float = 0.002,
+) -> tuple[float, float]:
     """(a, b) of `x0_pred = a * sample + b * output`: the one table of what networks predict.
 
     Args:
@@ -115,8 +126,10 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     if named(scheduler, FLOW):
         prediction = "data_flow" if scheduler.config.get("invert_sigmas") else "flow"
     if is_flow(scheduler) and prediction == "v_prediction":
-        raise ValueError("scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; use "
-                         "'flow_prediction', 'epsilon' or 'sample'")
+        raise ValueError(
+            "scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; use "
+            "'flow_prediction', 'epsilon' or 'sample'"
+        )
     if is_flow(scheduler) and prediction == "flow_prediction":
         prediction = "flow"
     try:
@@ -143,13 +156,21 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
         ValueError: for a scheduler that guidance can't work with, or timesteps of one's own that are no noise levels.
     """
     prediction = prediction_type(scheduler)
-    constants = {name: scheduler.config[name] for name in ("sigma_data", "sigma_min") if name in scheduler.config}
+    constants = {
+        name: scheduler.config[name]
+        for name in ("sigma_data", "sigma_min")
+        if name in scheduler.config
+    }
     levels = []
     for index, t in enumerate(sampling_timesteps(scheduler).cpu()):
         alpha, sigma = _alpha_sigma(scheduler, index, t)
-        if not (alpha > -1e-4 and sigma >= 0):  # a sigma above 1 of a flow, NaN; SCM starts at -4e-6
-            raise ValueError(f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
-                             f"(alpha={alpha:.4g}, sigma={sigma:.4g})")
+        if not (
+            alpha > -1e-4 and sigma >= 0
+        ):  # a sigma above 1 of a flow, NaN; SCM starts at -4e-6
+            raise ValueError(
+                f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
+                f"(alpha={alpha:.4g}, sigma={sigma:.4g})"
+            )
         alpha = max(alpha, SMALLEST_ALPHA)
         levels.append(NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma, **constants)))
     _begin(scheduler, 0)
@@ -166,7 +187,9 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
 
     What `add_noise` does to (x0, eps) = (1, 0) and (0, 1), but where that is not what `step` assumes.
     """
-    if (kind := named(scheduler, MID_SIGMA)) and index % 2:  # a step from the mid-point of DPM-Solver-2
+    if (
+        kind := named(scheduler, MID_SIGMA)
+    ) and index % 2:  # a step from the mid-point of DPM-Solver-2
         return 1.0, float(scheduler.sigmas_interpol[index - MID_SIGMA[kind]])
     if named(scheduler, {"DPMSolverSDEScheduler"}) and index % 2:  # likewise, half-way in log sigma
         return 1.0, float((scheduler.sigmas[index - 1] * scheduler.sigmas[index]).sqrt())
@@ -181,14 +204,21 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
         scale = sqrt(1 + float(scheduler.sigmas[index]) ** 2)
         return 1 / scale, float(scheduler.sigmas[index]) / scale
     _begin(scheduler, index)
-    one, zero, t = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), t.reshape(1)
+    one, zero, t = (
+        torch.ones(1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+        t.reshape(1),
+    )
     return scheduler.add_noise(one, zero, t).item(), scheduler.add_noise(zero, one, t).item()
 
 
 def reads_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step takes a network's learned variance along with its prediction."""
     takers = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
-    return bool(named(scheduler, takers)) and scheduler.config.variance_type in ("learned", "learned_range")
+    return bool(named(scheduler, takers)) and scheduler.config.variance_type in (
+        "learned",
+        "learned_range",
+    )
 
 
 def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -202,8 +232,10 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
     if output.shape[1] == 2 * channels:
         prediction, variance = output.chunk(2, dim=1)
         return prediction, variance
-    raise ValueError(f"the network gave {output.shape[1]} channels for a sample of {channels}; {channels} or, with a "
-                     f"learned variance, {2 * channels} are allowed")
+    raise ValueError(
+        f"the network gave {output.shape[1]} channels for a sample of {channels}; {channels} or, with a "
+        f"learned variance, {2 * channels} are allowed"
+    )
 
 
 def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
@@ -227,8 +259,13 @@ def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return beta, small
 
 
-def log_variance(variance_type: str, beta: torch.Tensor, small: torch.Tensor, to_data: torch.Tensor | bool,
-                 learned: torch.Tensor | None) -> torch.Tensor:
+def log_variance(
+    variance_type: str,
+    beta: torch.Tensor,
+    small: torch.Tensor,
+    to_data: torch.Tensor | bool,
+    learned: torch.Tensor | None,
+) -> torch.Tensor:
     """log Sigma of DDPM steps with these `step_variances`:
 
         fixed_small  log small_t;    fixed_large  log beta_t, but log small_t in the step `to_data`;
@@ -245,11 +282,14 @@ def log_variance(variance_type: str, beta: torch.Tensor, small: torch.Tensor, to
         case "learned_range":
             weight = (learned.to(torch.promote_types(learned.dtype, torch.float32)) + 1) / 2
             return weight * beta.log() + (1 - weight) * small.log()
-    raise ValueError(f"variance_type {variance_type!r}: fixed_small, fixed_large and learned_range are allowed")
+    raise ValueError(
+        f"variance_type {variance_type!r}: fixed_small, fixed_large and learned_range are allowed"
+    )
 
 
-def posterior_variance(scheduler: SchedulerMixin, timesteps: Sequence[int], index: int,
-                       learned: torch.Tensor | None) -> float | torch.Tensor:
+def posterior_variance(
+    scheduler: SchedulerMixin, timesteps: Sequence[int], index: int, learned: torch.Tensor | None
+) -> float | torch.Tensor:
     """Sigma of DDPM's step number `index`, which guidance_algorithm="mean" multiplies the score shift by."""
     to_data, variance_type = index + 1 == len(timesteps), scheduler.config.variance_type
     if variance_type == "learned":
@@ -276,14 +316,21 @@ def clipping_warning(scheduler: SchedulerMixin) -> str | None:
     """
     name = type(scheduler).__name__
     if name in ("DDIMScheduler", "DDIMParallelScheduler") and (
-            scheduler.config.clip_sample or scheduler.config.thresholding):
-        return (f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
-                "clip_sample=False in its config")
+        scheduler.config.clip_sample or scheduler.config.thresholding
+    ):
+        return (
+            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
+            "clip_sample=False in its config"
+        )
     return None
 
 
-def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float,
-            batch_size: int) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+def stepper(
+    scheduler: SchedulerMixin,
+    generator: torch.Generator | list[torch.Generator] | None,
+    eta: float,
+    batch_size: int,
+) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
     """(output, index, sample) -> the next sample: `scheduler.step` with the arguments that this one takes.
 
     Raises:
@@ -291,8 +338,12 @@ def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.G
     """
     schedule, takes = sampling_timesteps(scheduler), inspect.signature(scheduler.step).parameters
     if not 0 <= eta <= ("eta" in takes):
-        raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {'0 to 1' if 'eta' in takes else 'only 0'}")
-    options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+        raise ValueError(
+            f"eta={eta}: {type(scheduler).__name__} allows {'0 to 1' if 'eta' in takes else 'only 0'}"
+        )
+    options = {
+        name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes
+    }
     if steps_otherwise(scheduler):
         return own_stepper(scheduler, schedule, options, generator, batch_size)
 
@@ -305,7 +356,13 @@ def stepper(scheduler: SchedulerMixin, generator: torch.Generator | list[torch.G
 def module_config(module: torch.nn.Module | None) -> Mapping[str, Any]:
     """A module's `config` as a mapping, be it a mapping or an object; empty where there is none."""
     config = getattr(module, "config", None)
-    return config if isinstance(config, Mapping) else vars(config) if hasattr(config, "__dict__") else {}
+    return (
+        config
+        if isinstance(config, Mapping)
+        else vars(config)
+        if hasattr(config, "__dict__")
+        else {}
+    )
 
 
 def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -318,8 +375,10 @@ def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
     found = {name: config[name] for name in names if config.get(name) is not None}
     if "num_train_timesteps" not in found or not {"beta_schedule", "trained_betas"} & found.keys():
-        raise ValueError(f"classifier {type(module).__name__}: its config must hold the noise schedule that it was "
-                         f"trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}")
+        raise ValueError(
+            f"classifier {type(module).__name__}: its config must hold the noise schedule that it was "
+            f"trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}"
+        )
     return found
 
 
@@ -331,16 +390,26 @@ class TrainedSchedule:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        betas = DDPMScheduler(**config).betas.double()  # the products in float64: float32 loses digits of 1 - alpha_bar
+        betas = DDPMScheduler(
+            **config
+        ).betas.double()  # the products in float64: float32 loses digits of 1 - alpha_bar
         alpha_bar = torch.cumprod(1 - betas, 0).clamp(min=SMALLEST_ALPHA**2).numpy()
-        self.log_ratio = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))  # log(sigma_t / alpha_t), rising
+        self.log_ratio = 0.5 * (
+            np.log1p(-alpha_bar) - np.log(alpha_bar)
+        )  # log(sigma_t / alpha_t), rising
 
     def timestep(self, level: NoiseLevel) -> float:
         """The fractional t with `sigma_t / alpha_t` of `level`, clamped to the noise levels trained on."""
         if level.sigma == 0:
             return 0.0
-        t = float(np.interp(np.log(level.sigma / level.alpha), self.log_ratio, np.arange(len(self.log_ratio))))
-        return float(round(t)) if abs(t - round(t)) < 2e-3 else t  # schedulers' float32 tables are no better
+        t = float(
+            np.interp(
+                np.log(level.sigma / level.alpha), self.log_ratio, np.arange(len(self.log_ratio))
+            )
+        )
+        return (
+            float(round(t)) if abs(t - round(t)) < 2e-3 else t
+        )  # schedulers' float32 tables are no better
 
     def beyond(self, level: NoiseLevel) -> float:
         """By how much a score is scaled: 1, or less where `level` is noisier than anything trained on.

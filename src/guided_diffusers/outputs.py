@@ -52,9 +52,11 @@ def finite(content: Any) -> Any:
 
 def require_matplotlib() -> None:
     """Raises:
-        ImportError: where matplotlib is missing, saying what to install.
+    ImportError: where matplotlib is missing, saying what to install.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'guided-diffusers[plots]'") from error
+        raise ImportError(
+            "curves need matplotlib: pip install 'guided-diffusers[plots]'"
+        ) from error

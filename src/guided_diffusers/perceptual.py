@@ -55,8 +55,16 @@ class ImageGuidance(Guidance):
         normalize: scale the gradient of each image to the norm of its score, so that `scale` counts scores.
     """
 
-    def __init__(self, module: torch.nn.Module, scale: Scale, start: float, stop: float,
-                 sigma_interval: tuple[float, float] | None, through_network: bool, normalize: bool):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        scale: Scale,
+        start: float,
+        stop: float,
+        sigma_interval: tuple[float, float] | None,
+        through_network: bool,
+        normalize: bool,
+    ):
         super().__init__(scale, start, stop, sigma_interval)
         check_evaluating(module)
         self.module, self.through_network, self.normalize = module, through_network, normalize
@@ -70,7 +78,9 @@ class ImageGuidance(Guidance):
         """log p(y | images), (B,), up to a constant, of images (B, C, H, W) in about [-1, 1]."""
 
     def score(self, step: Step) -> torch.Tensor:
-        grad = x0_gradient(lambda x0: self.log_likelihood(step.decode(x0), step), step, self.through_network)
+        grad = x0_gradient(
+            lambda x0: self.log_likelihood(step.decode(x0), step), step, self.through_network
+        )
         return self.scale_at(step) * (normalized(grad, step) if self.normalize else grad)
 
     def _in_dtype(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -99,21 +109,36 @@ class ImageClassifierGuidance(ImageGuidance):
         ValueError: for any other argument, or one without effect for this classifier.
     """
 
-    def __init__(self, classifier: torch.nn.Module, label: Label | Sequence[Label] | torch.Tensor | None = None,
-                 scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
-                 sigma_interval: tuple[float, float] | None = None,
-                 processor: BaseImageProcessor | Mapping[str, Any] | None = None,
-                 target: float | Sequence[float] | torch.Tensor | None = None, std: float = 1.0,
-                 joint_temperature: float = 1.0, marginal_temperature: float = 1.0, softplus: float | None = None,
-                 through_network: bool = False, normalize: bool = False):
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        processor: BaseImageProcessor | Mapping[str, Any] | None = None,
+        target: float | Sequence[float] | torch.Tensor | None = None,
+        std: float = 1.0,
+        joint_temperature: float = 1.0,
+        marginal_temperature: float = 1.0,
+        softplus: float | None = None,
+        through_network: bool = False,
+        normalize: bool = False,
+    ):
         super().__init__(classifier, scale, start, stop, sigma_interval, through_network, normalize)
         config = dict(module_config(classifier))
         if config.get("id2label"):
             config.setdefault("num_labels", len(config["id2label"]))  # a property in transformers
-        self.likelihood = likelihood(config, label, target, std, joint_temperature, marginal_temperature)
+        self.likelihood = likelihood(
+            config, label, target, std, joint_temperature, marginal_temperature
+        )
         check_softplus(classifier, softplus)
         self.softplus = softplus
-        self.preprocess = Preprocess(processor, config.get("num_channels"), config.get("image_size"))
+        self.preprocess = Preprocess(
+            processor, config.get("num_channels"), config.get("image_size")
+        )
 
     def log_likelihood(self, images: torch.Tensor, step: Step) -> torch.Tensor:
         return self.likelihood(logits_of(self.module(self._in_dtype(self.preprocess(images)))))
@@ -151,18 +176,34 @@ class CLIPGuidance(ImageGuidance):
         ValueError: for any other argument, or one without effect.
     """
 
-    def __init__(self, model: CLIPModel, prompt: Prompt | list[Prompt] | None = None, scale: Scale = 1.0,
-                 start: float = 0.0, stop: float = 1.0, *, sigma_interval: tuple[float, float] | None = None,
-                 image_prompt: Any = None,
-                 processor: CLIPProcessor | BaseImageProcessor | Mapping[str, Any] | None = None,
-                 tokenizer: PreTrainedTokenizerBase | None = None, cutouts: int = 0, smallest_cutout: float = 0.3,
-                 seed: int = 0, through_network: bool = False, normalize: bool = False):
+    def __init__(
+        self,
+        model: CLIPModel,
+        prompt: Prompt | list[Prompt] | None = None,
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        image_prompt: Any = None,
+        processor: CLIPProcessor | BaseImageProcessor | Mapping[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cutouts: int = 0,
+        smallest_cutout: float = 0.3,
+        seed: int = 0,
+        through_network: bool = False,
+        normalize: bool = False,
+    ):
         super().__init__(model, scale, start, stop, sigma_interval, through_network, normalize)
         if cutouts < 0 or not 0 < smallest_cutout <= 1:
-            raise ValueError(f"cutouts={cutouts!r}, smallest_cutout={smallest_cutout!r}: 0 or more, and above 0, up to "
-                             "1, are allowed")
+            raise ValueError(
+                f"cutouts={cutouts!r}, smallest_cutout={smallest_cutout!r}: 0 or more, and above 0, up to "
+                "1, are allowed"
+            )
         if not cutouts and (seed, smallest_cutout) != (0, 0.3):
-            raise ValueError(f"seed={seed}, smallest_cutout={smallest_cutout} have no effect without cutouts")
+            raise ValueError(
+                f"seed={seed}, smallest_cutout={smallest_cutout} have no effect without cutouts"
+            )
         if (prompt is None) and (image_prompt is None):
             raise ValueError("prompt, image_prompt: at least one is needed")
         if isinstance(image_prompt, torch.Tensor) and image_prompt.ndim == 4:
@@ -172,16 +213,31 @@ class CLIPGuidance(ImageGuidance):
         if isinstance(processor, ProcessorMixin):
             tokenizer, processor = tokenizer or processor.tokenizer, processor.image_processor
         if prompt is not None and tokenizer is None:
-            raise ValueError(f"tokenizer is needed for prompt={prompt!r}; or give a CLIPProcessor as processor")
-        self.cutouts, self.smallest_cutout, self.seed, self.tokenizer = cutouts, smallest_cutout, seed, tokenizer
+            raise ValueError(
+                f"tokenizer is needed for prompt={prompt!r}; or give a CLIPProcessor as processor"
+            )
+        self.cutouts, self.smallest_cutout, self.seed, self.tokenizer = (
+            cutouts,
+            smallest_cutout,
+            seed,
+            tokenizer,
+        )
         vision = model.config.vision_config
         self.preprocess = Preprocess(processor, vision.num_channels, vision.image_size)
-        given = [("prompt", prompt, str, self._embed_texts),
-                 ("image_prompt", image_prompt, (Image.Image, torch.Tensor), self._embed_pictures)]
-        each = [direction(name, value, kinds, embed) for name, value, kinds, embed in given if value is not None]
+        given = [
+            ("prompt", prompt, str, self._embed_texts),
+            ("image_prompt", image_prompt, (Image.Image, torch.Tensor), self._embed_pictures),
+        ]
+        each = [
+            direction(name, value, kinds, embed)
+            for name, value, kinds, embed in given
+            if value is not None
+        ]
         counts = [len(one) for one in each]
         if len({*counts} - {1}) > 1:
-            raise ValueError(f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is allowed")
+            raise ValueError(
+                f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is allowed"
+            )
         self.direction = sum(each)
 
     def log_likelihood(self, images: torch.Tensor, step: Step) -> torch.Tensor:
@@ -209,11 +265,18 @@ class CLIPGuidance(ImageGuidance):
         return torch.cat([self._embed(self.preprocess(one[None].to(device))) for one in tensors])
 
     def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
-        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.module.logit_scale.device)
-        length, most = tokens.input_ids.shape[1], self.module.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt").to(
+            self.module.logit_scale.device
+        )
+        length, most = (
+            tokens.input_ids.shape[1],
+            self.module.config.text_config.max_position_embeddings,
+        )
         if length > most:
             raise ValueError(f"prompt: the longest has {length} tokens; up to {most} are allowed")
-        return unit(self.module.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output)
+        return unit(
+            self.module.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
+        )
 
 
 class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
@@ -237,8 +300,17 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         ValueError: for any other argument.
     """
 
-    def __init__(self, clip: torch.nn.Module, prompt: Prompt | list[Prompt], scale: Scale = 1.0, start: float = 0.0,
-                 stop: float = 1.0, *, sigma_interval: tuple[float, float] | None = None, normalize: bool = False):
+    def __init__(
+        self,
+        clip: torch.nn.Module,
+        prompt: Prompt | list[Prompt],
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        normalize: bool = False,
+    ):
         super().__init__(clip, scale, start, stop, sigma_interval, normalize)
         self.direction = direction("prompt", prompt, str, clip.encode_prompts)
 
@@ -257,19 +329,37 @@ def unit(embeds: torch.Tensor) -> torch.Tensor:
     return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-def direction(name: str, prompt: Any, kinds: type | tuple[type, ...], embed: Callable[[list], torch.Tensor],
-              ) -> torch.Tensor:
+def direction(
+    name: str,
+    prompt: Any,
+    kinds: type | tuple[type, ...],
+    embed: Callable[[list], torch.Tensor],
+) -> torch.Tensor:
     """sum_i w_i e(prompt_i), (1 or B, D), of a prompt, a mapping or a tuple of pairs with weights, or a list of such.
 
     Raises:
         ValueError: for other prompts, or weights that are no finite numbers.
     """
-    rows = [tuple(one.items()) if isinstance(one, Mapping) else one if isinstance(one, tuple) else ((one, 1.0),)
-            for one in (prompt if isinstance(prompt, list) else [prompt])]
+    rows = [
+        tuple(one.items())
+        if isinstance(one, Mapping)
+        else one
+        if isinstance(one, tuple)
+        else ((one, 1.0),)
+        for one in (prompt if isinstance(prompt, list) else [prompt])
+    ]
     for row in rows:
-        if not row or not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], kinds)
-                              and isinstance(pair[1], Real) and isfinite(pair[1]) for pair in row):
-            raise ValueError(f"{name} has {row!r}; one, several with finite weights, or a list of such is allowed")
+        if not row or not all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and isinstance(pair[0], kinds)
+            and isinstance(pair[1], Real)
+            and isfinite(pair[1])
+            for pair in row
+        ):
+            raise ValueError(
+                f"{name} has {row!r}; one, several with finite weights, or a list of such is allowed"
+            )
     if not rows:
         raise ValueError(f"{name} is an empty list; give at least one")
     with torch.inference_mode(False), torch.no_grad():
@@ -290,4 +380,6 @@ def along(embeds: torch.Tensor, direction: torch.Tensor, name: str) -> torch.Ten
 
 def check_direction(direction: torch.Tensor, count: int, name: str) -> None:
     if len(direction) not in (1, count):
-        raise ValueError(f"{name} holds {len(direction)} for {count} images; one, or one an image, is allowed")
+        raise ValueError(
+            f"{name} holds {len(direction)} for {count} images; one, or one an image, is allowed"
+        )

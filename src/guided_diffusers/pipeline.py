@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.logging import get_logger
@@ -40,8 +46,16 @@ from .noise import (
 from .splitting import Sparing, Splitting
 
 logger = get_logger(__name__)
-DEFAULTS = {"guidance_scale": 1.0, "guidance_start": 0.0, "guidance_stop": 1.0, "classifier_free_scale": 0.0,
-            "num_inference_steps": 50, "guidance_algorithm": "output", "guidance_every": 1, "guidance_tolerance": None}
+DEFAULTS = {
+    "guidance_scale": 1.0,
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "classifier_free_scale": 0.0,
+    "num_inference_steps": 50,
+    "guidance_algorithm": "output",
+    "guidance_every": 1,
+    "guidance_tolerance": None,
+}
 ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 
 
@@ -73,22 +87,33 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         ValueError: for other names in `defaults`.
     """
 
-    model_cpu_offload_seq = "unet->vae"  # the classifier stays beside the unet: they take turns at every step
+    model_cpu_offload_seq = (
+        "unet->vae"  # the classifier stays beside the unet: they take turns at every step
+    )
     _optional_components = ["classifier", "vae"]
     _callback_tensor_inputs = ["latents", "model_output", "score_shift", "sample", "x0"]
 
     # `from_pipe` hands over only models of the classes named here
-    def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin,
-                 classifier: NoiseAwareClassifier | torch.nn.Module | None = None,
-                 vae: AutoencoderKL | torch.nn.Module | None = None,
-                 id2label: dict | None = None, defaults: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel | torch.nn.Module,
+        scheduler: SchedulerMixin,
+        classifier: NoiseAwareClassifier | torch.nn.Module | None = None,
+        vae: AutoencoderKL | torch.nn.Module | None = None,
+        id2label: dict | None = None,
+        defaults: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         names = module_config(classifier).get("id2label") or id2label or {}
         if unknown := (defaults or {}).keys() - DEFAULTS.keys():
-            raise ValueError(f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}")
+            raise ValueError(
+                f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}"
+            )
         own = {name: value for name, value in (defaults or {}).items() if value is not None}
-        self.register_to_config(id2label={int(i): name for i, name in names.items()} or None, defaults=DEFAULTS | own)
+        self.register_to_config(
+            id2label={int(i): name for i, name in names.items()} or None, defaults=DEFAULTS | own
+        )
 
     @classmethod
     def from_bundled(cls, name: str = "fashion-mnist", **kwargs: Any) -> ClassifierGuidedPipeline:
@@ -100,8 +125,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         return cls.from_pretrained(bundled.folder(name), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None,
-                        **kwargs: Any) -> ClassifierGuidedPipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> ClassifierGuidedPipeline:
         """As any Diffusers pipeline, from a folder or the Hub, with this package's code and safetensors only.
 
         Args:
@@ -115,17 +141,34 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 with code of its own.
             OSError: for a file that is missing or broken; the message names it.
         """
-        return repository.load(cls, super().from_pretrained, pretrained_model_name_or_path, subfolder, **kwargs)
+        return repository.load(
+            cls, super().from_pretrained, pretrained_model_name_or_path, subfolder, **kwargs
+        )
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As any Diffusers pipeline, in safetensors, with the code that loads it where guided-diffusers is missing.
 
         Raises:
             ValueError: for `safe_serialization=False`.
         """
-        repository.save(self, super().save_pretrained, Path(save_directory), safe_serialization, push_to_hub, variant,
-                        max_shard_size, **kwargs)
+        repository.save(
+            self,
+            super().save_pretrained,
+            Path(save_directory),
+            safe_serialization,
+            push_to_hub,
+            variant,
+            max_shard_size,
+            **kwargs,
+        )
 
     def save_code(self, folder: Path) -> None:
         """Write `code` into the folder of the pipeline, whose configs then name it and no path of this machine."""
@@ -147,21 +190,32 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
 
     @torch.inference_mode(False)  # within it, a term couldn't differentiate through the network
     @torch.no_grad()
-    def __call__(self, label: Label | Sequence[Label] | torch.Tensor | None = None, num_images_per_label: int = 1,
-                 guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
-                 guidance_start: float | None = None, guidance_stop: float | None = None,
-                 num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None,
-                 sigmas: Sequence[float] | None = None, eta: float = 0.0, conditional: bool | None = None,
-                 generator: torch.Generator | list[torch.Generator] | None = None,
-                 latents: torch.Tensor | None = None, output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-                 return_dict: bool = True, callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
-                 callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-                 guidance_algorithm: Literal["output", "mean", "lie_trotter", "strang"] | None = None,
-                 clip_x0: bool = False, guidance: Guidance | Sequence[Guidance] | None = None,
-                 image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
-                 classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
-                 guidance_every: int | None = None, guidance_tolerance: float | None = None,
-                 ) -> GuidedImageOutput | tuple[Any]:
+    def __call__(
+        self,
+        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        conditional: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_algorithm: Literal["output", "mean", "lie_trotter", "strang"] | None = None,
+        clip_x0: bool = False,
+        guidance: Guidance | Sequence[Guidance] | None = None,
+        image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
+        classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
+        guidance_every: int | None = None,
+        guidance_tolerance: float | None = None,
+    ) -> GuidedImageOutput | tuple[Any]:
         """Generate images.
 
         Args:
@@ -211,11 +265,24 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if guidance_algorithm is None:
             own = self.config.defaults["guidance_algorithm"]
-            guidance_algorithm = own if own != "mean" or has_posterior_variance(self.scheduler) else "output"
-        guidance_start, guidance_stop = (self.config.defaults[name] if value is None else value for name, value in (
-            ("guidance_start", guidance_start), ("guidance_stop", guidance_stop)))
-        self._check(num_images_per_label, output_type, guidance_algorithm, guidance_start, guidance_stop,
-                    callback_on_step_end_tensor_inputs)
+            guidance_algorithm = (
+                own if own != "mean" or has_posterior_variance(self.scheduler) else "output"
+            )
+        guidance_start, guidance_stop = (
+            self.config.defaults[name] if value is None else value
+            for name, value in (
+                ("guidance_start", guidance_start),
+                ("guidance_stop", guidance_stop),
+            )
+        )
+        self._check(
+            num_images_per_label,
+            output_type,
+            guidance_algorithm,
+            guidance_start,
+            guidance_stop,
+            callback_on_step_end_tensor_inputs,
+        )
         device = self._execution_device
         labels = self._labels(label, num_images_per_label)
         low_res = None
@@ -225,8 +292,15 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         alone = given is None or num_images_per_label > 1
         batch_size = len(labels) or (num_images_per_label if alone else len(given))
         class_labels = self._class_labels(labels, batch_size, conditional, device)
-        terms = self._terms(labels, num_images_per_label, guidance_scale, classifier_free_scale, guidance_start,
-                            guidance_stop, class_labels)
+        terms = self._terms(
+            labels,
+            num_images_per_label,
+            guidance_scale,
+            classifier_free_scale,
+            guidance_start,
+            guidance_stop,
+            class_labels,
+        )
         if guidance is not None:
             terms += further_terms(guidance, class_labels, self._class_embeddings)
 
@@ -238,22 +312,30 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         schedule, levels = sampling_timesteps(self.scheduler), noise_levels(self.scheduler)
         numbers, count = schedule.tolist(), len(levels)
         if low_res is not None and len(low_res) not in (1, batch_size):
-            raise ValueError(f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed")
+            raise ValueError(
+                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed"
+            )
         latents = self._starting_noise(batch_size, generator, latents, low_res, device)
         if output_type == "pil" and self.vae is None and latents.shape[1] not in (1, 3, 4):
-            raise ValueError(f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
-                             "up-sampling network needs image, others allow 'np', 'pt' and 'latent'")
+            raise ValueError(
+                f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
+                "up-sampling network needs image, others allow 'np', 'pt' and 'latent'"
+            )
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
         splitting, sparing, asked = None, None, 0
         if terms and guidance_algorithm not in ("output", "mean"):
             splitting = Splitting(guidance_algorithm, self.scheduler, levels, eta)
         every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
         if guidance_every is None and guidance_tolerance is None:
-            every, tolerance = (self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance"))
+            every, tolerance = (
+                self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance")
+            )
         if every != 1 or tolerance is not None:
             sparing = Sparing(levels, every, tolerance)
         networks = [module for term in terms for module in term.modules()]
-        check = FiniteCheck(next((p.dtype for module in networks for p in module.parameters()), latents.dtype))
+        check = FiniteCheck(
+            next((p.dtype for module in networks for p in module.parameters()), latents.dtype)
+        )
         components = [module for module in (self.unet, self.vae, *networks) if module is not None]
 
         with frozen(components), self.progress_bar(total=count) as bar:
@@ -266,15 +348,25 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 if sparing is not None and active:
                     rows = sparing.rows(index, batch_size, active)
                     acting = active if rows is None or len(rows) else []
-                told = [class_labels, *(condition.get("class_labels", class_labels) for term in acting
-                                        for condition in term.conditions)]
+                told = [
+                    class_labels,
+                    *(
+                        condition.get("class_labels", class_labels)
+                        for term in acting
+                        for condition in term.conditions
+                    ),
+                ]
                 wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
                 through = any(term.through_network for term in acting)
-                x = wide.detach().requires_grad_() if through else latents  # then the call's graph is kept
+                x = (
+                    wide.detach().requires_grad_() if through else latents
+                )  # then the call's graph is kept
                 with torch.set_grad_enabled(through):
                     output, variance, *others = self._predict(x.to(self.dtype), t, told, low_res)
                     if clip_x0:
-                        output, *others = (level.clipped(x, prediction) for prediction in (output, *others))
+                        output, *others = (
+                            level.clipped(x, prediction) for prediction in (output, *others)
+                        )
                     graph = (x, level.x0(x, output)) if through else None
                 output, *others = (prediction.detach() for prediction in (output, *others))
                 variance = None if variance is None else variance.detach()
@@ -283,20 +375,39 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 # 4. What guidance adds to the score
                 if active:
                     predict = partial(self._predict_x0, t, level, class_labels, low_res, clip_x0)
-                    step = Step(wide, level.x0(wide, output), predict, level, index, count, numbers[index],
-                                tuple(level.x0(wide, other) for other in others), self._decode, graph)
+                    step = Step(
+                        wide,
+                        level.x0(wide, output),
+                        predict,
+                        level,
+                        index,
+                        count,
+                        numbers[index],
+                        tuple(level.x0(wide, other) for other in others),
+                        self._decode,
+                        graph,
+                    )
                     asked += batch_size if rows is None else len(rows)
-                    score_shift = total_score(acting, step) if rows is None else sparing.score(acting, step, rows)
+                    score_shift = (
+                        total_score(acting, step)
+                        if rows is None
+                        else sparing.score(acting, step, rows)
+                    )
                     if guidance_algorithm == "output":
                         output = level.corrected(output, score_shift)
                     elif guidance_algorithm == "mean":
-                        mean_shift = score_shift * posterior_variance(self.scheduler, numbers, index, variance)
+                        mean_shift = score_shift * posterior_variance(
+                            self.scheduler, numbers, index, variance
+                        )
                     check(step, score_shift, output if mean_shift is None else mean_shift)
                     del step, graph  # the network's activations
 
                 # 5. The scheduler's step, which doesn't know
-                output, own = (output, latents) if splitting is None else splitting.unguided(
-                    index, output, wide, score_shift)
+                output, own = (
+                    (output, latents)
+                    if splitting is None
+                    else splitting.unguided(index, output, wide, score_shift)
+                )
                 if variance is not None and reads_variance(self.scheduler):
                     output = torch.cat([output, variance], dim=1)
                 latents = scheduler_step(output, index, own.to(latents.dtype))
@@ -305,11 +416,18 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                     latents = latents + mean_shift.to(latents.dtype)
 
                 if callback_on_step_end is not None:
-                    values = {"latents": latents, "model_output": output, "score_shift": score_shift, "sample": wide}
+                    values = {
+                        "latents": latents,
+                        "model_output": output,
+                        "score_shift": score_shift,
+                        "sample": wide,
+                    }
                     if "x0" in callback_on_step_end_tensor_inputs:
                         values["x0"] = level.x0(wide, unguided)
                     wanted = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, index, t, wanted) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(self, index, t, wanted) or {}).get(
+                        "latents", latents
+                    )
                 bar.update()
         check.finish()
 
@@ -320,28 +438,49 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return GuidedImageOutput(images, asked / batch_size) if return_dict else (images,)
 
-    def _check(self, num_images_per_label: int, output_type: str, guidance_algorithm: str, start: float, stop: float,
-               tensor_inputs: Sequence[str]) -> None:
+    def _check(
+        self,
+        num_images_per_label: int,
+        output_type: str,
+        guidance_algorithm: str,
+        start: float,
+        stop: float,
+        tensor_inputs: Sequence[str],
+    ) -> None:
         """Refuse what needs no computation to be seen wrong."""
         prediction_type(self.scheduler)
-        if self.vae is not None and output_type != "latent":  # not in the end, when the latents are made
+        if (
+            self.vae is not None and output_type != "latent"
+        ):  # not in the end, when the latents are made
             check_precision(self.vae)
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed")
+            raise ValueError(
+                f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed"
+            )
         if guidance_algorithm not in ALGORITHMS:
-            raise ValueError(f"guidance_algorithm={guidance_algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed")
+            raise ValueError(
+                f"guidance_algorithm={guidance_algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed"
+            )
         if guidance_algorithm == "mean" and not has_posterior_variance(self.scheduler):
-            raise ValueError("guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-                             f"{type(self.scheduler).__name__} the others are allowed")
+            raise ValueError(
+                "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
+                f"{type(self.scheduler).__name__} the others are allowed"
+            )
         if not 0 <= start <= stop <= 1:
-            raise ValueError(f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
+            raise ValueError(
+                f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed"
+            )
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
-                             f"{self._callback_tensor_inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
+                f"{self._callback_tensor_inputs}"
+            )
 
-    def _set_timesteps(self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device) -> None:
+    def _set_timesteps(
+        self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device
+    ) -> None:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
         steps = self.config.defaults["num_inference_steps"] if steps is None else steps
@@ -353,34 +492,59 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             raise ValueError(f"{name}: {type(self.scheduler).__name__} takes none of one's own")
         try:
             self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (TypeError, AttributeError) as error:  # it wants something beside them, or something else
-            raise ValueError(f"{name}={value}: {type(self.scheduler).__name__} can't take it: {error}") from error
+        except (
+            TypeError,
+            AttributeError,
+        ) as error:  # it wants something beside them, or something else
+            raise ValueError(
+                f"{name}={value}: {type(self.scheduler).__name__} can't take it: {error}"
+            ) from error
 
-    def _starting_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None,
-                        low_res: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def _starting_noise(
+        self,
+        batch_size: int,
+        generator: Any,
+        latents: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
         """Noise of the scheduler's largest standard deviation, (B, C, H, W), in the network's dtype."""
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)}; one, or one for each of the {batch_size} "
-                             "images, is allowed")
+            raise ValueError(
+                f"generator is a list of {len(generator)}; one, or one for each of the {batch_size} "
+                "images, is allowed"
+            )
         if latents is None:
             config = module_config(self.unet)
             if not config.get("sample_size") or not config.get("in_channels"):
-                raise ValueError("latents is needed: the network's config has no sample_size and in_channels")
+                raise ValueError(
+                    "latents is needed: the network's config has no sample_size and in_channels"
+                )
             size, channels = config["sample_size"], config["in_channels"]
             height, width = (size, size) if isinstance(size, int) else size
-            channels -= (0 if low_res is None else low_res.shape[1])
+            channels -= 0 if low_res is None else low_res.shape[1]
             shape = (batch_size, channels, height, width)
             latents = randn_tensor(shape, generator, device, self.dtype)
         elif latents.ndim != 4 or latents.shape[0] != batch_size:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed")
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed"
+            )
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _predict(self, latents: torch.Tensor, t: torch.Tensor, told: Sequence[torch.Tensor | None],
-                 low_res: torch.Tensor | None, network: torch.nn.Module | None = None) -> list[torch.Tensor | None]:
+    def _predict(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        told: Sequence[torch.Tensor | None],
+        low_res: torch.Tensor | None,
+        network: torch.nn.Module | None = None,
+    ) -> list[torch.Tensor | None]:
         """[output, learned variance or None, outputs for the further class labels ...] of one call of the network."""
         batch_size, channels = latents.shape[:2]
         scaled = latents
-        if hasattr(self.scheduler, "scale_model_input"):  # Euler and Heun for flow matching have none
+        if hasattr(
+            self.scheduler, "scale_model_input"
+        ):  # Euler and Heun for flow matching have none
             scaled = self.scheduler.scale_model_input(latents, t)
         if low_res is not None:
             scaled = join_low_resolution(scaled, low_res)
@@ -388,19 +552,30 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             scaled = torch.cat([scaled] * len(told))
         kwargs = {}
         if told[0] is not None:
-            kwargs["class_labels"] = torch.cat([labels.to(latents.device).expand(batch_size) for labels in told])
+            kwargs["class_labels"] = torch.cat(
+                [labels.to(latents.device).expand(batch_size) for labels in told]
+            )
         t = t.expand(len(scaled)) if self._is_dit else t  # it takes no timestep without a dimension
         output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
         if variance is None and reads_variance(self.scheduler):
-            raise ValueError(f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a network with a "
-                             f"learned variance, {2 * channels} channels; this one has {channels}. Use 'fixed_small'")
+            raise ValueError(
+                f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a network with a "
+                f"learned variance, {2 * channels} channels; this one has {channels}. Use 'fixed_small'"
+            )
         first, *others = prediction.split(batch_size)
         return [first, None if variance is None else variance[:batch_size], *others]
 
-    def _predict_x0(self, t: torch.Tensor, level: NoiseLevel, class_labels: torch.Tensor | None,
-                    low_res: torch.Tensor | None, clip_x0: bool, sample: torch.Tensor,
-                    network: torch.nn.Module | None = None) -> torch.Tensor:
+    def _predict_x0(
+        self,
+        t: torch.Tensor,
+        level: NoiseLevel,
+        class_labels: torch.Tensor | None,
+        low_res: torch.Tensor | None,
+        clip_x0: bool,
+        sample: torch.Tensor,
+        network: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
         """For terms that differentiate through the network."""
         output = self._predict(sample.to(self.dtype), t, [class_labels], low_res, network)[0]
         return level.x0(sample, level.clipped(sample, output) if clip_x0 else output)

@@ -14,8 +14,12 @@ from PIL import Image
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-FLAGS = {"do_resize": "size", "do_center_crop": "crop_size", "do_rescale": "rescale_factor",
-         "do_normalize": "image_mean"}
+FLAGS = {
+    "do_resize": "size",
+    "do_center_crop": "crop_size",
+    "do_rescale": "rescale_factor",
+    "do_normalize": "image_mean",
+}
 SETTINGS = {*FLAGS, *FLAGS.values(), "image_std", "resample", "crop_pct"}
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
@@ -41,47 +45,82 @@ class Preprocess:
         ValueError: for settings unknown here, or a processor that does something else with a test image.
     """
 
-    def __init__(self, processor: BaseImageProcessor | Mapping[str, Any] | None = None, channels: int | None = None,
-                 size: int | Sequence[int] | None = None):
-        if isinstance(processor, Mapping) and {"image_processor_type", "feature_extractor_type"} & processor.keys():
+    def __init__(
+        self,
+        processor: BaseImageProcessor | Mapping[str, Any] | None = None,
+        channels: int | None = None,
+        size: int | Sequence[int] | None = None,
+    ):
+        if (
+            isinstance(processor, Mapping)
+            and {"image_processor_type", "feature_extractor_type"} & processor.keys()
+        ):
             processor = _processor_of(processor)
         if processor is None:
             height, width = (size, size) if isinstance(size, int) else size or (None, None)
-            config = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5,
-                      "size": {"height": height, "width": width} if height else None}
+            config = {
+                "rescale_factor": 1 / 255,
+                "image_mean": 0.5,
+                "image_std": 0.5,
+                "size": {"height": height, "width": width} if height else None,
+            }
         elif isinstance(processor, Mapping):
             if unknown := sorted(processor.keys() - SETTINGS):
-                raise ValueError(f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself")
+                raise ValueError(
+                    f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself"
+                )
             config = dict(processor)
-            for name, needed in (("image_std", "image_mean"), ("resample", "size"), ("crop_pct", "size")):
+            for name, needed in (
+                ("image_std", "image_mean"),
+                ("resample", "size"),
+                ("crop_pct", "size"),
+            ):
                 if config.get(name) is not None and config.get(needed) is None:
-                    raise ValueError(f"processor: {name}={config[name]!r} has no effect without {needed}")
+                    raise ValueError(
+                        f"processor: {name}={config[name]!r} has no effect without {needed}"
+                    )
             if config.get("crop_pct") is not None and "height" in config["size"]:
-                raise ValueError(f"processor: crop_pct={config['crop_pct']!r} has no effect with "
-                                 f"size={config['size']!r}, only with shortest_edge")
+                raise ValueError(
+                    f"processor: crop_pct={config['crop_pct']!r} has no effect with "
+                    f"size={config['size']!r}, only with shortest_edge"
+                )
         else:
             config = processor.to_dict()
             config.update({flag: bool(getattr(processor, flag, False)) for flag in FLAGS})
         for flag, setting in FLAGS.items():
             if config.get(flag) is False:
                 config[setting] = None
-        self.size, self.crop, self.crop_pct = (config.get(name) for name in ("size", "crop_size", "crop_pct"))
-        self.factor, self.mean, self.std = (config.get(name) for name in ("rescale_factor", "image_mean", "image_std"))
+        self.size, self.crop, self.crop_pct = (
+            config.get(name) for name in ("size", "crop_size", "crop_pct")
+        )
+        self.factor, self.mean, self.std = (
+            config.get(name) for name in ("rescale_factor", "image_mean", "image_std")
+        )
         if (resample := config.get("resample", 2)) not in MODES:
-            raise ValueError(f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed")
+            raise ValueError(
+                f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed"
+            )
         self.mode = MODES[resample]
         forms = [{"height", "width"}, {"shortest_edge"}]
-        for name, value, allowed in (("size", self.size, forms), ("crop_size", self.crop, forms[:1])):
+        for name, value, allowed in (
+            ("size", self.size, forms),
+            ("crop_size", self.crop, forms[:1]),
+        ):
             if value is not None and (not isinstance(value, Mapping) or set(value) not in allowed):
-                raise ValueError(f"processor: {name}={value!r}; {{height, width}}" + " or {shortest_edge}"
-                                 * (name == "size") + " is allowed")
+                raise ValueError(
+                    f"processor: {name}={value!r}; {{height, width}}"
+                    + " or {shortest_edge}" * (name == "size")
+                    + " is allowed"
+                )
         self.channels = channels or (len(self.mean) if isinstance(self.mean, Sequence) else None)
         if self.channels not in (None, 1, 3):
             raise ValueError(f"channels={self.channels}: 1 and 3 are allowed")
         for value in (self.mean, self.std) if self.mean is not None else ():
             if not isinstance(value, Real) and (value is None or len(value) != self.channels):
-                raise ValueError(f"processor: image_mean={self.mean!r}, image_std={self.std!r}; a number, or one for "
-                                 f"each of the network's {self.channels} channels, is allowed")
+                raise ValueError(
+                    f"processor: image_mean={self.mean!r}, image_std={self.std!r}; a number, or one for "
+                    f"each of the network's {self.channels} channels, is allowed"
+                )
         if processor is not None and not isinstance(processor, Mapping):
             self._check(processor)
 
@@ -130,8 +169,10 @@ class Preprocess:
         ours = self(as_tensor(image)[None])[0]
         tolerance = 3 * (self.factor or 1) / (1 if self.mean is None else np.min(self.std))
         if theirs.shape != ours.shape or (theirs - ours).abs().max() > tolerance:
-            raise ValueError(f"processor: {type(processor).__name__} does something that isn't in {sorted(SETTINGS)}; "
-                             "give a mapping of these")
+            raise ValueError(
+                f"processor: {type(processor).__name__} does something that isn't in {sorted(SETTINGS)}; "
+                "give a mapping of these"
+            )
 
 
 def _processor_of(config: Mapping[str, Any]) -> BaseImageProcessor:
@@ -146,8 +187,10 @@ def _processor_of(config: Mapping[str, Any]) -> BaseImageProcessor:
 
 def _centre(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if height > images.shape[2] or width > images.shape[3]:
-        raise ValueError(f"processor: crop_size ({height}, {width}) is larger than the resized images "
-                         f"{tuple(images.shape[2:])}; as large at most is allowed")
+        raise ValueError(
+            f"processor: crop_size ({height}, {width}) is larger than the resized images "
+            f"{tuple(images.shape[2:])}; as large at most is allowed"
+        )
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
     return images[..., top : top + height, left : left + width]
 

@@ -31,9 +31,13 @@ class Run:
             probe._step_index = None
         self.levels = noise_levels(probe)
         self.numbers: list[float] = sampling_timesteps(scheduler).tolist()
-        self.doubled: bool | None = None  # whether the pipeline steps each image twice; None: not known yet
+        self.doubled: bool | None = (
+            None  # whether the pipeline steps each image twice; None: not known yet
+        )
         first, number = getattr(scheduler, "begin_index", None), number_of(timestep)
-        if first is None and number in self.numbers:  # of a duplicated first timestep some schedulers take the second
+        if (
+            first is None and number in self.numbers
+        ):  # of a duplicated first timestep some schedulers take the second
             first = self.numbers.index(number)
             if hasattr(scheduler, "index_for_timestep"):
                 first = int(scheduler.index_for_timestep(self.timesteps[first]))
@@ -48,7 +52,9 @@ class Run:
     def next(self, number: float | None) -> int:
         """Which step of the schedule is the next one at this timestep; the next of all if there is none."""
         found = [index for index, one in enumerate(self.numbers) if one == number]
-        return next((index for index in found if index > self.last), found[0] if found else self.last + 1)
+        return next(
+            (index for index in found if index > self.last), found[0] if found else self.last + 1
+        )
 
     def step(self, timestep: Any) -> int:
         """Go on to that step.
@@ -59,14 +65,20 @@ class Run:
         number = number_of(timestep)
         index = self.next(number)
         if index >= len(self.numbers) or self.numbers[index] != number:
-            raise ValueError(f"timestep {number} is none of the scheduler's {self.numbers}, so its noise "
-                             "level isn't known")
+            raise ValueError(
+                f"timestep {number} is none of the scheduler's {self.numbers}, so its noise "
+                "level isn't known"
+            )
         self.last = index
         return index
 
     def acting(self, terms: Sum, index: int) -> Sum:
         """The terms that act at a step."""
-        return terms.at(index - self.first, self.count, self.levels[index]) if index < len(self.levels) else Sum()
+        return (
+            terms.at(index - self.first, self.count, self.levels[index])
+            if index < len(self.levels)
+            else Sum()
+        )
 
 
 def number_of(timestep: Any) -> float | None:
@@ -74,9 +86,18 @@ def number_of(timestep: Any) -> float | None:
     return timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
 
 
-def guided(terms: Sum, run: Run, index: int, output: torch.Tensor, sample: torch.Tensor, check: FiniteCheck,
-           predict: Callable[..., torch.Tensor], others: Sequence[torch.Tensor] = (),
-           decode: Callable[[torch.Tensor], torch.Tensor] = lambda x0: x0, repeats: int = 1) -> torch.Tensor:
+def guided(
+    terms: Sum,
+    run: Run,
+    index: int,
+    output: torch.Tensor,
+    sample: torch.Tensor,
+    check: FiniteCheck,
+    predict: Callable[..., torch.Tensor],
+    others: Sequence[torch.Tensor] = (),
+    decode: Callable[[torch.Tensor], torch.Tensor] = lambda x0: x0,
+    repeats: int = 1,
+) -> torch.Tensor:
     """What a network's output becomes under the terms that act at step `index` of the run.
 
     Args:
@@ -91,8 +112,17 @@ def guided(terms: Sum, run: Run, index: int, output: torch.Tensor, sample: torch
     prediction, variance = split_variance(output, sample.shape[1])
     images = len(sample) // repeats
     wide = sample[:images].to(torch.promote_types(sample.dtype, torch.float32))
-    step = Step(wide, level.x0(wide, prediction[:images]), lambda x, *network: level.x0(x, predict(x, *network)), level,
-                index - run.first, run.count, number, tuple(level.x0(wide, other) for other in others), decode)
+    step = Step(
+        wide,
+        level.x0(wide, prediction[:images]),
+        lambda x, *network: level.x0(x, predict(x, *network)),
+        level,
+        index - run.first,
+        run.count,
+        number,
+        tuple(level.x0(wide, other) for other in others),
+        decode,
+    )
     score = terms.score(step)
     prediction = level.corrected(prediction, score.repeat(repeats, *[1] * (score.ndim - 1)))
     check(step, score, prediction)
@@ -100,7 +130,9 @@ def guided(terms: Sum, run: Run, index: int, output: torch.Tensor, sample: torch
 
 
 def finite_check(terms: Sum) -> FiniteCheck:
-    return FiniteCheck(next((p.dtype for module in terms.modules() for p in module.parameters()), torch.float32))
+    return FiniteCheck(
+        next((p.dtype for module in terms.modules() for p in module.parameters()), torch.float32)
+    )
 
 
 def check_parts(scheduler: SchedulerMixin, terms: Sum, device: torch.device) -> None:
@@ -113,6 +145,10 @@ def check_parts(scheduler: SchedulerMixin, terms: Sum, device: torch.device) -> 
         logger.warning(warning)
     for module in terms.modules():
         devices = {p.device for p in module.parameters()}
-        if devices and device not in devices and not hasattr(module, "_hf_hook"):  # accelerate moves those
-            raise ValueError(f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the pipeline's "
-                             f"samples are on {device}; move it there")
+        if (
+            devices and device not in devices and not hasattr(module, "_hf_hook")
+        ):  # accelerate moves those
+            raise ValueError(
+                f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the pipeline's "
+                f"samples are on {device}; move it there"
+            )

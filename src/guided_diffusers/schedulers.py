@@ -16,15 +16,36 @@ from diffusers import SchedulerMixin
 
 #: their config says what the network predicts, and a step takes the sample that `add_noise` makes at its timestep
 ORDINARY = {
-    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler",
-    "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
-    "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler"}
-FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
-        "FlowMapEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"}
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "PNDMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
+FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+}
 EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
-FIXED = {"IPNDMScheduler": "v_prediction", "SCMScheduler": "trigflow",
-         "CMStochasticIterativeScheduler": "consistency", "DDPMWuerstchenScheduler": "epsilon"}
+FIXED = {
+    "IPNDMScheduler": "v_prediction",
+    "SCMScheduler": "trigflow",
+    "CMStochasticIterativeScheduler": "consistency",
+    "DDPMWuerstchenScheduler": "epsilon",
+}
 MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
 TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
 _DISCRETE = "it is for discrete tokens, which have no score"
@@ -36,12 +57,16 @@ OUT_OF_REACH = {
     "HeliosScheduler": "its stages change the sample's size between steps",
     "HeliosDMDScheduler": "its stages change the sample's size between steps",
     "PiflowScheduler": "its network gives a policy for several steps, not a prediction",
-    "ScoreSdeVeScheduler": _OWN_LOOP, "KarrasVeScheduler": _OWN_LOOP,
+    "ScoreSdeVeScheduler": _OWN_LOOP,
+    "KarrasVeScheduler": _OWN_LOOP,
     "RePaintScheduler": "it needs a mask and an image in every step",
     "RFD4ProteinaScheduler": "its samples are protein structures",
     "MiniMaxH3Scheduler": "it runs two modalities with a schedule each",
-    "VQDiffusionScheduler": _DISCRETE, "AmusedScheduler": _DISCRETE, "DiscreteDDIMScheduler": _DISCRETE,
-    "BlockRefinementScheduler": _DISCRETE, "EntropyBoundScheduler": _DISCRETE,
+    "VQDiffusionScheduler": _DISCRETE,
+    "AmusedScheduler": _DISCRETE,
+    "DiscreteDDIMScheduler": _DISCRETE,
+    "BlockRefinementScheduler": _DISCRETE,
+    "EntropyBoundScheduler": _DISCRETE,
 }
 
 
@@ -63,8 +88,10 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 def steps_otherwise(scheduler: SchedulerMixin) -> bool:
     """Whether its step takes something else than (output, timestep, sample, eta, generator)."""
     takes = inspect.signature(scheduler.step).parameters.keys()
-    return bool(named(scheduler, {"DPMSolverSDEScheduler", "DDPMWuerstchenScheduler"})
-                or takes & {"old_pred_original_sample", "prev_timestep"})
+    return bool(
+        named(scheduler, {"DPMSolverSDEScheduler", "DDPMWuerstchenScheduler"})
+        or takes & {"old_pred_original_sample", "prev_timestep"}
+    )
 
 
 def check_reach(scheduler: SchedulerMixin) -> None:
@@ -77,11 +104,18 @@ def check_reach(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
     tells = is_flow(scheduler) or named(scheduler, {"IPNDMScheduler", "SCMScheduler"})
     if not tells and not callable(getattr(scheduler, "add_noise", None)):
-        raise ValueError(f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read")
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read"
+        )
 
 
-def rare_affine(prediction: str, alpha: float, sigma: float, sigma_data: float, sigma_min: float,
-                ) -> tuple[float, float]:
+def rare_affine(
+    prediction: str,
+    alpha: float,
+    sigma: float,
+    sigma_data: float,
+    sigma_min: float,
+) -> tuple[float, float]:
     """(a, b) of `x0_pred = a * sample + b * output` of networks that ordinary schedulers don't know.
 
     Args:
@@ -98,32 +132,52 @@ def rare_affine(prediction: str, alpha: float, sigma: float, sigma_data: float, 
         case "edm_v_prediction":
             return sigma_data**2 / edm**2, -sigma * sigma_data / edm
         case "consistency":
-            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (sigma - sigma_min) * sigma_data / edm
+            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (
+                sigma - sigma_min
+            ) * sigma_data / edm
         case "trigflow":
             return alpha, -sigma / sigma_data
-    raise ValueError(f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
-                     "edm_epsilon, edm_v_prediction, consistency, trigflow")
+    raise ValueError(
+        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
+        "edm_epsilon, edm_v_prediction, consistency, trigflow"
+    )
 
 
-def own_stepper(scheduler: SchedulerMixin, schedule: torch.Tensor, options: Mapping[str, Any],
-                generator: torch.Generator | list[torch.Generator] | None, batch_size: int,
-                ) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+def own_stepper(
+    scheduler: SchedulerMixin,
+    schedule: torch.Tensor,
+    options: Mapping[str, Any],
+    generator: torch.Generator | list[torch.Generator] | None,
+    batch_size: int,
+) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
     """(output, index, sample) -> the next sample."""
     takes = inspect.signature(scheduler.step).parameters
     if named(scheduler, {"DPMSolverSDEScheduler"}):  # draws for itself, from a seed
-        each = generator if isinstance(generator, list) else [generator] if generator is not None else []
+        each = (
+            generator
+            if isinstance(generator, list)
+            else [generator]
+            if generator is not None
+            else []
+        )
         seeds = [torch.randint(2**62, (), generator=one, device=one.device).item() for one in each]
         own = scheduler.config.noise_sampler_seed
-        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0] if seeds else own
+        scheduler.noise_sampler_seed = (
+            seeds if isinstance(generator, list) else seeds[0] if seeds else own
+        )
     wants_batched_timestep = named(scheduler, {"DDPMWuerstchenScheduler"})
     previous_x0 = None
 
     def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
         nonlocal previous_x0
         t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
-        if "old_pred_original_sample" in takes:  # CogVideoX's DPM solver leaves its memory to the caller
+        if (
+            "old_pred_original_sample" in takes
+        ):  # CogVideoX's DPM solver leaves its memory to the caller
             back = schedule[index - 1] if index else None
-            sample, previous_x0 = scheduler.step(output, previous_x0, t, back, sample, **options, return_dict=False)
+            sample, previous_x0 = scheduler.step(
+                output, previous_x0, t, back, sample, **options, return_dict=False
+            )
             return sample
         more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
         t = t.expand(batch_size) if wants_batched_timestep else t

@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from .guidance import ClassifierGuidance, LogitsGuidance, NoiseAwareGuidance, frozen, gradient, logits_of
+from .guidance import (
+    ClassifierGuidance,
+    LogitsGuidance,
+    NoiseAwareGuidance,
+    frozen,
+    gradient,
+    logits_of,
+)
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
 
@@ -29,14 +36,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: seconds to compile a network, and the share of its eager seconds that a compiled one saves, by what it computes in:
 #: measured on a CPU with AMX, one thread, bundled models (`examples/benchmark_step.py --compile`)
 COMPILE_SECONDS = 35.0
-SAVED = {"unet": {torch.float32: 0.15, torch.bfloat16: 0.3}, "classifier": {torch.float32: 0.0, torch.bfloat16: 0.09}}
+SAVED = {
+    "unet": {torch.float32: 0.15, torch.bfloat16: 0.3},
+    "classifier": {torch.float32: 0.0, torch.bfloat16: 0.09},
+}
 #: images of a call from which on autocast is faster on a CPU with AMX: below, it casts weights longer than it computes
 FEWEST = {"unet": 8, "classifier": 32}
 PROBED = 16  # images of a call that is timed, at most
 
 
 @contextmanager
-def computing_in(network: torch.nn.Module, dtype: torch.dtype, compile: Backend | None = None) -> Iterator[None]:
+def computing_in(
+    network: torch.nn.Module, dtype: torch.dtype, compile: Backend | None = None
+) -> Iterator[None]:
     """Within, the network computes in `dtype` where that is accurate enough (autocast) and gives float32.
 
     Args:
@@ -51,8 +63,12 @@ def computing_in(network: torch.nn.Module, dtype: torch.dtype, compile: Backend 
     if dtype == torch.float32 and compile is None:
         yield
         return
-    if hasattr(network, "_hf_hook"):  # offloading exchanges `forward` after each call of the pipeline
-        raise ValueError(f"{type(network).__name__} is offloaded already; only before that it can be made faster")
+    if hasattr(
+        network, "_hf_hook"
+    ):  # offloading exchanges `forward` after each call of the pipeline
+        raise ValueError(
+            f"{type(network).__name__} is offloaded already; only before that it can be made faster"
+        )
     before, own = network.forward, vars(network).get("forward")
     inner = before if compile is None else torch.compile(before, backend=compile)
     convert = convert_outputs_to_fp32 if dtype != torch.float32 else lambda function: function
@@ -60,7 +76,9 @@ def computing_in(network: torch.nn.Module, dtype: torch.dtype, compile: Backend 
     @wraps(before)
     def forward(*args: Any, **kwargs: Any) -> Any:
         # not the weights', which sequential offloading has on no device
-        with _autocast(next(one for one in (*args, *kwargs.values()) if torch.is_tensor(one)).device, dtype):
+        with _autocast(
+            next(one for one in (*args, *kwargs.values()) if torch.is_tensor(one)).device, dtype
+        ):
             return inner(*args, **kwargs)
 
     network.forward = faster = convert(forward)
@@ -76,8 +94,12 @@ def computing_in(network: torch.nn.Module, dtype: torch.dtype, compile: Backend 
 
 
 @contextmanager
-def gradients_in(classifier: torch.nn.Module, dtype: torch.dtype = torch.float32, compile: Backend | None = None,
-                 chunk_size: int | None = None) -> Iterator[None]:
+def gradients_in(
+    classifier: torch.nn.Module,
+    dtype: torch.dtype = torch.float32,
+    compile: Backend | None = None,
+    chunk_size: int | None = None,
+) -> Iterator[None]:
     """Within, guidance takes its gradients by this classifier's input so; they are float32 (or wider) as without.
 
     Args:
@@ -93,7 +115,9 @@ def gradients_in(classifier: torch.nn.Module, dtype: torch.dtype = torch.float32
     """
     _check_dtype(dtype)
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: at least 1, or None for all images at once, is allowed")
+        raise ValueError(
+            f"chunk_size={chunk_size}: at least 1, or None for all images at once, is allowed"
+        )
     before = vars(classifier).get("input_gradient")
     classifier.input_gradient = InputGradient(classifier, dtype, compile, chunk_size)
     try:
@@ -108,10 +132,17 @@ def gradients_in(classifier: torch.nn.Module, dtype: torch.dtype = torch.float32
 class InputGradient:
     """(term, z, t) -> the gradient by z of the term's log p(y | z); arguments as of `gradients_in`."""
 
-    def __init__(self, classifier: torch.nn.Module, dtype: torch.dtype, compile: Backend | None,
-                 chunk_size: int | None):
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        dtype: torch.dtype,
+        compile: Backend | None,
+        chunk_size: int | None,
+    ):
         self.dtype, self.chunk_size = dtype, chunk_size
-        self.compiled = None if compile is None else torch.compile(value_and_gradient, backend=compile)
+        self.compiled = (
+            None if compile is None else torch.compile(value_and_gradient, backend=compile)
+        )
         self.num_labels: int | None = module_config(classifier).get("num_labels")
         self.rows = 0  # of the largest call so far
 
@@ -123,16 +154,26 @@ class InputGradient:
                 self._prepare(term, z)
                 if size >= len(z):
                     return self._of(term, z, t)
-                return torch.cat([self._of(term.of_images(slice(i, i + size), len(z)), z[i : i + size], t)
-                                  for i in range(0, len(z), size)])
+                return torch.cat(
+                    [
+                        self._of(term.of_images(slice(i, i + size), len(z)), z[i : i + size], t)
+                        for i in range(0, len(z), size)
+                    ]
+                )
 
     def _of(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
         dtype = next((p.dtype for p in term.module.parameters()), z.dtype)
         self.rows = max(self.rows, len(z))
-        fewer = len(z) < self.rows  # a last batch, or images that `guidance_tolerance` asks for: as many sizes as calls
-        if self.compiled is None or fewer or getattr(term, "softplus", None) is not None:  # new modules at every step
+        fewer = (
+            len(z) < self.rows
+        )  # a last batch, or images that `guidance_tolerance` asks for: as many sizes as calls
+        if (
+            self.compiled is None or fewer or getattr(term, "softplus", None) is not None
+        ):  # new modules at every step
             return gradient(lambda z: term.log_likelihood(z.to(dtype), t), z)
-        number = torch.full((), t, dtype=torch.float32, device=z.device)  # compiled code is for one value of a float
+        number = torch.full(
+            (), t, dtype=torch.float32, device=z.device
+        )  # compiled code is for one value of a float
         return self.compiled(term, z, number, dtype)[1]
 
     def _prepare(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
@@ -142,14 +183,19 @@ class InputGradient:
             term.likelihood(z.new_zeros(len(z), self.num_labels))
 
 
-def value_and_gradient(term: NoiseAwareGuidance, z: torch.Tensor, t: torch.Tensor, dtype: torch.dtype,
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
+def value_and_gradient(
+    term: NoiseAwareGuidance,
+    z: torch.Tensor,
+    t: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(y | z), (B,), of a term and its gradient by z, (B, C, H, W).
 
     Args:
         t: timestep of the classifier's own schedule, ().
         dtype: of the classifier's weights.
     """
+
     def total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_p = term.log_likelihood(z.to(dtype), t)
         return log_p.sum(), log_p
@@ -185,14 +231,26 @@ class Optimized:
         self.undo()
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:>3} {what}: {why}" for name, made in (("on", self.on), ("off", self.off))
-                         for what, why in made.items())
+        return "\n".join(
+            f"{name:>3} {what}: {why}"
+            for name, made in (("on", self.on), ("off", self.off))
+            for what, why in made.items()
+        )
 
 
-def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, steps: int | None = None,
-             batch_size: int | None = None, *, dtype: torch.dtype | None = None, compile: bool | None = None,
-             channels_last: bool | None = None, chunk_size: int | None = None,
-             device: torch.device | str | None = None, backend: Backend = "inductor") -> Optimized:
+def optimize(
+    pipeline: ClassifierGuidedPipeline,
+    images: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    compile: bool | None = None,
+    channels_last: bool | None = None,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    backend: Backend = "inductor",
+) -> Optimized:
     """Make a pipeline's steps cheaper, in place, with what helps on its device; `undo()` of the result undoes it.
 
     By default: autocast to bfloat16 of the network and of the classifier (their outputs and the gradient stay float32)
@@ -221,7 +279,9 @@ def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, step
     steps = pipeline.config.defaults["num_inference_steps"] if steps is None else steps
     batch_size = min(images or 64, 64) if batch_size is None else batch_size
     if (images is not None and images < 1) or steps < 1 or batch_size < 1:
-        raise ValueError(f"images={images}, steps={steps}, batch_size={batch_size}: at least 1 is allowed")
+        raise ValueError(
+            f"images={images}, steps={steps}, batch_size={batch_size}: at least 1 is allowed"
+        )
     if chunk_size is not None and pipeline.classifier is None:
         raise ValueError(f"chunk_size={chunk_size} has no effect: the pipeline has no classifier")
     device, chosen = torch.device(device or pipeline.device), Optimized()
@@ -241,7 +301,9 @@ def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, step
                 make = partial(gradients_in, part, how, chunk_size=chunk_size)
             with make():
                 calls = steps if name == "unet" else steps * _share_asked(pipeline)
-                pays = _compile(chosen, pipeline, name, device, computed, images, calls, rows, compile)
+                pays = _compile(
+                    chosen, pipeline, name, device, computed, images, calls, rows, compile
+                )
             stack.enter_context(make(compile=backend if pays else None))
         if chunk_size is not None:
             chosen.note("gradient in chunks", True, f"{chunk_size} images at a time, as asked")
@@ -249,8 +311,14 @@ def optimize(pipeline: ClassifierGuidedPipeline, images: int | None = None, step
     return chosen
 
 
-def _dtype(chosen: Optimized, name: str, part: torch.nn.Module, device: torch.device, rows: int,
-           wanted: torch.dtype | None) -> torch.dtype:
+def _dtype(
+    chosen: Optimized,
+    name: str,
+    part: torch.nn.Module,
+    device: torch.device,
+    rows: int,
+    wanted: torch.dtype | None,
+) -> torch.dtype:
     """What a part will compute in, `rows` images a call; float32: as it is."""
     own, what = next((p.dtype for p in part.parameters()), torch.float32), f"{name}, autocast"
     few = device.type == "cpu" and rows < FEWEST[name]
@@ -261,7 +329,12 @@ def _dtype(chosen: Optimized, name: str, part: torch.nn.Module, device: torch.de
     elif not computes_in_bfloat16(device):
         on, why = False, f"this {device.type} doesn't compute in bfloat16 itself"
     else:
-        on, why = not few, f"no faster for {rows} images a call" if few else f"this {device.type} computes in bfloat16"
+        on, why = (
+            not few,
+            f"no faster for {rows} images a call"
+            if few
+            else f"this {device.type} computes in bfloat16",
+        )
     return (wanted or torch.bfloat16) if chosen.note(what, on, why) else torch.float32
 
 
@@ -269,17 +342,23 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices itself, which is what makes them cheap."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
 
 
-def _channels_last(chosen: Optimized, name: str, device: torch.device, dtype: torch.dtype, wanted: bool | None) -> bool:
+def _channels_last(
+    chosen: Optimized, name: str, device: torch.device, dtype: torch.dtype, wanted: bool | None
+) -> bool:
     what = f"{name}, channels_last"
     if wanted is not None:
         return chosen.note(what, wanted, "as asked")
     if device.type != "cuda":
         return chosen.note(what, False, f"no faster, or slower, on {device.type}")
     half = dtype != torch.float32
-    return chosen.note(what, half, "the layout of convolutions in half precision" if half else "no use in float32")
+    return chosen.note(
+        what, half, "the layout of convolutions in half precision" if half else "no use in float32"
+    )
 
 
 @contextmanager
@@ -292,8 +371,17 @@ def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
         module.to(memory_format=torch.contiguous_format)
 
 
-def _compile(chosen: Optimized, pipeline: ClassifierGuidedPipeline, name: str, device: torch.device,
-             dtype: torch.dtype, images: int | None, calls: float, rows: int, wanted: bool | None) -> bool:
+def _compile(
+    chosen: Optimized,
+    pipeline: ClassifierGuidedPipeline,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    images: int | None,
+    calls: float,
+    rows: int,
+    wanted: bool | None,
+) -> bool:
     """Whether a part is compiled; `calls` of it are to come for each of the images, `rows` of them together."""
     what, share = f"{name}, torch.compile", SAVED[name].get(dtype, 0.0)
     if wanted is not None:
@@ -303,18 +391,33 @@ def _compile(chosen: Optimized, pipeline: ClassifierGuidedPipeline, name: str, d
     if not share:
         return chosen.note(what, False, f"no faster in {dtype}")
     if name == "classifier" and pipeline.config.defaults["guidance_tolerance"] is not None:
-        return chosen.note(what, False, "the pipeline's guidance_tolerance asks for some images alone, in eager calls")
-    if device.type != pipeline.device.type or (seconds := _seconds(pipeline, name, min(rows, PROBED))) is None:
+        return chosen.note(
+            what,
+            False,
+            "the pipeline's guidance_tolerance asks for some images alone, in eager calls",
+        )
+    if (
+        device.type != pipeline.device.type
+        or (seconds := _seconds(pipeline, name, min(rows, PROBED))) is None
+    ):
         return chosen.note(what, False, "a call can't be timed")
     seconds *= images * calls
-    return chosen.note(what, share * seconds > COMPILE_SECONDS, f"saves about {share * seconds:.0f} of {seconds:.0f} "
-                       f"seconds, and takes {COMPILE_SECONDS:.0f}")
+    return chosen.note(
+        what,
+        share * seconds > COMPILE_SECONDS,
+        f"saves about {share * seconds:.0f} of {seconds:.0f} "
+        f"seconds, and takes {COMPILE_SECONDS:.0f}",
+    )
 
 
 def _share_asked(pipeline: ClassifierGuidedPipeline) -> float:
     """Of the steps, those at which the pipeline's own settings ask the classifier."""
     own = pipeline.config.defaults
-    return bool(own["guidance_scale"]) * (own["guidance_stop"] - own["guidance_start"]) / own["guidance_every"]
+    return (
+        bool(own["guidance_scale"])
+        * (own["guidance_stop"] - own["guidance_start"])
+        / own["guidance_every"]
+    )
 
 
 def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float | None:
@@ -323,7 +426,11 @@ def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float 
     config = module_config(part)
     if not config.get("sample_size") or not config.get("in_channels"):
         return None
-    height, width = [config["sample_size"]] * 2 if isinstance(config["sample_size"], int) else config["sample_size"]
+    height, width = (
+        [config["sample_size"]] * 2
+        if isinstance(config["sample_size"], int)
+        else config["sample_size"]
+    )
     x = torch.zeros(rows, config["in_channels"], height, width, device=device, dtype=pipeline.dtype)
     labels = torch.zeros(rows, dtype=torch.long, device=device)
     told = {"class_labels": labels} if pipeline._class_embeddings else {}
@@ -333,7 +440,9 @@ def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() if device.type == "cuda" else time.thread_time()  # others may use the CPU, too
+        return (
+            time.perf_counter() if device.type == "cuda" else time.thread_time()
+        )  # others may use the CPU, too
 
     fastest = float("inf")
     with frozen([part]), torch.no_grad():

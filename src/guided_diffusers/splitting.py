@@ -63,30 +63,51 @@ class Splitting:
         ValueError: for a scheduler that clips or thresholds x0, which would clip what isn't x0.
     """
 
-    def __init__(self, algorithm: str, scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float):
+    def __init__(
+        self, algorithm: str, scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float
+    ):
         clips = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
         if clips:
-            raise ValueError(f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has {clips[0]}=True, which "
-                             "is for samples without guidance in them; make it False, and use clip_x0=True instead")
+            raise ValueError(
+                f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has {clips[0]}=True, which "
+                "is for samples without guidance in them; make it False, and use clip_x0=True instead"
+            )
         assert algorithm in ("lie_trotter", "strang"), algorithm
         self.levels, self.halves = levels, algorithm == "strang"
         self.weights = step_weights(scheduler, levels, eta)
         s = [*(level.sigma / level.alpha for level in levels), 0.0]
-        order, count = getattr(scheduler, "order", 1), len(levels)  # in Diffusers, questions of a step
-        again = [i + 1 < count and ((i + 1) % order > 0 or s[i + 1] == s[i + 2]) for i in range(count)]
-        falls = [(s[i - 1 if i and again[i - 1] else i], s[i + 2 if again[i] else i + 1]) for i in range(count)]
+        order, count = (
+            getattr(scheduler, "order", 1),
+            len(levels),
+        )  # in Diffusers, questions of a step
+        again = [
+            i + 1 < count and ((i + 1) % order > 0 or s[i + 1] == s[i + 2]) for i in range(count)
+        ]
+        falls = [
+            (s[i - 1 if i and again[i - 1] else i], s[i + 2 if again[i] else i + 1])
+            for i in range(count)
+        ]
         self.steep = [one > STEEPEST * following for one, following in falls]
-        self.hides = [again[i] and one > OVERSHOOTS * following for i, (one, following) in enumerate(falls)]
+        self.hides = [
+            again[i] and one > OVERSHOOTS * following for i, (one, following) in enumerate(falls)
+        ]
         self.c: float | torch.Tensor = 0.0
         self.seen: float | torch.Tensor = 0.0  # what of it is in the samples
-        self._before: tuple[float | torch.Tensor, float, torch.Tensor] | None = None  # c, w, e of the question before
+        self._before: tuple[float | torch.Tensor, float, torch.Tensor] | None = (
+            None  # c, w, e of the question before
+        )
 
     def asks(self, index: int) -> bool:
         """Whether what guidance says at this question has an effect: none at Heun's second, but on a half of strang."""
         return self.weights[index] != 0 or (self._before is not None and self._before[1] != 0)
 
-    def unguided(self, index: int, output: torch.Tensor, sample: torch.Tensor, score_shift: torch.Tensor | None,
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def unguided(
+        self,
+        index: int,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        score_shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and the sample that the scheduler gets, eps and y; c goes on over the step.
 
         Args:
@@ -114,7 +135,9 @@ class Splitting:
         return (own + alpha * self.seen).to(own.dtype)
 
 
-def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float = 0.0) -> list[float]:
+def step_weights(
+    scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float = 0.0
+) -> list[float]:
     """w of each step: s (1 - r), where moving the predicted eps by -e, and so x0 by s e, moves the next z by w e.
 
     r is what the scheduler makes of a z where x0 = 0: s' / s without noise, and (s' / s)^2 with all of it, as DDPM. It
@@ -122,7 +145,13 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
     model's x0, with new noise), r is 0. A weight below 1e-4 s, of a step that only corrects the one before, is 0.
     """
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
-    vars(probe).update({name: value.cpu() for name, value in vars(probe).items() if isinstance(value, torch.Tensor)})
+    vars(probe).update(
+        {
+            name: value.cpu()
+            for name, value in vars(probe).items()
+            if isinstance(value, torch.Tensor)
+        }
+    )
     noise_levels(probe)
     step = stepper(probe, generator, eta, 1)
     x, weights = torch.full((1, 1, 1, 1), 1e20, dtype=torch.float64), []
@@ -130,7 +159,9 @@ def step_weights(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: f
         if hasattr(probe, "scale_model_input"):
             probe.scale_model_input(x, t)  # or some warn
         alpha = levels[index + 1].alpha if index + 1 < len(levels) else 1.0
-        after = step(level.output(x, torch.zeros_like(x)) if level.b else torch.zeros_like(x), index, x).double()
+        after = step(
+            level.output(x, torch.zeros_like(x)) if level.b else torch.zeros_like(x), index, x
+        ).double()
         r = float(after / alpha) / float(x / level.alpha)
         if abs(r) < 1e-5:
             r, after = 0.0, torch.full_like(x, 1e20)
@@ -164,15 +195,23 @@ class Sparing:
         ValueError: for other values.
     """
 
-    def __init__(self, levels: Sequence[NoiseLevel], every: int = 1, tolerance: float | None = None):
+    def __init__(
+        self, levels: Sequence[NoiseLevel], every: int = 1, tolerance: float | None = None
+    ):
         if every != int(every) or every < 1:
             raise ValueError(f"guidance_every={every!r}: a whole number from 1 on is allowed")
         if tolerance is not None and not 0 < tolerance < float("inf"):
-            raise ValueError(f"guidance_tolerance={tolerance!r}: a positive number, or None, is allowed")
+            raise ValueError(
+                f"guidance_tolerance={tolerance!r}: a positive number, or None, is allowed"
+            )
         if tolerance is not None and every != 1:
-            raise ValueError(f"guidance_every={every}, guidance_tolerance={tolerance}: only one is allowed")
+            raise ValueError(
+                f"guidance_every={every}, guidance_tolerance={tolerance}: only one is allowed"
+            )
         self.levels, self.every, self.tolerance = levels, every, tolerance
-        self.log_s = [log(level.sigma / level.alpha) if level.sigma else -float("inf") for level in levels]
+        self.log_s = [
+            log(level.sigma / level.alpha) if level.sigma else -float("inf") for level in levels
+        ]
         s = [level.sigma / level.alpha for level in levels] + [0.0]
         self.lengths = [max(one - following, 0.0) for one, following in pairwise(s)]
         self._active: list[Guidance] = []
@@ -188,13 +227,18 @@ class Sparing:
         """Which of the images ask at this step, where `active` are the terms that act: their numbers, rising. None:
         all, and their answers aren't kept.
         """
-        if self.tolerance is not None and not all(isinstance(term, NoiseAwareGuidance) for term in active):
+        if self.tolerance is not None and not all(
+            isinstance(term, NoiseAwareGuidance) for term in active
+        ):
             self._active = []
             return None
         everyone = torch.arange(images)
         if self._active != list(active):  # the first step, or one at which a term begins or ends
             self._active, self._last, self._acted = list(active), None, 0
-            self._at, self._error = torch.zeros(images, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
+            self._at, self._error = (
+                torch.zeros(images, dtype=torch.float64),
+                torch.zeros(images, dtype=torch.float64),
+            )
             self._turning = torch.full((images,), float("inf"), dtype=torch.float64)
             self._believed = torch.full_like(self._turning, float("inf"))
             return everyone
@@ -223,27 +267,43 @@ class Sparing:
     def _keep(self, step: Step, rows: torch.Tensor, score: torch.Tensor) -> None:
         now, e = self.log_s[step.index], step.level.sigma * score
         if self._last is None:
-            self._last, self._slope, self._at = e, torch.zeros_like(e), torch.full_like(self._at, now)
+            self._last, self._slope, self._at = (
+                e,
+                torch.zeros_like(e),
+                torch.full_like(self._at, now),
+            )
             return
         there = rows.to(e.device, non_blocking=True)
         passed = now - self._at[rows]
         moved = passed != 0  # a scheduler of second order asks twice at one level
-        over, along = (one.to(e.device, non_blocking=True).reshape(-1, *[1] * (e.ndim - 1)) for one in (
-            passed.to(e.dtype), moved))
-        slope = torch.where(along, (e - self._last[there]) / torch.where(along, over, 1.0), self._slope[there])
-        self._last, self._slope = self._last.index_copy(0, there, e), self._slope.index_copy(0, there, slope)
+        over, along = (
+            one.to(e.device, non_blocking=True).reshape(-1, *[1] * (e.ndim - 1))
+            for one in (passed.to(e.dtype), moved)
+        )
+        slope = torch.where(
+            along, (e - self._last[there]) / torch.where(along, over, 1.0), self._slope[there]
+        )
+        self._last, self._slope = (
+            self._last.index_copy(0, there, e),
+            self._slope.index_copy(0, there, slope),
+        )
         self._at[rows], self._error[rows] = now, 0.0
         if self.tolerance is not None:
-            turning = slope.flatten(1).square().mean(1).sqrt().cpu().double()  # here the host waits for an accelerator
+            turning = (
+                slope.flatten(1).square().mean(1).sqrt().cpu().double()
+            )  # here the host waits for an accelerator
             self._turning[rows] = torch.where(moved, turning, self._turning[rows])
             self._believed[rows] = torch.where(moved, -GROWTH * passed, self._believed[rows])
 
 
-def of_images(terms: Sequence[NoiseAwareGuidance], step: Step, rows: torch.Tensor) -> tuple[Sequence[Guidance], Step]:
+def of_images(
+    terms: Sequence[NoiseAwareGuidance], step: Step, rows: torch.Tensor
+) -> tuple[Sequence[Guidance], Step]:
     """Terms and step of some of the images."""
     count = len(step.sample)
     if len(rows) == count:
         return terms, step
     there = rows.to(step.sample.device, non_blocking=True)
     return [term.of_images(rows.tolist(), count) for term in terms], replace(
-        step, sample=step.sample[there], x0=step.x0[there], graph=None)
+        step, sample=step.sample[there], x0=step.x0[there], graph=None
+    )

@@ -48,8 +48,18 @@ from .report import plot, table, write_json
 from .saved import held_out, load, load_pipeline, named_alike
 from .verdict import Verdict, edges, judge, status, useful_levels
 
-__all__ = ["GAPS", "Diagnosis", "Place", "Verdict", "calibration_error", "calibration_gaps", "diagnose", "inspect",
-           "plot", "with_calibration"]
+__all__ = [
+    "GAPS",
+    "Diagnosis",
+    "Place",
+    "Verdict",
+    "calibration_error",
+    "calibration_gaps",
+    "diagnose",
+    "inspect",
+    "plot",
+    "with_calibration",
+]
 
 
 @dataclass(frozen=True)
@@ -83,17 +93,40 @@ class Diagnosis:
             ImportError: where matplotlib is missing and a picture is asked for.
         """
         folder = Path(folder)
-        write_json({"verdict": asdict(self.verdict), "mismatches": self.mismatches, "levels": self.levels,
-                    "settings": self.settings}, folder / "diagnosis.json")
+        write_json(
+            {
+                "verdict": asdict(self.verdict),
+                "mismatches": self.mismatches,
+                "levels": self.levels,
+                "settings": self.settings,
+            },
+            folder / "diagnosis.json",
+        )
         if picture:
-            plot(self.levels, folder / "diagnosis.png", f"{self.settings['model']}: {self.verdict.summary}",
-                 f"cosine to {self.settings['cosine_to']}")
+            plot(
+                self.levels,
+                folder / "diagnosis.png",
+                f"{self.settings['model']}: {self.verdict.summary}",
+                f"cosine to {self.settings['cosine_to']}",
+            )
 
 
-def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: SchedulerMixin | None = None, *,
-             unet: torch.nn.Module | None = None, vae: torch.nn.Module | None = None,
-             reference: Reference | None = None, images: int = 1000, gradient_images: int = 64, levels: int = 10,
-             seed: int = 0, batch_size: int = 64, finite_differences: bool = True, progress: bool = True) -> Diagnosis:
+def diagnose(
+    classifier: torch.nn.Module,
+    data: Sequence[Item],
+    scheduler: SchedulerMixin | None = None,
+    *,
+    unet: torch.nn.Module | None = None,
+    vae: torch.nn.Module | None = None,
+    reference: Reference | None = None,
+    images: int = 1000,
+    gradient_images: int = 64,
+    levels: int = 10,
+    seed: int = 0,
+    batch_size: int = 64,
+    finite_differences: bool = True,
+    progress: bool = True,
+) -> Diagnosis:
     """Measure a classifier on held-out images at the noise levels of a sampling run, and judge it.
 
     Args:
@@ -114,14 +147,21 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
         ValueError: for arguments that are none, or labels that the classifier doesn't have.
         FloatingPointError: if its logits are NaN or infinite.
     """
-    classes = _checked(classifier, data, {"images": images, "gradient_images": gradient_images,
-                                          "batch_size": batch_size})
+    classes = _checked(
+        classifier,
+        data,
+        {"images": images, "gradient_images": gradient_images, "batch_size": batch_size},
+    )
     if unet is not None and scheduler is None:
         raise ValueError("unet: its scheduler is needed, too")
     run = own_run(classifier) if scheduler is None else SamplingRun(scheduler)
     places, log_prior = run.places(levels), _log_prior(data, classes)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-    found = mismatches(classifier, unet, vae, run, tuple(torch.as_tensor(data[order[0]]["pixel_values"]).shape))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[
+        :images
+    ].tolist()
+    found = mismatches(
+        classifier, unet, vae, run, tuple(torch.as_tensor(data[order[0]]["pixel_values"]).shape)
+    )
     cosine_to = "a reference" if reference else "itself under a tenth of other noise"
     null = (module_config(unet).get("num_class_embeds") or 0) - 1
     if reference is None and unet is not None and null == classes:
@@ -129,34 +169,66 @@ def diagnose(classifier: torch.nn.Module, data: Sequence[Item], scheduler: Sched
 
     measured = Measured(places, finite_differences)
     device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
-    with torch.no_grad(), evaluating(classifier, unet, vae), \
-            tqdm(total=len(order), unit="image", disable=not progress) as bar:
+    with (
+        torch.no_grad(),
+        evaluating(classifier, unet, vae),
+        tqdm(total=len(order), unit="image", disable=not progress) as bar,
+    ):
         gradients = Gradients(classifier, reference)
         for some, x0, label in batches(data, order, batch_size, vae, seed, device):
-            measured.add(classifier, gradients, x0, label, [len(places) * i for i in some], seed, gradient_images)
+            measured.add(
+                classifier,
+                gradients,
+                x0,
+                label,
+                [len(places) * i for i in some],
+                seed,
+                gradient_images,
+            )
             bar.update(len(some))
 
-    rows = measured.rows(log_prior, TrainedSchedule(schedule_config(classifier)), seed, reference is not None)
-    if (error := max((row["finite_difference_error"] for row in rows if finite_differences), default=0.0)) > 0.01:
-        found.append(f"the gradient differs from finite differences by {error:.1%}: its precision is too low, or "
-                     "something detaches it")
+    rows = measured.rows(
+        log_prior, TrainedSchedule(schedule_config(classifier)), seed, reference is not None
+    )
+    if (
+        error := max(
+            (row["finite_difference_error"] for row in rows if finite_differences), default=0.0
+        )
+    ) > 0.01:
+        found.append(
+            f"the gradient differs from finite differences by {error:.1%}: its precision is too low, or "
+            "something detaches it"
+        )
     if vae is None:
         found += range_mismatch(measured.low, measured.high)
     verdict = _verdict(rows, measured, run, reference is not None)
-    settings = {"model": type(classifier).__name__, "images": len(order),
-                "gradient_images": min(gradient_images, len(order)), "levels": levels, "seed": seed, "bins": BINS,
-                "scheduler": type(run.scheduler).__name__, "schedule": "own" if scheduler is None else "given",
-                "cosine_to": cosine_to, "classifier_schedule": dict(schedule_config(classifier))}
+    settings = {
+        "model": type(classifier).__name__,
+        "images": len(order),
+        "gradient_images": min(gradient_images, len(order)),
+        "levels": levels,
+        "seed": seed,
+        "bins": BINS,
+        "scheduler": type(run.scheduler).__name__,
+        "schedule": "own" if scheduler is None else "given",
+        "cosine_to": cosine_to,
+        "classifier_schedule": dict(schedule_config(classifier)),
+    }
     return Diagnosis(tuple(rows), verdict, tuple(found), settings)
 
 
 def _checked(classifier: torch.nn.Module, data: Sequence[Item], numbers: dict[str, int]) -> int:
     """How many labels there are."""
     config = module_config(classifier)
-    classes, kind = config.get("num_labels"), config.get("problem_type") or "single_label_classification"
+    classes, kind = (
+        config.get("num_labels"),
+        config.get("problem_type") or "single_label_classification",
+    )
     if kind != "single_label_classification" or not classes or classes < 2:
-        raise ValueError(f"classifier: problem_type={kind!r}, num_labels={classes}; a single-label classifier of two "
-                         "labels or more can be diagnosed")
+        raise ValueError(
+            f"classifier: problem_type={kind!r}, num_labels={classes}; a single-label classifier of two "
+            "labels or more can be diagnosed"
+        )
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is allowed")
@@ -165,13 +237,23 @@ def _checked(classifier: torch.nn.Module, data: Sequence[Item], numbers: dict[st
     return classes
 
 
-def _verdict(rows: list[dict[str, Any]], measured: Measured, run: SamplingRun, compared: bool) -> Verdict:
+def _verdict(
+    rows: list[dict[str, Any]], measured: Measured, run: SamplingRun, compared: bool
+) -> Verdict:
     useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
     logits, label = measured.logits_and_label()
     scale, error = logit_scale(torch.stack([logits[k] for k in useful or range(len(rows))]), label)
     parts = edges([row["fraction"] for row in rows])
-    return judge(rows, useful, parts, [run.ratio_at(part) for part in parts], scale, error,
-                 type(run.scheduler).__name__, compared)
+    return judge(
+        rows,
+        useful,
+        parts,
+        [run.ratio_at(part) for part in parts],
+        scale,
+        error,
+        type(run.scheduler).__name__,
+        compared,
+    )
 
 
 class Measured:
@@ -185,19 +267,33 @@ class Measured:
         self.gradients: list[list[dict[str, torch.Tensor]]] = [[] for _ in places]
         self.errors: list[float] = []  # of finite differences, on the first batch
 
-    def add(self, classifier: torch.nn.Module, gradients: Gradients, x0: torch.Tensor, label: torch.Tensor,
-            numbers: Sequence[int], seed: int, gradient_images: int) -> None:
+    def add(
+        self,
+        classifier: torch.nn.Module,
+        gradients: Gradients,
+        x0: torch.Tensor,
+        label: torch.Tensor,
+        numbers: Sequence[int],
+        seed: int,
+        gradient_images: int,
+    ) -> None:
         """Ask the classifier about a batch, as `NoiseAwareGuidance` asks it; its noise is that of (seed, number)."""
         schedule = TrainedSchedule(schedule_config(classifier))
-        dtype = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32)
+        dtype = next(
+            (p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32
+        )
         count = max(0, min(len(x0), gradient_images - sum(map(len, self.labels))))
         self.low, self.high = min(self.low, x0.amin().item()), max(self.high, x0.amax().item())
         for k, place in enumerate(self.places):
             generators = [image_generator(seed, number + k) for number in numbers]
-            eps = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators]).to(x0)
+            eps = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators]).to(
+                x0
+            )
             level = place.level
             z = (level.alpha * x0 + level.sigma * eps) / (level.alpha**2 + level.sigma**2) ** 0.5
-            self.logits[k].append(logits_of(classifier(z.to(dtype), schedule.timestep(level))).cpu().double())
+            self.logits[k].append(
+                logits_of(classifier(z.to(dtype), schedule.timestep(level))).cpu().double()
+            )
             if count:
                 given = x0[:count], eps[:count], label[:count], place
                 self.gradients[k].append(gradients(*given, generators[:count]))
@@ -209,8 +305,9 @@ class Measured:
         """(L, N, K) and (N,)."""
         return torch.stack([torch.cat(one) for one in self.logits]), torch.cat(self.labels)
 
-    def rows(self, log_prior: torch.Tensor, schedule: TrainedSchedule, seed: int,
-             compared: bool) -> list[dict[str, Any]]:
+    def rows(
+        self, log_prior: torch.Tensor, schedule: TrainedSchedule, seed: int, compared: bool
+    ) -> list[dict[str, Any]]:
         """The figures, a row a place; `compared`: the cosine is to a reference.
 
         Raises:
@@ -218,13 +315,20 @@ class Measured:
         """
         logits, label = self.logits_and_label()
         if not logits.isfinite().all():
-            raise FloatingPointError("the classifier's logits are not finite; load it in float32, or train it anew")
+            raise FloatingPointError(
+                "the classifier's logits are not finite; load it in float32, or train it anew"
+            )
         rows = []
         for k, place in enumerate(self.places):
-            row = {"fraction": place.fraction, "timestep": place.timestep, "sigma_over_alpha": place.ratio,
-                   "classifier_timestep": schedule.timestep(place.level), "beyond": schedule.beyond(place.level) < 1,
-                   **level_figures(logits[k], label, log_prior, image_generator(seed, k)),
-                   **_gradient_figures(self.gradients[k])}
+            row = {
+                "fraction": place.fraction,
+                "timestep": place.timestep,
+                "sigma_over_alpha": place.ratio,
+                "classifier_timestep": schedule.timestep(place.level),
+                "beyond": schedule.beyond(place.level) < 1,
+                **level_figures(logits[k], label, log_prior, image_generator(seed, k)),
+                **_gradient_figures(self.gradients[k]),
+            }
             if self.finite_differences:
                 row["finite_difference_error"] = self.errors[k]
             rows.append({**row, "status": status(row, compared)})
@@ -237,7 +341,9 @@ def _gradient_figures(batches: list[dict[str, torch.Tensor]]) -> dict[str, float
     for name in ("gradient_norm", "cosine"):
         row[name], row[f"{name}_error"] = mean_and_error(joined[name])
     if "_with_itself" in joined:
-        row["reference_scale"] = float(joined["_with_reference"].sum() / joined["_with_itself"].sum().clamp(min=1e-300))
+        row["reference_scale"] = float(
+            joined["_with_reference"].sum() / joined["_with_itself"].sum().clamp(min=1e-300)
+        )
     return row
 
 
@@ -250,14 +356,21 @@ def _log_prior(data: Sequence[Item], classes: int) -> torch.Tensor:
     read = getattr(data, "label", None) or (lambda i: int(data[i]["label"]))
     count = Counter(read(i) for i in range(len(data)))
     if wrong := sorted(i for i in count if not 0 <= i < classes):
-        raise ValueError(f"dataset: labels {wrong[:10]} are unknown to the classifier; ids 0 to {classes - 1} are "
-                         "allowed")
+        raise ValueError(
+            f"dataset: labels {wrong[:10]} are unknown to the classifier; ids 0 to {classes - 1} are "
+            "allowed"
+        )
     share = torch.tensor([count[i] for i in range(classes)], dtype=torch.float64) / len(data)
     return share.log()
 
 
-def mismatches(classifier: torch.nn.Module, unet: torch.nn.Module | None, vae: torch.nn.Module | None,
-               run: SamplingRun, shape: tuple[int, ...]) -> list[str]:
+def mismatches(
+    classifier: torch.nn.Module,
+    unet: torch.nn.Module | None,
+    vae: torch.nn.Module | None,
+    run: SamplingRun,
+    shape: tuple[int, ...],
+) -> list[str]:
     """What the configs of classifier, network and data don't agree on.
 
     Args:
@@ -269,18 +382,31 @@ def mismatches(classifier: torch.nn.Module, unet: torch.nn.Module | None, vae: t
     found, (mine, other) = [], (module_config(classifier), module_config(unet))
     channels = mine.get("in_channels")
     if vae is None and channels not in (None, shape[0]):
-        raise ValueError(f"dataset: its images have {shape[0]} channels, the classifier's {channels}")
+        raise ValueError(
+            f"dataset: its images have {shape[0]} channels, the classifier's {channels}"
+        )
     for name, value in (("sample_size", "size"), ("in_channels", "number of channels")):
-        if None not in (mine.get(name), other.get(name)) and _pair(mine[name]) != _pair(other[name]):
+        if None not in (mine.get(name), other.get(name)) and _pair(mine[name]) != _pair(
+            other[name]
+        ):
             found.append(f"the classifier's {value} is {mine[name]}, the network's {other[name]}")
     embeddings, labels = other.get("num_class_embeds"), mine.get("num_labels")
     if embeddings and labels and embeddings not in (labels, labels + 1):
-        found.append(f"the classifier has {labels} labels, the network {embeddings} class embeddings")
-    last, begin = float(TrainedSchedule(schedule_config(classifier)).log_ratio[-1]), run.noise_levels[0]
+        found.append(
+            f"the classifier has {labels} labels, the network {embeddings} class embeddings"
+        )
+    last, begin = (
+        float(TrainedSchedule(schedule_config(classifier)).log_ratio[-1]),
+        run.noise_levels[0],
+    )
     if begin.sigma / begin.alpha > 1.01 * torch.tensor(last).exp().item():
-        if begin.sigma / begin.alpha < 1e4 or last < 2:  # a zero terminal SNR has no noise level to train on
-            found.append(f"the classifier was trained up to sigma/alpha {torch.tensor(last).exp():.3g}, and the run "
-                         f"begins at {begin.sigma / begin.alpha:.3g}; there it is asked at its noisiest level")
+        if (
+            begin.sigma / begin.alpha < 1e4 or last < 2
+        ):  # a zero terminal SNR has no noise level to train on
+            found.append(
+                f"the classifier was trained up to sigma/alpha {torch.tensor(last).exp():.3g}, and the run "
+                f"begins at {begin.sigma / begin.alpha:.3g}; there it is asked at its noisiest level"
+            )
     return found
 
 
@@ -294,13 +420,23 @@ def range_mismatch(low: float, high: float) -> list[str]:
         return [f"the images' values run from {low:.3g} to {high:.3g}, beyond [-1, 1]"]
     if high - low < 1.5:
         hint = "; they look like [0, 1], x -> 2 x - 1 mends that" if low >= 0 else ""
-        return [f"the images' values run from {low:.3g} to {high:.3g} and don't cover [-1, 1]{hint}"]
+        return [
+            f"the images' values run from {low:.3g} to {high:.3g} and don't cover [-1, 1]{hint}"
+        ]
     return []
 
 
-def inspect(model: str | Path, dataset: str, unet: str | Path | None = None, *, split: str | None = None,
-            image_column: str | None = None, label_column: str | None = None, device: str | torch.device = "cpu",
-            **options: Any) -> Diagnosis:
+def inspect(
+    model: str | Path,
+    dataset: str,
+    unet: str | Path | None = None,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Diagnosis:
     """`diagnose` a saved classifier.
 
     Args:
@@ -322,18 +458,35 @@ def inspect(model: str | Path, dataset: str, unet: str | Path | None = None, *, 
     config, mine = module_config(vae), module_config(classifier)
     size = _pair(mine["sample_size"])
     if size[0] != size[1]:
-        raise ValueError(f"model: its images are {size[0]} by {size[1]}; only square ones can be inspected")
-    resolution = size[0] * 2 ** (len(config["block_out_channels"]) - 1) if vae is not None else size[0]
+        raise ValueError(
+            f"model: its images are {size[0]} by {size[1]}; only square ones can be inspected"
+        )
+    resolution = (
+        size[0] * 2 ** (len(config["block_out_channels"]) - 1) if vae is not None else size[0]
+    )
     channels = mine["in_channels"] if vae is None else config["in_channels"]
     data, split = held_out(dataset, split, image_column, label_column, resolution, channels)
     data, notes = named_alike(data, mine.get("id2label"))
     if split == "train":
-        notes.append("the split is 'train': images that the classifier may know say nothing of others")
+        notes.append(
+            "the split is 'train': images that the classifier may know say nothing of others"
+        )
     for module in (classifier, *(() if pipeline is None else (pipeline.unet, vae))):
         if module is not None:
             module.to(device)
-    found = diagnose(classifier, data, None if pipeline is None else pipeline.scheduler,
-                     unet=None if pipeline is None else pipeline.unet, vae=vae, **options)
-    settings = {**found.settings, "model": str(model), "dataset": str(dataset), "split": split,
-                "unet": None if unet is None else str(unet)}
+    found = diagnose(
+        classifier,
+        data,
+        None if pipeline is None else pipeline.scheduler,
+        unet=None if pipeline is None else pipeline.unet,
+        vae=vae,
+        **options,
+    )
+    settings = {
+        **found.settings,
+        "model": str(model),
+        "dataset": str(dataset),
+        "split": split,
+        "unet": None if unet is None else str(unet),
+    }
     return Diagnosis(found.levels, found.verdict, (*notes, *found.mismatches), settings)

@@ -59,7 +59,9 @@ class SamplingRun:
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(min(1000, self.scheduler.config.get("num_train_timesteps") or 1000))
+        self.scheduler.set_timesteps(
+            min(1000, self.scheduler.config.get("num_train_timesteps") or 1000)
+        )
         self.timesteps = sampling_timesteps(self.scheduler)
         self.noise_levels = [level for level in noise_levels(self.scheduler) if level.sigma > 0]
 
@@ -71,7 +73,9 @@ class SamplingRun:
         """
         steps = len(self.noise_levels)
         if not 1 <= count < steps:
-            raise ValueError(f"levels={count}: 1 to {steps - 1} are allowed, the run has {steps} steps")
+            raise ValueError(
+                f"levels={count}: 1 to {steps - 1} are allowed, the run has {steps} steps"
+            )
         return [self._place((part + 0.5) / count) for part in range(count)] + [self._place(1.0)]
 
     def _place(self, fraction: float) -> Place:
@@ -98,7 +102,11 @@ def own_run(classifier: torch.nn.Module) -> SamplingRun:
     """
     config = dict(schedule_config(classifier))
     if TrainedSchedule(config).log_ratio[-1] < torch.tensor(REACH).log():
-        config = {name: module_config(classifier)[name] for name in OWN_SCHEDULE if name in module_config(classifier)}
+        config = {
+            name: module_config(classifier)[name]
+            for name in OWN_SCHEDULE
+            if name in module_config(classifier)
+        }
     return SamplingRun(DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing"))
 
 
@@ -110,12 +118,15 @@ def network_reference(unet: torch.nn.Module, run: SamplingRun, null: int) -> Ref
     It never saw the classifier, so it is an independent estimate, and no more: where both scores are nearly the same
     (much noise, or hardly any) their difference is the network's error.
     """
+
     def reference(x: torch.Tensor, label: torch.Tensor, place: Place) -> torch.Tensor:
         scheduler, wanted = run.scheduler_at(place), next(unet.parameters())
         t = run.timesteps[place.index].to(x.device)
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         labels = torch.cat([label, torch.full_like(label, null)])
-        output = unet(torch.cat([scaled] * 2).to(wanted.dtype), t, class_labels=labels, return_dict=False)[0]
+        output = unet(
+            torch.cat([scaled] * 2).to(wanted.dtype), t, class_labels=labels, return_dict=False
+        )[0]
         prediction, _ = split_variance(output, x.shape[1])
         told, untold = (place.level.x0(x, half) for half in prediction.chunk(2))
         return place.level.score_shift(told - untold)
@@ -154,15 +165,21 @@ def with_calibration(row: Mapping[str, float]) -> dict[str, float]:
     return {**kept, "ece": round(calibration_error(gaps), 5)}
 
 
-def calibration_floor(logits: torch.Tensor, generator: torch.Generator, bins: int = BINS, draws: int = 100) -> float:
+def calibration_floor(
+    logits: torch.Tensor, generator: torch.Generator, bins: int = BINS, draws: int = 100
+) -> float:
     """The calibration error that a perfectly calibrated classifier of these confidences shows in so few images."""
     confidence = logits.double().softmax(dim=1).amax(dim=1)
     where = F.one_hot(_bins(confidence, bins), bins).double()
-    right = torch.rand(draws, len(confidence), generator=generator, dtype=torch.float64) < confidence
+    right = (
+        torch.rand(draws, len(confidence), generator=generator, dtype=torch.float64) < confidence
+    )
     return float(((right.double() - confidence) @ where / len(confidence)).abs().sum(dim=1).mean())
 
 
-def logit_scale(logits: torch.Tensor, label: torch.Tensor, largest: float = 100.0) -> tuple[float, float]:
+def logit_scale(
+    logits: torch.Tensor, label: torch.Tensor, largest: float = 100.0
+) -> tuple[float, float]:
     """The s in [0, `largest`] at which softmax(s logits) has the least cross entropy, and its standard error.
 
     1 / s is the temperature of Guo et al. 2017. Below 1: over-confident; above 1: under-confident.
@@ -185,7 +202,9 @@ def logit_scale(logits: torch.Tensor, label: torch.Tensor, largest: float = 100.
     p = (low * logits).softmax(dim=-1)
     curvature = ((p * logits**2).sum(-1) - (p * logits).sum(-1) ** 2).mean()
     each = slope(low).mean(dim=0)
-    return low, float(each.std() / len(each) ** 0.5 / curvature.clamp(min=1e-12)) if len(each) > 1 else float("inf")
+    return low, float(each.std() / len(each) ** 0.5 / curvature.clamp(min=1e-12)) if len(
+        each
+    ) > 1 else float("inf")
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -211,8 +230,14 @@ class Gradients:
         self.classifier, self.reference = classifier, reference
         self.wide = copy.deepcopy(classifier).cpu().double()
 
-    def __call__(self, x0: torch.Tensor, eps: torch.Tensor, label: torch.Tensor, place: Place,
-                 generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self,
+        x0: torch.Tensor,
+        eps: torch.Tensor,
+        label: torch.Tensor,
+        place: Place,
+        generators: Sequence[torch.Generator],
+    ) -> dict[str, torch.Tensor]:
         """Per image, (B,): the norm of sigma grad log p(y | x_t), which is what scale 1 moves the predicted noise by
         (whose own norm is sqrt(D)); `cosine`; with a reference the products that `reference_scale` is made of."""
         level = place.level
@@ -220,33 +245,54 @@ class Gradients:
         gradient = self._gradient(self.classifier, x, label, level)
         found = {"gradient_norm": level.sigma * gradient.flatten(1).norm(dim=1)}
         if self.reference is None:
-            other = torch.stack([torch.randn(eps.shape[1:], generator=one) for one in generators]).to(eps)
+            other = torch.stack(
+                [torch.randn(eps.shape[1:], generator=one) for one in generators]
+            ).to(eps)
             r = self.PERTURBATION
             x = level.alpha * x0 + level.sigma * ((1 - r * r) ** 0.5 * eps + r * other)
-            return {**found, "cosine": cosine(gradient, self._gradient(self.classifier, x, label, level))}
+            return {
+                **found,
+                "cosine": cosine(gradient, self._gradient(self.classifier, x, label, level)),
+            }
         known = self.reference(x, label, place).cpu().double()
-        products = {"_with_reference": (known * gradient).flatten(1).sum(dim=1),
-                    "_with_itself": gradient.square().flatten(1).sum(dim=1)}
+        products = {
+            "_with_reference": (known * gradient).flatten(1).sum(dim=1),
+            "_with_itself": gradient.square().flatten(1).sum(dim=1),
+        }
         return {**found, "cosine": cosine(gradient, known), **products}
 
     @staticmethod
-    def _gradient(classifier: torch.nn.Module, x: torch.Tensor, label: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+    def _gradient(
+        classifier: torch.nn.Module, x: torch.Tensor, label: torch.Tensor, level: NoiseLevel
+    ) -> torch.Tensor:
         step = Step(x, x, lambda sample: sample, level, 0, 1, 0.0)
-        return ClassifierGuidance(classifier, label).score(step).cpu().double()  # some devices have no float64
+        return (
+            ClassifierGuidance(classifier, label).score(step).cpu().double()
+        )  # some devices have no float64
 
-    def difference_error(self, x0: torch.Tensor, eps: torch.Tensor, label: torch.Tensor, place: Place,
-                         generator: torch.Generator) -> float:
+    def difference_error(
+        self,
+        x0: torch.Tensor,
+        eps: torch.Tensor,
+        label: torch.Tensor,
+        place: Place,
+        generator: torch.Generator,
+    ) -> float:
         """|finite difference - gradient . v| / |finite difference|, over some images and random directions v.
 
         The gradient is the classifier's own, the central differences are taken of a copy in float64. Gradients that are
         lost in its rounding, as of a classifier that is sure beyond any doubt, count as none.
         """
         level, count = place.level, self.DIFFERENCES
-        x = (level.alpha * x0[:count] + level.sigma * eps[:count])
+        x = level.alpha * x0[:count] + level.sigma * eps[:count]
         gradient = self._gradient(self.classifier, x, label[:count], level)
         x, label = x.cpu().double(), label[:count].cpu()
         term, norm = ClassifierGuidance(self.wide, label), (level.alpha**2 + level.sigma**2) ** 0.5
-        t, beyond, h = term.schedule.timestep(level), term.schedule.beyond(level), 1e-4 * level.sigma
+        t, beyond, h = (
+            term.schedule.timestep(level),
+            term.schedule.beyond(level),
+            1e-4 * level.sigma,
+        )
         wrong, size = 0.0, (1e-11 / h) ** 2
         for _ in range(count):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -264,8 +310,9 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def level_figures(logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Tensor,
-                  generator: torch.Generator) -> dict[str, float]:
+def level_figures(
+    logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Tensor, generator: torch.Generator
+) -> dict[str, float]:
     """The figures of one noise level that need no gradient; names ending in `_error` are standard errors.
 
     `information` is what the classifier says beyond the labels' frequencies, in nats an image:
@@ -279,20 +326,33 @@ def level_figures(logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Te
     log_p = logits.double().log_softmax(dim=1)
     own = log_p.gather(1, label[:, None])[:, 0]
     right, confidence = (log_p.argmax(dim=1) == label).double(), log_p.exp().amax(dim=1)
-    pairs = {"accuracy": right, "cross_entropy": -own, "information": own - log_prior[label],
-             "overconfidence": confidence - right}
+    pairs = {
+        "accuracy": right,
+        "cross_entropy": -own,
+        "information": own - log_prior[label],
+        "overconfidence": confidence - right,
+    }
     row: dict[str, float] = {}
     for name, values in pairs.items():
         row[name], row[f"{name}_error"] = mean_and_error(values)
-    row["chance"], row["prior_entropy"] = float(log_prior.exp().max()), float(-log_prior[label].mean())
+    row["chance"], row["prior_entropy"] = (
+        float(log_prior.exp().max()),
+        float(-log_prior[label].mean()),
+    )
     row["ece"] = calibration_error(calibration_gaps(logits, label))
     row["ece_floor"] = calibration_floor(logits, generator)
     row["logit_scale"], row["logit_scale_error"] = logit_scale(logits, label)
     return row
 
 
-def batches(data: Sequence[Item], numbers: Sequence[int], size: int, vae: torch.nn.Module | None, seed: int,
-            device: torch.device) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+def batches(
+    data: Sequence[Item],
+    numbers: Sequence[int],
+    size: int,
+    vae: torch.nn.Module | None,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """(numbers, x0, label) of the items `numbers`; with an autoencoder x0 are latents."""
     for start in range(0, len(numbers), size):
         some = list(numbers[start : start + size])
@@ -300,7 +360,9 @@ def batches(data: Sequence[Item], numbers: Sequence[int], size: int, vae: torch.
         x0 = torch.stack([item["pixel_values"] for item in items]).to(device)
         if vae is not None:
             mean, std = encode(vae, x0)
-            draws = torch.stack([torch.randn(mean.shape[1:], generator=image_generator(seed, i)) for i in some])
+            draws = torch.stack(
+                [torch.randn(mean.shape[1:], generator=image_generator(seed, i)) for i in some]
+            )
             x0 = mean.float() + (0 if std is None else std.float() * draws.to(mean.device))
         yield some, x0.float(), torch.tensor([int(item["label"]) for item in items], device=device)
 

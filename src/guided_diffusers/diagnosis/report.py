@@ -9,15 +9,32 @@ from typing import Any
 
 from ..outputs import aside, require_matplotlib, write_json  # noqa: F401 - the last for its package
 
-CURVES = {"accuracy": "accuracy", "cross_entropy": "cross entropy (nats)", "ece": "expected calibration error",
-          "gradient_norm": "sigma |gradient|", "cosine": "cosine of the gradient"}
-BASELINES = {"accuracy": ("chance", "chance"), "cross_entropy": ("prior_entropy", "the labels' frequencies"),
-             "ece": ("ece_floor", "of a calibrated one, so few images")}
-COLUMNS = (("sigma/alpha", "sigma_over_alpha", ".3g"), ("t", "timestep", ".0f"), ("accuracy", "accuracy", ".3f"),
-           ("cross ent.", "cross_entropy", ".3f"), ("informat.", "information", "+.3f"),
-           ("+-", "information_error", ".3f"), ("ECE", "ece", ".3f"), ("floor", "ece_floor", ".3f"),
-           ("scale", "logit_scale", ".2f"), ("|grad|", "gradient_norm", ".2g"), ("cosine", "cosine", ".2f"),
-           ("", "status", ""))
+CURVES = {
+    "accuracy": "accuracy",
+    "cross_entropy": "cross entropy (nats)",
+    "ece": "expected calibration error",
+    "gradient_norm": "sigma |gradient|",
+    "cosine": "cosine of the gradient",
+}
+BASELINES = {
+    "accuracy": ("chance", "chance"),
+    "cross_entropy": ("prior_entropy", "the labels' frequencies"),
+    "ece": ("ece_floor", "of a calibrated one, so few images"),
+}
+COLUMNS = (
+    ("sigma/alpha", "sigma_over_alpha", ".3g"),
+    ("t", "timestep", ".0f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("cross ent.", "cross_entropy", ".3f"),
+    ("informat.", "information", "+.3f"),
+    ("+-", "information_error", ".3f"),
+    ("ECE", "ece", ".3f"),
+    ("floor", "ece_floor", ".3f"),
+    ("scale", "logit_scale", ".2f"),
+    ("|grad|", "gradient_norm", ".2g"),
+    ("cosine", "cosine", ".2f"),
+    ("", "status", ""),
+)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -25,10 +42,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [[name for name, _, _ in COLUMNS]]
     cells += [[format(row[key], form) for _, key, form in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine: str = CURVES["cosine"]) -> None:
+def plot(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine: str = CURVES["cosine"]
+) -> None:
     """Draw the `CURVES` that the rows have against sigma / alpha (else the timestep); written aside, then moved.
 
     Args:
@@ -47,8 +69,14 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine:
     figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         y, errors = [row[name] for row in rows], [row.get(f"{name}_error", 0.0) for row in rows]
-        axis.errorbar(x, y, [error if math.isfinite(error) else 0.0 for error in errors], marker="o", markersize=4,
-                      capsize=2)
+        axis.errorbar(
+            x,
+            y,
+            [error if math.isfinite(error) else 0.0 for error in errors],
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
         if name in BASELINES and BASELINES[name][0] in rows[0]:
             key, label = BASELINES[name]
             axis.plot(x, [row[key] for row in rows], "--", color="grey", label=label)

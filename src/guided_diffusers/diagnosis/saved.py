@@ -21,14 +21,20 @@ def load(model: str | Path) -> tuple[NoiseAwareClassifier, ClassifierGuidedPipel
     Raises:
         ValueError: if there is none.
     """
-    if "/" not in str(model) and not Path(model).exists() or (Path(model) / "model_index.json").is_file():
+    if (
+        "/" not in str(model)
+        and not Path(model).exists()
+        or (Path(model) / "model_index.json").is_file()
+    ):
         pipeline = load_pipeline(model)
     elif Path(model).is_dir():
         return NoiseAwareClassifier.from_pretrained(model), None
     else:
         try:
             ClassifierGuidedPipeline.load_config(model)
-        except OSError:  # no model_index.json: the repository of a classifier, or nothing, which this says
+        except (
+            OSError
+        ):  # no model_index.json: the repository of a classifier, or nothing, which this says
             return NoiseAwareClassifier.from_pretrained(model), None
         pipeline = load_pipeline(model)
     if pipeline.classifier is None:
@@ -42,8 +48,14 @@ def load_pipeline(model: str | Path) -> ClassifierGuidedPipeline:
     return ClassifierGuidedPipeline.from_pretrained(bundled.folder(str(model)) if here else model)
 
 
-def held_out(dataset: str, split: str | None, image_column: str | None, label_column: str | None, resolution: int,
-             channels: int) -> tuple[LabelledImages, str]:
+def held_out(
+    dataset: str,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    resolution: int,
+    channels: int,
+) -> tuple[LabelledImages, str]:
     """The images of a split and its name.
 
     Raises:
@@ -56,7 +68,9 @@ def held_out(dataset: str, split: str | None, image_column: str | None, label_co
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     if split not in splits:
         raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
-    data = LabelledImages(splits[split], image_column, label_column, resolution, center_crop=True, channels=channels)
+    data = LabelledImages(
+        splits[split], image_column, label_column, resolution, center_crop=True, channels=channels
+    )
     if not data.id2label:
         raise ValueError("dataset: it has no labels; name their column with label_column")
     return data, split
@@ -79,7 +93,9 @@ class Renumbered:
         return self.ids[self.data.label(index)]
 
 
-def named_alike(data: LabelledImages, names: Mapping[Any, str] | None) -> tuple[Sequence[Item], list[str]]:
+def named_alike(
+    data: LabelledImages, names: Mapping[Any, str] | None
+) -> tuple[Sequence[Item], list[str]]:
     """The data with the classifier's ids where both have the same names in another order, and what to say of it."""
     wanted = {int(i): name for i, name in (names or {}).items()}
     if not wanted or wanted == data.id2label:
@@ -87,6 +103,9 @@ def named_alike(data: LabelledImages, names: Mapping[Any, str] | None) -> tuple[
     ids = {name: i for i, name in wanted.items()}
     if len(ids) == len(wanted) and set(data.id2label.values()) <= ids.keys():
         return Renumbered(data, {i: ids[name] for i, name in data.id2label.items()}), [
-            "the dataset numbers its labels otherwise than the classifier; they were matched by name"]
-    return data, [f"the dataset's labels are {list(data.id2label.values())[:20]}, the classifier's "
-                  f"{list(wanted.values())[:20]}; they were matched by id"]
+            "the dataset numbers its labels otherwise than the classifier; they were matched by name"
+        ]
+    return data, [
+        f"the dataset's labels are {list(data.id2label.values())[:20]}, the classifier's "
+        f"{list(wanted.values())[:20]}; they were matched by id"
+    ]

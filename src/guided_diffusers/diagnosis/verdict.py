@@ -75,7 +75,7 @@ class Verdict:
 
 
 def status(row: Row, compared: bool) -> str:
-    """"informative", "harmless" or "harmful", by a level's figures; `compared`: the cosine is to a reference."""
+    """ "informative", "harmless" or "harmful", by a level's figures; `compared`: the cosine is to a reference."""
     information, error = row["information"], row["information_error"]
     if information < -max(SIGNIFICANT * error, TOLERANCE * row["prior_entropy"]):
         return "harmful"
@@ -116,8 +116,16 @@ def rounded(number: float, down: bool) -> float:
     return float(f"{(floor if down else ceil)(number / unit) * unit:.3g}")
 
 
-def judge(rows: Sequence[Row], levels: range, parts: Sequence[float], ratios: Sequence[float], scale: float,
-          error: float, run: str, compared: bool) -> Verdict:
+def judge(
+    rows: Sequence[Row],
+    levels: range,
+    parts: Sequence[float],
+    ratios: Sequence[float],
+    scale: float,
+    error: float,
+    run: str,
+    compared: bool,
+) -> Verdict:
     """The verdict on levels with their `status`.
 
     Args:
@@ -131,9 +139,16 @@ def judge(rows: Sequence[Row], levels: range, parts: Sequence[float], ratios: Se
     kind, harmful = confidence(scale, error), [row["status"] == "harmful" for row in rows]
     confident = f"It is {kind}: its cross entropy is least with its logits times {scale:.2f} +- {error:.2f}."
     if not levels:
-        worse = f"worse than silence at {sum(harmful)} of {len(rows)} noise levels" if any(harmful) else "as silence"
-        words = (f"At no noise level does it say more of the label than the labels' frequencies do ({worse}). Guidance "
-                 "by it steers nowhere, or to the wrong place.", *([confident] if kind != "calibrated" else []))
+        worse = (
+            f"worse than silence at {sum(harmful)} of {len(rows)} noise levels"
+            if any(harmful)
+            else "as silence"
+        )
+        words = (
+            f"At no noise level does it say more of the label than the labels' frequencies do ({worse}). Guidance "
+            "by it steers nowhere, or to the wrong place.",
+            *([confident] if kind != "calibrated" else []),
+        )
         return Verdict("unfit", words, None, None, None, None, kind, scale, error)
     start, stop = parts[levels.start], parts[levels.stop]
     low, high = rounded(ratios[levels.stop], down=True), rounded(ratios[levels.start], down=False)
@@ -143,25 +158,42 @@ def judge(rows: Sequence[Row], levels: range, parts: Sequence[float], ratios: Se
         if start >= LOW_NOISE:
             summary = f"unfit above a low noise level (sigma/alpha {high:.3g}; {start:.0%} of the run is noisier)"
     if any(harmful[levels.stop :]):
-        summary = f"unfit below sigma/alpha {low:.3g}" if summary == "fit" else f"{summary}, and below {low:.3g}"
+        summary = (
+            f"unfit below sigma/alpha {low:.3g}"
+            if summary == "fit"
+            else f"{summary}, and below {low:.3g}"
+        )
     strength = (round(scale, 2), round(SHARPEST * scale, 2))
-    words = [f"It knows the label at sigma/alpha {low:.3g} to {high:.3g}: guidance_start={start:.2f}, "
-             f"guidance_stop={stop:.2f} of a {run} run, or sigma_interval=({low:.3g}, {high:.3g}) with any scheduler.",
-             confident,
-             f"Recommended guidance_scale: {strength[0]:g} (exact, as far as the classifier is) to {strength[1]:g} "
-             "(sharper, less varied)."]
-    for name, part in (("noisier", slice(0, levels.start)), ("less noisy", slice(levels.stop, None))):
+    words = [
+        f"It knows the label at sigma/alpha {low:.3g} to {high:.3g}: guidance_start={start:.2f}, "
+        f"guidance_stop={stop:.2f} of a {run} run, or sigma_interval=({low:.3g}, {high:.3g}) with any scheduler.",
+        confident,
+        f"Recommended guidance_scale: {strength[0]:g} (exact, as far as the classifier is) to {strength[1]:g} "
+        "(sharper, less varied).",
+    ]
+    for name, part in (
+        ("noisier", slice(0, levels.start)),
+        ("less noisy", slice(levels.stop, None)),
+    ):
         if any(harmful[part]):
             worst = min(rows[part], key=lambda row: row["information"])
-            words.insert(1, f"At {name} levels it is worse than silence: cross entropy {worst['cross_entropy']:.2f} at "
-                            f"sigma/alpha {worst['sigma_over_alpha']:.3g}, where the labels' frequencies have "
-                            f"{worst['prior_entropy']:.2f}.")
+            words.insert(
+                1,
+                f"At {name} levels it is worse than silence: cross entropy {worst['cross_entropy']:.2f} at "
+                f"sigma/alpha {worst['sigma_over_alpha']:.3g}, where the labels' frequencies have "
+                f"{worst['prior_entropy']:.2f}.",
+            )
         elif len(rows[part]):
-            words.insert(1, f"At {name} levels it is as good as silence, as far as these images tell: no harm, and no "
-                            "guidance to speak of.")
+            words.insert(
+                1,
+                f"At {name} levels it is as good as silence, as far as these images tell: no harm, and no "
+                "guidance to speak of.",
+            )
     if compared:
         there = rows[levels.start : levels.stop]
         angle, size = ([row[name] for row in there] for name in ("cosine", "reference_scale"))
-        words.append(f"There the cosine of its gradient to the reference is {min(angle):.2f} to {max(angle):.2f}, and "
-                     f"the scale at which it is nearest to it {min(size):.2f} to {max(size):.2f}.")
+        words.append(
+            f"There the cosine of its gradient to the reference is {min(angle):.2f} to {max(angle):.2f}, and "
+            f"the scale at which it is nearest to it {min(size):.2f} to {max(size):.2f}."
+        )
     return Verdict(summary, tuple(words), start, stop, (low, high), strength, kind, scale, error)

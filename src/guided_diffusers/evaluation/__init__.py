@@ -35,9 +35,25 @@ from .networks import Network, default_features, inception, load_network, of_cla
 from .report import draw_bits, draw_confusion, draw_pairs, table
 from .summary import Settings, Summary, stream, summarise
 
-__all__ = ["Bootstrap", "Evaluation", "Images", "Network", "Rows", "Settings", "Summary", "compare", "default_features",
-           "evaluate", "inception", "load_network", "of_classifier", "of_module", "open_generated", "open_real",
-           "summarise"]
+__all__ = [
+    "Bootstrap",
+    "Evaluation",
+    "Images",
+    "Network",
+    "Rows",
+    "Settings",
+    "Summary",
+    "compare",
+    "default_features",
+    "evaluate",
+    "inception",
+    "load_network",
+    "of_classifier",
+    "of_module",
+    "open_generated",
+    "open_real",
+    "summarise",
+]
 SHOWN = 10  # pairs of the picture
 SAME = 1e-4  # of a feature vector's length: nearer is the same image, seen in another batch
 
@@ -88,10 +104,22 @@ class Evaluation:
             OSError: for a disk that is full.
         """
         folder = Path(folder)
-        write_json({"figures": self.figures, "per_class": self.per_class, "confusion": self.confusion,
-                    "classes": self.classes, "bits_per_dimension": self.bits, "notes": self.notes, "nearest": [
-                        {"generated": one.generated, "training": one.training, "distance": one.distance}
-                        for one in self.pairs], "settings": self.settings}, folder / "evaluation.json")
+        write_json(
+            {
+                "figures": self.figures,
+                "per_class": self.per_class,
+                "confusion": self.confusion,
+                "classes": self.classes,
+                "bits_per_dimension": self.bits,
+                "notes": self.notes,
+                "nearest": [
+                    {"generated": one.generated, "training": one.training, "distance": one.distance}
+                    for one in self.pairs
+                ],
+                "settings": self.settings,
+            },
+            folder / "evaluation.json",
+        )
         if picture and self.confusion is not None:
             draw_confusion(self.confusion, self.classes, folder / "confusion.png")
         if picture and self.pairs:
@@ -100,10 +128,23 @@ class Evaluation:
             draw_bits(self.bits["terms"], folder / "bits_per_dim.png")
 
 
-def evaluate(generated: Images, real: Images, features: Network, judge: Network | None = None,
-             training: Images | None = None, *, max_features: int = 10_000, nearest: int = 1000, bootstrap: int = 100,
-             confidence: float = 0.95, seed: int = 0, batch_size: int = 64, per_class: bool = True,
-             cache: str | Path | None = None, progress: bool = True) -> Evaluation:
+def evaluate(
+    generated: Images,
+    real: Images,
+    features: Network,
+    judge: Network | None = None,
+    training: Images | None = None,
+    *,
+    max_features: int = 10_000,
+    nearest: int = 1000,
+    bootstrap: int = 100,
+    confidence: float = 0.95,
+    seed: int = 0,
+    batch_size: int = 64,
+    per_class: bool = True,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
     """Compare generated images with real ones.
 
     Frechet distance, accuracy and class score are of all images. What needs the features image by image (kernel
@@ -131,39 +172,85 @@ def evaluate(generated: Images, real: Images, features: Network, judge: Network 
     names, classes, ids, real_ids, notes = common_labels(generated, real, judge)
     notes += _of_the_guide(generated.description.get("manifest", {}), features, judge)
     scorer = judge or (features if features.inception else None)
-    shared = {"classes": classes, "max_features": max_features, "resamples": bootstrap, "seed": seed,
-              "per_class": per_class, "answers": judge is not None}
+    shared = {
+        "classes": classes,
+        "max_features": max_features,
+        "resamples": bootstrap,
+        "seed": seed,
+        "per_class": per_class,
+        "answers": judge is not None,
+    }
     work: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    ours = summarise(generated, features, scorer, Settings(ids=ids, **shared), what="generated images", **work)
-    theirs = summarise(real, features, scorer, Settings(ids=real_ids, labelled=real_ids != {}, **shared),
-                       what="real images", cache=cache and Path(cache), **work)
+    ours = summarise(
+        generated, features, scorer, Settings(ids=ids, **shared), what="generated images", **work
+    )
+    theirs = summarise(
+        real,
+        features,
+        scorer,
+        Settings(ids=real_ids, labelled=real_ids != {}, **shared),
+        what="real images",
+        cache=cache and Path(cache),
+        **work,
+    )
     draws = Bootstrap(bootstrap, confidence, seed, progress and PartialState().is_main_process)
     figures = compare(ours, theirs, draws, features.inception)
     width = ours.moments.mean.shape[1]
     notes += _notes(ours, theirs, width, per_class)
     pairs: list[Pair] = []
     if training is not None:
-        more, pairs, said = _nearest(generated, training, features, ours, theirs, nearest, draws, work)
+        more, pairs, said = _nearest(
+            generated, training, features, ours, theirs, nearest, draws, work
+        )
         figures |= more
         notes += said
     confusion = None if ours.answers is None else ours.answers.confusion.tolist()
     settings = {
-        "images": {**generated.description, "count": ours.count}, "real": {**real.description, "count": theirs.count},
+        "images": {**generated.description, "count": ours.count},
+        "real": {**real.description, "count": theirs.count},
         "training": None if training is None else {**training.description, "count": len(training)},
         "features": {"network": features.name, "width": width, "weights": features.digest()},
         "judge": None if judge is None else {"network": judge.name, "weights": judge.digest()},
-        "shape": list(generated.shape), "max_features": max_features, "nearest": nearest, "bootstrap": bootstrap,
-        "confidence": confidence, "seed": seed, "batch_size": batch_size, "precision_k": PRECISION_K,
-        "coverage_k": COVERAGE_K, "processes": PartialState().num_processes}
-    return Evaluation(figures, by_class(ours, theirs, names, draws), confusion,
-                      [names.get(i, str(i)) for i in range(classes)] if confusion else [], pairs, None, settings, notes)
+        "shape": list(generated.shape),
+        "max_features": max_features,
+        "nearest": nearest,
+        "bootstrap": bootstrap,
+        "confidence": confidence,
+        "seed": seed,
+        "batch_size": batch_size,
+        "precision_k": PRECISION_K,
+        "coverage_k": COVERAGE_K,
+        "processes": PartialState().num_processes,
+    }
+    return Evaluation(
+        figures,
+        by_class(ours, theirs, names, draws),
+        confusion,
+        [names.get(i, str(i)) for i in range(classes)] if confusion else [],
+        pairs,
+        None,
+        settings,
+        notes,
+    )
 
 
-def _check(generated: Images, real: Images, judge: Network | None, max_features: int, nearest: int, bootstrap: int,
-           confidence: float, batch_size: int) -> None:
+def _check(
+    generated: Images,
+    real: Images,
+    judge: Network | None,
+    max_features: int,
+    nearest: int,
+    bootstrap: int,
+    confidence: float,
+    batch_size: int,
+) -> None:
     least = COVERAGE_K + 1
-    for name, value, smallest in (("max_features", max_features, least), ("nearest", nearest, 1),
-                                  ("bootstrap", bootstrap, 0), ("batch_size", batch_size, 1)):
+    for name, value, smallest in (
+        ("max_features", max_features, least),
+        ("nearest", nearest, 1),
+        ("bootstrap", bootstrap, 0),
+        ("batch_size", batch_size, 1),
+    ):
         if value < smallest:
             raise ValueError(f"{name}={value}: at least {smallest} is allowed")
     if not 0 < confidence < 1:
@@ -172,16 +259,21 @@ def _check(generated: Images, real: Images, judge: Network | None, max_features:
         if len(images) < least:
             raise ValueError(f"{len(images)} {name} images: at least {least} are needed")
     if generated.shape != real.shape:
-        raise ValueError(f"the generated images have the shape {generated.shape}, the real ones {real.shape}")
+        raise ValueError(
+            f"the generated images have the shape {generated.shape}, the real ones {real.shape}"
+        )
     if judge is not None and judge.classes is None:
         raise ValueError(f"judge: {judge.name} is no classifier")
     if judge is not None and not generated.labelled:
-        raise ValueError("judge: the generated images have no labels, so there is nothing to judge; name their column, "
-                         "or no judge")
+        raise ValueError(
+            "judge: the generated images have no labels, so there is nothing to judge; name their column, "
+            "or no judge"
+        )
 
 
-def common_labels(generated: Images, real: Images, judge: Network | None) -> tuple[
-        dict[int, str], int, Mapping[int, int] | None, Mapping[int, int] | None, list[str]]:
+def common_labels(
+    generated: Images, real: Images, judge: Network | None
+) -> tuple[dict[int, str], int, Mapping[int, int] | None, Mapping[int, int] | None, list[str]]:
     """The names of the labels, how many, and the ids there of the generated and of the real images' labels.
 
     The judge's are those of all, else the real images'. Names are matched as names; ids only where there are none. Ids
@@ -192,8 +284,18 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> tup
     """
     notes: list[str] = []
     if not generated.labelled:
-        return {}, 0, None, {}, ["the generated images have no labels, so nothing is said of classes"]
-    owner, whose = (judge, f"the judge {judge.name}") if judge is not None else (real, "the real images' data set")
+        return (
+            {},
+            0,
+            None,
+            {},
+            ["the generated images have no labels, so nothing is said of classes"],
+        )
+    owner, whose = (
+        (judge, f"the judge {judge.name}")
+        if judge is not None
+        else (real, "the real images' data set")
+    )
     if judge is None and not real.labelled:
         owner, whose = generated, "the generated images"
     names = dict(owner.names)
@@ -204,59 +306,95 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> tup
             found.append({})
             notes.append(f"{what} have no labels, so nothing is said of their classes")
         elif not (named(images.names) and named(names)):
-            notes += [f"{what} and {whose} were matched by their labels' ids"] if images is not owner else []
+            notes += (
+                [f"{what} and {whose} were matched by their labels' ids"]
+                if images is not owner
+                else []
+            )
             found.append(None)
         else:
             try:
                 found.append(matched(images.names, names, what, whose))
             except ValueError as error:
                 if images is generated:
-                    raise ValueError(f"{error}: a judge with other classes can't judge them" if judge is not None
-                                     else str(error)) from error
+                    raise ValueError(
+                        f"{error}: a judge with other classes can't judge them"
+                        if judge is not None
+                        else str(error)
+                    ) from error
                 notes.append(f"{error}; they count as without labels")
                 found.append({})
     return names, classes, found[0], found[1], notes
 
 
-def _of_the_guide(manifest: Mapping[str, Any], features: Network, judge: Network | None) -> list[str]:
+def _of_the_guide(
+    manifest: Mapping[str, Any], features: Network, judge: Network | None
+) -> list[str]:
     """What to say where a network that looks at the images is the classifier that guided them."""
     scale = manifest.get("guidance_scale")
     if not manifest.get("classifier") or not any(scale if isinstance(scale, list) else [scale]):
         return []
-    looking = {"judge": judge, "network of the features": features} if judge is not features else {"judge": judge}
-    return [f"the {what}, {network.name}, has the weights of the classifier that guided the images, so it says how far "
-            "they were moved to its liking, not how good they are" for what, network in looking.items()
-            if network is not None and module_hash(network.module) == manifest["classifier"]]
+    looking = (
+        {"judge": judge, "network of the features": features}
+        if judge is not features
+        else {"judge": judge}
+    )
+    return [
+        f"the {what}, {network.name}, has the weights of the classifier that guided the images, so it says how far "
+        "they were moved to its liking, not how good they are"
+        for what, network in looking.items()
+        if network is not None and module_hash(network.module) == manifest["classifier"]
+    ]
 
 
 def _notes(generated: Summary, real: Summary, width: int, per_class: bool) -> list[str]:
     notes = []
     for name, one in (("generated", generated), ("real", real)):
         if one.count <= width:
-            notes.append(f"{one.count} {name} images of {width} features: their covariance is singular, and the "
-                         "Frechet distance larger than of many; compare it only at equal numbers")
+            notes.append(
+                f"{one.count} {name} images of {width} features: their covariance is singular, and the "
+                "Frechet distance larger than of many; compare it only at equal numbers"
+            )
         if len(one.kept.compute()[0]) < one.count:
-            notes.append(f"what needs features image by image is of a sample of {len(one.kept.compute()[0])} of the "
-                         f"{one.count} {name} images")
+            notes.append(
+                f"what needs features image by image is of a sample of {len(one.kept.compute()[0])} of the "
+                f"{one.count} {name} images"
+            )
     if per_class and generated.kept.compute()[1].min() >= 0 and not generated.classed:
-        notes.append(f"no Frechet distance of a class: the covariances of all classes with {width} features would take "
-                     "more than 1 GiB")
+        notes.append(
+            f"no Frechet distance of a class: the covariances of all classes with {width} features would take "
+            "more than 1 GiB"
+        )
     labels, true = (set(one.kept.compute()[1].tolist()) - {-1} for one in (generated, real))
     if labels and true - labels:
-        notes.append(f"{len(true - labels)} of the real images' {len(true)} classes were not generated, by which "
-                     "distance, recall and coverage are worse")
+        notes.append(
+            f"{len(true - labels)} of the real images' {len(true)} classes were not generated, by which "
+            "distance, recall and coverage are worse"
+        )
     return notes
 
 
-def _nearest(generated: Images, training: Images, features: Network, ours: Summary, theirs: Summary, count: int,
-             draws: Bootstrap, work: Mapping[str, Any]) -> tuple[dict[str, Figure], list[Pair], list[str]]:
+def _nearest(
+    generated: Images,
+    training: Images,
+    features: Network,
+    ours: Summary,
+    theirs: Summary,
+    count: int,
+    draws: Bootstrap,
+    work: Mapping[str, Any],
+) -> tuple[dict[str, Figure], list[Pair], list[str]]:
     """The figures of memorisation, the nearest pairs, and what to know in reading them."""
     if training.shape != generated.shape:
-        raise ValueError(f"the training images have the shape {training.shape}, the generated ones {generated.shape}")
+        raise ValueError(
+            f"the training images have the shape {training.shape}, the generated ones {generated.shape}"
+        )
     (numbers, _, vectors), held_out = ours.kept.compute(), theirs.kept.compute()[2][:count]
     numbers, vectors = numbers[:count], vectors[:count]
     found = Nearest(torch.cat([vectors, held_out]))
-    for these, _, some, _ in stream(training, features, None, work["batch_size"], "training images", work["progress"]):
+    for these, _, some, _ in stream(
+        training, features, None, work["batch_size"], "training images", work["progress"]
+    ):
         found.update(these, some)
     gather([found])
     distance, number = found.compute()
@@ -264,12 +402,20 @@ def _nearest(generated: Images, training: Images, features: Network, ours: Summa
     pairs, first, rest = [], distance[: len(vectors)], distance[len(vectors) :]
     for i in first.argsort(stable=True)[:SHOWN].tolist():
         ours_, theirs_ = int(numbers[i]), int(number[i])
-        pictures = next(generated.read(ours_, ours_ + 1))[0], next(training.read(theirs_, theirs_ + 1))[0]
+        pictures = (
+            next(generated.read(ours_, ours_ + 1))[0],
+            next(training.read(theirs_, theirs_ + 1))[0],
+        )
         pairs.append(Pair(ours_, theirs_, float(distance[i]), pictures))
-    notes = [f"{count} of {len(some)} {what} images are training images, to rounding" for what, some in (
-        ("generated", first), ("held-out", rest)) if (count := int((some == 0).sum()))]
+    notes = [
+        f"{count} of {len(some)} {what} images are training images, to rounding"
+        for what, some in (("generated", first), ("held-out", rest))
+        if (count := int((some == 0).sum()))
+    ]
     figures = memorisation(first, rest, draws)
     if "nearest_ratio" not in figures:
-        notes.append("most held-out images are training images, so that nothing can be said of memorisation but which "
-                     "generated images are training images, too")
+        notes.append(
+            "most held-out images are training images, so that nothing can be said of memorisation but which "
+            "generated images are training images, too"
+        )
     return figures, pairs, notes

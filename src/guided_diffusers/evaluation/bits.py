@@ -39,7 +39,10 @@ class Terms(Accumulator):
         self._append(numbers, found["total"].cpu().double())
 
     def _append(self, numbers: Tensor, totals: Tensor) -> None:
-        self.numbers, self.totals = torch.cat([self.numbers, numbers]), torch.cat([self.totals, totals])
+        self.numbers, self.totals = (
+            torch.cat([self.numbers, numbers]),
+            torch.cat([self.totals, totals]),
+        )
 
     def merge(self, other: Terms) -> None:
         self.sums += other.sums
@@ -60,9 +63,13 @@ def process_of(pipeline: ClassifierGuidedPipeline) -> Process:
     """
     scheduler, config = pipeline.scheduler, module_config(pipeline.unet)
     if pipeline.vae is not None:
-        raise ValueError("bits_per_dim: the model is of latents, and the bound would be of these, not of images")
+        raise ValueError(
+            "bits_per_dim: the model is of latents, and the bound would be of these, not of images"
+        )
     if getattr(scheduler, "betas", None) is None:
-        raise ValueError(f"bits_per_dim: a {type(scheduler).__name__} has no betas, which the bound is made of")
+        raise ValueError(
+            f"bits_per_dim: a {type(scheduler).__name__} has no betas, which the bound is made of"
+        )
     learned = config["out_channels"] == 2 * config["in_channels"]
     kind = scheduler.config.get("variance_type") or ("learned_range" if learned else "fixed_small")
     return Process(DDPMScheduler.from_config(scheduler.config, variance_type=kind))
@@ -75,8 +82,14 @@ def shape_of(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
     return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
 
-def measure(pipeline: ClassifierGuidedPipeline, images: Images, count: int, bootstrap: Bootstrap, batch_size: int = 64,
-            progress: bool = True) -> dict[str, Any]:
+def measure(
+    pipeline: ClassifierGuidedPipeline,
+    images: Images,
+    count: int,
+    bootstrap: Bootstrap,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, Any]:
     """The variational bound on -log2 p(x0) a dimension, of held-out images and the labels that they have.
 
         total = sum_t bound_t + prior;    each image's noise is of the seed and its number
@@ -95,7 +108,9 @@ def measure(pipeline: ClassifierGuidedPipeline, images: Images, count: int, boot
         ValueError: as `process_of`; for more images than there are, or labels that the network doesn't know.
     """
     if not 1 <= count <= len(images):
-        raise ValueError(f"bits_per_dim={count}: 1 to {len(images)}, the images there are, is allowed")
+        raise ValueError(
+            f"bits_per_dim={count}: 1 to {len(images)}, the images there are, is allowed"
+        )
     process, state = process_of(pipeline), PartialState()
     classes = pipeline.num_labels or module_config(pipeline.unet).get("num_class_embeds")
     labelled = bool(module_config(pipeline.unet).get("num_class_embeds"))
@@ -106,22 +121,49 @@ def measure(pipeline: ClassifierGuidedPipeline, images: Images, count: int, boot
         ids = matched(images.names, known, "the real images", "the network")
     terms, device = Terms(len(process)), pipeline.device
     share = range(count)[state.process_index :: state.num_processes]
-    with evaluating(pipeline.unet), tqdm(total=len(share), desc="bits per dimension", unit="image",
-                                         disable=not progress or not state.is_main_process) as bar:
+    with (
+        evaluating(pipeline.unet),
+        tqdm(
+            total=len(share),
+            desc="bits per dimension",
+            unit="image",
+            disable=not progress or not state.is_main_process,
+        ) as bar,
+    ):
         for start in range(0, len(share), batch_size):
             numbers = share[start : start + batch_size]
-            some = [next(images.read(i * len(images) // count, i * len(images) // count + 1)) for i in numbers]
-            labels = torch.tensor([label if ids is None else ids[label] for _, label in some]) if labelled else None
+            some = [
+                next(images.read(i * len(images) // count, i * len(images) // count + 1))
+                for i in numbers
+            ]
+            labels = (
+                torch.tensor([label if ids is None else ids[label] for _, label in some])
+                if labelled
+                else None
+            )
             if labelled and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ValueError(f"bits_per_dim: the real images have the labels {labels.unique().tolist()[-5:]}, and "
-                                 f"the network knows the ids 0 to {classes - 1}")
-            found = bits_per_dim(pipeline.unet, process, torch.stack([image for image, _ in some]).to(device),
-                                 None if labels is None else labels.to(device),
-                                 generator=[image_generator(bootstrap.seed, i) for i in numbers])
+                raise ValueError(
+                    f"bits_per_dim: the real images have the labels {labels.unique().tolist()[-5:]}, and "
+                    f"the network knows the ids 0 to {classes - 1}"
+                )
+            found = bits_per_dim(
+                pipeline.unet,
+                process,
+                torch.stack([image for image, _ in some]).to(device),
+                None if labels is None else labels.to(device),
+                generator=[image_generator(bootstrap.seed, i) for i in numbers],
+            )
             terms.update(torch.tensor(numbers), found)
             bar.update(len(numbers))
     gather([terms])
     means, prior, totals = terms.compute()
-    rows = [{"timestep": int(t), **dict(zip(TERMS, column, strict=True))}
-            for t, column in zip(process.timesteps, means.T.tolist(), strict=True)]
-    return {"total": bootstrap.mean(totals, "less", float("inf")), "prior": prior, "terms": rows, "images": count}
+    rows = [
+        {"timestep": int(t), **dict(zip(TERMS, column, strict=True))}
+        for t, column in zip(process.timesteps, means.T.tolist(), strict=True)
+    ]
+    return {
+        "total": bootstrap.mean(totals, "less", float("inf")),
+        "prior": prior,
+        "terms": rows,
+        "images": count,
+    }

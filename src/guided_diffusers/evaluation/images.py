@@ -40,8 +40,12 @@ class Images(Protocol):
         """The images `start` to `stop` - 1."""
 
 
-def open_generated(path: str | Path, split: str | None = None, image_column: str | None = None,
-                   label_column: str | None = None) -> Images:
+def open_generated(
+    path: str | Path,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Images:
     """Generated images: a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled data set.
 
     Args:
@@ -56,11 +60,18 @@ def open_generated(path: str | Path, split: str | None = None, image_column: str
     if folder.suffix == ".npz":
         return Arrays(folder)
     if (manifest := read_manifest(folder)) and not manifest.get("complete", True):
-        raise ValueError(f"images: {folder} isn't complete, as its manifest says; start `guided-diffusers sample` "
-                         "again, which goes on where it was")
-    shown = [one for one in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in
-                                                                 one.relative_to(folder).parts)]
-    arrays, shards = ([one for one in shown if one.suffix == suffix] for suffix in (".npz", ".parquet"))
+        raise ValueError(
+            f"images: {folder} isn't complete, as its manifest says; start `guided-diffusers sample` "
+            "again, which goes on where it was"
+        )
+    shown = [
+        one
+        for one in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in one.relative_to(folder).parts)
+    ]
+    arrays, shards = (
+        [one for one in shown if one.suffix == suffix] for suffix in (".npz", ".parquet")
+    )
     if len(arrays) == 1:
         found: Images = Arrays(arrays[0])
     elif shards and split is None:
@@ -69,11 +80,20 @@ def open_generated(path: str | Path, split: str | None = None, image_column: str
         pictures = split is None and any(one.suffix.lower() in PICTURES for one in shown)
         # of ours every folder is a label, also an only one, or one that is called as a split is
         ours = {"data_files": {"train": "**"}, "drop_labels": False} if manifest else {}
-        splits = _loaded(lambda: datasets.load_dataset("imagefolder", data_dir=str(folder), **ours) if pictures
-                         else load_splits(str(path)), "images", str(path))
+        splits = _loaded(
+            lambda: (
+                datasets.load_dataset("imagefolder", data_dir=str(folder), **ours)
+                if pictures
+                else load_splits(str(path))
+            ),
+            "images",
+            str(path),
+        )
         if split is None and len(splits) > 1:
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one")
-        found = Rows.native(_split(splits, split or next(iter(splits)), "images"), image_column, label_column)
+        found = Rows.native(
+            _split(splits, split or next(iter(splits)), "images"), image_column, label_column
+        )
     expected = (manifest or {}).get("num_images", len(found))
     if len(found) != expected:
         raise ValueError(f"images: {folder} has {len(found)} images, its manifest says {expected}")
@@ -81,34 +101,55 @@ def open_generated(path: str | Path, split: str | None = None, image_column: str
     return found
 
 
-def open_real(dataset: str, shape: tuple[int, int, int], split: str | None = None, image_column: str | None = None,
-              label_column: str | None = None) -> Images:
+def open_real(
+    dataset: str,
+    shape: tuple[int, int, int],
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Images:
     """A split of a data set (default: validation, test or train) in the shape of the generated images.
 
     Raises:
         ValueError: for a split that isn't there, or images in colour where the generated ones are grey.
     """
     splits = _loaded(lambda: load_splits(dataset), "dataset", dataset)
-    split = split or next((name for name in ("validation", "test", "train") if name in splits), None)
+    split = split or next(
+        (name for name in ("validation", "test", "train") if name in splits), None
+    )
     rows = _split(splits, split, "dataset")
     data = LabelledImages(rows, image_column, label_column, shape[1], center_crop=True)
     if data.channels > shape[0]:
-        raise ValueError(f"dataset: its images are in colour, the generated ones have {shape[0]} channel")
-    data = LabelledImages(rows, image_column, label_column, shape[1], center_crop=True, channels=shape[0])
+        raise ValueError(
+            f"dataset: its images are in colour, the generated ones have {shape[0]} channel"
+        )
+    data = LabelledImages(
+        rows, image_column, label_column, shape[1], center_crop=True, channels=shape[0]
+    )
     found = Rows(data, data.id2label, data.label_column is not None)
-    found.description |= {"dataset": dataset, "split": split, "resolution": shape[1], "fingerprint": rows._fingerprint,
-                          "image_column": data.image_column, "label_column": data.label_column}
+    found.description |= {
+        "dataset": dataset,
+        "split": split,
+        "resolution": shape[1],
+        "fingerprint": rows._fingerprint,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+    }
     return found
 
 
-def _loaded(load: Callable[[], datasets.DatasetDict], argument: str, name: str) -> datasets.DatasetDict:
+def _loaded(
+    load: Callable[[], datasets.DatasetDict], argument: str, name: str
+) -> datasets.DatasetDict:
     try:
         return load()
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise ValueError(f"{argument}: {name} can't be read: {error.__cause__ or error}") from error
 
 
-def _split(splits: Mapping[str, datasets.Dataset], split: str | None, argument: str) -> datasets.Dataset:
+def _split(
+    splits: Mapping[str, datasets.Dataset], split: str | None, argument: str
+) -> datasets.Dataset:
     if split not in splits:
         raise ValueError(f"{argument}: split {split!r} isn't there; it has {sorted(splits)}")
     return splits[split]
@@ -139,17 +180,33 @@ class Rows:
         check: is told of an item before it is read, and raises where it doesn't fit.
     """
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], names: Mapping[int, str] | None = None,
-                 labelled: bool = True, check: Callable[[int], None] = lambda i: None):
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        names: Mapping[int, str] | None = None,
+        labelled: bool = True,
+        check: Callable[[int], None] = lambda i: None,
+    ):
         if len(items) == 0:
             raise ValueError("images: there are none")
-        self.items, self.names, self.labelled, self.check = items, dict(names or {}), labelled, check
+        self.items, self.names, self.labelled, self.check = (
+            items,
+            dict(names or {}),
+            labelled,
+            check,
+        )
         self.shape = tuple(items[0]["pixel_values"].shape)
         self.description: dict[str, Any] = {}
 
     @classmethod
-    def native(cls, rows: datasets.Dataset, image_column: str | None, label_column: str | None,
-               names: dict[int, str] | None = None, shape: tuple[int, int, int] | None = None) -> Rows:
+    def native(
+        cls,
+        rows: datasets.Dataset,
+        image_column: str | None,
+        label_column: str | None,
+        names: dict[int, str] | None = None,
+        shape: tuple[int, int, int] | None = None,
+    ) -> Rows:
         """Rows of a data set as they are, where all are squares of one size: that of `shape`, else of the first."""
         column = LabelledImages(rows, image_column, label_column, channels=1).image_column
         encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -160,19 +217,31 @@ class Rows:
                 return Image.open(io.BytesIO(raw["bytes"]) if raw["bytes"] else raw["path"]).size
             except (OSError, TypeError) as error:
                 name = f" ({raw['path']})" if raw and raw["path"] else ""
-                raise CorruptImage(f"images: that of row {i}{name} can't be read: {error}") from error
+                raise CorruptImage(
+                    f"images: that of row {i}{name} can't be read: {error}"
+                ) from error
 
         width, height = size(0) if shape is None else shape[:0:-1]
         if width != height:
-            raise ValueError(f"images: they are {width} by {height}; only square ones can be evaluated")
+            raise ValueError(
+                f"images: they are {width} by {height}; only square ones can be evaluated"
+            )
 
         def check(i: int) -> None:
             if (found := size(i)) != (width, height):
-                raise ValueError(f"images: that of row {i} is {found[0]} by {found[1]}, others are {width} by {height}")
+                raise ValueError(
+                    f"images: that of row {i} is {found[0]} by {found[1]}, others are {width} by {height}"
+                )
 
         check(0)
-        data = LabelledImages(rows, image_column, label_column, width, channels=None if shape is None else shape[0],
-                              labels=names)
+        data = LabelledImages(
+            rows,
+            image_column,
+            label_column,
+            width,
+            channels=None if shape is None else shape[0],
+            labels=names,
+        )
         return cls(data, data.id2label, data.label_column is not None, check)
 
     def __len__(self) -> int:
@@ -183,8 +252,10 @@ class Rows:
             self.check(i)
             item = self.items[i]
             if tuple(item["pixel_values"].shape) != self.shape:
-                raise ValueError(f"images: that of row {i} has the shape {tuple(item['pixel_values'].shape)}, others "
-                                 f"{self.shape}")
+                raise ValueError(
+                    f"images: that of row {i} has the shape {tuple(item['pixel_values'].shape)}, others "
+                    f"{self.shape}"
+                )
             yield item["pixel_values"], int(item["label"]) if self.labelled else -1
 
 
@@ -198,14 +269,21 @@ class Shards:
             and its row there.
     """
 
-    def __init__(self, files: Sequence[Path], image_column: str | None = None, label_column: str | None = None):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ):
         self.files, self.columns = list(files), (image_column, label_column)
         self.counts = [self._metadata(file).num_rows for file in self.files]
         if not sum(self.counts):
             raise ValueError(f"images: the Parquet files of {self.files[0].parent} have no rows")
         self.description: dict[str, Any] = {}
         self.names, self.shape, self.labelled = {}, None, True
-        _, first = next(self._chunks(self.files[next(i for i, count in enumerate(self.counts) if count)]))
+        _, first = next(
+            self._chunks(self.files[next(i for i, count in enumerate(self.counts) if count)])
+        )
         self.shape, self.labelled = first.shape, first.labelled
         self.names = self._names(first)
 
@@ -214,7 +292,9 @@ class Shards:
         try:
             return pyarrow.parquet.read_metadata(file)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"images: {file} can't be read; it is cut short, or no Parquet file ({error})") from error
+            raise ValueError(
+                f"images: {file} can't be read; it is cut short, or no Parquet file ({error})"
+            ) from error
 
     def _names(self, first: Rows) -> dict[int, str]:
         """Of all files, where the labels aren't class ids with names."""
@@ -223,7 +303,9 @@ class Shards:
             return first.names
         values: set[Any] = set()
         for file in self.files:
-            values |= set(pyarrow.parquet.read_table(file, columns=[column])[column].unique().to_pylist())
+            values |= set(
+                pyarrow.parquet.read_table(file, columns=[column])[column].unique().to_pylist()
+            )
         if all(isinstance(value, str) for value in values):
             return dict(enumerate(sorted(values)))
         return {i: str(i) for i in range(max(values) + 1)}
@@ -236,7 +318,9 @@ class Shards:
                 for batch in opened.iter_batches(256):
                     if start < done + len(batch):
                         first = max(start, done)
-                        rows = datasets.Dataset(pyarrow.Table.from_batches([batch[first - done :]]), fingerprint="0")
+                        rows = datasets.Dataset(
+                            pyarrow.Table.from_batches([batch[first - done :]]), fingerprint="0"
+                        )
                         with numbered(file, first):
                             part = Rows.native(rows, *self.columns, self.names or None, self.shape)
                         yield first, part
@@ -268,7 +352,9 @@ def numbered(file: Path, first: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text, found = re.subn(r"\brow (\d+)", lambda row: f"row {first + int(row[1])} of {file}", str(error), count=1)
+        text, found = re.subn(
+            r"\brow (\d+)", lambda row: f"row {first + int(row[1])} of {file}", str(error), count=1
+        )
         if not found:
             raise
         raise ValueError(text) from error
@@ -291,22 +377,40 @@ class Arrays:
                     array, fortran, dtype = self._header(member)
                     bytes_ = archive.getinfo("arr_0.npy").file_size - member.tell()
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError) as error:
-            raise ValueError(f"images: {path} can't be read; it is cut short, or no .npz with arr_0 "
-                             f"({error})") from error
-        if len(array) != 4 or array[3] not in (1, 3) or dtype != np.uint8 or fortran or array[1] != array[2]:
-            raise ValueError(f"images: arr_0 of {path} is {array} {dtype}; (N, H, H, 1 or 3) uint8 in C order is "
-                             "allowed")
+            raise ValueError(
+                f"images: {path} can't be read; it is cut short, or no .npz with arr_0 ({error})"
+            ) from error
+        if (
+            len(array) != 4
+            or array[3] not in (1, 3)
+            or dtype != np.uint8
+            or fortran
+            or array[1] != array[2]
+        ):
+            raise ValueError(
+                f"images: arr_0 of {path} is {array} {dtype}; (N, H, H, 1 or 3) uint8 in C order is "
+                "allowed"
+            )
         self.count, self.shape = array[0], (array[3], array[1], array[2])
         self.bytes = int(np.prod(array[1:]))
-        if bytes_ != self.count * self.bytes or self.labels is not None and self.labels.shape != (self.count,):
-            raise ValueError(f"images: {path} has {bytes_} bytes of {array} images, and "
-                             f"{'no' if self.labels is None else self.labels.shape} labels, which don't fit")
+        if (
+            bytes_ != self.count * self.bytes
+            or self.labels is not None
+            and self.labels.shape != (self.count,)
+        ):
+            raise ValueError(
+                f"images: {path} has {bytes_} bytes of {array} images, and "
+                f"{'no' if self.labels is None else self.labels.shape} labels, which don't fit"
+            )
         self.labelled = self.labels is not None
 
     @staticmethod
     def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(member)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
         return reader[version](member)
 
     @staticmethod
@@ -343,7 +447,9 @@ def named(names: Mapping[int, str]) -> bool:
     return any(name != str(i) for i, name in names.items())
 
 
-def matched(names: Mapping[int, str], wanted: Mapping[int, str], whose: str, other: str) -> dict[int, int]:
+def matched(
+    names: Mapping[int, str], wanted: Mapping[int, str], whose: str, other: str
+) -> dict[int, int]:
     """{id: id in `wanted`} of labels of the same name, as it is or as a folder of `guided-diffusers sample` has it.
 
     Where several of `wanted` have that name, a label keeps its id if that is one of them.
@@ -354,9 +460,14 @@ def matched(names: Mapping[int, str], wanted: Mapping[int, str], whose: str, oth
     apart = unique_names(wanted, max(wanted, default=-1) + 1)
     folders = folder_names(apart)
     own = {name: i for i, name in wanted.items()}
-    ids = {as_folder(name): i for name, i in own.items()} | {
-        form: i for i in wanted for form in (folders[i], apart[i])} | own
+    ids = (
+        {as_folder(name): i for name, i in own.items()}
+        | {form: i for i in wanted for form in (folders[i], apart[i])}
+        | own
+    )
     if missing := [name for name in names.values() if name not in ids]:
-        raise ValueError(f"{whose} have the labels {missing[:10]}, which {other} hasn't; it has "
-                         f"{list(wanted.values())[:20]}")
+        raise ValueError(
+            f"{whose} have the labels {missing[:10]}, which {other} hasn't; it has "
+            f"{list(wanted.values())[:20]}"
+        )
     return {i: i if wanted.get(i) == name else ids[name] for i, name in names.items()}

@@ -40,14 +40,16 @@ class Network:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raises:
-            ValueError: for features of another shape than (B, D).
-            FloatingPointError: for features or logits that are NaN or infinite.
+        ValueError: for features of another shape than (B, D).
+        FloatingPointError: for features or logits that are NaN or infinite.
         """
         parameter = next(self.module.parameters(), images)
         features, logits = self.look(images.to(parameter.device))
         if features.ndim != 2 or len(features) != len(images):
-            raise ValueError(f"features: {self.name} gives {tuple(features.shape)} for {len(images)} images; (B, D) is "
-                             "allowed")
+            raise ValueError(
+                f"features: {self.name} gives {tuple(features.shape)} for {len(images)} images; (B, D) is "
+                "allowed"
+            )
         if not features.isfinite().all() or logits is not None and not logits.isfinite().all():
             raise FloatingPointError(f"{self.name} gives features or logits that are not finite")
         return features.float(), None if logits is None else logits.float()
@@ -77,8 +79,10 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
     if str(name) == INCEPTION:
         found = inception()
     elif "/" not in str(name) and not Path(name).exists():
-        found = of_classifier(NoiseAwareClassifier.from_pretrained(bundled.folder(str(name)) / "judge"),
-                              f"{name}/judge")
+        found = of_classifier(
+            NoiseAwareClassifier.from_pretrained(bundled.folder(str(name)) / "judge"),
+            f"{name}/judge",
+        )
     else:
         found = _saved(str(name))
     found.module.to(device).eval()
@@ -95,8 +99,10 @@ def _saved(name: str) -> Network:
     if config.get("_class_name") == NoiseAwareClassifier.__name__:
         return of_classifier(NoiseAwareClassifier.from_pretrained(name), name)
     config = transformers.AutoConfig.from_pretrained(name)
-    processor = Preprocess(transformers.AutoImageProcessor.from_pretrained(name, use_fast=False),
-                           getattr(config, "num_channels", None))
+    processor = Preprocess(
+        transformers.AutoImageProcessor.from_pretrained(name, use_fast=False),
+        getattr(config, "num_channels", None),
+    )
     if any(one.endswith("ForImageClassification") for one in config.architectures or ()):
         model = transformers.AutoModelForImageClassification.from_pretrained(name)
         return of_classifier(model, name, lambda images: model(processor(images)))
@@ -104,7 +110,9 @@ def _saved(name: str) -> Network:
 
     def look(images: Tensor) -> tuple[Tensor, None]:
         pixels = processor(images)
-        output = model.get_image_features(pixels) if hasattr(config, "vision_config") else model(pixels)
+        output = (
+            model.get_image_features(pixels) if hasattr(config, "vision_config") else model(pixels)
+        )
         if isinstance(output, Tensor):
             return output, None
         pooled = output.get("pooler_output")
@@ -118,7 +126,9 @@ def of_module(module: nn.Module, name: str | None = None) -> Network:
     return Network(name or type(module).__name__, module, lambda images: (module(images), None))
 
 
-def of_classifier(model: nn.Module, name: str | None = None, run: Callable[[Tensor], Any] | None = None) -> Network:
+def of_classifier(
+    model: nn.Module, name: str | None = None, run: Callable[[Tensor], Any] | None = None
+) -> Network:
     """A classifier; its features are what its last linear layer is given.
 
     Args:
@@ -134,11 +144,15 @@ def of_classifier(model: nn.Module, name: str | None = None, run: Callable[[Tens
     classes = config.get("num_labels") or len(names)
     kind = config.get("problem_type") or "single_label_classification"
     if kind != "single_label_classification" or classes < 2:
-        raise ValueError(f"judge: {name} has problem_type={kind!r}, num_labels={classes}; a classifier of single "
-                         "labels, two or more, is allowed")
+        raise ValueError(
+            f"judge: {name} has problem_type={kind!r}, num_labels={classes}; a classifier of single "
+            "labels, two or more, is allowed"
+        )
     linear = [one for one in model.modules() if isinstance(one, nn.Linear)]
     if not linear or linear[-1].out_features != classes:
-        raise ValueError(f"features: the last layer of {name} isn't a linear one of its {classes} classes")
+        raise ValueError(
+            f"features: the last layer of {name} isn't a linear one of its {classes} classes"
+        )
     if run is None:
         noise_aware = isinstance(model, NoiseAwareClassifier)
         prepared = Preprocess(None, config.get("in_channels") or config.get("num_channels"))
@@ -149,7 +163,9 @@ def of_classifier(model: nn.Module, name: str | None = None, run: Callable[[Tens
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
-        handle = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(1)))
+        handle = linear[-1].register_forward_pre_hook(
+            lambda _, given: seen.append(given[0].flatten(1))
+        )
         try:
             logits = logits_of(run(images))
         finally:
@@ -171,15 +187,22 @@ def inception(weights: str | Path | None = None) -> Network:
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as published
     except ImportError as error:
-        raise ImportError("features 'inception' need torch-fidelity: pip install 'guided-diffusers[inception]'"
-                          ) from error
+        raise ImportError(
+            "features 'inception' need torch-fidelity: pip install 'guided-diffusers[inception]'"
+        ) from error
     if weights is None:
-        weights = Path(torch.hub.get_dir()) / "checkpoints" / published.URL_INCEPTION_V3.rpartition("/")[2]
+        weights = (
+            Path(torch.hub.get_dir())
+            / "checkpoints"
+            / published.URL_INCEPTION_V3.rpartition("/")[2]
+        )
         if not weights.exists():
             weights.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(published.URL_INCEPTION_V3, str(weights))
     torch.load(weights, weights_only=True)  # refuses code; torch-fidelity itself would run it
-    model = published.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], str(weights))
+    model = published.FeatureExtractorInceptionV3(
+        INCEPTION, ["2048", "logits_unbiased"], str(weights)
+    )
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -199,6 +222,8 @@ def default_features(manifest: dict[str, Any] | None) -> str:
     try:
         bundled.folder(model)
     except ValueError as error:
-        raise ValueError("features: the images are of no bundled model, so a network must be named: inception, a "
-                         "bundled model, or the folder or Hub id of a vision model") from error
+        raise ValueError(
+            "features: the images are of no bundled model, so a network must be named: inception, a "
+            "bundled model, or the folder or Hub id of a vision model"
+        ) from error
     return model

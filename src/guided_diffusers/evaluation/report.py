@@ -12,28 +12,62 @@ from torch import Tensor
 
 from ..outputs import aside, require_matplotlib
 
-WORDS = {"less": "less is better", "more": "more is better", "real": "near the real images' is better"}
+WORDS = {
+    "less": "less is better",
+    "more": "more is better",
+    "real": "near the real images' is better",
+}
 LARGEST = 60  # classes whose names fit a picture
 
 
-def table(figures: Mapping[str, Mapping[str, Any]], per_class: Sequence[Mapping[str, Any]],
-          bits: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
+def table(
+    figures: Mapping[str, Mapping[str, Any]],
+    per_class: Sequence[Mapping[str, Any]],
+    bits: Mapping[str, Any] | None,
+    notes: Sequence[str],
+) -> str:
     """All figures as lines."""
     rows = [("", "value", "interval", "real images", "")]
     for name, figure in figures.items():
         real = f"{figure['real']:.4g}" if "real" in figure else ""
-        rows.append((figure.get("name", name.replace("_", " ")), f"{figure['value']:.4g}", _interval(figure), real,
-                     WORDS[figure["better"]]))
+        rows.append(
+            (
+                figure.get("name", name.replace("_", " ")),
+                f"{figure['value']:.4g}",
+                _interval(figure),
+                real,
+                WORDS[figure["better"]],
+            )
+        )
     if bits is not None:
-        rows.append(("bits per dimension", f"{bits['total']['value']:.4g}", _interval(bits["total"]), "",
-                     f"of {bits['images']} real images; less is better"))
+        rows.append(
+            (
+                "bits per dimension",
+                f"{bits['total']['value']:.4g}",
+                _interval(bits["total"]),
+                "",
+                f"of {bits['images']} real images; less is better",
+            )
+        )
     text = _lines(rows) if len(rows) > 1 else ""
-    columns = [name for name in ("frechet_distance", "top_1", "top_5") if any(row.get(name) for row in per_class)]
+    columns = [
+        name
+        for name in ("frechet_distance", "top_1", "top_5")
+        if any(row.get(name) for row in per_class)
+    ]
     if columns:
-        rows = [("class", "images", *(name.replace("_", " ") for name in columns for name in (name, "interval")))]
+        rows = [
+            (
+                "class",
+                "images",
+                *(name.replace("_", " ") for name in columns for name in (name, "interval")),
+            )
+        ]
         for row in per_class:
-            cells = [(f"{row[name]['value']:.4g}", _interval(row[name])) if row.get(name) else ("", "")
-                     for name in columns]
+            cells = [
+                (f"{row[name]['value']:.4g}", _interval(row[name])) if row.get(name) else ("", "")
+                for name in columns
+            ]
             rows.append((row["name"], str(row["images"]), *(one for pair in cells for one in pair)))
         text += "\n\n" + _lines(rows)
     return text + "".join(f"\nNote: {note}." for note in notes)
@@ -45,8 +79,10 @@ def _interval(figure: Mapping[str, Any]) -> str:
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
@@ -64,7 +100,9 @@ def draw_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], pat
     rows = [name for name, here in zip(names, asked.tolist(), strict=True) if here]
     written = len(names) <= LARGEST
     size = max(4.0, 0.45 * len(names)) if written else 10.0
-    figure = Figure(figsize=(size + 2, size * max(len(rows), 4) / len(names) + 2), layout="constrained")
+    figure = Figure(
+        figsize=(size + 2, size * max(len(rows), 4) / len(names) + 2), layout="constrained"
+    )
     axis = figure.subplots()
     shown = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     figure.colorbar(shown, ax=axis, label="share of the label's images")
@@ -77,8 +115,15 @@ def draw_confusion(confusion: Sequence[Sequence[int]], names: Sequence[str], pat
             for i, row in enumerate(share.tolist()):
                 for j, value in enumerate(row):
                     if value >= 0.005:
-                        axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize="x-small",
-                                  color="white" if value > 0.5 else "black")
+                        axis.text(
+                            j,
+                            i,
+                            f"{value:.0%}",
+                            ha="center",
+                            va="center",
+                            fontsize="x-small",
+                            color="white" if value > 0.5 else "black",
+                        )
     with aside(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -97,9 +142,15 @@ def draw_pairs(pairs: Sequence[tuple[tuple[Tensor, Tensor], float]], path: Path)
     for column, (images, distance) in enumerate(pairs):
         left = margin + column * (size + 4)
         for row, image in enumerate(images):
-            array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-            pixels = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")
-            picture.paste(pixels.resize((size, size), Image.Resampling.NEAREST), (left, row * (size + 4)))
+            array = (
+                ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+            )
+            pixels = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert(
+                "RGB"
+            )
+            picture.paste(
+                pixels.resize((size, size), Image.Resampling.NEAREST), (left, row * (size + 4))
+            )
         draw.text((left + size / 2, 2 * (size + 4) + 12), f"{distance:.3g}", "black", font, "mm")
     with aside(path) as partial:
         picture.save(partial, "png")
@@ -115,10 +166,17 @@ def draw_bits(terms: Sequence[Mapping[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    titles = {"bound": "term of the bound (bits a dimension)", "x0_mse": "squared error of x0",
-              "eps_mse": "squared error of the noise"}
+    titles = {
+        "bound": "term of the bound (bits a dimension)",
+        "x0_mse": "squared error of x0",
+        "eps_mse": "squared error of the noise",
+    }
     for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        axis.plot([row["timestep"] for row in terms], [row[name] for row in terms], marker="." * (len(terms) < 50))
+        axis.plot(
+            [row["timestep"] for row in terms],
+            [row[name] for row in terms],
+            marker="." * (len(terms) < 50),
+        )
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("timestep")
         if min(row[name] for row in terms) > 0:

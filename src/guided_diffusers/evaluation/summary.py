@@ -52,20 +52,26 @@ class Summary:
     """Moments, kept features, answers and class score of images; `answers` and `score` are None without a judge."""
 
     def __init__(self, width: int, settings: Settings, judged: int | None, labelled: bool):
-        self.classed = settings.per_class and labelled and 0 < settings.classes * width**2 <= LARGEST
+        self.classed = (
+            settings.per_class and labelled and 0 < settings.classes * width**2 <= LARGEST
+        )
         self.moments = Moments(width, settings.classes if self.classed else 1)
         self.kept = Kept(settings.max_features, settings.seed)
         self.answers = Answers(judged) if judged and labelled and settings.answers else None
         self.score = ClassScore(judged, settings.resamples, settings.seed) if judged else None
 
     def parts(self) -> list[Accumulator]:
-        return [one for one in (self.moments, self.kept, self.answers, self.score) if one is not None]
+        return [
+            one for one in (self.moments, self.kept, self.answers, self.score) if one is not None
+        ]
 
     @property
     def count(self) -> int:
         return int(self.moments.count.sum())
 
-    def update(self, numbers: Tensor, labels: Tensor, features: Tensor, logits: Tensor | None) -> None:
+    def update(
+        self, numbers: Tensor, labels: Tensor, features: Tensor, logits: Tensor | None
+    ) -> None:
         """Images with these numbers, labels (B,), features (B, D) and a judge's logits (B, K)."""
         self.moments.update(features, labels if self.classed else None)
         self.kept.update(numbers, labels, features)
@@ -76,28 +82,54 @@ class Summary:
 
     def save(self, path: Path) -> None:
         with aside(path) as partial:
-            save_file({f"{i}.{name}": value.contiguous().clone() for i, part in enumerate(self.parts())
-                       for name, value in part.state().items()}, partial)
+            save_file(
+                {
+                    f"{i}.{name}": value.contiguous().clone()
+                    for i, part in enumerate(self.parts())
+                    for name, value in part.state().items()
+                },
+                partial,
+            )
 
     def load(self, path: Path) -> None:
         content = load_file(path)
         for i, part in enumerate(self.parts()):
-            part.restore({name.partition(".")[2]: value for name, value in content.items()
-                          if name.partition(".")[0] == str(i)})
+            part.restore(
+                {
+                    name.partition(".")[2]: value
+                    for name, value in content.items()
+                    if name.partition(".")[0] == str(i)
+                }
+            )
 
 
-def stream(images: Images, features: Network, judge: Network | None, batch_size: int, what: str,
-           progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def stream(
+    images: Images,
+    features: Network,
+    judge: Network | None,
+    batch_size: int,
+    what: str,
+    progress: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """This process's share of the images, in batches: numbers, labels, features, and the judge's logits."""
     state = PartialState()
     first, last = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
     pending: list[tuple[Tensor, int]] = []
-    with torch.no_grad(), evaluating(features.module, judge and judge.module), \
-            tqdm(total=last - first, desc=what, unit="image",
-                 disable=not progress or not state.is_main_process) as bar:
+    with (
+        torch.no_grad(),
+        evaluating(features.module, judge and judge.module),
+        tqdm(
+            total=last - first,
+            desc=what,
+            unit="image",
+            disable=not progress or not state.is_main_process,
+        ) as bar,
+    ):
         start, reading = first, images.read(first, last)
         while start < last:
-            pending = [one for _, one in zip(range(min(batch_size, last - start)), reading, strict=False)]
+            pending = [
+                one for _, one in zip(range(min(batch_size, last - start)), reading, strict=False)
+            ]
             if not pending:
                 raise ValueError(f"{what}: they end at number {start} of {len(images)}")
             pixels = torch.stack([image for image, _ in pending])
@@ -112,8 +144,17 @@ def stream(images: Images, features: Network, judge: Network | None, batch_size:
             bar.update(len(pending))
 
 
-def summarise(images: Images, features: Network, judge: Network | None, settings: Settings, *, batch_size: int = 64,
-              what: str = "images", progress: bool = True, cache: Path | None = None) -> Summary:
+def summarise(
+    images: Images,
+    features: Network,
+    judge: Network | None,
+    settings: Settings,
+    *,
+    batch_size: int = 64,
+    what: str = "images",
+    progress: bool = True,
+    cache: Path | None = None,
+) -> Summary:
     """Look at all images once; with several processes each at its share, and all have the whole then.
 
     Args:
@@ -137,14 +178,18 @@ def summarise(images: Images, features: Network, judge: Network | None, settings
         gather(found.parts())
         return found
     ids = settings.ids
-    for numbers, labels, vectors, logits in stream(images, features, judge, batch_size, what, progress):
+    for numbers, labels, vectors, logits in stream(
+        images, features, judge, batch_size, what, progress
+    ):
         if not labelled:
             labels = torch.full_like(labels, -1)
         elif ids is not None:
             labels = torch.tensor([ids[label] for label in labels.tolist()])
         if labelled and not 0 <= int(labels.min()) <= int(labels.max()) < settings.classes:
-            raise ValueError(f"{what}: labels {labels.unique().tolist()[-5:]} are there, and ids 0 to "
-                             f"{settings.classes - 1} are known")
+            raise ValueError(
+                f"{what}: labels {labels.unique().tolist()[-5:]} are there, and ids 0 to "
+                f"{settings.classes - 1} are known"
+            )
         found.update(numbers, labels, vectors, logits)
     gather(found.parts())
     if path is not None and main:
@@ -153,7 +198,9 @@ def summarise(images: Images, features: Network, judge: Network | None, settings
     return found
 
 
-def _place(cache: Path, images: Images, features: Network, judge: Network | None, settings: Settings) -> Path:
+def _place(
+    cache: Path, images: Images, features: Network, judge: Network | None, settings: Settings
+) -> Path:
     """The file of what was found before of the same images.
 
     Raises:
@@ -161,7 +208,12 @@ def _place(cache: Path, images: Images, features: Network, judge: Network | None
     """
     if "fingerprint" not in images.description:
         raise ValueError("cache: only what is found of a data set is kept")
-    key = [images.description, images.shape, features.digest(), judge and judge.digest(),
-           {**vars(settings), "ids": settings.ids and sorted(settings.ids.items())}]
+    key = [
+        images.description,
+        images.shape,
+        features.digest(),
+        judge and judge.digest(),
+        {**vars(settings), "ids": settings.ids and sorted(settings.ids.items())},
+    ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     return cache / f"{digest[:24]}.safetensors"

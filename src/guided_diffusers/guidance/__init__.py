@@ -44,7 +44,31 @@ from .contract import (
 from .energy import EnergyGuidance
 from .prediction import ClassifierFreeGuidance, ModelGuidance, NullGuidance
 
-__all__ = ["ClassifierFreeGuidance", "ClassifierGuidance", "EnergyGuidance", "FiniteCheck", "Guidance", "Label",
-           "LabelGuidance", "LogitsGuidance", "ModelGuidance", "NO_SIGNAL", "NoiseAwareGuidance", "NullGuidance",
-           "Scale", "Step", "Sum", "check_evaluating", "check_softplus", "frozen", "gradient", "likelihood",
-           "logits_of", "normalized", "parse_labels", "smoothed", "total_score", "x0_gradient"]
+__all__ = [
+    "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "EnergyGuidance",
+    "FiniteCheck",
+    "Guidance",
+    "Label",
+    "LabelGuidance",
+    "LogitsGuidance",
+    "ModelGuidance",
+    "NO_SIGNAL",
+    "NoiseAwareGuidance",
+    "NullGuidance",
+    "Scale",
+    "Step",
+    "Sum",
+    "check_evaluating",
+    "check_softplus",
+    "frozen",
+    "gradient",
+    "likelihood",
+    "logits_of",
+    "normalized",
+    "parse_labels",
+    "smoothed",
+    "total_score",
+    "x0_gradient",
+]

@@ -16,7 +16,11 @@ from ..noise import TrainedSchedule, module_config, schedule_config
 from .contract import Guidance, Scale, Step, check_evaluating, gradient, normalized
 
 Label = int | str | Mapping[int | str, float]
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 
 
 class NoiseAwareGuidance(Guidance):
@@ -33,8 +37,15 @@ class NoiseAwareGuidance(Guidance):
             guidance is as strong as the diffusion network.
     """
 
-    def __init__(self, module: torch.nn.Module, scale: Scale, start: float, stop: float,
-                 sigma_interval: tuple[float, float] | None = None, normalize: bool = False):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        scale: Scale,
+        start: float,
+        stop: float,
+        sigma_interval: tuple[float, float] | None = None,
+        normalize: bool = False,
+    ):
         super().__init__(scale, start, stop, sigma_interval)
         check_evaluating(module)
         self.module, self.normalize = module, normalize
@@ -53,7 +64,9 @@ class NoiseAwareGuidance(Guidance):
         z = step.sample / (norm := (level.alpha**2 + level.sigma**2) ** 0.5)
         dtype = next((p.dtype for p in self.module.parameters()), z.dtype)
         fast = getattr(self.module, "input_gradient", None)  # of `speed.gradients_in`
-        grad = fast(self, z, t) if fast else gradient(lambda z: self.log_likelihood(z.to(dtype), t), z)
+        grad = (
+            fast(self, z, t) if fast else gradient(lambda z: self.log_likelihood(z.to(dtype), t), z)
+        )
         if self.normalize:
             return self.scale_at(step) * normalized(grad, step)
         return (self.scale_at(step) * (self.schedule.beyond(level) / norm)) * grad
@@ -61,11 +74,17 @@ class NoiseAwareGuidance(Guidance):
     def of_images(self, rows: slice | list[int], count: int) -> NoiseAwareGuidance:
         """The term for some of `count` images."""
         part, scale = copy(self), self.scale
-        part.scale = (lambda level: _of_images(scale(level), rows)) if callable(scale) else _of_images(scale, rows)
+        part.scale = (
+            (lambda level: _of_images(scale(level), rows))
+            if callable(scale)
+            else _of_images(scale, rows)
+        )
         return part
 
 
-def _of_images(scale: float | Sequence[float] | torch.Tensor, rows: slice | list[int]) -> torch.Tensor:
+def _of_images(
+    scale: float | Sequence[float] | torch.Tensor, rows: slice | list[int]
+) -> torch.Tensor:
     numbers = torch.as_tensor(scale)
     return numbers[rows] if numbers.numel() > 1 else numbers
 
@@ -92,13 +111,21 @@ class LabelGuidance(LogitsGuidance):
         ValueError: for a classifier without labels, which regresses.
     """
 
-    def __init__(self, classifier: torch.nn.Module, labels: list[dict[int, float]], scale: Scale, start: float,
-                 stop: float):
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        labels: list[dict[int, float]],
+        scale: Scale,
+        start: float,
+        stop: float,
+    ):
         super().__init__(classifier, scale, start, stop)
         kind = module_config(classifier).get("problem_type") or SINGLE
         if kind not in (SINGLE, MULTI):
-            raise ValueError(f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
-                             "guidance=ClassifierGuidance(classifier, target=...)")
+            raise ValueError(
+                f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
+                "guidance=ClassifierGuidance(classifier, target=...)"
+            )
         self.likelihood = LabelLikelihood(labels, kind == MULTI)
 
 
@@ -132,16 +159,28 @@ class ClassifierGuidance(LogitsGuidance):
         ValueError: for any other argument, or one without effect for this classifier.
     """
 
-    def __init__(self, classifier: torch.nn.Module, label: Label | Sequence[Label] | torch.Tensor | None = None,
-                 scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
-                 sigma_interval: tuple[float, float] | None = None,
-                 target: float | Sequence[float] | torch.Tensor | None = None, std: float = 1.0,
-                 joint_temperature: float = 1.0, marginal_temperature: float = 1.0, softplus: float | None = None,
-                 normalize: bool = False):
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        target: float | Sequence[float] | torch.Tensor | None = None,
+        std: float = 1.0,
+        joint_temperature: float = 1.0,
+        marginal_temperature: float = 1.0,
+        softplus: float | None = None,
+        normalize: bool = False,
+    ):
         super().__init__(classifier, scale, start, stop, sigma_interval, normalize)
         config = module_config(classifier)
         self.classifier, self.softplus = classifier, softplus
-        self.likelihood = likelihood(config, label, target, std, joint_temperature, marginal_temperature)
+        self.likelihood = likelihood(
+            config, label, target, std, joint_temperature, marginal_temperature
+        )
         check_softplus(classifier, softplus)
 
     def score(self, step: Step) -> torch.Tensor:
@@ -160,17 +199,29 @@ class LabelLikelihood:
         ValueError: when called, if the labels don't fit the logits.
     """
 
-    def __init__(self, labels: list[dict[int, float]], multi: bool = False, joint: float = 1.0, marginal: float = 1.0):
+    def __init__(
+        self,
+        labels: list[dict[int, float]],
+        multi: bool = False,
+        joint: float = 1.0,
+        marginal: float = 1.0,
+    ):
         self.labels, self.multi, self.joint, self.marginal = labels, multi, joint, marginal
         self._weights: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if len(self.labels) not in (1, len(wide)) or self._weights is None or self._weights.device != wide.device:
+        if (
+            len(self.labels) not in (1, len(wide))
+            or self._weights is None
+            or self._weights.device != wide.device
+        ):
             largest = max(i for label in self.labels for i in label)
             if largest >= wide.shape[1] or len(self.labels) not in (1, len(wide)):
-                raise ValueError(f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "
-                                 f"the {len(wide)} images, below the classifier's {wide.shape[1]} logits is allowed")
+                raise ValueError(
+                    f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "
+                    f"the {len(wide)} images, below the classifier's {wide.shape[1]} logits is allowed"
+                )
             rows = [[label.get(i, 0.0) for i in range(wide.shape[1])] for label in self.labels]
             self._weights = torch.tensor(rows, device=wide.device)  # (B or 1, num_labels)
         if self.multi:
@@ -183,7 +234,9 @@ class LabelLikelihood:
         """The same for some of the images."""
         part = copy(self)
         if len(self.labels) > 1:
-            part.labels = self.labels[rows] if isinstance(rows, slice) else [self.labels[i] for i in rows]
+            part.labels = (
+                self.labels[rows] if isinstance(rows, slice) else [self.labels[i] for i in rows]
+            )
             part._weights = None if self._weights is None else self._weights[rows]
         return part
 
@@ -199,8 +252,10 @@ class TargetLikelihood:
         target = self.target.to(wide, non_blocking=True)  # or an accelerator waits for it
         sizes = zip(target.shape[::-1], wide.shape[::-1], strict=False)
         if target.ndim > wide.ndim or any(size not in (1, whole) for size, whole in sizes):
-            raise ValueError(f"target has shape {tuple(target.shape)}; one that broadcasts to the regressor's "
-                             f"{tuple(wide.shape)} outputs is allowed")
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}; one that broadcasts to the regressor's "
+                f"{tuple(wide.shape)} outputs is allowed"
+            )
         return -((wide - target) ** 2).sum(dim=-1) / (2 * self.std**2)
 
     def of_images(self, rows: slice | list[int]) -> TargetLikelihood:
@@ -209,8 +264,14 @@ class TargetLikelihood:
         return TargetLikelihood(self.target[rows] if each else self.target, self.std)
 
 
-def likelihood(config: Mapping[str, Any], label: Any, target: Any, std: float = 1.0, joint: float = 1.0,
-               marginal: float = 1.0) -> LabelLikelihood | TargetLikelihood:
+def likelihood(
+    config: Mapping[str, Any],
+    label: Any,
+    target: Any,
+    std: float = 1.0,
+    joint: float = 1.0,
+    marginal: float = 1.0,
+) -> LabelLikelihood | TargetLikelihood:
     """What a network with this config (`problem_type`, `id2label`, `num_labels`) says of the label or the target.
 
     Raises:
@@ -218,20 +279,26 @@ def likelihood(config: Mapping[str, Any], label: Any, target: Any, std: float = 
     """
     kind = config.get("problem_type") or (SINGLE if target is None else REGRESSION)
     if kind not in (SINGLE, MULTI, REGRESSION):
-        raise ValueError(f"classifier: problem_type={kind!r}; {SINGLE}, {MULTI} and {REGRESSION} are allowed")
+        raise ValueError(
+            f"classifier: problem_type={kind!r}; {SINGLE}, {MULTI} and {REGRESSION} are allowed"
+        )
     if (label is None) == (target is None) or (target is not None) != (kind == REGRESSION):
         wanted = "target and no label" if kind == REGRESSION else "label and no target"
         raise ValueError(f"label={label!r}, target={target!r}: {kind} needs a {wanted}")
     if kind != SINGLE and (joint, marginal) != (1, 1):
-        raise ValueError(f"joint_temperature={joint}, marginal_temperature={marginal} have no effect on {kind}; leave "
-                         "them 1")
+        raise ValueError(
+            f"joint_temperature={joint}, marginal_temperature={marginal} have no effect on {kind}; leave "
+            "them 1"
+        )
     if kind != REGRESSION and std != 1:
         raise ValueError(f"std={std} has no effect on {kind}; leave it 1")
     if not std > 0 or not isfinite(std):
         raise ValueError(f"std={std!r}: a positive number is allowed")
     if not (joint > 0 and marginal >= 0 and isfinite(joint) and isfinite(marginal)):
-        raise ValueError(f"joint_temperature={joint!r}, marginal_temperature={marginal!r}: above 0, and 0 or above, "
-                         "are allowed")
+        raise ValueError(
+            f"joint_temperature={joint!r}, marginal_temperature={marginal!r}: above 0, and 0 or above, "
+            "are allowed"
+        )
     if kind == REGRESSION:
         wanted = torch.as_tensor(target, dtype=torch.float64)
         if not wanted.isfinite().all():
@@ -251,7 +318,11 @@ def logits_of(output: Any) -> torch.Tensor:
 def _relus(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
     for parent in module.modules():
         # not named_children, which leaves out a second name of the same child
-        yield from ((parent, name) for name, child in parent._modules.items() if isinstance(child, torch.nn.ReLU))
+        yield from (
+            (parent, name)
+            for name, child in parent._modules.items()
+            if isinstance(child, torch.nn.ReLU)
+        )
 
 
 def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
@@ -263,7 +334,9 @@ def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
     if beta is not None and not 0 < beta < float("inf"):
         raise ValueError(f"softplus={beta!r}: a positive number, or None, is allowed")
     if beta is not None and next(_relus(module), None) is None:
-        raise ValueError(f"softplus={beta}: {type(module).__name__} has no torch.nn.ReLU to make smooth")
+        raise ValueError(
+            f"softplus={beta}: {type(module).__name__} has no torch.nn.ReLU to make smooth"
+        )
 
 
 @contextmanager
@@ -280,8 +353,11 @@ def smoothed(module: torch.nn.Module, beta: float | None) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def parse_labels(label: Label | Sequence[Label] | torch.Tensor, id2label: Mapping[int | str, str] | None,
-                 num_labels: int | None) -> list[dict[int, float]]:
+def parse_labels(
+    label: Label | Sequence[Label] | torch.Tensor,
+    id2label: Mapping[int | str, str] | None,
+    num_labels: int | None,
+) -> list[dict[int, float]]:
     """Labels in any of their forms as a list of {id: weight}.
 
     Args:
@@ -302,7 +378,9 @@ def parse_labels(label: Label | Sequence[Label] | torch.Tensor, id2label: Mappin
     def one(value: Any) -> int:
         if isinstance(value, str) and value in names:
             if len(names[value]) > 1:
-                raise ValueError(f"label {value!r} is the name of several ids; use one of {names[value]}")
+                raise ValueError(
+                    f"label {value!r} is the name of several ids; use one of {names[value]}"
+                )
             return names[value][0]
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
@@ -319,15 +397,19 @@ def parse_labels(label: Label | Sequence[Label] | torch.Tensor, id2label: Mappin
         mixture: dict[int, float] = {}
         for name, weight in value.items():
             if not isinstance(weight, Real) or not isfinite(weight) or one(name) in mixture:
-                raise ValueError(f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite number "
-                                 "for each label is allowed")
+                raise ValueError(
+                    f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite number "
+                    "for each label is allowed"
+                )
             mixture[one(name)] = float(weight)
         return mixture
 
     if isinstance(label, torch.Tensor):
         if label.ndim > 1 or label.is_floating_point() or label.dtype == torch.bool:
-            raise ValueError(f"label is a tensor {tuple(label.shape)} of {label.dtype}; integer ids, one or (B,), are "
-                             "allowed")
+            raise ValueError(
+                f"label is a tensor {tuple(label.shape)} of {label.dtype}; integer ids, one or (B,), are "
+                "allowed"
+            )
         label = label.reshape(-1).tolist()
     if isinstance(label, (list, tuple)):
         if not label:

@@ -14,7 +14,12 @@ from ..noise import NoiseLevel
 
 #: sigma / alpha beyond which a sample is noise alone: zero terminal SNR, the first step of flow matching
 NO_SIGNAL = 1e4
-Scale = float | Sequence[float] | torch.Tensor | Callable[[NoiseLevel], float | Sequence[float] | torch.Tensor]
+Scale = (
+    float
+    | Sequence[float]
+    | torch.Tensor
+    | Callable[[NoiseLevel], float | Sequence[float] | torch.Tensor]
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,13 @@ class Guidance(ABC):
     #: whether the term takes its gradient through the network (`x0_gradient`)
     through_network = False
 
-    def __init__(self, scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0,
-                 sigma_interval: tuple[float, float] | None = None):
+    def __init__(
+        self,
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        sigma_interval: tuple[float, float] | None = None,
+    ):
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if sigma_interval is not None:
@@ -91,7 +101,11 @@ class Guidance(ABC):
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         """Whether the term acts at step `index` of `count`; where its scale is 0, or there is no noise, it doesn't."""
-        if not self._on or level.sigma == 0 or not (self.acts_on_noise or level.sigma <= NO_SIGNAL * level.alpha):
+        if (
+            not self._on
+            or level.sigma == 0
+            or not (self.acts_on_noise or level.sigma <= NO_SIGNAL * level.alpha)
+        ):
             return False
         if callable(self.scale) and not _numbers(self.scale(level)).any():
             return False
@@ -108,9 +122,13 @@ class Guidance(ABC):
         """
         scale = _numbers(self.scale(step.level)) if callable(self.scale) else self.scale
         if scale.numel() not in (1, len(step.sample)):
-            raise ValueError(f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one an "
-                             "image, is allowed")
-        return scale.to(step.sample, non_blocking=True).reshape(-1, *[1] * (step.sample.ndim - 1))  # nobody waits
+            raise ValueError(
+                f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one an "
+                "image, is allowed"
+            )
+        return scale.to(step.sample, non_blocking=True).reshape(
+            -1, *[1] * (step.sample.ndim - 1)
+        )  # nobody waits
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The networks that the term runs; their parameters are frozen meanwhile."""
@@ -130,10 +148,14 @@ def check_interval(sigma_interval: tuple[float, float], start: float, stop: floa
         ValueError: for either.
     """
     if (start, stop) != (0, 1):
-        raise ValueError(f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of the two "
-                         "kinds is allowed")
+        raise ValueError(
+            f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of the two "
+            "kinds is allowed"
+        )
     if len(sigma_interval) != 2 or not 0 <= sigma_interval[0] <= sigma_interval[1]:
-        raise ValueError(f"sigma_interval={sigma_interval!r}: (low, high) with 0 <= low <= high is allowed")
+        raise ValueError(
+            f"sigma_interval={sigma_interval!r}: (low, high) with 0 <= low <= high is allowed"
+        )
 
 
 def _numbers(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
@@ -189,7 +211,9 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
         return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def x0_gradient(function: Callable[[torch.Tensor], torch.Tensor], step: Step, through_network: bool) -> torch.Tensor:
+def x0_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], step: Step, through_network: bool
+) -> torch.Tensor:
     """The gradient in x_t of `function(x0).sum()` at the predicted x0, (B, C, H, W).
 
     Through the network it is exact, and costs the network's forward and backward pass. Otherwise the Jacobian of x0 is
@@ -199,7 +223,9 @@ def x0_gradient(function: Callable[[torch.Tensor], torch.Tensor], step: Step, th
     if through_network and step.graph is not None:
         x, x0 = step.graph
         with torch.enable_grad():
-            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[0]  # for the next term
+            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[
+                0
+            ]  # for the next term
     if through_network:
         return gradient(lambda x: function(step.predict(x)), step.sample)
     level = step.level
@@ -210,7 +236,9 @@ def normalized(grad: torch.Tensor, step: Step) -> torch.Tensor:
     """`grad` of each image, scaled to the norm of the image's score; where it is 0, 0."""
     dims = tuple(range(1, grad.ndim))
     peak = grad.abs().amax(dims, keepdim=True)
-    grad = grad / peak.clamp(min=torch.finfo(grad.dtype).tiny)  # the squares of a sure classifier's would vanish
+    grad = grad / peak.clamp(
+        min=torch.finfo(grad.dtype).tiny
+    )  # the squares of a sure classifier's would vanish
     norm = torch.linalg.vector_norm(grad, dim=dims, keepdim=True)
     target = torch.linalg.vector_norm(step.score, dim=dims, keepdim=True)
     return grad * (target / norm.clamp(min=1))
@@ -223,18 +251,25 @@ def check_evaluating(module: torch.nn.Module) -> None:
         ValueError: for one in training mode with either.
     """
     random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    if any(one.training and isinstance(one, random) and getattr(one, "p", 1) > 0 for one in module.modules()):
+    if any(
+        one.training and isinstance(one, random) and getattr(one, "p", 1) > 0
+        for one in module.modules()
+    ):
         raise ValueError(f"{type(module).__name__} is in training mode; call its eval() first")
 
 
 @contextmanager
 def frozen(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Within, no parameter of the modules wants a gradient: nothing is kept or computed for it. Restored at the end."""
-    trained = [[name for name, p in module.named_parameters() if p.requires_grad] for module in modules]
+    trained = [
+        [name for name, p in module.named_parameters() if p.requires_grad] for module in modules
+    ]
 
     def want(gradient: bool) -> None:
         for module, names in zip(modules, trained, strict=True):
-            parameters = dict(module.named_parameters())  # anew: sequential offloading replaces them at each forward
+            parameters = dict(
+                module.named_parameters()
+            )  # anew: sequential offloading replaces them at each forward
             for name in names:
                 parameters[name].requires_grad_(gradient)
 
@@ -275,9 +310,13 @@ class FiniteCheck:
             elif not score and self.dtype == torch.float16:
                 cause = f"the classifier computes in {self.dtype}, whose range is small: load it in float32"
             elif not score:
-                cause = ("the sample left the range that the classifier knows: lower guidance_scale, take more steps "
-                         "or a first-order scheduler, or raise guidance_start")
+                cause = (
+                    "the sample left the range that the classifier knows: lower guidance_scale, take more steps "
+                    "or a first-order scheduler, or raise guidance_start"
+                )
             else:
                 cause = f"the guided output left the range of {dtype}: lower guidance_scale or load the unet in float32"
-            raise FloatingPointError(f"the guidance is not finite at {place}; likely cause: {cause}")
+            raise FloatingPointError(
+                f"the guidance is not finite at {place}; likely cause: {cause}"
+            )
         self._seen.clear()

@@ -32,23 +32,39 @@ class EnergyGuidance(Guidance):
         ValueError: for other values, or, when run, an energy that is not one number an image.
     """
 
-    def __init__(self, energy: Callable[..., torch.Tensor], scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0,
-                 *, sigma_interval: tuple[float, float] | None = None, of: Literal["image", "x0", "sample"] = "image",
-                 through_network: bool = False, normalize: bool = False):
+    def __init__(
+        self,
+        energy: Callable[..., torch.Tensor],
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        of: Literal["image", "x0", "sample"] = "image",
+        through_network: bool = False,
+        normalize: bool = False,
+    ):
         super().__init__(scale, start, stop, sigma_interval)
         if of not in ("image", "x0", "sample"):
             raise ValueError(f"of={of!r}: 'image', 'x0' and 'sample' are allowed")
         if of == "sample" and through_network:
             raise ValueError("through_network=True has no effect with of='sample'")
-        self.energy, self.of, self.through_network, self.normalize = energy, of, through_network, normalize
+        self.energy, self.of, self.through_network, self.normalize = (
+            energy,
+            of,
+            through_network,
+            normalize,
+        )
         self.acts_on_noise = not (through_network or normalize or of == "sample")
 
     def score(self, step: Step) -> torch.Tensor:
         def checked(*inputs: object) -> torch.Tensor:
             value = self.energy(*inputs)
             if value.shape != step.sample.shape[:1]:
-                raise ValueError(f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), is "
-                                 "allowed")
+                raise ValueError(
+                    f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), is "
+                    "allowed"
+                )
             return value
 
         if self.of == "sample":

@@ -29,7 +29,9 @@ class NullGuidance(Guidance):
         return step.x0 + self.scale_at(step) * (step.x0 - step.others[0])
 
     def score(self, step: Step) -> torch.Tensor:
-        x0 = torch.where(self.scale_at(step) == 0, step.x0, self.guided(step))  # off, for one image as for all
+        x0 = torch.where(
+            self.scale_at(step) == 0, step.x0, self.guided(step)
+        )  # off, for one image as for all
         return step.level.score_shift(x0 - step.x0)
 
 
@@ -59,29 +61,51 @@ class ClassifierFreeGuidance(NullGuidance):
         ValueError: for other values.
     """
 
-    def __init__(self, null: int | Mapping[str, Any], scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
-                 sigma_interval: tuple[float, float] | None = None, rescale: float = 0.0,
-                 threshold: float | None = None):
+    def __init__(
+        self,
+        null: int | Mapping[str, Any],
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+        rescale: float = 0.0,
+        threshold: float | None = None,
+    ):
         Guidance.__init__(self, scale, start, stop, sigma_interval)
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale={rescale!r}: 0 (off) to 1 is allowed")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: above 0, up to 1, or None is allowed")
-        if not isinstance(null, Mapping) and (not isinstance(null, Integral) or isinstance(null, bool) or null < 0):
-            raise ValueError(f"null={null!r}: a class label, 0 or above, or a mapping of the network's arguments is "
-                             "allowed")
+        if not isinstance(null, Mapping) and (
+            not isinstance(null, Integral) or isinstance(null, bool) or null < 0
+        ):
+            raise ValueError(
+                f"null={null!r}: a class label, 0 or above, or a mapping of the network's arguments is "
+                "allowed"
+            )
         self.rescale, self.threshold = rescale, threshold
-        self.conditions = (dict(null) if isinstance(null, Mapping) else {"class_labels": torch.tensor([null])},)
+        self.conditions = (
+            dict(null) if isinstance(null, Mapping) else {"class_labels": torch.tensor([null])},
+        )
 
     def guided(self, step: Step) -> torch.Tensor:
         level, x0 = step.level, super().guided(step)
         dims = tuple(range(1, x0.ndim))
         if self.rescale and level.b:  # at a consistency model's boundary the output has no say
             output = level.output(step.sample, x0)
-            factor = level.output(step.sample, step.x0).std(dims, keepdim=True) / output.std(dims, keepdim=True)
+            factor = level.output(step.sample, step.x0).std(dims, keepdim=True) / output.std(
+                dims, keepdim=True
+            )
             x0 = level.x0(step.sample, (self.rescale * factor + 1 - self.rescale) * output)
         if self.threshold is not None:
-            s = x0.abs().flatten(1).quantile(self.threshold, dim=1).clamp(min=1).reshape(-1, *[1] * len(dims))
+            s = (
+                x0.abs()
+                .flatten(1)
+                .quantile(self.threshold, dim=1)
+                .clamp(min=1)
+                .reshape(-1, *[1] * len(dims))
+            )
             x0 = x0.clamp(-s, s) / s
         return x0
 
@@ -100,8 +124,15 @@ class ModelGuidance(Guidance):
 
     acts_on_noise = True
 
-    def __init__(self, network: torch.nn.Module, scale: Scale = 1.0, start: float = 0.0, stop: float = 1.0, *,
-                 sigma_interval: tuple[float, float] | None = None):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        scale: Scale = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        sigma_interval: tuple[float, float] | None = None,
+    ):
         super().__init__(scale, start, stop, sigma_interval)
         check_evaluating(network)
         self.network = network

@@ -25,9 +25,16 @@ def answer(model: Any) -> torch.Tensor:
             if encoder is model:
                 return model(images, 0.5).logits
             tokens = tokens_of(model)
-            return torch.cat([model(images, 0.5, tokens).logits_per_image.flatten(), tokens.flatten()])
-    call: dict[str, Any] = {"num_inference_steps": 2, "guidance_start": 0.0, "guidance_stop": 1.0,
-                            "generator": generator, "output_type": "latent"}
+            return torch.cat(
+                [model(images, 0.5, tokens).logits_per_image.flatten(), tokens.flatten()]
+            )
+    call: dict[str, Any] = {
+        "num_inference_steps": 2,
+        "guidance_start": 0.0,
+        "guidance_stop": 1.0,
+        "generator": generator,
+        "output_type": "latent",
+    }
     channels = model.unet.config.in_channels
     if channels in (2, 6):  # an up-sampling network's: it wants the small image beside the sample
         call["image"] = torch.zeros(1, channels // 2, 8, 8)
@@ -41,8 +48,12 @@ def tokens_of(clip: Any) -> torch.Tensor:
     if clip.tokenizer is None:
         return torch.tensor([[config.bos_token_id, config.eos_token_id]])
     words = sorted(clip.tokenizer.get_vocab())[-4:]
-    return torch.tensor([clip.tokenizer(" ".join(words)).input_ids[: config.max_position_embeddings - 1]
-                         + [config.eos_token_id]])
+    return torch.tensor(
+        [
+            clip.tokenizer(" ".join(words)).input_ids[: config.max_position_embeddings - 1]
+            + [config.eos_token_id]
+        ]
+    )
 
 
 def main(folder: str, variant: str, threads: str, output: str) -> None:

@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 Rows = Sequence[Mapping[str, Any]]
-AT_LEVELS = {"accuracy": "accuracy", "zero_shot": "accuracy by unseen captions", "retrieval": "own caption found",
-             **{name: CURVES[name] for name in ("cross_entropy", "ece", "gradient_norm")},
-             "loss": "loss of the network"}
-GUIDED = {"agreement": "judge agrees", "frechet_distance": "Frechet distance (less is nearer)", "recall": "recall"}
+AT_LEVELS = {
+    "accuracy": "accuracy",
+    "zero_shot": "accuracy by unseen captions",
+    "retrieval": "own caption found",
+    **{name: CURVES[name] for name in ("cross_entropy", "ece", "gradient_norm")},
+    "loss": "loss of the network",
+}
+GUIDED = {
+    "agreement": "judge agrees",
+    "frechet_distance": "Frechet distance (less is nearer)",
+    "recall": "recall",
+}
 ALIASES = {"judge_agreement": "agreement"}
 COLORS = ("#3266a8", "#d1603d", "#4f9d69", "#8c5fa8", "#a88932")
 
@@ -35,7 +43,11 @@ def level_rows(figures: Mapping[str, Any]) -> dict[str, Rows]:
     found = {}
     for name, part in figures.items():
         rows = (part.get("held_out") or part.get("levels")) if isinstance(part, dict) else None
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) and "timestep" in row for row in rows):
+        if (
+            isinstance(rows, list)
+            and rows
+            and all(isinstance(row, dict) and "timestep" in row for row in rows)
+        ):
             found[name] = sorted(rows, key=lambda row: row["timestep"])
     return found
 
@@ -48,8 +60,11 @@ def guided_rows(figures: Mapping[str, Any]) -> dict[str, Rows]:
             continue
         named = [{"guidance": key, **row} for key, row in part.items() if isinstance(row, dict)]
         for rows in (part.get("rows"), named):
-            rows = [{ALIASES.get(key, key): value for key, value in row.items()} for row in rows or ()
-                    if isinstance(row, dict)]
+            rows = [
+                {ALIASES.get(key, key): value for key, value in row.items()}
+                for row in rows or ()
+                if isinstance(row, dict)
+            ]
             if rows and all(GUIDED.keys() & row.keys() for row in rows):
                 found[name] = [{"guidance": _words(row), **row} for row in rows]
     return found
@@ -64,36 +79,75 @@ def _words(row: Mapping[str, Any]) -> str:
 def draw_levels(curves: Mapping[str, Rows], path: Path) -> bool:
     """A panel a measure, over the timestep; False where there is nothing to draw, or nothing to draw it with."""
     curves = {name: rows for name, rows in curves.items() if len(rows) > 1}
-    names = [name for name in AT_LEVELS if any(name in row for rows in curves.values() for row in rows)]
-    if not names or (figure := _figure(3.1 * min(len(names), 3) + 0.6, 2.8 * -(-len(names) // 3))) is None:
+    names = [
+        name for name in AT_LEVELS if any(name in row for rows in curves.values() for row in rows)
+    ]
+    if (
+        not names
+        or (figure := _figure(3.1 * min(len(names), 3) + 0.6, 2.8 * -(-len(names) // 3))) is None
+    ):
         return False
     panels = figure.subplots(-(-len(names) // 3), min(len(names), 3), squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=False):
-        own = [(color, label, [row for row in rows if row.get(name) is not None
-                               and not (name == "cross_entropy" and "retrieval" in row)])  # of captions, not of labels
-               for color, (label, rows) in zip(COLORS * len(curves), curves.items(), strict=False)]
+        own = [
+            (
+                color,
+                label,
+                [
+                    row
+                    for row in rows
+                    if row.get(name) is not None
+                    and not (name == "cross_entropy" and "retrieval" in row)
+                ],
+            )  # of captions, not of labels
+            for color, (label, rows) in zip(COLORS * len(curves), curves.items(), strict=False)
+        ]
         for color, label, rows in own:
             if rows:
-                panel.plot([row["timestep"] for row in rows], [row[name] for row in rows], "o-", color=color,
-                           markersize=3.5, label=label.replace("_", " "))
+                panel.plot(
+                    [row["timestep"] for row in rows],
+                    [row[name] for row in rows],
+                    "o-",
+                    color=color,
+                    markersize=3.5,
+                    label=label.replace("_", " "),
+                )
         key, words = BASELINES.get(name, ("", ""))
-        if floor := next(([row for row in rows if key in row] for _, _, rows in own if any(key in row for row in rows)),
-                         None):
-            panel.plot([row["timestep"] for row in floor], [row[key] for row in floor], "--", color="grey",
-                       linewidth=1, label=words)
+        if floor := next(
+            (
+                [row for row in rows if key in row]
+                for _, _, rows in own
+                if any(key in row for row in rows)
+            ),
+            None,
+        ):
+            panel.plot(
+                [row["timestep"] for row in floor],
+                [row[key] for row in floor],
+                "--",
+                color="grey",
+                linewidth=1,
+                label=words,
+            )
         _tidy(panel, AT_LEVELS[name], "timestep (more is noisier)")
         panel.set_ylim(0, 1 if name in ("accuracy", "zero_shot", "retrieval") else None)
         if len(panel.lines) > 1 or len(curves) > 1:
             panel.legend(frameon=False, fontsize=7)
-    for panel in panels[len(names):]:
+    for panel in panels[len(names) :]:
         panel.remove()
     return _save(figure, path)
 
 
 def draw_guided(rows: Rows, path: Path) -> bool:
     """A bar a row, a panel a measure; False as of `draw_levels`."""
-    names = [name for name in GUIDED if any(isinstance(row.get(name), (int, float)) for row in rows)]
-    if len(rows) < 2 or not names or (figure := _figure(3.1 * len(names) + 0.6, 0.3 * len(rows) + 0.9)) is None:
+    names = [
+        name for name in GUIDED if any(isinstance(row.get(name), (int, float)) for row in rows)
+    ]
+    if (
+        len(rows) < 2
+        or not names
+        or (figure := _figure(3.1 * len(names) + 0.6, 0.3 * len(rows) + 0.9)) is None
+    ):
         return False
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     labels = [fill(shorten(row["guidance"], 90), 30) for row in rows]

@@ -10,7 +10,19 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5"}
+PICKLES = {
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".joblib",
+    ".npy",
+    ".npz",
+    ".msgpack",
+    ".h5",
+}
 CODE = {".py", ".pyc", ".so", ".dll", ".dylib", ".pyd", ".sh", ".bat", ".exe", ".ipynb"}
 SECRETS = {
     "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
@@ -23,9 +35,38 @@ SECRETS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a password in an address": rb"\bhttps?://[^\s/:@\"']+:[^\s/@\"']+@",
 }
-TEXT = {".json", ".md", ".txt", ".py", ".yaml", ".yml", ".toml", ".csv", ".jsonl", ".safetensors", ""}
-USUAL_ROOTS = {"home", "root", "Users", "tmp", "mnt", "var", "opt", "usr", "srv", "data", "scratch", "private",
-               "workspace", "content", "kaggle", "media", "Volumes"}
+TEXT = {
+    ".json",
+    ".md",
+    ".txt",
+    ".py",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".csv",
+    ".jsonl",
+    ".safetensors",
+    "",
+}
+USUAL_ROOTS = {
+    "home",
+    "root",
+    "Users",
+    "tmp",
+    "mnt",
+    "var",
+    "opt",
+    "usr",
+    "srv",
+    "data",
+    "scratch",
+    "private",
+    "workspace",
+    "content",
+    "kaggle",
+    "media",
+    "Volumes",
+}
 HEADER_LIMIT = 100_000_000  # of a safetensors file, as its format says
 
 
@@ -39,8 +80,11 @@ def check_files(folder: Path, code: Mapping[str, str]) -> None:
         ValueError: naming the files: symbolic links that leave the folder, pickles under any name, code that isn't
             ours, secrets (which it doesn't repeat), absolute paths.
     """
-    found = [f"{path.relative_to(folder).as_posix()} {problem}" for path in sorted(folder.rglob("*"))
-             for problem in _problems(folder, path, code)]
+    found = [
+        f"{path.relative_to(folder).as_posix()} {problem}"
+        for path in sorted(folder.rglob("*"))
+        for problem in _problems(folder, path, code)
+    ]
     if found:
         more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
         raise ValueError(f"{folder} can't be published:\n  " + "\n  ".join(found[:20]) + more)
@@ -54,7 +98,11 @@ def _problems(folder: Path, path: Path, code: Mapping[str, str]) -> Iterator[str
     if not path.is_file():
         return
     start = path.open("rb").read(4096)
-    if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]", start) or (start[:2] == b"PK" and b".pkl" in start):
+    if (
+        path.suffix in PICKLES
+        or re.match(rb"\x80[\x02-\x05]", start)
+        or (start[:2] == b"PK" and b".pkl" in start)
+    ):
         yield "is a pickle or may hold one; only safetensors are allowed for weights"
         return
     if name in code:
@@ -77,7 +125,9 @@ def _absolute_path() -> re.Pattern[bytes]:
     roots = USUAL_ROOTS | {path.name for path in Path("/").iterdir() if path.is_dir()}
     roots |= {Path(tempfile.gettempdir()).parts[1], Path.home().parts[-1]}
     names = "|".join(sorted(map(re.escape, roots)))
-    return re.compile(rf"(?<![\w/.:~}}>-])/(?:{names})/[\w.+/-]+|(?<!\w)[A-Z]:\\\\?\w[\w.\\]+".encode())
+    return re.compile(
+        rf"(?<![\w/.:~}}>-])/(?:{names})/[\w.+/-]+|(?<!\w)[A-Z]:\\\\?\w[\w.\\]+".encode()
+    )
 
 
 def safetensors_header(path: Path) -> bytes:
@@ -92,11 +142,15 @@ def safetensors_header(path: Path) -> bytes:
         header = file.read(length) if length <= min(size, HEADER_LIMIT) else b""
     try:
         entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        ends = [
+            entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise OSError(f"{path} is no safetensors file, or a broken one") from error
     if size != 8 + length + max(ends, default=0):
-        raise OSError(f"{path} is broken: it has {size} bytes, and its header says {8 + length + max(ends, default=0)}")
+        raise OSError(
+            f"{path} is broken: it has {size} bytes, and its header says {8 + length + max(ends, default=0)}"
+        )
     return header
 
 

@@ -21,6 +21,22 @@ from .kept import Kept, hashed
 from .neighbours import Nearest, density_coverage, memberships, precision_recall
 from .pairs import class_diversity, kernel_distance
 
-__all__ = ["Accumulator", "Answers", "ClassScore", "Kept", "Moments", "Nearest", "class_diversity", "density_coverage",
-           "frechet_distance", "frechet_resampled", "gather", "hashed", "interval", "kernel_distance", "memberships",
-           "precision_recall", "resamples"]
+__all__ = [
+    "Accumulator",
+    "Answers",
+    "ClassScore",
+    "Kept",
+    "Moments",
+    "Nearest",
+    "class_diversity",
+    "density_coverage",
+    "frechet_distance",
+    "frechet_resampled",
+    "gather",
+    "hashed",
+    "interval",
+    "kernel_distance",
+    "memberships",
+    "precision_recall",
+    "resamples",
+]

@@ -19,7 +19,9 @@ class Accumulator:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that was added up."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go back to a state of an accumulator of the same settings.
@@ -28,8 +30,10 @@ class Accumulator:
             ValueError: for the state of another kind.
         """
         if state.keys() != self.state().keys():
-            raise ValueError(f"state: {sorted(state)} is none of {type(self).__name__}, which has "
-                             f"{sorted(self.state())}")
+            raise ValueError(
+                f"state: {sorted(state)} is none of {type(self).__name__}, which has "
+                f"{sorted(self.state())}"
+            )
         vars(self).update(state)
 
     def merge(self, other: Any) -> None:
@@ -57,10 +61,20 @@ def gather(parts: Sequence[Accumulator]) -> None:
         return
     mine = [part.state() for part in parts]
     for process in range(state.num_processes):
-        sent = _broadcast({f"{i}.{name}": value.contiguous() for i, one in enumerate(mine)
-                           for name, value in one.items()}, process)
+        sent = _broadcast(
+            {
+                f"{i}.{name}": value.contiguous()
+                for i, one in enumerate(mine)
+                for name, value in one.items()
+            },
+            process,
+        )
         for i, part in enumerate(parts):
-            given = {name.partition(".")[2]: value for name, value in sent.items() if name.partition(".")[0] == str(i)}
+            given = {
+                name.partition(".")[2]: value
+                for name, value in sent.items()
+                if name.partition(".")[0] == str(i)
+            }
             if process == 0:
                 part.restore(given)
             else:

@@ -22,8 +22,9 @@ class Answers(Accumulator):
     def update(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
         """Labels (B,) and logits (B, K)."""
         classes, logits = len(self.among), logits.cpu()
-        self.confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(
-            classes, classes)
+        self.confusion += torch.bincount(
+            labels * classes + logits.argmax(1), minlength=classes**2
+        ).reshape(classes, classes)
         right = (logits.topk(min(5, classes), dim=1).indices == labels[:, None]).any(1)
         self.among += torch.bincount(labels[right], minlength=classes)
 
@@ -35,7 +36,9 @@ class Answers(Accumulator):
         """Of each label (K,): the number of its images, of the right answers, and of those among the first five."""
         return self.confusion.sum(1), self.confusion.diagonal(), self.among
 
-    def resampled(self, right: torch.Tensor, total: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    def resampled(
+        self, right: torch.Tensor, total: torch.Tensor, count: int, seed: int
+    ) -> torch.Tensor:
         """The shares right / total of `count` resamples: those of zeros and ones are binomial, so none are needed."""
         generator = torch.Generator().manual_seed(seed)
         share = (right / total).double().expand(count)
@@ -61,8 +64,12 @@ class ClassScore(Accumulator):
     def update(self, numbers: torch.Tensor, logits: torch.Tensor) -> None:
         """Images with these numbers (B,) and logits (B, K)."""
         log_p = logits.cpu().double().log_softmax(1)
-        weights = torch.cat([torch.ones(1, len(log_p), dtype=torch.float64),
-                             poisson_weights(self.seed, numbers, len(self.count) - 1)])
+        weights = torch.cat(
+            [
+                torch.ones(1, len(log_p), dtype=torch.float64),
+                poisson_weights(self.seed, numbers, len(self.count) - 1),
+            ]
+        )
         self.count += weights.sum(1)
         self.probability += weights @ log_p.exp()
         self.negative_entropy += weights @ torch.special.entr(log_p.exp()).sum(1).neg()

@@ -81,19 +81,32 @@ def frechet_distance(a: torch.Tensor | Moments, b: torch.Tensor | Moments) -> fl
     shapes = [tuple(x.mean.shape[1:] if isinstance(x, Moments) else x.shape[1:]) for x in (a, b)]
     counts = [int(x.count[0]) if isinstance(x, Moments) else len(x) for x in (a, b)]
     if min(counts) < 2 or shapes[0] != shapes[1]:
-        raise ValueError(f"features of shapes {(counts[0], *shapes[0])} and {(counts[1], *shapes[1])}: two rows each, "
-                         "or more, of the same width are allowed")
-    gaussians = [x.compute() if isinstance(x, Moments) else (x.double().mean(0), torch.atleast_2d(x.double().T.cov()))
-                 for x in (a, b)]
+        raise ValueError(
+            f"features of shapes {(counts[0], *shapes[0])} and {(counts[1], *shapes[1])}: two rows each, "
+            "or more, of the same width are allowed"
+        )
+    gaussians = [
+        x.compute()
+        if isinstance(x, Moments)
+        else (x.double().mean(0), torch.atleast_2d(x.double().T.cov()))
+        for x in (a, b)
+    ]
     return distance_of_gaussians(*gaussians[0], *gaussians[1])
 
 
-def distance_of_gaussians(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Tensor, cov_b: torch.Tensor,
-                          root_a: torch.Tensor | None = None) -> float:
+def distance_of_gaussians(
+    mean_a: torch.Tensor,
+    cov_a: torch.Tensor,
+    mean_b: torch.Tensor,
+    cov_b: torch.Tensor,
+    root_a: torch.Tensor | None = None,
+) -> float:
     """`frechet_distance` by means (D,) and covariances (D, D); `root_a` is A^(1/2) where it is known."""
     root = _root(cov_a) if root_a is None else root_a
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross))
+    return max(
+        0.0, float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    )
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:
@@ -101,8 +114,9 @@ def _root(matrix: torch.Tensor) -> torch.Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def frechet_resampled(real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor,
-                      weights: Iterable[torch.Tensor]) -> torch.Tensor:
+def frechet_resampled(
+    real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor, weights: Iterable[torch.Tensor]
+) -> torch.Tensor:
     """The distance of each resample, (R,): row i of `features` (n, D) counts `weights[r, i]` times, R of (n,).
 
     Args:
@@ -118,8 +132,9 @@ def frechet_resampled(real: tuple[torch.Tensor, torch.Tensor], features: torch.T
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _resampled_by_rows(real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor,
-                       weights: Iterable[torch.Tensor]) -> torch.Tensor:
+def _resampled_by_rows(
+    real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor, weights: Iterable[torch.Tensor]
+) -> torch.Tensor:
     """As `frechet_resampled`, by matrices (n, n) instead of (D, D): with B = X^T X, the rows X of a resample centred,
 
         tr (A^(1/2) B A^(1/2))^(1/2) = tr (X A X^T)^(1/2),
@@ -134,9 +149,13 @@ def _resampled_by_rows(real: tuple[torch.Tensor, torch.Tensor], features: torch.
         share, root = weight[drawn] / total, weight[drawn].sqrt()
         rows = gram[drawn][:, drawn]
         middle = rows @ share
-        centred = (rows - middle[:, None] - middle + share @ middle) * root[:, None] * root / (total - 1)
+        centred = (
+            (rows - middle[:, None] - middle + share @ middle) * root[:, None] * root / (total - 1)
+        )
         cross = torch.linalg.eigvalsh(centred).clamp(min=0).sqrt().sum()
         difference = share @ x[drawn]  # of the means
         spread = (share @ squares[drawn] - difference.square().sum()) * total / (total - 1)
-        found.append(max(0.0, float(difference.square().sum() + covariance.trace() + spread - 2 * cross)))
+        found.append(
+            max(0.0, float(difference.square().sum() + covariance.trace() + spread - 2 * cross))
+        )
     return torch.tensor(found, dtype=torch.float64)

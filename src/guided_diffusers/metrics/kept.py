@@ -13,6 +13,7 @@ def hashed(seed: int, numbers: np.ndarray) -> np.ndarray:
 
     The finaliser of SplitMix64 (Steele, Lea & Flood, Fast splittable pseudorandom number generators, 2014), twice.
     """
+
     def mixed(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -42,21 +43,32 @@ class Kept(Accumulator):
 
     def update(self, numbers: torch.Tensor, labels: torch.Tensor, features: torch.Tensor) -> None:
         """Images with these numbers (B,), labels (B,) and features (B, D)."""
-        keys = torch.from_numpy((hashed(self.seed, numbers.numpy()) >> np.uint64(1)).astype(np.int64))
-        some = keys <= self.keys[-1] if len(self.keys) == self.size else torch.ones(len(keys), dtype=torch.bool)
+        keys = torch.from_numpy(
+            (hashed(self.seed, numbers.numpy()) >> np.uint64(1)).astype(np.int64)
+        )
+        some = (
+            keys <= self.keys[-1]
+            if len(self.keys) == self.size
+            else torch.ones(len(keys), dtype=torch.bool)
+        )
         self._waiting.append((keys[some], numbers[some], labels[some], features.cpu()[some]))
-        if sum(len(one[0]) for one in self._waiting) > self.size // 4:  # not each time, as all are copied
+        if (
+            sum(len(one[0]) for one in self._waiting) > self.size // 4
+        ):  # not each time, as all are copied
             self._settle()
 
     def _settle(self) -> None:
         if not self._waiting:
             return
         old = [(self.keys, self.numbers, self.labels, self.features)] if len(self.keys) else []
-        keys, numbers, labels, features = (torch.cat(column) for column in zip(*old, *self._waiting, strict=True))
+        keys, numbers, labels, features = (
+            torch.cat(column) for column in zip(*old, *self._waiting, strict=True)
+        )
         self._waiting = []
         order = keys.argsort()[: self.size]
         self.keys, self.numbers, self.labels, self.features = (
-            column[order] for column in (keys, numbers, labels, features))
+            column[order] for column in (keys, numbers, labels, features)
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         self._settle()

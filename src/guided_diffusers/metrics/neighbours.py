@@ -9,11 +9,17 @@ from .accumulate import Accumulator, blocks
 
 def radii(x: torch.Tensor, k: int) -> torch.Tensor:
     """The distance of each row of x (N, D) to its k-th nearest other row, (N,)."""
-    return torch.cat([torch.cdist(x[some], x).kthvalue(k + 1, dim=1).values  # the nearest is itself
-                      for some in blocks(len(x), len(x))])
+    return torch.cat(
+        [
+            torch.cdist(x[some], x).kthvalue(k + 1, dim=1).values  # the nearest is itself
+            for some in blocks(len(x), len(x))
+        ]
+    )
 
 
-def memberships(points: torch.Tensor, centres: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def memberships(
+    points: torch.Tensor, centres: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """In how many balls each point is (N,), and how many points each ball has (M,).
 
     The balls are around `centres` (M, D), each reaching to its k-th nearest other centre. In float64.
@@ -22,7 +28,9 @@ def memberships(points: torch.Tensor, centres: torch.Tensor, k: int) -> tuple[to
         ValueError: for k or fewer rows, or different D.
     """
     if min(len(points), len(centres)) <= k or k < 1:
-        raise ValueError(f"{len(centres)} and {len(points)} features, k={k}: more than k >= 1 of each are needed")
+        raise ValueError(
+            f"{len(centres)} and {len(points)} features, k={k}: more than k >= 1 of each are needed"
+        )
     points, centres = points.double(), centres.double()
     radius, balls, inside = radii(centres, k), [], torch.zeros(len(centres), dtype=torch.int64)
     for some in blocks(len(points), len(centres)):
@@ -32,7 +40,9 @@ def memberships(points: torch.Tensor, centres: torch.Tensor, k: int) -> tuple[to
     return torch.cat(balls), inside
 
 
-def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    real: torch.Tensor, generated: torch.Tensor, k: int = 3
+) -> tuple[float, float]:
     """Fidelity and diversity: the share of `generated` (N, D) in the manifold of `real` (M, D), and the reverse.
 
     A set's manifold is the union of balls around its members, each reaching to its k-th nearest neighbour (Kynkaanniemi
@@ -41,12 +51,16 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     Raises:
         ValueError: for k or fewer rows.
     """
-    shares = [(memberships(points, centres, k)[0] > 0).double().mean()
-              for points, centres in ((generated, real), (real, generated))]
+    shares = [
+        (memberships(points, centres, k)[0] > 0).double().mean()
+        for points, centres in ((generated, real), (real, generated))
+    ]
     return float(shares[0]), float(shares[1])
 
 
-def density_coverage(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    real: torch.Tensor, generated: torch.Tensor, k: int = 5
+) -> tuple[float, float]:
     """How many real neighbourhoods a generated image is in, over k, and the share of these that have one:
 
         density = 1 / (k N) sum_j sum_i [y_j in B_i],    coverage = 1 / M sum_i [some y_j in B_i]
@@ -80,8 +94,9 @@ class Nearest(Accumulator):
         """Training images with these numbers (B,) and features (B, D)."""
         features = features.cpu().double()
         for some in blocks(len(self.queries), len(features)) if len(features) else ():
-            distance, place = torch.cdist(self.queries[some], features,
-                                          compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+            distance, place = torch.cdist(
+                self.queries[some], features, compute_mode="donot_use_mm_for_euclid_dist"
+            ).min(dim=1)
             self._take(some, distance, numbers[place])
 
     def _take(self, some: slice, distance: torch.Tensor, number: torch.Tensor) -> None:

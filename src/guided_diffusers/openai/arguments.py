@@ -53,16 +53,24 @@ def complete_arguments(
     read = _read_arguments(state_dict, given.get("num_res_blocks"))
     if super_resolution:
         if read["in_channels"] % 2:
-            raise ValueError(f"in_channels is {read['in_channels']} in the tensors; an up-sampler's is even.")
+            raise ValueError(
+                f"in_channels is {read['in_channels']} in the tensors; an up-sampler's is even."
+            )
         read["in_channels"] //= 2
-    for name in sorted(given, key="image_size".__eq__):  # last, because a head's image_size follows from the levels
+    for name in sorted(
+        given, key="image_size".__eq__
+    ):  # last, because a head's image_size follows from the levels
         value = given[name]
         absent = name in ("pool", "num_classes") and value is not None and name not in read
         if absent or name in read and not _agree(name, value, read):
-            raise ValueError(f"{name} is {value!r} in the config but {read.get(name)!r} in the tensors.")
+            raise ValueError(
+                f"{name} is {value!r} in the config but {read.get(name)!r} in the tensors."
+            )
     classes = read.get("num_classes")
     if class_cond is not None and class_cond != (classes is not None):
-        raise ValueError(f"class_cond is {class_cond} in the config but num_classes is {classes} in the tensors.")
+        raise ValueError(
+            f"class_cond is {class_cond} in the config but num_classes is {classes} in the tensors."
+        )
     args = {
         "dropout": 0.0,
         "conv_resample": True,
@@ -82,15 +90,22 @@ def complete_arguments(
             f"image_size is {args['image_size']}; allowed with {levels} levels: multiples of {2 ** (levels - 1)}."
         )
     if args["num_head_channels"] == -1 and "num_heads" not in args:
-        raise ValueError("Attention heads can't be read off the tensors; give num_heads or num_head_channels.")
+        raise ValueError(
+            "Attention heads can't be read off the tensors; give num_heads or num_head_channels."
+        )
     if args["num_head_channels"] == -1 and args.get("pool") == "attention":
-        raise ValueError("num_head_channels is -1 or missing; pool='attention' needs the number of channels of a head.")
+        raise ValueError(
+            "num_head_channels is -1 or missing; pool='attention' needs the number of channels of a head."
+        )
     return {"num_heads": 1, **args}
 
 
 def channel_mult(widths: Iterable[int], model_channels: int) -> list[float]:
     """The multipliers of `model_channels` that give the widths."""
-    return [width / model_channels if width % model_channels else width // model_channels for width in widths]
+    return [
+        width / model_channels if width % model_channels else width // model_channels
+        for width in widths
+    ]
 
 
 def _constructor_arguments(config: Mapping[str, Any], super_resolution: bool) -> dict[str, Any]:
@@ -101,30 +116,45 @@ def _constructor_arguments(config: Mapping[str, Any], super_resolution: bool) ->
         if flag == "learn_sigma":
             name, value = "out_channels", 6 if setting else 3
         if flag not in NOT_OF_THE_NETWORK and given.setdefault(name, value) != value:
-            raise ValueError(f"{flag} is {setting!r}, but another argument says that {name} is {given[name]!r}.")
+            raise ValueError(
+                f"{flag} is {setting!r}, but another argument says that {name} is {given[name]!r}."
+            )
     unknown = given.keys() - {*ARGUMENTS, "class_cond"}
     if unknown:
-        raise ValueError(f"{sorted(unknown)} are no arguments of guided-diffusion's networks; known: {ARGUMENTS}.")
+        raise ValueError(
+            f"{sorted(unknown)} are no arguments of guided-diffusion's networks; known: {ARGUMENTS}."
+        )
     if given.pop("dims", 2) != 2:
         raise ValueError(f"dims is {config['dims']!r}; allowed: 2.")
     if "classifier_width" in config:
         given.setdefault("num_head_channels", 64)  # its factory has no flag for it
     if isinstance(given.get("attention_resolutions"), str):
         if "image_size" not in given:
-            raise ValueError(f"attention_resolutions is {given['attention_resolutions']!r}, which needs image_size.")
+            raise ValueError(
+                f"attention_resolutions is {given['attention_resolutions']!r}, which needs image_size."
+            )
         resolutions = given["attention_resolutions"].split(",")
-        given["attention_resolutions"] = [given["image_size"] // int(resolution) for resolution in resolutions]
+        given["attention_resolutions"] = [
+            given["image_size"] // int(resolution) for resolution in resolutions
+        ]
     from_factory = "num_channels" in config or "classifier_width" in config
     if from_factory:
         given.setdefault("in_channels", 3)
     mult = given.pop("channel_mult", "" if from_factory else None)
     if mult == "":
-        table, size = SUPER_RESOLUTION_CHANNEL_MULT if super_resolution else CHANNEL_MULT, given.get("image_size")
+        table, size = (
+            SUPER_RESOLUTION_CHANNEL_MULT if super_resolution else CHANNEL_MULT,
+            given.get("image_size"),
+        )
         if size not in table:
-            raise ValueError(f"channel_mult is empty, which needs an image_size in {tuple(table)}; it is {size!r}.")
+            raise ValueError(
+                f"channel_mult is empty, which needs an image_size in {tuple(table)}; it is {size!r}."
+            )
         mult = table[size]
     if mult is not None:
-        given["channel_mult"] = [float(part) for part in mult.split(",")] if isinstance(mult, str) else list(mult)
+        given["channel_mult"] = (
+            [float(part) for part in mult.split(",")] if isinstance(mult, str) else list(mult)
+        )
     return given
 
 
@@ -135,7 +165,9 @@ def _read_arguments(state_dict: Mapping[str, Tensor], num_res_blocks: int | None
     outputs = _indices(state_dict, "output_blocks")
     count = max(_indices(state_dict, "input_blocks")) + 1
     num_res_blocks, read = _read_depth(state_dict, count, outputs, num_res_blocks)
-    firsts = [f"input_blocks.{i}" for i in range(1, count, num_res_blocks + 1)]  # the first block of each level
+    firsts = [
+        f"input_blocks.{i}" for i in range(1, count, num_res_blocks + 1)
+    ]  # the first block of each level
     if len(firsts) > 1:
         read.setdefault("resblock_updown", True)
     widths = [_shape(state_dict, f"{block}.0.in_layers.2.weight")[0] for block in firsts]
@@ -143,9 +175,12 @@ def _read_arguments(state_dict: Mapping[str, Tensor], num_res_blocks: int | None
         "in_channels": in_channels,
         "model_channels": model_channels,
         "num_res_blocks": num_res_blocks,
-        "attention_resolutions": [2**i for i, block in enumerate(firsts) if f"{block}.1.qkv.weight" in state_dict],
+        "attention_resolutions": [
+            2**i for i, block in enumerate(firsts) if f"{block}.1.qkv.weight" in state_dict
+        ],
         "channel_mult": channel_mult(widths, model_channels),
-        "use_scale_shift_norm": _shape(state_dict, f"{firsts[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
+        "use_scale_shift_norm": _shape(state_dict, f"{firsts[0]}.0.emb_layers.1.weight")[0]
+        == 2 * widths[0],
     }
     if outputs:
         labels = "label_emb.weight"
@@ -163,10 +198,21 @@ def _read_depth(
     """
     convolutions = [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in state_dict]
     poolings = sorted({*range(count)} - {*_indices(state_dict, "input_blocks")})
-    if poolings and (count % poolings[0] or poolings != list(range(poolings[0], count, poolings[0]))):
+    if poolings and (
+        count % poolings[0] or poolings != list(range(poolings[0], count, poolings[0]))
+    ):
         raise ValueError(f"The tensors lack {[f'input_blocks.{i}' for i in poolings]}.")
-    upsamplers = [i for i in outputs for k in (1, 2) if f"output_blocks.{i}.{k}.in_layers.2.weight" in state_dict]
-    read = {"resblock_updown": False, "conv_resample": bool(convolutions)} if convolutions or poolings else {}
+    upsamplers = [
+        i
+        for i in outputs
+        for k in (1, 2)
+        if f"output_blocks.{i}.{k}.in_layers.2.weight" in state_dict
+    ]
+    read = (
+        {"resblock_updown": False, "conv_resample": bool(convolutions)}
+        if convolutions or poolings
+        else {}
+    )
     if read:
         depth = (convolutions or poolings)[0] - 1
     elif outputs:
@@ -174,7 +220,9 @@ def _read_depth(
     elif given is not None:
         depth = given
     else:
-        raise ValueError("num_res_blocks can't be read off a classifier's tensors; give it in the config.")
+        raise ValueError(
+            "num_res_blocks can't be read off a classifier's tensors; give it in the config."
+        )
     if depth < 1 or count % (depth + 1):
         raise ValueError(
             f"num_res_blocks is {depth}, but the tensors have {count} input blocks, no multiple of it plus 1."
@@ -199,14 +247,18 @@ def _read_head(state_dict: Mapping[str, Tensor], reduction: int) -> dict[str, An
 
 def _shape(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     if name not in state_dict:
-        raise ValueError(f"The tensors lack {name!r}: no guided-diffusion checkpoint of this kind, or not all of it.")
+        raise ValueError(
+            f"The tensors lack {name!r}: no guided-diffusion checkpoint of this kind, or not all of it."
+        )
     return tuple(state_dict[name].shape)
 
 
 def _agree(name: str, given: Any, read: Mapping[str, Any]) -> bool:
     if name == "channel_mult":
         return _widths(given, read) == _widths(read[name], read)
-    if name == "attention_resolutions":  # factors beyond the last level are allowed, and mean nothing
+    if (
+        name == "attention_resolutions"
+    ):  # factors beyond the last level are allowed, and mean nothing
         factors: Iterable[int] = [2**level for level in range(len(read["channel_mult"]))]
         return {factor for factor in factors if factor in given} == set(read[name])
     return given == read[name]

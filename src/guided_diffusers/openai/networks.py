@@ -15,7 +15,10 @@ from .unet import ADMUNet2DModel, head_dims
 Arguments = dict[str, Any]
 Network = UNet2DModel | NoiseAwareClassifier
 
-UP_BLOCK_TYPES = {"conv": ("UpBlock2D", "AttnUpBlock2D"), "resnet": ("ResnetUpsampleBlock2D", "AttnUpBlock2D")}
+UP_BLOCK_TYPES = {
+    "conv": ("UpBlock2D", "AttnUpBlock2D"),
+    "resnet": ("ResnetUpsampleBlock2D", "AttnUpBlock2D"),
+}
 NORM = {"norm_num_groups": 32, "norm_eps": 1e-5}
 UNET_FIXED = {  # what UNet2DModel can vary and guided-diffusion can't
     **NORM,
@@ -52,13 +55,17 @@ def convert_unet(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return _convert_unet(state_dict, complete_arguments(state_dict, config))
 
 
-def convert_super_resolution(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet2DModel:
+def convert_super_resolution(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> UNet2DModel:
     """As [`convert_unet`], for the up-samplers: the model's input is [`join_low_resolution`]`(sample, low_res)`."""
     args = complete_arguments(state_dict, config, super_resolution=True)
     return _convert_unet(state_dict, args, input_factor=2)
 
 
-def convert_classifier(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> NoiseAwareClassifier:
+def convert_classifier(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> NoiseAwareClassifier:
     """guided-diffusion's noisy classifier as [`NoiseAwareClassifier`], with equal logits and gradients.
 
     `state_dict`, `config` and errors as for [`convert_unet`]; the flags are those that begin with `classifier_`. A
@@ -112,14 +119,22 @@ def export_classifier(model: NoiseAwareClassifier) -> tuple[State, Arguments]:
 # Arguments of the original -> our models
 
 
-def _convert_unet(state_dict: Mapping[str, Tensor], args: Arguments, input_factor: int = 1) -> UNet2DModel:
+def _convert_unet(
+    state_dict: Mapping[str, Tensor], args: Arguments, input_factor: int = 1
+) -> UNet2DModel:
     if "pool" in args:
-        raise ValueError("These are the tensors of a classifier (no 'output_blocks'); use convert_classifier.")
+        raise ValueError(
+            "These are the tensors of a classifier (no 'output_blocks'); use convert_classifier."
+        )
     shared = _shared_config(args)
     kind = shared["downsample_type"]
     down = _head_dims(args, args["num_heads"])
-    up = _head_dims(args, args["num_heads"] if args["num_heads_upsample"] == -1 else args["num_heads_upsample"])
-    up_types = tuple(UP_BLOCK_TYPES[kind]["Attn" in name] for name in reversed(shared["down_block_types"]))
+    up = _head_dims(
+        args, args["num_heads"] if args["num_heads_upsample"] == -1 else args["num_heads_upsample"]
+    )
+    up_types = tuple(
+        UP_BLOCK_TYPES[kind]["Attn" in name] for name in reversed(shared["down_block_types"])
+    )
     own = {
         "in_channels": input_factor * args["in_channels"],
         "out_channels": args["out_channels"],
@@ -135,7 +150,10 @@ def _convert_unet(state_dict: Mapping[str, Tensor], args: Arguments, input_facto
         if plain and args["model_channels"] == shared["block_out_channels"][0]:
             model = UNet2DModel(attention_head_dim=head_dim, **settings)
         else:
-            heads = {"attention_head_dim": head_dim, "up_attention_head_dim": None if up == down else up_head_dim}
+            heads = {
+                "attention_head_dim": head_dim,
+                "up_attention_head_dim": None if up == down else up_head_dim,
+            }
             model = ADMUNet2DModel(time_proj_dim=args["model_channels"], **heads, **settings)
     return _filled(model, state_dict, args)
 
@@ -191,16 +209,24 @@ def _head_dims(args: Arguments, num_heads: int) -> list[int]:
     dims = [0] * len(widths)
     for level, (width, attended) in enumerate(zip(widths, _attended(args), strict=True)):
         if attended or level == len(widths) - 1:
-            name, value = ("num_heads", num_heads) if per_head == -1 else ("num_head_channels", per_head)
+            name, value = (
+                ("num_heads", num_heads) if per_head == -1 else ("num_head_channels", per_head)
+            )
             if value < 1 or width % value:
-                raise ValueError(f"{name} is {value}; allowed: a divisor of the {width} channels of level {level}.")
+                raise ValueError(
+                    f"{name} is {value}; allowed: a divisor of the {width} channels of level {level}."
+                )
             dims[level] = width // num_heads if per_head == -1 else per_head
     return dims
 
 
 def _compact(dims: list[int], args: Arguments) -> int | tuple[int, ...]:
     used = {dim for dim in dims if dim}
-    return used.pop() if len(used) == 1 else tuple(dim or width for dim, width in zip(dims, _widths(args), strict=True))
+    return (
+        used.pop()
+        if len(used) == 1
+        else tuple(dim or width for dim, width in zip(dims, _widths(args), strict=True))
+    )
 
 
 # Our models -> arguments of the original
@@ -213,8 +239,15 @@ def _shared_arguments(model: Network, model_channels: int) -> Arguments:
     _require(isinstance(config.sample_size, int), "sample_size", config.sample_size, "an integer")
     kind, mode = config.downsample_type, config.resnet_time_scale_shift
     _require(kind in DOWN_BLOCK_TYPES, "downsample_type", kind, tuple(DOWN_BLOCK_TYPES))
-    _require(set(types) <= set(DOWN_BLOCK_TYPES[kind]), "down_block_types", types, DOWN_BLOCK_TYPES[kind])
-    _require(mode in ("default", "scale_shift"), "resnet_time_scale_shift", mode, ("default", "scale_shift"))
+    _require(
+        set(types) <= set(DOWN_BLOCK_TYPES[kind]), "down_block_types", types, DOWN_BLOCK_TYPES[kind]
+    )
+    _require(
+        mode in ("default", "scale_shift"),
+        "resnet_time_scale_shift",
+        mode,
+        ("default", "scale_shift"),
+    )
     return {
         "image_size": config.sample_size,
         "in_channels": config.in_channels,
@@ -235,7 +268,9 @@ def _unet_arguments(model: UNet2DModel) -> Arguments:
     for name, fixed in UNET_FIXED.items():
         # UNet2DModel's plain middle block takes norm_num_groups where there is no attn_norm_num_groups.
         implied = (
-            name == "attn_norm_num_groups" and config[name] is None and config.resnet_time_scale_shift == "default"
+            name == "attn_norm_num_groups"
+            and config[name] is None
+            and config.resnet_time_scale_shift == "default"
         )
         _require(implied or config[name] == fixed, name, config[name], fixed)
     time_proj_dim = config.get("time_proj_dim") or widths[0]
@@ -244,7 +279,9 @@ def _unet_arguments(model: UNet2DModel) -> Arguments:
     args = _shared_arguments(model, time_proj_dim)
     kind = config.downsample_type
     _require(config.upsample_type == kind, "upsample_type", config.upsample_type, kind)
-    types = tuple(UP_BLOCK_TYPES[kind]["Attn" in name] for name in reversed(config.down_block_types))
+    types = tuple(
+        UP_BLOCK_TYPES[kind]["Attn" in name] for name in reversed(config.down_block_types)
+    )
     _require(tuple(config.up_block_types) == types, "up_block_types", config.up_block_types, types)
     down = head_dims(config.attention_head_dim, widths)
     up = head_dims(config.get("up_attention_head_dim") or config.attention_head_dim, widths)
@@ -253,14 +290,23 @@ def _unet_arguments(model: UNet2DModel) -> Arguments:
 
 
 def _heads(down: list[int], up: list[int], args: Arguments) -> dict[str, int]:
-    widths, used = _widths(args), [*(i for i, attended in enumerate(_attended(args)) if attended), len(down) - 1]
+    widths, used = (
+        _widths(args),
+        [*(i for i, attended in enumerate(_attended(args)) if attended), len(down) - 1],
+    )
     dims = {dims[level] for dims in (down, up) for level in used}
     if len(dims) == 1:
         return {"num_heads": 1, "num_head_channels": dims.pop(), "num_heads_upsample": -1}
     counts = [{widths[level] // dims[level] for level in used} for dims in (down, up)]
     fits = len(counts[0]) == len(counts[1]) == 1 and args.get("pool") != "attention"
-    _require(fits, "attention_head_dim", (down, up), "one width, or one number of heads in each half")
-    return {"num_heads": counts[0].pop(), "num_head_channels": -1, "num_heads_upsample": counts[1].pop()}
+    _require(
+        fits, "attention_head_dim", (down, up), "one width, or one number of heads in each half"
+    )
+    return {
+        "num_heads": counts[0].pop(),
+        "num_head_channels": -1,
+        "num_heads_upsample": counts[1].pop(),
+    }
 
 
 def _require(ok: bool, name: str, value: Any, allowed: Any) -> None:

@@ -69,5 +69,7 @@ def find_preset(name: str) -> Preset:
     for known, preset in PRESETS.items():
         if name == known or Path(name).stem == preset.unet:
             return preset
-    raise ValueError(f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}, or the published file names "
-                     f"{', '.join(preset.unet for preset in PRESETS.values())}")
+    raise ValueError(
+        f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}, or the published file names "
+        f"{', '.join(preset.unet for preset in PRESETS.values())}"
+    )

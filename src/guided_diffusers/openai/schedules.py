@@ -38,19 +38,27 @@ def respaced_timesteps(num_train_timesteps: int, respacing: int | str | Sequence
         for stride in range(1, num_train_timesteps + 1):
             if len(range(0, num_train_timesteps, stride)) == count:
                 return list(range(0, num_train_timesteps, stride))[::-1]
-        raise ValueError(f"respacing {respacing!r}: no stride keeps exactly {count} of {num_train_timesteps} timesteps")
+        raise ValueError(
+            f"respacing {respacing!r}: no stride keeps exactly {count} of {num_train_timesteps} timesteps"
+        )
     if isinstance(respacing, str):
-        respacing = [int(count) for count in respacing.split(",")] if respacing else num_train_timesteps
+        respacing = (
+            [int(count) for count in respacing.split(",")] if respacing else num_train_timesteps
+        )
     counts = [respacing] if isinstance(respacing, int) else list(respacing)
     shorter, longer = divmod(num_train_timesteps, len(counts))
     kept, start = [], 0
     for part, count in enumerate(counts):
         size = shorter + (part < longer)
         if not 1 <= count <= size:
-            raise ValueError(f"respacing {respacing!r}: {count} of a part of {size} timesteps; 1 to {size} are allowed")
+            raise ValueError(
+                f"respacing {respacing!r}: {count} of a part of {size} timesteps; 1 to {size} are allowed"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(count):  # adds up, as the original does: i * stride may round to another integer
+        for _ in range(
+            count
+        ):  # adds up, as the original does: i * stride may round to another integer
             kept.append(start + round(position))
             position += stride
         start += size
@@ -63,16 +71,24 @@ class _OriginalTables:
     def _widen(self, **fixed: Any) -> None:
         for name, value in fixed.items():
             if self.config[name] != value:
-                raise ValueError(f"{name} is {self.config[name]!r}; {type(self).__name__} allows only {value!r}")
+                raise ValueError(
+                    f"{name} is {self.config[name]!r}; {type(self).__name__} allows only {value!r}"
+                )
         if self.config.timestep_spacing not in ("linspace", "leading"):
-            raise ValueError(f"timestep_spacing is {self.config.timestep_spacing!r}; 'linspace' (respacing \"N\") and "
-                             "'leading' (\"ddimN\") are allowed")
+            raise ValueError(
+                f"timestep_spacing is {self.config.timestep_spacing!r}; 'linspace' (respacing \"N\") and "
+                "'leading' (\"ddimN\") are allowed"
+            )
         self.betas = torch.from_numpy(_betas(self.config))
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, 0)
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
-                      timesteps: Sequence[int] | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
         """Take N timesteps as `respaced_timesteps` gives them, "N" or with `timestep_spacing="leading"` "ddimN", or
         these `timesteps`.
 
@@ -84,10 +100,18 @@ class _OriginalTables:
         total = self.config.num_train_timesteps
         if timesteps is None:
             linspace = self.config.timestep_spacing == "linspace"
-            timesteps = respaced_timesteps(total, num_inference_steps if linspace else f"ddim{num_inference_steps}")
+            timesteps = respaced_timesteps(
+                total, num_inference_steps if linspace else f"ddim{num_inference_steps}"
+            )
         timesteps = [int(t) for t in timesteps]
-        if not timesteps or not 0 <= min(timesteps) <= max(timesteps) < total or not self._ordered(timesteps):
-            raise ValueError(f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order are allowed")
+        if (
+            not timesteps
+            or not 0 <= min(timesteps) <= max(timesteps) < total
+            or not self._ordered(timesteps)
+        ):
+            raise ValueError(
+                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order are allowed"
+            )
         self.num_inference_steps, self.custom_timesteps = len(timesteps), True
         self.timesteps = torch.tensor(timesteps, device=device)
 
@@ -140,15 +164,26 @@ class ADMDDIMScheduler(_OriginalTables, DDIMScheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.config.prediction_type not in ("epsilon", "sample"):
-            raise ValueError(f"prediction_type is {self.config.prediction_type!r}; 'epsilon' and 'sample' are allowed")
-        self._widen(steps_offset=0, rescale_betas_zero_snr=False, set_alpha_to_one=True, thresholding=False)
+            raise ValueError(
+                f"prediction_type is {self.config.prediction_type!r}; 'epsilon' and 'sample' are allowed"
+            )
+        self._widen(
+            steps_offset=0, rescale_betas_zero_snr=False, set_alpha_to_one=True, thresholding=False
+        )
 
     def _ordered(self, timesteps: list[int]) -> bool:
         return super()._ordered(timesteps) or super()._ordered(timesteps[::-1])
 
-    def step(self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
-             generator: torch.Generator | list[torch.Generator] | None = None,
-             variance_noise: torch.Tensor | None = None, return_dict: bool = True) -> DDIMSchedulerOutput | tuple:
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:
         """The next sample and the x0 it comes from; arguments as for `DDIMScheduler.step`.
 
         Raises:
@@ -158,7 +193,9 @@ class ADMDDIMScheduler(_OriginalTables, DDIMScheduler):
         index = timesteps.index(int(timestep))
         rising = len(timesteps) > 1 and timesteps[0] < timesteps[1]
         if rising and eta:
-            raise ValueError(f"eta={eta}: an inversion (rising timesteps) has no noise; only 0 is allowed")
+            raise ValueError(
+                f"eta={eta}: an inversion (rising timesteps) has no noise; only 0 is allowed"
+            )
         abar_t = float(self.alphas_cumprod[timesteps[index]])
         abar_s = float(not rising)
         if index + 1 < len(timesteps):
@@ -187,7 +224,11 @@ def _betas(config: Any) -> np.ndarray:
     match config.beta_schedule:
         case "linear":
             return np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
-        case "squaredcos_cap_v2":  # abar(t) = cos^2((t / T + 0.008) / 1.008 pi / 2), Nichol & Dhariwal 2021, eq. 17
+        case (
+            "squaredcos_cap_v2"
+        ):  # abar(t) = cos^2((t / T + 0.008) / 1.008 pi / 2), Nichol & Dhariwal 2021, eq. 17
             abar = [cos((t / steps + 0.008) / 1.008 * pi / 2) ** 2 for t in range(steps + 1)]
             return np.array([min(1 - abar[t + 1] / abar[t], MAX_BETA) for t in range(steps)])
-    raise ValueError(f"beta_schedule is {config.beta_schedule!r}; 'linear' and 'squaredcos_cap_v2' are allowed")
+    raise ValueError(
+        f"beta_schedule is {config.beta_schedule!r}; 'linear' and 'squaredcos_cap_v2' are allowed"
+    )

@@ -52,7 +52,9 @@ def fill(model: nn.Module, state_dict: Mapping[str, Tensor], args: Mapping[str, 
         )
     for name, shape in expected.items():
         if tuple(state_dict[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(state_dict[name].shape)}; the arguments {args} need {shape}.")
+            raise ValueError(
+                f"{name} has shape {tuple(state_dict[name].shape)}; the arguments {args} need {shape}."
+            )
     ours: State = {}
     for pair in _pairs(model, args):
         ours |= _to_ours(pair, state_dict[pair.original], args["use_new_attention_order"])
@@ -74,7 +76,9 @@ def only_resamples(model: nn.Module) -> bool:
     """Whether the convolutions that change the size do nothing else: `conv_resample=False` of the original."""
     convolutions = list(_resampling_convolutions(model))
     return bool(convolutions) and all(
-        torch.equal(convolution.weight, _resampling_weight(name, convolution).to(convolution.weight))
+        torch.equal(
+            convolution.weight, _resampling_weight(name, convolution).to(convolution.weight)
+        )
         and not convolution.bias.any()
         for name, convolution in convolutions
     )
@@ -86,7 +90,10 @@ def _to_ours(pair: Pair, tensor: Tensor, new_order: bool) -> State:
     if pair.kind == "qkv":
         if not new_order:  # rows are [head][q, k, v][channel], ours are [q, k, v][head][channel]
             tensor = tensor.unflatten(0, (pair.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        return {pair.ours.format(part): rows.clone() for part, rows in zip("qkv", tensor.chunk(3), strict=True)}
+        return {
+            pair.ours.format(part): rows.clone()
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True)
+        }
     tensor = tensor.mT if pair.kind == "transposed" else tensor
     return {pair.ours: tensor.clone(memory_format=torch.contiguous_format)}
 
@@ -130,7 +137,9 @@ def _layers(args: Mapping[str, Any]) -> Iterator[Pair]:
         block = f"down_blocks.{level}"
         for i in range(depth):
             yield from _resnet(f"input_blocks.{index}.0", f"{block}.resnets.{i}")
-            yield from _attention(f"input_blocks.{index}.1", f"{block}.attentions.{i}", level, args, args["num_heads"])
+            yield from _attention(
+                f"input_blocks.{index}.1", f"{block}.attentions.{i}", level, args, args["num_heads"]
+            )
             index += 1
         if level < levels - 1:
             yield from _resampler(f"input_blocks.{index}.0", f"{block}.downsamplers.0", "op", args)
@@ -146,10 +155,14 @@ def _layers(args: Mapping[str, Any]) -> Iterator[Pair]:
         up, i = divmod(index, depth + 1)
         level, block, original = levels - 1 - up, f"up_blocks.{up}", f"output_blocks.{index}"
         yield from _resnet(f"{original}.0", f"{block}.resnets.{i}")
-        attention = list(_attention(f"{original}.1", f"{block}.attentions.{i}", level, args, up_heads))
+        attention = list(
+            _attention(f"{original}.1", f"{block}.attentions.{i}", level, args, up_heads)
+        )
         yield from attention
         if i == depth and level > 0:
-            yield from _resampler(f"{original}.{2 if attention else 1}", f"{block}.upsamplers.0", "conv", args)
+            yield from _resampler(
+                f"{original}.{2 if attention else 1}", f"{block}.upsamplers.0", "conv", args
+            )
     yield Pair("out.0", "conv_norm_out")
     yield Pair("out.2", "conv_out")
 
@@ -159,7 +172,9 @@ def _resnet(original: str, ours: str) -> Iterator[Pair]:
         yield Pair(f"{original}.{layer}", f"{ours}.{our_layer}")
 
 
-def _attention(original: str, ours: str, level: int | None, args: Mapping[str, Any], num_heads: int) -> Iterator[Pair]:
+def _attention(
+    original: str, ours: str, level: int | None, args: Mapping[str, Any], num_heads: int
+) -> Iterator[Pair]:
     """`level` is None for the middle block, which always has attention."""
     if level is not None and 2**level not in args["attention_resolutions"]:
         return

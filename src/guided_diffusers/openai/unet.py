@@ -69,7 +69,9 @@ class ADMUNet2DModel(UNet2DModel):
         time_proj_dim: int | None = None,
     ):
         # One head everywhere at first: the number of heads changes no weight's shape.
-        names = [name for name in inspect.signature(UNet2DModel.__init__).parameters if name != "self"]
+        names = [
+            name for name in inspect.signature(UNet2DModel.__init__).parameters if name != "self"
+        ]
         time_embedding_dim = time_embedding_dim or 4 * (time_proj_dim or block_out_channels[0])
         changed = {"attention_head_dim": None, "time_embedding_dim": time_embedding_dim}
         super().__init__(**{name: self.config[name] for name in names} | changed)
@@ -85,21 +87,33 @@ class ADMUNet2DModel(UNet2DModel):
             self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
             self.time_embedding = TimestepEmbedding(time_proj_dim, time_embedding_dim)
 
-        up_attention_head_dim = attention_head_dim if up_attention_head_dim is None else up_attention_head_dim
+        up_attention_head_dim = (
+            attention_head_dim if up_attention_head_dim is None else up_attention_head_dim
+        )
         down = head_dims(attention_head_dim, block_out_channels)
         up = head_dims(up_attention_head_dim, block_out_channels)[::-1]
         mid = [] if self.mid_block is None else [(self.mid_block, down[-1])]
-        for block, head_dim in [*zip(self.down_blocks, down, strict=True), *mid, *zip(self.up_blocks, up, strict=True)]:
+        for block, head_dim in [
+            *zip(self.down_blocks, down, strict=True),
+            *mid,
+            *zip(self.up_blocks, up, strict=True),
+        ]:
             _set_head_dim(block, head_dim)
 
 
 def head_dims(head_dim: int | tuple[int, ...] | None, widths: tuple[int, ...]) -> list[int]:
     """`attention_head_dim` for each level."""
     dims = (
-        list(widths) if head_dim is None else [head_dim] * len(widths) if isinstance(head_dim, int) else list(head_dim)
+        list(widths)
+        if head_dim is None
+        else [head_dim] * len(widths)
+        if isinstance(head_dim, int)
+        else list(head_dim)
     )
     if len(dims) != len(widths):
-        raise ValueError(f"attention_head_dim is {head_dim!r}; allowed: None, one integer, or {len(widths)} of them.")
+        raise ValueError(
+            f"attention_head_dim is {head_dim!r}; allowed: None, one integer, or {len(widths)} of them."
+        )
     return dims
 
 

@@ -39,8 +39,14 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def sample(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label], seed: int = 0, batch_size: int = 64,
-           indices: Sequence[int] | None = None, **call: Any) -> Iterator[tuple[list[int], Any]]:
+def sample(
+    pipeline: ClassifierGuidedPipeline,
+    labels: Sequence[Label],
+    seed: int = 0,
+    batch_size: int = 64,
+    indices: Sequence[int] | None = None,
+    **call: Any,
+) -> Iterator[tuple[list[int], Any]]:
     """Batches of (their indices, their images), image i with label `labels[i % len(labels)]`.
 
     An image's label and all its noise, a stochastic scheduler's too, depend on the seed and i alone. In a batch of
@@ -57,5 +63,7 @@ def sample(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label], seed: in
         batch = list(indices[start : start + batch_size])
         generators = [image_generator(seed, i) for i in batch]
         with once:
-            images = pipeline([labels[i % len(labels)] for i in batch], generator=generators, **call).images
+            images = pipeline(
+                [labels[i % len(labels)] for i in batch], generator=generators, **call
+            ).images
         yield batch, images

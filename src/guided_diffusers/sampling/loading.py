@@ -19,10 +19,14 @@ def load_pipeline(model: str, revision: str | None = None) -> ClassifierGuidedPi
     """
     local = Path(model).exists()
     if revision is not None and ("/" not in model or local):
-        raise ValueError(f"--revision {revision}: only a model of the Hub has revisions, and {model} is none")
+        raise ValueError(
+            f"--revision {revision}: only a model of the Hub has revisions, and {model} is none"
+        )
     if "/" not in model and not local:
         return ClassifierGuidedPipeline.from_bundled(model)
-    return ClassifierGuidedPipeline.from_pretrained(model, **({"revision": revision} if revision else {}))
+    return ClassifierGuidedPipeline.from_pretrained(
+        model, **({"revision": revision} if revision else {})
+    )
 
 
 def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
@@ -34,8 +38,10 @@ def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
     found = find_scheduler(name)
     fitting = {cls.__name__ for cls in (type(scheduler), *scheduler.compatibles)}
     if found.__name__ not in fitting:
-        raise ValueError(f"--scheduler {name}: {found.__name__} doesn't fit the model, whose "
-                         f"{type(scheduler).__name__} can be exchanged for {', '.join(sorted(fitting))}")
+        raise ValueError(
+            f"--scheduler {name}: {found.__name__} doesn't fit the model, whose "
+            f"{type(scheduler).__name__} can be exchanged for {', '.join(sorted(fitting))}"
+        )
     return found.from_config(scheduler.config)
 
 
@@ -49,8 +55,15 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     for cls in sorted(dir(diffusers.schedulers), key=len, reverse=True):
         if cls.endswith("Scheduler") and not cls.startswith("Flax") and cls not in OUT_OF_REACH:
             short = cls.removesuffix("Scheduler")
-            for alias in (cls, short, short.removesuffix("Discrete"), short.removesuffix("Multistep")):
+            for alias in (
+                cls,
+                short,
+                short.removesuffix("Discrete"),
+                short.removesuffix("Multistep"),
+            ):
                 known[alias.lower()] = cls
     if name.lower() not in known:
-        raise ValueError(f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(set(known.values())))}")
+        raise ValueError(
+            f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(set(known.values())))}"
+        )
     return getattr(diffusers, known[name.lower()])

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ..outputs import aside
 
 
-def grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, smallest: int = 84) -> Image.Image:
+def grid(
+    images: Sequence[Image.Image], names: Sequence[str] | None = None, smallest: int = 84
+) -> Image.Image:
     """One picture: a row a name with its images in order, or, with at most one name, a square.
 
     Args:

@@ -40,11 +40,22 @@ class Made:
     labels: tuple[int, ...]
 
 
-def sample_to_folder(pipeline: ClassifierGuidedPipeline, labels: Sequence[int | str], folder: str | Path,
-                     num_images: int, *, seed: int = 0, batch_size: int = 64, shard_size: int = 256,
-                     format: Literal["imagefolder", "parquet", "npz"] = "imagefolder", model: str | None = None,
-                     revision: str | None = None, processes: PartialState | None = None, progress: bool = True,
-                     **call: Any) -> Made:
+def sample_to_folder(
+    pipeline: ClassifierGuidedPipeline,
+    labels: Sequence[int | str],
+    folder: str | Path,
+    num_images: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    shard_size: int = 256,
+    format: Literal["imagefolder", "parquet", "npz"] = "imagefolder",
+    model: str | None = None,
+    revision: str | None = None,
+    processes: PartialState | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Made:
     """Make `num_images` images, image i with label `labels[i % len(labels)]`, or those of them that aren't there yet.
 
     Args:
@@ -64,24 +75,49 @@ def sample_to_folder(pipeline: ClassifierGuidedPipeline, labels: Sequence[int | 
         OSError: for a disk that is full; what was written before stays, and is gone on from.
     """
     ids = label_ids(pipeline, labels)
-    for name, value in (("num_images", num_images), ("batch_size", batch_size), ("shard_size", shard_size)):
+    for name, value in (
+        ("num_images", num_images),
+        ("batch_size", batch_size),
+        ("shard_size", shard_size),
+    ):
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is allowed")
     if batch_size > shard_size:
         raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))
     shards = Shards(Path(folder), format, names, ids, num_images, shard_size)
-    settings = all_settings(pipeline, model, revision, {
-        "format": format, "num_images": num_images, "labels": ids, "seed": seed, "batch_size": batch_size,
-        "shard_size": shard_size, **settled(pipeline, call)})
+    settings = all_settings(
+        pipeline,
+        model,
+        revision,
+        {
+            "format": format,
+            "num_images": num_images,
+            "labels": ids,
+            "seed": seed,
+            "batch_size": batch_size,
+            "shard_size": shard_size,
+            **settled(pipeline, call),
+        },
+    )
     return _run(pipeline, shards, settings, seed, batch_size, processes, progress, call)
 
 
-def _run(pipeline: ClassifierGuidedPipeline, shards: Shards, settings: Mapping[str, Any], seed: int, batch_size: int,
-         processes: PartialState | None, progress: bool, call: Mapping[str, Any]) -> Made:
+def _run(
+    pipeline: ClassifierGuidedPipeline,
+    shards: Shards,
+    settings: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
+    processes: PartialState | None,
+    progress: bool,
+    call: Mapping[str, Any],
+) -> Made:
     # 1. A folder of these settings
     began, main = time.perf_counter(), processes is None or processes.is_main_process
-    rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    rank, world = (
+        (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    )
     if main:
         begin(shards.folder, settings)
     if world > 1:
@@ -98,15 +134,31 @@ def _run(pipeline: ClassifierGuidedPipeline, shards: Shards, settings: Mapping[s
 
     # 3. This process's share of it
     one_batch = shards.num_images <= batch_size  # then the steps are worth a bar, else the images
-    with (_steps_bar(pipeline, one_batch and progress and main), Once(),
-          tqdm(total=shards.num_images, initial=shards.num_images - left, unit="image",
-               disable=not progress or not main or one_batch) as bar):
+    with (
+        _steps_bar(pipeline, one_batch and progress and main),
+        Once(),
+        tqdm(
+            total=shards.num_images,
+            initial=shards.num_images - left,
+            unit="image",
+            disable=not progress or not main or one_batch,
+        ) as bar,
+    ):
         for shard in missing[rank::world]:
             content: list[Any] = []
-            for indices, images in sample(pipeline, shards.labels, seed, batch_size, shards.indices(shard),
-                                          output_type="pil", **call):
+            for indices, images in sample(
+                pipeline,
+                shards.labels,
+                seed,
+                batch_size,
+                shards.indices(shard),
+                output_type="pil",
+                **call,
+            ):
                 content += map(shards.encoded, images)
-                bar.update(len(indices) if world == 1 else max(0, shards.done() + len(content) - bar.n))
+                bar.update(
+                    len(indices) if world == 1 else max(0, shards.done() + len(content) - bar.n)
+                )
             shards.write(shard, content)
 
     # 4. All of it
@@ -115,7 +167,12 @@ def _run(pipeline: ClassifierGuidedPipeline, shards: Shards, settings: Mapping[s
     if main:
         shards.finish()
         write_manifest(shards.folder, settings, complete=True)
-    return Made(shards.num_images, shards.num_images - left, time.perf_counter() - began, tuple(shards.labels))
+    return Made(
+        shards.num_images,
+        shards.num_images - left,
+        time.perf_counter() - began,
+        tuple(shards.labels),
+    )
 
 
 def label_ids(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label]) -> list[int]:
@@ -127,7 +184,9 @@ def label_ids(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label]) -> li
     found = parse_labels(list(labels), pipeline.config.id2label, pipeline.num_labels)
     for label, one in zip(labels, found, strict=True):
         if list(one.values()) != [1.0]:
-            raise ValueError(f"label {label!r}: one label an image is allowed, which is written beside it")
+            raise ValueError(
+                f"label {label!r}: one label an image is allowed, which is written beside it"
+            )
     return [next(iter(one)) for one in found]
 
 

@@ -35,11 +35,23 @@ class Shards:
         ValueError: for another format.
     """
 
-    def __init__(self, folder: Path, format: Literal["imagefolder", "parquet", "npz"], names: Sequence[str],
-                 labels: Sequence[int], num_images: int, shard_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        format: Literal["imagefolder", "parquet", "npz"],
+        names: Sequence[str],
+        labels: Sequence[int],
+        num_images: int,
+        shard_size: int,
+    ):
         if format not in FORMATS:
             raise ValueError(f"format={format!r}: {', '.join(FORMATS)} are allowed")
-        self.folder, self.format, self.names, self.labels = folder, format, list(names), list(labels)
+        self.folder, self.format, self.names, self.labels = (
+            folder,
+            format,
+            list(names),
+            list(labels),
+        )
         self.num_images, self.shard_size, self.records = num_images, shard_size, folder / ".shards"
         self.folders = folder_names(names)
 
@@ -85,7 +97,10 @@ class Shards:
                 for i, label, png in zip(self.indices(shard), labels, content, strict=True):
                     yield f"{self.folders[label]}/{i:06d}.png", png
             case "parquet":
-                yield f"data/train-{shard:05d}-of-{len(self):05d}.parquet", parquet(content, labels, self.names)
+                yield (
+                    f"data/train-{shard:05d}-of-{len(self):05d}.parquet",
+                    parquet(content, labels, self.names),
+                )
             case "npz":
                 buffer = io.BytesIO()
                 np.save(buffer, np.stack(content))
@@ -107,8 +122,13 @@ class Shards:
         if self.format == "npz" and self._whole(WHOLE):
             return []
         noted = [shard for shard in shards if self._record(shard).exists()]
-        whole = {shard for shard in tqdm(noted, "checking", unit="shard", disable=not progress or len(noted) < 2)
-                 if self._whole(shard)}
+        whole = {
+            shard
+            for shard in tqdm(
+                noted, "checking", unit="shard", disable=not progress or len(noted) < 2
+            )
+            if self._whole(shard)
+        }
         return [shard for shard in shards if shard not in whole]
 
     def _whole(self, shard: int | str) -> bool:
@@ -152,7 +172,11 @@ class Shards:
         first = np.load(self.records / "00000.npy", mmap_mode="r")
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *first.shape[1:])}
+                header = {
+                    "descr": "|u1",
+                    "fortran_order": False,
+                    "shape": (self.num_images, *first.shape[1:]),
+                }
                 np.lib.format.write_array_header_1_0(member, header)
                 for shard in range(len(self)):
                     with (self.records / f"{shard:05d}.npy").open("rb") as file:
@@ -179,7 +203,9 @@ def parquet(pngs: Sequence[bytes], labels: Sequence[int], names: Sequence[str]) 
     from datasets import ClassLabel, Features
     from datasets import Image as ImageFeature
 
-    schema = Features({"image": ImageFeature(), "label": ClassLabel(names=list(names))}).arrow_schema
+    schema = Features(
+        {"image": ImageFeature(), "label": ClassLabel(names=list(names))}
+    ).arrow_schema
     rows = {"image": [{"bytes": png, "path": None} for png in pngs], "label": list(labels)}
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pydict(rows, schema), buffer)

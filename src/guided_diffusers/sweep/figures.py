@@ -60,11 +60,22 @@ class Result:
     @classmethod
     def from_json(cls, point: Point, content: Mapping[str, Any]) -> Result:
         """Raises:
-            KeyError, TypeError: for a part that is missing, or no number.
+        KeyError, TypeError: for a part that is missing, or no number.
         """
-        found = cls(point, content["figures"], content["cost"], content["pictures"], tuple(content["per_class"]))
-        numbers = [found.value("frechet_distance"), *(found.cost[name] for name in (
-            "network_evaluations", "classifier_evaluations", "seconds"))]
+        found = cls(
+            point,
+            content["figures"],
+            content["cost"],
+            content["pictures"],
+            tuple(content["per_class"]),
+        )
+        numbers = [
+            found.value("frechet_distance"),
+            *(
+                found.cost[name]
+                for name in ("network_evaluations", "classifier_evaluations", "seconds")
+            ),
+        ]
         if not all(isinstance(one, (int, float)) for one in numbers):
             raise TypeError("a figure is no number")
         return found

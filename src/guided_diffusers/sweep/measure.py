@@ -26,7 +26,11 @@ from ..speed import computing_in
 from .figures import PICTURES, Result
 from .points import Point
 
-SOLVERS = ("dpmsolver++", "sde-dpmsolver++", "sde-dpmsolver")  # algorithms of the multi-step DPM-Solver
+SOLVERS = (
+    "dpmsolver++",
+    "sde-dpmsolver++",
+    "sde-dpmsolver",
+)  # algorithms of the multi-step DPM-Solver
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,24 +47,42 @@ def scheduler_for(own: SchedulerMixin, name: str) -> SchedulerMixin:
     third, solver = solver.endswith("3m"), solver.removesuffix("3m")
     if solver in SOLVERS and not option:
         found = exchanged(own, "dpmsolver")
-        return type(found).from_config(found.config, algorithm_type=solver, solver_order=3 if third else 2,
-                                       thresholding=name.lower().endswith("-thresholding"))
+        return type(found).from_config(
+            found.config,
+            algorithm_type=solver,
+            solver_order=3 if third else 2,
+            thresholding=name.lower().endswith("-thresholding"),
+        )
     return exchanged(own, name)
 
 
 def scheduler_name(scheduler: SchedulerMixin) -> str:
     """The short one that `scheduler_for` takes."""
-    name = type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep").lower()
+    name = (
+        type(scheduler)
+        .__name__.removesuffix("Scheduler")
+        .removesuffix("Discrete")
+        .removesuffix("Multistep")
+        .lower()
+    )
     if name == "dpmsolver":
-        return (scheduler.config["algorithm_type"] + "3m" * (scheduler.config["solver_order"] == 3)
-                + "-thresholding" * scheduler.config["thresholding"])
+        return (
+            scheduler.config["algorithm_type"]
+            + "3m" * (scheduler.config["solver_order"] == 3)
+            + "-thresholding" * scheduler.config["thresholding"]
+        )
     return name
 
 
-def quiet_copy(pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin) -> ClassifierGuidedPipeline:
+def quiet_copy(
+    pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin
+) -> ClassifierGuidedPipeline:
     """The same networks with another scheduler, and no progress bar."""
-    found = type(pipeline)(**{**pipeline.components, "scheduler": scheduler}, id2label=pipeline.config.id2label,
-                           defaults=dict(pipeline.config.defaults))
+    found = type(pipeline)(
+        **{**pipeline.components, "scheduler": scheduler},
+        id2label=pipeline.config.id2label,
+        defaults=dict(pipeline.config.defaults),
+    )
     found.set_progress_bar_config(disable=True)
     return found
 
@@ -70,7 +92,9 @@ def rows_counted(network: torch.nn.Module) -> Iterator[list[int]]:
     """Within, the batch sizes of the network's calls, as they come."""
     calls: list[int] = []
     handle = network.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(len(next(iter([*args, *kwargs.values()])))), with_kwargs=True)
+        lambda _, args, kwargs: calls.append(len(next(iter([*args, *kwargs.values()])))),
+        with_kwargs=True,
+    )
     try:
         yield calls
     finally:
@@ -102,19 +126,38 @@ class Bench:
     conditional: bool | None
     dtype: torch.dtype
 
-    def measure(self, point: Point, folder: Path, made: Callable[[int], None] = lambda count: None) -> Result:
+    def measure(
+        self, point: Point, folder: Path, made: Callable[[int], None] = lambda count: None
+    ) -> Result:
         """A point's figures; its pictures are in the folder then.
 
         Args:
             made: is told of the images of each batch.
         """
-        pipeline = quiet_copy(self.pipeline, scheduler_for(self.pipeline.scheduler, point.scheduler))
+        pipeline = quiet_copy(
+            self.pipeline, scheduler_for(self.pipeline.scheduler, point.scheduler)
+        )
         found, shown, seconds = self._summary(), [], 0.0
-        clock, tick = ("CPU", time.process_time) if pipeline.device.type == "cpu" else ("wall", time.perf_counter)
-        with rows_counted(pipeline.unet) as network, rows_counted(pipeline.classifier) as classifier, \
-                computing_in(pipeline.unet, self.dtype):
-            batches = sample(pipeline, self.labels, self.seed, self.batch_size, range(self.num_images),
-                             conditional=self.conditional, output_type="pt", **point.call)
+        clock, tick = (
+            ("CPU", time.process_time)
+            if pipeline.device.type == "cpu"
+            else ("wall", time.perf_counter)
+        )
+        with (
+            rows_counted(pipeline.unet) as network,
+            rows_counted(pipeline.classifier) as classifier,
+            computing_in(pipeline.unet, self.dtype),
+        ):
+            batches = sample(
+                pipeline,
+                self.labels,
+                self.seed,
+                self.batch_size,
+                range(self.num_images),
+                conditional=self.conditional,
+                output_type="pt",
+                **point.call,
+            )
             while True:
                 began = tick()
                 indices, images = next(batches, ([], torch.empty(0)))
@@ -126,17 +169,32 @@ class Bench:
                 self._look(found, indices, pixels / 127.5 - 1)
                 made(len(indices))
         save_strip(shown, folder / f"{point.name}.png")
-        per_class = by_class(found, self.real, self.names, self.bootstrap) if self.summary.classes else []
-        cost = {"network_evaluations": sum(network) / self.num_images,
-                "classifier_evaluations": sum(classifier) / self.num_images, "seconds": seconds / self.num_images,
-                "clock": clock, "device": device_name(pipeline.device), "threads": torch.get_num_threads(),
-                "batch_size": self.batch_size, "versions": {name: version(name) for name in LIBRARIES}}
-        return Result(point, compare(found, self.real, self.bootstrap, self.features.inception), cost,
-                      f"{point.name}.png", tuple(per_class))
+        per_class = (
+            by_class(found, self.real, self.names, self.bootstrap) if self.summary.classes else []
+        )
+        cost = {
+            "network_evaluations": sum(network) / self.num_images,
+            "classifier_evaluations": sum(classifier) / self.num_images,
+            "seconds": seconds / self.num_images,
+            "clock": clock,
+            "device": device_name(pipeline.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": self.batch_size,
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        return Result(
+            point,
+            compare(found, self.real, self.bootstrap, self.features.inception),
+            cost,
+            f"{point.name}.png",
+            tuple(per_class),
+        )
 
     def _summary(self) -> Summary:
         judged = self.judge.classes if self.judge else None
-        return Summary(self.real.moments.mean.shape[1], self.summary, judged, self.summary.classes > 0)
+        return Summary(
+            self.real.moments.mean.shape[1], self.summary, judged, self.summary.classes > 0
+        )
 
     @torch.no_grad()
     def _look(self, found: Summary, indices: Sequence[int], pixels: torch.Tensor) -> None:
@@ -148,7 +206,9 @@ class Bench:
         ids = [self.labels[i % len(self.labels)] for i in indices]
         ids = [self.summary.ids[i] for i in ids] if self.summary.ids is not None else ids
         labels = torch.tensor(ids if self.summary.classes else [-1] * len(ids))
-        found.update(torch.tensor(indices), labels, vectors.cpu(), None if logits is None else logits.cpu())
+        found.update(
+            torch.tensor(indices), labels, vectors.cpu(), None if logits is None else logits.cpu()
+        )
 
 
 def save_strip(images: Sequence[torch.Tensor], path: Path) -> None:
@@ -162,4 +222,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({os.cpu_count()} cores)" if device.type == "cpu" else device.type
-
