@@ -22,8 +22,8 @@ from typing import Any
 from guided_diffusers.evaluation import load_network
 from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling.commands import device_of, team
-from guided_diffusers.sampling.loading import exchanged, load_pipeline
 from guided_diffusers.sweep import sweep
+from guided_diffusers.utils import exchanged, load_pipeline
 
 SCHEDULERS = ("ddim", "dpmsolver++", "ddpm")
 RUNS = {

@@ -42,15 +42,14 @@ from typing import Any
 
 import torch
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, Step
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, StepContext
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.outputs import write_bytes, write_json
 from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling import sample
-from guided_diffusers.sampling.loading import exchanged, load_pipeline
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Point, Result, measure_points
 from guided_diffusers.sweep.measure import DTYPES, quiet_copy, scheduler_for
+from guided_diffusers.utils import exchanged, load_pipeline, write_bytes, write_json
 
 PARTS = ("quality", "solvers", "directions", "preset")
 SOLVERS = {
@@ -64,7 +63,7 @@ FIGURES = ("top_1", "frechet_distance", "recall")
 class Orthogonal(ClassifierGuidance):
     """What of the gradient is orthogonal to the predicted x0, image by image."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         g, x0 = super().score(step).flatten(1), step.x0.flatten(1)
         along = (g * x0).sum(1, keepdim=True) / x0.square().sum(1, keepdim=True)
         return (g - along * x0).reshape(step.sample.shape)
@@ -73,7 +72,7 @@ class Orthogonal(ClassifierGuidance):
 class Capped(ClassifierGuidance):
     """The gradient, at most as long as the score, image by image."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         g = super().score(step)
         norms = [
             one.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1)) for one in (step.score, g)

@@ -22,6 +22,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification
 
 from guided_diffusers import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
@@ -29,7 +30,6 @@ from guided_diffusers import (
     EnergyGuidance,
     Guidance,
     ImageClassifierGuidance,
-    ModelGuidance,
     NoiseAwareClassifier,
     NoiseAwareCLIP,
     NoiseAwareCLIPGuidance,
@@ -123,7 +123,7 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
         ),
         "classifier-free": (ClassifierFreeGuidance(10), lambda x, x0: None),
         "autoguidance": (
-            ModelGuidance(worse),
+            AutoGuidance(worse),
             lambda x, x0: worse(x, 500, torch.full((len(x),), 3)).sample,
         ),
         "image-classifier": (

@@ -25,11 +25,11 @@ from guided_diffusers import (
     NoiseLevel,
 )
 from guided_diffusers.bundled import folder
-from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.guidance import logits_of
-from guided_diffusers.noise import affine
+from guided_diffusers.learning.data import LabelledImages, load_splits
+from guided_diffusers.noise import x0_coefficients
 from guided_diffusers.sampling import image_generator
-from guided_diffusers.sampling.loading import exchanged
+from guided_diffusers.utils import exchanged
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def accuracies(
         abar = pipeline.scheduler.alphas_cumprod[t].item()
         alpha, sigma = abar**0.5, (1 - abar) ** 0.5
         level = NoiseLevel(
-            alpha, sigma, *affine(pipeline.scheduler.config.prediction_type, alpha, sigma)
+            alpha, sigma, *x0_coefficients(pipeline.scheduler.config.prediction_type, alpha, sigma)
         )
         x_t = level.alpha * x0 + level.sigma * torch.randn(
             x0.shape, generator=torch.Generator().manual_seed(t)

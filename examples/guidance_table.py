@@ -30,10 +30,10 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
 )
 from guided_diffusers.bundled import folder
-from guided_diffusers.data import LabelledImages, load_splits
-from guided_diffusers.metrics import frechet_distance, precision_recall
+from guided_diffusers.evaluation.metrics import frechet_distance, precision_recall
+from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.sampling import grid, image_generator
-from guided_diffusers.sampling.loading import exchanged
+from guided_diffusers.utils import exchanged
 
 Row = Callable[
     [list[int], list[int]], dict[str, Any]

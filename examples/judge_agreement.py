@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
-from guided_diffusers.data import LabelledImages, load_splits
+from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.sampling import sample
-from guided_diffusers.sampling.loading import exchanged
+from guided_diffusers.utils import exchanged
 
 STEERED_BY = {
     "classifier": False,

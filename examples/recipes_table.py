@@ -24,10 +24,10 @@ from guidance_table import Judge, make_row
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
-from guided_diffusers.data import LabelledImages, load_splits
 from guided_diffusers.diagnosis import diagnose
-from guided_diffusers.metrics import frechet_distance, precision_recall
-from guided_diffusers.sampling.loading import exchanged
+from guided_diffusers.evaluation.metrics import frechet_distance, precision_recall
+from guided_diffusers.learning.data import LabelledImages, load_splits
+from guided_diffusers.utils import exchanged
 
 CURVES = {
     "accuracy": "accuracy",

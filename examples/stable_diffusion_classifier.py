@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from guided_diffusers.attach import guide
-from guided_diffusers.perceptual import ImageClassifierGuidance
+from guided_diffusers.image_guidance import ImageClassifierGuidance
 from guided_diffusers.sampling import grid, image_generator, save_image
 
 

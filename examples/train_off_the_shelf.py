@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from guided_diffusers.data import LabelledImages, load_splits
+from guided_diffusers.learning.data import LabelledImages, load_splits
 
 
 def main() -> None:

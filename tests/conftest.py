@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from guided_diffusers.noise import affine
+from guided_diffusers.noise import x0_coefficients
 
 SHAPE = (1, 4, 4)
 
@@ -128,7 +128,7 @@ class OracleUNet(torch.nn.Module):
         if self.sigma_data is not None:
             x = x * np.hypot(sigma, self.sigma_data)
         x0 = self.mixture.denoised(x, alpha, sigma, self.label)
-        a, b = affine(
+        a, b = x0_coefficients(
             self.prediction,
             alpha,
             sigma,

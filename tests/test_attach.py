@@ -41,12 +41,12 @@ from transformers import (
 )
 
 from guided_diffusers import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     EnergyGuidance,
     Guidance,
-    ModelGuidance,
-    Step,
+    StepContext,
 )
 from guided_diffusers.attach import guide
 
@@ -680,14 +680,14 @@ def x0_of(scheduler: Any, output: torch.Tensor, t: Any, sample: torch.Tensor) ->
 class Spy(Guidance):
     """Towards its middle, and keeps the steps that it saw."""
 
-    acts_on_noise = True
+    supports_pure_noise = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.seen: list[Step] = []
+        self.seen: list[StepContext] = []
         self.again: list[torch.Tensor] = []
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         self.seen.append(step)
         self.again.append(step.predict(step.sample))
         return -self.scale_at(step) * (step.sample - 0.3)
@@ -763,7 +763,7 @@ def test_afterwards_the_pipeline_is_as_before_also_after_an_exception(name: str)
     ]  # a cache of diffusers stays from the first run
 
     class Fails(Spy):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             assert not any(p.requires_grad for module in modules[:1] for p in module.parameters())
             if step.index == 1:
                 raise KeyError("inside")
@@ -792,7 +792,7 @@ class Seen:
         self.term, self.steps, self.scores = term, [], []
         own = term.score
 
-        def score(step: Step) -> torch.Tensor:
+        def score(step: StepContext) -> torch.Tensor:
             self.steps.append(step)
             self.scores.append(own(step))
             return self.scores[-1]
@@ -1048,7 +1048,7 @@ def test_a_worse_network_is_told_the_same() -> None:
     pipeline, call = PIPELINES["SD 2 Euler v"]()
     worse = lively(conditional_unet(), seed=5)
     record = Recorder(pipeline)
-    plain, ours = record(**call), record(ModelGuidance(worse, 2.0), **call)
+    plain, ours = record(**call), record(AutoGuidance(worse, 2.0), **call)
     got, context = plain[0], torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
     _, sigma = formula(pipeline.scheduler, got["timestep"])
     with torch.no_grad():
@@ -1258,7 +1258,7 @@ def test_a_network_that_is_not_seen_is_told_of() -> None:
     pipeline, call = PIPELINES["SD"]()
 
     class Unseen(Guidance):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             return step.predict(step.sample)
 
     with (

@@ -12,7 +12,7 @@ from PIL import Image
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.sampling import grid, image_generator, sample
-from guided_diffusers.sampling.loading import find_scheduler
+from guided_diffusers.utils import find_scheduler
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 

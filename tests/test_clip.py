@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import NoiseAwareCLIP
-from guided_diffusers.data import CaptionedImages, LabelledImages
+from guided_diffusers.learning.data import CaptionedImages, LabelledImages
 from guided_diffusers.noise import schedule_config
 
 TRAINING = Path(__file__).parents[1] / "training"

@@ -15,7 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from guided_diffusers.data import SHARD, LabelledImages, load_splits, row_name
+from guided_diffusers.learning.data import SHARD, LabelledImages, load_splits, row_name
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 import prepare_fashion_mnist  # noqa: E402

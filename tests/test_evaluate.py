@@ -38,14 +38,14 @@ from guided_diffusers.evaluation import (
 )
 from guided_diffusers.evaluation.bits import process_of
 from guided_diffusers.evaluation.images import matched
-from guided_diffusers.losses import bits_per_dim
-from guided_diffusers.metrics import (
+from guided_diffusers.evaluation.metrics import (
     Moments,
     density_coverage,
     frechet_distance,
     kernel_distance,
     precision_recall,
 )
+from guided_diffusers.learning.losses import bits_per_dim
 from guided_diffusers.sampling import image_generator, sample_to_folder
 from guided_diffusers.sampling.shards import Shards, parquet
 

@@ -16,20 +16,20 @@ from conftest import Clock, Mixture, OracleClassifier, OracleUNet
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DModel
 
 from guided_diffusers import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
     EnergyGuidance,
     Guidance,
-    ModelGuidance,
     NoiseAwareClassifier,
     NoiseLevel,
-    Step,
+    StepContext,
     gradient,
     noise_levels,
 )
-from guided_diffusers.guidance import Sum, frozen, parse_labels
-from guided_diffusers.noise import affine
+from guided_diffusers.guidance import GuidanceSum, no_parameter_grad, parse_labels
+from guided_diffusers.noise import x0_coefficients
 
 SPACES = {
     "epsilon": lambda s: (1 / hypot(1, s), s / hypot(1, s)),
@@ -46,12 +46,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def level_at(ratio: float, prediction: str = "epsilon") -> NoiseLevel:
     """The level of this noise-to-signal ratio in the space that goes with the prediction."""
     alpha, sigma = SPACES[prediction](ratio)
-    return NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma))
+    return NoiseLevel(alpha, sigma, *x0_coefficients(prediction, alpha, sigma))
 
 
-def step_at(level: NoiseLevel, x: torch.Tensor, index: int = 0, count: int = 10) -> Step:
+def step_at(level: NoiseLevel, x: torch.Tensor, index: int = 0, count: int = 10) -> StepContext:
     """A step for terms that look at nothing but the sample."""
-    return Step(x, x, lambda sample: sample, level, index, count, 0.0)
+    return StepContext(x, x, lambda sample: sample, level, index, count, 0.0)
 
 
 def small_classifier(**changes: Any) -> NoiseAwareClassifier:
@@ -184,7 +184,7 @@ def test_a_guided_run_in_inference_mode_is_the_same(scheduler: type) -> None:
     """Also with a term that needs the tensors of the step for its backward pass."""
 
     class Correlate(Guidance):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             return self.scale_at(step) * gradient(
                 lambda x: (step.predict(x) * step.x0).mean((1, 2, 3)), step.sample
             )
@@ -203,7 +203,7 @@ def test_a_guided_run_in_inference_mode_is_the_same(scheduler: type) -> None:
 class Brighter(Guidance):
     """Through the network: raises the mean of the x0 that it predicts."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         return self.scale_at(step) * gradient(
             lambda x: step.predict(x).mean(dim=(1, 2, 3)), step.sample
         )
@@ -212,7 +212,7 @@ class Brighter(Guidance):
 class Pull(Guidance):
     """Towards zero."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         return -self.scale_at(step) * step.sample
 
 
@@ -225,11 +225,11 @@ def test_a_sum_of_terms_is_the_sum_of_their_scores() -> None:
     )
     step = step_at(level, x)
     expected = a.score(step) + b.score(step) + c.score(step)
-    for total in (a + b + c, a + (b + c), Sum([a, Sum([b, c])])):
+    for total in (a + b + c, a + (b + c), GuidanceSum([a, GuidanceSum([b, c])])):
         assert len(total.terms()) == 3
         torch.testing.assert_close(total.score(step), expected)
-    assert not Sum().active(0, 1, level_at(1.0)) and torch.equal(
-        Sum().score(step), torch.zeros_like(x)
+    assert not GuidanceSum().active(0, 1, level_at(1.0)) and torch.equal(
+        GuidanceSum().score(step), torch.zeros_like(x)
     )
 
 
@@ -442,7 +442,7 @@ def test_frozen_restores_what_it_found() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(names.index(name) % 3 > 0)
     before = [parameter.requires_grad for parameter in model.parameters()]
-    with pytest.raises(KeyError), frozen([model, model]):
+    with pytest.raises(KeyError), no_parameter_grad([model, model]):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         raise KeyError
     assert [parameter.requires_grad for parameter in model.parameters()] == before
@@ -451,7 +451,7 @@ def test_frozen_restores_what_it_found() -> None:
 def test_frozen_restores_parameters_that_were_exchanged_meanwhile() -> None:
     """As accelerate's sequential offloading does, with each forward: `requires_grad` as found."""
     layer = torch.nn.Linear(2, 2)
-    with frozen([layer]):
+    with no_parameter_grad([layer]):
         layer.weight = torch.nn.Parameter(
             layer.weight.detach(), requires_grad=layer.weight.requires_grad
         )
@@ -525,7 +525,7 @@ def test_a_term_can_differentiate_through_the_network(
     direction = normal(4, 1, 4, 4, seed=1)
 
     class Spy(Brighter):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             score = super().score(step)
             h = 1e-4 * hypot(step.level.alpha, step.level.sigma)
             up, down = (
@@ -798,7 +798,7 @@ def test_a_gradient_through_the_network_costs_no_further_call_of_it() -> None:
     calls = counted(pipeline.unet)
 
     class ByPredict(EnergyGuidance):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             return super().score(replace(step, graph=None))
 
     def energy(x0: torch.Tensor) -> torch.Tensor:
@@ -829,7 +829,7 @@ def test_a_gradient_through_the_network_costs_no_further_call_of_it() -> None:
 
 def test_a_network_against_itself_adds_nothing_also_where_x0_is_clipped() -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
-    term = ModelGuidance(pipeline.unet, 2.0)
+    term = AutoGuidance(pipeline.unet, 2.0)
     for clip_x0 in (True, False):
         off, found = (
             sample(pipeline, num_inference_steps=4, clip_x0=clip_x0, guidance=one)

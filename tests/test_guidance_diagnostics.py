@@ -25,10 +25,10 @@ from guided_diffusers import (
     ClassifierGuidedPipeline,
     EnergyGuidance,
     Guidance,
-    Step,
+    StepContext,
     guide,
 )
-from guided_diffusers.diagnostics import GuidanceDiagnostics
+from guided_diffusers.diagnosis.steps import GuidanceDiagnostics
 from guided_diffusers.noise import noise_levels
 from guided_diffusers.sampling import sample
 
@@ -170,7 +170,7 @@ def test_the_mean_algorithm_and_the_output_algorithm_guide_alike(mixture: Mixtur
 class Turning(Guidance):
     """Adds a vector of length index + 1 that turns by 40 degrees a step; to the second image, nothing."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         angle = torch.tensor(40.0 * step.index).deg2rad()
         shift = torch.zeros_like(step.sample)
         shift[0, 0, 0, :2] = (step.index + 1) * torch.stack([angle.cos(), angle.sin()])

@@ -24,8 +24,8 @@ from test_training import CLASSIFIER, TRAINING, UNET, free_port, start_afresh
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.data import LabelledImages
 from guided_diffusers.images import decode, encode
+from guided_diffusers.learning.data import LabelledImages
 
 sys.path.append(str(TRAINING))
 import latents  # noqa: E402

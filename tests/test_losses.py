@@ -14,9 +14,10 @@ from test_openai_networks import REFERENCE, original, pair
 from test_training import loop, place, train, weights  # noqa: F401 - the fixtures of the training scripts
 from torch import Tensor
 
-from guided_diffusers import ClassifierGuidedPipeline, losses
-from guided_diffusers.data import LabelledImages, load_splits
-from guided_diffusers.losses import (
+from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.learning import losses
+from guided_diffusers.learning.data import LabelledImages, load_splits
+from guided_diffusers.learning.losses import (
     LossSecondMomentSampler,
     Process,
     bits_per_dim,

@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from sklearn.neighbors import NearestNeighbors
 
-from guided_diffusers.metrics import (
+from guided_diffusers.evaluation.metrics import (
     Accumulator,
     Answers,
     ClassScore,
@@ -29,7 +29,7 @@ from guided_diffusers.metrics import (
     precision_recall,
     resamples,
 )
-from guided_diffusers.metrics.frechet import distance_of_gaussians
+from guided_diffusers.evaluation.metrics.frechet import distance_of_gaussians
 
 
 def features(rows: int, width: int, seed: int) -> torch.Tensor:

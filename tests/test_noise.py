@@ -1,4 +1,4 @@
-"""Noise levels and predictions: the affine table, levels read from schedulers, the classifier's schedule, variances."""
+"""Noise levels and predictions: the table of coefficients, levels read from schedulers, variances."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from test_schedulers import CASES, Case
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseLevel, noise_levels
 from guided_diffusers.noise import (
+    OUT_OF_REACH,
     TrainedSchedule,
-    affine,
     posterior_variance,
     prediction_type,
     reads_variance,
     sampling_timesteps,
     schedule_config,
     split_variance,
+    x0_coefficients,
 )
-from guided_diffusers.schedulers import OUT_OF_REACH
 
 VP, VE, FLOW, TRIG = "variance preserving", "alpha = 1", "alpha = 1 - sigma", "cos, sin"
 SPACES = {
@@ -95,7 +95,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_output_x0_and_score_say_the_same(prediction: str, space: str) -> None:
     x0, eps, shift = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), normal(2, 3, 4, 4, seed=2)
     for alpha, sigma in SPACES[space]:
-        level = NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma, **KARRAS))
+        level = NoiseLevel(alpha, sigma, *x0_coefficients(prediction, alpha, sigma, **KARRAS))
         x_t, output = alpha * x0 + sigma * eps, definition(prediction, x0, eps, alpha, sigma)
         close = {"rtol": 1e-9, "atol": 1e-9 / alpha}
         torch.testing.assert_close(level.x0(x_t, output), x0, **close)
@@ -111,16 +111,16 @@ def test_output_x0_and_score_say_the_same(prediction: str, space: str) -> None:
 
 
 def test_epsilon_is_corrected_as_in_algorithm_2() -> None:
-    level = NoiseLevel(0.6, 0.8, *affine("epsilon", 0.6, 0.8))
+    level = NoiseLevel(0.6, 0.8, *x0_coefficients("epsilon", 0.6, 0.8))
     output, shift = normal(1, 1, 4, 4), normal(1, 1, 4, 4, seed=1)
     torch.testing.assert_close(level.corrected(output, shift), output - 0.8 * shift)
 
 
 def test_without_noise_and_where_the_output_has_no_say_nothing_is_corrected() -> None:
     output = normal(1, 1, 4, 4)
-    clean = NoiseLevel(1.0, 0.0, *affine("epsilon", 1.0, 0.0))
+    clean = NoiseLevel(1.0, 0.0, *x0_coefficients("epsilon", 1.0, 0.0))
     boundary = NoiseLevel(
-        1.0, 0.002, *affine("consistency", 1.0, 0.002, **KARRAS)
+        1.0, 0.002, *x0_coefficients("consistency", 1.0, 0.002, **KARRAS)
     )  # c_out = 0 at sigma_min
     assert boundary.b == 0
     for level in (clean, boundary):
@@ -132,7 +132,7 @@ def test_half_precision_output_gives_x0_and_correction_in_single_precision() -> 
     abar = float(DDPMScheduler().alphas_cumprod[-1])
     alpha, sigma = sqrt(abar), sqrt(1 - abar)
     level, x_t = (
-        NoiseLevel(alpha, sigma, *affine("epsilon", alpha, sigma)),
+        NoiseLevel(alpha, sigma, *x0_coefficients("epsilon", alpha, sigma)),
         normal(1, 1, 8, 8).float(),
     )
     output = normal(1, 1, 8, 8, seed=1).half()
@@ -147,7 +147,7 @@ def test_an_unknown_prediction_is_refused() -> None:
     with pytest.raises(
         ValueError, match="prediction 'noise' is not one of epsilon, sample, v_prediction"
     ):
-        affine("noise", 0.6, 0.8)
+        x0_coefficients("noise", 0.6, 0.8)
     with pytest.raises(
         ValueError, match="scheduler DDPMScheduler: prediction 'noise' is not one of epsilon"
     ):
@@ -351,7 +351,8 @@ def test_a_linear_classifier_for_a_cosine_network_is_asked_at_the_same_noise() -
 def test_without_noise_the_timestep_is_zero() -> None:
     level = NoiseLevel(1.0, 0.0, 1.0, 0.0)
     assert (
-        TrainedSchedule(LINEAR).timestep(level) == 0 and TrainedSchedule(LINEAR).beyond(level) == 1
+        TrainedSchedule(LINEAR).timestep(level) == 0
+        and TrainedSchedule(LINEAR).extrapolation_scale(level) == 1
     )
 
 
@@ -359,15 +360,17 @@ def test_beyond_the_noisiest_level_the_shift_of_x0_saturates() -> None:
     schedule = TrainedSchedule(LINEAR)
     last = float(np.exp(schedule.log_ratio[-1]))
     for inside in (0.01, 1.0, last * (1 - 1e-9)):
-        assert schedule.beyond(ratio_level(inside)) == 1
-    assert schedule.beyond(ratio_level(last * (1 + 1e-6))) == pytest.approx(1, abs=1e-5)
+        assert schedule.extrapolation_scale(ratio_level(inside)) == 1
+    assert schedule.extrapolation_scale(ratio_level(last * (1 + 1e-6))) == pytest.approx(
+        1, abs=1e-5
+    )
 
     def shift(alpha: float, sigma: float) -> float:
         """Of x0 by a gradient 1 of the classifier's input: sigma^2 / alpha * score."""
         return (
             sigma**2
             / alpha
-            * schedule.beyond(NoiseLevel(alpha, sigma, 1.0, 1.0))
+            * schedule.extrapolation_scale(NoiseLevel(alpha, sigma, 1.0, 1.0))
             / hypot(alpha, sigma)
         )
 

@@ -25,8 +25,8 @@ from test_training import TRAINING, UNET, apart, loop, place, train, train_unet,
 from torch import Tensor
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.data import LabelledImages, load_splits
-from guided_diffusers.losses import (
+from guided_diffusers.learning.data import LabelledImages, load_splits
+from guided_diffusers.learning.losses import (
     FlowProcess,
     Process,
     bits_per_dim,

@@ -17,16 +17,16 @@ from PIL import Image
 from test_guidance import level_at, normal, quiet, sample, small_unet
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from guided_diffusers import ClassifierGuidedPipeline, Step
+from guided_diffusers import ClassifierGuidedPipeline, StepContext
 from guided_diffusers.guidance import Guidance
-from guided_diffusers.images import decode
-from guided_diffusers.perceptual import (
+from guided_diffusers.image_guidance import (
     CLIPGuidance,
     ImageClassifierGuidance,
     NoiseAwareCLIPGuidance,
     Preprocess,
     as_tensor,
 )
+from guided_diffusers.images import decode
 
 
 class Linear(torch.nn.Module):
@@ -48,7 +48,7 @@ def step_of(
     prediction: str = "epsilon",
     batch: int = 3,
     **changes: Any,
-) -> Step:
+) -> StepContext:
     """A step at random samples with the exact network."""
     level = level_at(ratio, prediction)
 
@@ -58,7 +58,7 @@ def step_of(
     x = level.alpha * mixture.means[[0, 1, 0, 1, 0][:batch]] + level.sigma * normal(
         batch, 1, 4, 4, seed=2
     )
-    return replace(Step(x, predict(x), predict, level, 3, 10, 0.0), **changes)
+    return replace(StepContext(x, predict(x), predict, level, 3, 10, 0.0), **changes)
 
 
 def difference(
@@ -226,7 +226,7 @@ def test_an_off_the_shelf_model_becomes_more_sure_of_the_label_along_a_real_traj
         on_the_way = []
 
         class Watch(ImageClassifierGuidance):
-            def score(self, step: Step, seen: list = on_the_way) -> torch.Tensor:
+            def score(self, step: StepContext, seen: list = on_the_way) -> torch.Tensor:
                 seen.append(log_p(2, model, self.preprocess(step.x0)))
                 return super().score(step)
 
@@ -529,7 +529,7 @@ def test_image_prompts_add_to_the_text(mixture: Mixture) -> None:
 def test_cutouts_are_drawn_from_the_seed_and_the_step_alone(mixture: Mixture) -> None:
     model, step = tiny_clip().double(), step_of(mixture)
 
-    def score(step: Step, cutouts: int = 4, **options: Any) -> torch.Tensor:
+    def score(step: StepContext, cutouts: int = 4, **options: Any) -> torch.Tensor:
         return CLIPGuidance(
             model, "cat", processor=clip_processor(), cutouts=cutouts, **options
         ).score(step)

@@ -17,7 +17,7 @@ from diffusers.callbacks import PipelineCallback
 from test_guidance import NAMES, Pull, WithoutCount, counted, quiet, small_classifier, small_unet
 from test_schedulers import CASES
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Step, noise_levels
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, StepContext, noise_levels
 
 CONDITIONAL = {"num_class_embeds": 4}  # three labels and the null label
 
@@ -610,7 +610,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     seen: list[torch.dtype] = []
 
     class Look(Pull):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             seen.extend([step.sample.dtype, step.x0.dtype])
             return super().score(step)
 
@@ -824,7 +824,7 @@ def test_warns_of_clipping_that_spoils_guidance(
 
 def test_a_term_of_scale_0_is_off() -> None:
     class Refuses(Pull):
-        def score(self, step: Step) -> torch.Tensor:
+        def score(self, step: StepContext) -> torch.Tensor:
             raise AssertionError("was asked")
 
     pipeline = quiet(small_unet(), DDPMScheduler(), small_classifier())

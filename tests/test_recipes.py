@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.classifier_losses import (
+from guided_diffusers.learning.classifier_losses import (
     FIGURES,
     MULTI,
     REGRESSION,
@@ -37,8 +37,8 @@ from guided_diffusers.classifier_losses import (
     soft_labels,
     worst_case,
 )
-from guided_diffusers.data import LabelledImages, TargetedImages
-from guided_diffusers.losses import LossSecondMomentSampler
+from guided_diffusers.learning.data import LabelledImages, TargetedImages
+from guided_diffusers.learning.losses import LossSecondMomentSampler
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 import recipes  # noqa: E402

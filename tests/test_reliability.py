@@ -48,7 +48,7 @@ from test_training import (  # noqa: F401  (place and train are fixtures)
 )
 from torch.distributed.fsdp import StateDictType
 
-from guided_diffusers.data import LabelledImages
+from guided_diffusers.learning.data import LabelledImages
 
 import checkpointing  # isort: skip
 import kill_and_resume  # isort: skip

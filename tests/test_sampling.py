@@ -25,7 +25,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
-from guided_diffusers import ClassifierGuidedPipeline, outputs
+from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers import utils as outputs
 from guided_diffusers.sampling import sample, sample_to_folder, shards
 from guided_diffusers.sampling.commands import team
 from guided_diffusers.sampling.manifest import (

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import Clock, Mixture, OracleClassifier, OracleUNet
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseLevel, Step
-from guided_diffusers.noise import affine
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseLevel, StepContext
+from guided_diffusers.noise import x0_coefficients
 
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 EXACT, ROUNDED = 1e-3, 2e-2
@@ -295,9 +295,9 @@ def test_score_network_in_a_loop_of_ones_own() -> None:
             network: OracleUNet = network,
             label: int | None = label,
         ) -> torch.Tensor:
-            level = NoiseLevel(1.0, float(sigma), *affine("score", 1.0, float(sigma)))
+            level = NoiseLevel(1.0, float(sigma), *x0_coefficients("score", 1.0, float(sigma)))
             score = network(x, sigma).sample
-            step = Step(x, level.x0(x, score), level.x0, level, index, 60, float(sigma))
+            step = StepContext(x, level.x0(x, score), level.x0, level, index, 60, float(sigma))
             return level.corrected(score, term.score(step)) if label is None else score
 
         for index, (t, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas, strict=True)):

@@ -105,9 +105,9 @@ def test_a_file_is_short_and_clean_and_has_no_more_than_its_pipeline_needs(
         ("decode", latent),
         ("NullGuidance", ("class-conditional", *latent)),
         ("rare_affine", ("EDM", "consistency", "trigflow")),
-        ("own_stepper", ("own memory",)),
-        ("Splitting", ("spared",)),
-        ("Sparing", ("spared",)),
+        ("custom_step_fn", ("own memory",)),
+        ("OperatorSplitting", ("spared",)),
+        ("GuidanceReuse", ("spared",)),
         ("is_flow", ("flow", "latent flow")),
         ("EnergyGuidance", ()),
         ("save", ()),
@@ -131,7 +131,7 @@ def test_a_file_is_short_and_clean_and_has_no_more_than_its_pipeline_needs(
         capture_output=True,
         text=True,
     )
-    if "No module named ruff" not in run.stderr:
+    if "No module is_instance_by_name ruff" not in run.stderr:
         assert run.returncode == 0, run.stdout
 
 

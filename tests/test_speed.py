@@ -21,7 +21,7 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
     speed,
 )
-from guided_diffusers.guidance import frozen, gradient
+from guided_diffusers.guidance import gradient, no_parameter_grad
 from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 
@@ -187,7 +187,7 @@ def peak(function: Callable[[], Any], folder: Path) -> int:
 
 def test_chunks_take_less_memory(tmp_path: Path) -> None:
     term, step = terms(16)["labels"], a_step(16)
-    with frozen(term.modules()):
+    with no_parameter_grad(term.modules()):
         whole = peak(lambda: term.score(step), tmp_path)
         with gradients_in(term.module, chunk_size=2):
             chunked = peak(lambda: term.score(step), tmp_path)
@@ -404,7 +404,7 @@ def test_a_step_doesnt_wait_for_the_device(kind: str, settings: dict[str, int] |
     term.module.to("meta")
     step = step_at(level_at(1.0), torch.zeros(4, 1, 8, 8, device="meta"))
     faster = nullcontext() if settings is None else gradients_in(term.module, **settings)
-    with frozen(term.modules()), faster:
+    with no_parameter_grad(term.modules()), faster:
         term.score(step)
         with Waits() as waits:
             assert term.score(step).device.type == "meta"

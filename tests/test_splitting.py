@@ -28,11 +28,11 @@ from guided_diffusers import (
     EnergyGuidance,
     Guidance,
     NoiseLevel,
-    Step,
+    StepContext,
     noise_levels,
 )
 from guided_diffusers.pipeline import DEFAULTS
-from guided_diffusers.splitting import Sparing, step_weights
+from guided_diffusers.splitting import GuidanceReuse, step_weights
 
 SCALE, IMAGES = 3.0, 4
 ORDERS = {
@@ -439,7 +439,7 @@ class Off(Guidance):
         super().__init__(1.0, **when)
         self.value, self.asked = value, []
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         self.asked.append(step.index)
         return torch.full_like(step.sample, self.value / step.level.sigma)
 
@@ -601,25 +601,25 @@ def test_what_turns_late_is_not_missed() -> None:
     x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     silent = ClassifierGuidance(OracleClassifier(Mixture()), 0)
     silent.score = lambda step: torch.zeros_like(step.sample)
-    silent.of_images = lambda rows, count: silent
-    sparing, asked = Sparing(levels, tolerance=0.1), []
+    silent.select = lambda rows, count: silent
+    sparing, asked = GuidanceReuse(levels, tolerance=0.1), []
     for index, level in enumerate(levels):
         rows = sparing.rows(index, 2, [silent])
         asked += [index] * bool(len(rows))
-        sparing.score([silent], Step(x, x, lambda x: x, level, index, 12, 0.0), rows)
+        sparing.score([silent], StepContext(x, x, lambda x: x, level, index, 12, 0.0), rows)
     assert asked == [0, 1, 3, 7]
 
 
 def test_sparing_extrapolates_straight_over_log_s() -> None:
     """e = a + b log s is met exactly after two answers, at any later level."""
     levels = [NoiseLevel(1.0, s, 1.0, -s) for s in (8.0, 5.0, 3.0, 2.0, 0.5)]
-    sparing, x = Sparing(levels, every=2), torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    sparing, x = GuidanceReuse(levels, every=2), torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     term, a, b = Off(0.0), torch.randn_like(x), torch.randn_like(x)
     term.score = lambda step: (a + b * np.log(step.level.sigma)) / step.level.sigma
     for index, level in enumerate(levels):
         rows = sparing.rows(index, 2, [term])
         assert rows.tolist() == ([0, 1] if index in (0, 2, 4) else [])
-        step = Step(x, x, lambda x: x, level, index, 5, 0.0)
+        step = StepContext(x, x, lambda x: x, level, index, 5, 0.0)
         found = sparing.score([term] if len(rows) else [], step, rows) * level.sigma
         if index != 1:  # where the first answer is held
             assert torch.allclose(found, a + b * np.log(level.sigma), atol=1e-12)

@@ -37,7 +37,7 @@ from test_training import (  # noqa: F401  (place and train are fixtures)
 )
 
 from guided_diffusers import NoiseAwareClassifier
-from guided_diffusers.data import LabelledImages, load_splits, row_name
+from guided_diffusers.learning.data import LabelledImages, load_splits, row_name
 
 import train_clip  # isort: skip
 from streaming import Item, Row, StreamedBatches, StreamedImages, label_names  # isort: skip

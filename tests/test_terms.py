@@ -14,15 +14,15 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from test_guidance import SPACES, level_at, normal, step_at
 
 from guided_diffusers import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     EnergyGuidance,
-    ModelGuidance,
     NoiseLevel,
-    Step,
+    StepContext,
     gradient,
 )
-from guided_diffusers.guidance import smoothed
+from guided_diffusers.guidance import relu_as_softplus
 
 CLOCK = Clock()
 #: the classifiers are asked at a timestep of their own where these are met exactly, at little, middle and much noise
@@ -96,7 +96,7 @@ def score(
 
 def step_of(
     mixture: Mixture, x: torch.Tensor, level: NoiseLevel, label: int | None = None, **more: Any
-) -> Step:
+) -> StepContext:
     """A step of the exact network told `label`; asked for another network, of its mixture."""
 
     def predict(x: torch.Tensor, network: OracleUNet | None = None) -> torch.Tensor:
@@ -104,7 +104,7 @@ def step_of(
             x, level.alpha, level.sigma, label
         )
 
-    return Step(x, predict(x), predict, level, 0, 10, 0.0, **more)
+    return StepContext(x, predict(x), predict, level, 0, 10, 0.0, **more)
 
 
 def slope(
@@ -138,10 +138,10 @@ def test_the_steps_score_is_the_gradient_of_the_log_density(
 # classifier-free guidance
 
 
-def free_step(mixture: Mixture, level: NoiseLevel) -> Step:
+def free_step(mixture: Mixture, level: NoiseLevel) -> StepContext:
     x = samples(mixture, level)
     return step_of(
-        mixture, x, level, 1, others=(mixture.denoised(x, level.alpha, level.sigma, None),)
+        mixture, x, level, 1, condition_x0=(mixture.denoised(x, level.alpha, level.sigma, None),)
     )
 
 
@@ -167,7 +167,7 @@ def test_classifier_free_guidance_tilts_the_exact_score(
 def test_rescale_is_that_of_diffusers(mixture: Mixture, level: NoiseLevel, rescale: float) -> None:
     """`rescale_noise_cfg` of the network's output, for that of any kind of network."""
     step, w = free_step(mixture, level), 2.5
-    conditional, null = (level.output(step.sample, x0) for x0 in (step.x0, step.others[0]))
+    conditional, null = (level.output(step.sample, x0) for x0 in (step.x0, step.condition_x0[0]))
     expected = rescale_noise_cfg(conditional + w * (conditional - null), conditional, rescale)
     found = level.corrected(conditional, ClassifierFreeGuidance(2, w, rescale=rescale).score(step))
     assert_equal(found, expected)
@@ -196,7 +196,7 @@ def test_threshold_is_imagens(mixture: Mixture, level: NoiseLevel, quantile: flo
         2, w, threshold=quantile
     ).score(step)
     for i, image in enumerate(
-        step.x0 + w.double().reshape(-1, 1, 1, 1) * (step.x0 - step.others[0])
+        step.x0 + w.double().reshape(-1, 1, 1, 1) * (step.x0 - step.condition_x0[0])
     ):
         ordered = image.abs().flatten().sort().values
         place = quantile * (len(ordered) - 1)
@@ -210,7 +210,7 @@ def test_threshold_is_imagens(mixture: Mixture, level: NoiseLevel, quantile: flo
 
 def test_scale_0_is_off_for_one_image_also_with_a_threshold_and_rescale() -> None:
     level, x0 = level_at(0.7), 3 * normal(2, *SHAPE)  # far outside [-1, 1]
-    step = Step(normal(2, *SHAPE, seed=1), x0, lambda x: x, level, 0, 10, 0.0, (0.5 * x0,))
+    step = StepContext(normal(2, *SHAPE, seed=1), x0, lambda x: x, level, 0, 10, 0.0, (0.5 * x0,))
     found = ClassifierFreeGuidance(2, [0.0, 3.0], threshold=0.9, rescale=0.5).score(step)
     assert not found[0].any() and found[1].abs().max() > 0.1
 
@@ -457,7 +457,7 @@ def test_normalize_of_gradients_of_any_size(size: float) -> None:
     """A classifier that is sure gives gradients whose squares float32 can't hold, or exact zeros."""
     level = level_at(1.0)
     x, direction = normal(2, 3, 8, 8).float(), normal(2, 3, 8, 8, seed=1).float()
-    step = Step(x, torch.zeros_like(x), lambda x: x, level, 0, 1, 0.0)
+    step = StepContext(x, torch.zeros_like(x), lambda x: x, level, 0, 1, 0.0)
     found = EnergyGuidance(
         lambda x, level: -size * (x * direction).sum((1, 2, 3)), of="sample", normalize=True
     )
@@ -522,7 +522,7 @@ def test_softplus_is_the_gradient_of_the_smooth_network(beta: float) -> None:
     assert [
         (name, id(child)) for name, child in classifier.named_modules(remove_duplicate=False)
     ] == before
-    with pytest.raises(KeyError), smoothed(classifier, beta):
+    with pytest.raises(KeyError), relu_as_softplus(classifier, beta):
         assert not any(isinstance(child, torch.nn.ReLU) for child in classifier.modules())
         raise KeyError
     assert [
@@ -542,7 +542,7 @@ def test_model_guidance_tilts_away_from_the_worse_score(
     worse, x = Mixture(seed=0, std=0.5), samples(mixture, level)
     scale = torch.tensor(w, dtype=torch.float64).reshape(-1, 1, 1, 1)
     step = step_of(mixture, x, level)
-    found = step.score + ModelGuidance(OracleUNet(worse, "epsilon", Clock()), w).score(step)
+    found = step.score + AutoGuidance(OracleUNet(worse, "epsilon", Clock()), w).score(step)
     assert_equal(found, (1 + scale) * score(mixture, x, level) - scale * score(worse, x, level))
 
 
@@ -596,7 +596,7 @@ def test_an_energy_of_x0_is_the_finite_difference(mixture: Mixture, ratio: float
         return energy(decode(x0) if of == "image" else x0)
 
     with torch.no_grad():
-        step = Step(x, predict(x), predict, level, 0, 10, 0.0, decode=decode)
+        step = StepContext(x, predict(x), predict, level, 0, 10, 0.0, decode=decode)
         through = slope(
             lambda x: of_x0(mixture.denoised(x, level.alpha, level.sigma, None)),
             x,

@@ -35,14 +35,14 @@ from test_schedulers import CASES, Case
 from test_terms import RATIOS, AttributeClassifier, Regressor, attributes, level_at, mixture_of
 
 from guided_diffusers import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
     EnergyGuidance,
     Guidance,
-    ModelGuidance,
     NoiseLevel,
-    Step,
+    StepContext,
     noise_levels,
 )
 
@@ -128,7 +128,7 @@ class Spy(Guidance):
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         return self.term.active(index, count, level)
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         self.steps.append(step)
         self.scores.append(self.term.score(step))
         return self.scores[-1]
@@ -270,7 +270,7 @@ def test_model_guidance_is_two_networks_written_out(case: Case, mixture: Mixture
     network, other = (
         oracle(case, one, None, ConditionalOracle) for one in (mixture, worse_mixture)
     )
-    found = guided(case, network, 1, guidance=ModelGuidance(other, w))
+    found = guided(case, network, 1, guidance=AutoGuidance(other, w))
     assert network.told == other.told == [[1] * IMAGES] * len(found)  # the worse is told the same
     assert other.anchor.requires_grad
     assert_same(found, written_out(case, output), ROUNDING)
@@ -292,7 +292,7 @@ def test_an_energy_of_the_sample_is_the_posteriors_model(case: Case) -> None:
         return (y - x0).square().sum((1, 2, 3)) / (2 * (variance + r**2))
 
     term = EnergyGuidance(energy, of="sample")
-    term.acts_on_noise = True  # an exact energy stays finite there
+    term.supports_pure_noise = True  # an exact energy stays finite there
     found = guided(case, oracle(case, data, 0), guidance=term)
     assert_same(found, written_out(case, lambda x, t, index: posterior(x, t).sample), ROUNDED)
 
@@ -320,7 +320,7 @@ def test_posterior_sampling_of_a_measurement_is_exact_for_gaussian_data(
         of="x0",
         through_network=s != 1,
     )
-    term.acts_on_noise = True  # an exact network's Jacobian falls as alpha
+    term.supports_pure_noise = True  # an exact network's Jacobian falls as alpha
     found = guided(case, oracle(case, mixture_of(m, s), 0), guidance=term)
     assert_same(found, written_out(case, lambda x, t, index: posterior(x, t).sample), 10 * ROUNDED)
 
@@ -548,7 +548,7 @@ def terms_of(mixture: Mixture, **arguments: Any) -> list[Guidance]:
         Pull(**arguments),
         ClassifierFreeGuidance(2, **arguments),
         ClassifierGuidance(classifier, 1, **arguments),
-        ModelGuidance(classifier, **arguments),
+        AutoGuidance(classifier, **arguments),
         EnergyGuidance(lambda x0: x0, **arguments),
     ]
 
@@ -593,7 +593,7 @@ def test_every_kind_of_term_acts_in_its_interval(mixture: Mixture) -> None:
 def test_wrong_sigma_intervals_are_refused(mixture: Mixture, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         terms_of(mixture, **arguments)
-    for term in (ClassifierFreeGuidance, ModelGuidance, EnergyGuidance):
+    for term in (ClassifierFreeGuidance, AutoGuidance, EnergyGuidance):
         with pytest.raises(ValueError, match=message):
             term(2, **arguments)
 

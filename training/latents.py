@@ -26,8 +26,8 @@ from safetensors.torch import save, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from guided_diffusers.data import LabelledImages
 from guided_diffusers.images import encode
+from guided_diffusers.learning.data import LabelledImages
 
 if TYPE_CHECKING:
     from options import Options

@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from guided_diffusers.data import SHARD, LabelledImages, row_name
+from guided_diffusers.learning.data import SHARD, LabelledImages, row_name
 
 Batch = dict[
     str, torch.Tensor

@@ -22,7 +22,7 @@ from latents import Autoencoder, LatentImages
 from streaming import StreamedImages, load_streams
 from transformers import HfArgumentParser
 
-from guided_diffusers.data import LabelledImages, is_pattern, load_splits
+from guided_diffusers.learning.data import LabelledImages, is_pattern, load_splits
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)

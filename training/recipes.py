@@ -18,7 +18,7 @@ from options import Images, Options, option
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.classifier_losses import (
+from guided_diffusers.learning.classifier_losses import (
     REGRESSION,
     SINGLE,
     balanced_weights,
@@ -29,14 +29,14 @@ from guided_diffusers.classifier_losses import (
     soft_labels,
     worst_case,
 )
-from guided_diffusers.data import TargetedImages
-from guided_diffusers.losses import LossSecondMomentSampler
+from guided_diffusers.learning.data import TargetedImages
+from guided_diffusers.learning.losses import LossSecondMomentSampler
 from guided_diffusers.noise import (
     SMALLEST_ALPHA,
     NoiseLevel,
     TrainedSchedule,
-    affine,
     split_variance,
+    x0_coefficients,
 )
 
 ARCHITECTURE = (
@@ -367,7 +367,7 @@ class ScoreModel:
         self.null, self.channels = embeddings - 1 if embeddings else None, data.channels
         abar = scheduler.alphas_cumprod.double().clamp(min=SMALLEST_ALPHA**2)
         levels = [
-            NoiseLevel(a, s, *affine(prediction, a, s))
+            NoiseLevel(a, s, *x0_coefficients(prediction, a, s))
             for a, s in zip(abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True)
         ]
         schedule = TrainedSchedule(

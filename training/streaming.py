@@ -28,7 +28,7 @@ from datasets import (
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
-from guided_diffusers.data import (
+from guided_diffusers.learning.data import (
     SHARD,
     UNREADABLE,
     CorruptImage,

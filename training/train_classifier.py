@@ -54,9 +54,9 @@ from recipes import (
 )
 
 from guided_diffusers import NoiseAwareClassifier
-from guided_diffusers.classifier_losses import FIGURES, SINGLE, held_out_scores
-from guided_diffusers.data import TargetedImages
 from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
+from guided_diffusers.learning.classifier_losses import FIGURES, SINGLE, held_out_scores
+from guided_diffusers.learning.data import TargetedImages
 
 DEFAULT = {
     "block_out_channels": [64, 128, 192, 256],

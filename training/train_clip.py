@@ -50,7 +50,7 @@ from transformers import (
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import DECIDED, NoiseAwareCLIP, image_config, last_layer
-from guided_diffusers.data import CaptionedImages, LabelledImages
+from guided_diffusers.learning.data import CaptionedImages, LabelledImages
 
 DEFAULT_TEXT = {
     "hidden_size": 256,

@@ -53,7 +53,7 @@ from options import (
 from publishing import PublishedOptions, publish
 
 from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers.losses import (
+from guided_diffusers.learning.losses import (
     FlowProcess,
     LossSecondMomentSampler,
     Objective,
@@ -102,7 +102,7 @@ class UNetOptions(PublishedOptions):
     )
     objective: Literal[Objective, "flow_matching"] = option(
         "simple",
-        "the loss, of guided_diffusers.losses: the mean squared error, with a learned variance hybrid, "
+        "the loss, of guided_diffusers.learning.losses: the mean squared error, with a learned variance hybrid, "
         "hybrid_rescaled or bound, or flow_matching: of the velocity eps - x0 on straight paths",
     )
     snr_gamma: float | None = option(

@@ -5,16 +5,16 @@ from .attach import guide
 from .classifier import NoiseAwareClassifier
 from .clip import NoiseAwareCLIP
 from .guidance import (
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     EnergyGuidance,
     Guidance,
-    ModelGuidance,
-    Step,
+    StepContext,
     gradient,
 )
+from .image_guidance import CLIPGuidance, ImageClassifierGuidance, NoiseAwareCLIPGuidance
 from .noise import NoiseLevel, noise_levels
-from .perceptual import CLIPGuidance, ImageClassifierGuidance, NoiseAwareCLIPGuidance
 from .pipeline import ClassifierGuidedPipeline
 
 repository.register((classifier, openai.unet, openai.schedules), (ClassifierGuidedPipeline,))
@@ -27,12 +27,12 @@ __all__ = [
     "EnergyGuidance",
     "Guidance",
     "ImageClassifierGuidance",
-    "ModelGuidance",
+    "AutoGuidance",
     "NoiseAwareCLIP",
     "NoiseAwareCLIPGuidance",
     "NoiseAwareClassifier",
     "NoiseLevel",
-    "Step",
+    "StepContext",
     "gradient",
     "guide",
     "noise_levels",

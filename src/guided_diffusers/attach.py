@@ -22,7 +22,7 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
-from .guidance import Guidance, Sum, frozen
+from .guidance import Guidance, GuidanceSum, no_parameter_grad
 from .images import decode, one_by_one
 from .noise import prediction_type
 from .run import Run, check_parts, finite_check, guided, number_of
@@ -71,13 +71,13 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
             f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)"
         )
     prediction_type(scheduler)
-    total = Sum(terms)
+    total = GuidanceSum(terms)
     decoder = _component(pipeline, DECODERS)
     attached = _Attached(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
     modules = [module for module in (denoiser, decoder, *total.modules()) if module is not None]
     # hooks, not another `forward`: offloading exchanges that one after each call of the pipeline
     with (
-        frozen(modules),
+        no_parameter_grad(modules),
         _replaced(scheduler, "step", attached.step),
         denoiser.register_forward_pre_hook(attached.before_call, with_kwargs=True),
         denoiser.register_forward_hook(attached.after_call, with_kwargs=True),
@@ -205,7 +205,7 @@ class _Attached:
         denoiser: torch.nn.Module,
         decoder: torch.nn.Module | None,
         decode: Callable[[torch.Tensor], torch.Tensor],
-        terms: Sum,
+        terms: GuidanceSum,
     ):
         self.scheduler, self.denoiser, self.decoder, self.decode = (
             scheduler,
@@ -296,7 +296,7 @@ class _Attached:
 
     def guided(
         self,
-        acting: Sum,
+        acting: GuidanceSum,
         run: Run,
         index: int,
         calls: Sequence[_Call],
@@ -377,7 +377,7 @@ class _Attached:
         return sample if scale is None else scale(sample, timestep)
 
     def look(
-        self, acting: Sum, calls: Sequence[_Call], timestep: Any, sample: torch.Tensor
+        self, acting: GuidanceSum, calls: Sequence[_Call], timestep: Any, sample: torch.Tensor
     ) -> None:
         """Refuse, at the first step, what can't be guided.
 

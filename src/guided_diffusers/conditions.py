@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .guidance import Guidance, LabelGuidance, NullGuidance, Sum, parse_labels
+from .guidance import Guidance, GuidanceSum, LabelGuidance, NullGuidance, parse_labels
 from .noise import module_config
 
 
@@ -167,7 +167,7 @@ def further_terms(
             f"guidance: {[type(term).__name__ for term in given]}; a term of guidance, a sum or a list "
             "of them is allowed"
         )
-    terms = Sum(given)
+    terms = GuidanceSum(given)
     if terms.conditions and class_labels is None:
         raise ValueError(
             "guidance: a term has conditions, class labels, and the network has no class embeddings"

@@ -19,7 +19,7 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
-from .guidance import ClassifierGuidance, Sum, frozen
+from .guidance import ClassifierGuidance, GuidanceSum, no_parameter_grad
 from .run import Run, check_parts, finite_check, guided
 
 
@@ -67,7 +67,7 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
         t: torch.Tensor,
     ) -> tuple[Any, BlockState]:
         if i == 0:
-            terms = Sum(
+            terms = GuidanceSum(
                 [
                     ClassifierGuidance(
                         components.classifier, block_state.label, block_state.guidance_scale
@@ -84,7 +84,7 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
         index = run.step(t)
         acting = run.acting(terms, index)
         if acting.terms():
-            with frozen(acting.modules()):
+            with no_parameter_grad(acting.modules()):
                 block_state.noise_pred = guided(
                     acting,
                     run,

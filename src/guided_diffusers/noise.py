@@ -18,19 +18,179 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-from .schedulers import (
-    EDM,
-    FIXED,
-    FLOW,
-    MID_SIGMA,
-    TERMINAL_TIMESTEP,
-    check_reach,
-    is_flow,
-    named,
-    own_stepper,
-    rare_affine,
-    steps_otherwise,
-)
+#: their config says what the network predicts, and a step takes the sample that `add_noise` makes at its timestep
+ORDINARY = {
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "PNDMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
+FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+}
+EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
+FIXED = {
+    "IPNDMScheduler": "v_prediction",
+    "SCMScheduler": "trigflow",
+    "CMStochasticIterativeScheduler": "consistency",
+    "DDPMWuerstchenScheduler": "epsilon",
+}
+MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
+TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+_DISCRETE = "it is for discrete tokens, which have no score"
+_OWN_LOOP = "it needs a loop of its own, with corrector steps"
+OUT_OF_REACH = {
+    "DDIMInverseScheduler": "its sample is one step behind its timestep",
+    "DPMSolverMultistepInverseScheduler": "it adds noise, so there is no x0 to guide",
+    "ConsistencyDecoderScheduler": "it is part of a decoder, not a sampler of images",
+    "HeliosScheduler": "its stages change the sample's size between steps",
+    "HeliosDMDScheduler": "its stages change the sample's size between steps",
+    "PiflowScheduler": "its network gives a policy for several steps, not a prediction",
+    "ScoreSdeVeScheduler": _OWN_LOOP,
+    "KarrasVeScheduler": _OWN_LOOP,
+    "RePaintScheduler": "it needs a mask and an image in every step",
+    "RFD4ProteinaScheduler": "its samples are protein structures",
+    "MiniMaxH3Scheduler": "it runs two modalities with a schedule each",
+    "VQDiffusionScheduler": _DISCRETE,
+    "AmusedScheduler": _DISCRETE,
+    "DiscreteDDIMScheduler": _DISCRETE,
+    "BlockRefinementScheduler": _DISCRETE,
+    "EntropyBoundScheduler": _DISCRETE,
+}
+
+
+def is_instance_by_name(scheduler: SchedulerMixin, names: Any) -> str | None:
+    """The name of the scheduler's class, or of the class it extends, that is in `names`."""
+    return next((cls.__name__ for cls in type(scheduler).__mro__ if cls.__name__ in names), None)
+
+
+def is_ordinary(scheduler: SchedulerMixin) -> bool:
+    """Whether nothing here is needed for the scheduler."""
+    return bool(is_instance_by_name(scheduler, ORDINARY)) and not scheduler.config.get(
+        "use_flow_sigmas"
+    )
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether its samples are alpha = 1 - sigma."""
+    return bool(is_instance_by_name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"))
+
+
+def has_custom_step(scheduler: SchedulerMixin) -> bool:
+    """Whether its step takes something else than (output, timestep, sample, eta, generator)."""
+    takes = inspect.signature(scheduler.step).parameters.keys()
+    return bool(
+        is_instance_by_name(scheduler, {"DPMSolverSDEScheduler", "DDPMWuerstchenScheduler"})
+        or takes & {"old_pred_original_sample", "prev_timestep"}
+    )
+
+
+def check_supported(scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that guidance can't work with.
+
+    Raises:
+        ValueError: for one; the message says why.
+    """
+    if name := is_instance_by_name(scheduler, OUT_OF_REACH):
+        raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
+    tells = is_flow(scheduler) or is_instance_by_name(scheduler, {"IPNDMScheduler", "SCMScheduler"})
+    if not tells and not callable(getattr(scheduler, "add_noise", None)):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read"
+        )
+
+
+def rare_affine(
+    prediction: str,
+    alpha: float,
+    sigma: float,
+    sigma_data: float,
+    sigma_min: float,
+) -> tuple[float, float]:
+    """(a, b) of `x0_pred = a * sample + b * output` of networks that ordinary schedulers don't know.
+
+    Args:
+        prediction: score | edm_epsilon, edm_v_prediction (Karras et al. 2022, Table 1) | consistency (Song et al. 2023,
+            eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
+        sigma_data, sigma_min: the constants of the last four.
+    """
+    edm = sqrt(sigma**2 + sigma_data**2)
+    match prediction:
+        case "score":
+            return 1 / alpha, sigma**2 / alpha
+        case "edm_epsilon":
+            return sigma_data**2 / edm**2, sigma * sigma_data / edm
+        case "edm_v_prediction":
+            return sigma_data**2 / edm**2, -sigma * sigma_data / edm
+        case "consistency":
+            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (
+                sigma - sigma_min
+            ) * sigma_data / edm
+        case "trigflow":
+            return alpha, -sigma / sigma_data
+    raise ValueError(
+        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
+        "edm_epsilon, edm_v_prediction, consistency, trigflow"
+    )
+
+
+def custom_step_fn(
+    scheduler: SchedulerMixin,
+    schedule: torch.Tensor,
+    options: Mapping[str, Any],
+    generator: torch.Generator | list[torch.Generator] | None,
+    batch_size: int,
+) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+    """(output, index, sample) -> the next sample."""
+    takes = inspect.signature(scheduler.step).parameters
+    if is_instance_by_name(scheduler, {"DPMSolverSDEScheduler"}):  # draws for itself, from a seed
+        each = (
+            generator
+            if isinstance(generator, list)
+            else [generator]
+            if generator is not None
+            else []
+        )
+        seeds = [torch.randint(2**62, (), generator=one, device=one.device).item() for one in each]
+        own = scheduler.config.noise_sampler_seed
+        scheduler.noise_sampler_seed = (
+            seeds if isinstance(generator, list) else seeds[0] if seeds else own
+        )
+    wants_batched_timestep = is_instance_by_name(scheduler, {"DDPMWuerstchenScheduler"})
+    previous_x0 = None
+
+    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
+        nonlocal previous_x0
+        t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
+        if (
+            "old_pred_original_sample" in takes
+        ):  # CogVideoX's DPM solver leaves its memory to the caller
+            back = schedule[index - 1] if index else None
+            sample, previous_x0 = scheduler.step(
+                output, previous_x0, t, back, sample, **options, return_dict=False
+            )
+            return sample
+        more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
+        t = t.expand(batch_size) if wants_batched_timestep else t
+        return scheduler.step(output, t, sample, **options, **more, return_dict=False)[0]
+
+    return step
+
 
 #: alpha = 0 (zero terminal SNR, the first step of flow matching) is read as Diffusers' sigma-based schedulers read it.
 SMALLEST_ALPHA = 2.0**-24
@@ -83,7 +243,7 @@ class NoiseLevel:
         return output + (self.sigma**2 / self.alpha / self.b * score_shift).to(output.dtype)
 
 
-def affine(
+def x0_coefficients(
     prediction: str,
     alpha: float,
     sigma: float,
@@ -112,18 +272,18 @@ def affine(
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
-    """What the scheduler takes the network's output for, in the words of `affine`.
+    """What the scheduler takes the network's output for, in the words of `x0_coefficients`.
 
     Raises:
         ValueError: for a scheduler that guidance can't work with; the message says why.
     """
-    check_reach(scheduler)
+    check_supported(scheduler)
     prediction = scheduler.config.get("prediction_type")
-    if name := named(scheduler, FIXED):
+    if name := is_instance_by_name(scheduler, FIXED):
         prediction = FIXED[name]
-    if named(scheduler, EDM):
+    if is_instance_by_name(scheduler, EDM):
         prediction = f"edm_{prediction}"
-    if named(scheduler, FLOW):
+    if is_instance_by_name(scheduler, FLOW):
         prediction = "data_flow" if scheduler.config.get("invert_sigmas") else "flow"
     if is_flow(scheduler) and prediction == "v_prediction":
         raise ValueError(
@@ -133,7 +293,7 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     if is_flow(scheduler) and prediction == "flow_prediction":
         prediction = "flow"
     try:
-        affine(str(prediction), 1.0, 1.0)
+        x0_coefficients(str(prediction), 1.0, 1.0)
     except ValueError as error:
         raise ValueError(f"scheduler {type(scheduler).__name__}: {error}") from None
     return prediction
@@ -141,7 +301,7 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
 
 def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:
     """The timesteps of which each is one call of the network, after `scheduler.set_timesteps`."""
-    if named(scheduler, TERMINAL_TIMESTEP):
+    if is_instance_by_name(scheduler, TERMINAL_TIMESTEP):
         return scheduler.timesteps[:-1]
     return scheduler.timesteps
 
@@ -172,7 +332,9 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
                 f"(alpha={alpha:.4g}, sigma={sigma:.4g})"
             )
         alpha = max(alpha, SMALLEST_ALPHA)
-        levels.append(NoiseLevel(alpha, sigma, *affine(prediction, alpha, sigma, **constants)))
+        levels.append(
+            NoiseLevel(alpha, sigma, *x0_coefficients(prediction, alpha, sigma, **constants))
+        )
     _begin(scheduler, 0)
     return levels
 
@@ -188,19 +350,21 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
     What `add_noise` does to (x0, eps) = (1, 0) and (0, 1), but where that is not what `step` assumes.
     """
     if (
-        kind := named(scheduler, MID_SIGMA)
+        kind := is_instance_by_name(scheduler, MID_SIGMA)
     ) and index % 2:  # a step from the mid-point of DPM-Solver-2
         return 1.0, float(scheduler.sigmas_interpol[index - MID_SIGMA[kind]])
-    if named(scheduler, {"DPMSolverSDEScheduler"}) and index % 2:  # likewise, half-way in log sigma
+    if (
+        is_instance_by_name(scheduler, {"DPMSolverSDEScheduler"}) and index % 2
+    ):  # likewise, half-way in log sigma
         return 1.0, float((scheduler.sigmas[index - 1] * scheduler.sigmas[index]).sqrt())
-    if named(scheduler, {"IPNDMScheduler"}):
+    if is_instance_by_name(scheduler, {"IPNDMScheduler"}):
         return float(scheduler.alphas[index]), float(scheduler.betas[index])
-    if named(scheduler, {"SCMScheduler"}):
+    if is_instance_by_name(scheduler, {"SCMScheduler"}):
         return float(t.cos()), float(t.sin()) * scheduler.config.sigma_data
     if is_flow(scheduler):
         sigma = float(scheduler.sigmas[index])  # with invert_sigmas the share of data, not of noise
         return (sigma, 1 - sigma) if scheduler.config.get("invert_sigmas") else (1 - sigma, sigma)
-    if named(scheduler, {"SASolverScheduler"}):
+    if is_instance_by_name(scheduler, {"SASolverScheduler"}):
         scale = sqrt(1 + float(scheduler.sigmas[index]) ** 2)
         return 1 / scale, float(scheduler.sigmas[index]) / scale
     _begin(scheduler, index)
@@ -215,7 +379,7 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
 def reads_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step takes a network's learned variance along with its prediction."""
     takers = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
-    return bool(named(scheduler, takers)) and scheduler.config.variance_type in (
+    return bool(is_instance_by_name(scheduler, takers)) and scheduler.config.variance_type in (
         "learned",
         "learned_range",
     )
@@ -240,7 +404,7 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
 
 def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step is an ancestral one, N(mean, Sigma), whose mean guidance can shift."""
-    return bool(named(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
+    return bool(is_instance_by_name(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
 
 
 def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,7 +467,7 @@ def posterior_variance(
 
 def starting_sigma(scheduler: SchedulerMixin) -> Any:
     """What unit noise is multiplied by to start from, after `set_timesteps`."""
-    if named(scheduler, {"SCMScheduler"}):
+    if is_instance_by_name(scheduler, {"SCMScheduler"}):
         return scheduler.config.sigma_data
     return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
 
@@ -344,8 +508,8 @@ def stepper(
     options = {
         name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes
     }
-    if steps_otherwise(scheduler):
-        return own_stepper(scheduler, schedule, options, generator, batch_size)
+    if has_custom_step(scheduler):
+        return custom_step_fn(scheduler, schedule, options, generator, batch_size)
 
     def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
         return scheduler.step(output, schedule[index], sample, **options, return_dict=False)[0]
@@ -411,7 +575,7 @@ class TrainedSchedule:
             float(round(t)) if abs(t - round(t)) < 2e-3 else t
         )  # schedulers' float32 tables are no better
 
-    def beyond(self, level: NoiseLevel) -> float:
+    def extrapolation_scale(self, level: NoiseLevel) -> float:
         """By how much a score is scaled: 1, or less where `level` is noisier than anything trained on.
 
         There the classifier is asked at its noisiest level (alpha_T, sigma_T), and what it moves the predicted x0 by,

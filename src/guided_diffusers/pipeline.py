@@ -27,7 +27,7 @@ from PIL import Image
 from . import bundled, repository
 from .classifier import NoiseAwareClassifier
 from .conditions import Conditioned, further_terms
-from .guidance import FiniteCheck, Guidance, Label, Step, frozen, total_score
+from .guidance import FiniteCheck, Guidance, Label, StepContext, no_parameter_grad, total_score
 from .images import check_precision, convert, decode, join_low_resolution, low_resolution
 from .noise import (
     NoiseLevel,
@@ -43,7 +43,7 @@ from .noise import (
     starting_sigma,
     stepper,
 )
-from .splitting import Sparing, Splitting
+from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
 DEFAULTS = {
@@ -241,7 +241,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
                 scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); with
                 "lie_trotter" and "strang" it is a part beside the scheduler's step, which knows nothing of it
-                (`Splitting`). None: the pipeline's own; "mean" only where the scheduler has a DDPM step, else "output".
+                (`OperatorSplitting`). None: the pipeline's own; "mean" only where the scheduler has a DDPM step, else "output".
             clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, whatever the scheduler
                 (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips what guidance made of it.
             guidance: a further term that is added to the classifier's, or several.
@@ -250,7 +250,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
                 itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
                 Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, where the network is told a label.
-            guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`Sparing`). 1:
+            guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`GuidanceReuse`). 1:
                 at each. None: the pipeline's own.
             guidance_tolerance: instead, ask an image's classifier again where its gradient has turned so far that the
                 image would be off by more, in the units of x0 (0.05 is 2.5% of [-1, 1]); at each step while a term
@@ -324,21 +324,21 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
         splitting, sparing, asked = None, None, 0
         if terms and guidance_algorithm not in ("output", "mean"):
-            splitting = Splitting(guidance_algorithm, self.scheduler, levels, eta)
+            splitting = OperatorSplitting(guidance_algorithm, self.scheduler, levels, eta)
         every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
         if guidance_every is None and guidance_tolerance is None:
             every, tolerance = (
                 self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance")
             )
         if every != 1 or tolerance is not None:
-            sparing = Sparing(levels, every, tolerance)
+            sparing = GuidanceReuse(levels, every, tolerance)
         networks = [module for term in terms for module in term.modules()]
         check = FiniteCheck(
             next((p.dtype for module in networks for p in module.parameters()), latents.dtype)
         )
         components = [module for module in (self.unet, self.vae, *networks) if module is not None]
 
-        with frozen(components), self.progress_bar(total=count) as bar:
+        with no_parameter_grad(components), self.progress_bar(total=count) as bar:
             for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
                 # 3. What the network says: for the label and for what else the terms need to know, in one call
                 active = [term for term in terms if term.active(index, count, level)]
@@ -375,7 +375,7 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 # 4. What guidance adds to the score
                 if active:
                     predict = partial(self._predict_x0, t, level, class_labels, low_res, clip_x0)
-                    step = Step(
+                    step = StepContext(
                         wide,
                         level.x0(wide, output),
                         predict,

@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.logging import get_logger
 
-from .guidance import FiniteCheck, Step, Sum
+from .guidance import FiniteCheck, GuidanceSum, StepContext
 from .noise import clipping_warning, noise_levels, sampling_timesteps, split_variance
 
 logger = get_logger(__name__)
@@ -72,12 +72,12 @@ class Run:
         self.last = index
         return index
 
-    def acting(self, terms: Sum, index: int) -> Sum:
+    def acting(self, terms: GuidanceSum, index: int) -> GuidanceSum:
         """The terms that act at a step."""
         return (
             terms.at(index - self.first, self.count, self.levels[index])
             if index < len(self.levels)
-            else Sum()
+            else GuidanceSum()
         )
 
 
@@ -87,7 +87,7 @@ def number_of(timestep: Any) -> float | None:
 
 
 def guided(
-    terms: Sum,
+    terms: GuidanceSum,
     run: Run,
     index: int,
     output: torch.Tensor,
@@ -112,7 +112,7 @@ def guided(
     prediction, variance = split_variance(output, sample.shape[1])
     images = len(sample) // repeats
     wide = sample[:images].to(torch.promote_types(sample.dtype, torch.float32))
-    step = Step(
+    step = StepContext(
         wide,
         level.x0(wide, prediction[:images]),
         lambda x, *network: level.x0(x, predict(x, *network)),
@@ -129,13 +129,13 @@ def guided(
     return prediction if variance is None else torch.cat([prediction, variance], dim=1)
 
 
-def finite_check(terms: Sum) -> FiniteCheck:
+def finite_check(terms: GuidanceSum) -> FiniteCheck:
     return FiniteCheck(
         next((p.dtype for module in terms.modules() for p in module.parameters()), torch.float32)
     )
 
 
-def check_parts(scheduler: SchedulerMixin, terms: Sum, device: torch.device) -> None:
+def check_parts(scheduler: SchedulerMixin, terms: GuidanceSum, device: torch.device) -> None:
     """Warn of a scheduler that spoils guided samples, refuse a network that is elsewhere than the samples.
 
     Raises:

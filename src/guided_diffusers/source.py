@@ -14,8 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .noise import module_config, prediction_type
-from .schedulers import OUT_OF_REACH, is_flow, is_ordinary, named, rare_affine
+from .noise import (
+    OUT_OF_REACH,
+    is_flow,
+    is_instance_by_name,
+    is_ordinary,
+    module_config,
+    prediction_type,
+    rare_affine,
+)
 
 PACKAGE = __name__.partition(".")[0]
 COMPONENTS = {
@@ -23,9 +30,9 @@ COMPONENTS = {
 }  # modules whose classes travel in a file of their own, beside their weights
 WIDTH, LIMIT = 120, 900
 QUESTIONS = {
-    "named",
+    "is_instance_by_name",
     "is_flow",
-    "steps_otherwise",
+    "has_custom_step",
 }  # of `schedulers`, asked about a pipeline's own beforehand
 OPTIONS = (
     "if sigma_interval is not None",
@@ -63,7 +70,7 @@ MISSING = """def _missing(what: str, *arguments: Any, **options: Any) -> Any:
 
 
 # after `MISSING`: the branches for other schedulers aren't there
-CHECK_REACH = """def check_reach(scheduler: SchedulerMixin) -> None:{own}
+CHECK_REACH = """def check_supported(scheduler: SchedulerMixin) -> None:{own}
     if not is_ordinary(scheduler){but}:
         _missing("a scheduler of this kind")
 
@@ -144,12 +151,13 @@ def spared(pipeline: Any) -> dict[str, str]:
         found["posterior_variance"] = "guidance_algorithm='mean'"
     if defaults["guidance_algorithm"] in ("output", "mean"):
         found |= dict.fromkeys(
-            ("Splitting", "if splitting is not None and (not splitting.asks(index))"),
+            ("OperatorSplitting", "if splitting is not None and (not splitting.asks(index))"),
             "this guidance_algorithm",
         )
     if (defaults["guidance_every"], defaults["guidance_tolerance"]) == (1, None):
         found |= dict.fromkeys(
-            ("Sparing", "if sparing is not None and active"), "guidance_every, guidance_tolerance"
+            ("GuidanceReuse", "if sparing is not None and active"),
+            "guidance_every, guidance_tolerance",
         )
     return found
 
@@ -161,7 +169,7 @@ def _needs_rare_affine(scheduler: Any) -> bool:
                 prediction_type(scheduler), alpha=1.0, sigma=1.0, sigma_data=0.5, sigma_min=0.0
             )
         )
-    except ValueError:  # `affine` knows the prediction, or the scheduler can't be guided
+    except ValueError:  # `x0_coefficients` knows the prediction, or the scheduler can't be guided
         return False
 
 
@@ -172,12 +180,12 @@ def self_contained(cls: type, pipeline: Any = None) -> str:
     needs, directly or not, with their comments, but without docstrings: the class keeps its first line, and its public
     methods theirs where the file stays below `LIMIT` lines. Methods that need a module of ours as a whole
     (`bundled.folder`) are left out, and those that nothing calls by their name. A class of `COMPONENTS` that is only
-    named in annotations is `torch.nn.Module` there.
+    is_instance_by_name in annotations is `torch.nn.Module` there.
 
     Args:
         pipeline: one of the class, whose file it is. What it doesn't need stays behind: what is `spared`, where a call
             raises an ImportError, and the branches that `QUESTIONS` about its scheduler don't lead into, where
-            `check_reach` raises one for any scheduler that could want them. None: nothing stays behind.
+            `check_supported` raises one for any scheduler that could want them. None: nothing stays behind.
 
     Raises:
         ValueError: if two definitions that it needs have one name, or something `spared` isn't in the source.
@@ -220,7 +228,7 @@ def self_contained(cls: type, pipeline: Any = None) -> str:
 def _check_reach(scheduler: Any) -> str:
     """The definition that refuses all schedulers but `ORDINARY` ones and a pipeline's own kind."""
     own = ""
-    if not is_ordinary(scheduler) and not named(scheduler, OUT_OF_REACH):
+    if not is_ordinary(scheduler) and not is_instance_by_name(scheduler, OUT_OF_REACH):
         own = f"type(scheduler).__name__ == {json.dumps(type(scheduler).__name__)}"
         own += "" if is_flow(scheduler) else ' and not scheduler.config.get("use_flow_sigmas")'
         own = f"\n    own = {own}"
@@ -310,7 +318,7 @@ def _needed(cls: type, without: Mapping[str, str], scheduler: Any) -> Needed:
         if name in without:
             if runs:
                 needed.missing.add(name)
-        elif name == "check_reach" and scheduler is not None:
+        elif name == "check_supported" and scheduler is not None:
             pass  # `CHECK_REACH`
         elif name in module.imports:
             source, there = module.imports[name]

@@ -24,9 +24,9 @@ from .guidance import (
     ClassifierGuidance,
     LogitsGuidance,
     NoiseAwareGuidance,
-    frozen,
     gradient,
     logits_of,
+    no_parameter_grad,
 )
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
@@ -156,7 +156,7 @@ class InputGradient:
                     return self._of(term, z, t)
                 return torch.cat(
                     [
-                        self._of(term.of_images(slice(i, i + size), len(z)), z[i : i + size], t)
+                        self._of(term.select(slice(i, i + size), len(z)), z[i : i + size], t)
                         for i in range(0, len(z), size)
                     ]
                 )
@@ -445,7 +445,7 @@ def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float 
         )  # others may use the CPU, too
 
     fastest = float("inf")
-    with frozen([part]), torch.no_grad():
+    with no_parameter_grad([part]), torch.no_grad():
         for _ in range(3):
             began = now()
             part(x, labels, **told) if term is None else part.input_gradient(term, x, 0.0)

@@ -24,7 +24,7 @@ from math import log
 import torch
 from diffusers import SchedulerMixin
 
-from .guidance import Guidance, NoiseAwareGuidance, Step, total_score
+from .guidance import Guidance, NoiseAwareGuidance, StepContext, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, stepper
 
 #: s_n / s_{n+1} beyond which guidance at a step's end is no second opinion on the whole of it; with 4, strang diverged
@@ -36,7 +36,7 @@ OVERSHOOTS = 3.0
 GROWTH = 2.0
 
 
-class Splitting:
+class OperatorSplitting:
     """The part c of a run's samples that guidance has made, (B, C, H, W).
 
         lie_trotter    c_{n+1} = c_n + w_n e_n                         order 1
@@ -170,7 +170,7 @@ def step_weights(
     return weights
 
 
-class Sparing:
+class GuidanceReuse:
     """Which steps, and which images at them, ask the terms, and what stands for their answers elsewhere.
 
     Kept are e = sigma * g, by which guidance moves the predicted eps: from step to step it changes less than the score
@@ -251,7 +251,9 @@ class Sparing:
         unknown = self._turning.isinf() | (since > self._believed - 1e-9)
         return everyone[(self._error > self.tolerance) | unknown]
 
-    def score(self, asked: Sequence[Guidance], step: Step, rows: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, asked: Sequence[Guidance], step: StepContext, rows: torch.Tensor
+    ) -> torch.Tensor:
         """What guidance adds to the score at this step: the terms' answer for the images `rows`, for the others what
         stands for it.
 
@@ -259,12 +261,12 @@ class Sparing:
             asked: the terms; none where `rows` is empty.
         """
         if len(rows):
-            self._keep(step, rows, total_score(*of_images(asked, step, rows)))
+            self._keep(step, rows, total_score(*select(asked, step, rows)))
         passed = (self.log_s[step.index] - self._at).to(self._last, non_blocking=True)
         passed = passed.reshape(-1, *[1] * (self._last.ndim - 1))
         return (self._last + passed * self._slope) / step.level.sigma
 
-    def _keep(self, step: Step, rows: torch.Tensor, score: torch.Tensor) -> None:
+    def _keep(self, step: StepContext, rows: torch.Tensor, score: torch.Tensor) -> None:
         now, e = self.log_s[step.index], step.level.sigma * score
         if self._last is None:
             self._last, self._slope, self._at = (
@@ -296,14 +298,14 @@ class Sparing:
             self._believed[rows] = torch.where(moved, -GROWTH * passed, self._believed[rows])
 
 
-def of_images(
-    terms: Sequence[NoiseAwareGuidance], step: Step, rows: torch.Tensor
-) -> tuple[Sequence[Guidance], Step]:
+def select(
+    terms: Sequence[NoiseAwareGuidance], step: StepContext, rows: torch.Tensor
+) -> tuple[Sequence[Guidance], StepContext]:
     """Terms and step of some of the images."""
     count = len(step.sample)
     if len(rows) == count:
         return terms, step
     there = rows.to(step.sample.device, non_blocking=True)
-    return [term.of_images(rows.tolist(), count) for term in terms], replace(
+    return [term.select(rows.tolist(), count) for term in terms], replace(
         step, sample=step.sample[there], x0=step.x0[there], graph=None
     )

@@ -325,7 +325,7 @@ class Measured:
                 "timestep": place.timestep,
                 "sigma_over_alpha": place.ratio,
                 "classifier_timestep": schedule.timestep(place.level),
-                "beyond": schedule.beyond(place.level) < 1,
+                "beyond": schedule.extrapolation_scale(place.level) < 1,
                 **level_figures(logits[k], label, log_prior, image_generator(seed, k)),
                 **_gradient_figures(self.gradients[k]),
             }

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch.nn import functional as F
 
-from ..guidance import ClassifierGuidance, Step, frozen
+from ..guidance import ClassifierGuidance, StepContext, no_parameter_grad
 from ..images import encode
 from ..noise import (
     NoiseLevel,
@@ -265,7 +265,7 @@ class Gradients:
     def _gradient(
         classifier: torch.nn.Module, x: torch.Tensor, label: torch.Tensor, level: NoiseLevel
     ) -> torch.Tensor:
-        step = Step(x, x, lambda sample: sample, level, 0, 1, 0.0)
+        step = StepContext(x, x, lambda sample: sample, level, 0, 1, 0.0)
         return (
             ClassifierGuidance(classifier, label).score(step).cpu().double()
         )  # some devices have no float64
@@ -290,7 +290,7 @@ class Gradients:
         term, norm = ClassifierGuidance(self.wide, label), (level.alpha**2 + level.sigma**2) ** 0.5
         t, beyond, h = (
             term.schedule.timestep(level),
-            term.schedule.beyond(level),
+            term.schedule.extrapolation_scale(level),
             1e-4 * level.sigma,
         )
         wrong, size = 0.0, (1e-11 / h) ** 2
@@ -375,7 +375,7 @@ def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
     try:
         for module in there:
             module.eval()
-        with frozen(there):
+        with no_parameter_grad(there):
             yield
     finally:
         for one in training:

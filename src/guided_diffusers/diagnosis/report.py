@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..outputs import aside, require_matplotlib, write_json  # noqa: F401 - the last for its package
+from ..utils import aside, require_matplotlib, write_json  # noqa: F401 - the last for its package
 
 CURVES = {
     "accuracy": "accuracy",

@@ -12,7 +12,7 @@ from ..pipeline import ClassifierGuidedPipeline
 from .figures import Item
 
 if TYPE_CHECKING:
-    from ..data import LabelledImages
+    from ..learning.data import LabelledImages
 
 
 def load(model: str | Path) -> tuple[NoiseAwareClassifier, ClassifierGuidedPipeline | None]:
@@ -61,7 +61,7 @@ def held_out(
     Raises:
         ValueError: if there is no such split, or it has no labels.
     """
-    from ..data import LabelledImages, load_splits
+    from ..learning.data import LabelledImages, load_splits
 
     splits = load_splits(dataset)
     if split is None:

@@ -26,11 +26,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..metrics import Nearest, gather
-from ..outputs import write_json
 from ..sampling.manifest import module_hash
+from ..utils import write_json
 from .figures import COVERAGE_K, PRECISION_K, Bootstrap, Figure, by_class, compare, memorisation
 from .images import Images, Rows, matched, named, open_generated, open_real
+from .metrics import Nearest, gather
 from .networks import Network, default_features, inception, load_network, of_classifier, of_module
 from .report import draw_bits, draw_confusion, draw_pairs, table
 from .summary import Settings, Summary, stream, summarise

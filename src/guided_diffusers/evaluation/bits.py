@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diagnosis.figures import evaluating
-from ..losses import Process, bits_per_dim
-from ..metrics import Accumulator, gather
+from ..learning.losses import Process, bits_per_dim
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
 from .figures import Bootstrap
 from .images import Images, matched, named
+from .metrics import Accumulator, gather
 
 TERMS = ("bound", "x0_mse", "eps_mse")
 

@@ -128,8 +128,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_theirs
 
-    from ..outputs import require_matplotlib
     from ..sampling.commands import device_of, team
+    from ..utils import require_matplotlib
 
     if bool(options.bits_per_dim) != (options.model is not None):
         raise ValueError(
@@ -225,7 +225,7 @@ def with_bits(found: Evaluation, options: argparse.Namespace, device: Any) -> Ev
     """Also the bits per dimension of --model, on the same split of real images."""
     from accelerate import PartialState
 
-    from ..sampling.loading import load_pipeline
+    from ..utils import load_pipeline
     from . import Bootstrap, open_real
     from .bits import measure, shape_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..metrics import (
+from .metrics import (
     Moments,
     class_diversity,
     frechet_distance,

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-from ..data import CorruptImage, LabelledImages, load_splits
+from ..learning.data import CorruptImage, LabelledImages, load_splits
 from ..sampling.manifest import as_folder, folder_names, unique_names
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..outputs import aside, require_matplotlib
+from ..utils import aside, require_matplotlib
 
 WORDS = {
     "less": "less is better",

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diagnosis.figures import evaluating
-from ..metrics import Accumulator, Answers, ClassScore, Kept, Moments, gather
-from ..outputs import aside
+from ..utils import aside
 from .images import Images
+from .metrics import Accumulator, Answers, ClassScore, Kept, Moments, gather
 from .networks import Network
 
 LARGEST = 2**27  # numbers of all classes' covariances: 1 GiB

@@ -158,7 +158,7 @@ def add_sample_command(commands: Any) -> None:
 def run_sample(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from .loading import exchanged, load_pipeline
+    from ..utils import exchanged, load_pipeline
 
     check(options)
     processes = team(options.device)
@@ -177,7 +177,7 @@ def run_sample(options: argparse.Namespace) -> None:
     call["conditional"] = options.conditional
     record = None
     if options.diagnostics:
-        from ..diagnostics import GuidanceDiagnostics
+        from ..diagnosis.steps import GuidanceDiagnostics
 
         record = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
 
@@ -222,7 +222,7 @@ def check(options: argparse.Namespace) -> None:
             f"--output {options.output}: a picture is made by one process; several make a folder"
         )
     if options.diagnostics:
-        from ..diagnostics import check_output
+        from ..diagnosis.steps import check_output
 
         check_output(options.diagnostics)
         if several:

@@ -17,8 +17,8 @@ from diffusers import SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 
 from ..noise import module_config
-from ..outputs import finite, write_json
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
+from ..utils import finite, write_json
 
 NAME = "manifest.json"
 NO_SETTINGS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}  # those that look on

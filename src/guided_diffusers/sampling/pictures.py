@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..outputs import aside
+from ..utils import aside
 
 
 def grid(

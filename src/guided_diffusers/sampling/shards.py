@@ -16,7 +16,7 @@ from diffusers.utils.logging import get_logger
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..outputs import aside, write_bytes, write_json
+from ..utils import aside, write_bytes, write_json
 from .manifest import folder_names
 
 logger = get_logger(__name__)

@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 
 from ..evaluation import Bootstrap, Images, Network, Settings, common_labels, open_real, summarise
 from ..evaluation.figures import COVERAGE_K
-from ..outputs import require_matplotlib
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 from ..sampling.batches import Once
 from ..sampling.manifest import module_hash, weights_hash
+from ..utils import require_matplotlib
 from .figures import PICTURES, Result
 from .measure import DTYPES, Bench, quiet_copy, scheduler_for, scheduler_name
 from .points import Point, Store, points

@@ -173,9 +173,8 @@ def run_sweep(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar as disable_theirs
 
     from ..evaluation import default_features, load_network
-    from ..outputs import require_matplotlib
     from ..sampling.commands import device_of, team
-    from ..sampling.loading import load_pipeline
+    from ..utils import load_pipeline, require_matplotlib
     from . import sweep
 
     require_matplotlib()  # before the work, not after it

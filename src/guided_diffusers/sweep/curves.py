@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..outputs import aside, require_matplotlib
+from ..utils import aside, require_matplotlib
 from .figures import METRICS, Result
 from .points import number
 from .verdict import ACCURACY, CRITERION, Verdict

@@ -17,12 +17,11 @@ from PIL import Image
 from ..diagnosis.figures import evaluating
 from ..evaluation import Bootstrap, Network, Settings, Summary, compare
 from ..evaluation.figures import by_class
-from ..outputs import aside
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
-from ..sampling.loading import exchanged
 from ..sampling.manifest import LIBRARIES
 from ..speed import computing_in
+from ..utils import aside, exchanged
 from .figures import PICTURES, Result
 from .points import Point
 

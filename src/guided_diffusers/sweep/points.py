@@ -14,9 +14,9 @@ from typing import Any
 from diffusers.utils.logging import get_logger
 from filelock import FileLock, Timeout
 
-from ..outputs import finite, write_json
 from ..pipeline import ALGORITHMS
 from ..sampling.manifest import differences
+from ..utils import finite, write_json
 from .figures import Result
 
 logger = get_logger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..outputs import write_bytes, write_json
 from ..sampling.pictures import grid, save_image
+from ..utils import write_bytes, write_json
 from .curves import draw
 from .figures import METRICS, PICTURES, Result
 from .page import SCRIPT, STYLE

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .noise import affine, log_variance, split_variance, step_variances
+from ..noise import log_variance, split_variance, step_variances, x0_coefficients
 
 Objective = Literal["simple", "hybrid", "hybrid_rescaled", "bound"]
 HALF_BIN = 1 / 255  # of a pixel value in [-1, 1]
@@ -58,7 +58,7 @@ class Process:
             )
         levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
         a, b = torch.tensor(
-            [affine(self.prediction_type, *level) for level in levels], dtype=torch.float64
+            [x0_coefficients(self.prediction_type, *level) for level in levels], dtype=torch.float64
         ).T
         self._tables = {
             "alpha": alpha,

@@ -22,11 +22,17 @@ from typing import Any
 import torch
 from diffusers.callbacks import PipelineCallback
 
-from .guidance import ClassifierGuidance, Guidance, Label, Step, Sum
-from .guidance.classifier import NoiseAwareGuidance
-from .noise import NoiseLevel
-from .outputs import aside, require_matplotlib, write_json
-from .run import Run
+from ..guidance import (
+    ClassifierGuidance,
+    Guidance,
+    GuidanceSum,
+    Label,
+    NoiseAwareGuidance,
+    StepContext,
+)
+from ..noise import NoiseLevel
+from ..run import Run
+from ..utils import aside, require_matplotlib, write_json
 
 FIGURES = {
     "log_probability": "log p(label | x_t)",
@@ -115,9 +121,9 @@ class GuidanceDiagnostics(PipelineCallback):
         Their sum is g. The log-probability is what the first noise-aware term says. Steps at which no term acts aren't
         seen. A pipeline's `guidance_tolerance` can't spare them: they are asked at each step.
         """
-        return tuple(_Watched(term, self) for term in Sum(terms).terms())
+        return tuple(_Watched(term, self) for term in GuidanceSum(terms).terms())
 
-    def saw(self, term: Guidance, step: Step, score: torch.Tensor) -> None:
+    def saw(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
         """What a watched term adds at a step."""
         if self._now is None or self._now.sample is not step.sample:  # the first term at this step
             self._go_on(
@@ -242,7 +248,7 @@ class _Watched(Guidance):
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return self.term.modules()
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         score = self.term.score(step)
         self.record.saw(self.term, step, score)
         return score

@@ -23,13 +23,13 @@ from .guidance import (
     Label,
     NoiseAwareGuidance,
     Scale,
-    Step,
-    check_evaluating,
+    StepContext,
+    check_eval_mode,
     check_softplus,
     likelihood,
     logits_of,
-    normalized,
-    smoothed,
+    relu_as_softplus,
+    rescale_to_score,
     x0_gradient,
 )
 from .noise import module_config
@@ -66,22 +66,22 @@ class ImageGuidance(Guidance):
         normalize: bool,
     ):
         super().__init__(scale, start, stop, sigma_interval)
-        check_evaluating(module)
+        check_eval_mode(module)
         self.module, self.through_network, self.normalize = module, through_network, normalize
-        self.acts_on_noise = not (through_network or normalize)
+        self.supports_pure_noise = not (through_network or normalize)
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)
 
     @abstractmethod
-    def log_likelihood(self, images: torch.Tensor, step: Step) -> torch.Tensor:
+    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
         """log p(y | images), (B,), up to a constant, of images (B, C, H, W) in about [-1, 1]."""
 
-    def score(self, step: Step) -> torch.Tensor:
+    def score(self, step: StepContext) -> torch.Tensor:
         grad = x0_gradient(
             lambda x0: self.log_likelihood(step.decode(x0), step), step, self.through_network
         )
-        return self.scale_at(step) * (normalized(grad, step) if self.normalize else grad)
+        return self.scale_at(step) * (rescale_to_score(grad, step) if self.normalize else grad)
 
     def _in_dtype(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.to(next((p.dtype for p in self.module.parameters()), pixels.dtype))
@@ -140,11 +140,13 @@ class ImageClassifierGuidance(ImageGuidance):
             processor, config.get("num_channels"), config.get("image_size")
         )
 
-    def log_likelihood(self, images: torch.Tensor, step: Step) -> torch.Tensor:
+    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
         return self.likelihood(logits_of(self.module(self._in_dtype(self.preprocess(images)))))
 
-    def score(self, step: Step) -> torch.Tensor:
-        with smoothed(self.module, self.softplus):  # also while a checkpointed block runs again
+    def score(self, step: StepContext) -> torch.Tensor:
+        with relu_as_softplus(
+            self.module, self.softplus
+        ):  # also while a checkpointed block runs again
             return super().score(step)
 
 
@@ -240,7 +242,7 @@ class CLIPGuidance(ImageGuidance):
             )
         self.direction = sum(each)
 
-    def log_likelihood(self, images: torch.Tensor, step: Step) -> torch.Tensor:
+    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
         views = self._cut(images, step.index) if self.cutouts else [images]
         embeds = self._embed(torch.cat([self.preprocess(view) for view in views]))
         mean = embeds.reshape(len(views), len(images), -1).mean(0)
@@ -317,8 +319,8 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
     def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
         return self.module.scale * along(self.module.encode_image(z, t), self.direction, "prompt")
 
-    def of_images(self, rows: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
-        part = super().of_images(rows, count)
+    def select(self, rows: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
+        part = super().select(rows, count)
         check_direction(self.direction, count, "prompt")
         part.direction = self.direction[rows] if len(self.direction) > 1 else self.direction
         return part

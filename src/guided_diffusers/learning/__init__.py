@@ -1,0 +1,1 @@
+"""Training: data, losses, the loop that the scripts in `training/` share."""
