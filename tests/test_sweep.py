@@ -40,6 +40,7 @@ from guided_diffusers.sweep import (
     verdict_of,
     write_report,
 )
+from guided_diffusers.sweep.metrics import METRICS
 from guided_diffusers.sweep.schedulers import scheduler_for, scheduler_name
 
 SETTINGS = {
@@ -364,7 +365,7 @@ def test_the_sharpest_is_within_the_interval_of_the_best() -> None:
     found = verdict_of(
         [made_up(point, d, None) for point, d in zip(some, distances, strict=True)]
     )  # without a judge
-    assert found.best == some[1] and "accuracy" not in str(found)
+    assert found.best == found.most_accurate == some[1] and "accura" not in str(found)
     with pytest.raises(ValueError, match="no setting is measured"):
         verdict_of([])
 
@@ -458,9 +459,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_needs_nothing_else(report: Path) -> None:
     text = (report / "report.html").read_text()
     page = References(text)
-    assert (
-        len(page.found) == 1 + 2 * 3 + 8 * 3 and not page.open
-    )  # an icon, curves by day and night, a strip a row
+    assert len(page.found) == 1 + 3 + 8 * 3 and not page.open  # an icon, plots, a strip a row
     assert all(one.startswith("data:") for one in page.found)
     assert not re.search(
         r"https?:|//\w|@import|url\(|<link(?! rel=\"icon\")", re.sub(r"data:[^\"]*", "", text)
@@ -474,6 +473,8 @@ def test_the_page_needs_nothing_else(report: Path) -> None:
         "Guidance can be worse than no guidance" in page.text
         and "default scale, 5, is worse than no guidance in 8 of 8" in page.text
     )
+    explained = re.findall("<dt>(.*?)</dt>", text)
+    assert explained == [*(metric.title for metric in METRICS.values()), "cost"]
     assert page.text.count("scale 5") >= 8 and "guided from 0.2 to 0.8" in page.text
 
 
@@ -834,7 +835,7 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
             )
         )
     assert not list(tmp_path.glob("out/points/*"))
-    with pytest.raises(ValueError, match="one with a classifier"):
+    with pytest.raises(ValueError, match="pipeline: it has no classifier"):
         judge = load_network(model / "judge")
         sweep(
             quiet(small_unet(), DDIMScheduler(), id2label=NAMES),

@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from ..cli_options import add_shared_option, add_shared_options, select_device
+from ..cli_options import add_shared_option, select_device
 from ..pipeline import ALGORITHMS
 
 
@@ -23,6 +23,11 @@ def interval(text: str) -> tuple[float, float]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "--reference": {
+        "required": True,
+        "metavar": "NAME_OR_FOLDER",
+        "help": "labelled real images: a Hub dataset, an image folder or a folder of Parquet files",
+    },
     "--scales": {
         "type": float,
         "nargs": "+",
@@ -67,8 +72,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": [],
         "metavar": "T",
-        "help": "evaluate the classifier again when the estimated error of an image exceeds T, in "
-        "units of x0; not combined with --every",
+        "help": "evaluate the classifier again when the estimated extrapolation error exceeds T, "
+        "in units of x0; an alternative to --every, not combined with it",
     },
     "--num-images": {
         "type": int,
@@ -108,6 +113,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "includes (default: %(default)s)",
     },
 }
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {  # with what differs from `cli_options`
+    "--model": {
+        "help": "a bundled model, a pipeline folder or a Hub id; must have a classifier "
+        "(default: %(default)s)"
+    },
+    "--revision": {},
+    "--split": {"help": "split of the real images (default: validation, test or train)"},
+    "--image-column": {},
+    "--label-column": {},
+    "--features": {},
+    "--judge": {
+        "help": "a classifier of clean images with the same labels that was never used for "
+        "guidance: as --features; `none`: no judge (default: the network of --features, if it is "
+        "a classifier)"
+    },
+    "--seed": {"help": "image i depends only on the seed and i (default: %(default)s)"},
+    "--batch-size": {"default": 50},
+    "--device": {},
+    "--quiet": {},
+}
 
 
 def add_sweep_command(commands: Any) -> None:
@@ -121,37 +146,10 @@ def add_sweep_command(commands: Any) -> None:
         "guided_diffusers sweep ...`, share the settings.",
     )
     command.set_defaults(run=run_sweep)
-    add_shared_option(
-        command,
-        "--model",
-        help="a bundled model, a pipeline folder or a Hub id; must have a classifier "
-        "(default: %(default)s)",
-    )
-    command.add_argument(
-        "--reference",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="labelled real images: a Hub dataset, an image folder or a folder of Parquet files",
-    )
-    add_shared_options(
-        command,
-        "--revision",
-        "--image-column",
-        "--label-column",
-        "--features",
-        "--judge",
-        "--device",
-    )
-    add_shared_option(
-        command, "--split", help="split of the real images (default: validation, test or train)"
-    )
-    add_shared_option(
-        command, "--seed", help="image i depends only on the seed and i (default: %(default)s)"
-    )
-    add_shared_option(command, "--batch-size", default=50)
     for flag, definition in OPTIONS.items():
         command.add_argument(flag, **definition)
-    add_shared_options(command, "--quiet")
+    for flag, changes in SHARED_OPTIONS.items():
+        add_shared_option(command, flag, **changes)
 
 
 def run_sweep(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ class Metric(NamedTuple):
         return format(value, self.format)
 
 
-METRICS = {
+METRICS = {  # explained in templates/glossary.html.j2
     ACCURACY: Metric("judge accuracy", "more", ".1%"),
     FRECHET: Metric("Frechet distance", "less", ".3g"),
     "kernel_distance": Metric("kernel distance", "less", ".3g"),
@@ -39,25 +39,6 @@ METRICS = {
     "coverage": Metric("coverage", "more"),
     "relative_diversity": Metric("within-class diversity", "real"),
     "class_score": Metric("class score", "more", ".3g"),
-}
-GLOSSARY = {
-    "judge accuracy": "share of images to which the judge, a classifier never used for guidance, "
-    "assigns the requested label.",
-    "Frechet distance": "distance between generated and real images, modelled as Gaussians in the "
-    "feature network named above; 0: identical. It is an FID only with Inception features.",
-    "kernel distance": "squared maximum mean discrepancy with a cubic kernel; makes no Gaussian "
-    "assumption.",
-    "precision": "share of generated images that lie within the neighbourhoods of real images.",
-    "recall": "share of real images that lie within the neighbourhoods of generated images.",
-    "density": "number of real neighbourhoods that contain a generated image, relative to the "
-    "number expected of a real image.",
-    "coverage": "share of real images with at least one generated image in their neighbourhood.",
-    "within-class diversity": "mean feature distance between two images of a label, relative to "
-    "real images (1); below 1: less varied.",
-    "class score": "the inception score, computed with the judge: high if each prediction is "
-    "confident and all labels occur; from 1 to the number of labels.",
-    "cost": "images passed through the denoiser and the classifier, and seconds, per generated "
-    "image; sampling only.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Plots of a sweep's results, for a light and a dark page."""
+"""Plots of a sweep's results."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LIGHT = {
-    "page": "#ffffff",
-    "text": "#1d2129",
-    "grid": "#d9dde3",
-    "muted": "#6b7280",
-    "bad": "#c62828",
-    "series": "#2a6fdb #d9660f #138a5e #8b3fb8 #b4862a #c2375f #3f8fa6 #6d6d1f".split(),
-    "ramp": "#9cc3f5 #5b97e5 #2a62b8 #12305f".split(),
+MUTED, FAINT, BAD = "#6b7280", "#d9dde3", "#c62828"
+SERIES = "#2a6fdb #d9660f #138a5e #8b3fb8 #b4862a #c2375f #3f8fa6 #6d6d1f".split()
+STEPS_RAMP = "#9cc3f5 #5b97e5 #2a62b8 #12305f".split()  # few steps to many
+STYLE: dict[str, Any] = {  # two spines, no ticks, a light grid behind the data
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": "#1d2129",
 }
-DARK = {
-    "page": "#16191f",
-    "text": "#e8eaed",
-    "grid": "#353b45",
-    "muted": "#9aa3af",
-    "bad": "#ff8a80",
-    "series": "#6ba6ff #ff9f52 #41c794 #c58bf0 #e0bd68 #ff7fa3 #74c6dc #c3c35a".split(),
-    "ramp": "#2f5590 #4a82d0 #86b4f5 #d6e6ff".split(),
-}
+for axis in ("xtick", "ytick"):
+    STYLE |= {f"{axis}.color": MUTED, f"{axis}.labelsize": 8}
+    STYLE |= {f"{axis}.major.size": 0, f"{axis}.minor.size": 0}
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vPX*"
 LABEL_DISTANCE = 1.6  # least ratio of the costs of two labels, which would overlap otherwise
 
-Theme = dict[str, Any]
-
 
 def draw(results: Sequence[Result], verdict: Verdict, folder: Path) -> dict[str, str]:
-    """Write NAME.png and NAME-dark.png of each plot.
+    """Write NAME.png of each plot.
 
     Returns:
         {NAME: caption}.
@@ -71,40 +73,9 @@ def draw(results: Sequence[Result], verdict: Verdict, folder: Path) -> dict[str,
         ),
     }
     for name, (plot, _) in plots.items():
-        for suffix, theme in (("", LIGHT), ("-dark", DARK)):
-            with (
-                matplotlib.rc_context(_style(theme)),
-                aside(folder / f"{name}{suffix}.png") as path,
-            ):
-                plot(results, verdict, theme).savefig(path, format="png", dpi=150)
+        with matplotlib.rc_context(STYLE), aside(folder / f"{name}.png") as path:
+            plot(results, verdict).savefig(path, format="png", dpi=150)
     return {name: caption for name, (_, caption) in plots.items()}
-
-
-def _style(theme: Theme) -> dict[str, Any]:
-    """Matplotlib's settings for a theme: two spines, no ticks, a light grid behind the data."""
-    style: dict[str, Any] = {
-        "figure.facecolor": theme["page"],
-        "savefig.facecolor": theme["page"],
-        "text.color": theme["text"],
-        "axes.facecolor": theme["page"],
-        "axes.edgecolor": theme["grid"],
-        "axes.labelcolor": theme["muted"],
-        "axes.labelsize": 9,
-        "axes.titlecolor": theme["text"],
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": theme["grid"],
-        "grid.linewidth": 0.6,
-        "legend.fontsize": 8,
-    }
-    for axis in ("xtick", "ytick"):
-        style |= {f"{axis}.color": theme["muted"], f"{axis}.labelsize": 8}
-        style |= {f"{axis}.major.size": 0, f"{axis}.minor.size": 0}
-    return style
 
 
 def _quality_and_diversity(results: Sequence[Result]) -> tuple[str, str]:
@@ -129,13 +100,13 @@ def _by_scheduler(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _line_styles(results: Sequence[Result], theme: Theme) -> dict[tuple[int, str], dict[str, Any]]:
+def _line_styles(results: Sequence[Result]) -> dict[tuple[int, str], dict[str, Any]]:
     """{(steps, variant): style}: the colour encodes the steps, the dashes the variant."""
     from matplotlib.colors import LinearSegmentedColormap
 
     steps = sorted({result.setting.num_inference_steps for result in results})
     variants = sorted({result.setting.variant for result in results})
-    ramp = LinearSegmentedColormap.from_list("steps", theme["ramp"])
+    ramp = LinearSegmentedColormap.from_list("steps", STEPS_RAMP)
     styles = {}
     for i, count in enumerate(steps):
         for j, variant in enumerate(variants):
@@ -148,18 +119,18 @@ def _line_styles(results: Sequence[Result], theme: Theme) -> dict[tuple[int, str
     return styles
 
 
-def _plot_quality_diversity(results: Sequence[Result], verdict: Verdict, theme: Theme) -> Figure:
+def _plot_quality_diversity(results: Sequence[Result], verdict: Verdict) -> Figure:
     quality, diversity = _quality_and_diversity(results)
-    groups, styles = _by_scheduler(results), _line_styles(results, theme)
+    groups, styles = _by_scheduler(results), _line_styles(results)
     figure, axes = _subplots(1, len(groups), 4.2)
     for axis, (scheduler, selected) in zip(axes[0], groups.items(), strict=True):
         curves = group_by_curve(selected)
         for i, (curve, along) in enumerate(curves.items()):
             style = styles[curve.steps, curve.variant]
-            _plot_curve(axis, along, diversity, quality, style, theme)
+            _plot_curve(axis, along, diversity, quality, style)
             if i in (0, len(curves) - 1):  # labels of all curves would overlap
                 _label_scales(axis, along, diversity, quality, below=i == 0)
-        _mark_best(axis, selected, verdict, diversity, quality, theme)
+        _mark_best(axis, selected, verdict, diversity, quality)
         axis.set(title=scheduler, xlabel=_axis_label(diversity))
         axis.margins(0.1)
         _format_percent(axis, quality)
@@ -175,14 +146,13 @@ def _plot_curve(
     x_name: str,
     y_name: str,
     style: dict[str, Any],
-    theme: Theme,
 ) -> None:
     """A line through the results, with a ring around the first."""
     x = [result.value(x_name) for result in along]
     y = [result.value(y_name) for result in along]
     axis.plot(x, y, marker="o", markersize=4, **style)
     ring = {"markeredgecolor": style["color"], "markeredgewidth": 1.4, "markersize": 6}
-    axis.plot(x[:1], y[:1], "o", color=theme["page"], **ring)
+    axis.plot(x[:1], y[:1], "o", color="white", **ring)
 
 
 def _label_scales(
@@ -205,7 +175,6 @@ def _mark_best(
     verdict: Verdict,
     x_name: str,
     y_name: str,
-    theme: Theme,
 ) -> None:
     for result in results:
         if result.setting == verdict.best:
@@ -215,14 +184,14 @@ def _mark_best(
                 marker="*",
                 markersize=14,
                 linestyle="none",
-                color=theme["series"][1],
-                markeredgecolor=theme["page"],
+                color=SERIES[1],
+                markeredgecolor="white",
                 zorder=5,
                 label=f"lowest {METRICS[FRECHET].title}",
             )
 
 
-def _plot_quality_cost(results: Sequence[Result], verdict: Verdict, theme: Theme) -> Figure:
+def _plot_quality_cost(results: Sequence[Result], verdict: Verdict) -> Figure:
     names = [name for name in (FRECHET, ACCURACY) if name in results[0].metrics]
     figure, axes = _subplots(1, len(names), 4.2)
     for axis, name in zip(axes[0], names, strict=True):
@@ -235,9 +204,9 @@ def _plot_quality_cost(results: Sequence[Result], verdict: Verdict, theme: Theme
                 alpha=0.75,
                 label=scheduler,
                 markeredgewidth=0,
-                color=theme["series"][i % len(theme["series"])],
+                color=SERIES[i % len(SERIES)],
             )
-        _plot_cost_front(axis, results, name, theme)
+        _plot_cost_front(axis, results, name)
         axis.set(
             xscale="log",
             xlabel=f"{results[0].cost['clock']} seconds per image",
@@ -253,15 +222,15 @@ def _plot_quality_cost(results: Sequence[Result], verdict: Verdict, theme: Theme
     return figure
 
 
-def _plot_cost_front(axis: Axes, results: Sequence[Result], name: str, theme: Theme) -> None:
+def _plot_cost_front(axis: Axes, results: Sequence[Result], name: str) -> None:
     """A line through the results that are better than all cheaper ones, and labels."""
     sign = -1 if METRICS[name].better == "more" else 1
     front: list[Result] = []
-    for result in sorted(results, key=lambda one: (one.seconds, sign * one.value(name))):
+    for result in sorted(results, key=lambda r: (r.seconds, sign * r.value(name))):
         if not front or sign * result.value(name) < sign * front[-1].value(name):
             front.append(result)
     x, y = [result.seconds for result in front], [result.value(name) for result in front]
-    axis.plot(x, y, drawstyle="steps-post", color=theme["muted"], linewidth=1.2, zorder=1)
+    axis.plot(x, y, drawstyle="steps-post", color=MUTED, linewidth=1.2, zorder=1)
     labelled_seconds = float("inf")
     for result in reversed(front):
         if result.seconds * LABEL_DISTANCE >= labelled_seconds:
@@ -278,9 +247,9 @@ def _plot_cost_front(axis: Axes, results: Sequence[Result], name: str, theme: Th
         )
 
 
-def _plot_by_scale(results: Sequence[Result], verdict: Verdict, theme: Theme) -> Figure:
+def _plot_by_scale(results: Sequence[Result], verdict: Verdict) -> Figure:
     names = [n for n in (FRECHET, ACCURACY, "precision", "recall") if n in results[0].metrics]
-    groups, styles = _by_scheduler(results), _line_styles(results, theme)
+    groups, styles = _by_scheduler(results), _line_styles(results)
     figure, axes = _subplots(len(groups), len(names), 2.8)
     for (scheduler, selected), row in zip(groups.items(), axes, strict=True):
         curves = group_by_curve(selected)
@@ -288,7 +257,7 @@ def _plot_by_scale(results: Sequence[Result], verdict: Verdict, theme: Theme) ->
             for curve, along in curves.items():
                 _plot_with_band(axis, curve, along, name, styles)
             if name == FRECHET:
-                _mark_harmful(axis, selected, verdict, theme)
+                _mark_harmful(axis, selected, verdict)
             _format_percent(axis, name)
         row[0].set_ylabel(scheduler)
     for name, column in zip(names, axes.T, strict=True):
@@ -315,7 +284,7 @@ def _plot_with_band(
     axis.plot(scales, values, marker="o", markersize=3.5, **style)
 
 
-def _mark_harmful(axis: Axes, results: Sequence[Result], verdict: Verdict, theme: Theme) -> None:
+def _mark_harmful(axis: Axes, results: Sequence[Result], verdict: Verdict) -> None:
     worse = [result for result in results if result.setting in verdict.harmful]
     if worse:
         axis.plot(
@@ -324,7 +293,7 @@ def _mark_harmful(axis: Axes, results: Sequence[Result], verdict: Verdict, theme
             "o",
             markersize=8,
             markerfacecolor="none",
-            markeredgecolor=theme["bad"],
+            markeredgecolor=BAD,
             markeredgewidth=1,
             label="worse than no guidance",
         )
@@ -342,7 +311,6 @@ def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
             handles.keys(),
             loc="outside lower center",
             ncols=min(len(handles), 6),
-            frameon=False,
         )
 
 

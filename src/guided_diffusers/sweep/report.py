@@ -18,7 +18,6 @@ from ..utils import write_bytes, write_json
 from .metrics import (
     ACCURACY,
     FRECHET,
-    GLOSSARY,
     METRICS,
     PICTURES,
     Result,
@@ -200,7 +199,6 @@ def _environment(folder: Path) -> Environment:
     environment.globals |= {
         "ACCURACY": ACCURACY,
         "FRECHET": FRECHET,
-        "GLOSSARY": GLOSSARY,
         "MAX_WARNINGS": MAX_WARNINGS,
         "METRICS": METRICS,
         "marks": marks,

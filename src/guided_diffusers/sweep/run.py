@@ -207,7 +207,9 @@ def check_networks(
         ValueError: otherwise.
     """
     if pipeline.classifier is None or not class_names(pipeline):
-        raise ValueError("pipeline: one with a classifier and known labels is needed")
+        raise ValueError(
+            "pipeline: it has no classifier or its labels are unknown; both are needed"
+        )
     classifier_hash = module_hash(pipeline.classifier)
     for name, network in (("judge", judge), ("features", features)):
         if network is not None and module_hash(network.module) == classifier_hash:

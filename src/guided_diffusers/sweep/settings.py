@@ -31,8 +31,7 @@ class Curve(NamedTuple):
     @property
     def name(self) -> str:
         """The curve as part of a file name."""
-        variant = self.variant.replace(", ", "-").replace(" ", "-")
-        return f"{self.scheduler}-{self.steps}-steps" + (f"-{variant}" if variant else "")
+        return f"{self.scheduler}-{self.steps}-steps{_file_suffix(self.variant)}"
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class SweepSetting:
     @property
     def name(self) -> str:
         """Name of the setting's files, without suffix."""
-        base = Curve(self.scheduler, self.num_inference_steps, "").name
-        variant = self.curve.name.removeprefix(base)
-        return f"{base}-scale-{format_number(self.guidance_scale)}{variant}"
+        scale, suffix = format_number(self.guidance_scale), _file_suffix(self.variant)
+        return f"{self.scheduler}-{self.num_inference_steps}-steps-scale-{scale}{suffix}"
 
     @property
     def variant(self) -> str:
@@ -97,6 +95,10 @@ class SweepSetting:
 
     def __str__(self) -> str:
         return f"{self.curve}, scale {format_number(self.guidance_scale)}"
+
+
+def _file_suffix(variant: str) -> str:
+    return "-" + variant.replace(", ", "-").replace(" ", "-") if variant else ""
 
 
 def format_number(value: float) -> str:

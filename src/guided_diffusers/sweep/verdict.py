@@ -156,7 +156,8 @@ def _curve_warnings(
     for (scheduler, variant, worse), curves in groups.items():
         group_name, steps_of_example = curves[0], ""
         if len(curves) > 1:
-            group_name = Curve(scheduler, join_words([str(c.steps) for c in curves]), variant)
+            *steps, last = (str(curve.steps) for curve in curves)
+            group_name = Curve(scheduler, f"{', '.join(steps)} and {last}", variant)
             steps_of_example = f"with {curves[0].steps} steps "
         measured = {r.setting.guidance_scale for r in results if r.setting.curve in curves} - {0.0}
         where = "every scale" if len(worse) == len(measured) > 1 else _scales_text(worse)
@@ -239,8 +240,3 @@ def _describe(result: Result) -> str:
         parts.append(f"recall {result.text('recall')}")
     parts.append(f"{result.seconds:.2g} {result.cost['clock']} seconds per image")
     return ", ".join(parts)
-
-
-def join_words(words: Sequence[str]) -> str:
-    """Words as a list in a sentence: "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
