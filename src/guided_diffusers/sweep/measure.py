@@ -14,14 +14,13 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from ..diagnosis.figures import evaluating
 from ..evaluation import Bootstrap, Network, Settings, Summary, compare
 from ..evaluation.figures import by_class
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
 from ..sampling.manifest import LIBRARIES
 from ..speed import computing_in
-from ..utils import aside, exchanged
+from ..utils import aside, evaluating, exchanged
 from .figures import PICTURES, Result
 from .points import Point
 
