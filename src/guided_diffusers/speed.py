@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -26,15 +25,11 @@ from .utils import parameter_dtype
 
 Backend = str | Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Measured on a CPU with AMX, one thread, bundled models (`examples/benchmark_step.py --compile`).
 #: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights dominates
 MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
-#: seconds that torch.compile takes, and the fraction of the eager time that compiled code saves
-COMPILE_SECONDS = 35.0
-COMPILE_SAVING = {
-    "unet": {torch.float32: 0.15, torch.bfloat16: 0.3},
-    "classifier": {torch.bfloat16: 0.09},
-}
+#: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
+#: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
+MIN_COMPILE_EVALUATIONS = 100_000
 
 
 @contextmanager
@@ -192,27 +187,27 @@ def value_and_gradient(
     return log_p, grad
 
 
-@dataclass
-class Optimized:
+class Optimized(ExitStack):
     """What `optimize` chose; a context manager that undoes it on exit.
 
     Attributes:
         on, off: {optimization: reason}.
     """
 
-    on: dict[str, str] = field(default_factory=dict)
-    off: dict[str, str] = field(default_factory=dict)
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    def __init__(self) -> None:
+        super().__init__()
+        self.on: dict[str, str] = {}
+        self.off: dict[str, str] = {}
+
+    def choose(self, name: str, choice: tuple[bool, str]) -> bool:
+        """Note a choice (is it on, reason); returns whether it is on."""
+        is_on, reason = choice
+        (self.on if is_on else self.off)[name] = reason
+        return is_on
 
     def undo(self) -> None:
         """Restore the pipeline; a second call has no effect."""
-        self._stack.close()
-
-    def __enter__(self) -> Optimized:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.undo()
+        self.close()
 
     def __str__(self) -> str:
         lines = [f" on {name}: {reason}" for name, reason in self.on.items()]
@@ -236,8 +231,8 @@ def optimize(
 
     By default: autocast of network and classifier to bfloat16 (outputs and gradient stay float32)
     where the device computes in it, on a CPU for large enough batches; with it `channels_last` on
-    CUDA; and `torch.compile` if a timed call shows that it pays off for so many `images`. Images
-    change only by rounding. Call it before offloading.
+    CUDA; and `torch.compile` from `MIN_COMPILE_EVALUATIONS` on. Images change only by rounding. Call
+    it before offloading.
 
     Args:
         images: number of images to be sampled in all. None: unknown, nothing is compiled.
@@ -266,41 +261,32 @@ def optimize(
     if chunk_size is not None and pipeline.classifier is None:
         raise ValueError(f"chunk_size={chunk_size} has no effect: the pipeline has no classifier")
     device, chosen = torch.device(device or pipeline.device), Optimized()
-
-    def choose(name: str, is_on: bool, reason: str) -> bool:
-        (chosen.on if is_on else chosen.off)[name] = reason
-        return is_on
-
-    with ExitStack() as stack:  # undoes everything if a later part is refused
+    try:
         for name in ("unet", "classifier"):
-            module = getattr(pipeline, name)
-            if module is None:
+            if (module := getattr(pipeline, name)) is None:
                 continue
-            batch = (
-                min(batch_size, chunk_size or batch_size) if name == "classifier" else batch_size
-            )
-            use, reason = _use_autocast(name, module, device, batch, dtype)
-            autocast_dtype = torch.float32
-            if choose(f"{name}, autocast", use, reason):
-                autocast_dtype = dtype or torch.bfloat16
-            compute_dtype = autocast_dtype if use else parameter_dtype(module)
-            use, reason = _use_channels_last(device, compute_dtype, channels_last)
-            if choose(f"{name}, channels_last", use, reason):
-                stack.enter_context(in_channels_last(module))
-            if compile is None:
-                use, reason = _use_compile(
-                    pipeline, name, device, compute_dtype, images, steps, batch
-                )
-            else:
-                use, reason = compile, "as requested"
-            used_backend = backend if choose(f"{name}, torch.compile", use, reason) else None
+            batch = batch_size
+            if name == "classifier" and chunk_size is not None:
+                batch = min(batch_size, chunk_size)
+            choice = _use_autocast(name, module, device, batch, dtype)
+            autocast_dtype, compute_dtype = torch.float32, parameter_dtype(module)
+            if chosen.choose(f"{name}, autocast", choice):
+                autocast_dtype = compute_dtype = dtype or torch.bfloat16
+            choice = _use_channels_last(device, compute_dtype, channels_last)
+            if chosen.choose(f"{name}, channels_last", choice):
+                chosen.enter_context(in_channels_last(module))
+            choice = _use_compile(pipeline, name, compute_dtype, images, steps, compile)
+            used_backend = backend if chosen.choose(f"{name}, torch.compile", choice) else None
             if name == "unet":
-                stack.enter_context(computing_in(module, autocast_dtype, used_backend))
+                chosen.enter_context(computing_in(module, autocast_dtype, used_backend))
             else:
-                stack.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk_size))
-        if chunk_size is not None:
-            choose("gradient in chunks", True, f"{chunk_size} images at a time, as requested")
-        chosen._stack = stack.pop_all()
+                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk_size))
+    except BaseException:
+        chosen.undo()
+        raise
+    if chunk_size is not None:
+        reason = f"{chunk_size} images at a time, as requested"
+        chosen.choose("gradient in chunks", (True, reason))
     return chosen
 
 
@@ -357,55 +343,25 @@ def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
 def _use_compile(
     pipeline: ClassifierGuidedPipeline,
     name: str,
-    device: torch.device,
     dtype: torch.dtype,
     images: int | None,
     steps: int,
-    batch: int,
+    requested: bool | None,
 ) -> tuple[bool, str]:
-    """Whether compiling `unet` or `classifier` saves more time in a run than it takes."""
-    module, defaults = getattr(pipeline, name), pipeline.config.defaults
-    config, saving = module_config(module), COMPILE_SAVING[name].get(dtype, 0.0)
+    if requested is not None:
+        return requested, "as requested"
     if images is None:
         return False, "the number of images is unknown"
-    if not saving:
-        return False, f"not faster in {dtype}"
-    if name == "classifier" and defaults["guidance_tolerance"] is not None:
-        return False, "with guidance_tolerance, batches have many sizes"
-    can_run = device.type == pipeline.device.type
-    if not (can_run and config.get("sample_size") and config.get("in_channels")):
-        return False, "a call can't be timed"
-    evaluations = images * steps
+    evaluations, defaults = images * steps, pipeline.config.defaults
     if name == "classifier":
+        if dtype == torch.float32:
+            return False, "not faster in float32"
+        if defaults["guidance_tolerance"] is not None:
+            return False, "with guidance_tolerance, batches have many sizes"
         interval = defaults["guidance_stop"] - defaults["guidance_start"]
         evaluations *= bool(defaults["guidance_scale"]) * interval / defaults["guidance_every"]
-        evaluations *= 3  # forward passes that take as long as a gradient
-    seconds = evaluations * _seconds_per_image(module, dtype, min(batch, 16))
-    saved = saving * seconds
-    reason = f"saves about {saved:.0f} of {seconds:.0f} s, and takes {COMPILE_SECONDS:.0f} s"
-    return saved > COMPILE_SECONDS, reason
-
-
-def _seconds_per_image(module: torch.nn.Module, dtype: torch.dtype, batch: int) -> float:
-    """Seconds of a forward pass, in `dtype`, per image."""
-    from torch.utils.benchmark import Timer
-
-    config, weight = module_config(module), next(module.parameters())
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    x = weight.new_zeros(batch, config["in_channels"], height, width)
-    zeros = torch.zeros(batch, dtype=torch.long, device=x.device)  # timesteps and class labels
-    condition = {}
-    if config.get("num_class_embeds") or config.get("num_embeds_ada_norm"):
-        condition = {"class_labels": zeros}
-    autocast = torch.float32 if dtype == weight.dtype else dtype
-
-    def evaluate() -> None:
-        with torch.no_grad(), _autocast(x.device, autocast):
-            module(x, zeros, **condition)
-
-    timer = Timer("f()", globals={"f": evaluate}, num_threads=torch.get_num_threads())
-    return timer.timeit(3).median / batch
+    reason = f"{evaluations:.0f} evaluations; it pays off from {MIN_COMPILE_EVALUATIONS} on"
+    return evaluations >= MIN_COMPILE_EVALUATIONS, reason
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
