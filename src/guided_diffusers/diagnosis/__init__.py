@@ -115,10 +115,8 @@ def diagnose(
 ) -> Diagnosis:
     """Measure a classifier on held-out images at the noise levels of a sampling run.
 
-    Everything is computed on the classifier's device.
-
     Args:
-        classifier: as of `ClassifierGuidance`, single-label.
+        classifier: as of `ClassifierGuidance`, single-label; everything is computed on its device.
         data: items `{"pixel_values": (C, H, W) in [-1, 1], "label": id}`, such as `LabelledImages`.
         scheduler: of the run. None: DDIM with the classifier's schedule.
         unet: the denoiser to be guided. If it is class-conditional with a null label, its gradient
@@ -137,10 +135,10 @@ def diagnose(
         ValueError: for invalid arguments, or labels that the classifier doesn't have.
         FloatingPointError: if its logits are NaN or infinite.
     """
-    sizes = {"images": images, "gradient_images": gradient_images, "batch_size": batch_size}
-    num_labels = _check_arguments(classifier, data, sizes)
     if unet is not None and scheduler is None:
         raise ValueError("unet: its scheduler is needed, too")
+    sizes = {"images": images, "gradient_images": gradient_images, "batch_size": batch_size}
+    num_labels = _check_arguments(classifier, data, sizes)
     run = default_run(classifier) if scheduler is None else SamplingRun(scheduler)
     eval_levels, log_prior = run.eval_levels(levels), label_log_frequencies(data, num_labels)
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +151,6 @@ def diagnose(
         cosine_to = "the network's own"
         reference = network_reference(unet, run, null_label=num_labels)
 
-    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
     with (
         torch.no_grad(),
         evaluating(classifier, unet, vae),
@@ -162,7 +159,7 @@ def diagnose(
         statistics = LevelStatistics(
             classifier, eval_levels, reference, gradient_images, seed, finite_differences
         )
-        for indices, x0, label in batches(data, order, batch_size, vae, seed, device):
+        for indices, x0, label in batches(data, order, batch_size, vae, seed, statistics.device):
             statistics.add(indices, x0, label)
             bar.update(len(indices))
 

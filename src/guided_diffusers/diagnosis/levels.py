@@ -1,4 +1,4 @@
-"""Noise levels of a sampling run at which a classifier is evaluated, and a reference gradient there."""
+"""Noise levels of a sampling run at which a classifier is evaluated, and a reference gradient."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from ..noise import (
 )
 from ..utils import parameter_dtype
 
-#: a sampling run starts above this sigma / alpha; a schedule that ends below it can't be a whole run's
-MIN_START_RATIO = 10.0
+MIN_START_RATIO = 10.0  # sigma / alpha above which every sampling run starts
 BETA_OPTIONS = ("beta_schedule", "beta_start", "beta_end")
 
 
@@ -30,11 +29,8 @@ BETA_OPTIONS = ("beta_schedule", "beta_start", "beta_end")
 class EvalLevel:
     """A step of a sampling run at which the classifier is evaluated.
 
-    Attributes:
-        fraction: position in the run, 0 (pure noise) to 1 (its last step).
-        index: of the scheduler's timesteps.
-        timestep: the scheduler's.
-        level: alpha and sigma of the sample at this step.
+    `fraction` is its position in the run, 0 (pure noise) to 1 (last step), `index` and `timestep` are
+    the scheduler's.
     """
 
     fraction: float
@@ -87,10 +83,6 @@ class SamplingRun:
         """The step at a fraction of the run in [0, 1]."""
         index = min(int(fraction * len(self.noise_levels)), len(self.noise_levels) - 1)
         return EvalLevel(fraction, index, float(self.timesteps[index]), self.noise_levels[index])
-
-    def ratio_at(self, fraction: float) -> float:
-        """sigma / alpha at a fraction of the run; 0 at its end."""
-        return 0.0 if fraction >= 1 else self.at(fraction).ratio
 
     def model_input(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What the denoiser reads for the sample `x` at step `index`: `scale_model_input`."""

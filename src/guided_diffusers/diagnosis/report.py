@@ -78,8 +78,7 @@ def plot(
     """Plot those `CURVES` that the rows have against sigma / alpha (without it: the timestep).
 
     Args:
-        rows: metrics by noise level: `Diagnosis.levels`, or `held_out` of a training's
-            `metrics.json`.
+        rows: metrics by noise level, of `Diagnosis.levels` or `held_out` in `metrics.json`.
         path: of the picture, written atomically.
         cosine: title of the cosine's curve.
 

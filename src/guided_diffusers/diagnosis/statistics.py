@@ -50,8 +50,9 @@ class LevelStatistics:
         self.gradient_images, self.seed = gradient_images, seed
         self.low, self.high = float("inf"), float("-inf")
         self.schedule = TrainedSchedule(schedule_config(classifier))
-        floating = (p.dtype for p in classifier.parameters() if p.is_floating_point())
-        self.dtype = next(floating, torch.float32)
+        weights = [p for p in classifier.parameters() if p.is_floating_point()]
+        self.dtype = weights[0].dtype if weights else torch.float32
+        self.device = weights[0].device if weights else torch.device("cpu")
         self.float64_copy = None
         if finite_differences:
             self.float64_copy = copy.deepcopy(classifier).cpu().double()

@@ -86,8 +86,8 @@ class GuidanceDiagnostics(PipelineCallback):
         self._label_term: NoiseAwareGuidance | None = None  # evaluates the labels of the run
         self._current: _Step | None = None
         self._previous: _Step | None = None  # of the same run
-        self._metrics: dict[int, list[dict[str, torch.Tensor]]] = {}  # by step, one dict a run
-        self._positions: dict[int, tuple[float, float]] = {}  # by step: timestep, sigma / alpha
+        # by step: index, timestep and sigma / alpha; the metrics of each run
+        self._recorded: dict[int, tuple[dict[str, Any], list[dict[str, torch.Tensor]]]] = {}
 
     def callback_fn(
         self,
@@ -143,8 +143,13 @@ class GuidanceDiagnostics(PipelineCallback):
     def _finish_step(self) -> None:
         step = self._current
         if step is not None:
-            self._metrics.setdefault(step.index, []).append(step.metrics(self._previous))
-            self._positions[step.index] = step.timestep, step.level.sigma / step.level.alpha
+            position = {
+                "index": step.index,
+                "timestep": step.timestep,
+                "sigma_over_alpha": step.level.sigma / step.level.alpha,
+            }
+            _, runs = self._recorded.setdefault(step.index, (position, []))
+            runs.append(step.metrics(self._previous))
             self._previous, self._current = step, None
 
     def steps(self) -> list[dict[str, Any]]:
@@ -154,16 +159,14 @@ class GuidanceDiagnostics(PipelineCallback):
             ValueError: if no step was recorded.
         """
         self._finish_step()
-        if not self._metrics:
+        if not self._recorded:
             raise ValueError(
                 "guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or "
                 "guide with the terms that watch(...) returns"
             )
         steps = []
-        for index, runs in sorted(self._metrics.items()):
-            timestep, ratio = self._positions[index]
+        for _, (position, runs) in sorted(self._recorded.items()):
             metrics = {name: torch.cat([run[name] for run in runs]).cpu() for name in runs[0]}
-            position = {"index": index, "timestep": timestep, "sigma_over_alpha": ratio}
             steps.append({**position, **metrics})
         return steps
 

@@ -1,37 +1,32 @@
 """From metrics to a verdict: where may this classifier guide, and how strongly?
 
-Accuracy alone can't tell. At high noise x_t hardly depends on y: the exact classifier, too, is at
-chance there. The comparison is with the *uninformed baseline*, a classifier that always predicts
-the labels' frequencies. Its cross entropy is H(y) (log K for K equally frequent labels), and its
-gradient is zero. The difference is the classifier's information on the label, a lower bound of the
-mutual information:
+At high noise even the exact classifier's accuracy is at chance. So each level is compared with the
+*uninformed baseline*, which always predicts the labels' frequencies: its cross entropy is H(y), its
+gradient zero. What the classifier gains is its information on the label, a lower bound of the mutual
+information of y and x_t:
 
     information = H(y) - cross entropy = E[log p(y | x_t) - log p(y)]
 
-    informative   significantly above 0. Also: 0 within the error, but an independent estimate of the
-                  gradient (a denoiser's) makes up more than half of the squared gradient; at high
-                  noise there is little information, and a few thousand images can't resolve it
-    harmless      0 within the error: not significantly better than the baseline; guidance has
-                  little effect and may be left out
-    harmful       significantly below 0: worse than the baseline. The classifier is confidently
-                  wrong, and its gradient guides to the wrong label
+    informative   significantly above 0. Also: 0 within the error, where a reference (a denoiser's
+                  gradient) makes up more than half of the squared gradient; at high noise a few
+                  thousand images are too few to measure the information
+    harmless      0 within the error: guidance has little effect and may be left out
+    harmful       significantly below 0: confidently wrong, so that the gradient guides to the wrong
+                  label
 
 "Significantly" means three standard errors, so that ten levels seldom give a false alarm; for
-harmful also half a per cent of H(y). A classifier of clean images is harmful above a low noise
-level; one trained on shuffled labels is harmful or harmless everywhere. An over-confident classifier
-may be harmful where the exact one has little information, although its gradient's direction is
-right: its logits times `logit_scale` would be informative.
+harmful also half a per cent of H(y). An over-confident classifier may be harmful where the exact one
+has little information, although its gradient's direction is right: its logits times `logit_scale`
+would be informative.
 
 The recommended guidance_scale: where the label is uncertain, logits that are c times the exact ones
 have c times the exact gradient, so 1 / c, which `logit_scale` estimates, gives the exact conditional
-model. Measured on the bundled models (DDIM, 20 steps, 100 images of ten labels, guided by the
-classifier alone; judge's agreement with the label, mean distance of two images of a label):
+model. Above three times that scale, variety decreases and agreement hardly increases (bundled
+models, DDIM, 20 steps, 100 images of ten labels; the judge's agreement with the label, mean distance
+of two images of a label):
 
     logits x 1    scale 1     0.61  17.8      scale 3    0.91  14.7      scale 6    0.93  13.4
     logits x 3    scale 1/3   0.63  16.8      scale 1    0.86  14.8      scale 2    0.85  14.0
-
-Above three times the exact scale, variety decreases and agreement hardly increases, so the
-recommended range is `logit_scale` to 3 `logit_scale`.
 """
 
 from __future__ import annotations
@@ -58,7 +53,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict in words and numbers.
+    """Where and how strongly to guide.
 
     Attributes:
         summary: "fit", "unfit", or where it is unfit: "unfit above sigma/alpha ..." and the like.
@@ -84,11 +79,7 @@ class Verdict:
 
 
 def status(row: Row, has_reference: bool) -> str:
-    """ "informative", "harmless" or "harmful", from a level's metrics.
-
-    Args:
-        has_reference: whether `cosine` is to a reference.
-    """
+    """ "informative", "harmless" or "harmful"; with `has_reference`, `cosine` is to a reference."""
     information, error = row["information"], row["information_error"]
     if information < -max(SIGNIFICANT * error, TOLERANCE * row["prior_entropy"]):
         return "harmful"
@@ -146,7 +137,7 @@ def assess(
     Args:
         rows: metrics by level, noisiest first.
         logits: (L, N, K) of N images at these levels, with their labels, (N,).
-        run: from which the levels are.
+        run: that has these levels.
         has_reference: whether `cosine` is to a reference.
     """
     useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
@@ -163,8 +154,8 @@ def assess(
 
     fractions = edges([row["fraction"] for row in rows])
     start, stop = fractions[useful.start], fractions[useful.stop]
-    low = rounded(run.ratio_at(stop), down=True)  # outwards: the ends are part of the interval
-    high = rounded(run.ratio_at(start), down=False)
+    high = rounded(run.at(start).ratio, down=False)  # outwards, so that the ends are included
+    low = 0.0 if stop == 1 else rounded(run.at(stop).ratio, down=True)
     guidance_scale = round(scale, 2), round(LARGEST_SCALE * scale, 2)
     noisier, cleaner = rows[: useful.start], rows[useful.stop :]
     words = [
@@ -207,7 +198,7 @@ def _summary(
 def _uninformative(rows: Sequence[Row]) -> str:
     """The sentence on a classifier that is informative at no level."""
     harmful = sum(row["status"] == "harmful" for row in rows)
-    compared = "equal to the uninformed baseline"
+    compared = "the same as the uninformed baseline"
     if harmful:
         compared = f"worse than the uninformed baseline at {harmful} of {len(rows)} noise levels"
     return (
