@@ -167,10 +167,7 @@ class InputGradient:
 
 
 def value_and_gradient(
-    term: NoiseAwareGuidance,
-    z: torch.Tensor,
-    t: torch.Tensor,
-    dtype: torch.dtype,
+    term: NoiseAwareGuidance, z: torch.Tensor, t: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(y | z) of a term, (B,), and its gradient by z, (B, C, H, W).
 
