@@ -202,8 +202,8 @@ def _uninformative(rows: Sequence[Row]) -> str:
     if harmful:
         compared = f"worse than the uninformed baseline at {harmful} of {len(rows)} noise levels"
     return (
-        "At no noise level does it predict the label better than the labels' frequencies do "
-        f"({compared}). Its guidance has no effect, or guides to the wrong label."
+        "It is informative nowhere: at no noise level does it predict the label better than the "
+        f"labels' frequencies do ({compared}). Its guidance has no effect, or a wrong one."
     )
 
 
