@@ -271,6 +271,7 @@ def test_optimize_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on(device="cuda") == both | {"unet, channels_last", "classifier, channels_last"}
     compiled = {"unet, torch.compile", "classifier, torch.compile"}
     assert on(10_000_000, 1000) == both | compiled and on(64, 2) == both
+    assert on(10_000, 9) == both and on(10_000, 10) == both | compiled
     assert on(10_000_000, 1000, dtype=torch.float32) == {"unet, torch.compile"}
     half = quiet(small_unet().bfloat16(), DDIMScheduler(), small_classifier().bfloat16())
     with optimize(half) as chosen:

@@ -21,15 +21,12 @@ def add_inspect_command(commands: Any) -> None:
     command.set_defaults(run=run_inspect)
     option = command.add_argument
     option(
-        "model",
-        metavar="MODEL",
-        help="folder or Hub id of a classifier or of a pipeline with one, or a bundled model",
+        "model", metavar="MODEL", help="folder, Hub id or bundled name of classifier or pipeline"
     )
     option(
         "--dataset",
         required=True,
-        metavar="NAME_OR_FOLDER",
-        help="labelled images: a Hub name, an image folder or a folder of Parquet files",
+        help="labelled images: a Hub name, an image folder or Parquet files",
     )
     option(
         "--unet",
@@ -42,8 +39,7 @@ def add_inspect_command(commands: Any) -> None:
         "--output",
         type=Path,
         default=Path("diagnosis"),
-        metavar="FOLDER",
-        help="folder to write to (default: %(default)s)",
+        help="folder to write (default: %(default)s)",
     )
     for flag, default, text in (
         ("--images", 1000, "largest number of images to use"),

@@ -25,16 +25,8 @@ Item = dict[str, Any]
 class LevelStatistics:
     """Logits and gradients of a classifier at noise levels, collected over batches.
 
-    Args:
-        classifier: as of `ClassifierGuidance`, in evaluation mode.
-        eval_levels: noisiest first.
-        reference: of the gradient; None: its smoothness is measured instead.
-        gradient_images: gradients are taken for so many images.
-        seed: of the noise; an image's noise doesn't depend on its batch.
-        finite_differences: check the gradient on the first batch.
-
-    Attributes:
-        low, high: range of the images' values.
+    Args as of `diagnose`; without a reference, the gradient's smoothness is measured. An image's
+    noise doesn't depend on its batch. `low` and `high` are the range of the images' values.
     """
 
     def __init__(

@@ -132,12 +132,11 @@ def assess(
     run: SamplingRun,
     has_reference: bool,
 ) -> Verdict:
-    """The verdict on levels with their `status`.
+    """The verdict on the levels of a run.
 
     Args:
-        rows: metrics by level, noisiest first.
+        rows: metrics and `status` by level, noisiest first.
         logits: (L, N, K) of N images at these levels, with their labels, (N,).
-        run: that has these levels.
         has_reference: whether `cosine` is to a reference.
     """
     useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
