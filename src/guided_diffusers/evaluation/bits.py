@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diagnosis.figures import evaluating
 from ..learning.losses import Process, bits_per_dim
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
+from ..utils import evaluating
 from .figures import Bootstrap
 from .images import Images, matched, named
 from .metrics import Accumulator, gather

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diagnosis.figures import evaluating
-from ..utils import aside
+from ..utils import aside, evaluating
 from .images import Images
 from .metrics import Accumulator, Answers, ClassScore, Kept, Moments, gather
 from .networks import Network

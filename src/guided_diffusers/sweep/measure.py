@@ -15,7 +15,6 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from ..diagnosis.figures import evaluating
 from ..evaluation import Bootstrap, Network, Settings, Summary, compare
 from ..evaluation.figures import COVERAGE_K, by_class
 from ..pipeline import ClassifierGuidedPipeline
@@ -23,6 +22,7 @@ from ..sampling import sample
 from ..sampling.manifest import LIBRARIES
 from ..sampling.pictures import save_image
 from ..speed import computing_in
+from ..utils import evaluating
 from .metrics import PICTURES, Result
 from .schedulers import scheduler_for
 from .settings import SweepSetting
