@@ -28,8 +28,16 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..evaluation import Bootstrap, Images, Network, Settings, common_labels, open_real, summarise
-from ..evaluation.figures import COVERAGE_K
+from ..evaluation import (
+    COVERAGE_K,
+    Bootstrap,
+    Images,
+    Network,
+    Settings,
+    common_labels,
+    open_real,
+    summarise,
+)
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 from ..sampling.batches import Once
 from ..sampling.manifest import module_hash, weights_hash
@@ -245,16 +253,18 @@ def measure_points(
     store.all()
 
     # 3. Real images once, then the points
-    scorer = judge or (features if features.inception else None)
-    look = Settings(classes, ids, max_features, bootstrap, seed=seed, answers=judge is not None)
-    theirs = replace(look, ids=real_ids, labelled=real_ids != {})
+    scorer = judge or (features if features.is_inception else None)
+    look = Settings(
+        classes, ids, max_features, bootstrap, seed=seed, judge_labels=judge is not None
+    )
+    theirs = replace(look, ids=real_ids)
     seen = summarise(
         real,
         features,
         scorer,
         theirs,
         batch_size=batch_size,
-        what="real images",
+        title="real images",
         progress=progress,
         cache=store.folder.parent / ".real",
     )

@@ -15,8 +15,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 
 from ..diagnosis.figures import evaluating
-from ..evaluation import Bootstrap, Network, Settings, Summary, compare
-from ..evaluation.figures import by_class
+from ..evaluation import Bootstrap, Network, Settings, Summary, by_class, compare
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
 from ..sampling.manifest import LIBRARIES
@@ -183,7 +182,7 @@ class Bench:
         }
         return Result(
             point,
-            compare(found, self.real, self.bootstrap, self.features.inception),
+            compare(found, self.real, self.bootstrap, self.features.is_inception),
             cost,
             f"{point.name}.png",
             tuple(per_class),
@@ -192,7 +191,7 @@ class Bench:
     def _summary(self) -> Summary:
         judged = self.judge.classes if self.judge else None
         return Summary(
-            self.real.moments.mean.shape[1], self.summary, judged, self.summary.classes > 0
+            self.real.width, self.num_images, self.summary, judged, self.summary.classes > 0
         )
 
     @torch.no_grad()
