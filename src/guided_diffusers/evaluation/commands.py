@@ -40,7 +40,9 @@ def add_evaluate_command(commands: Any) -> None:
     option, folder = command.add_argument, {"type": Path, "metavar": "FOLDER"}
     default = Path("evaluation")
     option("--output", **folder, default=default, help="output folder (default: %(default)s)")
-    option("--cache", **folder, help="keeps the summary of the real images for later evaluations")
+    option(
+        "--cache", **folder, help="keep the summary of the real images there for later evaluations"
+    )
     add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
 
 
@@ -82,7 +84,7 @@ def _add_metric_options(command: argparse.ArgumentParser) -> None:
         "`none`: no judge (default: the network of --features, if it is a classifier)",
     )
     numbers = {
-        "--max-features": (10_000, "images whose features are kept, a sample, for some metrics"),
+        "--max-features": (10_000, "sampled images, for metrics that need features image by image"),
         "--nearest": (1000, "images whose nearest training image is searched"),
         "--bootstrap": (100, "resamples for the intervals; 0: no intervals"),
         "--bits-per-dim": (0, "real images for the bits per dimension of --model; 0: off"),
@@ -90,7 +92,12 @@ def _add_metric_options(command: argparse.ArgumentParser) -> None:
     for flag, (default, text) in numbers.items():
         text = f"number of {text} (default: %(default)s)"
         option(flag, type=int, default=default, metavar="N", help=text)
-    option("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    option(
+        "--confidence",
+        type=float,
+        default=0.95,
+        help="level of the intervals (default: %(default)s)",
+    )
     text = "for --bits-per-dim: a bundled model, a pipeline folder or a Hub id"
     add_shared_option(command, "--model", default=None, help=text)
     option(

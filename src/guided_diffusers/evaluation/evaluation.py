@@ -210,8 +210,8 @@ def _check(
             raise ValueError(f"{len(images)} {name} images: at least {COVERAGE_K + 1} are needed")
     if generated.shape != real.shape:
         raise ValueError(
-            f"the generated images have the shape {generated.shape}, the real ones {real.shape}; one "
-            "shape is needed"
+            f"the generated images have the shape {generated.shape}, the real ones {real.shape}; "
+            "they must have one shape"
         )
     if judge is not None and judge.classes is None:
         raise ValueError(f"judge: {judge.name} is no classifier")
@@ -237,7 +237,7 @@ def _notes_on_guidance(
         if network is not None and module_hash(network.module) == manifest["classifier"]:
             notes.append(
                 f"the {role}, {network.name}, has the weights of the classifier that guided the "
-                "images, so its metrics show how strong the guidance was, not how good the images are"
+                "images, so its metrics show the strength of the guidance, not the images' quality"
             )
     return notes
 
@@ -250,7 +250,7 @@ def _notes_on_samples(generated: Summary, real: Summary, per_class: bool) -> lis
         labels.append(set(summary.sample.labels.tolist()) - {-1})
         if summary.count <= width:
             notes.append(
-                f"{summary.count} {name} images for {width} features: their covariance is singular, "
+                f"{summary.count} {name} images for {width} features: the covariance is singular, "
                 "which increases the Frechet distance; compare it only at equal numbers of images"
             )
         if sampled < summary.count:
@@ -261,13 +261,13 @@ def _notes_on_samples(generated: Summary, real: Summary, per_class: bool) -> lis
     generated_labels, real_labels = labels
     if per_class and generated_labels and not generated.has_class_moments:
         notes.append(
-            f"no Frechet distance of each class: the covariances of {width} features of all classes "
-            "would take more than 1 GiB"
+            f"Frechet distances of classes are skipped: the covariances of {width} features would "
+            "take more than 1 GiB"
         )
     missing = real_labels - generated_labels
     if generated_labels and missing:
         notes.append(
-            f"{len(missing)} of the real images' {len(real_labels)} classes were not generated, which "
-            "worsens distances, recall and coverage"
+            f"{len(missing)} of the real images' {len(real_labels)} classes were not generated, "
+            "which worsens distances, recall and coverage"
         )
     return notes

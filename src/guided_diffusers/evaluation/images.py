@@ -1,4 +1,4 @@
-"""Images to evaluate, read one at a time: image folders, Parquet and .npz files, labelled datasets."""
+"""Images to evaluate: image folders, Parquet and .npz files, labelled datasets."""
 
 from __future__ import annotations
 

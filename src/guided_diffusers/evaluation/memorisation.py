@@ -106,8 +106,8 @@ def memorisation(
     memorised["real"] = float((held_out <= first).double().mean())
     if median == 0:
         notes.append(
-            "most held-out images are training images, so memorisation can't be measured; `memorised` "
-            "is the share of generated images that are training images as well"
+            "most held-out images are training images, so memorisation can't be measured; "
+            "`memorised` is the share of generated images that are training images as well"
         )
         return {"memorised": memorised}, notes
     count, replicates = len(generated), None

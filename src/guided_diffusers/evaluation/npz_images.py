@@ -41,8 +41,8 @@ class NpzImages:
         square = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
         if not square or dtype != np.uint8 or fortran:
             raise ValueError(
-                f"images: arr_0 of {path} is {shape} {dtype}; (N, H, H, 1 or 3) uint8 in C order is "
-                "allowed"
+                f"images: arr_0 of {path} is {shape} {dtype}; (N, H, H, 1 or 3) uint8 in C order "
+                "is allowed"
             )
         self._count, self.shape = shape[0], (shape[3], shape[1], shape[2])
         self._image_bytes = int(np.prod(shape[1:]))
@@ -51,8 +51,8 @@ class NpzImages:
         self.labelled = self._labels is not None
         if self.labelled and self._labels.shape != (self._count,):
             raise ValueError(
-                f"images: {path} has {self._count} images and labels of shape {self._labels.shape}; "
-                "one label an image is needed"
+                f"images: {path} has {self._count} images and labels of shape "
+                f"{self._labels.shape}; one label an image is needed"
             )
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class NpzImages:
 
 
 def _npy_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype; `member` is then at the first byte of the data."""
+    """Shape, whether in Fortran order, and dtype; moves `member` to the first byte of the data."""
     if np.lib.format.read_magic(member) == (1, 0):
         return np.lib.format.read_array_header_1_0(member)
     return np.lib.format.read_array_header_2_0(member)

@@ -47,14 +47,14 @@ class Bootstrap:
         """As of `bootstrap_weights`, (count, rows)."""
         return bootstrap_weights(rows, self.count, self.seed, draws)
 
-    def weights_and_once(self, rows: int) -> Tensor:
-        """(1 + count, rows): each row once, then as of `weights`."""
+    def weights_with_original(self, rows: int) -> Tensor:
+        """(1 + count, rows): first each row once, then as of `weights`."""
         return torch.cat([torch.ones(1, rows, dtype=torch.float64), self.weights(rows)])
 
     def frechet_distances(
         self, real: Moments, features: Tensor, draws: int, title: str = ""
     ) -> Tensor:
-        """Frechet distances of resamples of `draws` images, from a sample of their features (n, D)."""
+        """Frechet distances of resamples of `draws` images, from sampled features (n, D)."""
         weights = tqdm(
             self.weights(len(features), draws),
             desc=f"Frechet distance{title}, resampled",
@@ -131,7 +131,7 @@ def _distances(
         images=generated.count,
         real_images=real.count,
     )
-    weights = bootstrap.weights_and_once(len(features))
+    weights = bootstrap.weights_with_original(len(features))
     distances = kernel_distance(real_features, features, weights)
     kernel = bootstrap.metric(
         float(distances[0]),
@@ -159,12 +159,12 @@ def _neighbourhoods(generated: Summary, real: Summary, bootstrap: Bootstrap) -> 
 
 
 def _diversity(generated: Summary, real: Summary, bootstrap: Bootstrap) -> dict[str, Metric]:
-    """The mean distance between images of a class, also relative to real images of those classes."""
+    """The mean distance between images of a class, also relative to the real images'."""
     labels, features = generated.sample.labels, generated.sample.features
     if labels.min() < 0 or not _has_pair(labels):
         return {}
     count = len(features)
-    diversity = class_diversity(features, labels, bootstrap.weights_and_once(count))
+    diversity = class_diversity(features, labels, bootstrap.weights_with_original(count))
     metric = bootstrap.metric(float(diversity[0]), diversity[1:], "real", 0.0, images=count)
     metrics = {"class_diversity": metric}
     real_labels, real_features = real.sample.labels, real.sample.features

@@ -1,4 +1,4 @@
-"""Distances between generated and real images, in the features of a network never used for guidance.
+"""Distances between generated and real images, in the features of a network.
 
 An accumulator adds up batches in any order. Accumulators of disjoint parts can be merged, with the
 same result as one pass up to rounding, and none grows with the number of images. Functions of

@@ -53,14 +53,14 @@ def kernel_distance(
     """
     if min(len(real), len(generated)) < 2 or real.shape[1:] != generated.shape[1:]:
         raise ValueError(
-            f"features of shapes {tuple(real.shape)} and {tuple(generated.shape)}: two or more rows "
-            "and the same number of columns are needed"
+            f"features of shapes {tuple(real.shape)} and {tuple(generated.shape)}: two or more "
+            "rows and the same number of columns are needed"
         )
     real, generated = real.double(), generated.double()
     real_weights = torch.ones(1, len(real), dtype=torch.float64)
     rows = torch.ones(1, len(generated), dtype=torch.float64) if weights is None else weights
     cross = [
-        cubic_kernel(generated[some], real).mean(1) for some in blocks(len(generated), len(real))
+        cubic_kernel(generated[block], real).mean(1) for block in blocks(len(generated), len(real))
     ]
     distance = (
         pair_mean(real, cubic_kernel, real_weights)
