@@ -656,8 +656,8 @@ def test_figures_are_those_of_the_same_images_in_a_folder(
         progress=False,
     )
     found = json.loads((swept / "points" / "ddim-4-steps-scale-2-from-0-to-0.5.json").read_text())
-    assert found["figures"].keys() == expected.figures.keys()
-    for name, figure in expected.figures.items():
+    assert found["figures"].keys() == expected.metrics.keys()
+    for name, figure in expected.metrics.items():
         assert found["figures"][name]["value"] == pytest.approx(
             figure["value"], rel=1e-6, abs=1e-9
         ), name

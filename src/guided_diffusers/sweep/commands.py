@@ -173,7 +173,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     judge = None
     if options.judge not in (None, "none", options.features):
         judge = load_network(options.judge, device)
-    elif options.judge != "none" and features.classes is not None and not features.inception:
+    elif options.judge != "none" and features.classes is not None and not features.is_inception:
         judge = features
     keywords = {
         name: getattr(options, name)

@@ -15,8 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from ..evaluation import Bootstrap, Network, Settings, Summary, compare
-from ..evaluation.figures import COVERAGE_K, by_class
+from ..evaluation import COVERAGE_K, Bootstrap, Network, Settings, Summary, by_class, compare
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
 from ..sampling.manifest import LIBRARIES
@@ -119,7 +118,7 @@ class PointEvaluator:
         count = self.options.num_images
         return Result(
             setting,
-            compare(summary, self.real, self.bootstrap, self.features.inception),
+            compare(summary, self.real, self.bootstrap, self.features.is_inception),
             {
                 "network_evaluations": sum(network_batches) / count,
                 "classifier_evaluations": sum(classifier_batches) / count,
@@ -131,10 +130,11 @@ class PointEvaluator:
         )
 
     def _empty_summary(self) -> Summary:
-        width = self.real.moments.mean.shape[1]
         judge_classes = self.judge.classes if self.judge else None
         labelled = self.summary_settings.classes > 0
-        return Summary(width, self.summary_settings, judge_classes, labelled)
+        return Summary(
+            self.real.width, self.num_images, self.summary_settings, judge_classes, labelled
+        )
 
     def _sample(
         self, pipeline: ClassifierGuidedPipeline, setting: SweepSetting

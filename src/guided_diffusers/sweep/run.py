@@ -13,8 +13,16 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..evaluation import Bootstrap, Images, Network, Settings, common_labels, open_real, summarise
-from ..evaluation.figures import COVERAGE_K
+from ..evaluation import (
+    COVERAGE_K,
+    Bootstrap,
+    Images,
+    Network,
+    Settings,
+    common_labels,
+    open_real,
+    summarise,
+)
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
 from ..sampling.batches import Once
 from ..sampling.manifest import module_hash, weights_hash
@@ -308,22 +316,22 @@ def prepare_evaluator(
     names = class_names(pipeline)
     generated = SimpleNamespace(labelled=True, names=names)
     common_names, classes, ids, real_ids, _ = common_labels(generated, real, judge)
-    scorer = judge or (features if features.inception else None)
+    scorer = judge or (features if features.is_inception else None)
     summary_settings = Settings(
         classes,
         ids,
         options.max_features,
         options.bootstrap,
         seed=options.seed,
-        answers=judge is not None,
+        judge_labels=judge is not None,
     )
     real_summary = summarise(
         real,
         features,
         scorer,
-        replace(summary_settings, ids=real_ids, labelled=real_ids != {}),
+        replace(summary_settings, ids=real_ids),
         batch_size=options.batch_size,
-        what="real images",
+        title="real images",
         progress=progress,
         cache=cache,
     )
