@@ -604,7 +604,7 @@ def test_what_the_original_has_no_word_for_is_refused() -> None:
         ({"upsample_type": "conv"}, "upsample_type is 'conv'; guided-diffusion allows 'resnet'"),
         (
             {"sample_size": (16, 8)},
-            r"sample_size is \(16, 8\); guided-diffusion allows 'an integer'",
+            r"sample_size is \(16, 8\); guided-diffusion allows an integer",
         ),
         ({"time_embedding_dim": 64}, "time_embedding_dim is 64; guided-diffusion allows 128"),
     ):
