@@ -39,6 +39,7 @@ from guided_diffusers.openai import (
 )
 
 State = dict[str, torch.Tensor]
+EXAMPLE = Path(__file__).parents[1] / "examples" / "adm_imagenet.py"
 CONFIG: dict[str, Any] = {
     "unet": UNET,
     "classifier": CLASSIFIER,
@@ -250,7 +251,7 @@ def test_the_example_draws_a_picture_in_two_stages(
             *ddim,
         ],
     )
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "adm_imagenet.py"))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert Image.open(tmp_path / "out.png").size == (64, 64)  # 2 x 2 images of 32 x 32
 
 
