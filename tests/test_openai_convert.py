@@ -413,7 +413,7 @@ def test_truncated_file(suffix: str, tmp_path: Path) -> None:
     refused("is damaged or truncated", file, tmp_path / "out", config={"unet": UNET})
     file.write_bytes(b"")
     refused("is damaged or truncated", file, tmp_path / "out", config={"unet": UNET})
-    refused("there is no such file", tmp_path / "other.pt", tmp_path / "out", config={"unet": UNET})
+    refused("does not exist", tmp_path / "other.pt", tmp_path / "out", config={"unet": UNET})
 
 
 class Code:

@@ -487,7 +487,7 @@ CONTRADICTIONS = [
     ({"model_channels": 64}, "model_channels is 64 in the config but 32 in the tensors"),
     ({"in_channels": 1}, "in_channels is 1 in the config but 3 in the tensors"),
     ({"out_channels": 3}, "out_channels is 3 in the config but 6 in the tensors"),
-    ({"learn_sigma": False}, "learn_sigma is False, but another argument says that out_channels is 6"),
+    ({"learn_sigma": False}, "learn_sigma is False, but another flag sets out_channels to 6"),
     ({"num_res_blocks": 2}, "num_res_blocks is 2 in the config but 1 in the tensors"),
     ({"attention_resolutions": [2]}, r"attention_resolutions is \[2\] in the config but \[1, 2\] in the tensors"),
     ({"attention_resolutions": "8,4"}, r"attention_resolutions is \[2, 4\] in the config but \[1, 2\]"),
@@ -502,7 +502,7 @@ CONTRADICTIONS = [
     ({"pool": "attention"}, "pool is 'attention' in the config but None in the tensors"),
     ({"num_head_channels": 24}, "num_head_channels is 24; allowed: a divisor of the 32 channels of level 0"),
     ({"num_head_channels": -1, "num_heads": 5}, "num_heads is 5; allowed: a divisor of the 32 channels of level 0"),
-    ({"num_channels": 64}, "num_channels is 64, but another argument says that model_channels is 32"),
+    ({"num_channels": 64}, "num_channels is 64, but another flag sets model_channels to 32"),
     ({"dims": 3}, "dims is 3; allowed: 2"),
     ({"chanel_mult": "1,2"}, r"\['chanel_mult'\] are no arguments"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Arguments of guided-diffusion's networks, from the flags of its scripts and from a checkpoint's tensors.
+"""Arguments of guided-diffusion's networks, from its scripts' flags and from a file's tensors.
 
 `args` are the complete arguments of a constructor: UNetModel's, SuperResModel's, or
 EncoderUNetModel's (the classifier; only it has `pool`). Their `attention_resolutions` are
@@ -23,9 +23,9 @@ CHANNEL_MULT = {
 }
 SUPER_RESOLUTION_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
 ARGUMENTS = tuple(
-    "image_size in_channels model_channels out_channels num_res_blocks attention_resolutions dropout "
-    "channel_mult conv_resample dims num_classes num_heads num_head_channels num_heads_upsample "
-    "use_scale_shift_norm resblock_updown use_new_attention_order pool".split()
+    "image_size in_channels model_channels out_channels num_res_blocks attention_resolutions "
+    "dropout channel_mult conv_resample dims num_classes num_heads num_head_channels "
+    "num_heads_upsample use_scale_shift_norm resblock_updown use_new_attention_order pool".split()
 )
 ARGUMENT_OF_FLAG = {
     "num_channels": "model_channels",
@@ -56,7 +56,7 @@ DEFAULTS = {
 def complete_arguments(
     state_dict: State, config: Mapping[str, Any], super_resolution: bool = False
 ) -> Arguments:
-    """The constructor's arguments, from the tensors where they determine them and else from `config`.
+    """The constructor's arguments: those that the tensors determine, the rest from `config`.
 
     Raises:
         ValueError: For unknown names, if `config` contradicts the tensors, and for settings that
@@ -115,7 +115,8 @@ def _constructor_arguments(config: Mapping[str, Any], super_resolution: bool) ->
     unknown = args.keys() - {*ARGUMENTS, "class_cond"}
     if unknown:
         raise ValueError(
-            f"{sorted(unknown)} are no arguments of guided-diffusion's networks; known: {ARGUMENTS}."
+            f"{sorted(unknown)} are no arguments of guided-diffusion's networks; allowed: "
+            f"{ARGUMENTS}."
         )
     if args.pop("dims", 2) != 2:
         raise ValueError(f"dims is {config['dims']!r}; allowed: 2.")
@@ -146,7 +147,7 @@ def _rename_flags(config: Mapping[str, Any]) -> Arguments:
             name, value = "out_channels", 6 if setting else 3
         if args.setdefault(name, value) != value:
             raise ValueError(
-                f"{flag} is {setting!r}, but another argument says that {name} is {args[name]!r}."
+                f"{flag} is {setting!r}, but another flag sets {name} to {args[name]!r}."
             )
     return args
 
@@ -165,7 +166,8 @@ def _default_channel_mult(image_size: int | None, super_resolution: bool) -> tup
         table = SUPER_RESOLUTION_CHANNEL_MULT
     if image_size not in table:
         raise ValueError(
-            f"channel_mult is empty, which needs an image_size in {tuple(table)}; it is {image_size!r}."
+            f"channel_mult is empty, which needs an image_size in {tuple(table)}; "
+            f"it is {image_size!r}."
         )
     return table[image_size]
 
@@ -294,7 +296,8 @@ def _check_agreement(configured: Arguments, read: Arguments, class_cond: bool | 
     num_classes = read.get("num_classes")
     if class_cond is not None and class_cond != (num_classes is not None):
         raise ValueError(
-            f"class_cond is {class_cond} in the config but num_classes is {num_classes} in the tensors."
+            f"class_cond is {class_cond} in the config but num_classes is {num_classes} in the "
+            "tensors."
         )
 
 

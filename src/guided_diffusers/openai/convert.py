@@ -1,4 +1,4 @@
-"""guided-diffusion's checkpoint files -> a folder for `ClassifierGuidedPipeline.from_pretrained`."""
+"""guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
 import argparse
 import json
@@ -37,10 +37,10 @@ def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
     These are `diffusion_steps`, `noise_schedule`, `learn_sigma`, `sigma_small`, `predict_xstart`
     and `timestep_respacing`, of which only the prefix "ddim" counts: it decides the spacing.
     `DDPMScheduler` agrees with the original to 5e-5 (its tables are in float32). Schedulers with
-    its float64 tables, and with its DDIM, can be created from this one:
+    float64 tables, and with the original's DDIM, can be created from it:
 
         ADMDDPMScheduler.from_config(scheduler.config)
-        ADMDDIMScheduler.from_config(scheduler.config, clip_sample=False)  # pipeline(..., clip_x0=True)
+        ADMDDIMScheduler.from_config(scheduler.config, clip_sample=False)  # with clip_x0=True
 
     Raises:
         ValueError: For `rescale_timesteps` with other than 1000 steps, because our pipelines pass
@@ -73,7 +73,7 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
         ValueError: If the file is missing, damaged, or holds anything but named tensors.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file")
+        raise ValueError(f"{file} does not exist")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -81,7 +81,7 @@ def convert_super_resolution(
 def convert_classifier(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> NoiseAwareClassifier:
-    """guided-diffusion's noisy classifier as [`NoiseAwareClassifier`], with equal logits and gradients.
+    """guided-diffusion's classifier as a [`NoiseAwareClassifier`] with equal logits and gradients.
 
     Arguments and errors as for [`convert_unet`]; the flags are those that begin with `classifier_`.
     `noise_schedule` ("linear" or "cosine") and `diffusion_steps` in `config` become part of the
@@ -103,7 +103,9 @@ def convert_classifier(
 
 
 def export_unet(model: UNet2DModel) -> tuple[State, Arguments]:
-    """The original's tensors and constructor arguments of a UNet, converted or trained in Diffusers.
+    """A UNet's tensors and constructor arguments as in the original.
+
+    The UNet was converted, or trained in Diffusers.
 
     Raises:
         ValueError: If guided-diffusion has no such architecture; the message names the setting.
@@ -293,8 +295,8 @@ def _head_arguments(down: list[int], up: list[int], args: Arguments) -> dict[str
     fits = len(counts) == len(up_counts) == 1 and args.get("pool") != "attention"
     if not fits:
         raise ValueError(
-            f"attention_head_dim is {(down, up)!r}; guided-diffusion allows one width, or one number "
-            "of heads in each half."
+            f"attention_head_dim is {(down, up)!r}; guided-diffusion allows one width, or one "
+            "number of heads in each half."
         )
     return {
         "num_heads": counts.pop(),

@@ -94,7 +94,9 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset with this name ("imagenet-256-uncond") or UNet file ("256x256_diffusion_uncond.pt").
+    """The preset with this name or UNet file.
+
+    For example "imagenet-256-uncond" or "256x256_diffusion_uncond.pt".
 
     Raises:
         ValueError: If there is none; the message lists all.

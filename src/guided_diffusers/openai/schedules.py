@@ -13,7 +13,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    SchedulerMixin,  # noqa: F401 - a pipeline's from_pretrained looks for it in the module of the class
+    SchedulerMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -68,7 +68,8 @@ def _strided_timesteps(num_train_timesteps: int, count: int) -> list[int]:
         if len(timesteps) == count:
             return list(reversed(timesteps))
     raise ValueError(
-        f"respacing 'ddim{count}': no stride keeps exactly {count} of {num_train_timesteps} timesteps"
+        f"respacing 'ddim{count}': no stride keeps exactly {count} of {num_train_timesteps} "
+        "timesteps"
     )
 
 
@@ -118,7 +119,8 @@ class _Float64Tables:
         ordered = timesteps == ascending[::-1] or (self.allows_inversion and timesteps == ascending)
         if not timesteps or not ordered or ascending[0] < 0 or ascending[-1] >= total:
             raise ValueError(
-                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order are allowed"
+                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order "
+                "are allowed"
             )
         self.num_inference_steps, self.custom_timesteps = len(timesteps), True
         self.timesteps = torch.tensor(timesteps, device=device)

@@ -1,4 +1,4 @@
-"""guided-diffusion's tensors under Diffusers' names: one table of pairs, used in both directions."""
+"""guided-diffusion's tensors under Diffusers' names: a table of pairs, used in both directions."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple

@@ -6,7 +6,7 @@ Imports only torch and diffusers, because this file is saved on the Hub beside t
 import inspect
 
 from diffusers import (
-    ModelMixin,  # noqa: F401 - a pipeline's from_pretrained looks for it in the module of the class
+    ModelMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
     UNet2DModel,
 )
 from diffusers.configuration_utils import register_to_config
@@ -131,7 +131,8 @@ def _set_head_dim(attention: Attention, head_dim: int) -> None:
     width = attention.inner_dim
     if head_dim < 1 or width % head_dim:
         raise ValueError(
-            f"attention_head_dim has {head_dim}; allowed: a divisor of its level's {width} channels."
+            f"attention_head_dim has {head_dim}; allowed: a divisor of its level's {width} "
+            "channels."
         )
     attention.heads = attention.sliceable_head_dim = width // head_dim
     attention.scale = head_dim**-0.5
