@@ -22,12 +22,11 @@ from accelerate.utils import convert_outputs_to_fp32
 
 from .guidance import (
     ClassifierGuidance,
-    LogitsGuidance,
     NoiseAwareGuidance,
     gradient,
-    logits_of,
     no_parameter_grad,
 )
+from .likelihood import logits_of
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
 
@@ -178,7 +177,7 @@ class InputGradient:
 
     def _prepare(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
         """Have labels checked and weighed once, and neither for each chunk nor in compiled code."""
-        if isinstance(term, LogitsGuidance):
+        if isinstance(term, ClassifierGuidance):
             self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
             term.likelihood(z.new_zeros(len(z), self.num_labels))
 

@@ -22,7 +22,7 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from ..guidance import logits_of
+from ..likelihood import logits_of
 from ..noise import TrainedSchedule, module_config, schedule_config
 from ..sampling import image_generator
 from .figures import (

@@ -22,16 +22,10 @@ from typing import Any
 import torch
 from diffusers.callbacks import PipelineCallback
 
-from ..guidance import (
-    ClassifierGuidance,
-    Guidance,
-    GuidanceSum,
-    Label,
-    NoiseAwareGuidance,
-    StepContext,
-)
+from ..guidance import ClassifierGuidance, Guidance, GuidanceSum, NoiseAwareGuidance, StepContext
+from ..guider import Guider
+from ..likelihood import Label
 from ..noise import NoiseLevel
-from ..run import Run
 from ..utils import aside, require_matplotlib, write_json
 
 FIGURES = {
@@ -92,7 +86,7 @@ class GuidanceDiagnostics(PipelineCallback):
         """Of `ClassifierGuidedPipeline`, after each step."""
         sample = callback_kwargs["sample"]
         if step_index == 0:
-            self._levels = Run(pipeline.scheduler).levels
+            self._levels = Guider(pipeline.scheduler, ()).levels
             asked = pipeline.classifier if self.classifier is None else self.classifier
             labels = [
                 self.labels[(self.images + i) % len(self.labels)]

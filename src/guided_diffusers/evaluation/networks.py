@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import bundled
 from ..classifier import NoiseAwareClassifier
-from ..guidance import logits_of
+from ..likelihood import logits_of
 from ..preprocess import Preprocess
 from ..sampling.manifest import add_weights
 
