@@ -25,7 +25,6 @@ from .noise import clipping_warning, noise_levels, posterior_variance, sampling_
 from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 
 
 @dataclass

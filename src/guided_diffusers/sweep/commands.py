@@ -7,8 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from ..arguments import ALGORITHMS
 from ..cli_options import add_shared_option, select_device
-from ..pipeline import ALGORITHMS
 
 
 def interval(text: str) -> tuple[float, float]:

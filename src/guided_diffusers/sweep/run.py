@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..arguments import DEFAULTS
 from ..evaluation import (
     COVERAGE_K,
     Bootstrap,
@@ -23,7 +24,7 @@ from ..evaluation import (
     open_real,
     summarise,
 )
-from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
+from ..pipeline import ClassifierGuidedPipeline
 from ..sampling.batches import Once
 from ..sampling.manifest import module_hash, weights_hash
 from ..utils import require_matplotlib
