@@ -128,7 +128,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_theirs
 
-    from ..sampling.commands import device_of, team
+    from ..cli_options import launched_processes, select_device
     from ..utils import require_matplotlib
 
     if bool(options.bits_per_dim) != (options.model is not None):
@@ -139,13 +139,13 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ValueError("IMAGES are needed, or --bits-per-dim and --model")
     if options.picture:
         require_matplotlib()  # before the work, not after it
-    processes = team(options.device)
+    processes = launched_processes(options.device)
     if options.quiet or processes is not None and not processes.is_main_process:
         options.quiet = True
         disable_progress_bar()
         disable_theirs()
         disable_progress_bars()
-    device = device_of(options.device, processes)
+    device = select_device(options.device, processes)
     found = evaluation_of(options, device)
     if processes is None or processes.is_main_process:
         print(found, flush=True)  # first, so that a full disk doesn't lose it

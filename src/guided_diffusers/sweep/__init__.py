@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..evaluation import Bootstrap, Images, Network, Settings, common_labels, open_real, summarise
 from ..evaluation.figures import COVERAGE_K
 from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
-from ..sampling.batches import Once
+from ..sampling.batches import WarnOnce
 from ..sampling.manifest import module_hash, weights_hash
 from ..utils import require_matplotlib
 from .figures import PICTURES, Result
@@ -333,7 +333,7 @@ def _digest(images: Images, count: int = 16) -> str:
 def _fill(store: Store, wanted: Sequence[Point], bench: Bench, progress: bool) -> None:
     there = sum(store.read(store.path(point)) is not None for point in wanted)
     with (
-        Once(),
+        WarnOnce(),
         tqdm(
             total=len(wanted) * bench.num_images,
             initial=there * bench.num_images,

@@ -172,18 +172,18 @@ def run_sweep(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_theirs
 
+    from ..cli_options import launched_processes, select_device
     from ..evaluation import default_features, load_network
-    from ..sampling.commands import device_of, team
     from ..utils import load_pipeline, require_matplotlib
     from . import sweep
 
     require_matplotlib()  # before the work, not after it
-    processes = team(options.device)
+    processes = launched_processes(options.device)
     main = processes is None or processes.is_main_process
     if options.quiet or not main:
         disable_progress_bar()
         disable_theirs()
-    device = device_of(options.device, processes)
+    device = select_device(options.device, processes)
     pipeline = load_pipeline(options.model, options.revision).to(device)
     features = load_network(options.features or default_features({"model": options.model}), device)
     judge = None
