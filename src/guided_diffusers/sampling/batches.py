@@ -18,10 +18,7 @@ LOGGER = logging.getLogger(ClassifierGuidedPipeline.__module__)
 
 
 class WarnOnce(logging.Filter):
-    """Context manager in which the pipeline logs each distinct message once.
-
-    Messages are remembered for the lifetime of the object, also when it is entered repeatedly.
-    """
+    """Context manager in which the pipeline logs a message only once, also if entered repeatedly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +54,8 @@ def sample(
     """Yields batches (indices, images); image i has label `labels[i % len(labels)]`.
 
     The label and all noise of image i, also that of a stochastic scheduler, depend only on the
-    seed and i. Another batch size changes the rounding of the network's sums, so the images may
-    differ by floating-point error, which can change a few pixels of 8-bit images.
+    seed and i. With another batch size the network rounds differently: images differ by
+    floating-point error, and in a few pixels after rounding to 8 bits.
 
     Args:
         labels: ids, names or mixtures.
@@ -85,10 +82,9 @@ def progress_bars(
     show: bool,
     initial: int = 0,
 ) -> Iterator[tqdm]:
-    """Context manager: a progress bar of images, which the caller updates.
+    """Context manager: a bar of images to update; for a single batch, the pipeline's bar of steps.
 
-    If all images fit in one batch, the pipeline's bar of steps is shown instead. The pipeline's
-    progress bar settings are restored on exit.
+    The pipeline's progress bar settings are restored on exit.
 
     Args:
         show: False hides both bars.
@@ -96,8 +92,8 @@ def progress_bars(
     """
     settings = getattr(pipeline, "_progress_bar_config", {})
     show_steps = show and num_images <= batch_size
-    pipeline.set_progress_bar_config(**{**settings, "disable": not show_steps, "unit": "step"})
     hide_images = show_steps or not show
+    pipeline.set_progress_bar_config(**{**settings, "disable": not show_steps, "unit": "step"})
     try:
         with tqdm(total=num_images, initial=initial, unit="image", disable=hide_images) as bar:
             yield bar

@@ -15,7 +15,7 @@ from ..cli_options import (
     launched_world_size,
     select_device,
 )
-from ..pipeline import ALGORITHMS
+from ..pipeline import ALGORITHMS, DEFAULTS
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -23,45 +23,6 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
-#: arguments of the pipeline's call; left out, they have the model's defaults
-CALL_OPTIONS: dict[str, dict[str, Any]] = {
-    "--guidance-scale": {
-        "type": float,
-        "help": "strength of the classifier; 0: off, 1: exact, more: sharper and less varied",
-    },
-    "--guidance-start": {
-        "type": float,
-        "metavar": "FRACTION",
-        "help": "fraction of the run at which guidance starts, in [0, 1]",
-    },
-    "--guidance-stop": {
-        "type": float,
-        "metavar": "FRACTION",
-        "help": "fraction of the run at which guidance stops, in [0, 1]",
-    },
-    "--classifier-free-scale": {
-        "type": float,
-        "help": "strength of classifier-free guidance, for a network trained with a null label; "
-        "0: off",
-    },
-    "--guidance-algorithm": {
-        "choices": ALGORITHMS,
-        "help": "how guidance enters a step: through the network's output, through the mean of a "
-        "DDPM step, or by operator splitting",
-    },
-    "--guidance-every": {
-        "type": int,
-        "metavar": "K",
-        "help": "evaluate the classifier at every K-th step",
-    },
-    "--guidance-tolerance": {
-        "type": float,
-        "metavar": "T",
-        "help": "instead, evaluate it only when the estimated error of the image exceeds T, in "
-        "units of [-1, 1]",
-    },
-    "--num-inference-steps": {"type": int, "help": "scheduler steps"},
-}
 
 
 def add_sample_command(commands: Any) -> None:
@@ -83,31 +44,65 @@ def add_sample_command(commands: Any) -> None:
         metavar="LABEL",
         help="names or ids; `all`: every label of the model",
     )
-    for flag, definition in CALL_OPTIONS.items():
-        text = f"{definition['help']} (default: set by the model)"
-        option(flag, **{**definition, "default": argparse.SUPPRESS, "help": text})
-    option(
-        "--num-images",
-        type=int,
-        help="total number of images, with the labels in turn (default: 10 per label)",
-    )
+    option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
     option(
         "--scheduler",
         help="a Diffusers scheduler: ddim, ddpm, euler, unipc, DPMSolverMultistepScheduler, ... "
         "(default: set by the model)",
     )
-    add_shared_options(command, "--conditional")
+    add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
     add_shared_option(
         command,
         "--seed",
         help="random seed; image i depends only on the seed and i (default: %(default)s)",
     )
-    add_shared_options(command, "--batch-size", "--device")
-    _add_output_options(option)
-    add_shared_options(command, "--quiet")
+    _add_call_options(command)
+    _add_output_options(command)
 
 
-def _add_output_options(option: Any) -> None:
+def _add_call_options(command: argparse.ArgumentParser) -> None:
+    """Arguments of the pipeline's call; options left out are missing in the parsed options."""
+    option = command.add_argument_group(
+        "sampling",
+        "Options left out have the model's defaults.",
+        argument_default=argparse.SUPPRESS,
+    ).add_argument
+    option(
+        "--guidance-scale",
+        type=float,
+        help="strength of the classifier; 0: off, 1: exact, more: sharper and less varied",
+    )
+    for end in ("start", "stop"):
+        option(
+            f"--guidance-{end}",
+            type=float,
+            metavar="FRACTION",
+            help=f"fraction of the run at which guidance {end}s, in [0, 1]",
+        )
+    option(
+        "--classifier-free-scale",
+        type=float,
+        help="strength of classifier-free guidance, for a network with a null label; 0: off",
+    )
+    option(
+        "--guidance-algorithm",
+        choices=ALGORITHMS,
+        help="how guidance enters a step: through the network's output, through the mean of a DDPM "
+        "step, or by operator splitting",
+    )
+    option("--guidance-every", type=int, metavar="K", help="evaluate the classifier every K steps")
+    option(
+        "--guidance-tolerance",
+        type=float,
+        metavar="T",
+        help="instead, evaluate it only when the estimated error of the image exceeds T, in units "
+        "of [-1, 1]",
+    )
+    option("--num-inference-steps", type=int, help="scheduler steps")
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument_group("output").add_argument
     option(
         "--output",
         type=Path,
@@ -118,15 +113,14 @@ def _add_output_options(option: Any) -> None:
     option(
         "--format",
         choices=("imagefolder", "parquet", "npz"),
-        help="files in the folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one "
-        "samples.npz for common evaluators (arr_0: RGB images, arr_1: labels) "
-        "(default: imagefolder)",
+        help="of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
+        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)",
     )
     option(
         "--shard-size",
         type=int,
-        help="images in the folder that are written together; a process that is killed loses at "
-        "most these (default: 256, or --batch-size if that is more)",
+        help="of a folder: images written together; a process that is killed loses at most these "
+        "(default: 256, or --batch-size if that is more)",
     )
     option(
         "--diagnostics",
@@ -154,7 +148,8 @@ def run_sample(options: argparse.Namespace) -> None:
         pipeline.scheduler = exchanged(pipeline.scheduler, options.scheduler)
     labels = parse_label_options(options.label, pipeline)
     options.num_images = options.num_images or 10 * len(labels)
-    call = call_arguments(options)
+    call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
+    call["conditional"] = options.conditional
     diagnostics = None
     if options.diagnostics:
         from ..diagnosis.steps import GuidanceDiagnostics
@@ -183,16 +178,6 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_FORMATS
 
 
-def call_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call that were set on the command line."""
-    call = {"conditional": options.conditional}
-    for flag in CALL_OPTIONS:
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in options:
-            call[name] = getattr(options, name)
-    return call
-
-
 def check_options(options: argparse.Namespace) -> None:
     """Checks the options before any computation.
 
@@ -206,29 +191,23 @@ def check_options(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
     world_size = launched_world_size()
-    if is_picture(options.output):
-        for name in ("format", "shard_size"):
-            value = getattr(options, name)
-            if value is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; "
-                    "this option needs a folder"
-                )
-        if world_size > 1:
+    for name in ("format", "shard_size"):
+        value = getattr(options, name)
+        if value is not None and is_picture(options.output):
             raise ValueError(
-                f"--output {options.output}: {world_size} processes can't make a picture; use a "
-                "folder, or one process"
+                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use a "
+                "folder"
             )
+    if world_size > 1 and is_picture(options.output):
+        raise ValueError(
+            f"--output {options.output}: {world_size} processes can't make a picture; use a folder, "
+            "or one process"
+        )
     if options.diagnostics:
-        check_diagnostics(options, world_size)
+        _check_diagnostics(options, world_size)
 
 
-def check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
-    """Checks --diagnostics, which needs one process and all images.
-
-    Raises:
-        ValueError: for several processes, or a folder that has images.
-    """
+def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
     from ..diagnosis.steps import check_output
 
     check_output(options.diagnostics)
@@ -237,11 +216,10 @@ def check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
             f"--diagnostics {options.diagnostics}: {world_size} processes were started, each with "
             "a part of the images; one process is allowed"
         )
-    output = options.output
-    if not is_picture(output) and output.is_dir() and any(output.iterdir()):
+    if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(
-            f"--diagnostics: {output} isn't empty, and its images would not be counted; use a new "
-            "folder"
+            f"--diagnostics: {options.output} isn't empty, and its images would not be counted; "
+            "use a new folder"
         )
 
 
@@ -276,10 +254,9 @@ def make_picture(
     from .pictures import grid, save_image
 
     start, count, images = time.perf_counter(), options.num_images, []
+    batches = sample(pipeline, labels, options.seed, options.batch_size, range(count), **call)
     with progress_bars(pipeline, count, options.batch_size, show=not options.quiet) as bar:
-        for _, batch in sample(
-            pipeline, labels, options.seed, options.batch_size, range(count), **call
-        ):
+        for _, batch in batches:
             images += batch
             bar.update(len(batch))
     seconds = time.perf_counter() - start

@@ -24,31 +24,18 @@ from accelerate.utils import broadcast_object_list
 from ..guidance import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import WarnOnce, progress_bars, sample
-from .manifest import (
-    open_or_resume,
-    resolve_defaults,
-    run_settings,
-    unique_names,
-    write_manifest,
-)
+from .manifest import open_or_resume, resolve_defaults, run_settings, unique_names, write_manifest
 from .shards import Shards
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Result of `sample_to_folder`.
+    """Result of `sample_to_folder`."""
 
-    Attributes:
-        images: number of images in the folder.
-        before: how many of them existed before the call.
-        seconds: duration of the call.
-        labels: ids of the labels.
-    """
-
-    images: int
-    before: int
+    images: int  # in the folder
+    before: int  # of these, existing before the call
     seconds: float
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # ids
 
 
 def sample_to_folder(
@@ -107,9 +94,8 @@ def sample_to_folder(
     missing = _missing_shards(shards, settings, processes)
     before = num_images - sum(len(shards.indices(shard)) for shard in missing)
     is_main = processes is None or processes.is_main_process
-    if processes is None:
-        assigned = missing
-    else:
+    assigned = missing
+    if processes is not None:
         assigned = missing[processes.process_index :: processes.num_processes]
     show = progress and is_main
     with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:

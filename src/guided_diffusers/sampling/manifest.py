@@ -26,9 +26,6 @@ OBSERVERS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 LIBRARIES = ("guided-diffusers", "torch", "diffusers", "numpy", "pillow", "pyarrow")
 
 
-# Settings
-
-
 def run_settings(
     pipeline: ClassifierGuidedPipeline,
     model: str | None,
@@ -63,11 +60,10 @@ def resolve_defaults(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]
     exclusive = ("guidance_every", "guidance_tolerance")  # one turns off the other's default
     if any(call.get(name) is not None for name in exclusive):
         defaults |= {name: DEFAULTS[name] for name in exclusive}
-    resolved = dict(defaults)
-    for name, value in call.items():
-        if value is not None or name not in defaults:
-            resolved[name] = value
-    return resolved
+    set_arguments = {
+        name: value for name, value in call.items() if value is not None or name not in defaults
+    }
+    return defaults | set_arguments
 
 
 def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -78,9 +74,6 @@ def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, 
             yield from differences(first.get(key), second.get(key), path)
     elif first != second:
         yield name, first, second
-
-
-# Revision of the model
 
 
 def weights_hash(pipeline: ClassifierGuidedPipeline) -> str:
@@ -119,9 +112,6 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-# The folder
-
-
 def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
     """Writes the manifest of a new folder, or checks that an existing one has these settings.
 
@@ -140,7 +130,11 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
                 f"{folder}: the main process wrote {path}, but this process doesn't see it; use a "
                 "folder that all machines share"
             )
-        _check_unused(folder)
+        if folder.exists() and not (folder.is_dir() and all(map(_is_partial, folder.iterdir()))):
+            raise ValueError(
+                f"{folder} is in use and has no {MANIFEST}, so it can't be resumed; use a new or "
+                "empty folder"
+            )
         write_manifest(folder, settings, complete=False)
     try:
         manifest = json.loads(path.read_text())
@@ -162,16 +156,6 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
             partial.unlink(missing_ok=True)
 
 
-def _check_unused(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir() or not all(map(_is_partial, folder.iterdir())):
-        raise ValueError(
-            f"{folder} is in use and has no {MANIFEST}, so it can't be resumed; use a new or empty "
-            "folder"
-        )
-
-
 def _is_partial(path: Path) -> bool:
     """Whether a path is a temporary file of `aside`."""
     return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
@@ -180,9 +164,6 @@ def _is_partial(path: Path) -> bool:
 def write_manifest(folder: Path, settings: Mapping[str, Any], complete: bool) -> None:
     """Writes the settings, and whether all images exist."""
     write_json({**settings, "complete": complete}, folder / MANIFEST)
-
-
-# Names of labels
 
 
 def unique_names(id2label: Mapping[Any, str] | None, count: int) -> list[str]:
