@@ -25,8 +25,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
-from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers import utils as outputs
+from guided_diffusers import ClassifierGuidedPipeline, utils
 from guided_diffusers.cli_options import launched_processes
 from guided_diffusers.sampling import sample, sample_to_folder, shards
 from guided_diffusers.sampling.manifest import (
@@ -722,14 +721,14 @@ def test_a_run_warns_once_not_once_a_batch(
 
 
 def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> None:
-    outputs.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
-    with pytest.raises(ValueError, match="mine"), outputs.aside(tmp_path / "x.json") as partial:
+    utils.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
+    with pytest.raises(ValueError, match="mine"), utils.aside(tmp_path / "x.json") as partial:
         partial.write_text("half")
         raise ValueError("mine")
     assert files(tmp_path) == {"x.json": b'{\n  "a": [\n    1.0,\n    null\n  ]\n}\n'}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/x.json can't be written"):
-        outputs.write_json({}, tmp_path / "file" / "x.json")
+        utils.write_json({}, tmp_path / "file" / "x.json")
 
 
 def test_a_label_that_is_a_mixture_is_refused(

@@ -14,7 +14,7 @@ from .sweep.commands import add_sweep_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; invalid arguments and failed operations print a one-line error."""
+    """Run a command; invalid arguments and failed operations print a one-line error."""
     parser = argparse.ArgumentParser(
         "guided-diffusers", description="Guidance of diffusion sampling."
     )

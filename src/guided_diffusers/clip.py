@@ -214,7 +214,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves the model as safetensors, the tokenizer, and the code to load it without this package.
+        """Save the model, its tokenizer, and the code that loads it without this package.
 
         `AutoModel.from_pretrained(folder, trust_remote_code=True)` runs that code.
 
@@ -249,7 +249,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def save_code(self, folder: Path) -> None:
-        """Writes the config and the files of `code`."""
+        """Write the config and the files of `code`."""
         self.save_config(folder)
         for file, text in self.code().items():
             (folder / file).write_text(text)
@@ -268,7 +268,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> NoiseAwareCLIP:
-        """Loads a model, and its tokenizer if it has one, from a folder or the Hub.
+        """Load a model, and its tokenizer if it has one, from a folder or the Hub.
 
         Raises:
             ValueError: For `use_safetensors=False`, or a model of another class.

@@ -227,7 +227,8 @@ class CLIPGuidance(Guidance):
         counts = [len(direction) for direction in directions]
         if len({*counts} - {1}) > 1:
             raise ValueError(
-                f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is allowed"
+                f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is "
+                "allowed"
             )
         return sum(directions)
 
@@ -382,7 +383,7 @@ def inner_product(embeds: torch.Tensor, direction: torch.Tensor) -> torch.Tensor
 
 
 def check_direction(direction: torch.Tensor, count: int) -> None:
-    """Raises ValueError unless there is one direction, or one for each of `count` images."""
+    """Raise ValueError unless there is one direction, or one for each of `count` images."""
     if len(direction) not in (1, count):
         raise ValueError(
             f"prompt holds {len(direction)} for {count} images; one, or one an image, is allowed"

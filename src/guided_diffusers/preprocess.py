@@ -30,7 +30,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
 
 
 class Preprocess:
-    """Preprocesses images in [-1, 1], (B, 1 or 3, H, W), as an image processor, differentiably.
+    """Preprocess images in [-1, 1], (B, 1 or 3, H, W), as an image processor, differentiably.
 
         u = 127.5 (image + 1);  resize (antialiased, as Pillow);  centre crop;
         (rescale_factor u - image_mean) / image_std
@@ -124,7 +124,7 @@ class Preprocess:
         return ((edge, long) if height == short else (long, edge)), crop
 
     def _compare(self, processor: BaseImageProcessor) -> None:
-        """Raises ValueError if the result for a test image isn't that of the processor.
+        """Raise ValueError if the result for a test image isn't that of the processor.
 
         Some processors do more than their settings say (LeViT's size, EfficientNet's mean).
         """
@@ -154,7 +154,7 @@ def _processor_from_config(config: Mapping[str, Any]) -> BaseImageProcessor:
 
 
 def _check_mapping(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for unknown settings and for those without effect."""
+    """Raise ValueError for unknown settings and for those without effect."""
     if unknown := sorted(settings.keys() - SETTINGS):
         raise ValueError(
             f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself"
@@ -170,7 +170,7 @@ def _check_mapping(settings: Mapping[str, Any]) -> None:
 
 
 def _check_settings(settings: Mapping[str, Any], channels: int | None) -> None:
-    """Raises ValueError for values that aren't allowed."""
+    """Raise ValueError for values that aren't allowed."""
     resample, size, crop = (settings.get(name) for name in ("resample", "size", "crop_size"))
     if "resample" in settings and resample not in MODES:
         raise ValueError(

@@ -47,13 +47,13 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """Writes a file atomically (see `aside`)."""
+    """Write a file atomically (see `aside`)."""
     with aside(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Writes a JSON file atomically (see `aside`); NaN and infinity become null."""
+    """Write a JSON file atomically (see `aside`); NaN and infinity become null."""
     write_bytes((json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode(), path)
 
 
@@ -73,7 +73,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def require_matplotlib() -> None:
-    """Checks that matplotlib is installed.
+    """Check that matplotlib is installed.
 
     Raises:
         ImportError: if it is missing; the message says how to install it.
@@ -106,7 +106,7 @@ def model_folder(model: str | Path) -> str | Path:
 
 
 def load_pipeline(model: str | Path, revision: str | None = None) -> ClassifierGuidedPipeline:
-    """Loads a pipeline.
+    """Load a pipeline.
 
     Args:
         model: name of a bundled model, a folder or a Hub id.

@@ -18,7 +18,7 @@ LOGGER = logging.getLogger(ClassifierGuidedPipeline.__module__)
 
 
 class WarnOnce(logging.Filter):
-    """Context manager in which the pipeline logs a message only once, also if entered repeatedly."""
+    """Context manager in which the pipeline logs a message only once, also if reentered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def sample(
     indices: Sequence[int] | None = None,
     **call: Any,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Yields batches (indices, images); image i has label `labels[i % len(labels)]`.
+    """Yield batches (indices, images); image i has label `labels[i % len(labels)]`.
 
     The label and all noise of image i, also that of a stochastic scheduler, depend only on the
     seed and i. With another batch size the network rounds differently: images differ by

@@ -179,7 +179,7 @@ def is_picture(path: Path) -> bool:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Checks the options before any computation.
+    """Check the options before any computation.
 
     Raises:
         ValueError: for a number below 1; for options that have no effect on a picture or a folder,
@@ -195,13 +195,13 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and is_picture(options.output):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use a "
-                "folder"
+                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use "
+                "a folder"
             )
     if world_size > 1 and is_picture(options.output):
         raise ValueError(
-            f"--output {options.output}: {world_size} processes can't make a picture; use a folder, "
-            "or one process"
+            f"--output {options.output}: {world_size} processes can't make a picture; use a "
+            "folder, or one process"
         )
     if options.diagnostics:
         _check_diagnostics(options, world_size)
@@ -249,7 +249,7 @@ def make_picture(
     call: dict[str, Any],
     options: argparse.Namespace,
 ) -> str:
-    """Saves one picture with a row per label; returns the duration as text."""
+    """Save one picture with a row per label; return the duration as text."""
     from .batches import progress_bars, sample
     from .pictures import grid, save_image
 
@@ -276,7 +276,7 @@ def make_folder(
     options: argparse.Namespace,
     processes: PartialState | None,
 ) -> str:
-    """Generates the missing images of a folder; returns the duration and speed as text."""
+    """Generate the missing images of a folder; return the duration and speed as text."""
     from .folder import sample_to_folder
     from .manifest import hub_commit
 

@@ -1,10 +1,10 @@
 """Large numbers of images in a folder, written in shards, by any number of processes, resumable.
 
-    FOLDER/manifest.json                       settings, model revision, versions, "complete"
-    FOLDER/LABEL/000012.png                    imagefolder: load_dataset("imagefolder", data_dir=...)
-    FOLDER/data/train-00000-of-00196.parquet   parquet: load_dataset(FOLDER)
-    FOLDER/samples.npz                         npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels
-    FOLDER/.shards/00000.json                  record of a finished shard: its files and sizes
+    FOLDER/manifest.json                      settings, model revision, versions, "complete"
+    FOLDER/LABEL/000012.png                   imagefolder, as `datasets` reads it
+    FOLDER/data/train-00000-of-00196.parquet  parquet: `datasets.load_dataset(FOLDER)`
+    FOLDER/samples.npz                        npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels
+    FOLDER/.shards/00000.json                 record of a finished shard: its files and sizes
 
 Shard s holds the images from s * shard_size on, generated in batches that start at its first
 image. Its content therefore depends neither on the number of processes nor on interruptions.
@@ -54,7 +54,7 @@ def sample_to_folder(
     progress: bool = True,
     **call: Any,
 ) -> SampleResult:
-    """Generates the missing ones of `num_images` images; image i has `labels[i % len(labels)]`.
+    """Generate the missing ones of `num_images` images; image i has `labels[i % len(labels)]`.
 
     Args:
         labels: ids or names.
@@ -130,7 +130,7 @@ def _check_sizes(num_images: int, batch_size: int, shard_size: int) -> None:
 def _missing_shards(
     shards: Shards, settings: Mapping[str, Any], processes: PartialState | None
 ) -> list[int]:
-    """Opens the folder; shards to generate, the same list in every process.
+    """Open the folder; return the shards to generate, the same list in every process.
 
     Raises:
         ValueError: as `open_or_resume`.

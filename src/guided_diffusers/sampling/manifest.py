@@ -98,7 +98,7 @@ def module_hash(module: torch.nn.Module) -> str:
 
 
 def add_weights(digest: Any, module: torch.nn.Module) -> None:
-    """Updates a `hashlib` digest with the names, dtypes, shapes and values of all weights."""
+    """Update a `hashlib` digest with the names, dtypes, shapes and values of all weights."""
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -113,7 +113,7 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
 
 
 def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
-    """Writes the manifest of a new folder, or checks that an existing one has these settings.
+    """Write the manifest of a new folder, or check that an existing one has these settings.
 
     Temporary files of killed runs are removed.
 
@@ -162,7 +162,7 @@ def _is_partial(path: Path) -> bool:
 
 
 def write_manifest(folder: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Writes the settings, and whether all images exist."""
+    """Write the settings, and whether all images exist."""
     write_json({**settings, "complete": complete}, folder / MANIFEST)
 
 

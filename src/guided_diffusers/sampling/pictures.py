@@ -46,6 +46,6 @@ def _rows(count: int) -> int:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Saves an image in the format of the path's extension, atomically."""
+    """Save an image in the format of the path's extension, atomically."""
     with aside(path) as partial:
         image.save(partial, Image.registered_extensions()[path.suffix.lower()])

@@ -1,4 +1,4 @@
-"""Files of the shards of a run: written atomically, recorded with their sizes, checked on resume."""
+"""Files of the shards of a run: written atomically, recorded with their sizes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Shards:
         return buffer.getvalue()
 
     def write(self, shard: int, content: Sequence[bytes | np.ndarray]) -> None:
-        """Writes the files of a shard, then their record.
+        """Write the files of a shard, then its record.
 
         Args:
             content: the encoded images of the shard.
@@ -110,7 +110,7 @@ class Shards:
         return sum(len(self.indices(int(name))) for name in records if name.isdigit())
 
     def missing(self) -> list[int]:
-        """Shards that aren't finished, or whose files aren't as recorded; their records are removed."""
+        """Shards that aren't finished, or have changed; the records of the latter are removed."""
         if self.format == "npz" and self._is_complete(ARCHIVE):
             return []
         return [shard for shard in range(len(self)) if not self._is_complete(shard)]
@@ -134,7 +134,7 @@ class Shards:
         return True
 
     def finish(self) -> None:
-        """With format npz, joins all shards to one file and removes them.
+        """With format npz, join all shards to one file and remove them.
 
         Raises:
             OSError: if the file can't be written; the shards stay.
@@ -151,7 +151,7 @@ class Shards:
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)
 
     def _join(self, path: Path) -> None:
-        """Writes all shards to one .npz file, with one shard at a time in memory."""
+        """Write all shards to one .npz file, with one shard at a time in memory."""
         labels = np.array([self.label(i) for i in range(self.num_images)], np.int64)
         shards = (np.load(self.records / f"{shard:05d}.npy") for shard in range(len(self)))
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
