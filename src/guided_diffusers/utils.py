@@ -1,4 +1,4 @@
-"""Helpers of several modules: atomic writes, JSON, Markdown, models and schedulers by name.
+"""Helpers of several modules: atomic writes, JSON, Markdown, models by name, random numbers.
 
 Diffusers and the pipeline are imported where they are used, so that this module loads quickly.
 """
@@ -168,6 +168,18 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     if name.lower() not in known:
         raise ValueError(f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(classes))}")
     return getattr(diffusers, known[name.lower()])
+
+
+# Tensors
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """CPU generator of image `index`; every pair (seed, index) has a separate random stream."""
+    import numpy as np
+    import torch
+
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
 
 
 def parameter_dtype(module: torch.nn.Module, default: torch.dtype | None = None) -> torch.dtype:

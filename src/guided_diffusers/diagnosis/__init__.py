@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..guidance import logits_of
 from ..noise import TrainedSchedule, module_config, schedule_config
-from ..sampling import image_generator
+from ..utils import image_generator
 from .figures import (
     BINS,
     GAPS,

@@ -23,7 +23,7 @@ from ..noise import (
     schedule_config,
     split_variance,
 )
-from ..sampling import image_generator
+from ..utils import image_generator
 
 BINS = 15
 REACH = 10.0  # a schedule whose noisiest sigma / alpha is below this can't be that of a whole sampling run

@@ -8,7 +8,8 @@
 `sample_to_folder` resumes an interrupted run and divides the work among processes.
 """
 
-from .batches import image_generator, sample
+from ..utils import image_generator
+from .batches import sample
 from .folder import sample_to_folder
 from .pictures import grid, save_image
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ..guidance import Label
 from ..pipeline import ClassifierGuidedPipeline
+from ..utils import image_generator
 
 LOGGER = logging.getLogger(ClassifierGuidedPipeline.__module__)
 
@@ -35,12 +34,6 @@ class WarnOnce(logging.Filter):
 
     def __exit__(self, *_: object) -> None:
         LOGGER.removeFilter(self)
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """CPU generator of image `index`; every pair (seed, index) has its own random stream."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 def sample(
