@@ -604,7 +604,7 @@ def test_what_turns_late_is_not_missed() -> None:
     silent.select = lambda rows, count: silent
     sparing, asked = GuidanceReuse(levels, tolerance=0.1), []
     for index, level in enumerate(levels):
-        rows = sparing.rows(index, 2, [silent])
+        rows = sparing.images_to_evaluate(index, 2, [silent])
         asked += [index] * bool(len(rows))
         sparing.score([silent], StepContext(x, x, lambda x: x, level, index, 12, 0.0), rows)
     assert asked == [0, 1, 3, 7]
@@ -617,7 +617,7 @@ def test_sparing_extrapolates_straight_over_log_s() -> None:
     term, a, b = Off(0.0), torch.randn_like(x), torch.randn_like(x)
     term.score = lambda step: (a + b * np.log(step.level.sigma)) / step.level.sigma
     for index, level in enumerate(levels):
-        rows = sparing.rows(index, 2, [term])
+        rows = sparing.images_to_evaluate(index, 2, [term])
         assert rows.tolist() == ([0, 1] if index in (0, 2, 4) else [])
         step = StepContext(x, x, lambda x: x, level, index, 5, 0.0)
         found = sparing.score([term] if len(rows) else [], step, rows) * level.sigma

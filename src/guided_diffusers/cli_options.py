@@ -40,7 +40,8 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--conditional": {
         "action": argparse.BooleanOptionalAction,
-        "help": "pass the label to a class-conditional network, too (default: yes, if it can)",
+        "help": "give the label to a class-conditional denoiser, too; otherwise only guidance "
+        "steers (default: yes, if the denoiser accepts labels)",
     },
     "--quiet": {"action": "store_true", "help": "no progress bars"},
 }

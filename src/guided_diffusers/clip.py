@@ -7,7 +7,6 @@ Models (2021), section 2.3.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -260,9 +259,9 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             return {}
         if __name__ != "guided_diffusers.clip":  # already such a file
             return {f"{CODE_FILE}.py": Path(__file__).read_text()}
-        # imported by name, since the file on the Hub can't import it
-        source = importlib.import_module("guided_diffusers.source")
-        return {f"{CODE_FILE}.py": source.self_contained(type(self))}
+        from guided_diffusers.standalone import self_contained
+
+        return {f"{CODE_FILE}.py": self_contained(type(self))}
 
     @classmethod
     def from_pretrained(

@@ -9,15 +9,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..guidance import Label
+from ..guider import logger as guider_logger
+from ..likelihood import Label
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import image_generator
 
-LOGGER = logging.getLogger(ClassifierGuidedPipeline.__module__)
-
 
 class WarnOnce(logging.Filter):
-    """Context manager in which the pipeline logs a message only once, also if reentered."""
+    """Context manager in which guidance logs a message only once, also if reentered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,10 +29,10 @@ class WarnOnce(logging.Filter):
         return is_new
 
     def __enter__(self) -> None:
-        LOGGER.addFilter(self)
+        guider_logger.addFilter(self)
 
     def __exit__(self, *_: object) -> None:
-        LOGGER.removeFilter(self)
+        guider_logger.removeFilter(self)
 
 
 def sample(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..guidance import Label, parse_labels
+from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import WarnOnce, progress_bars, sample
 from .manifest import open_or_resume, resolve_defaults, run_settings, unique_names, write_manifest
