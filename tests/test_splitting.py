@@ -126,13 +126,16 @@ def exact(start: float, first: float, last: float, scale: float) -> torch.Tensor
 
 @pytest.mark.parametrize("solver", ORDERS)
 def test_orders_of_convergence(solver: str, capsys: pytest.CaptureFixture) -> None:
-    """Lie-Trotter has order 1, Strang 2, with every solver; where the solver's own is less, that."""
+    """Lie-Trotter has order 1, Strang 2, with every solver; where the solver's own is less, that.
+
+    With more steps the rounding of the schedulers' float32 tables shows, on some processors from 320 on.
+    """
     for algorithm, most in (("lie_trotter", 1), ("strang", 2)):
         errors = [
             float((z - true).abs().max())
-            for z, true in (solved(solver, n, algorithm) for n in (80, 320))
+            for z, true in (solved(solver, n, algorithm) for n in (80, 160))
         ]
-        order, wanted = np.log2(errors[0] / errors[1]) / 2, min(most, ORDERS[solver][2])
+        order, wanted = np.log2(errors[0] / errors[1]), min(most, ORDERS[solver][2])
         with capsys.disabled():
             print(
                 f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error {errors[1]:.1e}",
