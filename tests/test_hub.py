@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from guided_diffusers.source import code_of, self_contained
 from huggingface_hub import ModelCard
 from test_clip import make_clip
 
@@ -25,7 +26,6 @@ from guided_diffusers.hub import charts
 from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
 from guided_diffusers.hub.model_card import usage
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
-from guided_diffusers.source import code_of, self_contained
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {

@@ -13,11 +13,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from guided_diffusers.source import code_of
 from safetensors.torch import load_file
 from test_hub import BLOCKS, make_classifier
 
 from guided_diffusers import ClassifierGuidedPipeline, source
-from guided_diffusers.source import code_of
 
 ROOT = Path(__file__).parents[1]
 SCHEDULERS = {

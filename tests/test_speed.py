@@ -21,8 +21,8 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
     speed,
 )
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.guidance import gradient, no_parameter_grad
-from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 
 ONE_LEVEL = {"block_out_channels": (8,), "layers_per_block": 1}

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import ALGORITHMS, DEFAULTS, Condition, resolve_arguments  # noqa: F401 - public
+from .arguments import DEFAULTS, Condition, resolve_arguments
 from .classifier import NoiseAwareClassifier
 from .guidance import (
     Guidance,

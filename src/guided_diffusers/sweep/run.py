@@ -25,7 +25,7 @@ from ..evaluation import (
     summarise,
 )
 from ..pipeline import ClassifierGuidedPipeline
-from ..sampling.batches import Once
+from ..sampling.batches import WarnOnce
 from ..sampling.manifest import module_hash, weights_hash
 from ..utils import require_matplotlib
 from .measure import MeasureOptions, PointEvaluator, quiet_copy
@@ -358,7 +358,7 @@ def fill(
     bar = tqdm(
         total=len(settings) * count, initial=finished * count, unit="image", disable=not progress
     )
-    with Once(), bar:
+    with WarnOnce(), bar:
         if finished and progress:
             bar.write(f"{finished} of {len(settings)} settings are already measured")
 
