@@ -1,4 +1,5 @@
-"""The arguments of a pipeline's call, checked, with defaults: batch, condition of the network, terms of guidance."""
+"""The arguments of a pipeline's call, checked, with defaults: batch, condition of the network,
+terms of guidance."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Condition:
 
     Attributes:
         class_labels: (B,); None for an unconditional network.
-        low_res: low-resolution images of an up-sampling network, (1 or B, C, h, w); None for any other.
+        low_res: low-resolution images of an up-sampling network, (1 or B, C, h, w); None for any
+            other.
         clip_x0: whether its predicted x0 is clipped to [-1, 1].
     """
 
@@ -289,7 +291,8 @@ def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: i
 def _extra_terms(
     pipeline: Any, guidance: Guidance | Sequence[Guidance] | None, condition: Condition
 ) -> list[Guidance]:
-    """The terms of the call's `guidance`, whose conditions must be class labels that the network knows."""
+    """The terms of the call's `guidance`, whose conditions must be class labels that the network
+    knows."""
     given = (guidance,) if isinstance(guidance, Guidance) else tuple(guidance or ())
     if not all(isinstance(term, Guidance) for term in given):
         raise ValueError(

@@ -1,6 +1,8 @@
-"""A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling head.
+"""A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling
+head.
 
-Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
+Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the
+weights.
 """
 
 import json
@@ -45,9 +47,11 @@ class NoiseAwareClassifierOutput(BaseOutput):
 
 
 class AttentionPool2d(nn.Module):
-    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C, H, W) feature map.
+    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C,
+    H, W) feature map.
 
-    Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), section 2.4.
+    Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021),
+    section 2.4.
     """
 
     def __init__(self, size: tuple[int, int], channels: int, head_dim: int, out_features: int):
@@ -72,34 +76,44 @@ class AttentionPool2d(nn.Module):
 
 
 class NoiseAwareClassifier(ModelMixin, ConfigMixin):
-    """Classifier p(y | x_t, t) of noisy images: a UNet's encoder and middle block, then a pooling head.
+    """Classifier p(y | x_t, t) of noisy images: a UNet's encoder and middle block, then a pooling
+    head.
 
-    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. Arguments with names of
-    `UNet2DModel` mean the same as there. The last layer of the head starts at zero, so an untrained classifier is
-    uniform and its guidance is zero.
+    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. Arguments
+    with names of `UNet2DModel` mean the same as there. The last layer of the head starts at zero,
+    so an untrained classifier is uniform and its guidance is zero.
 
     Args:
-        sample_size: Height and width of the images, an integer if square. Fixed with `pool="attention"`, whose
-            positional embedding needs a multiple of 2 ** (levels - 1); the other heads take any size.
+        sample_size: Height and width of the images, an integer if square. Fixed with
+            `pool="attention"`, whose positional embedding needs a multiple of 2 ** (levels - 1);
+            the other heads take any size.
         num_labels: Number of classes.
-        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by `downsample_type`;
-            "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have none, and must agree with it.
-        downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided convolutions).
-        resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised features, as ADM) or
-            "default" (it is added).
-        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is one head.
-        time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None` is
-            `block_out_channels[0]`.
-        pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features), "spatial" and
-            "spatial_v2" (averages of every block's features, then a perceptron of width 2048).
-        problem_type: What the logits are, as in `transformers`: "single_label_classification" (of a softmax),
-            "multi_label_classification" (each of a sigmoid) or "regression" (the values themselves).
-        id2label, label2id: Class names, either or both. A name that several ids share is in no derived `label2id`.
-        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule of the
-            training, as in `DDPMScheduler`: it maps a `timestep` to its noise level. Guidance reads it.
+        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by
+            `downsample_type`; "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have
+            none, and must agree with it.
+        downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided
+            convolutions).
+        resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised
+            features, as ADM) or "default" (it is added).
+        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is
+            one head.
+        time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None`
+            is `block_out_channels[0]`.
+        pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features),
+            "spatial" and "spatial_v2" (averages of every block's features, then a perceptron of
+            width 2048).
+        problem_type: What the logits are, as in `transformers`: "single_label_classification" (of a
+            softmax), "multi_label_classification" (each of a sigmoid) or "regression" (the values
+            themselves).
+        id2label, label2id: Class names, either or both. A name that several ids share is in no
+            derived `label2id`.
+        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule
+            of the training, as in `DDPMScheduler`: it maps a `timestep` to its noise level.
+            Guidance reads it.
 
     Raises:
-        ValueError: For unknown or contradictory values; the message names argument, value and what is allowed.
+        ValueError: For unknown or contradictory values; the message names argument, value and what
+            is allowed.
     """
 
     _supports_gradient_checkpointing = True
@@ -166,8 +180,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         Args:
             sample: x_t, (B, C, H, W), as the training's forward process left it:
                 sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
-            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional allowed: a number, or
-                a tensor () or (B,).
+            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional
+                allowed: a number, or a tensor () or (B,).
 
         Raises:
             ValueError: If the shape of `sample` or `timestep` doesn't fit.
@@ -215,7 +229,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as in Diffusers, in safetensors, with the code that loads it without guided-diffusers:
+        """Save as in Diffusers, in safetensors, with the code that loads it without
+        guided-diffusers:
 
             AutoModel.from_pretrained(folder, trust_remote_code=True)
 
@@ -249,7 +264,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             (folder / file).write_text(text)
 
     def code(self) -> dict[str, str]:
-        """The files, {name: text}, that load the classifier where guided-diffusers isn't installed."""
+        """The files, {name: text}, that load the classifier where guided-diffusers isn't
+        installed."""
         return (
             {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
         )
@@ -287,7 +303,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         )
 
     def to_json_string(self) -> str:
-        """The config, with the class for `AutoModel`, and without the path that the weights are from."""
+        """The config, with the class for `AutoModel`, and without the path that the weights are
+        from."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         if type(self).__module__ == __name__:
@@ -442,7 +459,8 @@ def _check_schedule(config: Any) -> None:
 def _matched_labels(
     num_labels: int, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
 ) -> tuple[dict[int, str] | None, dict[str, int] | None]:
-    """Both directions of the class names, ids as integers in rising order (JSON makes them strings)."""
+    """Both directions of the class names, ids as integers in rising order (JSON makes them
+    strings)."""
     if id2label is None and label2id is None:
         return None, None
     if id2label is None:

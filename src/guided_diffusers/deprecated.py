@@ -24,7 +24,8 @@ MOVED = {
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` that returns, for an old name, what the new name in the module is."""
+    """A module's `__getattr__` that returns, for an old name, what the new name in the module
+    is."""
 
     def __getattr__(name: str) -> Any:
         if name not in names:

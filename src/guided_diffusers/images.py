@@ -22,7 +22,8 @@ def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, to
         images: (B, 3 or 1, H, W) in [-1, 1].
 
     Returns:
-        Both (B, C, h, w); for an autoencoder without a posterior, as `VQModel`, its latents and None.
+        Both (B, C, h, w); for an autoencoder without a posterior, as `VQModel`, its latents and
+        None.
 
     Raises:
         ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
@@ -37,8 +38,9 @@ def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, to
 def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], (B, 3 or 1, H', W'), of a diffusion model's latents (B, C, H, W).
 
-    The scaling of the autoencoder's config is undone first. If a gradient is needed, one image is decoded at a time, and
-    again in the backward pass, so that memory holds the activations of one image.
+    The scaling of the autoencoder's config is undone first. If a gradient is needed, one image is
+    decoded at a time, and again in the backward pass, so that memory holds the activations of one
+    image.
 
     Raises:
         ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
@@ -51,7 +53,8 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 def _scaling(
     vae: torch.nn.Module, like: torch.Tensor
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """(factor, offset) of the config: latents of the diffusion model are (z - offset) * factor of the autoencoder's z.
+    """(factor, offset) of the config: latents of the diffusion model are (z - offset) * factor of
+    the autoencoder's z.
 
     Raises:
         ValueError: as `check_precision`.
@@ -81,7 +84,8 @@ def check_precision(vae: torch.nn.Module) -> None:
 
 
 def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
-    """`function(latents)`; if a gradient is needed, image by image, each computed again in the backward pass."""
+    """`function(latents)`; if a gradient is needed, image by image, each computed again in the
+    backward pass."""
     if not (torch.is_grad_enabled() and latents.requires_grad):
         return function(latents)
     return torch.cat([checkpoint(function, z, use_reentrant=False) for z in latents.split(1)])
@@ -115,8 +119,8 @@ def low_resolution(
 
 
 def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
-    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B, C, h, w) enlarged
-    bilinearly."""
+    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B,
+    C, h, w) enlarged bilinearly."""
     enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
 

@@ -1,4 +1,5 @@
-"""`ClassifierGuidedPipeline`: images of a label from any network, scheduler and noise-aware classifier."""
+"""`ClassifierGuidedPipeline`: images of a label from any network, scheduler and noise-aware
+classifier."""
 
 from __future__ import annotations
 
@@ -56,18 +57,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     """Generate images of a label by guiding a diffusion network with a noise-aware classifier.
 
     Args:
-        unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[, class_labels]) -> `.sample`. It
-            predicts what the scheduler's `prediction_type` says.
+        unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[,
+            class_labels]) -> `.sample`. It predicts what the scheduler's `prediction_type` says.
         scheduler: any Diffusers scheduler of continuous samples.
-        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the noise schedule of its
-            training in its `config`; None: the network alone.
-        vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its config; network and
-            classifier then work on its latents. None: they work on pixels.
+        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the
+            noise schedule of its training in its `config`; None: the network alone.
+        vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its
+            config; network and classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, if there is no classifier that has them.
-        defaults: values of the call's arguments that are left at `None`, saved with the pipeline. By default
-            guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
-            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; a value of
-            None is that default.
+        defaults: values of the call's arguments that are left at `None`, saved with the pipeline.
+            By default guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0,
+            classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
+            guidance_every=1 and guidance_tolerance=None; a value of None is that default.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -122,17 +123,20 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> ClassifierGuidedPipeline:
-        """Load a pipeline from a folder or the Hub, as in Diffusers, with this package's code and safetensors only.
+        """Load a pipeline from a folder or the Hub, as in Diffusers, with this package's code and
+        safetensors only.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id; also of a network alone, such as google/ddpm-cat-256.
+            pretrained_model_name_or_path: a folder or a Hub id; also of a network alone, such as
+                google/ddpm-cat-256.
             subfolder: the pipeline's folder within it. None: its root.
-            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components that replace the
-                saved ones, such as `classifier=...`. Code in the repository runs only with `trust_remote_code=True`.
+            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components
+                that replace the saved ones, such as `classifier=...`. Code in the repository runs
+                only with `trust_remote_code=True`.
 
         Raises:
-            ValueError: for weights that aren't safetensors, or a model_index.json with classes that are no models, or
-                with code of its own.
+            ValueError: for weights that aren't safetensors, or a model_index.json with classes that
+                are no models, or with code of its own.
             OSError: for a file that is missing or broken; the message names it.
         """
         load = super().from_pretrained
@@ -147,7 +151,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as in Diffusers, in safetensors, with the code that loads the pipeline without guided-diffusers.
+        """Save as in Diffusers, in safetensors, with the code that loads the pipeline without
+        guided-diffusers.
 
         Raises:
             ValueError: for `safe_serialization=False`.
@@ -163,11 +168,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             self.push_to_hub(repo_id, variant=variant, **kwargs)
 
     def save_code(self, folder: Path) -> None:
-        """Write `code` into the pipeline's folder, whose configs then name it and no path of this machine."""
+        """Write `code` into the pipeline's folder, whose configs then name it and no path of this
+        machine."""
         save_pipeline_code(self, folder)
 
     def code(self) -> dict[str, str]:
-        """The files, {path: text}, that load the pipeline where guided-diffusers isn't installed."""
+        """The files, {path: text}, that load the pipeline where guided-diffusers isn't
+        installed."""
         return pipeline_code(self)
 
     # ------------------------------------------------------------ properties
@@ -194,7 +201,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     @property
     def num_class_embeds(self) -> int | None:
-        """Number of class embeddings of the network; None without. A DiT's config leaves out that of its null label."""
+        """Number of class embeddings of the network; None without. A DiT's config leaves out that
+        of its null label."""
         config = module_config(self.unet)
         return config["num_embeds_ada_norm"] + 1 if self._is_dit else config.get("num_class_embeds")
 
@@ -234,45 +242,58 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guidance_every: int | None = None,
         guidance_tolerance: float | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
-        """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has them.
+        """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
+        them.
 
         Args:
-            label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
+            label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of
+                ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: scale of the classifier's gradient; a number, or one a label or an image. 0: off; 1: exact if
-                the classifier is; larger: sharper images of lower diversity.
-            guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the classifier guides.
+            guidance_scale: scale of the classifier's gradient; a number, or one a label or an
+                image. 0: off; 1: exact if the classifier is; larger: sharper images of lower
+                diversity.
+            guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
+                classifier guides.
             num_inference_steps: number of scheduler steps.
-            timesteps, sigmas: custom ones instead of `num_inference_steps`, if the scheduler accepts them.
+            timesteps, sigmas: custom ones instead of `num_inference_steps`, if the scheduler
+                accepts them.
             eta: noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
-            conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings and
-                the label is a single one; mixtures are left to the classifier. False: it gets its null label (id
-                `num_labels`), as for dropped labels in training.
+            conditional: whether a class-conditional network gets the label, too. None: if it has
+                class embeddings and the label is a single one; mixtures are left to the classifier.
+                False: it gets its null label (id `num_labels`), as for dropped labels in training.
             generator: one, or one an image; with the latter an image is the same in any batch.
-            latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by default.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the final sample.
-            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a tuple (images,).
-            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary
-                whose "latents", if any, replace the sample.
-            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the scheduler),
-                "score_shift" (what guidance adds to the score), "sample" (before the step) and "x0" (predicted from it).
-            guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
-                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); "lie_trotter" and
-                "strang" apply guidance beside the scheduler's step (`OperatorSplitting`). A default of "mean" is
-                "output" with schedulers without a DDPM step.
-            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, with any scheduler
-                (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips the guided x0.
+            latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by
+                default.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
+                final sample.
+            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a
+                tuple (images,).
+            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step;
+                returns a dictionary whose "latents", if any, replace the sample.
+            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the
+                scheduler), "score_shift" (what guidance adds to the score), "sample" (before the
+                step) and "x0" (predicted from it).
+            guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal &
+                Nichol 2021, for every scheduler); "mean" shifts the mean of a DDPM step by variance
+                * gradient (Algorithm 1); "lie_trotter" and "strang" apply guidance beside the
+                scheduler's step (`OperatorSplitting`). A default of "mean" is "output" with
+                schedulers without a DDPM step.
+            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, with
+                any scheduler (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips
+                the guided x0.
             guidance: one or more terms that are added to the classifier's.
-            image: low-resolution images for an up-sampling network (its input has twice the sample's channels), one or
-                one an image: PIL, or (B, C, h, w) in [-1, 1].
-            classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network with a null label;
-                a number, or one a label or an image. 0: off; Diffusers' `guidance_scale` is 1 + this. The default
-                applies only where the network gets a label.
-            guidance_every: evaluate the terms at every k-th step at which they are active, and extrapolate between
-                (`GuidanceReuse`). 1: at every step.
-            guidance_tolerance: instead, evaluate an image's classifier only when the estimated extrapolation error
-                exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at every step while another kind of term is
-                active. The default applies unless `guidance_every` is given.
+            image: low-resolution images for an up-sampling network (its input has twice the
+                sample's channels), one or one an image: PIL, or (B, C, h, w) in [-1, 1].
+            classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
+                with a null label; a number, or one a label or an image. 0: off; Diffusers'
+                `guidance_scale` is 1 + this. The default applies only where the network gets a
+                label.
+            guidance_every: evaluate the terms at every k-th step at which they are active, and
+                extrapolate between (`GuidanceReuse`). 1: at every step.
+            guidance_tolerance: instead, evaluate an image's classifier only when the estimated
+                extrapolation error exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at
+                every step while another kind of term is active. The default applies unless
+                `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -422,7 +443,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         terms: Sequence[Guidance],
         condition: Condition,
     ) -> Prediction:
-        """The network's prediction at a step, with its autograd graph if a term goes through the network."""
+        """The network's prediction at a step, with its autograd graph if a term goes through the
+        network."""
         networks = [module for module in (self.unet, self.vae) if module is not None]
         class_labels = [condition.class_labels]
         for term in terms:
@@ -460,7 +482,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         condition: Condition,
         network: torch.nn.Module | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """One call of the network: its outputs for each of the class labels, and its learned variance for the first."""
+        """One call of the network: its outputs for each of the class labels, and its learned
+        variance for the first."""
         batch_size, channels = sample.shape[:2]
         x = scale_model_input(self.scheduler, sample.to(self.dtype), t)
         if condition.low_res is not None:

@@ -1,11 +1,13 @@
-"""What a saved pipeline holds beside its weights: code that loads it anywhere, and the classes that it may name.
+"""What a saved pipeline holds beside its weights: code that loads it anywhere, and the classes that
+it may name.
 
     model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
     pipeline.py         ClassifierGuidedPipeline and all that it needs of this package, in one file (`standalone`)
     classifier/guided_diffusers_classifier.py, ...      the same for each component that is this package's
 
-If this package is imported, Diffusers finds the components' modules under those names among its own, where `register`
-put them, and no code of the repository runs. Without the package it takes the files, with `trust_remote_code=True`.
+If this package is imported, Diffusers finds the components' modules under those names among its
+own, where `register` put them, and no code of the repository runs. Without the package it takes the
+files, with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force
 
 
 def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> None:
-    """Let Diffusers find the components of these modules, also under the names of folders that were saved before there
-    were repositories, and let `DiffusionPipeline` find these pipelines."""
+    """Let Diffusers find the components of these modules, also under the names of folders that were
+    saved before there were repositories, and let `DiffusionPipeline` find these pipelines."""
     for module in modules:
         setattr(diffusers.pipelines, module.__name__.replace(".", "_"), module)
         setattr(diffusers.pipelines, module.__name__, module)
@@ -52,7 +54,8 @@ def load_pipeline(
     subfolder: str | None,
     **kwargs: Any,
 ) -> Any:
-    """`from_pretrained` of a pipeline's class, with a subfolder, safetensors only; the folder is checked first.
+    """`from_pretrained` of a pipeline's class, with a subfolder, safetensors only; the folder is
+    checked first.
 
     Raises:
         ValueError: as `check_index`, or for `use_safetensors=False`.
@@ -99,7 +102,8 @@ def _local_folder(
 
 
 def check_index(folder: Path, components: Collection[str]) -> None:
-    """Refuse the model_index.json of a pipeline with code of its own, or whose components' classes are no models.
+    """Refuse the model_index.json of a pipeline with code of its own, or whose components' classes
+    are no models.
 
     Raises:
         ValueError: naming the entry and what is allowed.
@@ -143,7 +147,8 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
 
 @contextmanager
 def _without_layer_listing() -> Iterator[None]:
-    """Context in which Diffusers doesn't print every layer of a component that is passed instead of a saved one."""
+    """Context in which Diffusers doesn't print every layer of a component that is passed instead of
+    a saved one."""
 
     def keep(record: LogRecord) -> bool:
         return not record.getMessage().startswith("You have passed a non-standard module")
@@ -168,7 +173,8 @@ def save_pipeline(
 
 
 def save_pipeline_code(pipeline: Any, folder: Path) -> None:
-    """Write a pipeline's code into its folder, whose configs then name it and no path of this machine."""
+    """Write a pipeline's code into its folder, whose configs then name it and no path of this
+    machine."""
     code = pipeline.code()
     for file, text in code.items():
         (folder / file).write_text(text)
@@ -197,7 +203,8 @@ def pipeline_code(pipeline: Any) -> dict[str, str]:
 
 
 def _code_of(cls: type) -> str | None:
-    """The file that defines a class where guided-diffusers isn't installed; None for another package's class."""
+    """The file that defines a class where guided-diffusers isn't installed; None for another
+    package's class."""
     if (
         cls.__module__ == __name__
     ):  # in such a file, this function and the pipeline are in one module
