@@ -4,121 +4,186 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import guided_diffusers
 
 PACKAGE = Path(guided_diffusers.__file__).parent
 ROOT = Path(__file__).parents[1]
-# what these may import of ours; the others stand beside the chain, and may import it
-ONLY = {
-    "classifier": set(),
-    "bundled": set(),
-    "data": set(),
-    "schedulers": set(),
-    "noise": {"schedulers"},
-    "guidance": {"noise"},
-    "preprocess": set(),
-    "perceptual": {"noise", "guidance", "preprocess"},
-    "run": {"noise", "guidance"},
-    "attach": {"noise", "guidance", "images", "run"},
-    "modular": {"guidance", "run"},
+# what each module of the core may import; it travels to the Hub as one file, without the rest
+CORE = {
+    "noise": set(),
+    "likelihood": set(),
     "images": set(),
-    "clip": {"classifier"},
-    "repository": {"source"},
-    "source": {"noise", "schedulers"},
-    "conditions": {"noise", "guidance"},
+    "classifier": set(),
+    "repository": set(),
+    "guidance": {"noise", "likelihood"},
     "splitting": {"noise", "guidance"},
-    "speed": {"noise", "guidance", "pipeline", "utils"},
+    "guider": {"noise", "guidance", "splitting"},
+    "arguments": {"noise", "guidance", "likelihood", "images"},
     "pipeline": {
         "noise",
         "guidance",
-        "conditions",
-        "classifier",
+        "likelihood",
+        "guider",
         "images",
-        "bundled",
+        "arguments",
+        "classifier",
         "repository",
-        "splitting",
     },
 }
-LAST = ("hub", "cli", "__main__")  # and nothing before one of these imports it
+# beside the core: of the core whatever they like, of the rest this
+BESIDE = {
+    "attach": set(),
+    "modular": set(),
+    "standalone": set(),
+    "preprocess": set(),
+    "bundled": set(),
+    "cli_options": set(),
+    "deprecated": set(),
+    "clip": set(),
+    "utils": {"bundled"},
+    "image_guidance": {"preprocess", "utils"},
+    "speed": {"utils"},
+}
+ROOMS = ("sampling", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
+# imported within functions, by their full names, where the package is there
+PACKAGE_ONLY = {"bundled", "standalone"}
+# a room is used through its package, or through these modules of it
+PUBLIC_MODULES = {"evaluation.metrics", "learning.data", "learning.losses"}
 
 
-def imported(path: Path, package: Path = PACKAGE) -> set[tuple[str, str]]:
-    """(module of ours, name taken from it) of all imports of a file, also of those within functions."""
-    found, depth = (
-        set(),
-        len(path.relative_to(package).parts) if path.is_relative_to(package) else 0,
-    )
+def imports(path: Path, package: Path = PACKAGE) -> set[tuple[str, str, bool]]:
+    """(module of this package, name imported from it, whether relative) of all imports of a file."""
+    found = set()
+    parents = path.relative_to(package).parts[:-1] if path.is_relative_to(package) else ()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")
-            if (
-                node.level and node.level == depth
-            ):  # of the package itself: from .noise import x, from . import openai
-                found |= {(module[0] or name.name, name.name) for name in node.names}
-            elif module[0] == "guided_diffusers":
-                found |= {(".".join(module[1:]), name.name) for name in node.names}
+            module = node.module or ""
+            if node.level:
+                base = parents[: len(parents) - node.level + 1]
+                module = ".".join((*base, *filter(None, [module])))
+            elif module.partition(".")[0] == "guided_diffusers":
+                module = module.partition(".")[2]
+            else:
+                continue
+            found |= {(module or name.name, name.name, node.level > 0) for name in node.names}
         elif isinstance(node, ast.Import):
-            ours = [
-                name.name for name in node.names if name.name.split(".")[0] == "guided_diffusers"
-            ]
-            found |= {(name.partition(".")[2], "") for name in ours}
+            for name in node.names:
+                if name.name.partition(".")[0] == "guided_diffusers":
+                    found.add((name.name.partition(".")[2], "", False))
     return found
 
 
 def graph() -> dict[str, set[str]]:
+    """Top-level module or room -> those that it imports by relative imports."""
     modules: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if name != "__init__":
-            modules.setdefault(name, set()).update(module for module, _ in imported(path))
-    return {name: used - {name} for name, used in modules.items()}
+            used = {module.partition(".")[0] for module, _, relative in imports(path) if relative}
+            modules.setdefault(name, set()).update(used - {name})
+    return modules
 
 
 def test_imports_go_one_way() -> None:
     modules = graph()
-    assert {"noise", "guidance", "pipeline", "classifier"} <= modules.keys() and modules[
-        "guidance"
-    ] == {"noise"}
-    for name, used in modules.items():
-        allowed = ONLY.get(
-            name, modules.keys() - set(LAST[LAST.index(name) if name in LAST else 0 :])
-        )
-        assert used <= allowed, f"{name} imports {sorted(used - allowed)}"
+    assert modules.keys() == {*CORE, *BESIDE, *ROOMS, "cli", "__main__"}
+    for name, allowed in CORE.items():
+        assert modules[name] <= allowed, f"{name} imports {sorted(modules[name] - allowed)}"
+    for name, allowed in BESIDE.items():
+        excess = modules[name] - CORE.keys() - allowed
+        assert not excess, f"{name} imports {sorted(excess)}"
+    for name in ROOMS:
+        assert not modules[name] & {"cli", "__main__"}
     graphlib.TopologicalSorter(modules).prepare()  # no circles
+
+
+def test_no_circle_within_a_room() -> None:
+    for room in (*ROOMS, "evaluation/metrics"):
+        modules = {}
+        for path in (PACKAGE / room).glob("*.py"):
+            if path.stem != "__init__":
+                inner = room.replace("/", ".") + "."
+                used = {m.removeprefix(inner) for m, _, _ in imports(path) if m.startswith(inner)}
+                modules[path.stem] = used
+        graphlib.TopologicalSorter(modules).prepare()
+
+
+def test_rooms_do_not_use_the_insides_of_each_other() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for module, imported, _ in imports(path):
+            room = module.partition(".")[0]
+            if room in ROOMS and name not in (room, "cli", "__init__"):
+                assert module in {room, *PUBLIC_MODULES}, f"{path} uses {imported} of {module}"
+
+
+def test_what_the_core_imports_of_the_package_by_name_is_known() -> None:
+    for name in CORE:
+        absolute = {
+            module for module, _, relative in imports(PACKAGE / f"{name}.py") if not relative
+        }
+        assert absolute <= PACKAGE_ONLY
 
 
 def test_nothing_imports_training_or_examples_and_they_use_public_names() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [name.name for name in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            assert not {name.split(".")[0] for name in names} & {"training", "examples", "tests"}, (
-                path
-            )
-    for path in [*ROOT.glob("training/*.py"), *ROOT.glob("examples/*.py")]:
-        private = [
-            name
-            for name in imported(path)
-            if any(part.startswith("_") for part in ".".join(name).split("."))
-        ]
-        assert not private, f"{path.name} uses {private}"
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            tops = {name.partition(".")[0] for name in names}
+            assert not tops & {"training", "examples", "tests"}, path
+    for path in [*ROOT.glob("training/*.py"), *ROOT.glob("examples/**/*.py")]:
+        for module, name, _ in imports(path):
+            private = any(part.startswith("_") for part in f"{module}.{name}".split("."))
+            assert not private, f"{path.name} uses {module}.{name}"
 
 
-def test_public_names_are_few_and_there() -> None:
+def test_public_names_are_few_and_exist() -> None:
     names = guided_diffusers.__all__
-    assert len(names) == len(set(names)) <= 25 and all(
-        hasattr(guided_diffusers, name) for name in names
-    )
+    assert len(names) == len(set(names)) <= 25
+    assert all(hasattr(guided_diffusers, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("guided_diffusers", "ModelGuidance", "AutoGuidance"),
+        ("guided_diffusers", "Step", "StepContext"),
+        ("guided_diffusers.sweep", "Point", "SweepSetting"),
+        ("guided_diffusers.diagnosis", "Place", "EvalLevel"),
+        ("guided_diffusers.evaluation", "Rows", "DatasetImages"),
+        ("guided_diffusers.evaluation", "of_classifier", "wrap_classifier"),
+        ("guided_diffusers.evaluation.metrics", "Answers", "ConfusionMatrix"),
+    ],
+)
+def test_old_names_are_the_new_ones_with_a_warning(module: str, old: str, new: str) -> None:
+    place = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{old} is {module}.{new} now"):
+        assert getattr(place, old) is getattr(place, new)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        place.nothing  # noqa: B018
+
+
+def test_moved_modules_are_found_with_a_warning() -> None:
+    from guided_diffusers.deprecated import MOVED
+
+    for old, new in MOVED.items():
+        moved = importlib.import_module(f"guided_diffusers.{old}")
+        target = importlib.import_module(f"guided_diffusers.{new}")
+        name = next(name for name in vars(target) if not name.startswith("_"))
+        with pytest.warns(DeprecationWarning, match=f"guided_diffusers.{old} is"):
+            assert getattr(moved, name) is getattr(target, name)
 
 
 def test_an_import_is_quiet_and_brings_nothing_that_diffusers_does_not() -> None:

@@ -31,12 +31,16 @@ from .consistency import config_mismatches, range_mismatch
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, load_held_out, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration
-from .report import plot, table
+from .report import BASELINES, COLUMNS, CURVES, plot, table
 from .statistics import Item, LevelStatistics, batches
-from .steps import GuidanceDiagnostics
+from .steps import GuidanceDiagnostics, check_output
 from .verdict import Verdict, assess
 
 __all__ = [
+    "BASELINES",
+    "COLUMNS",
+    "CURVES",
+    "check_output",
     "GAPS",
     "Diagnosis",
     "EvalLevel",

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..sampling.manifest import module_hash
+from ..sampling import module_hash
 from ..utils import write_json
 from .images import Images
 from .labels import common_labels

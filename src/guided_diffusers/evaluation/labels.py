@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..sampling.manifest import as_folder, folder_names, unique_names
+from ..sampling import as_folder, folder_names, unique_names
 from .images import Images
 from .networks import Network
 

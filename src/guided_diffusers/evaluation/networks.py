@@ -15,7 +15,7 @@ from .. import bundled
 from ..classifier import NoiseAwareClassifier
 from ..likelihood import logits_of
 from ..preprocess import Preprocess
-from ..sampling.manifest import add_weights
+from ..sampling import add_weights
 
 INCEPTION = "inception"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.utils.logging import get_logger
 
-from ..diagnosis.report import BASELINES, CURVES
+from ..diagnosis import BASELINES, CURVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
-from ..diagnosis.report import COLUMNS
+from ..diagnosis import COLUMNS
 from ..noise import prediction_type
 from .charts import draw_guided, draw_levels, guided_rows, level_rows
 from .files import count_parameters

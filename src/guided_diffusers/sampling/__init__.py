@@ -9,8 +9,33 @@
 """
 
 from ..utils import image_generator
-from .batches import sample
+from .batches import WarnOnce, sample
 from .folder import sample_to_folder
+from .manifest import (
+    LIBRARIES,
+    add_weights,
+    as_folder,
+    differences,
+    folder_names,
+    module_hash,
+    unique_names,
+    weights_hash,
+)
 from .pictures import grid, save_image
 
-__all__ = ["grid", "image_generator", "sample", "sample_to_folder", "save_image"]
+__all__ = [
+    "LIBRARIES",
+    "WarnOnce",
+    "add_weights",
+    "as_folder",
+    "differences",
+    "folder_names",
+    "grid",
+    "image_generator",
+    "module_hash",
+    "sample",
+    "sample_to_folder",
+    "save_image",
+    "unique_names",
+    "weights_hash",
+]

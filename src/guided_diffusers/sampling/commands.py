@@ -152,7 +152,7 @@ def run_sample(options: argparse.Namespace) -> None:
     call["conditional"] = options.conditional
     diagnostics = None
     if options.diagnostics:
-        from ..diagnosis.steps import GuidanceDiagnostics
+        from ..diagnosis import GuidanceDiagnostics
 
         diagnostics = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
 
@@ -208,7 +208,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
-    from ..diagnosis.steps import check_output
+    from ..diagnosis import check_output
 
     check_output(options.diagnostics)
     if world_size > 1:

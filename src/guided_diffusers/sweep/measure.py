@@ -17,9 +17,7 @@ from PIL import Image
 
 from ..evaluation import COVERAGE_K, Bootstrap, Network, Settings, Summary, by_class, compare
 from ..pipeline import ClassifierGuidedPipeline
-from ..sampling import sample
-from ..sampling.manifest import LIBRARIES
-from ..sampling.pictures import save_image
+from ..sampling import LIBRARIES, sample, save_image
 from ..speed import computing_in
 from ..utils import evaluating
 from .metrics import PICTURES, Result

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from ..sampling.pictures import grid, save_image
+from ..sampling import grid, save_image
 from ..utils import write_bytes, write_json
 from .metrics import (
     ACCURACY,

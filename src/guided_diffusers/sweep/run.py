@@ -25,8 +25,7 @@ from ..evaluation import (
     summarise,
 )
 from ..pipeline import ClassifierGuidedPipeline
-from ..sampling.batches import WarnOnce
-from ..sampling.manifest import module_hash, weights_hash
+from ..sampling import WarnOnce, module_hash, weights_hash
 from ..utils import require_matplotlib
 from .measure import MeasureOptions, PointEvaluator, quiet_copy
 from .metrics import PICTURES, Result

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers.utils.logging import get_logger
 from filelock import FileLock, Timeout
 
-from ..sampling.manifest import differences
+from ..sampling import differences
 from ..utils import finite, write_json
 from .metrics import Result
 from .settings import SweepSetting
