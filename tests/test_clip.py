@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import DDPMScheduler, UNet2DModel
+from helpers import TRAINING, load_script
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -28,14 +29,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import NoiseAwareCLIP
+from guided_diffusers.learning import loop, options
 from guided_diffusers.learning.data import CaptionedImages, LabelledImages
 from guided_diffusers.noise import schedule_config
 
-TRAINING = Path(__file__).parents[1] / "training"
-sys.path.append(str(TRAINING))
-import loop  # noqa: E402
-import options  # noqa: E402
-import train_clip  # noqa: E402
+train_clip = load_script("train_clip")
 
 IMAGE = {
     "layers_per_block": 1,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import load_script
 from PIL import Image as PILImage
 
 from guided_diffusers.learning.data import SHARD, LabelledImages, load_splits, row_name
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import prepare_fashion_mnist  # noqa: E402
+prepare_fashion_mnist = load_script("prepare_fashion_mnist")
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 

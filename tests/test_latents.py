@@ -18,20 +18,15 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
+from helpers import CLASSIFIER, UNET, free_port, load_script, reset_accelerate
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from test_training import CLASSIFIER, TRAINING, UNET, free_port, start_afresh
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.images import decode, encode
+from guided_diffusers.learning import latents, loop
 from guided_diffusers.learning.data import LabelledImages
-
-sys.path.append(str(TRAINING))
-import latents  # noqa: E402
-import loop  # noqa: E402
-import train_classifier  # noqa: E402
-import train_unet  # noqa: E402
 
 SIZES = {
     "block_out_channels": (8, 8),
@@ -104,11 +99,11 @@ def train(
         if script == "classifier":
             command += " --diagnosis_images 6"
         monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command)])
-        start_afresh()
+        reset_accelerate()
         try:
-            {"unet": train_unet, "classifier": train_classifier}[script].main()
+            load_script(f"train_{script}").main()
         finally:
-            start_afresh()
+            reset_accelerate()
         return tmp_path / output
 
     return run

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from helpers import weights
 from scipy.stats import norm
 from test_openai_networks import REFERENCE, original, pair
-from test_training import loop, place, train, weights  # noqa: F401 - the fixtures of the training scripts
 from torch import Tensor
 
 from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers.learning import losses
+from guided_diffusers.learning import loop, losses
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.learning.losses import (
     LossSecondMomentSampler,

@@ -21,10 +21,11 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
-from test_training import TRAINING, UNET, apart, loop, place, train, train_unet, weights  # noqa: F401 - fixtures
+from helpers import TRAINING, UNET, apart, load_script, weights
 from torch import Tensor
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.learning import loop
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.learning.losses import (
     FlowProcess,
@@ -41,6 +42,7 @@ DIT = {
     "num_layers": 2,
     "patch_size": 2,
 }
+train_unet = load_script("train_unet")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
 

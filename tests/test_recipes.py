@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,13 @@ from accelerate import Accelerator
 from conftest import SHAPE, Clock, Mixture, OracleUNet
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import DDPMScheduler, UNet2DModel
+from helpers import CLASSIFIER, NAMES, UNET, apart, load_script, weights
 from PIL import Image as PILImage
 from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.learning import recipes
 from guided_diffusers.learning.classifier_losses import (
     FIGURES,
     MULTI,
@@ -38,13 +39,10 @@ from guided_diffusers.learning.classifier_losses import (
     worst_case,
 )
 from guided_diffusers.learning.data import LabelledImages, TargetedImages
+from guided_diffusers.learning.loop import Draws
 from guided_diffusers.learning.losses import LossSecondMomentSampler
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import recipes  # noqa: E402
-from loop import Draws  # noqa: E402
-from test_training import CLASSIFIER, NAMES, UNET, apart, place, train, weights  # noqa: E402, F401
-from train_classifier import ClassifierOptions  # noqa: E402
+ClassifierOptions = load_script("train_classifier").ClassifierOptions
 
 ALPHA, SIGMA = 0.6, 0.8
 VARIANCE = (ALPHA * 0.3) ** 2 + SIGMA**2  # of x_t given the class

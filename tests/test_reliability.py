@@ -30,31 +30,27 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import files_of_at_most
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler
-from PIL import Image as PILImage
-from safetensors.torch import load_file
-from test_training import (  # noqa: F401  (place and train are fixtures)
+from helpers import (
     TINY,
     TRAINING,
     apart,
     environment_of,
     free_port,
-    place,
+    load_script,
+    reset_accelerate,
     shadow,
-    start_afresh,
-    train,
-    train_classifier,
-    train_unet,
     weights,
 )
+from PIL import Image as PILImage
+from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
+from guided_diffusers.learning import checkpointing, loop, recipes
 from guided_diffusers.learning.data import LabelledImages
+from guided_diffusers.learning.options import MAY_CHANGE, Options
 
-import checkpointing  # isort: skip
-import kill_and_resume  # isort: skip
-import loop  # isort: skip
-import recipes  # isort: skip
-from options import MAY_CHANGE, Options  # isort: skip
+train_unet, train_classifier = load_script("train_unet"), load_script("train_classifier")
+kill_and_resume = load_script("kill_and_resume")
 
 SIX = "--max_train_steps 6 --checkpointing_steps 2 --checkpoints_total_limit 0 "
 LATEST = SIX + "--resume_from_checkpoint latest"
@@ -429,7 +425,7 @@ class Plain:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().__getitem__(item)
 
-        start_afresh()
+        reset_accelerate()
         self.options = Options(
             train_data_dir="x",
             resolution=8,
@@ -453,7 +449,7 @@ class Plain:
         try:
             self.run.train(loss, lambda model, step: {})
         finally:
-            start_afresh()
+            reset_accelerate()
 
 
 def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_path: Path) -> None:

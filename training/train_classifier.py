@@ -27,10 +27,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, ModelMixin
-from latents import load_vae, write_latents
-from loop import Batch, Run, finish, held_out_figures, ten_levels
-from options import (
+from diffusers import ModelMixin
+
+from guided_diffusers import NoiseAwareClassifier
+from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
+from guided_diffusers.learning.classifier_losses import FIGURES, SINGLE, held_out_scores
+from guided_diffusers.learning.data import TargetedImages
+from guided_diffusers.learning.latents import load_vae, write_latents
+from guided_diffusers.learning.loop import Batch, Run, finish, held_out_figures, ten_levels
+from guided_diffusers.learning.options import (
     Images,
     explained,
     load_data,
@@ -40,9 +45,8 @@ from options import (
     option,
     parse,
 )
-from publishing import PublishedOptions, publish
-from recipes import (
-    SCHEDULE,
+from guided_diffusers.learning.publishing import DEFAULT, NoisyOptions, publish, trained_schedule
+from guided_diffusers.learning.recipes import (
     Recipe,
     RecipeOptions,
     architecture,
@@ -53,57 +57,12 @@ from recipes import (
     without_labels,
 )
 
-from guided_diffusers import NoiseAwareClassifier
-from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
-from guided_diffusers.learning.classifier_losses import FIGURES, SINGLE, held_out_scores
-from guided_diffusers.learning.data import TargetedImages
-
-DEFAULT = {
-    "block_out_channels": [64, 128, 192, 256],
-    "layers_per_block": 2,
-    "attention_head_dim": 64,
-    "dropout": 0.1,
-}
-
-
-@dataclass
-class NoisyOptions(PublishedOptions):
-    max_timestep: int | None = option(
-        None,
-        "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
-        "and 0 for a classifier of clean images",
-    )
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay")
-
 
 @dataclass
 class ClassifierOptions(NoisyOptions, RecipeOptions):
     diagnosis_images: int = option(
         500, "held-out images by which every evaluation says whether it is fit to guide; 0: off"
     )
-
-
-def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
-    """The noise levels trained on, in `DDPMScheduler`'s words.
-
-    Raises:
-        ValueError: if --max_timestep is beyond the schedule.
-    """
-    schedule = {name: scheduler.config[name] for name in SCHEDULE}
-    steps = (
-        schedule["num_train_timesteps"]
-        if options.max_timestep is None
-        else options.max_timestep + 1
-    )
-    if steps > schedule["num_train_timesteps"]:
-        last = schedule["num_train_timesteps"] - 1
-        raise ValueError(f"--max_timestep {options.max_timestep}: 0 to {last} is allowed")
-    if steps < schedule["num_train_timesteps"] or scheduler.config.rescale_betas_zero_snr:
-        schedule |= {
-            "num_train_timesteps": steps,
-            "trained_betas": scheduler.betas[:steps].tolist(),
-        }
-    return schedule
 
 
 def make_classifier(

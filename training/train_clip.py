@@ -27,20 +27,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
-from loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
-from options import (
-    explained,
-    load_data,
-    load_scheduler,
-    make_accelerator,
-    make_model,
-    option,
-    parse,
-)
-from publishing import publish
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from train_classifier import DEFAULT, NoisyOptions, trained_schedule
 from transformers import (
     AutoTokenizer,
     CLIPTextModelWithProjection,
@@ -51,6 +39,17 @@ from transformers import (
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import DECIDED, NoiseAwareCLIP, image_config, last_layer
 from guided_diffusers.learning.data import CaptionedImages, LabelledImages
+from guided_diffusers.learning.loop import Batch, Draws, Run, finish, held_out_figures, ten_levels
+from guided_diffusers.learning.options import (
+    explained,
+    load_data,
+    load_scheduler,
+    make_accelerator,
+    make_model,
+    option,
+    parse,
+)
+from guided_diffusers.learning.publishing import DEFAULT, NoisyOptions, publish, trained_schedule
 
 DEFAULT_TEXT = {
     "hidden_size": 256,

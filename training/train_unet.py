@@ -38,9 +38,28 @@ from diffusers import (
 )
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import make_image_grid
-from latents import load_vae, write_latents
-from loop import Batch, Draws, Run, collate, finish, generator_for, held_out_figures, ten_levels
-from options import (
+
+from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.learning.latents import load_vae, write_latents
+from guided_diffusers.learning.loop import (
+    Batch,
+    Draws,
+    Run,
+    collate,
+    finish,
+    generator_for,
+    held_out_figures,
+    ten_levels,
+)
+from guided_diffusers.learning.losses import (
+    FlowProcess,
+    LossSecondMomentSampler,
+    Objective,
+    Process,
+    bits_per_dim,
+    diffusion_loss,
+)
+from guided_diffusers.learning.options import (
     Images,
     explained,
     load_data,
@@ -50,17 +69,7 @@ from options import (
     option,
     parse,
 )
-from publishing import PublishedOptions, publish
-
-from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers.learning.losses import (
-    FlowProcess,
-    LossSecondMomentSampler,
-    Objective,
-    Process,
-    bits_per_dim,
-    diffusion_loss,
-)
+from guided_diffusers.learning.publishing import PublishedOptions, publish
 
 Network = UNet2DModel | DiTTransformer2DModel
 

@@ -26,11 +26,11 @@ from safetensors.torch import save, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from guided_diffusers.images import encode
-from guided_diffusers.learning.data import LabelledImages
+from ..images import encode
+from .data import LabelledImages
 
 if TYPE_CHECKING:
-    from options import Options
+    from .options import Options
 
 Autoencoder = AutoencoderKL | VQModel
 SHARD = 256  # images a file

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from diffusers import DDPMScheduler
 from huggingface_hub import get_token
-from options import Options, explained, option
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
+from .. import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
+from .options import Options, explained, option
+
+SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+DEFAULT = {
+    "block_out_channels": [64, 128, 192, 256],
+    "layers_per_block": 2,
+    "attention_head_dim": 64,
+    "dropout": 0.1,
+}
 
 
 @dataclass
@@ -49,3 +59,36 @@ def publish(
                 figures=folder,
             )
         print(f"published: {commit.commit_url}")
+
+
+@dataclass
+class NoisyOptions(PublishedOptions):
+    max_timestep: int | None = option(
+        None,
+        "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
+        "and 0 for a classifier of clean images",
+    )
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay")
+
+
+def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
+    """The noise levels trained on, in `DDPMScheduler`'s words.
+
+    Raises:
+        ValueError: if --max_timestep is beyond the schedule.
+    """
+    schedule = {name: scheduler.config[name] for name in SCHEDULE}
+    steps = (
+        schedule["num_train_timesteps"]
+        if options.max_timestep is None
+        else options.max_timestep + 1
+    )
+    if steps > schedule["num_train_timesteps"]:
+        last = schedule["num_train_timesteps"] - 1
+        raise ValueError(f"--max_timestep {options.max_timestep}: 0 to {last} is allowed")
+    if steps < schedule["num_train_timesteps"] or scheduler.config.rescale_betas_zero_snr:
+        schedule |= {
+            "num_train_timesteps": steps,
+            "trained_betas": scheduler.betas[:steps].tolist(),
+        }
+    return schedule

@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import ConfigMixin
-from options import MAY_CHANGE, Options
 from safetensors import SafetensorError
 from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from .options import MAY_CHANGE, Options
 
 MANIFEST = (
     "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums

@@ -12,13 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
-from latents import LatentImages
-from loop import Batch, Draws
-from options import Images, Options, option
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
-from guided_diffusers.learning.classifier_losses import (
+from .. import ClassifierGuidedPipeline, NoiseAwareClassifier
+from ..noise import (
+    SMALLEST_ALPHA,
+    NoiseLevel,
+    TrainedSchedule,
+    split_variance,
+    x0_coefficients,
+)
+from .classifier_losses import (
     REGRESSION,
     SINGLE,
     balanced_weights,
@@ -29,15 +33,11 @@ from guided_diffusers.learning.classifier_losses import (
     soft_labels,
     worst_case,
 )
-from guided_diffusers.learning.data import TargetedImages
-from guided_diffusers.learning.losses import LossSecondMomentSampler
-from guided_diffusers.noise import (
-    SMALLEST_ALPHA,
-    NoiseLevel,
-    TrainedSchedule,
-    split_variance,
-    x0_coefficients,
-)
+from .data import TargetedImages
+from .latents import LatentImages
+from .loop import Batch, Draws
+from .losses import LossSecondMomentSampler
+from .options import Images, Options, option
 
 ARCHITECTURE = (
     "block_out_channels",

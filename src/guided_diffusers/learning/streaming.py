@@ -28,7 +28,7 @@ from datasets import (
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
-from guided_diffusers.learning.data import (
+from .data import (
     SHARD,
     UNREADABLE,
     CorruptImage,
@@ -39,7 +39,7 @@ from guided_diffusers.learning.data import (
 )
 
 if TYPE_CHECKING:
-    from options import Options
+    from .options import Options
 
 AnyItem = TypeVar("AnyItem")
 WINDOW = 1000  # rows that are shuffled together

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import DDPMScheduler, ModelMixin
-from latents import Autoencoder, LatentImages
-from streaming import StreamedImages, load_streams
 from transformers import HfArgumentParser
 
-from guided_diffusers.learning.data import LabelledImages, is_pattern, load_splits
+from .data import LabelledImages, is_pattern, load_splits
+from .latents import Autoencoder, LatentImages
+from .streaming import StreamedImages, load_streams
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)

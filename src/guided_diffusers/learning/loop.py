@@ -28,7 +28,13 @@ from accelerate.utils import (
     convert_outputs_to_fp32,
     gather_object,
 )
-from checkpointing import (
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+
+from .checkpointing import (
     UNLOADABLE,
     checkpoints,
     find_checkpoints,
@@ -37,15 +43,9 @@ from checkpointing import (
     why_refused,
     write_json,
 )
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from options import Options
-from streaming import StreamedBatches, StreamedImages
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
-
-from guided_diffusers.learning.data import SHARD, LabelledImages, row_name
+from .data import SHARD, LabelledImages, row_name
+from .options import Options
+from .streaming import StreamedBatches, StreamedImages
 
 Batch = dict[
     str, torch.Tensor
