@@ -42,7 +42,7 @@ from guided_diffusers.learning.streaming import (
     Row,
     StreamedBatches,
     StreamedImages,
-    label_names,
+    parse_labels,
 )
 
 train_clip = load_script("train_clip")
@@ -303,7 +303,7 @@ def test_labels_that_are_told(
     shards: SimpleNamespace, tmp_path: Path, column: str, labels: str, names: list[str]
 ) -> None:
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
-    told = label_names(labels.format(names=tmp_path / "names.json"))
+    told = parse_labels(labels.format(names=tmp_path / "names.json"))
     source = stream(shards.tars, label_column=column, labels=told)
     assert source.id2label == dict(enumerate(names))
     rows = list(source.rows())

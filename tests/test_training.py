@@ -42,7 +42,10 @@ from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.diagnosis import diagnose
-from guided_diffusers.learning import loop, options
+from guided_diffusers.learning.batches import ShuffledBatches, generator_for
+from guided_diffusers.learning.checkpointing import list_checkpoints
+from guided_diffusers.learning.data import LabelledImages
+from guided_diffusers.learning.options import Options, parse
 from guided_diffusers.noise import TrainedSchedule
 
 train_unet, train_classifier = load_script("train_unet"), load_script("train_classifier")
@@ -115,7 +118,7 @@ def test_figures_are_of_the_saved_model(
     x0, label = images / 127.5 - 1, torch.tensor(splits["test"]["label"])
     for k, row in enumerate(json.loads((folder / "metrics.json").read_text())["held_out"]):
         eps = torch.stack(
-            [torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(12)]
+            [torch.randn(1, 8, 8, generator=generator_for(0, 3, i, k)) for i in range(12)]
         )
         t = torch.full((12,), row["timestep"])
         with torch.no_grad():
@@ -137,7 +140,7 @@ def test_figures_are_of_the_saved_model(
         json.dumps(
             diagnose(
                 model,
-                loop.LabelledImages(splits["test"], resolution=8),
+                LabelledImages(splits["test"], resolution=8),
                 images=9,
                 gradient_images=32,
                 batch_size=4,
@@ -170,7 +173,7 @@ def test_unet_training_is_the_plain_loop(
         "--random_flip --gradient_accumulation_steps 2 --max_train_steps 4 --checkpointing_steps 4 "
         "--adam_beta2 0.99 --max_grad_norm 0.1 --ema_power 0.6",
     )
-    data = loop.LabelledImages(
+    data = LabelledImages(
         datasets.load_dataset(str(place.folder))["train"], resolution=8, random_flip=True
     )
     torch.manual_seed(5)
@@ -178,7 +181,7 @@ def test_unet_training_is_the_plain_loop(
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, betas=(0.9, 0.99), weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000).double(), 0)
-    order = torch.randperm(48, generator=loop.generator_for(5, 0, 0)).tolist()
+    order = torch.randperm(48, generator=generator_for(5, 0, 0)).tolist()
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 2)
         for number in (2 * step, 2 * step + 1):
@@ -188,7 +191,7 @@ def test_unet_training_is_the_plain_loop(
                 torch.stack([item["pixel_values"] for item in items]),
                 [item["label"] for item in items],
             )
-            generator = loop.generator_for(5, 2, number)
+            generator = generator_for(5, 2, number)
             t = torch.randint(1000, (4,), generator=generator)
             eps = torch.randn(4, 1, 8, 8, generator=generator)
             dropped = torch.rand(4, generator=generator) < 0.4
@@ -328,7 +331,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         assert first == pytest.approx(second, abs=0.02 if bf16 else 1e-4)
     assert json.loads((both / "options.json").read_text())["train_batch_size"] == 2
     if not bf16:
-        last = loop.checkpoints(one)[-1].name
+        last = list_checkpoints(one)[-1].name
         assert apart(shadow(one / last), shadow(both / last)) < 1e-5
 
 
@@ -337,7 +340,7 @@ def test_two_processes_speak_once_and_resume(two: SimpleNamespace) -> None:
         two.printed.count("step 50: loss") == two.printed.count("step 6: loss") == 1
     )  # the main one speaks for both
     for name in ("recipe", "fsdp-recipe"):
-        last = loop.checkpoints(two.root / name)[-1]
+        last = list_checkpoints(two.root / name)[-1]
         assert (last / "random_states_1.pkl").exists()
         assert (last / "pytorch_model_fsdp.bin").exists() == (name == "fsdp-recipe")
         assert apart(weights(two.root / name), weights(two.root / f"{name}-resumed")) == 0
@@ -381,7 +384,7 @@ def test_deepspeed_equals_one_process_or_is_named(
     if not find_spec("deepspeed"):
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(options.Options, "cpu", False)
+        monkeypatch.setattr(Options, "cpu", False)
         with pytest.raises(SystemExit, match="distributed_type DEEPSPEED: .*pip install deepspeed"):
             train("classifier", "--max_train_steps 1", "deepspeed")
         return
@@ -457,7 +460,7 @@ def test_epochs_and_checkpoints_limit(train: Callable[..., Path]) -> None:
         "--checkpoints_total_limit 3",
     )
     assert json.loads((folder / "metrics.json").read_text())["step"] == 12
-    assert [path.name for path in loop.checkpoints(folder)] == [
+    assert [path.name for path in list_checkpoints(folder)] == [
         "checkpoint-6",
         "checkpoint-9",
         "checkpoint-12",
@@ -465,18 +468,18 @@ def test_epochs_and_checkpoints_limit(train: Callable[..., Path]) -> None:
 
 
 def test_stream_is_the_same_for_any_number_of_processes() -> None:
-    whole = [item for batch in loop.Stream(7, 4, 3, 0, 1, 0, 7) for item in batch]
+    whole = [item for batch in ShuffledBatches(7, 4, 3, 0, 1, 0, 7) for item in batch]
     assert (
         sorted(index for index, _ in whole[:7])
         == sorted(index for index, _ in whole[7:14])
         == list(range(7))
     )
     assert [index for index, _ in whole[:7]] != [index for index, _ in whole[7:14]]
-    shares = [list(loop.Stream(7, 2, 3, rank, 2, 0, 7)) for rank in range(2)]
+    shares = [list(ShuffledBatches(7, 2, 3, rank, 2, 0, 7)) for rank in range(2)]
     assert [item for pair in zip(*shares, strict=True) for batch in pair for item in batch] == whole
-    assert list(loop.Stream(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
+    assert list(ShuffledBatches(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
     assert [index for index, _ in whole[:7]] != [
-        items[0][0] for items in loop.Stream(7, 1, 4, 0, 1, 0, 7)
+        items[0][0] for items in ShuffledBatches(7, 1, 4, 0, 1, 0, 7)
     ]
 
 
@@ -948,7 +951,7 @@ def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             sys, "argv", ["1" if word.startswith("STEPS") else word for word in command]
         )
-        parsed = options.parse(
+        parsed = parse(
             module.UNetOptions if module is train_unet else module.ClassifierOptions, None
         )
         assert (TRAINING.parent / parsed.model_config_name_or_path).is_file()

@@ -1,4 +1,7 @@
-"""Checkpoints: written aside and moved into place; only whole ones, of the same run, of nothing but data are loaded."""
+"""Checkpoints: written aside and moved into place; checked before they are loaded.
+
+Only complete checkpoints of the same run are loaded, and only if they hold nothing but data.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,15 +23,17 @@ from diffusers import ConfigMixin
 from safetensors import SafetensorError
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from .options import MAY_CHANGE, Options
+from ..utils import write_json
+from .distributed import SHARDED
+from .options import Options
 
-MANIFEST = (
-    "manifest.json"  # in a checkpoint: its step, whose it is, and its files' sizes and check sums
-)
-UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # Python's, torch's, safetensors'
-UNLOADABLE = (*UNWRITABLE, EOFError, KeyError, TypeError, UnpicklingError, ValueError)
-# What else than tensors and plain Python the files of a checkpoint are made of: random states, DeepSpeed's optimizer.
-KNOWN = {
+# In a checkpoint: its step, the identity of its run, and the size and checksum of each file.
+MANIFEST = "manifest.json"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # Python's, torch's, safetensors'
+LOAD_ERRORS = (*WRITE_ERRORS, EOFError, KeyError, TypeError, UnpicklingError, ValueError)
+# Classes and functions in a checkpoint's pickles, beside tensors and plain Python: those of random
+# states and of DeepSpeed's optimizer.
+TRUSTED_GLOBALS = {
     "numpy.dtype",
     "numpy.ndarray",
     "numpy._core.multiarray._reconstruct",
@@ -41,19 +46,24 @@ KNOWN = {
 }
 
 
-def identity_of(
+def run_identity(
     options: Options,
     accelerator: Accelerator,
     model: torch.nn.Module,
     images: int | str,
     steps: int,
 ) -> dict[str, Any]:
-    """What must be the same for a run that goes on from a checkpoint to equal the uninterrupted one.
+    """Settings that must be equal for a resumed run to equal the uninterrupted one.
 
-    All options but those in MAY_CHANGE, what some of these come to, and the network's config. The number of steps
-    belongs to it where the learning rate's schedule depends on it.
+    All options but those that may change, the effect of some of these, and the model's config. The
+    number of steps is one of them if the learning rate depends on it.
+
+    Args:
+        images: number of training images, or the kind of a stream.
+        steps: optimizer steps of the whole run.
     """
-    settings = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+    names = [f.name for f in fields(options) if not f.metadata["may_change"]]
+    settings = {name: getattr(options, name) for name in names}
     settings |= {
         "images": images,
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
@@ -62,7 +72,8 @@ def identity_of(
     }
     if options.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = steps
-    if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    kind = accelerator.distributed_type
+    if kind in SHARDED:
         settings["distributed_type"] = kind.value
     if kind == DistributedType.DEEPSPEED:  # each process saves a part of the optimizer
         settings["processes"] = accelerator.num_processes
@@ -71,132 +82,126 @@ def identity_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def write_json(path: Path, content: Any) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
-
-
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]
 ) -> None:
-    """Write `checkpoint-STEP` under a temporary name, move it into place, drop the oldest beyond the limit.
+    """Write `checkpoint-STEP` under a temporary name, move it into place, delete the oldest.
+
+    Args:
+        limit: number of checkpoints to keep; 0: all.
 
     Raises:
-        OSError: if it can't be written, for instance on a full disk; what there was before is left as it was.
+        OSError: if it can't be written, for instance to a full disk; older ones stay as they were.
     """
-    aside, place = folder / f"checkpoint-{step}.partial", folder / f"checkpoint-{step}"
+    partial, checkpoint = folder / f"checkpoint-{step}.partial", folder / f"checkpoint-{step}"
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with removed_unless_written(aside):
-        accelerator.save_state(str(aside))
+    with _removed_on_error(partial):
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with removed_unless_written(aside):
+        with _removed_on_error(partial):
             files = {
-                str(path.relative_to(aside)): written(path)
-                for path in sorted(aside.rglob("*"))
+                str(path.relative_to(partial)): checksum(path)
+                for path in sorted(partial.rglob("*"))
                 if path.is_file()
             }
-            write_json(aside / MANIFEST, {"step": step, "run": identity, "files": files})
-            written(aside / MANIFEST)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
-        for old in checkpoints(folder)[:-limit] if limit else []:
+            write_json({"step": step, "run": identity, "files": files}, partial / MANIFEST)
+            checksum(partial / MANIFEST)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        os.replace(partial, checkpoint)
+        for old in list_checkpoints(folder)[:-limit] if limit else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
 @contextmanager
-def removed_unless_written(aside: Path) -> Iterator[None]:
+def _removed_on_error(partial: Path) -> Iterator[None]:
     try:
         yield
-    except UNWRITABLE as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if "DataLoader worker" in str(
-            error
-        ):  # one died: torch raises that wherever the main thread happens to be
+    except WRITE_ERRORS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if "DataLoader worker" in str(error):  # torch raises that wherever the main thread is
             raise
-        raise OSError(f"{aside.with_suffix('')} can't be written: {error}") from error
+        raise OSError(f"{partial.with_suffix('')} can't be written: {error}") from error
 
 
-def written(path: Path) -> list[int]:
-    """A file's size and CRC-32, once it is on the disk."""
-    total, size = 0, 0
+def checksum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file, which is on the disk afterwards."""
+    crc, size = 0, 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
         while block := file.read(2**20):
-            total, size = zlib.crc32(block, total), size + len(block)
-    return [size, total]
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
 
 
-def why_refused(checkpoint: Path, identity: dict[str, Any]) -> str | None:
-    """Why a checkpoint isn't whole, isn't of this run, or could run code when loaded; None if nothing is wrong."""
+def refusal_reason(checkpoint: Path, identity: dict[str, Any]) -> str | None:
+    """Why a checkpoint can't be used: incomplete, of another run, or unsafe to load; None: it can."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files, run = manifest["files"], manifest["run"]
-        for name, (size, total) in files.items():
-            found = written(checkpoint / name)
-            if found[0] != size:
-                return f"{name} has {found[0]} bytes of {size}"
-            if found[1] != total:
+        for name, (size, crc) in files.items():
+            actual_size, actual_crc = checksum(checkpoint / name)
+            if actual_size != size:
+                return f"{name} has {actual_size} bytes of {size}"
+            if actual_crc != crc:
                 return f"{name} isn't as it was written"
-        if foreign := unknown_content(checkpoint):
-            return f"it holds {foreign}, which isn't loaded"
+        if unsafe := untrusted_globals(checkpoint):
+            return f"it holds {', '.join(unsafe)}, which isn't loaded"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (*UNLOADABLE, AttributeError) as error:
+    except (*LOAD_ERRORS, AttributeError) as error:
         return f"can't be read: {error}"
-    other = [
+    differences = [
         f"{name} {run.get(name)!r:.60}, here {identity.get(name)!r:.60}"
         for name in {**identity, **run}
         if run.get(name) != identity.get(name)
     ]
-    return f"of another run: {', '.join(other)}" if other else None
+    return f"of another run: {', '.join(differences)}" if differences else None
 
 
-def unknown_content(checkpoint: Path) -> str:
-    """The classes and functions, other than KNOWN ones, that a checkpoint's pickles name; empty if there are none."""
-    files = [path for path in checkpoint.rglob("*") if path.suffix in (".bin", ".pkl", ".pt")]
-    return ", ".join(
-        sorted({name for path in files for name in get_unsafe_globals_in_checkpoint(path)} - KNOWN)
-    )
+def untrusted_globals(checkpoint: Path) -> list[str]:
+    """Classes and functions that a checkpoint's pickles name, but for `TRUSTED_GLOBALS`."""
+    names = set()
+    for path in checkpoint.rglob("*"):
+        if path.suffix in (".bin", ".pkl", ".pt"):
+            names |= set(get_unsafe_globals_in_checkpoint(path))
+    return sorted(names - TRUSTED_GLOBALS)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
-def find_checkpoints(options: Options) -> list[Path]:
-    """The folders that --resume_from_checkpoint may mean, the newest first; none to start at the beginning.
+def find_checkpoints(resume_from: str | None, output_dir: str) -> list[Path]:
+    """Candidates of --resume_from_checkpoint, newest first; empty: start from the beginning.
 
     Raises:
-        ValueError: if there is none, or it is none, or a new run would mix its checkpoints with an older run's.
+        ValueError: if there is no such checkpoint, or a new run would mix its checkpoints with an
+            older run's.
     """
-    asked, there = options.resume_from_checkpoint, checkpoints(Path(options.output_dir))
-    if asked is None and there:
+    existing = list_checkpoints(Path(output_dir))
+    if resume_from is None and existing:
         raise ValueError(
-            f"--output_dir {options.output_dir} has {there[-1].name} of another run: go on with "
+            f"--output_dir {output_dir} has {existing[-1].name} of another run: go on with "
             "--resume_from_checkpoint latest, or give another folder"
         )
-    if asked in (None, "latest"):
-        return there[::-1]
-    if not (Path(asked) / MANIFEST).is_file():
+    if resume_from in (None, "latest"):
+        return existing[::-1]
+    checkpoint = Path(resume_from)
+    if not (checkpoint / MANIFEST).is_file():
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: not the folder of a checkpoint; `latest` and "
-            f"{[str(path) for path in there]} are allowed"
+            f"--resume_from_checkpoint {resume_from}: not the folder of a checkpoint; `latest` and "
+            f"{[str(path) for path in existing]} are allowed"
         )
-    if there and Path(asked).resolve() != there[-1].resolve():
+    if existing and checkpoint.resolve() != existing[-1].resolve():
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: --output_dir {options.output_dir} has others, up to "
-            f"{there[-1].name}, which would be mixed with what follows; remove them, or give another "
-            "--output_dir"
+            f"--resume_from_checkpoint {resume_from}: --output_dir {output_dir} has others, up to "
+            f"{existing[-1].name}, which would be mixed with the new ones; remove them, or give "
+            "another --output_dir"
         )
-    return [Path(asked)]
+    return [checkpoint]

@@ -1,7 +1,8 @@
-"""Training data that is read as it comes (--streaming): its rows, their order, and where in it a run is.
+"""Training data that is read while training (--streaming): its rows, their order, and the position.
 
-The training process reads rows whose images aren't decoded, in windows, one ahead; whoever makes the items decodes
-them. So the order of the items, and the place to go on from, are the same with any number of such processes.
+The training process reads rows with undecoded images in windows, one window ahead; the DataLoader's
+workers decode them. So the order of the items, and the position to resume from, don't depend on the
+number of workers.
 """
 
 from __future__ import annotations
@@ -13,64 +14,53 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    Value,
-)
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
-from .data import (
-    SHARD,
-    UNREADABLE,
-    CorruptImage,
-    ImageRows,
-    LabelledImages,
-    all_grey,
-    row_name,
-)
-
-if TYPE_CHECKING:
-    from .options import Options
+from .batches import item_seed
+from .data import SHARD_STRIDE, ImageRows, LabelledImages
 
 AnyItem = TypeVar("AnyItem")
-WINDOW = 1000  # rows that are shuffled together
-AT_ONCE = 50  # rows that are read together
-BEGINNING = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
+DEFAULT_WINDOW = 1000  # rows that are shuffled together
+ROWS_PER_READ = 50
+START = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
 
 
 class Row(NamedTuple):
-    """A row of a stream, its number as `row_name` reads it, its image a `path` and, but for a file's, its `bytes`."""
+    """A row of a stream.
+
+    Attributes:
+        number: see `row_name`.
+        image: "path" and, unless it is a file's, "bytes".
+        label: as the dataset stores it.
+    """
 
     number: int
     image: dict[str, Any]
     label: object
 
 
-Item = tuple[tuple[list[Row], int], int]
+Item = tuple[tuple[list[Row], int], int]  # ((rows, i), seed)
 
 
 class StreamedImages(ImageRows):
-    """Items of one split that is never in memory as a whole; the arguments are those of `LabelledImages`.
+    """Items of a split that is never in memory completely; arguments as those of `LabelledImages`.
 
-    An item is asked for by `((rows, i), seed)`, as `StreamedBatches` does: it is of row i of these rows, and with
-    `skip_corrupt_images`, if its image can't be read, of another one of them, drawn by the seed.
+    An item's key is `((rows, i), seed)`, as `StreamedBatches` makes it: it is that of row i, and
+    with `skip_corrupt_images`, if its image can't be read, that of another of these rows, which the
+    seed decides.
 
     Args:
         channels: by default 1 if the first sixteen images are all grey.
         label_column: may be a field of a column of JSON, e.g. "json.label".
-        labels: names by id, of integers or strings; a column of class ids has its own.
+        labels: names by id, of a column of integers or strings.
 
     Raises:
-        ValueError: if a column is missing or holds something else, or the labels' names aren't known.
+        ValueError: if a column is missing or holds something else, or label names are missing.
     """
 
     def __init__(
@@ -88,10 +78,10 @@ class StreamedImages(ImageRows):
     ):
         if dataset.features is None:
             raise ValueError(
-                "--streaming: the dataset doesn't say what its columns hold; Parquet files, tar files "
-                "(WebDataset) and image folders do"
+                "--streaming: the dataset has no column types; Parquet files, tar files "
+                "(WebDataset) and image folders have"
             )
-        dataset = with_field(dataset.decode(False), label_column)
+        dataset = with_json_field(dataset.decode(False), label_column)
         super().__init__(
             dataset,
             image_column,
@@ -106,29 +96,27 @@ class StreamedImages(ImageRows):
         self._rows = dataset.select_columns(self.columns).cast_column(
             self.image_column, Image(decode=False)
         )
-        self._use(self._known_names(labels))
+        self._set_labels(self._known_label_names(labels))
         first = list(islice(self.rows(), 16))
         if not first:
             raise ValueError("dataset: the split has no rows")
         self.of_files = all(row.image.get("path") and not row.image.get("bytes") for row in first)
-        self.channels = channels or (1 if all_grey(self._decodable(first)) else 3)
+        self.channels = channels or self._guess_channels(first)
 
     @property
     def num_shards(self) -> int:
         return self._rows.num_shards
 
     def kind(self, window: int | None, processes: int) -> str:
-        """Of what a position in the stream is one."""
-        together = "all" if self.of_files else window or WINDOW
-        return f"{self.num_shards} shards streamed to {processes} processes, {together} shuffled together"
+        """Description of the order that positions refer to; a resumed run must have the same."""
+        window = "all" if self.of_files else window or DEFAULT_WINDOW
+        return f"{self.num_shards} shards streamed to {processes} processes, {window} shuffled together"
 
     def shard_rows(self, shard: int, first: int = 0) -> Iterator[Row]:
-        """The rows of a shard in their order, from one on."""
-        part, number = (
-            self._rows.shard(num_shards=self.num_shards, index=shard),
-            (shard + 1) * SHARD + first,
-        )
-        for rows in (part.skip(first) if first else part).iter(AT_ONCE):
+        """The rows of a shard in their order, from number `first` on."""
+        part = self._rows.shard(num_shards=self.num_shards, index=shard)
+        number = (shard + 1) * SHARD_STRIDE + first
+        for rows in (part.skip(first) if first else part).iter(ROWS_PER_READ):
             images = rows[self.image_column]
             labels = [None] * len(images) if self.label_column is None else rows[self.label_column]
             for image, label in zip(images, labels, strict=True):
@@ -141,14 +129,12 @@ class StreamedImages(ImageRows):
             yield from self.shard_rows(shard)
 
     def in_memory(self, count: int, labels: dict[int, str]) -> LabelledImages:
-        """The first rows, or of a folder of images rows evenly spread, with another split's labels."""
+        """The first rows, or of an image folder evenly spread rows, with another split's labels."""
         rows = list(islice(self.rows(), None if self.of_files else count))
         count = min(count, len(rows))
         rows = [rows[i * len(rows) // count] for i in range(count)]
-        columns, features = (
-            {self.image_column: [row.image or None for row in rows]},
-            {self.image_column: Image()},
-        )
+        columns = {self.image_column: [row.image or None for row in rows]}
+        features = {self.image_column: Image()}
         if self.label_column is not None:
             columns[self.label_column] = [row.label for row in rows]
             features[self.label_column] = self.dataset.features[self.label_column]
@@ -171,55 +157,37 @@ class StreamedImages(ImageRows):
             order += random.Random(f"instead {seed}").sample(others, len(others))
         return self._item((rows[j] for j in order), seed)
 
-    def _decodable(self, rows: list[Row]) -> Iterator[PILImage.Image]:
-        for row in rows:
-            try:
-                yield self._decoded(row)
-            except CorruptImage:
-                if not self.skip_corrupt_images:
-                    raise
+    def _open(self, row: Row) -> tuple[PILImage.Image | None, object]:
+        image = self._decoder.decode_example(row.image) if row.image else None
+        return image, row.label
 
-    def _decoded(self, row: Row) -> PILImage.Image:
-        try:
-            if not row.image:
-                raise ValueError("there is none")
-            image = self._decoder.decode_example(row.image)
-            image.load()
-            return image
-        except UNREADABLE as error:
-            name = f" ({row.image['path']})" if row.image.get("path") else ""
-            raise CorruptImage(
-                f"the image of {row_name(row.number)}{name} can't be read: {error}"
-            ) from error
-
-    def _image(self, row: Row) -> tuple[PILImage.Image, int]:
-        return self._prepared(self._decoded(row)), self._label(row.label, row.number)
+    def _path(self, row: Row) -> str | None:
+        return row.image.get("path")
 
     def _number(self, row: Row) -> int:
         return row.number
 
-    def _known_names(self, labels: dict[int, str] | None) -> dict[int, str]:
+    def _known_label_names(self, labels: dict[int, str] | None) -> dict[int, str]:
         feature = None if self.label_column is None else self.dataset.features[self.label_column]
         if labels is not None and (feature is None or isinstance(feature, ClassLabel)):
-            has = (
-                "has no column of labels (--label_column)"
-                if feature is None
-                else f"names its own: {feature.names}"
-            )
+            if feature is None:
+                reason = "has no column of labels (--label_column)"
+            else:
+                reason = f"names its own: {feature.names}"
             raise ValueError(
-                f"--labels {list(labels.values())}: not allowed, since the dataset {has}"
+                f"--labels {list(labels.values())}: not allowed, since the dataset {reason}"
             )
-        if (names := self._names(self.dataset.features, labels)) is None:
+        if (names := self._label_names(self.dataset.features, labels)) is None:
             raise ValueError(
                 f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
-                "advance: a column of class ids, and one of integers from 0 or strings with --labels, are "
-                "allowed"
+                "advance: a column of class ids, and one of integers from 0 or strings with "
+                "--labels, are allowed"
             )
         return names
 
 
-def with_field(dataset: IterableDataset, column: str | None) -> IterableDataset:
-    """With a field of a column of JSON, e.g. "json.label", as a column of its own."""
+def with_json_field(dataset: IterableDataset, column: str | None) -> IterableDataset:
+    """The dataset with a field of a column of JSON, e.g. "json.label", as a column."""
     if column is None or column in dataset.features:
         return dataset
     first, *path = column.split(".")
@@ -227,55 +195,59 @@ def with_field(dataset: IterableDataset, column: str | None) -> IterableDataset:
     for name in path:
         feature = feature.get(name) if isinstance(feature, dict) else None
     if not isinstance(feature, Value):
-        return dataset  # and it isn't found
+        return dataset  # the caller reports the missing column
 
-    def picked(row: dict[str, Any]) -> dict[str, object]:
+    def pick(row: dict[str, Any]) -> dict[str, object]:
         value = row[first]
         for name in path:
             value = value and value.get(name)
         return {column: value}
 
-    return dataset.map(picked, features=Features({**dataset.features, column: feature}))
+    return dataset.map(pick, features=Features({**dataset.features, column: feature}))
 
 
-def label_names(given: str | None) -> dict[int, str] | None:
-    """The names of --labels by id.
+def parse_labels(text: str | None) -> dict[int, str] | None:
+    """Label names by id from --labels: names, a JSON file with a list of names, or their number.
 
     Raises:
-        ValueError: if it is none of its forms.
+        ValueError: for anything else.
     """
-    if given is None:
+    if text is None:
         return None
     try:
-        if given.isdecimal():
-            names = [str(i) for i in range(int(given))]
+        if text.isdecimal():
+            names = [str(i) for i in range(int(text))]
+        elif Path(text).is_file():
+            names = json.loads(Path(text).read_text())
         else:
-            names = (
-                json.loads(Path(given).read_text()) if Path(given).is_file() else given.split(",")
-            )
-        fitting = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+            names = text.split(",")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--labels {given}: {error}") from error
-    if not fitting or not names or len(set(names)) < len(names):
+        raise ValueError(f"--labels {text}: {error}") from error
+    valid = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not valid or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"--labels {given}: different names such as cat,dog, a JSON file with a list of them and a "
-            "number of classes, 1 or more, are allowed"
+            f"--labels {text}: different names such as cat,dog, a JSON file with a list of them and "
+            "a number of classes, 1 or more, are allowed"
         )
     return dict(enumerate(names))
 
 
 class StreamedBatches(Sampler[list[Item]]):
-    """Batches of `((rows, i), seed)` for `StreamedImages`: epoch after epoch, each in another order.
+    """Batches of `((rows, i), seed)` for `StreamedImages`: epochs, each in another order.
 
-    In an epoch the shards are in an order drawn from (seed, epoch). Process `rank` reads those at rank, rank + world,
-    ... of it, each whole, if their number is a multiple of the processes', and else all of them, of which it keeps one
-    row of `world` (as datasets' `split_dataset_by_node`). Its rows are cut into windows, the last one of an epoch
-    shorter, and permuted within each by (seed, epoch, window). An image folder's rows, which hold names and no images,
-    are one window.
+    In an epoch the shards are in an order drawn from (seed, epoch). Process `rank` reads the shards
+    at rank, rank + world, ... of it if their number is a multiple of `world`; otherwise all of them,
+    of which it keeps one row in `world` (as datasets' `split_dataset_by_node`). Its rows are cut
+    into windows, the last one of an epoch shorter, and permuted within each by (seed, epoch,
+    window). An image folder's rows, which hold names and no images, are one window.
 
-    A batch's seeds are those that `Stream` gives it. `position` says where the stream is, in numbers that don't depend
-    on what was read ahead; with it another one goes on there, which costs a look at the shard's rows before, without
-    their images being decoded.
+    The seeds are those of `ShuffledBatches`. `position` tells where the stream is, independent of
+    what was read ahead; resuming there only skips the shard's rows before it, without decoding.
+
+    Args:
+        window: rows that are shuffled together; None: 1000.
+        batch_size, seed, rank, world, first, last: as for `ShuffledBatches`.
+        position: of a `StreamedBatches` before batch `first`; None: the start.
     """
 
     def __init__(
@@ -291,115 +263,85 @@ class StreamedBatches(Sampler[list[Item]]):
         position: dict[str, int] | None = None,
     ):
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.window = None if source.of_files else window or WINDOW
+        self.window = None if source.of_files else window or DEFAULT_WINDOW
         self.rank, self.world, self.first, self.last = rank, world, first, last
-        self.start = dict(BEGINNING if position is None else position)
-        self._begun: deque[tuple[int, dict[str, int]]] = (
-            deque()
-        )  # rows before a window, and where it begins
+        self.start = dict(START if position is None else position)
+        # For every window in use: the number of rows before it, and the position of its start.
+        self._windows_in_use: deque[tuple[int, dict[str, int]]] = deque()
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        rows = self._shuffled()
+        rows = self._shuffled_rows()
         for batch in range(self.first, self.last):
             start = (batch * self.world + self.rank) * self.batch_size
             chosen = list(islice(rows, self.batch_size))
-            yield [((chosen, i), self.seed * 1_000_003 + start + i) for i in range(self.batch_size)]
+            yield [((chosen, i), item_seed(self.seed, start + i)) for i in range(self.batch_size)]
 
     def position(self, batch: int) -> dict[str, int]:
-        """Where the stream is before a batch that was given, or the one after the last that was; of no earlier one."""
-        read = (batch - self.first) * self.batch_size
-        while len(self._begun) > 1 and self._begun[1][0] < read:
-            self._begun.popleft()
-        before, place = self._begun[0] if self._begun else (-self.start["taken"], self.start)
-        return {**place, "taken": read - before}
+        """Where the stream is before `batch`: one that was read, or the next one.
 
-    def _shuffled(self) -> Iterator[Row]:
-        self._begun.clear()
+        Earlier positions are forgotten.
+        """
+        rows_read = (batch - self.first) * self.batch_size
+        while len(self._windows_in_use) > 1 and self._windows_in_use[1][0] < rows_read:
+            self._windows_in_use.popleft()
+        before, start = -self.start["taken"], self.start
+        if self._windows_in_use:
+            before, start = self._windows_in_use[0]
+        return {**start, "taken": rows_read - before}
+
+    def _shuffled_rows(self) -> Iterator[Row]:
+        self._windows_in_use.clear()
         before, taken = -self.start["taken"], self.start["taken"]
-        for place, rows in one_ahead(self._windows()):
-            self._begun.append((before, place))
+        for start, rows in prefetch(self._windows()):
+            self._windows_in_use.append((before, start))
             order = list(range(len(rows)))
-            random.Random(f"window {self.seed} {place['epoch']} {place['window']}").shuffle(order)
+            draw = random.Random(f"window {self.seed} {start['epoch']} {start['window']}")
+            draw.shuffle(order)
             yield from (rows[i] for i in order[taken:])
             before, taken = before + len(rows), 0
 
     def _windows(self) -> Iterator[tuple[dict[str, int], list[Row]]]:
-        """The rows of each window, and where it begins."""
-        at = dict(self.start)
+        """The start and the rows of each window."""
+        position = dict(self.start)
         while True:
-            rows, place = self._epoch(at), dict(at)
+            rows, start = self._epoch_rows(position), dict(position)
             while window := list(islice(rows, self.window)):
-                yield place, window
-                at["window"] += 1
-                place = dict(at)
-            if at["window"] == 0:
+                yield start, window
+                position["window"] += 1
+                start = dict(position)
+            if position["window"] == 0:
                 raise ValueError(
                     f"--streaming: process {self.rank} of {self.world} finds no row in epoch "
-                    f"{at['epoch']} of {self.source.num_shards} shards; fewer processes, and more or "
-                    "larger shards, are allowed"
+                    f"{position['epoch']} of {self.source.num_shards} shards; fewer processes, and "
+                    "more or larger shards, are allowed"
                 )
-            at = {**BEGINNING, "epoch": at["epoch"] + 1}
+            position = {**START, "epoch": position["epoch"] + 1}
 
-    def _epoch(self, at: dict[str, int]) -> Iterator[Row]:
-        """This process's rows of the rest of an epoch; `at` goes along."""
+    def _epoch_rows(self, position: dict[str, int]) -> Iterator[Row]:
+        """This process's rows of the rest of an epoch; updates `position`."""
         count = self.source.num_shards
-        shards = random.Random(f"shards {self.seed} {at['epoch']}").sample(range(count), count)
-        if whole := count % self.world == 0:
+        draw = random.Random(f"shards {self.seed} {position['epoch']}")
+        shards = draw.sample(range(count), count)
+        by_shard = count % self.world == 0
+        if by_shard:
             shards = shards[self.rank :: self.world]
-        while at["shard"] < len(shards):
-            for row in self.source.shard_rows(shards[at["shard"]], at["row"]):
-                at["row"] += 1
-                at["passed"] += 1
-                if whole or (at["passed"] - 1) % self.world == self.rank:
+        while position["shard"] < len(shards):
+            for row in self.source.shard_rows(shards[position["shard"]], position["row"]):
+                number = position["passed"]
+                position["row"] += 1
+                position["passed"] += 1
+                if by_shard or number % self.world == self.rank:
                     yield row
-            at["shard"], at["row"] = at["shard"] + 1, 0
+            position["shard"], position["row"] = position["shard"] + 1, 0
 
 
-def one_ahead(items: Iterator[AnyItem]) -> Iterator[AnyItem]:
-    """The same items; a thread gets the next one meanwhile."""
+def prefetch(items: Iterator[AnyItem]) -> Iterator[AnyItem]:
+    """The same items, of which a thread computes the next one in advance."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(next, items, None)
-        while (item := waiting.result()) is not None:
-            waiting = thread.submit(next, items, None)
+        future = thread.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, items, None)
             yield item
-
-
-def load_streams(
-    options: Options, splits: IterableDatasetDict, held_out: str | None
-) -> tuple[StreamedImages, LabelledImages | None]:
-    """The split to train on, and the first images of the held-out one.
-
-    Raises:
-        ValueError: if a column or its labels can't be used.
-    """
-    train = StreamedImages(
-        splits[options.train_split],
-        options.image_column,
-        options.label_column,
-        options.resolution,
-        options.center_crop,
-        options.random_flip,
-        options.random_shift,
-        labels=label_names(options.labels),
-        skip_corrupt_images=options.skip_corrupt_images,
-    )
-    if held_out is None:
-        return train, None
-    named = (
-        None
-        if isinstance(train.dataset.features.get(train.label_column), ClassLabel)
-        else train.id2label or None
-    )
-    rest = StreamedImages(
-        splits[held_out],
-        train.image_column,
-        train.label_column,
-        options.resolution,
-        channels=train.channels,
-        labels=named,
-        skip_corrupt_images=options.skip_corrupt_images,
-    )
-    return train, rest.in_memory(options.validation_samples, train.id2label)
