@@ -591,7 +591,7 @@ def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
 ) -> None:
     """Rows of the labels' embeddings move where the labels were told: the null label's if all are dropped, else not."""
     started = {}
-    make = train_unet.make_network
+    make = train_unet.make_denoiser
 
     def made(*args: Any) -> torch.nn.Module:
         model = make(*args)
@@ -605,7 +605,7 @@ def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
         assert not output.any()
         return model
 
-    monkeypatch.setattr(train_unet, "make_network", made)
+    monkeypatch.setattr(train_unet, "make_denoiser", made)
     line = (
         f"--class_conditional --model_config_name_or_path {dit} --no_use_ema --adam_weight_decay 0 "
     )

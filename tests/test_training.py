@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -906,6 +907,35 @@ def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> N
         )
     with pytest.raises(SystemExit, match="checkpoint-2: of another run: use_ema True, here False$"):
         train("classifier", line + " --resume_from_checkpoint latest --no_use_ema")
+
+
+# Scripts as single files
+
+
+@pytest.mark.parametrize("name", ["train_unet", "train_classifier", "train_clip"])
+def test_a_script_is_a_file_that_runs_anywhere(name: str, tmp_path: Path) -> None:
+    """A copy alone in another folder, as `uv run URL` makes it; its dependencies are in its header."""
+    text = (TRAINING / f"{name}.py").read_text()
+    header = text.split("# /// script\n")[1].split("# ///\n")[0].replace("# ", "")
+    assert 'dependencies = ["guided-diffusers"]' in header.splitlines()
+    shutil.copy(TRAINING / f"{name}.py", tmp_path)
+    command = [sys.executable, f"{name}.py", "--train_data_dir", "nowhere"]
+    if name == "train_clip":
+        command += ["--caption_column", "text"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.endswith(
+        f"{name}.py: error: --train_data_dir nowhere: there is no such folder\n"
+    )
+
+
+def test_dashes_and_booleans_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Underscores or dashes; a boolean alone, with a value, or turned off."""
+    line = "--train-data-dir my-photos --random-flip --center_crop False --no-use_ema --cpu=yes"
+    monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+    parsed = parse(Options, None)
+    assert parsed.train_data_dir == "my-photos" and parsed.random_flip and parsed.cpu
+    assert not parsed.center_crop and not parsed.use_ema
 
 
 # The recipe of the bundled models

@@ -48,12 +48,7 @@ from guided_diffusers.learning.classifier_objective import (
     ScoreModel,
     parse_class_weights,
 )
-from guided_diffusers.learning.distributed import (
-    SHARDED,
-    end_training,
-    exit_on_value_error,
-    make_accelerator,
-)
+from guided_diffusers.learning.distributed import SHARDED, exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
 from guided_diffusers.learning.latents import load_vae, write_latents
 from guided_diffusers.learning.loop import Trainer
@@ -67,7 +62,7 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.publishing import publish
+from guided_diffusers.learning.publishing import save_and_publish
 from guided_diffusers.learning.warm_start import (
     classifier_config,
     copy_weights,
@@ -102,9 +97,7 @@ class ClassifierOptions(Options):
         "or a JSON file {name: weight}. With several labels per image: weights of their presence",
     )
     label_smoothing: float = option(
-        0.0,
-        "probability that is distributed over all labels; 0: off",
-        Range(0, 1, open=True),
+        0.0, "probability that is distributed over all labels; 0: off", Range(0, 1, open=True)
     )
     mixup: float = option(
         0.0, "mix pairs of images and labels in shares from Beta(mixup, mixup); 0: off", FINITE
@@ -121,9 +114,7 @@ class ClassifierOptions(Options):
         "the noise schedule, unless --scheduler or a --ddpm option does",
     )
     robust_epsilon: float = option(
-        0.0,
-        "train on the worst image within this L2 distance of x_t; 0: off",
-        FINITE,
+        0.0, "train on the worst image within this L2 distance of x_t; 0: off", FINITE
     )
     robust_steps: int = option(7, "gradient steps that find the worst image")
     dlsm_weight: float = option(
@@ -416,11 +407,7 @@ def main() -> None:
     # 3. Train, save, publish
     evaluate = Evaluation(options, accelerator, loss, held_out, trainer.steps)
     model = trainer.train(loss, evaluate)
-    if accelerator.is_main_process:
-        model.save_pretrained(options.output_dir)
-    end_training(accelerator)
-    if accelerator.is_main_process:
-        publish(options, model)
+    save_and_publish(options, accelerator, model)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,7 @@ from guided_diffusers.clip import DECIDED, NoiseAwareCLIP, image_config, last_la
 from guided_diffusers.learning.annotations import CaptionedImages
 from guided_diffusers.learning.batches import Batch, StepRandom
 from guided_diffusers.learning.data import LabelledImages
-from guided_diffusers.learning.distributed import (
-    end_training,
-    exit_on_value_error,
-    make_accelerator,
-)
+from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import Score, eval_timesteps, held_out_metrics
 from guided_diffusers.learning.loop import Trainer
 from guided_diffusers.learning.options import AT_LEAST_0, Options, option, parse
@@ -63,7 +59,7 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.publishing import publish
+from guided_diffusers.learning.publishing import save_and_publish
 
 DEFAULT_TEXT = {
     "hidden_size": 256,
@@ -456,11 +452,7 @@ def main() -> None:
         )
 
     model = trainer.train(loss, evaluate)
-    if accelerator.is_main_process:
-        model.save_pretrained(options.output_dir)
-    end_training(accelerator)
-    if accelerator.is_main_process:
-        publish(options, model)
+    save_and_publish(options, accelerator, model)
 
 
 if __name__ == "__main__":

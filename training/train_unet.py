@@ -51,11 +51,7 @@ from diffusers.utils import make_image_grid
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
-from guided_diffusers.learning.distributed import (
-    end_training,
-    exit_on_value_error,
-    make_accelerator,
-)
+from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
 from guided_diffusers.learning.latents import Autoencoder, load_vae, write_latents
 from guided_diffusers.learning.loop import Trainer
@@ -66,6 +62,8 @@ from guided_diffusers.learning.losses import (
     Process,
     bits_per_dim,
     diffusion_loss,
+    draw_steps,
+    weighted_mean,
 )
 from guided_diffusers.learning.options import (
     AT_LEAST_0,
@@ -76,7 +74,7 @@ from guided_diffusers.learning.options import (
     parse,
 )
 from guided_diffusers.learning.prepare import Images, load_data, load_scheduler, make_model
-from guided_diffusers.learning.publishing import publish
+from guided_diffusers.learning.publishing import save_and_publish
 
 Denoiser = UNet2DModel | DiTTransformer2DModel
 Scheduler = DDPMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
@@ -137,8 +135,7 @@ class UNetOptions(Options):
         "above 1 for large images; by default 1",
     )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
-        "uniform",
-        "second_moment: timesteps of large loss more often, meant for --objective bound",
+        "uniform", "second_moment: timesteps of large loss more often, meant for --objective bound"
     )
     bits_per_dim_images: int = changeable(
         0, "held-out images whose bits per dimension are computed at the end", AT_LEAST_0
@@ -299,11 +296,7 @@ class DenoisingLoss:
     """The loss of a denoiser at random noise levels: (model, batch, draws) -> mean of the rows."""
 
     def __init__(
-        self,
-        options: UNetOptions,
-        accelerator: Accelerator,
-        scheduler: Scheduler,
-        num_labels: int,
+        self, options: UNetOptions, accelerator: Accelerator, scheduler: Scheduler, num_labels: int
     ):
         self.options, self.accelerator, self.num_labels = options, accelerator, num_labels
         self.process = FlowProcess(scheduler) if options.flow_matching else Process(scheduler)
@@ -317,19 +310,13 @@ class DenoisingLoss:
         if options.flow_matching:
             uniform = options.flow_timestep_sampling == "uniform"
             t = self.process.timesteps(draws.rand() if uniform else draws.randn().sigmoid())
-        elif self.sampler is None:
-            t = draws.randint(self.num_timesteps)
         else:
-            sampled = self.sampler.sample(draws.total, draws.generator)
-            t, weight = (draws.local(values) for values in sampled)
+            t, weight = draw_steps(draws, self.num_timesteps, self.sampler)
         eps = draws.randn(*batch["pixel_values"].shape[1:])
         dropped = draws.rand() < options.label_dropout
         labels = torch.where(dropped, self.num_labels, batch["label"])
         losses = self.per_image(model, batch, eps, t, labels, options.snr_gamma)
-        if weight is None:
-            return losses.mean()
-        self.sampler.update(*self.accelerator.gather((t, losses.detach())))
-        return (weight * losses).mean()
+        return weighted_mean(losses, t, weight, self.sampler, self.accelerator)
 
     def per_image(
         self,
@@ -463,14 +450,10 @@ def main() -> None:
         options, accelerator, loss, scheduler, vae, names, held_out, trainer.steps
     )
     model = trainer.train(loss, evaluate)
-    if accelerator.is_main_process:
-        pipeline = ClassifierGuidedPipeline(
-            unet=model, scheduler=saved_scheduler, vae=vae, id2label=names
-        )
-        pipeline.save_pretrained(options.output_dir)
-    end_training(accelerator)
-    if accelerator.is_main_process:
-        publish(options, pipeline)
+    pipeline = ClassifierGuidedPipeline(
+        unet=model, scheduler=saved_scheduler, vae=vae, id2label=names
+    )
+    save_and_publish(options, accelerator, pipeline)
 
 
 if __name__ == "__main__":

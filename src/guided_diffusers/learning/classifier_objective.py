@@ -15,13 +15,7 @@ from diffusers import DDPMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ClassifierGuidedPipeline
-from ..noise import (
-    SMALLEST_ALPHA,
-    NoiseLevel,
-    TrainedSchedule,
-    split_variance,
-    x0_coefficients,
-)
+from ..noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, split_variance, x0_coefficients
 from .annotations import TargetedImages
 from .batches import Batch, StepRandom
 from .classifier_losses import (
@@ -35,7 +29,7 @@ from .classifier_losses import (
     worst_case,
 )
 from .latents import LatentImages
-from .losses import LossSecondMomentSampler
+from .losses import LossSecondMomentSampler, draw_steps, weighted_mean
 from .prepare import Images
 
 
@@ -77,19 +71,13 @@ class ClassifierLoss:
 
     def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
         x0, y = batch["pixel_values"], batch["label"]
-        if self.sampler is None:
-            k, weight = draws.randint(self.max_timestep + 1 - self.min_timestep), None
-        else:
-            sampled = self.sampler.sample(draws.total, draws.generator)
-            k, weight = (draws.local(values) for values in sampled)
+        steps = self.max_timestep + 1 - self.min_timestep
+        k, weight = draw_steps(draws, steps, self.sampler)
         t, eps = self.min_timestep + k, draws.randn(*x0.shape[1:])
         if self.mixup_alpha:
             x0, y = mixup(x0, soft_labels(y, self.num_labels), self.mixup_shares(draws))
         losses = self.per_image(model, self.scheduler.add_noise(x0, eps, t), t, y, eps)
-        if self.sampler is None:
-            return losses.mean()
-        self.sampler.update(*self.accelerator.gather((k, losses.detach())))
-        return (weight * losses).mean()
+        return weighted_mean(losses, k, weight, self.sampler, self.accelerator)
 
     def mixup_shares(self, draws: StepRandom) -> torch.Tensor:
         """Shares from Beta(mixup_alpha, mixup_alpha), (B,).

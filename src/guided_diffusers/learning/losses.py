@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import log, pi, sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -22,6 +22,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..noise import log_variance, split_variance, step_variances, x0_coefficients
+from .batches import StepRandom
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Objective = Literal["simple", "hybrid", "hybrid_rescaled", "bound"]
 HALF_BIN = 1 / 255  # of a pixel value in [-1, 1]
@@ -368,3 +372,28 @@ class LossSecondMomentSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
+
+
+def draw_steps(
+    draws: StepRandom, steps: int, sampler: LossSecondMomentSampler | None
+) -> tuple[Tensor, Tensor | None]:
+    """Steps k (B,) of this process's images, and their importance weights; without a sampler uniform
+    steps and None."""
+    if sampler is None:
+        return draws.randint(steps), None
+    k, weight = sampler.sample(draws.total, draws.generator)
+    return draws.local(k), draws.local(weight)
+
+
+def weighted_mean(
+    losses: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    sampler: LossSecondMomentSampler | None,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Mean of losses (B,) with the weights of `draw_steps`; adds them to the sampler's history."""
+    if sampler is None:
+        return losses.mean()
+    sampler.update(*accelerator.gather((k, losses.detach())))
+    return (weight * losses).mean()
