@@ -298,7 +298,7 @@ def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
         )
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates a classifier: (model, step) -> metrics; writes curves and the diagnosis."""
 
     def __init__(
@@ -405,7 +405,7 @@ def main() -> None:
         )
 
     # 3. Train, save, publish
-    evaluate = Evaluation(options, accelerator, loss, held_out, trainer.steps)
+    evaluate = Evaluator(options, accelerator, loss, held_out, trainer.steps)
     model = trainer.train(loss, evaluate)
     save_and_publish(options, accelerator, model)
 

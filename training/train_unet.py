@@ -335,7 +335,7 @@ class DenoisingLoss:
         return losses["loss"]
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates a denoiser: (model, step) -> metrics; writes a picture of samples.
 
     Args:
@@ -446,9 +446,7 @@ def main() -> None:
     names = data.id2label if options.class_conditional else None
 
     # 2. Train, save, publish
-    evaluate = Evaluation(
-        options, accelerator, loss, scheduler, vae, names, held_out, trainer.steps
-    )
+    evaluate = Evaluator(options, accelerator, loss, scheduler, vae, names, held_out, trainer.steps)
     model = trainer.train(loss, evaluate)
     pipeline = ClassifierGuidedPipeline(
         unet=model, scheduler=saved_scheduler, vae=vae, id2label=names

@@ -270,20 +270,27 @@ def parse(options: type[AnyOptions], description: str | None) -> AnyOptions:
     Dashes in an option's name may stand for underscores. Booleans are written --name, --name False
     or, where they are on by default, --no_name.
     """
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     hints = get_type_hints(options)
     for f in fields(options):
         _add_option(parser, f.name, hints[f.name], f.default, f.metadata["help"])
-    words = []
-    for word in sys.argv[1:]:
-        name, equals, value = word.partition("=")
-        words.append(
-            "--" + name[2:].replace("-", "_") + equals + value if name[:2] == "--" else word
-        )
+    words = [_with_underscores(word) for word in sys.argv[1:]]
     try:
         return options(**vars(parser.parse_args(words)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def _with_underscores(word: str) -> str:
+    """An option with underscores for the dashes in its name; other words as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
 
 
 def _add_option(parser: ArgumentParser, name: str, hint: Any, default: Any, help: str) -> None:
