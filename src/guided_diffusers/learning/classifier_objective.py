@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import ClassifierGuidedPipeline
 from ..noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, split_variance, x0_coefficients
+from ..pipeline import ClassifierGuidedPipeline
 from .annotations import TargetedImages
 from .batches import Batch, StepRandom
 from .classifier_losses import (

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .. import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
+from ..classifier import NoiseAwareClassifier
+from ..clip import NoiseAwareCLIP
+from ..pipeline import ClassifierGuidedPipeline
 from .distributed import end_training, exit_on_value_error
 from .options import Options
 

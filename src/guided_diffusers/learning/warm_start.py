@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from .. import NoiseAwareClassifier
+from ..classifier import NoiseAwareClassifier
 from .prepare import SCHEDULE
 
 # Config entries that `UNet2DModel` and `NoiseAwareClassifier` share.
