@@ -47,8 +47,9 @@ from guided_diffusers.evaluation import load_network
 from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling import sample
 from guided_diffusers.speed import computing_in
-from guided_diffusers.sweep import Point, Result, measure_points
-from guided_diffusers.sweep.measure import DTYPES, quiet_copy, scheduler_for
+from guided_diffusers.sweep import Result, SweepSetting, measure_points
+from guided_diffusers.sweep.measure import DTYPES, quiet_copy
+from guided_diffusers.sweep.schedulers import scheduler_for
 from guided_diffusers.utils import exchanged, load_pipeline, write_bytes, write_json
 
 PARTS = ("quality", "solvers", "directions", "preset")
@@ -116,7 +117,7 @@ class Setting:
     """A point of the first table, and what it is there for."""
 
     kind: str
-    point: Point
+    point: SweepSetting
 
 
 def settings(
@@ -127,27 +128,29 @@ def settings(
     tolerances: Sequence[float],
 ) -> Iterator[Setting]:
     for count in steps:
-        yield Setting("unguided", Point(solver, count, 0.0))
+        yield Setting("unguided", SweepSetting(solver, count, 0.0))
         for scale in scales:
-            yield Setting("plain", Point(solver, count, scale))
+            yield Setting("plain", SweepSetting(solver, count, scale))
         for start, scale, most in product(starts, scales, tolerances):
-            yield Setting("spared", Point(solver, count, scale, start, guidance_tolerance=most))
+            yield Setting(
+                "spared", SweepSetting(solver, count, scale, start, guidance_tolerance=most)
+            )
 
 
-def solver_points(steps: Sequence[int]) -> Iterator[Point]:
+def solver_points(steps: Sequence[int]) -> Iterator[SweepSetting]:
     for count in steps:
         for solver, algorithms in SOLVERS.items():
-            yield Point(solver, count, 0.0)
+            yield SweepSetting(solver, count, 0.0)
             for scale in SCALES:
                 for algorithm in algorithms:
-                    yield Point(solver, count, scale, guidance_algorithm=algorithm)
+                    yield SweepSetting(solver, count, scale, guidance_algorithm=algorithm)
 
 
 def as_good(result: Result, other: Result) -> bool:
     """Whether Frechet distance and recall are the other's, within its intervals, or better."""
     return (
-        result.value("frechet_distance") <= other.ends("frechet_distance")[1]
-        and result.value("recall") >= other.ends("recall")[0]
+        result.value("frechet_distance") <= other.interval("frechet_distance")[1]
+        and result.value("recall") >= other.interval("recall")[0]
     )
 
 
@@ -156,7 +159,7 @@ def equal(result: Result, published: Result) -> bool:
     return result.value("top_1") >= published.value("top_1") - 0.005 and as_good(result, published)
 
 
-def chosen(found: Sequence[tuple[Setting, Result]]) -> Point | None:
+def chosen(found: Sequence[tuple[Setting, Result]]) -> SweepSetting | None:
     """The most accurate point that is as good as none of the same steps; None if none is."""
     none = {
         one.point.num_inference_steps: result for one, result in found if one.kind == "unguided"
@@ -200,7 +203,7 @@ def in_turns(
                 range(options.batch_size),
                 conditional=conditional,
                 output_type="pt",
-                **one.point.call,
+                **one.point.call_arguments,
             ):
                 taken.setdefault(str(one.point), []).append((now() - began) / options.batch_size)
             write_json(taken, path)
@@ -223,7 +226,7 @@ def quality_rows(
             "setting": str(one.point),
             "steps": one.point.num_inference_steps,
             **{name: result.value(name) for name in FIGURES},
-            **{f"{name}_interval": list(result.ends(name)) for name in FIGURES},
+            **{f"{name}_interval": list(result.interval(name)) for name in FIGURES},
             "network_evaluations": cost["network_evaluations"],
             "classifier_evaluations": cost["classifier_evaluations"],
             "seconds": took[one.point],
@@ -235,7 +238,9 @@ def quality_rows(
             }
         none = took.get(one.point.unguided)
         plain = took.get(
-            Point(one.point.scheduler, one.point.num_inference_steps, one.point.guidance_scale)
+            SweepSetting(
+                one.point.scheduler, one.point.num_inference_steps, one.point.guidance_scale
+            )
         )
         if one.point.guidance_scale and none is not None and plain is not None:
             row["surcharge_of_plain"] = (took[one.point] - none) / (plain - none)
@@ -263,8 +268,8 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def solver_rows(results: Sequence[Result], images: int) -> list[dict[str, Any]]:
-    values = {result.point: result.value("frechet_distance") for result in results}
-    none = {point.line[:2]: value for point, value in values.items() if point.guidance_scale == 0}
+    values = {result.setting: result.value("frechet_distance") for result in results}
+    none = {point.curve[:2]: value for point, value in values.items() if point.guidance_scale == 0}
     return [
         {
             "images": images,
@@ -273,8 +278,8 @@ def solver_rows(results: Sequence[Result], images: int) -> list[dict[str, Any]]:
             "algorithm": point.guidance_algorithm or "output",
             "scale": point.guidance_scale,
             "frechet_distance": value,
-            "unguided": none[point.line[:2]],
-            "diverged": not value <= none[point.line[:2]],
+            "unguided": none[point.curve[:2]],
+            "diverged": not value <= none[point.curve[:2]],
         }
         for point, value in values.items()
         if point.guidance_scale
@@ -478,7 +483,7 @@ def main() -> None:
     )
 
     def measure(
-        points: Sequence[Point],
+        points: Sequence[SweepSetting],
         folder: str,
         images: int,
         tell: bool = False,
@@ -515,7 +520,9 @@ def main() -> None:
                     options.starts,
                     options.tolerances,
                 ),
-                Setting("published", Point("ddpm", 250, options.scale, guidance_algorithm="mean")),
+                Setting(
+                    "published", SweepSetting("ddpm", 250, options.scale, guidance_algorithm="mean")
+                ),
             ]
             results = measure([one.point for one in wanted], part, options.num_images)
             timing = in_turns(pipeline, wanted, part, False if told else None, options)
@@ -529,13 +536,15 @@ def main() -> None:
         elif part == "directions":
             figures[part] = []
             for name, (solver, term, scales) in DIRECTIONS.items():
-                points = [Point(solver, max(options.solver_steps), scale) for scale in scales]
+                points = [
+                    SweepSetting(solver, max(options.solver_steps), scale) for scale in scales
+                ]
                 figures[part] += [
                     {
                         "images": options.solver_images,
-                        "steps": one.point.num_inference_steps,
+                        "steps": one.setting.num_inference_steps,
                         "direction": name,
-                        "scale": one.point.guidance_scale,
+                        "scale": one.setting.guidance_scale,
                         **{key: one.value(key) for key in FIGURES},
                     }
                     for one in measure(
@@ -593,7 +602,7 @@ def main() -> None:
     print(text)
 
 
-def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, path: Path) -> None:
+def write_preset(rows: Sequence[dict[str, Any]], best: SweepSetting | None, path: Path) -> None:
     """How the model samples by itself, and its row beside those of no guidance and of guidance at each step; nothing
     where no guidance is better."""
     path.unlink(missing_ok=True)
@@ -618,7 +627,9 @@ def write_preset(rows: Sequence[dict[str, Any]], best: Point | None, path: Path)
         for row in rows
         if row["kind"] != "spared" or row["setting"] == str(best)
     ]
-    defaults = {name: value for name, value in best.call.items() if value != DEFAULTS[name]}
+    defaults = {
+        name: value for name, value in best.call_arguments.items() if value != DEFAULTS[name]
+    }
     write_json(
         {
             "scheduler": best.scheduler,

@@ -15,9 +15,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests' tensors are small: more threads only wait for each other
+# the tests' tensors are small: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# MKL's results then don't depend on where in memory a tensor starts, which bit-for-bit tests need on some processors
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 import datasets
 import numpy as np

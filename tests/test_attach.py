@@ -764,10 +764,11 @@ def test_afterwards_the_pipeline_is_as_before_also_after_an_exception(name: str)
 
     class Fails(Spy):
         def score(self, step: StepContext) -> torch.Tensor:
+            score = super().score(step)  # after the network was evaluated for the gradient
             assert not any(p.requires_grad for module in modules[:1] for p in module.parameters())
             if step.index == 1:
                 raise KeyError("inside")
-            return super().score(step)
+            return score
 
     with pytest.raises(KeyError, match="inside"), guide(pipeline, Fails()):
         pipeline(**deepcopy(call))
@@ -1232,7 +1233,7 @@ def test_conditions_that_the_network_is_not_told_are_refused() -> None:
     record = Recorder(pipeline)
     with pytest.raises(
         ValueError,
-        match=r"a term has the condition 'class_labels'; the pipeline tells its "
+        match=r"a term has the condition 'class_labels'; the pipeline passes its "
         r"UNet2DConditionModel \['encoder_hidden_states', ",
     ):
         record(ClassifierFreeGuidance(1), **call)

@@ -26,17 +26,17 @@ from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.diagnosis import (
     Diagnosis,
-    Place,
+    EvalLevel,
     calibration_error,
     calibration_gaps,
     diagnose,
     inspect,
     plot,
 )
-from guided_diffusers.diagnosis.figures import calibration_floor, logit_scale
-from guided_diffusers.diagnosis.report import write_json
+from guided_diffusers.diagnosis.metrics import calibration_floor, logit_scale
 from guided_diffusers.diagnosis.verdict import edges, rounded, status, useful_levels
 from guided_diffusers.guidance import gradient
+from guided_diffusers.utils import write_json
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 
@@ -88,7 +88,7 @@ def data(mixture: Mixture) -> Drawn:
 
 
 def exact_gradient(mixture: Mixture) -> Any:
-    def reference(x: torch.Tensor, label: torch.Tensor, place: Place) -> torch.Tensor:
+    def reference(x: torch.Tensor, label: torch.Tensor, place: EvalLevel) -> torch.Tensor:
         def log_p(x: torch.Tensor) -> torch.Tensor:
             posterior = mixture.log_joint(x, place.level.alpha, place.level.sigma).log_softmax(-1)
             return posterior.gather(1, label[:, None])
@@ -191,7 +191,7 @@ def test_of_clean_images_only() -> None:
         assert (
             found.levels[-1]["status"] == "informative" and found.levels[0]["status"] == "harmful"
         )
-        assert any("worse than silence" in one for one in found.verdict.words)
+        assert any("worse than the uninformed baseline" in one for one in found.verdict.words)
         says = any("trained up to sigma/alpha 0.01" in one for one in found.mismatches)
         assert says == (classifier.config["num_train_timesteps"] == 1) == found.levels[0]["beyond"]
 

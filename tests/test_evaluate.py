@@ -25,19 +25,19 @@ from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.evaluation import (
     Bootstrap,
+    DatasetImages,
     Evaluation,
-    Rows,
     evaluate,
-    figures,
-    inception,
+    load_inception,
     load_network,
-    of_classifier,
-    of_module,
     open_generated,
     open_real,
+    results,
+    wrap_classifier,
+    wrap_module,
 )
-from guided_diffusers.evaluation.bits import process_of
-from guided_diffusers.evaluation.images import matched
+from guided_diffusers.evaluation.bits import noise_process
+from guided_diffusers.evaluation.labels import match_labels
 from guided_diffusers.evaluation.metrics import (
     Moments,
     density_coverage,
@@ -332,17 +332,17 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from guided_diffusers.evaluation import Rows, Settings, of_module, open_real, summarise
+from guided_diffusers.evaluation import DatasetImages, Settings, wrap_module, open_real, summarise
 
 state, place, root = PartialState(cpu=True, timeout=timedelta(seconds=60)), *map(Path, sys.argv[1:])
 with state.main_process_first():
     images = open_real(str(place / "real"), (1, 8, 8))
-read, before = [], Rows.read
-Rows.read = lambda self, start, stop: read.append(stop - start) or before(self, start, stop)
+read, before = [], DatasetImages.read
+DatasetImages.read = lambda self, start, stop: read.append(stop - start) or before(self, start, stop)
 
 def found(cache):
     read.clear()
-    parts = summarise(images, of_module(torch.nn.Flatten()), None, Settings(), progress=False, cache=cache).parts()
+    parts = summarise(images, wrap_module(torch.nn.Flatten()), None, Settings(), progress=False, cache=cache).accumulators()
     return [value for part in parts for value in part.state().values()]
 
 expected = found(root / "shared")
@@ -377,18 +377,18 @@ def test_one_process_looks_for_all_whether_something_was_kept(place: Path, tmp_p
 
 MEMORY = """
 import resource, sys, torch
-from guided_diffusers.evaluation import Rows, evaluate, of_classifier
+from guided_diffusers.evaluation import DatasetImages, evaluate, wrap_classifier
 sys.path.insert(0, sys.argv[2])
 from test_evaluate import Drawn
 
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3))
 model.config = {"id2label": {0: "boot", 1: "coat", 2: "hat"}}
-judge = of_classifier(model)
+judge = wrap_classifier(model)
 names = judge.names
-found = evaluate(Rows(Drawn(int(sys.argv[1]), 0), names), Rows(Drawn(600, 1), names), judge, judge,
-                 Rows(Drawn(int(sys.argv[1]), 2), names), max_features=500, nearest=100, bootstrap=2,
+found = evaluate(DatasetImages(Drawn(int(sys.argv[1]), 0), names), DatasetImages(Drawn(600, 1), names), judge, judge,
+                 DatasetImages(Drawn(int(sys.argv[1]), 2), names), max_features=500, nearest=100, bootstrap=2,
                  per_class=False, progress=False, batch_size=500)
-assert found.figures["top_1"]["images"] == int(sys.argv[1])
+assert found.metrics["top_1"]["images"] == int(sys.argv[1])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -433,9 +433,9 @@ def test_copied_training_images_are_found(place: Path) -> None:
         {"pixel_values": torch.from_numpy(array)[None].float() / 127.5 - 1, "label": label}
         for array, label in zip(arrays, labels, strict=True)
     ]
-    judge = of_classifier(judge_module())
+    judge = wrap_classifier(judge_module())
     found = evaluate(
-        Rows(fresh + copied, judge.names),
+        DatasetImages(fresh + copied, judge.names),
         held_out,
         judge,
         None,
@@ -449,15 +449,21 @@ def test_copied_training_images_are_found(place: Path) -> None:
     assert len(found.pairs) == 10 and all(one.distance < 1e-5 for one in found.pairs)
     assert all(torch.equal(*one.images) for one in found.pairs)
     assert (
-        found.figures["memorised"]["value"] >= 1 / 3 and found.figures["memorised"]["real"] <= 0.02
+        found.metrics["memorised"]["value"] >= 1 / 3 and found.metrics["memorised"]["real"] <= 0.02
     )
     none = evaluate(
-        Rows(fresh, judge.names), held_out, judge, None, training, bootstrap=20, progress=False
+        DatasetImages(fresh, judge.names),
+        held_out,
+        judge,
+        None,
+        training,
+        bootstrap=20,
+        progress=False,
     )
-    assert none.figures["memorised"]["value"] < 0.1
+    assert none.metrics["memorised"]["value"] < 0.1
     assert (
-        0.7 < none.figures["nearest_ratio"]["value"] < 1.4
-        and found.figures["nearest_ratio"]["value"] < none.figures["nearest_ratio"]["value"]
+        0.7 < none.metrics["nearest_ratio"]["value"] < 1.4
+        and found.metrics["nearest_ratio"]["value"] < none.metrics["nearest_ratio"]["value"]
     )
     assert not [note for note in none.notes if "training images" in note]
     assert "20 of 60 generated images are training images, to rounding" in found.notes
@@ -486,12 +492,12 @@ def test_training_images_among_the_others_are_said(place: Path, offset: float) -
         ]
         for name, images in (("training", training), ("held out", held_out))
     }
-    network = of_module(Shaken(offset))
+    network = wrap_module(Shaken(offset))
 
     def found(generated: list[Any], real: list[Any]) -> tuple[Any, ...]:
         got = evaluate(
-            Rows(generated),
-            Rows(real),
+            DatasetImages(generated),
+            DatasetImages(real),
             network,
             None,
             training,
@@ -499,7 +505,7 @@ def test_training_images_among_the_others_are_said(place: Path, offset: float) -
             progress=False,
             batch_size=32,
         )
-        memorised, ratio = (got.figures.get(name, {}) for name in ("memorised", "nearest_ratio"))
+        memorised, ratio = (got.metrics.get(name, {}) for name in ("memorised", "nearest_ratio"))
         return (
             memorised["value"],
             memorised["real"],
@@ -530,16 +536,18 @@ def test_training_images_among_the_others_are_said(place: Path, offset: float) -
 
 
 def test_a_collapsed_model_is_not_diverse(place: Path) -> None:
-    judge = of_classifier(judge_module())
+    judge = wrap_classifier(judge_module())
     real = open_real(str(place / "real"), (1, 8, 8))
     arrays, labels = pixels(3, 9)
     same = [
         {"pixel_values": torch.from_numpy(arrays[i % 3])[None].float() / 127.5 - 1, "label": i % 3}
         for i in range(30)
     ]
-    found = evaluate(Rows(same, judge.names), real, judge, bootstrap=5, progress=False).figures
+    found = evaluate(
+        DatasetImages(same, judge.names), real, judge, bootstrap=5, progress=False
+    ).metrics
     assert found["relative_diversity"]["value"] < 1e-3 and found["coverage"]["value"] < 0.5
-    alike_ = evaluate(real, real, judge, bootstrap=5, progress=False).figures
+    alike_ = evaluate(real, real, judge, bootstrap=5, progress=False).metrics
     assert alike_["relative_diversity"]["value"] == pytest.approx(1)
     assert alike_["frechet_distance"]["value"] == pytest.approx(0, abs=1e-8)
     rows = evaluate(real, real, judge, judge, bootstrap=20, progress=False).per_class
@@ -556,12 +564,14 @@ def test_a_bar_is_shown_where_the_bootstrap_takes_long(
     def slow(real: Any, features: torch.Tensor, weights: Any) -> torch.Tensor:
         return torch.stack([time.sleep(0.4) or weight.sum() for weight in weights])
 
-    monkeypatch.setattr(figures, "frechet_resampled", slow)
+    monkeypatch.setattr(results, "bootstrap_frechet_distances", slow)
     moments = Moments(2)
     moments.update(torch.eye(2))
     for shown in (True, False):
         assert (
-            Bootstrap(4, progress=shown).distances(moments, torch.eye(2), 7, " of boot").tolist()
+            Bootstrap(4, progress=shown)
+            .frechet_distances(moments, torch.eye(2), 7, " of boot")
+            .tolist()
             == [7.0] * 4
         )
         said = capsys.readouterr().err
@@ -639,18 +649,20 @@ def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
     images, labels = stacked(found := open_generated(tmp_path))
     numbers = ((images[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()
     assert sorted(numbers) == list(range(6))
-    ids = matched(found.names, dict(enumerate(names)), "they", "the judge")
+    ids = match_labels(found.names, dict(enumerate(names)), "they", "the judge")
     assert [ids[label] for label in labels.tolist()] == [i % len(names) for i in numbers]
 
 
 def test_labels_of_one_name_stay_apart() -> None:
     wanted = {0: "crane", 1: "a/b", 2: "crane", 3: "c/d", 4: "c/d"}
-    assert matched(wanted, wanted, "x", "y") == {i: i for i in range(5)}
-    assert matched(
+    assert match_labels(wanted, wanted, "x", "y") == {i: i for i in range(5)}
+    assert match_labels(
         {0: "a-b", 1: "c-d 3", 2: "c/d 4", 3: "crane 0", 4: "crane 2"}, wanted, "x", "y"
     ) == {0: 1, 1: 3, 2: 4, 3: 0, 4: 2}
     assert (
-        matched({0: "crane 2", 1: "crane"}, {0: "crane", 1: "crane 2", 2: "crane"}, "x", "y")[0]
+        match_labels({0: "crane 2", 1: "crane"}, {0: "crane", 1: "crane 2", 2: "crane"}, "x", "y")[
+            0
+        ]
         == 1
     )
 
@@ -665,9 +677,9 @@ def test_what_was_found_of_real_images_is_kept(
     first = run(place, generated, *options)
     (kept,) = (tmp_path / "cache").iterdir()
     seen: list[int] = []
-    before = Rows.read
+    before = DatasetImages.read
     monkeypatch.setattr(
-        Rows,
+        DatasetImages,
         "read",
         lambda self, start, stop: seen.append(stop - start) or before(self, start, stop),
     )
@@ -751,17 +763,17 @@ def test_only_features_of_inception_make_an_fid(
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.save(torch.zeros(1), tmp_path / "weights.pth")
-    network = inception(tmp_path / "weights.pth")
+    network = load_inception(tmp_path / "weights.pth")
     found = evaluate(images, images, network, bootstrap=5, progress=False)
-    assert found.figures["frechet_distance"]["name"] == "FID" and "Inception score" in str(found)
+    assert found.metrics["frechet_distance"]["name"] == "FID" and "Inception score" in str(found)
     grey, _ = pixels(50, 1)
     assert torch.equal(
         network(stacked(images)[0])[0], torch.from_numpy(grey).flatten(1)[:, :8].float()
     )
-    other = evaluate(images, images, of_module(torch.nn.Flatten()), bootstrap=5, progress=False)
+    other = evaluate(images, images, wrap_module(torch.nn.Flatten()), bootstrap=5, progress=False)
     assert (
-        other.figures["frechet_distance"]["name"] == "Frechet distance"
-        and "class_score" not in other.figures
+        other.metrics["frechet_distance"]["name"] == "Frechet distance"
+        and "class_score" not in other.metrics
     )
 
 
@@ -795,7 +807,7 @@ def test_bits_per_dimension(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     model = pipeline()
     expected = bits_per_dim(
         model.unet.eval(),
-        process_of(model),
+        noise_process(model),
         images[::5],
         2 - labels[::5],
         generator=[image_generator(0, i) for i in range(10)],
@@ -849,16 +861,20 @@ def test_bits_per_dimension_of_labels_without_names(
     noise = [[image_generator(0, i) for i in range(10)] for _ in range(2)]
     for draws, dtype in zip(noise, (torch.int64, torch.uint8), strict=True):
         expected = bits_per_dim(
-            model.unet.eval(), process_of(model), images[::2], ids[::2].to(dtype), generator=draws
+            model.unet.eval(),
+            noise_process(model),
+            images[::2],
+            ids[::2].to(dtype),
+            generator=draws,
         )
         assert found == pytest.approx(float(expected["total"].mean()), rel=1e-6)
     with pytest.raises(
         ValueError, match="class_labels are torch.float32; ids, integers, are allowed"
     ):
-        bits_per_dim(model.unet, process_of(model), images[::2], ids[::2].float())
+        bits_per_dim(model.unet, noise_process(model), images[::2], ids[::2].float())
     with pytest.raises(
         SystemExit,
-        match=r"images have the labels \[1, 2, 3\], and the network knows the ids 0 to 2",
+        match=r"images have the labels \[3\]; the network has \[0, 1, 2\]",
     ):
         run(tmp_path, None, *bits, "--dataset", str(tmp_path / "more"))
 
@@ -962,21 +978,21 @@ def broken(tmp_path: Path, how: str) -> Path:
     [
         ("an unreadable picture", r"row \d+ \(.*png\) can't be read"),
         ("no picture", r"row \d+ \(.*png\) can't be read"),
-        ("another size", "that of row 30 is 9 by 9, others are 8 by 8"),
-        ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is cut short"),
+        ("another size", "row 30 has 9 by 9 pixels, other rows have 8 by 8"),
+        ("a truncated Parquet shard", r"train-00025.parquet can't be read; it is truncated"),
         ("a damaged Parquet shard", r"train-00050.parquet can't be read; it is damaged"),
         (
             "an unreadable image in a Parquet shard",
             r"image of row 7 of .*train-00025.parquet can't be read",
         ),
-        ("a truncated npz", "samples.npz can't be read; it is cut short"),
+        ("a truncated npz", "samples.npz can't be read; it is truncated"),
         ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
         ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),
-        ("an npz of fewer labels", r"\(19,\) labels, which don't fit"),
+        ("an npz of fewer labels", r"has 20 images and labels of shape \(19,\)"),
         ("an npz without labels", "judge: the generated images have no labels"),
         ("too few in an npz", "5 generated images: at least 6 are needed"),
-        ("an npz of unknown labels", "labels .* are there, and ids 0 to 2 are known"),
-        ("an unfinished run", "isn't complete, as its manifest says"),
+        ("an npz of unknown labels", "they have the labels .*; ids 0 to 2 are allowed"),
+        ("an unfinished run", "is incomplete according to its manifest"),
         ("a manifest of more", "has 60 images, its manifest says 61"),
         ("no manifest", "manifest.json can't be read"),
     ],
@@ -995,17 +1011,17 @@ def test_broken_images_are_named_and_nothing_is_written(
     [
         (
             ["--judge", "OTHER"],
-            r"the generated images have the labels \['coat'\], which the judge .*other hasn't.*: "
-            "a judge with other classes can't judge them",
+            r"the generated images have the labels \['coat'\], which the judge .*other lacks.*; "
+            "a judge of the same classes is needed",
         ),
-        (["--split", "valid"], r"split 'valid' isn't there; it has \['test', 'train'\]"),
-        (["--training-split", "test"], "--training-split test: it is that of the real images"),
+        (["--split", "valid"], r"no split 'valid'; the dataset has \['test', 'train'\]"),
+        (["--training-split", "test"], "--training-split test: the real images are of that split"),
         (["--bootstrap", "-1"], "bootstrap=-1: at least 0"),
         (["--max-features", "5"], "max_features=5: at least 6"),
         (["--nearest", "0"], "nearest=0"),
         (["--batch-size", "0"], "batch_size=0"),
-        (["--confidence", "1"], "confidence=1.0: a share between 0 and 1"),
-        (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: both or neither"),
+        (["--confidence", "1"], "confidence=1.0: a number between 0 and 1"),
+        (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: use both or neither"),
         (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),
         (
             ["--features", "imagenet"],
@@ -1027,22 +1043,24 @@ def test_wrong_arguments(place: Path, tmp_path: Path, arguments: list[str], mess
 
 def test_other_refusals(place: Path) -> None:
     real = open_real(str(place / "real"), (1, 8, 8))
-    judge, flat = of_classifier(judge_module()), of_module(torch.nn.Flatten())
+    judge, flat = wrap_classifier(judge_module()), wrap_module(torch.nn.Flatten())
     with pytest.raises(ValueError, match=r"the generated images have the shape \(3, 8, 8\)"):
-        evaluate(Rows([{"pixel_values": torch.zeros(3, 8, 8), "label": 0}] * 9), real, judge)
+        evaluate(
+            DatasetImages([{"pixel_values": torch.zeros(3, 8, 8), "label": 0}] * 9), real, judge
+        )
     with pytest.raises(ValueError, match="judge: Flatten is no classifier"):
         evaluate(real, real, flat, flat)
     with pytest.raises(
-        FloatingPointError, match="Flatten gives features or logits that are not finite"
+        FloatingPointError, match="Flatten returns features or logits that aren't finite"
     ):
         evaluate(
-            Rows([{"pixel_values": torch.full((1, 8, 8), np.nan), "label": 0}] * 9),
+            DatasetImages([{"pixel_values": torch.full((1, 8, 8), np.nan), "label": 0}] * 9),
             real,
             flat,
             progress=False,
         )
-    with pytest.raises(ValueError, match=r"Identity gives \(1, 1, 8, 8\) for 1 images; \(B, D\)"):
-        evaluate(real, real, of_module(torch.nn.Identity()), progress=False)
+    with pytest.raises(ValueError, match=r"Identity returns \(1, 1, 8, 8\) for 1 images; \(B, D\)"):
+        evaluate(real, real, wrap_module(torch.nn.Identity()), progress=False)
     with pytest.raises(SystemExit, match="a network must be named"):
         main(
             [

@@ -28,7 +28,8 @@ from guided_diffusers import (
     gradient,
     noise_levels,
 )
-from guided_diffusers.guidance import GuidanceSum, no_parameter_grad, parse_labels
+from guided_diffusers.guidance import GuidanceSum, no_parameter_grad
+from guided_diffusers.likelihood import parse_labels
 from guided_diffusers.noise import x0_coefficients
 
 SPACES = {
@@ -869,7 +870,7 @@ def test_guidance_is_a_term_a_sum_or_a_list() -> None:
         ),
         (
             {"text": torch.zeros(1, 2)},
-            r"conditions \['text'\]; the network is told \['class_labels'\]",
+            r"conditions \['text'\]; the network takes \['class_labels'\]",
         ),
     ],
 )

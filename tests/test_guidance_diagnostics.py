@@ -28,7 +28,7 @@ from guided_diffusers import (
     StepContext,
     guide,
 )
-from guided_diffusers.diagnosis.steps import GuidanceDiagnostics
+from guided_diffusers.diagnosis import GuidanceDiagnostics
 from guided_diffusers.noise import noise_levels
 from guided_diffusers.sampling import sample
 

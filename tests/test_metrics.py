@@ -14,22 +14,22 @@ from sklearn.neighbors import NearestNeighbors
 
 from guided_diffusers.evaluation.metrics import (
     Accumulator,
-    Answers,
     ClassScore,
-    Kept,
+    ConfusionMatrix,
+    FeatureSample,
     Moments,
-    Nearest,
-    accumulate,
+    NearestImages,
+    accumulator,
+    bootstrap_frechet_distances,
+    bootstrap_weights,
     class_diversity,
+    confidence_interval,
     density_coverage,
     frechet_distance,
-    frechet_resampled,
-    interval,
     kernel_distance,
     precision_recall,
-    resamples,
 )
-from guided_diffusers.evaluation.metrics.frechet import distance_of_gaussians
+from guided_diffusers.evaluation.metrics.frechet import gaussian_frechet_distance
 
 
 def features(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -44,7 +44,7 @@ def exactly(mean: float, std: float) -> torch.Tensor:
     return mean + std * x / x.std()
 
 
-def test_frechet_distance_of_gaussians_on_a_line() -> None:
+def test_frechet_gaussian_frechet_distance_on_a_line() -> None:
     """(mean_a - mean_b)^2 + (std_a - std_b)^2."""
     assert frechet_distance(exactly(1.0, 2.0), exactly(-0.5, 0.25)) == pytest.approx(
         1.5**2 + 1.75**2, rel=1e-12
@@ -89,9 +89,9 @@ def test_a_collapsed_model_is_precise_and_recalls_nothing() -> None:
 
 
 def test_wrong_features_are_refused() -> None:
-    with pytest.raises(ValueError, match="two rows each"):
+    with pytest.raises(ValueError, match="two or more rows"):
         frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="of the same width"):
+    with pytest.raises(ValueError, match="have 2 and 3 columns; the same number"):
         frechet_distance(torch.zeros(5, 2), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="k=5"):
         precision_recall(torch.zeros(5, 2), torch.zeros(9, 2), k=5)
@@ -109,7 +109,7 @@ def with_moments(
     return mean + white * deviations
 
 
-def test_frechet_distance_of_gaussians() -> None:
+def test_frechet_gaussian_frechet_distance() -> None:
     """|mean_a - mean_b|^2 + sum (std_a - std_b)^2 of covariances that commute, in any orientation."""
     mean, std = (
         torch.tensor([[1.0, 2, 0, -1], [0.5, -1, 3, 0]]),
@@ -207,7 +207,7 @@ def test_density_and_coverage_are_those_of_scikit_learns_neighbours(
     assert density_coverage(real, generated, k) == pytest.approx(expected, rel=1e-12)
     assert 0 < expected[0] and 0 < expected[1] < 1
     whole = precision_recall(real, generated), kernel_distance(real, generated)
-    monkeypatch.setattr(accumulate, "BLOCK", 700)  # blocks of a few rows change nothing
+    monkeypatch.setattr(accumulator, "BLOCK", 700)  # blocks of a few rows change nothing
     assert density_coverage(real, generated, k) == pytest.approx(expected, rel=1e-12)
     assert precision_recall(real, generated) == whole[0]
     assert float(kernel_distance(real, generated)) == pytest.approx(float(whole[1]), rel=1e-10)
@@ -235,11 +235,11 @@ def test_answers_are_those_of_scikit_learn() -> None:
         torch.arange(200) % 8,
         features(200, 8, 0).float() + 3 * torch.eye(8)[torch.arange(200) % 8],
     )
-    answers = Answers(8)
+    answers = ConfusionMatrix(8)
     for some in torch.arange(200).split(33):
         answers.update(labels[some], logits[some])
     total, right, among = answers.compute()
-    assert (answers.confusion.numpy() == confusion_matrix(labels, logits.argmax(1))).all()
+    assert (answers.counts.numpy() == confusion_matrix(labels, logits.argmax(1))).all()
     assert float(among.sum() / total.sum()) == pytest.approx(
         top_k_accuracy_score(labels, logits, k=5)
     )
@@ -254,16 +254,16 @@ def filled(kind: str, some: torch.Tensor) -> Accumulator:
             found: Accumulator = Moments(6, 3)
             found.update(x[some], labels[some])
         case "kept":
-            found = Kept(50, seed=1)
+            found = FeatureSample(6, 200, 50, seed=1)
             found.update(some, labels[some], x[some])
         case "answers":
-            found = Answers(6)
+            found = ConfusionMatrix(6)
             found.update(labels[some], x[some])
         case "score":
             found = ClassScore(6, 20, seed=1)
             found.update(some, x[some])
         case "nearest":
-            found = Nearest(features(20, 6, 5))
+            found = NearestImages(features(20, 6, 5))
             found.update(some, x[some])
     return found
 
@@ -271,12 +271,15 @@ def filled(kind: str, some: torch.Tensor) -> Accumulator:
 def test_the_nearest_image_is_exact_where_it_is_a_copy() -> None:
     """Of points that are far from 0, training images at known distances: 0, and 1e-6 times the query's number."""
     base = 1e3 + 10 * features(40, 6, 0)
-    found, numbers = Nearest(base), torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    found, numbers = (
+        NearestImages(base),
+        torch.randperm(40, generator=torch.Generator().manual_seed(0)),
+    )
     step = 1e-6 * torch.arange(40, dtype=torch.float64)
     moved = base + step[:, None] * torch.eye(6, dtype=torch.float64)[torch.arange(40) % 6]
     for some in numbers.split(30):  # many at once, and few
         found.update(some, moved[some])
-    distance, number = found.compute()
+    distance, number = found.distance, found.index
     assert number.tolist() == list(range(40)) and distance[0] == 0
     assert torch.allclose(distance, step, rtol=1e-6, atol=0)
 
@@ -312,10 +315,10 @@ def test_moments_are_exact_far_from_zero() -> None:
 def test_kept_images_are_drawn_uniformly_whatever_the_batches() -> None:
     x, often = torch.arange(60)[:, None].float(), torch.zeros(60)
     for seed in range(300):
-        kept = Kept(15, seed)
+        kept = FeatureSample(1, 60, 15, seed)
         for part in torch.arange(60).split(seed % 13 + 1):
             kept.update(part, part % 4, x[part])
-        numbers, labels, vectors = kept.compute()
+        numbers, labels, vectors = kept.indices, kept.labels, kept.features
         assert len(set(numbers.tolist())) == 15
         assert torch.equal(labels, numbers % 4) and torch.equal(vectors[:, 0], numbers.float())
         often[numbers] += 1
@@ -324,28 +327,31 @@ def test_kept_images_are_drawn_uniformly_whatever_the_batches() -> None:
     ).mean() < 1.6  # chi square of 60 shares, each 300 / 4
 
 
+def nbytes(accumulator: Accumulator) -> int:
+    return sum(value.nbytes for value in accumulator.state().values())
+
+
 def test_accumulators_do_not_grow() -> None:
     sizes = []
     for count in (2_000, 20_000):
-        kept, moments, score = Kept(1_000), Moments(16), ClassScore(16, 10)
+        kept, moments, score = FeatureSample(16, count, 1_000), Moments(16), ClassScore(16, 10)
         for numbers in torch.arange(count).split(500):
             x = torch.randn(len(numbers), 16)
             kept.update(numbers, numbers % 4, x)
             moments.update(x)
             score.update(numbers, x)
-            assert sum(len(one[0]) for one in kept._waiting) <= 1_000
-        sizes.append([kept.nbytes, moments.nbytes, score.nbytes])
-    assert sizes[0] == sizes[1] and sizes[0][0] == 1_000 * (16 * 4 + 3 * 8)
+        sizes.append([nbytes(accumulator) for accumulator in (kept, moments, score)])
+    assert sizes[0] == sizes[1] and sizes[0][0] == 1_000 * (16 * 4 + 8)
 
 
 def test_resampled_figures_are_those_of_repeated_images() -> None:
     """Weights say how often an image counts: as if the rows were repeated (of pairs, without an image with itself)."""
     real, x, labels = features(40, 3, 0), features(25, 3, 1), torch.arange(25) % 2
-    weights = resamples(25, 4, seed=0)
-    assert (weights.sum(1) == 25).all() and resamples(25, 4, 0, 70)[0].sum() == 70
+    weights = bootstrap_weights(25, 4, seed=0)
+    assert (weights.sum(1) == 25).all() and bootstrap_weights(25, 4, 0, 70)[0].sum() == 70
     moments = Moments(3)
     moments.update(real)
-    found = frechet_resampled(moments.compute(), x, weights)
+    found = bootstrap_frechet_distances(moments.compute(), x, weights)
     expected = [frechet_distance(real, x.repeat_interleave(one.long(), 0)) for one in weights]
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     few = 3 + features(8, 3, 2) @ torch.randn(
@@ -353,14 +359,14 @@ def test_resampled_figures_are_those_of_repeated_images() -> None:
     )
     wide = Moments(20)  # fewer images than features
     wide.update(features(40, 20, 4))
-    weights_of_few = resamples(8, 6, 0, 30)
+    weights_of_few = bootstrap_weights(8, 6, 0, 30)
     expected = [
-        distance_of_gaussians(*wide.compute(), rows.mean(0), rows.T.cov())
+        gaussian_frechet_distance(*wide.compute(), rows.mean(0), rows.T.cov())
         for rows in (few.repeat_interleave(one.long(), 0) for one in weights_of_few)
     ]
-    assert frechet_resampled(wide.compute(), few, weights_of_few).tolist() == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert bootstrap_frechet_distances(
+        wide.compute(), few, weights_of_few
+    ).tolist() == pytest.approx(expected, rel=1e-6)
     some = (torch.arange(25) % 5 > 0).double()[None]  # each once or not at all
     for figure in (
         lambda rows, w: kernel_distance(real, x[rows], w),
@@ -376,7 +382,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     held = 0
     for seed in range(300):
         x = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        low, high = interval(float(x.mean()), resamples(60, 200, seed) @ x / 60, 0.9)
+        low, high = confidence_interval(
+            float(x.mean()), bootstrap_weights(60, 200, seed) @ x / 60, 0.9
+        )
         held += low <= 0 <= high
     assert 0.84 < held / 300 < 0.95
 
@@ -397,7 +405,9 @@ def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
             return torch.cat(
                 [
                     torch.tensor([frechet_distance(real, x)]),
-                    frechet_resampled(real.compute(), x, resamples(300, 100, seed)),
+                    bootstrap_frechet_distances(
+                        real.compute(), x, bootstrap_weights(300, 100, seed)
+                    ),
                 ]
             )
         score = ClassScore(5, 100, seed)
@@ -411,14 +421,14 @@ def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "two rows each"),
+        (lambda: kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "two or more rows"),
         (
             lambda: class_diversity(torch.zeros(2, 2), torch.tensor([0, 1])),
             "two of one class are needed",
         ),
         (lambda: density_coverage(torch.zeros(5, 2), torch.zeros(5, 2)), "k=5: more than k"),
         (lambda: Moments(2).compute(), "0 images: two or more"),
-        (lambda: Kept(0), "size=0"),
+        (lambda: FeatureSample(2, 9, 0), "size=0"),
         (lambda: Moments(2).restore({"a": torch.zeros(1)}), "none of Moments"),
     ],
 )

@@ -355,7 +355,7 @@ def test_timesteps_and_sigmas_have_an_effect_or_are_refused(scheduler: str) -> N
             images(pipeline, **{name: value})
         except ValueError as error:
             assert name in str(error) and (
-                f"{name}: {scheduler} takes none of one's own" in str(error)
+                f"{name}: {scheduler} takes no custom ones" in str(error)
                 or f"{name}={value}: {scheduler} can't take it" in str(error)
                 or name == "sigmas"
                 and "use_flow_sigmas" in str(error)
@@ -775,7 +775,7 @@ def test_wrong_pipelines_are_refused() -> None:
     for label, named in (({"cat": 1.0, "dog": 1.0}, "{0: 1.0, 1: 1.0}"), (None, "no label")):
         with pytest.raises(
             ValueError,
-            match=f"conditional=True: the network can't be told {named}; use None or False",
+            match=f"conditional=True: the network can't be conditioned on {named}; use None or False",
         ):
             images(quiet(conditional, DDIMScheduler(), small_classifier()), label, conditional=True)
     with pytest.raises(

@@ -127,12 +127,17 @@ def exact(start: float, first: float, last: float, scale: float) -> torch.Tensor
 @pytest.mark.parametrize("solver", ORDERS)
 def test_orders_of_convergence(solver: str, capsys: pytest.CaptureFixture) -> None:
     """Lie-Trotter has order 1, Strang 2, with every solver; where the solver's own is less, that."""
+    # in 320 steps the errors of DPM-Solver++ are those of its float32 tables, on some processors
+    counts = (80, 160) if solver.startswith("DPM-Solver++") else (80, 320)
     for algorithm, most in (("lie_trotter", 1), ("strang", 2)):
         errors = [
             float((z - true).abs().max())
-            for z, true in (solved(solver, n, algorithm) for n in (80, 320))
+            for z, true in (solved(solver, n, algorithm) for n in counts)
         ]
-        order, wanted = np.log2(errors[0] / errors[1]) / 2, min(most, ORDERS[solver][2])
+        order, wanted = (
+            np.log(errors[0] / errors[1]) / np.log(counts[1] / counts[0]),
+            min(most, ORDERS[solver][2]),
+        )
         with capsys.disabled():
             print(
                 f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error {errors[1]:.1e}",
@@ -604,7 +609,7 @@ def test_what_turns_late_is_not_missed() -> None:
     silent.select = lambda rows, count: silent
     sparing, asked = GuidanceReuse(levels, tolerance=0.1), []
     for index, level in enumerate(levels):
-        rows = sparing.rows(index, 2, [silent])
+        rows = sparing.images_to_evaluate(index, 2, [silent])
         asked += [index] * bool(len(rows))
         sparing.score([silent], StepContext(x, x, lambda x: x, level, index, 12, 0.0), rows)
     assert asked == [0, 1, 3, 7]
@@ -617,7 +622,7 @@ def test_sparing_extrapolates_straight_over_log_s() -> None:
     term, a, b = Off(0.0), torch.randn_like(x), torch.randn_like(x)
     term.score = lambda step: (a + b * np.log(step.level.sigma)) / step.level.sigma
     for index, level in enumerate(levels):
-        rows = sparing.rows(index, 2, [term])
+        rows = sparing.images_to_evaluate(index, 2, [term])
         assert rows.tolist() == ([0, 1] if index in (0, 2, 4) else [])
         step = StepContext(x, x, lambda x: x, level, index, 5, 0.0)
         found = sparing.score([term] if len(rows) else [], step, rows) * level.sigma

@@ -32,7 +32,7 @@ ONLY = {
     "source": {"noise", "schedulers"},
     "conditions": {"noise", "guidance"},
     "splitting": {"noise", "guidance"},
-    "speed": {"noise", "guidance", "pipeline"},
+    "speed": {"noise", "guidance", "pipeline", "utils"},
     "pipeline": {
         "noise",
         "guidance",

@@ -30,7 +30,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
-from guided_diffusers.sweep.measure import scheduler_for
+from guided_diffusers.sweep.schedulers import scheduler_for
 
 LOCAL_OPTIONS = (
     "output_dir",

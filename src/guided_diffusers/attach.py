@@ -1,10 +1,10 @@
-"""Guide a Diffusers pipeline that exists: Stable Diffusion, SDXL, SD 3, DiT, PixArt, DeepFloyd IF, Kandinsky, ...
+"""Guide an existing Diffusers pipeline: Stable Diffusion, SDXL, SD 3, DiT, PixArt, DeepFloyd IF, Kandinsky, ...
 
     with guide(stable_diffusion, ClassifierGuidance(classifier, label="sneaker", scale=3.0)):
         image = stable_diffusion("a photo of a shoe").images[0]
 
-A pipeline's loop calls its network, combines what that says, and hands the result to `scheduler.step`. There, on the
-way in, guidance corrects it; the loop doesn't know.
+A pipeline's loop calls its network, combines the outputs, and passes the result to `scheduler.step`. Guidance corrects it
+on its way into that method; the loop itself is unchanged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
 from .guidance import Guidance, GuidanceSum, no_parameter_grad
+from .guider import Guider, Prediction, StepFinder, as_number, check_devices
 from .images import decode, one_by_one
-from .noise import prediction_type
-from .run import Run, check_parts, finite_check, guided, number_of
+from .noise import prediction_type, scale_model_input, split_variance
 
 if TYPE_CHECKING:
     from diffusers import ModularPipeline
@@ -37,18 +37,18 @@ DECODERS = ("vae", "vqvae", "movq")
 
 @contextmanager
 def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> Iterator[Any]:
-    """Within, each call of the pipeline is guided by the sum of the terms; afterwards it is as it was.
+    """Apply the sum of the terms to every call of a Diffusers pipeline; the pipeline is restored on exit.
 
-    A term sees the pipeline's own prediction, its classifier-free guidance included. Where no term acts, at scale 0,
-    the images are those of the unguided pipeline, bit for bit. The fractions `start` and `stop` of a term count the
-    steps from where the run begins (img2img: after the skipped ones) to the end of the schedule. Where the network is
-    asked again (`through_network`, another network), the rest of what the pipeline told it is as it was: a ControlNet's
-    residuals, too, so that its own Jacobian is left out of the gradient.
+    A term gets the pipeline's own prediction, including its classifier-free guidance. Where no term is active, at scale 0,
+    the images are those of the unguided pipeline, bit for bit. The fractions `start` and `stop` of a term count from where
+    the run begins (img2img: after the skipped steps) to the end of the schedule. Where the network is evaluated again
+    (`through_network`, another network), its other arguments stay as the pipeline passed them. That includes a
+    ControlNet's residuals, so its own Jacobian is left out of the gradient.
 
     Args:
         pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or `prior`.
-        terms: what guides. Their `conditions` name arguments that the pipeline gives its network, nested as there, and
-            join its call: {"added_cond_kwargs": {"text_embeds": ...}}.
+        terms: the guidance. Their `conditions` name arguments that the pipeline passes to its network, nested in the same
+            way: {"added_cond_kwargs": {"text_embeds": ...}}.
 
     Raises:
         ValueError: for a pipeline or a term that can't be used, now or at the first step.
@@ -58,9 +58,10 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     scheduler = getattr(pipeline, "scheduler", None)
     denoiser = _component(pipeline, DENOISERS)
     if scheduler is None or denoiser is None:
+        missing = "scheduler" if scheduler is None else " or ".join(DENOISERS)
         raise ValueError(
-            f"pipeline {name} has no {'scheduler' if scheduler is None else ' or '.join(DENOISERS)}; "
-            "guide needs the scheduler and the network that it steps with"
+            f"pipeline {name} has no {missing}; guide needs the scheduler and the network that it steps "
+            "with"
         )
     if not terms or not all(isinstance(term, Guidance) for term in terms):
         raise ValueError(
@@ -73,32 +74,35 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     prediction_type(scheduler)
     total = GuidanceSum(terms)
     decoder = _component(pipeline, DECODERS)
-    attached = _Attached(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
-    modules = [module for module in (denoiser, decoder, *total.modules()) if module is not None]
-    # hooks, not another `forward`: offloading exchanges that one after each call of the pipeline
+    hook = GuidanceHook(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
+    guides = [module for module in total.modules() if module is not denoiser]
+    # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the pipeline
     with (
-        no_parameter_grad(modules),
-        _replaced(scheduler, "step", attached.step),
-        denoiser.register_forward_pre_hook(attached.before_call, with_kwargs=True),
-        denoiser.register_forward_hook(attached.after_call, with_kwargs=True),
+        no_parameter_grad(guides),
+        _replaced(scheduler, "step", hook.step),
+        denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True),
+        denoiser.register_forward_hook(hook.after_call, with_kwargs=True),
     ):
         scheduler.step.guided_by = total
         yield pipeline
-    attached.check.finish()
-    if not attached.steps:
+    hook.finish_run()
+    if not hook.steps:
         logger.warning(
             f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called within guide"
         )
 
 
 def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
-    return next((one for name in names if (one := getattr(pipeline, name, None)) is not None), None)
+    for name in names:
+        if (component := getattr(pipeline, name, None)) is not None:
+            return component
+    return None
 
 
 @contextmanager
 def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
-    """Within, an autoencoder that overflows in float16 (Stable Diffusion XL's) computes in float32, as its pipeline has
-    it when it decodes the result."""
+    """Context in which an autoencoder that overflows in float16 (Stable Diffusion XL's) computes in float32, as when its
+    pipeline decodes the result."""
     if decoder is None or decoder.dtype != torch.float16 or not decoder.config.get("force_upcast"):
         yield
         return
@@ -111,7 +115,7 @@ def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within, `owner.name(...)` is `method(...)`, with the signature of the original, which pipelines look at."""
+    """Context in which `owner.name(...)` is `method(...)`, with the original's signature, which pipelines inspect."""
 
     @wraps(getattr(owner, name))
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -139,20 +143,19 @@ def _decode(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
         )
     if (
         getattr(pipeline, "movq", None) is decoder
-    ):  # Kandinsky doesn't scale, and quantization has no gradient
-        return one_by_one(
-            lambda z: decoder.decode(z, force_not_quantize=True).sample, x0.to(decoder.dtype)
-        )
+    ):  # Kandinsky: no scaling, no gradient of quantization
+        x0 = x0.to(decoder.dtype)
+        return one_by_one(lambda z: decoder.decode(z, force_not_quantize=True).sample, x0)
     return decode(decoder, x0)
 
 
-class _Call:
+class DenoiserCall:
     """A call of the network between two steps.
 
     Attributes:
-        arguments: those that the pipeline gave, by name; the first is the network's noisy input.
-        conditions: of the terms that are expected to act at the step.
-        output, others: what the network said for the pipeline, and under each of the conditions.
+        arguments: the pipeline's, by name; the first is the network's noisy input.
+        conditions: those of the terms that are expected to be active at the step.
+        output, condition_outputs: the network's output for the pipeline, and under each of the conditions.
     """
 
     output: torch.Tensor
@@ -160,44 +163,48 @@ class _Call:
     def __init__(
         self, arguments: inspect.BoundArguments, conditions: tuple[Mapping[str, Any], ...]
     ):
-        arguments.arguments = _copied(arguments.arguments)
+        arguments.arguments = _copy_arguments(arguments.arguments)
         self.arguments, self.conditions = arguments, conditions
-        self.others: list[torch.Tensor] = []
+        self.condition_outputs: list[torch.Tensor] = []
 
     @property
-    def name(self) -> str:
-        """Of the first argument."""
+    def input_name(self) -> str:
+        """Name of the first argument."""
         return next(iter(self.arguments.arguments))
 
     @property
     def input(self) -> torch.Tensor:
-        return self.arguments.arguments[self.name]
+        return self.arguments.arguments[self.input_name]
 
-    def told(self, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with changes, in the form that the network takes them."""
+    def with_changes(self, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the call, with some arguments replaced."""
         arguments = copy(self.arguments)
-        arguments.arguments = {**_copied(self.arguments.arguments), **changes}
+        arguments.arguments = {**_copy_arguments(self.arguments.arguments), **changes}
         return arguments.args, arguments.kwargs
 
 
-class _Recipe:
-    """How a pipeline made its prediction (B, C, ...) of what its network said in the calls since the last step."""
+class OutputCombination:
+    """How a pipeline made its prediction (B, C, ...) from the network's outputs in the calls since the last step."""
 
-    def __init__(self, calls: Sequence[_Call], made: torch.Tensor):
+    def __init__(self, calls: Sequence[DenoiserCall], made: torch.Tensor):
         self.calls, self.made = calls, made
 
     @cached_property
     def weights(self) -> list[float]:
-        return weights(torch.cat([call.output for call in self.calls]), self.made)
+        return combination_weights(torch.cat([call.output for call in self.calls]), self.made)
 
-    def __call__(self, said: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What it would make of these outputs, one a call."""
-        parts = torch.cat(list(said))[:, : self.made.shape[1]].split(len(self.made))
+    def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The prediction that the pipeline would make of these outputs, one a call."""
+        parts = torch.cat(list(outputs))[:, : self.made.shape[1]].split(len(self.made))
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
 
-class _Attached:
-    """What `guide` knows between a call of the network and the scheduler's step."""
+class GuidanceHook:
+    """The state of `guide` between a call of the network and the scheduler's step.
+
+    Attributes:
+        steps: number of steps so far, over all runs.
+    """
 
     def __init__(
         self,
@@ -207,196 +214,194 @@ class _Attached:
         decode: Callable[[torch.Tensor], torch.Tensor],
         terms: GuidanceSum,
     ):
-        self.scheduler, self.denoiser, self.decoder, self.decode = (
-            scheduler,
-            denoiser,
-            decoder,
-            decode,
+        self.scheduler, self.denoiser, self.decoder = scheduler, denoiser, decoder
+        self.decode, self.terms, self.steps = decode, terms, 0
+        self.scheduler_step, self.step_signature = scheduler.step, inspect.signature(scheduler.step)
+        self.denoiser_signature = inspect.signature(unwrap_module(denoiser).forward)
+        self.guider: Guider | None = None  # of the run
+        self.finder: StepFinder | None = None
+        self.repeats: int | None = (
+            None  # how often the pipeline's batch holds the images; None: not known yet
         )
-        self.terms, self.stack = terms, ExitStack()
-        self.scheduler_step, self.check, self.steps = scheduler.step, finite_check(terms), 0
-        self.step_signature = inspect.signature(scheduler.step)
-        self.signature = inspect.signature(unwrap_module(denoiser).forward)
-        self.run: Run | None = None
-        self.timesteps: Any = None  # of the run
-        self.calls: list[_Call] = []  # since the last step
-        self.open: _Call | None = None  # the one that is on its way
-        self.predicting = False  # the network's call is ours
+        self._timesteps: Any = None  # the scheduler's tensor, which is another one in another run
+        self._calls: list[DenoiserCall] = []  # since the last step
+        self._open_call: DenoiserCall | None = None
+        self._predicting = False  # whether the network is called by this object
 
-    def run_at(self, timestep: Any) -> Run:
-        self.look_for_a_new_run()
-        if self.run is None:
-            self.run = Run(self.scheduler, timestep)
-        return self.run
+    def start_run(self, timestep: Any) -> None:
+        """Read the noise levels at the first timestep of a run."""
+        self.forget_previous_run()
+        if self.guider is None:
+            self.finder = StepFinder(self.scheduler, timestep)
+            self.guider = Guider(self.scheduler, [self.terms], first=self.finder.first)
 
-    def look_for_a_new_run(self) -> None:
-        """Forget what was kept of a run when another one begins, also after one that broke off."""
-        if self.timesteps is not self.scheduler.timesteps:
-            self.run, self.calls, self.timesteps = None, [], self.scheduler.timesteps
+    def forget_previous_run(self) -> None:
+        """Drop the state of a run when another one begins, even if it was broken off."""
+        if self._timesteps is not self.scheduler.timesteps:
+            self.finish_run()
+            self.guider = self.finder = self.repeats = None
+            self._calls, self._timesteps = [], self.scheduler.timesteps
+
+    def finish_run(self) -> None:
+        """Raise FloatingPointError if the run's guidance was not finite."""
+        if self.guider is not None:
+            self.guider.check_finite()
+
+    # ------------------------------------------------------------ the network's calls
 
     def before_call(
         self, module: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        """The pipeline calls its network: add to the batch what the acting terms want to know."""
-        if self.predicting:
+        """Extend the batch of the pipeline's call of its network by the conditions of the active terms."""
+        if self._predicting:
             return None
-        self.look_for_a_new_run()
-        self.open, bound = None, self.signature.bind(*args, **kwargs)
-        if not isinstance(
-            next(iter(bound.arguments.values())), torch.Tensor
-        ):  # a list of images, as Z-Image's
-            return None
+        self.forget_previous_run()
+        self._open_call, bound = None, self.denoiser_signature.bind(*args, **kwargs)
+        if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):
+            return None  # a list of images, as in Z-Image
         conditions: tuple[Mapping[str, Any], ...] = ()
         if self.terms.conditions:
             timestep = bound.arguments.get("timestep")
-            run = self.run_at(timestep)
-            conditions = run.acting(self.terms, run.next(number_of(timestep))).conditions
-        call = self.open = _Call(bound, conditions)
+            self.start_run(timestep)
+            index = self.finder.next(as_number(timestep))
+            conditions = GuidanceSum(self.guider.active_terms(index)).conditions
+        call = self._open_call = DenoiserCall(bound, conditions)
         if not conditions:
             return None
-        own = dict(bound.arguments)
-        others = [
-            _told(own, condition, type(unwrap_module(module)).__name__) for condition in conditions
-        ]
-        return call.told(**tree_map(partial(_joined, len(call.input)), own, *others))
+        arguments = dict(bound.arguments)
+        name = type(unwrap_module(module)).__name__
+        variants = [_with_condition(arguments, condition, name) for condition in conditions]
+        joined = tree_map(partial(_concat_batch, len(call.input)), arguments, *variants)
+        return call.with_changes(**joined)
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Keep what the network said, and give the pipeline its part of it."""
-        if self.predicting or self.open is None:
+        """Store the network's output, and return the pipeline's part of it."""
+        if self._predicting or self._open_call is None:
             return None
-        call, self.open = self.open, None
-        self.calls.append(call)
+        call, self._open_call = self._open_call, None
+        self._calls.append(call)
         rows, total = len(call.input), len(output[0])
-        call.output, *call.others = output[0].split(rows)
-        if not call.others:
+        call.output, *call.condition_outputs = output[0].split(rows)
+        if not call.condition_outputs:
             return None
-        return tree_map(lambda value: value[:rows] if _is_rows(value, total) else value, output)
+        return tree_map(lambda value: value[:rows] if _has_rows(value, total) else value, output)
+
+    # ------------------------------------------------------------ the scheduler's step
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler's step, of a corrected output."""
+        """`scheduler.step` of the corrected output."""
         bound = self.step_signature.bind(*args, **kwargs)
         output, timestep, sample = (
             bound.arguments[name] for name in ("model_output", "timestep", "sample")
         )
-        run, calls = self.run_at(timestep), self.calls
-        index, self.calls, self.steps = run.step(timestep), [], self.steps + 1
-        acting = run.acting(self.terms, index)
-        if acting.terms():
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # within inference mode, nothing has a gradient
-                bound.arguments["model_output"] = self.guided(
-                    acting, run, index, calls, timestep, _plain(output), _plain(sample)
+        self.start_run(timestep)
+        calls, self._calls, self.steps = self._calls, [], self.steps + 1
+        terms = self.guider.start_step(self.finder.advance(timestep), len(sample))
+        if terms:
+            with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients
+                bound.arguments["model_output"] = self.correct(
+                    terms, calls, timestep, clone_if_inference(output), clone_if_inference(sample)
                 )
             args, kwargs = bound.args, bound.kwargs
-        if index + 1 == len(run.numbers):
-            self.check.finish()
-        return self.scheduler_step(*args, **kwargs)
+        result = self.scheduler_step(*args, **kwargs)
+        self.guider.finish_step(result[0])
+        return result
 
-    def guided(
+    def correct(
         self,
-        acting: GuidanceSum,
-        run: Run,
-        index: int,
-        calls: Sequence[_Call],
+        terms: Sequence[Guidance],
+        calls: Sequence[DenoiserCall],
         timestep: Any,
         output: torch.Tensor,
         sample: torch.Tensor,
     ) -> torch.Tensor:
-        """The corrected output."""
-        if run.doubled is None:
-            self.look(acting, calls, timestep, sample)
-            run.doubled = len(calls) == 1 and _is_doubled(calls[0], output, sample)
-        repeats = 2 if run.doubled else 1
-        recipe = _Recipe(calls, output[: len(sample) // repeats, : sample.shape[1]])
-        if any(call.conditions != acting.conditions for call in calls):
+        """The corrected output (B, C or 2C, ...); a learned variance stays as it is."""
+        if self.repeats is None:
+            self.check_first_step(terms, calls, timestep, sample)
+            self.repeats = 2 if len(calls) == 1 and _is_doubled(calls[0], output, sample) else 1
+        conditions = GuidanceSum(terms).conditions
+        if any(call.conditions != conditions for call in calls):
+            expected = self.guider.timesteps[self.guider.index]
             raise ValueError(
-                f"timestep: the network was told another than the scheduler's {run.numbers[index]:g}, so "
-                "which terms act wasn't known; terms with conditions can't act on part of the run"
+                f"timestep: the network got another than the scheduler's {expected:g}, so which terms are "
+                "active wasn't known; terms with conditions can't be active in part of the run"
             )
-        if acting.conditions:
-            _check_seen(calls)
-        others = [
-            recipe([_plain(call.others[i]) for call in calls])
-            for i in range(len(acting.conditions))
+        if conditions:
+            _check_calls(calls)
+        combine = OutputCombination(calls, output[: len(sample) // self.repeats, : sample.shape[1]])
+        condition_outputs = [
+            combine([clone_if_inference(call.condition_outputs[i]) for call in calls])
+            for i in range(len(conditions))
         ]
-        predict = partial(self.predict, recipe, timestep)
-        with self.stack:  # until the gradient is there, which decodes again
-            return guided(
-                acting,
-                run,
-                index,
-                output,
-                sample,
-                self.check,
-                predict,
-                others,
-                self.images,
-                repeats,
-            )
+        prediction, variance = split_variance(output, sample.shape[1])
+        with (
+            ExitStack() as stack
+        ):  # until the gradients are there: their backward pass decodes again
 
-    def images(self, x0: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] of a predicted x0."""
-        self.stack.enter_context(_in_float32(self.decoder))
-        return self.decode(x0)
+            def decode_images(x0: torch.Tensor) -> torch.Tensor:
+                stack.enter_context(_in_float32(self.decoder))
+                return self.decode(x0)
+
+            corrected, _ = self.guider.correct(
+                sample,
+                Prediction(
+                    output=prediction,
+                    condition_outputs=condition_outputs,
+                    predict=partial(self.predict, combine, timestep),
+                    decode=decode_images,
+                    modules=[m for m in (self.denoiser, self.decoder) if m is not None],
+                    repeats=self.repeats,
+                ),
+            )
+        return corrected if variance is None else torch.cat([corrected, variance], dim=1)
 
     def predict(
         self,
-        recipe: _Recipe,
+        combine: OutputCombination,
         timestep: Any,
         x: torch.Tensor,
         network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """The output for another sample, or of another network, as the pipeline would have made it."""
-        _check_seen(recipe.calls)
-        scaled, said = self.scaled(x, timestep), []
-        self.predicting = True
+        _check_calls(combine.calls)
+        scaled, outputs = scale_model_input(self.scheduler, x, timestep), []
+        self._predicting = True
         try:
-            for call in recipe.calls:
+            for call in combine.calls:
                 if call.input.shape[2:] != x.shape[2:]:
                     raise ValueError(
-                        f"the network's input {tuple(call.input.shape)} is not the sample "
-                        f"{tuple(x.shape)} with more channels behind it, so it can't be asked again"
+                        f"the network's input {tuple(call.input.shape)} is not the sample {tuple(x.shape)} "
+                        "with more channels behind it, so the network can't be evaluated again"
                     )
-                rows = scaled.to(call.input.dtype).repeat(
-                    len(call.input) // len(x), *[1] * (x.ndim - 1)
-                )
-                joined = torch.cat([rows, _plain(call.input)[:, x.shape[1] :]], dim=1)
-                args, kwargs = call.told(**{call.name: joined})
-                said.append((network or self.denoiser)(*args, **kwargs)[0])
+                repeats = len(call.input) // len(x), *[1] * (x.ndim - 1)
+                extra = clone_if_inference(call.input)[:, x.shape[1] :]
+                joined = torch.cat([scaled.to(call.input.dtype).repeat(repeats), extra], dim=1)
+                args, kwargs = call.with_changes(**{call.input_name: joined})
+                outputs.append((network or self.denoiser)(*args, **kwargs)[0])
         finally:
-            self.predicting = False
-        return recipe(said)
+            self._predicting = False
+        return combine(outputs)
 
-    def scaled(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-        """What the network is given for a sample."""
-        scale = getattr(
-            self.scheduler, "scale_model_input", None
-        )  # Euler and Heun for flow matching have none
-        return sample if scale is None else scale(sample, timestep)
-
-    def look(
-        self, acting: GuidanceSum, calls: Sequence[_Call], timestep: Any, sample: torch.Tensor
+    def check_first_step(
+        self,
+        terms: Sequence[Guidance],
+        calls: Sequence[DenoiserCall],
+        timestep: Any,
+        sample: torch.Tensor,
     ) -> None:
-        """Refuse, at the first step, what can't be guided.
+        """Refuse, at the first guided step, what can't be guided.
 
         Raises:
             ValueError: for a classifier on another device, or a pipeline whose sample is not the scheduler's.
         """
-        check_parts(self.scheduler, acting, sample.device)
-        if (
-            not calls
-            or calls[0].input.shape[2:] != sample.shape[2:]
-            or len(calls[0].input) % len(sample)
-        ):
+        check_devices(terms, sample.device)
+        if not calls or calls[0].input.shape[2:] != sample.shape[2:]:
+            return
+        if len(calls[0].input) % len(sample):
             return
         seen = calls[0].input[:, : sample.shape[1]].float()
-        expected = (
-            self.scaled(sample, timestep)
-            .repeat(len(seen) // len(sample), *[1] * (sample.ndim - 1))
-            .float()
-        )
+        scaled = scale_model_input(self.scheduler, sample, timestep)
+        expected = scaled.repeat(len(seen) // len(sample), *[1] * (sample.ndim - 1)).float()
         if (seen - expected).norm() > 0.02 * expected.norm():
             raise ValueError(
                 "pipeline: its network was not given the sample as "
@@ -405,85 +410,81 @@ class _Attached:
             )
 
 
-def _plain(value: Any) -> Any:
-    """A tensor that autograd can use, also of inference mode."""
+def clone_if_inference(value: Any) -> Any:
+    """The value; a clone that autograd can use, of a tensor made in inference mode."""
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
-def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments in containers of their own: some networks empty the lists that they get."""
-    return tree_map(_plain, dict(arguments))
+def _copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in new containers: some networks empty the lists that they get."""
+    return tree_map(clone_if_inference, dict(arguments))
 
 
-def _check_seen(calls: Sequence[_Call]) -> None:
+def _check_calls(calls: Sequence[DenoiserCall]) -> None:
     if not calls:
         raise ValueError(
             f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a batch, so "
-            "the network can't be asked again: use through_network=False, no conditions and no other "
+            "the network can't be evaluated again: use through_network=False, no conditions and no other "
             "network"
         )
 
 
-def _is_rows(value: Any, rows: int) -> bool:
+def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows
 
 
-def _told(own: Mapping[str, Any], condition: Mapping[str, Any], network: str) -> dict[str, Any]:
-    """The arguments `own` with those of the condition in their place, also of mappings within."""
-    told = dict(own)
+def _with_condition(
+    arguments: Mapping[str, Any], condition: Mapping[str, Any], network: str
+) -> dict[str, Any]:
+    """The arguments with those of the condition in their place, also within nested mappings."""
+    changed = dict(arguments)
     for name, value in condition.items():
-        if told.get(name) is None:
+        if changed.get(name) is None:
+            passed = sorted(key for key, argument in arguments.items() if argument is not None)
             raise ValueError(
-                f"guidance: a term has the condition {name!r}; the pipeline tells its {network} "
-                f"{sorted(key for key, one in own.items() if one is not None)}"
+                f"guidance: a term has the condition {name!r}; the pipeline passes its {network} {passed}"
             )
-        told[name] = _told(told[name], value, network) if isinstance(value, Mapping) else value
-    return told
+        if isinstance(value, Mapping):
+            value = _with_condition(changed[name], value, network)
+        changed[name] = value
+    return changed
 
 
-def _joined(rows: int, own: Any, *others: Any) -> Any:
-    """An argument of one call with the rows of several: of the pipeline's, and of others with conditions."""
-    same = all(other is own for other in others)
-    if not isinstance(own, torch.Tensor) or (same and not _is_rows(own, rows)):
-        return own
-    values = [
-        torch.atleast_1d(torch.as_tensor(value)).to(own.device, own.dtype)
-        for value in (own, *others)
-    ]
-    for value in values:
-        if rows % len(value) or value.shape[1:] != own.shape[1:]:
+def _concat_batch(rows: int, value: Any, *variants: Any) -> Any:
+    """An argument with the rows of several calls: the pipeline's, and one for each condition."""
+    same = all(variant is value for variant in variants)
+    if not isinstance(value, torch.Tensor) or (same and not _has_rows(value, rows)):
+        return value
+    batches = []
+    for variant in (value, *variants):
+        batch = torch.atleast_1d(torch.as_tensor(variant)).to(value.device, value.dtype)
+        if rows % len(batch) or batch.shape[1:] != value.shape[1:]:
             raise ValueError(
-                f"guidance: a condition has shape {tuple(value.shape)} in the place of "
-                f"{tuple(own.shape)}; one row, or one an image, of that shape is allowed"
+                f"guidance: a condition has shape {tuple(batch.shape)} in the place of "
+                f"{tuple(value.shape)}; one row, or one an image, of that shape is allowed"
             )
-    return torch.cat(
-        [value.repeat(rows // len(value), *[1] * (value.ndim - 1)) for value in values]
-    )
+        batches.append(batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1)))
+    return torch.cat(batches)
 
 
-def _is_doubled(call: _Call, output: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Whether rows hold each image twice: two halves went into the network alike, came out different, and go into the
-    step alike, the guided half twice (DiT). Two images of one seed and label come out alike."""
+def _is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Whether the batch holds each image twice, as in DiT: two equal halves went into the network, came out different,
+    and go into the step equal, the guided half twice. Two images of one seed and label come out equal."""
     if len(sample) % 2 or len(call.input) != len(sample):
         return False
-    (seen, seen_too), (said, said_too), (guided, guided_too) = (
-        tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)
-    )
-    return (
-        torch.equal(seen, seen_too)
-        and torch.equal(guided, guided_too)
-        and not torch.equal(said, said_too)
-    )
+    halves = [tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)]
+    same_input, same_output, same_guided = (torch.equal(*half) for half in halves)
+    return same_input and same_guided and not same_output
 
 
-def weights(said: torch.Tensor, made: torch.Tensor) -> list[float]:
+def combination_weights(outputs: torch.Tensor, made: torch.Tensor) -> list[float]:
     """w of `made = sum_i w_i part_i`, sum_i w_i = 1: how a pipeline combined the parts of its network's batch.
 
-    Classifier-free guidance is made = first + s (second - first), and perturbed-attention guidance has three parts.
-    Found by least squares.
+    Classifier-free guidance is made = first + s (second - first), and perturbed-attention guidance has three parts. Solved
+    by least squares.
 
     Args:
-        said: (k B, C or 2C, ...), the network's output.
+        outputs: (k B, C or 2C, ...), the network's.
         made: (B, C, ...).
 
     Raises:
@@ -491,23 +492,25 @@ def weights(said: torch.Tensor, made: torch.Tensor) -> list[float]:
     """
     images, channels = made.shape[:2]
     fits = (
-        len(said) % images == 0 and said.shape[2:] == made.shape[2:] and said.shape[1] >= channels
+        len(outputs) % images == 0
+        and outputs.shape[2:] == made.shape[2:]
+        and outputs.shape[1] >= channels
     )
     if fits:
-        parts = [part.double().flatten().cpu() for part in said[:, :channels].split(images)]
+        parts = [part.double().flatten().cpu() for part in outputs[:, :channels].split(images)]
         target = made.double().flatten().cpu()
         steps = torch.stack([part - parts[0] for part in parts], dim=1)
-        found = (torch.linalg.pinv(steps.mT @ steps) @ (steps.mT @ (target - parts[0]))).tolist()
-        found[0] = 1 - sum(found[1:])
-        scaled = [weight * part for weight, part in zip(found, parts, strict=True)]
-        eps = max(torch.finfo(tensor.dtype).eps for tensor in (said, made))
-        fits = (sum(scaled) - target).norm() <= 8 * eps * max(
-            part.norm() for part in (target, *scaled)
-        )
+        normal_matrix = torch.linalg.pinv(steps.mT @ steps)
+        weights = (normal_matrix @ (steps.mT @ (target - parts[0]))).tolist()
+        weights[0] = 1 - sum(weights[1:])
+        scaled = [weight * part for weight, part in zip(weights, parts, strict=True)]
+        eps = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, made))
+        largest = max(part.norm() for part in (target, *scaled))
+        fits = (sum(scaled) - target).norm() <= 8 * eps * largest
     if not fits:
         raise ValueError(
             "the pipeline makes of its network's output what is no weighted mean of the batch's parts "
             "(guidance rescale, thresholding, ...), so it can't be made again: use through_network=False, "
             "no conditions and no other network, or the pipeline without it"
         )
-    return found
+    return weights

@@ -7,7 +7,6 @@ section 2.3.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -263,14 +262,10 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """The files, {name: text}, that load the model where guided-diffusers isn't installed."""
         if type(self).__module__ != __name__:
             return {}
-        if (
-            __name__ == "guided_diffusers.clip"
-        ):  # by its name, since the file that travels can't import it
-            return {
-                f"{CODE_FILE}.py": importlib.import_module(
-                    "guided_diffusers.source"
-                ).self_contained(type(self))
-            }
+        if __name__ == "guided_diffusers.clip":  # else this is such a file
+            from guided_diffusers.standalone import self_contained
+
+            return {f"{CODE_FILE}.py": self_contained(type(self))}
         return {f"{CODE_FILE}.py": Path(__file__).read_text()}
 
     @classmethod

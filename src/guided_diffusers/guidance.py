@@ -2,17 +2,18 @@
 
     score of p(x_t | y)  =  score of p(x_t)  +  guidance_scale * grad_x log p(y | x_t)
 
-A term of guidance answers one question: at this noisy sample and this noise level, what do you add to the score? Terms
-add up (`a + b`), and the sum corrects the network's output in one place (`NoiseLevel.corrected`).
+A term of guidance answers one question: at this noisy sample and this noise level, what is added to the score? Terms
+add up (`a + b`), and the sum corrects the network's output in one place (`guider.Guider`).
 
-To write a term, extend `Guidance` and give `score(step)`, for instance to make images brighter:
+To write a term, extend `Guidance` and implement `score(step)`. This one makes images brighter:
 
     class Brighter(Guidance):
         def score(self, step: StepContext) -> torch.Tensor:
-            return self.scale_at(step) * gradient(lambda x: step.predict(x).mean(dim=(1, 2, 3)), step.sample)
+            brightness = lambda x: step.predict(x).mean(dim=(1, 2, 3))
+            return self.scale_at(step) * gradient(brightness, step.sample)
 
-A term that needs the network's prediction under another condition than the step's own names the arguments that differ
-in `conditions`; they join the step's one call of the network, and their predicted x0 are in `step.condition_x0`.
+A term that needs the network's prediction under another condition lists the arguments that differ in `conditions`. They
+join the step's one call of the network, and the predicted x0 of each is in `step.condition_x0`.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from math import isfinite
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 
+from .likelihood import Labels, logits_of, make_likelihood
 from .noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
 
-#: sigma / alpha beyond which a sample is noise alone: zero terminal SNR, the first step of flow matching
+#: sigma / alpha above which a sample is pure noise: zero terminal SNR, the first step of flow matching
 NO_SIGNAL = 1e4
 Scale = (
     float
@@ -40,22 +41,25 @@ Scale = (
 )
 
 
+# ---------------------------------------------------------------- the contract
+
+
 @dataclass(frozen=True)
 class StepContext:
-    """What a term may look at.
+    """What a term can use at a step.
 
     Attributes:
         sample: x_t in the scheduler's space, (B, C, H, W), float32 or wider.
         x0: the x0 that the network predicts at `sample`, (B, C, H, W).
-        predict: the same as a differentiable function of the sample; each call is a call of the network. Given another
-            network as its second argument, what that one predicts, told the same things.
+        predict: the predicted x0 as a differentiable function of the sample; each call evaluates the network. With
+            another network as its second argument, that network's prediction under the same conditioning.
         level: the noise level of `sample`.
-        index, count: this is step `index` of `count`, from 0.
+        index, count: the step is number `index` of `count`, from 0.
         timestep: the scheduler's timestep, for messages.
-        condition_x0: predicted x0 for each of the evaluated term's `conditions`.
-        decode: images in [-1, 1], (B, 3 or 1, H', W'), of an x0: differentiable; the x0 itself in pixel space.
-        graph: (x, x0) with the graph of the network's call from the one to the other, where a term that acts wants the
-            gradient through the network and whoever made the step could keep it.
+        condition_x0: the predicted x0 for each of the term's `conditions`.
+        decode: differentiable images in [-1, 1], (B, 3 or 1, H', W'), of an x0; in pixel space the x0 itself.
+        graph: (x, x0) with the autograd graph between them, if a term needs the gradient through the network and the
+            loop could keep the graph of its own call.
     """
 
     sample: torch.Tensor
@@ -79,10 +83,10 @@ class Guidance(ABC):
     """A term of guidance.
 
     Args:
-        scale: multiplies the term; a number, one an image (B,), or a function of the `NoiseLevel` that gives either.
+        scale: multiplies the term; a number, one an image (B,), or a function of the `NoiseLevel` that returns either.
             0 is off.
-        start, stop: the term acts while `start <= index / count < stop`; fractions of the run in [0, 1].
-        sigma_interval: (low, high): instead, it acts while low < sigma / alpha <= high, whatever the scheduler
+        start, stop: the term is active while `start <= index / count < stop`; fractions of the run in [0, 1].
+        sigma_interval: (low, high): instead, it is active while low < sigma / alpha <= high, whatever the scheduler
             (Kynkaanniemi et al. 2024, "Applying guidance in a limited interval improves sample and distribution
             quality in diffusion models"). None: off.
 
@@ -90,12 +94,12 @@ class Guidance(ABC):
         ValueError: for other values.
     """
 
-    #: arguments of the network, (B, ...) or (1, ...), with which the term needs its prediction, e.g. class_labels
+    #: arguments of the network, (B, ...) or (1, ...), under which the term needs its prediction, e.g. class_labels
     conditions: tuple[Mapping[str, Any], ...] = ()
-    #: whether the term acts where sigma / alpha > NO_SIGNAL. There its score is multiplied by sigma^2 / alpha, up to
-    #: 2^24: an exact one, which falls as alpha, stays finite, and a learned one destroys the image
+    #: whether the term is active where sigma / alpha > NO_SIGNAL. Its score is multiplied by sigma^2 / alpha, up to
+    #: 2^24 there: an exact score falls as alpha, so that stays finite; a learned one destroys the image
     supports_pure_noise = False
-    #: whether the term takes its gradient through the network (`x0_gradient`)
+    #: whether the term differentiates through the network (`x0_gradient`)
     through_network = False
 
     def __init__(
@@ -108,8 +112,8 @@ class Guidance(ABC):
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if sigma_interval is not None:
-            check_interval(sigma_interval, start, stop)
-        self.scale = scale if callable(scale) else _numbers(scale)
+            _check_interval(sigma_interval, start, stop)
+        self.scale = scale if callable(scale) else _scale_tensor(scale)
         self.start, self.stop, self.sigma_interval = start, stop, sigma_interval
         self._on = callable(scale) or bool(self.scale.any())
 
@@ -118,14 +122,12 @@ class Guidance(ABC):
         """What is added to the score grad log p(sample): (B, C, H, W), the scale included."""
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
-        """Whether the term acts at step `index` of `count`; where its scale is 0, or there is no noise, it doesn't."""
-        if (
-            not self._on
-            or level.sigma == 0
-            or not (self.supports_pure_noise or level.sigma <= NO_SIGNAL * level.alpha)
-        ):
+        """Whether the term has an effect at step `index` of `count`; not at scale 0, nor without noise."""
+        if not self._on or level.sigma == 0:
             return False
-        if callable(self.scale) and not _numbers(self.scale(level)).any():
+        if level.sigma > NO_SIGNAL * level.alpha and not self.supports_pure_noise:
+            return False
+        if callable(self.scale) and not _scale_tensor(self.scale(level)).any():
             return False
         if self.sigma_interval is not None:
             low, high = self.sigma_interval
@@ -136,35 +138,30 @@ class Guidance(ABC):
         """The scale, broadcast over the sample's dimensions.
 
         Raises:
-            ValueError: for a scale an image, of another number of images.
+            ValueError: for one scale an image, of another number of images.
         """
-        scale = _numbers(self.scale(step.level)) if callable(self.scale) else self.scale
+        scale = _scale_tensor(self.scale(step.level)) if callable(self.scale) else self.scale
         if scale.numel() not in (1, len(step.sample)):
             raise ValueError(
                 f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one an "
                 "image, is allowed"
             )
-        return scale.to(step.sample, non_blocking=True).reshape(
-            -1, *[1] * (step.sample.ndim - 1)
-        )  # nobody waits
+        scale = scale.to(step.sample, non_blocking=True)  # so that an accelerator doesn't wait
+        return scale.reshape(-1, *[1] * (step.sample.ndim - 1))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        """The networks that the term runs; their parameters are frozen meanwhile."""
+        """The networks that the term runs."""
         return ()
 
     def terms(self) -> tuple[Guidance, ...]:
+        """The single terms of a sum; of any other term itself."""
         return (self,)
 
     def __add__(self, other: Guidance) -> Guidance:
         return GuidanceSum(self.terms() + other.terms())
 
 
-def check_interval(sigma_interval: tuple[float, float], start: float, stop: float) -> None:
-    """Refuse an interval of noise levels beside one of the run, or one that is none.
-
-    Raises:
-        ValueError: for either.
-    """
+def _check_interval(sigma_interval: tuple[float, float], start: float, stop: float) -> None:
     if (start, stop) != (0, 1):
         raise ValueError(
             f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of the two "
@@ -176,7 +173,7 @@ def check_interval(sigma_interval: tuple[float, float], start: float, stop: floa
         )
 
 
-def _numbers(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+def _scale_tensor(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     numbers = torch.as_tensor(scale, dtype=torch.float32)
     if numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
         raise ValueError(f"scale is {scale!r}; a finite number or one an image is allowed")
@@ -184,18 +181,14 @@ def _numbers(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
 
 
 class GuidanceSum(Guidance):
-    """Terms side by side, each with its own scale and interval; empty, it is no guidance."""
+    """A sum of terms, each with its own scale and interval; without terms, no guidance."""
 
     def __init__(self, terms: Sequence[Guidance] = ()):
         super().__init__()
-        self._terms = tuple(one for term in terms for one in term.terms())
+        self._terms = tuple(single for term in terms for single in term.terms())
 
     def terms(self) -> tuple[Guidance, ...]:
         return self._terms
-
-    def at(self, index: int, count: int, level: NoiseLevel) -> GuidanceSum:
-        """Those that act at a step."""
-        return GuidanceSum([term for term in self._terms if term.active(index, count, level)])
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         return any(term.active(index, count, level) for term in self._terms)
@@ -205,25 +198,31 @@ class GuidanceSum(Guidance):
 
     @property
     def conditions(self) -> tuple[Mapping[str, Any], ...]:
-        """Those of the terms, in their order."""
+        """The terms' conditions, in their order."""
         return tuple(condition for term in self._terms for condition in term.conditions)
 
     def score(self, step: StepContext) -> torch.Tensor:
-        """The sum over the terms; `step.condition_x0` are the predictions for `conditions`."""
+        """Sum of the terms' scores; `step.condition_x0` are the predictions for all `conditions`."""
         return total_score(self._terms, step)
 
 
 def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
-    """The sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all."""
-    scores, others = [], step.condition_x0
+    """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all, in order."""
+    if not terms:
+        return torch.zeros_like(step.sample)
+    scores, remaining = [], step.condition_x0
     for term in terms:
-        mine, others = others[: len(term.conditions)], others[len(term.conditions) :]
-        scores.append(term.score(replace(step, condition_x0=mine)))
-    return sum(scores[1:], scores[0]) if scores else torch.zeros_like(step.sample)
+        count = len(term.conditions)
+        scores.append(term.score(replace(step, condition_x0=remaining[:count])))
+        remaining = remaining[count:]
+    return sum(scores[1:], scores[0])
+
+
+# ---------------------------------------------------------------- gradients
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The gradient of `function(x).sum()`, in the dtype of `x`, also inside `torch.no_grad` and `inference_mode`."""
+    """Gradient of `function(x).sum()`, in the dtype of `x`; works in `torch.no_grad` and `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
         return torch.autograd.grad(function(x).sum(), x)[0]
@@ -232,18 +231,16 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 def x0_gradient(
     function: Callable[[torch.Tensor], torch.Tensor], step: StepContext, through_network: bool
 ) -> torch.Tensor:
-    """The gradient in x_t of `function(x0).sum()` at the predicted x0, (B, C, H, W).
+    """Gradient in x_t of `function(x0).sum()` at the predicted x0, (B, C, H, W).
 
-    Through the network it is exact, and costs the network's forward and backward pass. Otherwise the Jacobian of x0 is
-    taken as alpha / (alpha^2 + sigma^2), which it is for Gaussian data of unit variance, whatever the network predicts;
-    it costs neither.
+    Through the network it is exact and costs the network's forward and backward pass. Otherwise the Jacobian of x0 is
+    taken as alpha / (alpha^2 + sigma^2), its value for Gaussian data of unit variance, whatever the network predicts;
+    this costs neither.
     """
     if through_network and step.graph is not None:
         x, x0 = step.graph
         with torch.enable_grad():
-            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[
-                0
-            ]  # for the next term
+            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[0]
     if through_network:
         return gradient(lambda x: function(step.predict(x)), step.sample)
     level = step.level
@@ -251,115 +248,65 @@ def x0_gradient(
 
 
 def rescale_to_score(grad: torch.Tensor, step: StepContext) -> torch.Tensor:
-    """`grad` of each image, scaled to the norm of the image's score; where it is 0, 0."""
+    """`grad` of each image, rescaled to the norm of the image's score; 0 where it is 0."""
     dims = tuple(range(1, grad.ndim))
     peak = grad.abs().amax(dims, keepdim=True)
-    grad = grad / peak.clamp(
-        min=torch.finfo(grad.dtype).tiny
-    )  # the squares of a sure classifier's would vanish
+    # divided by its peak first: the squares of a confident classifier's gradient would underflow
+    grad = grad / peak.clamp(min=torch.finfo(grad.dtype).tiny)
     norm = torch.linalg.vector_norm(grad, dim=dims, keepdim=True)
     target = torch.linalg.vector_norm(step.score, dim=dims, keepdim=True)
     return grad * (target / norm.clamp(min=1))
 
 
 def check_eval_mode(module: torch.nn.Module) -> None:
-    """Refuse a network that dropout or batch norm would make random, or mix the images of.
+    """Refuse a network whose output dropout or batch norm would make random, or dependent on the batch.
 
     Raises:
-        ValueError: for one in training mode with either.
+        ValueError: for a network in training mode with either.
     """
     random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    if any(
-        one.training and isinstance(one, random) and getattr(one, "p", 1) > 0
-        for one in module.modules()
-    ):
-        raise ValueError(f"{type(module).__name__} is in training mode; call its eval() first")
+    for layer in module.modules():
+        if layer.training and isinstance(layer, random) and getattr(layer, "p", 1) > 0:
+            raise ValueError(f"{type(module).__name__} is in training mode; call its eval() first")
 
 
 @contextmanager
 def no_parameter_grad(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within, no parameter of the modules wants a gradient: nothing is kept or computed for it. Restored at the end."""
-    trained = [
-        [name for name, p in module.named_parameters() if p.requires_grad] for module in modules
-    ]
+    """Context in which no parameter of the modules requires a gradient; restored on exit.
 
-    def want(gradient: bool) -> None:
-        for module, names in zip(modules, trained, strict=True):
-            parameters = dict(
-                module.named_parameters()
-            )  # anew: sequential offloading replaces them at each forward
-            for name in names:
+    Nothing is then kept in memory or computed for the weights' gradients.
+    """
+    names = [[name for name, p in m.named_parameters() if p.requires_grad] for m in modules]
+
+    def require(gradient: bool) -> None:
+        for module, module_names in zip(modules, names, strict=True):
+            # looked up again: sequential offloading replaces the parameters at each forward pass
+            parameters = dict(module.named_parameters())
+            for name in module_names:
                 parameters[name].requires_grad_(gradient)
 
     try:
-        want(False)
+        require(False)
         yield
     finally:
-        want(True)
+        require(True)
 
 
-class FiniteCheck:
-    """Refuses non-finite guidance without making an accelerator wait: there it is looked at when the run ends."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype  # of the network that guides
-        self._seen: list[tuple[torch.Tensor, torch.dtype, str]] = []
-
-    def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
-        """Note the score of a step and what it made of the network's output; on the CPU raise at once."""
-        place = f"step {step.index} of {step.count} (timestep {step.timestep:g}, sigma {step.level.sigma:.4g})"
-        finite = torch.stack([tensor.isfinite().all() for tensor in (step.sample, score, guided)])
-        self._seen.append((finite, guided.dtype, place))
-        if finite.device.type == "cpu":
-            self.finish()
-
-    def finish(self) -> None:
-        """Look at the steps noted.
-
-        Raises:
-            FloatingPointError: for the first that is not finite, naming the step, the timestep and the likely cause.
-        """
-        for finite, dtype, place in self._seen:
-            sample, score, guided = finite.tolist()
-            if sample and score and guided:
-                continue
-            if not sample:
-                cause = "the sample was not finite before: look at the network and the scheduler"
-            elif not score and self.dtype == torch.float16:
-                cause = f"the classifier computes in {self.dtype}, whose range is small: load it in float32"
-            elif not score:
-                cause = (
-                    "the sample left the range that the classifier knows: lower guidance_scale, take more steps "
-                    "or a first-order scheduler, or raise guidance_start"
-                )
-            else:
-                cause = f"the guided output left the range of {dtype}: lower guidance_scale or load the unet in float32"
-            raise FloatingPointError(
-                f"the guidance is not finite at {place}; likely cause: {cause}"
-            )
-        self._seen.clear()
-
-
-Label = int | str | Mapping[int | str, float]
-SINGLE, MULTI, REGRESSION = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
+# ---------------------------------------------------------------- noise-aware classifiers
 
 
 class NoiseAwareGuidance(Guidance):
-    """Steer by a network that was trained on noised data: adds `scale * grad_x log p(y | x_t)`.
+    """Guidance by a network that was trained on noised data: adds `scale * grad_x log p(y | x_t)`.
 
-    The network is asked at the noise-to-signal ratio of the step, whatever the scheduler calls it: at z = sample /
-    sqrt(alpha^2 + sigma^2) and the (fractional) timestep of the network's own schedule with the same sigma / alpha; the
-    chain rule puts 1 / sqrt(alpha^2 + sigma^2) into the gradient. At noisier levels than it was trained on, it is asked
-    at its noisiest, and what it then moves the predicted x0 by is kept (`TrainedSchedule.extrapolation_scale`).
+    The network is matched to the step by its noise-to-signal ratio, whatever the scheduler: it is evaluated at
+    z = sample / sqrt(alpha^2 + sigma^2) and the fractional timestep of its own schedule with the same sigma / alpha.
+    The chain rule puts 1 / sqrt(alpha^2 + sigma^2) into the gradient. Above its highest training noise level, the
+    network is evaluated at that level (`TrainedSchedule.extrapolation_scale`).
 
     Args:
-        module: its `config` has the noise schedule that it was trained with, in `DDPMScheduler`'s words.
-        normalize: scale the gradient of each image to the norm of its score, so that `scale` counts scores; at scale 1
-            guidance is as strong as the diffusion network.
+        module: its `config` has the noise schedule of its training, as arguments of `DDPMScheduler`.
+        normalize: rescale the gradient of each image to the norm of its score, so that `scale` counts scores; at scale
+            1, guidance is as strong as the diffusion network.
     """
 
     def __init__(
@@ -374,106 +321,83 @@ class NoiseAwareGuidance(Guidance):
         super().__init__(scale, start, stop, sigma_interval)
         check_eval_mode(module)
         self.module, self.normalize = module, normalize
-        self.supports_pure_noise = not normalize  # `TrainedSchedule.extrapolation_scale`
+        self.supports_pure_noise = not normalize  # thanks to `extrapolation_scale`
         self.schedule = TrainedSchedule(schedule_config(module))
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)
 
     @abstractmethod
-    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
+    def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """log p(y | z), (B,), up to a constant, at timestep `t` of the network's schedule; z in its dtype."""
 
-    def score(self, step: StepContext) -> torch.Tensor:
-        level, t = step.level, self.schedule.timestep(step.level)
-        z = step.sample / (norm := (level.alpha**2 + level.sigma**2) ** 0.5)
+    def network_input(
+        self, sample: torch.Tensor, level: NoiseLevel
+    ) -> tuple[torch.Tensor, float, float]:
+        """(z, t, norm): the variance-preserving sample z = sample / norm, and its timestep in the network's schedule."""
+        norm = (level.alpha**2 + level.sigma**2) ** 0.5
+        return sample / norm, self.schedule.timestep(level), norm
+
+    def log_probability(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        """log p(y | z), (B,), of `network_input`'s z and t, for z of any dtype; differentiable."""
         dtype = next((p.dtype for p in self.module.parameters()), z.dtype)
-        fast = getattr(self.module, "input_gradient", None)  # of `speed.gradients_in`
-        grad = (
-            fast(self, z, t) if fast else gradient(lambda z: self.log_likelihood(z.to(dtype), t), z)
-        )
+        return self.log_likelihood(z.to(dtype), t)
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        z, t, norm = self.network_input(step.sample, step.level)
+        faster = getattr(self.module, "input_gradient", None)  # set by `speed.gradients_in`
+        if faster is not None:
+            grad = faster(self, z, t)
+        else:
+            grad = gradient(lambda z: self.log_probability(z, t), z)
         if self.normalize:
             return self.scale_at(step) * rescale_to_score(grad, step)
-        return (self.scale_at(step) * (self.schedule.extrapolation_scale(level) / norm)) * grad
+        return (self.scale_at(step) * (self.schedule.extrapolation_scale(step.level) / norm)) * grad
 
-    def select(self, rows: slice | list[int], count: int) -> NoiseAwareGuidance:
+    def select(self, images: slice | list[int], count: int) -> NoiseAwareGuidance:
         """The term for some of `count` images."""
         part, scale = copy(self), self.scale
-        part.scale = (
-            (lambda level: _select(scale(level), rows)) if callable(scale) else _select(scale, rows)
-        )
+        if callable(scale):
+            part.scale = lambda level: _select_scale(scale(level), images)
+        else:
+            part.scale = _select_scale(scale, images)
         return part
 
 
-def _select(scale: float | Sequence[float] | torch.Tensor, rows: slice | list[int]) -> torch.Tensor:
+def _select_scale(
+    scale: float | Sequence[float] | torch.Tensor, images: slice | list[int]
+) -> torch.Tensor:
     numbers = torch.as_tensor(scale)
-    return numbers[rows] if numbers.numel() > 1 else numbers
+    return numbers[images] if numbers.numel() > 1 else numbers
 
 
-class LogitsGuidance(NoiseAwareGuidance):
-    """By the likelihood that follows from a network's logits."""
+class ClassifierGuidance(NoiseAwareGuidance):
+    """Guidance by a noise-aware classifier: adds `scale * sum_y w_y grad_x log p(y | x_t)`.
 
-    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
-        return self.likelihood(logits_of(self.module(z, t)))
+    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. The likelihood follows from the
+    classifier's `config.problem_type`, as in `transformers`; f are its logits:
 
-    def select(self, rows: slice | list[int], count: int) -> LogitsGuidance:
-        part = super().select(rows, count)
-        part.likelihood = self.likelihood.select(rows)
-        return part
-
-
-class LabelGuidance(LogitsGuidance):
-    """`ClassifierGuidance` without its options.
+        single_label_classification (the default)    joint f_y - log sum_i exp(marginal f_i)
+        multi_label_classification, independent      log sigmoid(f_y)
+        regression                                    -(f - target)^2 / (2 std^2)
 
     Args:
-        labels: {id: weight}, one or one an image.
-
-    Raises:
-        ValueError: for a classifier without labels, which regresses.
-    """
-
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        labels: list[dict[int, float]],
-        scale: Scale,
-        start: float,
-        stop: float,
-    ):
-        super().__init__(classifier, scale, start, stop)
-        kind = module_config(classifier).get("problem_type") or SINGLE
-        if kind not in (SINGLE, MULTI):
-            raise ValueError(
-                f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
-                "guidance=ClassifierGuidance(classifier, target=...)"
-            )
-        self.likelihood = LabelLikelihood(labels, kind == MULTI)
-
-
-class ClassifierGuidance(LogitsGuidance):
-    """Steer to what a noise-aware classifier calls the label: adds `scale * sum_y w_y grad_x log p(y | x_t)`.
-
-    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. What log p(y | x_t) is follows
-    from the classifier's `config.problem_type`, in the words of `transformers`; f are its logits:
-
-        single_label_classification (also where there is none)    joint f_y - log sum_i exp(marginal f_i)
-        multi_label_classification, each label on its own          log sigmoid(f_y)
-        regression                                                  -(f - target)^2 / (2 std^2)
-
-    Args:
-        classifier: `NoiseAwareClassifier`, or any module with `forward(sample, timestep)` that gives `.logits`
-            (B, num_labels) and a `config` with the noise schedule that it was trained with.
+        classifier: `NoiseAwareClassifier`, or any module with `forward(sample, timestep)` that returns `.logits`
+            (B, num_labels) and a `config` with the noise schedule of its training.
         label: an id, a name of `config.id2label`, a mapping {id or name: weight}, a list of such (one an image), or a
             tensor of ids. Negative weights steer away.
-        scale: 0 is off; 1 with an exact classifier is the exact conditional model; more is a sharper one, p(y|x)^scale.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
-        target: instead of a label, what a regressor's outputs should be: a number, (num_labels,) or (B, num_labels).
-        std: the standard deviation of what was regressed, given the image, in the target's units.
+        scale: 0 is off; 1 with an exact classifier is the exact conditional model; larger: sharper samples of lower
+            diversity.
+        start, stop, sigma_interval: when it is active, as in `Guidance`.
+        target: instead of a label, the value for a regressor's outputs: a number, (num_labels,) or (B, num_labels).
+        std: standard deviation of the regressed value given the image, in the target's units.
         joint_temperature, marginal_temperature: "joint" and "marginal" above (Ma et al. 2024, "Elucidating the design
-            space of classifier-guided diffusion generation", section 4); both 1 are the classifier's own p(y | x_t); a
-            marginal below 1 keeps the gradient alive where it is sure, 0 follows the logit alone.
-        softplus: the classifier's `torch.nn.ReLU` (not its calls of `F.relu`) become softplus(beta x) / beta with this
-            beta while the gradient is taken (the same paper: 3 for a ResNet), which makes it smooth. None: off.
+            space of classifier-guided diffusion generation", section 4). With both 1 it is the classifier's own
+            p(y | x_t). A marginal below 1 keeps the gradient alive where the classifier is confident; 0 follows the
+            logit alone.
+        softplus: replaces the classifier's `torch.nn.ReLU` modules (not its calls of `F.relu`) by softplus(beta x) /
+            beta with this beta while the gradient is taken, which makes it smooth (the same paper: 3 for a ResNet).
+            None: off.
         normalize: as in `NoiseAwareGuidance`.
 
     Raises:
@@ -483,7 +407,7 @@ class ClassifierGuidance(LogitsGuidance):
     def __init__(
         self,
         classifier: torch.nn.Module,
-        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        label: Labels | None = None,
         scale: Scale = 1.0,
         start: float = 0.0,
         stop: float = 1.0,
@@ -497,159 +421,37 @@ class ClassifierGuidance(LogitsGuidance):
         normalize: bool = False,
     ):
         super().__init__(classifier, scale, start, stop, sigma_interval, normalize)
-        config = module_config(classifier)
         self.classifier, self.softplus = classifier, softplus
-        self.likelihood = likelihood(
-            config, label, target, std, joint_temperature, marginal_temperature
+        self.likelihood = make_likelihood(
+            module_config(classifier), label, target, std, joint_temperature, marginal_temperature
         )
         check_softplus(classifier, softplus)
+
+    def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        return self.likelihood(logits_of(self.module(z, t)))
 
     def score(self, step: StepContext) -> torch.Tensor:
         with relu_as_softplus(
             self.classifier, self.softplus
-        ):  # also while a checkpointed block runs again
+        ):  # checkpointed blocks run again within
             return super().score(step)
 
-
-class LabelLikelihood:
-    """Logits (B, num_labels) -> sum_y w_y log p(y | x), (B,), in float32 or wider.
-
-    Args:
-        labels: {id: weight}, one or one an image.
-        multi: each label on its own, log sigmoid(f_y); else of a softmax with the two temperatures.
-
-    Raises:
-        ValueError: when called, if the labels don't fit the logits.
-    """
-
-    def __init__(
-        self,
-        labels: list[dict[int, float]],
-        multi: bool = False,
-        joint: float = 1.0,
-        marginal: float = 1.0,
-    ):
-        self.labels, self.multi, self.joint, self.marginal = labels, multi, joint, marginal
-        self._weights: torch.Tensor | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if (
-            len(self.labels) not in (1, len(wide))
-            or self._weights is None
-            or self._weights.device != wide.device
-        ):
-            largest = max(i for label in self.labels for i in label)
-            if largest >= wide.shape[1] or len(self.labels) not in (1, len(wide)):
-                raise ValueError(
-                    f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "
-                    f"the {len(wide)} images, below the classifier's {wide.shape[1]} logits is allowed"
-                )
-            rows = [[label.get(i, 0.0) for i in range(wide.shape[1])] for label in self.labels]
-            self._weights = torch.tensor(rows, device=wide.device)  # (B or 1, num_labels)
-        if self.multi:
-            log_p = torch.nn.functional.logsigmoid(wide)
-        else:
-            log_p = self.joint * wide - (self.marginal * wide).logsumexp(dim=-1, keepdim=True)
-        return (self._weights.to(wide.dtype) * log_p).sum(dim=-1)
-
-    def select(self, rows: slice | list[int]) -> LabelLikelihood:
-        """The same for some of the images."""
-        part = copy(self)
-        if len(self.labels) > 1:
-            part.labels = (
-                self.labels[rows] if isinstance(rows, slice) else [self.labels[i] for i in rows]
-            )
-            part._weights = None if self._weights is None else self._weights[rows]
+    def select(self, images: slice | list[int], count: int) -> ClassifierGuidance:
+        part = super().select(images, count)
+        part.likelihood = self.likelihood.select(images)
         return part
-
-
-class TargetLikelihood:
-    """Outputs f (B, num_labels) -> -(f - target)^2 / (2 std^2), summed, (B,): Gaussian up to a constant."""
-
-    def __init__(self, target: torch.Tensor, std: float):
-        self.target, self.std = target, std
-
-    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        target = self.target.to(wide, non_blocking=True)  # or an accelerator waits for it
-        sizes = zip(target.shape[::-1], wide.shape[::-1], strict=False)
-        if target.ndim > wide.ndim or any(size not in (1, whole) for size, whole in sizes):
-            raise ValueError(
-                f"target has shape {tuple(target.shape)}; one that broadcasts to the regressor's "
-                f"{tuple(wide.shape)} outputs is allowed"
-            )
-        return -((wide - target) ** 2).sum(dim=-1) / (2 * self.std**2)
-
-    def select(self, rows: slice | list[int]) -> TargetLikelihood:
-        """The same for some of the images."""
-        each = self.target.ndim > 1 and len(self.target) > 1
-        return TargetLikelihood(self.target[rows] if each else self.target, self.std)
-
-
-def likelihood(
-    config: Mapping[str, Any],
-    label: Any,
-    target: Any,
-    std: float = 1.0,
-    joint: float = 1.0,
-    marginal: float = 1.0,
-) -> LabelLikelihood | TargetLikelihood:
-    """What a network with this config (`problem_type`, `id2label`, `num_labels`) says of the label or the target.
-
-    Raises:
-        ValueError: for arguments that don't go together.
-    """
-    kind = config.get("problem_type") or (SINGLE if target is None else REGRESSION)
-    if kind not in (SINGLE, MULTI, REGRESSION):
-        raise ValueError(
-            f"classifier: problem_type={kind!r}; {SINGLE}, {MULTI} and {REGRESSION} are allowed"
-        )
-    if (label is None) == (target is None) or (target is not None) != (kind == REGRESSION):
-        wanted = "target and no label" if kind == REGRESSION else "label and no target"
-        raise ValueError(f"label={label!r}, target={target!r}: {kind} needs a {wanted}")
-    if kind != SINGLE and (joint, marginal) != (1, 1):
-        raise ValueError(
-            f"joint_temperature={joint}, marginal_temperature={marginal} have no effect on {kind}; leave "
-            "them 1"
-        )
-    if kind != REGRESSION and std != 1:
-        raise ValueError(f"std={std} has no effect on {kind}; leave it 1")
-    if not std > 0 or not isfinite(std):
-        raise ValueError(f"std={std!r}: a positive number is allowed")
-    if not (joint > 0 and marginal >= 0 and isfinite(joint) and isfinite(marginal)):
-        raise ValueError(
-            f"joint_temperature={joint!r}, marginal_temperature={marginal!r}: above 0, and 0 or above, "
-            "are allowed"
-        )
-    if kind == REGRESSION:
-        wanted = torch.as_tensor(target, dtype=torch.float64)
-        if not wanted.isfinite().all():
-            raise ValueError(f"target={target!r}: finite numbers are allowed")
-        return TargetLikelihood(wanted, std)
-    labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
-    return LabelLikelihood(labels, kind == MULTI, joint, marginal)
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """Of a model's output object, tuple or bare tensor."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output.logits if hasattr(output, "logits") else output[0]
 
 
 def _relus(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
     for parent in module.modules():
-        # not named_children, which leaves out a second name of the same child
-        yield from (
-            (parent, name)
-            for name, child in parent._modules.items()
-            if isinstance(child, torch.nn.ReLU)
-        )
+        # `named_children` would leave out a second name of the same child
+        for name, child in parent._modules.items():
+            if isinstance(child, torch.nn.ReLU):
+                yield parent, name
 
 
 def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
-    """Refuse a beta that is none, or that would have no effect.
+    """Refuse a beta that is not positive, or that would have no effect.
 
     Raises:
         ValueError: for either.
@@ -664,132 +466,48 @@ def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
 
 @contextmanager
 def relu_as_softplus(module: torch.nn.Module, beta: float | None) -> Iterator[None]:
-    """Within, the module's ReLU are softplus(beta x) / beta; None: as they are. Restored at the end."""
-    found = list(_relus(module)) if beta is not None else []
-    before = [(parent, name, getattr(parent, name)) for parent, name in found]
+    """Context in which the module's ReLU are softplus(beta x) / beta; None: unchanged. Restored on exit."""
+    relus = []
+    if beta is not None:
+        relus = [(parent, name, getattr(parent, name)) for parent, name in _relus(module)]
     try:
-        for parent, name in found:
+        for parent, name, _ in relus:
             setattr(parent, name, torch.nn.Softplus(beta))
         yield
     finally:
-        for parent, name, child in before:
-            setattr(parent, name, child)
+        for parent, name, relu in relus:
+            setattr(parent, name, relu)
 
 
-def parse_labels(
-    label: Label | Sequence[Label] | torch.Tensor,
-    id2label: Mapping[int | str, str] | None,
-    num_labels: int | None,
-) -> list[dict[int, float]]:
-    """Labels in any of their forms as a list of {id: weight}.
-
-    Args:
-        label: as in `ClassifierGuidance`.
-        id2label: the names; None: only ids are allowed.
-        num_labels: ids run below it; None: not checked.
-
-    Raises:
-        ValueError: for an unknown name or id, a name of several ids, or anything that is no label; the message says
-            what is allowed.
-    """
-    names: dict[str, list[int]] = {}
-    for i, name in (id2label or {}).items():
-        names.setdefault(name, []).append(int(i))
-    known = f"ids 0 to {num_labels - 1}" if num_labels else "ids from 0"
-    known += f" and the names {sorted(names)}" if names else " (the classifier has no names)"
-
-    def one(value: Any) -> int:
-        if isinstance(value, str) and value in names:
-            if len(names[value]) > 1:
-                raise ValueError(
-                    f"label {value!r} is the name of several ids; use one of {names[value]}"
-                )
-            return names[value][0]
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            if 0 <= value and (num_labels is None or value < num_labels):
-                return int(value)
-        raise ValueError(f"label {value!r} is unknown; allowed: {known}")
-
-    def weighted(value: Any) -> dict[int, float]:
-        if not isinstance(value, Mapping):
-            return {one(value): 1.0}
-        if not value:
-            raise ValueError("label is an empty mapping; a mixture is {label: weight, ...}")
-        mixture: dict[int, float] = {}
-        for name, weight in value.items():
-            if not isinstance(weight, Real) or not isfinite(weight) or one(name) in mixture:
-                raise ValueError(
-                    f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite number "
-                    "for each label is allowed"
-                )
-            mixture[one(name)] = float(weight)
-        return mixture
-
-    if isinstance(label, torch.Tensor):
-        if label.ndim > 1 or label.is_floating_point() or label.dtype == torch.bool:
-            raise ValueError(
-                f"label is a tensor {tuple(label.shape)} of {label.dtype}; integer ids, one or (B,), are "
-                "allowed"
-            )
-        label = label.reshape(-1).tolist()
-    if isinstance(label, (list, tuple)):
-        if not label:
-            raise ValueError("label is an empty list; give at least one")
-        return [weighted(value) for value in label]
-    return [weighted(label)]
+# ---------------------------------------------------------------- differences of two predictions
 
 
-class NullGuidance(Guidance):
-    """`ClassifierFreeGuidance` of class labels, without its options.
-
-    Args:
-        null: the class label of no condition.
-    """
-
-    supports_pure_noise = True
-
-    def __init__(self, null: int, scale: Scale):
-        super().__init__(scale)
-        self.conditions = ({"class_labels": torch.tensor([null])},)
-
-    def guided(self, step: StepContext) -> torch.Tensor:
-        """The predicted x0, away from what it is without the condition."""
-        return step.x0 + self.scale_at(step) * (step.x0 - step.condition_x0[0])
-
-    def score(self, step: StepContext) -> torch.Tensor:
-        x0 = torch.where(
-            self.scale_at(step) == 0, step.x0, self.guided(step)
-        )  # off, for one image as for all
-        return step.level.score_shift(x0 - step.x0)
-
-
-class ClassifierFreeGuidance(NullGuidance):
-    """Away from what the network predicts without the condition: adds `scale * (score(x_t | c) - score(x_t))`.
+class ClassifierFreeGuidance(Guidance):
+    """Classifier-free guidance: adds `scale * (score(x_t | c) - score(x_t))`.
 
     Ho & Salimans 2022, "Classifier-free diffusion guidance", eq. 6, for a network that was trained with its condition
-    dropped at times, so that it knows both. The two predictions come from one call of the network with a batch twice as
-    long. In terms of the predicted x0:
+    dropped at times, so that it knows both. The two predictions come from one call of the network with a batch of twice
+    the size. In terms of the predicted x0:
 
         x0 = x0(c) + scale (x0(c) - x0(null))
 
     Args:
-        null: what the network is told for no condition: its null class label, or a mapping of its arguments, such as
+        null: the condition of no condition: the network's null class label, or a mapping of its arguments, such as
             {"encoder_hidden_states": (1 or B, tokens, width)} of an empty prompt.
-        scale: 0 is off: the conditional network. GLIDE, Imagen and Diffusers count from 1: their `guidance_scale` is
-            1 + this.
-        rescale: how much of the standard deviation of the network's output, an image, is put back to what it is without
-            guidance, 0 (off) to 1 (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed",
-            section 3.4).
+        scale: 0 is off: the conditional network. In GLIDE, Imagen and Diffusers, `guidance_scale` is 1 + this.
+        rescale: share of the standard deviation of the network's output, an image, that is restored to its value
+            without guidance, 0 (off) to 1 (Lin et al. 2024, "Common diffusion noise schedules and sample steps are
+            flawed", section 3.4).
         threshold: dynamic thresholding of the guided x0, of data in [-1, 1]: x0 is clipped to [-s, s] and divided by s,
             the larger of 1 and this quantile of |x0| in the image, in (0, 1] (Saharia et al. 2022, Imagen, section 2.3:
             0.995). None: off.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
+        start, stop, sigma_interval: when it is active, as in `Guidance`.
 
     Raises:
         ValueError: for other values.
     """
+
+    supports_pure_noise = True
 
     def __init__(
         self,
@@ -802,54 +520,52 @@ class ClassifierFreeGuidance(NullGuidance):
         rescale: float = 0.0,
         threshold: float | None = None,
     ):
-        Guidance.__init__(self, scale, start, stop, sigma_interval)
+        super().__init__(scale, start, stop, sigma_interval)
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale={rescale!r}: 0 (off) to 1 is allowed")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold={threshold!r}: above 0, up to 1, or None is allowed")
-        if not isinstance(null, Mapping) and (
-            not isinstance(null, Integral) or isinstance(null, bool) or null < 0
-        ):
+        if isinstance(null, Mapping):
+            self.conditions = (dict(null),)
+        elif isinstance(null, Integral) and not isinstance(null, bool) and null >= 0:
+            self.conditions = ({"class_labels": torch.tensor([null])},)
+        else:
             raise ValueError(
                 f"null={null!r}: a class label, 0 or above, or a mapping of the network's arguments is "
                 "allowed"
             )
         self.rescale, self.threshold = rescale, threshold
-        self.conditions = (
-            dict(null) if isinstance(null, Mapping) else {"class_labels": torch.tensor([null])},
-        )
 
-    def guided(self, step: StepContext) -> torch.Tensor:
-        level, x0 = step.level, super().guided(step)
-        dims = tuple(range(1, x0.ndim))
-        if self.rescale and level.b:  # at a consistency model's boundary the output has no say
-            output = level.output(step.sample, x0)
-            factor = level.output(step.sample, step.x0).std(dims, keepdim=True) / output.std(
-                dims, keepdim=True
-            )
-            x0 = level.x0(step.sample, (self.rescale * factor + 1 - self.rescale) * output)
+    def score(self, step: StepContext) -> torch.Tensor:
+        scale = self.scale_at(step)
+        x0 = step.x0 + scale * (step.x0 - step.condition_x0[0])
+        if self.rescale and step.level.b:  # b = 0: a consistency model's boundary, x0 is the sample
+            x0 = self._rescaled(x0, step)
         if self.threshold is not None:
-            s = (
-                x0.abs()
-                .flatten(1)
-                .quantile(self.threshold, dim=1)
-                .clamp(min=1)
-                .reshape(-1, *[1] * len(dims))
-            )
+            s = x0.abs().flatten(1).quantile(self.threshold, dim=1).clamp(min=1)
+            s = s.reshape(-1, *[1] * (x0.ndim - 1))
             x0 = x0.clamp(-s, s) / s
-        return x0
+        x0 = torch.where(scale == 0, step.x0, x0)  # exactly off, for a single image too
+        return step.level.score_shift(x0 - step.x0)
+
+    def _rescaled(self, x0: torch.Tensor, step: StepContext) -> torch.Tensor:
+        level, dims = step.level, tuple(range(1, x0.ndim))
+        output = level.output(step.sample, x0)
+        before = level.output(step.sample, step.x0)
+        factor = before.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        return level.x0(step.sample, (self.rescale * factor + 1 - self.rescale) * output)
 
 
 class AutoGuidance(Guidance):
-    """Away from what a worse network predicts: adds `scale * (score of the network - score of the worse one)`.
+    """Autoguidance: adds `scale * (score of the network - score of a worse network)`.
 
-    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself" (autoguidance), eq. 3: the worse one is
-    smaller or less trained, told the same condition. It is one more call, of the worse network.
+    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3. The worse network is smaller or
+    less trained and gets the same condition. It costs one call of the worse network.
 
     Args:
-        network: called as the pipeline's own is, and predicts the same (epsilon, v, ...).
+        network: called as the pipeline's own network is, with the same kind of prediction (epsilon, v, ...).
         scale: 0 is off; the paper's guidance weight is 1 + this.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
+        start, stop, sigma_interval: when it is active, as in `Guidance`.
     """
 
     supports_pure_noise = True
@@ -871,30 +587,32 @@ class AutoGuidance(Guidance):
         return (self.network,)
 
     def score(self, step: StepContext) -> torch.Tensor:
-        worse = step.predict(step.sample, self.network)
-        return self.scale_at(step) * step.level.score_shift(step.x0 - worse)
+        worse_x0 = step.predict(step.sample, self.network)
+        return self.scale_at(step) * step.level.score_shift(step.x0 - worse_x0)
+
+
+# ---------------------------------------------------------------- energies
 
 
 class EnergyGuidance(Guidance):
-    """Towards images of low energy: adds `-scale * grad_x E`, as of p(x) exp(-scale E(x)).
+    """Guidance to a low energy: adds `-scale * grad_x E`, as for p(x) exp(-scale E(x)).
 
     With an energy of the predicted x0 this is universal guidance (Bansal et al. 2023, eq. 6) and, for a measurement,
-    E = |y - A(x0)|^2, diffusion posterior sampling (Chung et al. 2023, eq. 16). Images whose left half is given:
+    E = |y - A(x0)|^2, diffusion posterior sampling (Chung et al. 2023, eq. 16). Images with a known left half:
 
         EnergyGuidance(lambda images: ((images - known)[..., :14] ** 2).sum((1, 2, 3)), scale=10)
 
     Args:
-        energy: gives one number an image, (B,), of what `of` says.
+        energy: returns one number an image, (B,), for the input that `of` selects.
         scale: 0 is off.
         of: "image": the predicted x0 as images in [-1, 1], decoded where the model is latent; "x0": the predicted x0 in
             the model's own space; "sample": energy(x_t, level), the noisy sample, which needs no prediction.
-        through_network: whether the gradient goes through the network, too: exact, for its forward and backward pass
-            (`x0_gradient`); for "image" and "x0".
-        normalize: scale the gradient of each image to the norm of its score, so that `scale` counts scores.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
+        through_network: whether the gradient goes through the network, too (`x0_gradient`); for "image" and "x0".
+        normalize: rescale the gradient of each image to the norm of its score, so that `scale` counts scores.
+        start, stop, sigma_interval: when it is active, as in `Guidance`.
 
     Raises:
-        ValueError: for other values, or, when run, an energy that is not one number an image.
+        ValueError: for other values, or, in the run, an energy that is not one number an image.
     """
 
     def __init__(
@@ -914,27 +632,24 @@ class EnergyGuidance(Guidance):
             raise ValueError(f"of={of!r}: 'image', 'x0' and 'sample' are allowed")
         if of == "sample" and through_network:
             raise ValueError("through_network=True has no effect with of='sample'")
-        self.energy, self.of, self.through_network, self.normalize = (
-            energy,
-            of,
-            through_network,
-            normalize,
-        )
+        self.energy, self.of, self.normalize = energy, of, normalize
+        self.through_network = through_network
         self.supports_pure_noise = not (through_network or normalize or of == "sample")
 
     def score(self, step: StepContext) -> torch.Tensor:
-        def checked(*inputs: object) -> torch.Tensor:
-            value = self.energy(*inputs)
-            if value.shape != step.sample.shape[:1]:
-                raise ValueError(
-                    f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), is "
-                    "allowed"
-                )
-            return value
-
         if self.of == "sample":
-            grad = gradient(lambda x: checked(x, step.level), step.sample)
+            grad = gradient(lambda x: self._evaluate(step, x, step.level), step.sample)
         else:
             view = step.decode if self.of == "image" else lambda x0: x0
-            grad = x0_gradient(lambda x0: checked(view(x0)), step, self.through_network)
+            grad = x0_gradient(
+                lambda x0: self._evaluate(step, view(x0)), step, self.through_network
+            )
         return -self.scale_at(step) * (rescale_to_score(grad, step) if self.normalize else grad)
+
+    def _evaluate(self, step: StepContext, *inputs: Any) -> torch.Tensor:
+        value = self.energy(*inputs)
+        if value.shape != step.sample.shape[:1]:
+            raise ValueError(
+                f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), is allowed"
+            )
+        return value

@@ -20,18 +20,16 @@ from PIL import Image
 
 from .guidance import (
     Guidance,
-    Label,
     NoiseAwareGuidance,
     Scale,
     StepContext,
     check_eval_mode,
     check_softplus,
-    likelihood,
-    logits_of,
     relu_as_softplus,
     rescale_to_score,
     x0_gradient,
 )
+from .likelihood import Label, logits_of, make_likelihood
 from .noise import module_config
 from .preprocess import Preprocess, as_tensor
 
@@ -131,7 +129,7 @@ class ImageClassifierGuidance(ImageGuidance):
         config = dict(module_config(classifier))
         if config.get("id2label"):
             config.setdefault("num_labels", len(config["id2label"]))  # a property in transformers
-        self.likelihood = likelihood(
+        self.likelihood = make_likelihood(
             config, label, target, std, joint_temperature, marginal_temperature
         )
         check_softplus(classifier, softplus)

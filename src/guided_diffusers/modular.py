@@ -19,8 +19,9 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
-from .guidance import ClassifierGuidance, GuidanceSum, no_parameter_grad
-from .run import Run, check_parts, finite_check, guided
+from .guidance import ClassifierGuidance, no_parameter_grad
+from .guider import Guider, Prediction, StepFinder, check_devices
+from .noise import split_variance
 
 
 class ClassifierGuidanceBlock(ModularPipelineBlocks):
@@ -60,44 +61,29 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(
-        self,
-        components: ModularPipeline,
-        block_state: BlockState,
-        i: int,
-        t: torch.Tensor,
+        self, components: ModularPipeline, block_state: BlockState, i: int, t: torch.Tensor
     ) -> tuple[Any, BlockState]:
         if i == 0:
-            terms = GuidanceSum(
-                [
-                    ClassifierGuidance(
-                        components.classifier, block_state.label, block_state.guidance_scale
-                    )
-                ]
-            )
-            check_parts(components.scheduler, terms, block_state.latents.device)
-            block_state.classifier_guidance = (
-                terms,
-                Run(components.scheduler, t),
-                finite_check(terms),
-            )
-        terms, run, check = block_state.classifier_guidance
-        index = run.step(t)
-        acting = run.acting(terms, index)
-        if acting.terms():
-            with no_parameter_grad(acting.modules()):
-                block_state.noise_pred = guided(
-                    acting,
-                    run,
-                    index,
-                    block_state.noise_pred,
-                    block_state.latents,
-                    check,
-                    _no_predict,
-                )
-        if index + 1 == len(run.numbers):
-            check.finish()
+            block_state.guidance_run = self._start_run(components, block_state, t)
+        guider, finder = block_state.guidance_run
+        latents = block_state.latents
+        terms = guider.start_step(finder.advance(t), len(latents))
+        if terms:
+            output, variance = split_variance(block_state.noise_pred, latents.shape[1])
+            with no_parameter_grad([components.classifier]):
+                output, _ = guider.correct(latents, Prediction(output))
+            if variance is not None:
+                output = torch.cat([output, variance], dim=1)
+            block_state.noise_pred = output
+        guider.finish_step(latents)
         return components, block_state
 
-
-def _no_predict(*args: Any) -> torch.Tensor:
-    raise AssertionError("the classifier's term looks at the sample alone")
+    def _start_run(
+        self, components: ModularPipeline, block_state: BlockState, t: torch.Tensor
+    ) -> tuple[Guider, StepFinder]:
+        term = ClassifierGuidance(
+            components.classifier, block_state.label, block_state.guidance_scale
+        )
+        check_devices([term], block_state.latents.device)
+        finder = StepFinder(components.scheduler, t)
+        return Guider(components.scheduler, [term], first=finder.first), finder

@@ -1,15 +1,15 @@
-"""How noisy a scheduler's sample is, and what the network's output means at that noise level.
+"""Noise level of every step of any scheduler, and the predicted x0 of any network output.
 
-    sample  = alpha * x0 + sigma * eps        in the scheduler's own space: variance preserving, alpha = 1, flow, ...
-    x0_pred = a * sample + b * output         whatever the network predicts
+    sample  = alpha * x0 + sigma * eps        in the scheduler's own space: variance preserving, flow, alpha = 1, ...
+    x0_pred = a * sample + b * output         one table of (a, b) for everything that networks predict
 
-Everything else in this package uses these two lines, and nothing else knows which scheduler runs.
+The rest of the package uses these two lines and never asks which scheduler runs.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt
 from typing import Any
@@ -18,24 +18,9 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-#: their config says what the network predicts, and a step takes the sample that `add_noise` makes at its timestep
-ORDINARY = {
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "PNDMScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-}
+# ---------------------------------------------------------------- facts about Diffusers' schedulers, by class name
+
+#: samples are (1 - sigma) x0 + sigma eps (also every scheduler with use_flow_sigmas)
 FLOW = {
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
@@ -43,17 +28,23 @@ FLOW = {
     "FlowMapEulerDiscreteScheduler",
     "LTXEulerAncestralRFScheduler",
 }
+#: preconditioned as in Karras et al. 2022
 EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
-FIXED = {
+#: what the network predicts is fixed by the class, not by the config
+FIXED_PREDICTION = {
     "IPNDMScheduler": "v_prediction",
     "SCMScheduler": "trigflow",
     "CMStochasticIterativeScheduler": "consistency",
     "DDPMWuerstchenScheduler": "epsilon",
 }
-MID_SIGMA = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
+#: every second step starts at a mid-point, whose sigma is `sigmas_interpol[index - offset]`
+MIDPOINT_OFFSET = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
+#: the last of `timesteps` is the end of the run, not a step
 TERMINAL_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+DDPM = {"DDPMScheduler", "DDPMParallelScheduler"}
 _DISCRETE = "it is for discrete tokens, which have no score"
 _OWN_LOOP = "it needs a loop of its own, with corrector steps"
+#: schedulers that can't be guided, and why
 OUT_OF_REACH = {
     "DDIMInverseScheduler": "its sample is one step behind its timestep",
     "DPMSolverMultistepInverseScheduler": "it adds noise, so there is no x0 to guide",
@@ -72,133 +63,43 @@ OUT_OF_REACH = {
     "BlockRefinementScheduler": _DISCRETE,
     "EntropyBoundScheduler": _DISCRETE,
 }
+#: alpha = 0 (zero terminal SNR, the first step of flow matching) becomes what Diffusers' sigma-based schedulers use
+SMALLEST_ALPHA = 2.0**-24
 
 
-def is_instance_by_name(scheduler: SchedulerMixin, names: Any) -> str | None:
-    """The name of the scheduler's class, or of the class it extends, that is in `names`."""
+def is_instance_by_name(scheduler: SchedulerMixin, names: Collection[str]) -> str | None:
+    """Name of the scheduler's class, or of a class that it extends, that is in `names`; None if there is none."""
     return next((cls.__name__ for cls in type(scheduler).__mro__ if cls.__name__ in names), None)
 
 
-def is_ordinary(scheduler: SchedulerMixin) -> bool:
-    """Whether nothing here is needed for the scheduler."""
-    return bool(is_instance_by_name(scheduler, ORDINARY)) and not scheduler.config.get(
-        "use_flow_sigmas"
-    )
-
-
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether its samples are alpha = 1 - sigma."""
+    """Whether the scheduler's samples have alpha = 1 - sigma."""
     return bool(is_instance_by_name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"))
 
 
-def has_custom_step(scheduler: SchedulerMixin) -> bool:
-    """Whether its step takes something else than (output, timestep, sample, eta, generator)."""
-    takes = inspect.signature(scheduler.step).parameters.keys()
-    return bool(
-        is_instance_by_name(scheduler, {"DPMSolverSDEScheduler", "DDPMWuerstchenScheduler"})
-        or takes & {"old_pred_original_sample", "prev_timestep"}
-    )
-
-
 def check_supported(scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that guidance can't work with.
+    """Refuse a scheduler that can't be guided.
 
     Raises:
-        ValueError: for one; the message says why.
+        ValueError: saying why.
     """
     if name := is_instance_by_name(scheduler, OUT_OF_REACH):
         raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
-    tells = is_flow(scheduler) or is_instance_by_name(scheduler, {"IPNDMScheduler", "SCMScheduler"})
-    if not tells and not callable(getattr(scheduler, "add_noise", None)):
+    readable = is_flow(scheduler) or is_instance_by_name(
+        scheduler, {"IPNDMScheduler", "SCMScheduler"}
+    )
+    if not readable and not callable(getattr(scheduler, "add_noise", None)):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read"
         )
 
 
-def rare_affine(
-    prediction: str,
-    alpha: float,
-    sigma: float,
-    sigma_data: float,
-    sigma_min: float,
-) -> tuple[float, float]:
-    """(a, b) of `x0_pred = a * sample + b * output` of networks that ordinary schedulers don't know.
-
-    Args:
-        prediction: score | edm_epsilon, edm_v_prediction (Karras et al. 2022, Table 1) | consistency (Song et al. 2023,
-            eq. 5, as Diffusers has it) | trigflow (Lu & Song 2024, eq. 3).
-        sigma_data, sigma_min: the constants of the last four.
-    """
-    edm = sqrt(sigma**2 + sigma_data**2)
-    match prediction:
-        case "score":
-            return 1 / alpha, sigma**2 / alpha
-        case "edm_epsilon":
-            return sigma_data**2 / edm**2, sigma * sigma_data / edm
-        case "edm_v_prediction":
-            return sigma_data**2 / edm**2, -sigma * sigma_data / edm
-        case "consistency":
-            return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2), (
-                sigma - sigma_min
-            ) * sigma_data / edm
-        case "trigflow":
-            return alpha, -sigma / sigma_data
-    raise ValueError(
-        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
-        "edm_epsilon, edm_v_prediction, consistency, trigflow"
-    )
-
-
-def custom_step_fn(
-    scheduler: SchedulerMixin,
-    schedule: torch.Tensor,
-    options: Mapping[str, Any],
-    generator: torch.Generator | list[torch.Generator] | None,
-    batch_size: int,
-) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
-    """(output, index, sample) -> the next sample."""
-    takes = inspect.signature(scheduler.step).parameters
-    if is_instance_by_name(scheduler, {"DPMSolverSDEScheduler"}):  # draws for itself, from a seed
-        each = (
-            generator
-            if isinstance(generator, list)
-            else [generator]
-            if generator is not None
-            else []
-        )
-        seeds = [torch.randint(2**62, (), generator=one, device=one.device).item() for one in each]
-        own = scheduler.config.noise_sampler_seed
-        scheduler.noise_sampler_seed = (
-            seeds if isinstance(generator, list) else seeds[0] if seeds else own
-        )
-    wants_batched_timestep = is_instance_by_name(scheduler, {"DDPMWuerstchenScheduler"})
-    previous_x0 = None
-
-    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
-        nonlocal previous_x0
-        t, next_t = schedule[index], schedule[index + 1] if index + 1 < len(schedule) else None
-        if (
-            "old_pred_original_sample" in takes
-        ):  # CogVideoX's DPM solver leaves its memory to the caller
-            back = schedule[index - 1] if index else None
-            sample, previous_x0 = scheduler.step(
-                output, previous_x0, t, back, sample, **options, return_dict=False
-            )
-            return sample
-        more = {"prev_timestep": next_t} if "prev_timestep" in takes else {}
-        t = t.expand(batch_size) if wants_batched_timestep else t
-        return scheduler.step(output, t, sample, **options, **more, return_dict=False)[0]
-
-    return step
-
-
-#: alpha = 0 (zero terminal SNR, the first step of flow matching) is read as Diffusers' sigma-based schedulers read it.
-SMALLEST_ALPHA = 2.0**-24
+# ---------------------------------------------------------------- noise levels and predictions
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A step's `sample = alpha * x0 + sigma * eps` and `x0_pred = a * sample + b * output`, as plain floats."""
+    """One step's `sample = alpha * x0 + sigma * eps` and `x0_pred = a * sample + b * output`, as floats."""
 
     alpha: float
     sigma: float
@@ -206,39 +107,37 @@ class NoiseLevel:
     b: float
 
     def x0(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The predicted x0 of a network's output, in the sample's dtype: in much noise it is a small difference."""
+        """Predicted x0 of a network's output, in the sample's dtype (a small difference at high noise)."""
         return self.a * sample + self.b * output.to(sample.dtype)
 
     def output(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """The network's output that predicts `x0`."""
+        """Network output that predicts `x0`."""
         return (x0 - self.a * sample) / self.b
 
     def clipped(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The network's output that predicts the x0 of `output` clipped to [-1, 1]."""
-        wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        return (
-            self.output(wide, self.x0(wide, output).clamp(-1, 1)).to(output.dtype)
-            if self.b
-            else output
-        )
+        """Network output whose predicted x0 is that of `output`, clipped to [-1, 1]."""
+        if not self.b:
+            return output
+        sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        return self.output(sample, self.x0(sample, output).clamp(-1, 1)).to(output.dtype)
 
     def score(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """The score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie)."""
+        """Score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie's formula)."""
         return (self.alpha * x0 - sample) / self.sigma**2
 
     def score_shift(self, x0_shift: torch.Tensor) -> torch.Tensor:
-        """What the score moves by where the predicted x0 does by `x0_shift`: alpha / sigma^2 x0_shift."""
+        """Change of the score when the predicted x0 changes by `x0_shift`: alpha / sigma^2 x0_shift."""
         return self.alpha / self.sigma**2 * x0_shift
 
     def corrected(self, output: torch.Tensor, score_shift: torch.Tensor) -> torch.Tensor:
-        """The output whose score is `score_shift` larger: `output + (sigma^2 / alpha) / b * score_shift`.
+        """Network output whose score is larger by `score_shift`: `output + (sigma^2 / alpha) / b * score_shift`.
 
-        By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that predicts
-        epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
+        By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that
+        predicts epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
         """
         if (
             self.sigma == 0 or self.b == 0
-        ):  # no noise, or a consistency model's boundary: the output has no say
+        ):  # no noise, or a consistency model's boundary: x0 is the sample
             return output
         return output + (self.sigma**2 / self.alpha / self.b * score_shift).to(output.dtype)
 
@@ -254,9 +153,15 @@ def x0_coefficients(
 
     Args:
         prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
-            flow (noise - data) | data_flow (data - noise) | one of `rare_affine`.
-        sigma_data, sigma_min: constants of the latter.
+            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al.
+            2022, Table 1) | consistency (Song et al. 2023, eq. 5, as in Diffusers) | trigflow (Lu & Song 2024,
+            eq. 3).
+        sigma_data, sigma_min: constants of the last four.
+
+    Raises:
+        ValueError: for another prediction.
     """
+    edm = sqrt(sigma**2 + sigma_data**2)
     match prediction:
         case "epsilon":
             return 1 / alpha, -sigma / alpha
@@ -268,19 +173,33 @@ def x0_coefficients(
             return 1.0, -sigma
         case "data_flow":
             return 1.0, sigma
-    return rare_affine(prediction, alpha, sigma, sigma_data, sigma_min)
+        case "score":
+            return 1 / alpha, sigma**2 / alpha
+        case "edm_epsilon":
+            return sigma_data**2 / edm**2, sigma * sigma_data / edm
+        case "edm_v_prediction":
+            return sigma_data**2 / edm**2, -sigma * sigma_data / edm
+        case "consistency":
+            above = sigma - sigma_min
+            return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data / edm
+        case "trigflow":
+            return alpha, -sigma / sigma_data
+    raise ValueError(
+        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
+        "edm_epsilon, edm_v_prediction, consistency, trigflow"
+    )
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
-    """What the scheduler takes the network's output for, in the words of `x0_coefficients`.
+    """What the scheduler takes the network's output for, as a name of `x0_coefficients`.
 
     Raises:
-        ValueError: for a scheduler that guidance can't work with; the message says why.
+        ValueError: for a scheduler that can't be guided; the message says why.
     """
     check_supported(scheduler)
     prediction = scheduler.config.get("prediction_type")
-    if name := is_instance_by_name(scheduler, FIXED):
-        prediction = FIXED[name]
+    if name := is_instance_by_name(scheduler, FIXED_PREDICTION):
+        prediction = FIXED_PREDICTION[name]
     if is_instance_by_name(scheduler, EDM):
         prediction = f"edm_{prediction}"
     if is_instance_by_name(scheduler, FLOW):
@@ -300,20 +219,20 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
 
 
 def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:
-    """The timesteps of which each is one call of the network, after `scheduler.set_timesteps`."""
+    """Timesteps at which the network is evaluated, after `scheduler.set_timesteps`."""
     if is_instance_by_name(scheduler, TERMINAL_TIMESTEP):
         return scheduler.timesteps[:-1]
     return scheduler.timesteps
 
 
 def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
-    """The noise level of each of `sampling_timesteps`, read once after `set_timesteps`, so that no step waits for it.
+    """Noise level of each of `sampling_timesteps`, read once after `set_timesteps` so that no step waits for it.
 
-    Leaves the scheduler at its first step (`set_begin_index(0)`, without which a duplicated first timestep makes
-    Diffusers' schedulers start at the second).
+    Leaves the scheduler at its first step (`set_begin_index(0)`; without it, Diffusers' schedulers start at the
+    second of two equal first timesteps).
 
     Raises:
-        ValueError: for a scheduler that guidance can't work with, or timesteps of one's own that are no noise levels.
+        ValueError: for a scheduler that can't be guided, or custom timesteps that have no noise level.
     """
     prediction = prediction_type(scheduler)
     constants = {
@@ -324,9 +243,8 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
     levels = []
     for index, t in enumerate(sampling_timesteps(scheduler).cpu()):
         alpha, sigma = _alpha_sigma(scheduler, index, t)
-        if not (
-            alpha > -1e-4 and sigma >= 0
-        ):  # a sigma above 1 of a flow, NaN; SCM starts at -4e-6
+        # fails for NaN and for a flow's sigma above 1; SCM starts at alpha = -4e-6
+        if not (alpha > -1e-4 and sigma >= 0):
             raise ValueError(
                 f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
                 f"(alpha={alpha:.4g}, sigma={sigma:.4g})"
@@ -335,58 +253,157 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
         levels.append(
             NoiseLevel(alpha, sigma, *x0_coefficients(prediction, alpha, sigma, **constants))
         )
-    _begin(scheduler, 0)
+    set_begin_index(scheduler, 0)
     return levels
 
 
-def _begin(scheduler: SchedulerMixin, index: int) -> None:
+def set_begin_index(scheduler: SchedulerMixin, index: int) -> None:
+    """Set the step that the scheduler starts with, where it keeps one."""
     if callable(getattr(scheduler, "set_begin_index", None)):
         scheduler.set_begin_index(index)
 
 
 def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tuple[float, float]:
-    """(alpha, sigma) of the sample that the scheduler's step number `index` gets.
+    """(alpha, sigma) of the sample that step number `index` of the scheduler takes.
 
-    What `add_noise` does to (x0, eps) = (1, 0) and (0, 1), but where that is not what `step` assumes.
+    `add_noise` of (x0, eps) = (1, 0) and (0, 1), except where that is not what `step` assumes.
     """
-    if (
-        kind := is_instance_by_name(scheduler, MID_SIGMA)
-    ) and index % 2:  # a step from the mid-point of DPM-Solver-2
-        return 1.0, float(scheduler.sigmas_interpol[index - MID_SIGMA[kind]])
+    name = is_instance_by_name(scheduler, MIDPOINT_OFFSET)
+    if name and index % 2:  # the mid-point of DPM-Solver-2
+        return 1.0, float(scheduler.sigmas_interpol[index - MIDPOINT_OFFSET[name]])
     if (
         is_instance_by_name(scheduler, {"DPMSolverSDEScheduler"}) and index % 2
-    ):  # likewise, half-way in log sigma
+    ):  # half-way in log sigma
         return 1.0, float((scheduler.sigmas[index - 1] * scheduler.sigmas[index]).sqrt())
     if is_instance_by_name(scheduler, {"IPNDMScheduler"}):
         return float(scheduler.alphas[index]), float(scheduler.betas[index])
     if is_instance_by_name(scheduler, {"SCMScheduler"}):
         return float(t.cos()), float(t.sin()) * scheduler.config.sigma_data
     if is_flow(scheduler):
-        sigma = float(scheduler.sigmas[index])  # with invert_sigmas the share of data, not of noise
-        return (sigma, 1 - sigma) if scheduler.config.get("invert_sigmas") else (1 - sigma, sigma)
+        sigma = float(scheduler.sigmas[index])
+        if scheduler.config.get("invert_sigmas"):  # then it is the share of data, not of noise
+            return sigma, 1 - sigma
+        return 1 - sigma, sigma
     if is_instance_by_name(scheduler, {"SASolverScheduler"}):
         scale = sqrt(1 + float(scheduler.sigmas[index]) ** 2)
         return 1 / scale, float(scheduler.sigmas[index]) / scale
-    _begin(scheduler, index)
-    one, zero, t = (
-        torch.ones(1, dtype=torch.float64),
-        torch.zeros(1, dtype=torch.float64),
-        t.reshape(1),
-    )
+    set_begin_index(scheduler, index)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    t = t.reshape(1)
     return scheduler.add_noise(one, zero, t).item(), scheduler.add_noise(zero, one, t).item()
+
+
+def starting_sigma(scheduler: SchedulerMixin) -> Any:
+    """Standard deviation of the first sample, after `set_timesteps`."""
+    if is_instance_by_name(scheduler, {"SCMScheduler"}):
+        return scheduler.config.sigma_data
+    return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
+
+
+def scale_model_input(
+    scheduler: SchedulerMixin, sample: torch.Tensor, timestep: Any
+) -> torch.Tensor:
+    """Network input of a sample, by the scheduler's `scale_model_input` if it has one (flow matching has none)."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
+
+
+def clipping_warning(scheduler: SchedulerMixin) -> str | None:
+    """Warning about a scheduler that clips or thresholds the predicted x0 but keeps the noise of the unclipped one.
+
+    Guidance moves x0 out of [-1, 1] at high noise. x0 and eps then become inconsistent, which degrades guided
+    samples. None for all other schedulers.
+    """
+    name = type(scheduler).__name__
+    if name in ("DDIMScheduler", "DDIMParallelScheduler") and (
+        scheduler.config.clip_sample or scheduler.config.thresholding
+    ):
+        return (
+            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
+            "clip_sample=False in its config"
+        )
+    return None
+
+
+# ---------------------------------------------------------------- steps
+
+StepFn = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def step_fn(
+    scheduler: SchedulerMixin, generator: Generators, eta: float, batch_size: int
+) -> StepFn:
+    """(output, index, sample) -> next sample: `scheduler.step` with the arguments that it accepts.
+
+    Raises:
+        ValueError: for an `eta` that the scheduler doesn't accept.
+    """
+    timesteps = sampling_timesteps(scheduler)
+    accepted = inspect.signature(scheduler.step).parameters
+    if not 0 <= eta <= ("eta" in accepted):
+        allowed = "0 to 1" if "eta" in accepted else "only 0"
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {allowed}")
+    options = {
+        name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted
+    }
+    if "old_pred_original_sample" in accepted:
+        return _step_fn_with_memory(scheduler, timesteps, options)
+    if is_instance_by_name(scheduler, {"DPMSolverSDEScheduler"}):  # draws by itself, from a seed
+        _seed_noise_sampler(scheduler, generator)
+    needs_batched_timestep = is_instance_by_name(scheduler, {"DDPMWuerstchenScheduler"})
+
+    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
+        t = timesteps[index]
+        if "prev_timestep" in accepted:
+            last = index + 1 == len(timesteps)
+            options["prev_timestep"] = None if last else timesteps[index + 1]
+        if needs_batched_timestep:
+            t = t.expand(batch_size)
+        return scheduler.step(output, t, sample, **options, return_dict=False)[0]
+
+    return step
+
+
+def _step_fn_with_memory(
+    scheduler: SchedulerMixin, timesteps: torch.Tensor, options: Mapping[str, Any]
+) -> StepFn:
+    """`step_fn` of CogVideoX's DPM solver, which leaves its memory to the caller."""
+    previous_x0 = None
+
+    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
+        nonlocal previous_x0
+        previous_t = timesteps[index - 1] if index else None
+        arguments = (output, previous_x0, timesteps[index], previous_t, sample)
+        sample, previous_x0 = scheduler.step(*arguments, **options, return_dict=False)
+        return sample
+
+    return step
+
+
+def _seed_noise_sampler(scheduler: SchedulerMixin, generator: Generators) -> None:
+    """Give DPMSolverSDE seeds drawn from the generators, or its config's where there are none."""
+    generators = generator if isinstance(generator, list) else [generator]
+    seeds = [torch.randint(2**62, (), generator=g, device=g.device).item() for g in generators if g]
+    if isinstance(generator, list):
+        scheduler.noise_sampler_seed = seeds
+    else:
+        scheduler.noise_sampler_seed = seeds[0] if seeds else scheduler.config.noise_sampler_seed
+
+
+# ---------------------------------------------------------------- variances of ancestral steps
 
 
 def reads_variance(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's step takes a network's learned variance along with its prediction."""
-    takers = {"DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
-    return bool(is_instance_by_name(scheduler, takers)) and scheduler.config.variance_type in (
-        "learned",
-        "learned_range",
+    return bool(
+        is_instance_by_name(scheduler, DDPM | {"UnCLIPScheduler"})
+        and scheduler.config.variance_type in ("learned", "learned_range")
     )
 
 
 def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A network's output (B, C or 2C, H, W) as (prediction, learned variance or None), C = `channels` of the sample.
+    """Network output (B, C or 2C, ...) as (prediction, learned variance or None), C = `channels` of the sample.
 
     Raises:
         ValueError: for any other number of channels.
@@ -403,22 +420,22 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
 
 
 def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step is an ancestral one, N(mean, Sigma), whose mean guidance can shift."""
-    return bool(is_instance_by_name(scheduler, {"DDPMScheduler", "DDPMParallelScheduler"}))
+    """Whether the scheduler's step is ancestral, N(mean, Sigma), so that guidance can shift its mean."""
+    return bool(is_instance_by_name(scheduler, DDPM))
 
 
 def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(beta_t, small_t) of the steps t -> s of a DDPM process, from abar of its timesteps, rising, in float64:
+    """(beta_t, small_t) of the steps t -> s of a DDPM process, from alpha_bar of its rising timesteps, in float64:
 
         beta_t = 1 - abar_t / abar_s,    small_t = beta_t (1 - abar_s) / (1 - abar_t),    the posterior's variance
 
-    The step to the data, abar_s = 1, draws no noise: its small_t would be 0 and gets the value of the step before, so
-    that it has a logarithm, as in the code of Dhariwal & Nichol 2021 (`DDPMScheduler` has 1e-20).
+    The step to the data, abar_s = 1, draws no noise. Its small_t would be 0 and gets the value of the step before,
+    so that it has a logarithm, as in the code of Dhariwal & Nichol 2021 (`DDPMScheduler` has 1e-20).
     """
     alpha_bar = alpha_bar.double()
-    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    beta = 1 - alpha_bar / before
-    small = beta * (1 - before) / (1 - alpha_bar)
+    previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / previous
+    small = beta * (1 - previous) / (1 - alpha_bar)
     small[0] = small[1] if len(small) > 1 else 1e-20
     return beta, small
 
@@ -452,7 +469,10 @@ def log_variance(
 
 
 def posterior_variance(
-    scheduler: SchedulerMixin, timesteps: Sequence[int], index: int, learned: torch.Tensor | None
+    scheduler: SchedulerMixin,
+    timesteps: Sequence[int],
+    index: int,
+    learned: torch.Tensor | None,
 ) -> float | torch.Tensor:
     """Sigma of DDPM's step number `index`, which guidance_algorithm="mean" multiplies the score shift by."""
     to_data, variance_type = index + 1 == len(timesteps), scheduler.config.variance_type
@@ -465,85 +485,33 @@ def posterior_variance(
     return log_variance(variance_type, beta[step], small[step], to_data, learned).exp()
 
 
-def starting_sigma(scheduler: SchedulerMixin) -> Any:
-    """What unit noise is multiplied by to start from, after `set_timesteps`."""
-    if is_instance_by_name(scheduler, {"SCMScheduler"}):
-        return scheduler.config.sigma_data
-    return getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and starts at 1
-
-
-def clipping_warning(scheduler: SchedulerMixin) -> str | None:
-    """What to say of a scheduler whose step clips the predicted x0, or thresholds it, and goes on with the noise of the
-    unclipped one; None for all others.
-
-    Guidance moves x0 beyond that range at high noise; the two then disagree, and sneakers become shirts.
-    """
-    name = type(scheduler).__name__
-    if name in ("DDIMScheduler", "DDIMParallelScheduler") and (
-        scheduler.config.clip_sample or scheduler.config.thresholding
-    ):
-        return (
-            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
-            "clip_sample=False in its config"
-        )
-    return None
-
-
-def stepper(
-    scheduler: SchedulerMixin,
-    generator: torch.Generator | list[torch.Generator] | None,
-    eta: float,
-    batch_size: int,
-) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
-    """(output, index, sample) -> the next sample: `scheduler.step` with the arguments that this one takes.
-
-    Raises:
-        ValueError: for an `eta` that it doesn't take.
-    """
-    schedule, takes = sampling_timesteps(scheduler), inspect.signature(scheduler.step).parameters
-    if not 0 <= eta <= ("eta" in takes):
-        raise ValueError(
-            f"eta={eta}: {type(scheduler).__name__} allows {'0 to 1' if 'eta' in takes else 'only 0'}"
-        )
-    options = {
-        name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes
-    }
-    if has_custom_step(scheduler):
-        return custom_step_fn(scheduler, schedule, options, generator, batch_size)
-
-    def step(output: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
-        return scheduler.step(output, schedule[index], sample, **options, return_dict=False)[0]
-
-    return step
+# ---------------------------------------------------------------- the schedule that a classifier was trained with
 
 
 def module_config(module: torch.nn.Module | None) -> Mapping[str, Any]:
-    """A module's `config` as a mapping, be it a mapping or an object; empty where there is none."""
+    """The module's `config` as a mapping, whether that is a mapping or an object; empty if there is none."""
     config = getattr(module, "config", None)
-    return (
-        config
-        if isinstance(config, Mapping)
-        else vars(config)
-        if hasattr(config, "__dict__")
-        else {}
-    )
+    if isinstance(config, Mapping):
+        return config
+    return vars(config) if hasattr(config, "__dict__") else {}
 
 
 def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
-    """The noise schedule in a classifier's config, in `DDPMScheduler`'s words.
+    """The noise schedule in a classifier's config, as arguments of `DDPMScheduler`.
 
     Raises:
-        ValueError: if the module has no config or the config no `num_train_timesteps`.
+        ValueError: if the module has no config, or a config without `num_train_timesteps` or betas.
     """
     config = module_config(module)
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    if "num_train_timesteps" not in found or not {"beta_schedule", "trained_betas"} & found.keys():
+    schedule = {name: config[name] for name in names if config.get(name) is not None}
+    has_betas = bool({"beta_schedule", "trained_betas"} & schedule.keys())
+    if "num_train_timesteps" not in schedule or not has_betas:
         raise ValueError(
             f"classifier {type(module).__name__}: its config must hold the noise schedule that it was "
             f"trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}"
         )
-    return found
+    return schedule
 
 
 class TrainedSchedule:
@@ -556,36 +524,33 @@ class TrainedSchedule:
     def __init__(self, config: Mapping[str, Any]):
         betas = DDPMScheduler(
             **config
-        ).betas.double()  # the products in float64: float32 loses digits of 1 - alpha_bar
+        ).betas.double()  # float32 products lose digits of 1 - alpha_bar
         alpha_bar = torch.cumprod(1 - betas, 0).clamp(min=SMALLEST_ALPHA**2).numpy()
-        self.log_ratio = 0.5 * (
-            np.log1p(-alpha_bar) - np.log(alpha_bar)
-        )  # log(sigma_t / alpha_t), rising
+        #: log(sigma_t / alpha_t) of each timestep, rising
+        self.log_ratio = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
 
     def timestep(self, level: NoiseLevel) -> float:
-        """The fractional t with `sigma_t / alpha_t` of `level`, clamped to the noise levels trained on."""
+        """Fractional t with the `sigma_t / alpha_t` of `level`, clamped to the noise levels of the training."""
         if level.sigma == 0:
             return 0.0
-        t = float(
-            np.interp(
-                np.log(level.sigma / level.alpha), self.log_ratio, np.arange(len(self.log_ratio))
-            )
-        )
+        log_ratio = np.log(level.sigma / level.alpha)
+        t = float(np.interp(log_ratio, self.log_ratio, np.arange(len(self.log_ratio))))
         return (
             float(round(t)) if abs(t - round(t)) < 2e-3 else t
-        )  # schedulers' float32 tables are no better
+        )  # as exact as schedulers' float32 tables
 
     def extrapolation_scale(self, level: NoiseLevel) -> float:
-        """By how much a score is scaled: 1, or less where `level` is noisier than anything trained on.
+        """Factor of a score: 1, or less where `level` is noisier than the highest training noise level.
 
-        There the classifier is asked at its noisiest level (alpha_T, sigma_T), and what it moves the predicted x0 by,
-        sigma^2 / alpha * score, is kept: an exact classifier's converges as the noise grows.
+        Above that level the classifier is evaluated at it, (alpha_T, sigma_T), and the shift of the predicted x0,
+        sigma^2 / alpha * score, is kept constant: an exact classifier's converges as the noise grows.
         """
         if level.sigma == 0:
             return 1.0
-        # sigma^2 / (alpha |(alpha, sigma)|) is sigma^2 / alpha of the variance-preserving sample, up to the chain rule
-        log_excess = np.log(level.sigma / level.alpha) - self.log_ratio[-1]
-        if log_excess <= 1e-4:  # its own noisiest level, up to the rounding of float32 tables
+        ratio, last = level.sigma / level.alpha, np.exp(self.log_ratio[-1])
+        if np.log(ratio) - self.log_ratio[-1] <= 1e-4:  # within the rounding of float32 tables
             return 1.0
-        here, last = level.sigma / level.alpha, np.exp(self.log_ratio[-1])
-        return float(last * last / sqrt(1 + last * last) / (here * here / sqrt(1 + here * here)))
+        # s^2 / sqrt(1 + s^2) is sigma^2 / alpha of the variance-preserving sample, divided by sqrt(alpha^2 + sigma^2)
+        return float(
+            last * last / sqrt(1 + last * last) / (ratio * ratio / sqrt(1 + ratio * ratio))
+        )

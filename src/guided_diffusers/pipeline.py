@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,80 +19,67 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import get_parameter_dtype
-from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from . import bundled, repository
+from .arguments import ALGORITHMS, DEFAULTS, Condition, resolve_arguments  # noqa: F401 - public
 from .classifier import NoiseAwareClassifier
-from .conditions import Conditioned, further_terms
-from .guidance import FiniteCheck, Guidance, Label, StepContext, no_parameter_grad, total_score
-from .images import check_precision, convert, decode, join_low_resolution, low_resolution
+from .guidance import (
+    Guidance,
+    no_parameter_grad,
+)
+from .guider import Guider, Prediction
+from .images import convert, decode, join_low_resolution
+from .likelihood import Labels
 from .noise import (
     NoiseLevel,
-    clipping_warning,
-    has_posterior_variance,
     module_config,
-    noise_levels,
-    posterior_variance,
-    prediction_type,
     reads_variance,
     sampling_timesteps,
+    scale_model_input,
+    set_begin_index,
     split_variance,
     starting_sigma,
-    stepper,
+    step_fn,
 )
-from .splitting import GuidanceReuse, OperatorSplitting
-
-logger = get_logger(__name__)
-DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_start": 0.0,
-    "guidance_stop": 1.0,
-    "classifier_free_scale": 0.0,
-    "num_inference_steps": 50,
-    "guidance_algorithm": "output",
-    "guidance_every": 1,
-    "guidance_tolerance": None,
-}
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
+from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
 
 
 @dataclass
 class GuidedImageOutput(ImagePipelineOutput):
-    """`images`, and how many times an image's terms were asked what to add to the score, in the mean."""
+    """`images`, and the mean number of times that an image's guidance terms were evaluated."""
 
     guidance_evaluations: float = 0.0
 
 
-class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
+class ClassifierGuidedPipeline(DiffusionPipeline):
     """Generate images of a label by guiding a diffusion network with a noise-aware classifier.
 
     Args:
         unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[, class_labels]) -> `.sample`. It
             predicts what the scheduler's `prediction_type` says.
         scheduler: any Diffusers scheduler of continuous samples.
-        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` whose `config` has its noise
-            schedule; None: the network alone.
-        vae: the autoencoder of a latent model, `AutoencoderKL` or alike, with its scaling in its config: network and
+        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the noise schedule of its
+            training in its `config`; None: the network alone.
+        vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its config; network and
             classifier then work on its latents. None: they work on pixels.
-        id2label: names of the labels, where there is no classifier that has them.
-        defaults: what arguments of a call are without them; they are saved with the pipeline. By default
+        id2label: names of the labels, if there is no classifier that has them.
+        defaults: values of the call's arguments that are left at `None`, saved with the pipeline. By default
             guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
-            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; None
-            instead of a value is that default.
+            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; a value of
+            None is that default.
 
     Raises:
         ValueError: for other names in `defaults`.
     """
 
     model_cpu_offload_seq = (
-        "unet->vae"  # the classifier stays beside the unet: they take turns at every step
+        "unet->vae"  # the classifier stays beside the unet: both run at every step
     )
     _optional_components = ["classifier", "vae"]
     _callback_tensor_inputs = ["latents", "model_output", "score_shift", "sample", "x0"]
 
-    # `from_pipe` hands over only models of the classes named here
+    # `from_pipe` passes on only models of the classes in these annotations
     def __init__(
         self,
         unet: UNet2DModel | torch.nn.Module,
@@ -106,14 +92,17 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         names = module_config(classifier).get("id2label") or id2label or {}
-        if unknown := (defaults or {}).keys() - DEFAULTS.keys():
+        defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
+        if unknown := defaults.keys() - DEFAULTS.keys():
             raise ValueError(
                 f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}"
             )
-        own = {name: value for name, value in (defaults or {}).items() if value is not None}
         self.register_to_config(
-            id2label={int(i): name for i, name in names.items()} or None, defaults=DEFAULTS | own
+            id2label={int(i): name for i, name in names.items()} or None,
+            defaults=DEFAULTS | defaults,
         )
+
+    # ------------------------------------------------------------ loading and saving
 
     @classmethod
     def from_bundled(cls, name: str = "fashion-mnist", **kwargs: Any) -> ClassifierGuidedPipeline:
@@ -122,28 +111,32 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         Raises:
             ValueError: for a name that is not bundled.
         """
-        return cls.from_pretrained(bundled.folder(name), **kwargs)
+        from guided_diffusers.bundled import folder
+
+        return cls.from_pretrained(folder(name), **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> ClassifierGuidedPipeline:
-        """As any Diffusers pipeline, from a folder or the Hub, with this package's code and safetensors only.
+        """Load a pipeline from a folder or the Hub, as in Diffusers, with this package's code and safetensors only.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a Hub id; also one of a network alone, as google/ddpm-cat-256.
-            subfolder: where in it the pipeline is. None: at its root.
-            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components to use instead of
-                the saved ones, as `classifier=...`. Code in the repository runs only with `trust_remote_code=True`.
+            pretrained_model_name_or_path: a folder or a Hub id; also of a network alone, such as google/ddpm-cat-256.
+            subfolder: the pipeline's folder within it. None: its root.
+            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components that replace the
+                saved ones, such as `classifier=...`. Code in the repository runs only with `trust_remote_code=True`.
 
         Raises:
             ValueError: for weights that aren't safetensors, or a model_index.json with classes that are no models, or
                 with code of its own.
             OSError: for a file that is missing or broken; the message names it.
         """
-        return repository.load(
-            cls, super().from_pretrained, pretrained_model_name_or_path, subfolder, **kwargs
-        )
+        load = super().from_pretrained
+        return load_pipeline(cls, load, pretrained_model_name_or_path, subfolder, **kwargs)
 
     def save_pretrained(
         self,
@@ -154,45 +147,70 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As any Diffusers pipeline, in safetensors, with the code that loads it where guided-diffusers is missing.
+        """Save as in Diffusers, in safetensors, with the code that loads the pipeline without guided-diffusers.
 
         Raises:
             ValueError: for `safe_serialization=False`.
         """
-        repository.save(
-            self,
-            super().save_pretrained,
-            Path(save_directory),
-            safe_serialization,
-            push_to_hub,
-            variant,
-            max_shard_size,
-            **kwargs,
-        )
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False: only True is allowed, weights are saved as safetensors"
+            )
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        save_pipeline(self, super().save_pretrained, Path(save_directory), **options)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, variant=variant, **kwargs)
 
     def save_code(self, folder: Path) -> None:
-        """Write `code` into the folder of the pipeline, whose configs then name it and no path of this machine."""
-        repository.save_code(self, folder)
+        """Write `code` into the pipeline's folder, whose configs then name it and no path of this machine."""
+        save_pipeline_code(self, folder)
 
     def code(self) -> dict[str, str]:
         """The files, {path: text}, that load the pipeline where guided-diffusers isn't installed."""
-        return repository.code(self)
+        return pipeline_code(self)
+
+    # ------------------------------------------------------------ properties
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; it and the classifier may be plain modules, without Diffusers' own attribute."""
+        """Device of the network, which may be a plain module, without Diffusers' own attribute."""
         return next((p.device for p in self.unet.parameters()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in, and so the samples'."""
+        """Dtype of the network, and so of the samples."""
         return get_parameter_dtype(self.unet) or torch.float32
 
-    @torch.inference_mode(False)  # within it, a term couldn't differentiate through the network
+    @property
+    def num_labels(self) -> int | None:
+        """Number of labels, by the classifier or the names; None if neither says."""
+        count = module_config(self.classifier).get("num_labels")
+        return count or (len(self.config.id2label) if self.config.id2label else None)
+
+    @property
+    def _is_dit(self) -> bool:
+        return module_config(self.unet).get("norm_type") == "ada_norm_zero"
+
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Number of class embeddings of the network; None without. A DiT's config leaves out that of its null label."""
+        config = module_config(self.unet)
+        return config["num_embeds_ada_norm"] + 1 if self._is_dit else config.get("num_class_embeds")
+
+    @property
+    def null_label(self) -> int | None:
+        """The network's null label, after the last label; None if it wasn't trained with one."""
+        embeddings = self.num_class_embeds
+        return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
+
+    # ------------------------------------------------------------ sampling
+
+    @torch.inference_mode(False)  # inside it, a term couldn't differentiate through the network
     @torch.no_grad()
     def __call__(
         self,
-        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        label: Labels | None = None,
         num_images_per_label: int = 1,
         guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_start: float | None = None,
@@ -216,267 +234,116 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         guidance_every: int | None = None,
         guidance_tolerance: float | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
-        """Generate images.
+        """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has them.
 
         Args:
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: how strongly the classifier steers; a number, or one a label or an image. 0: off; 1: exact
-                if the classifier is; more: sharper and less varied. None: the pipeline's own (`config.defaults`).
-            guidance_start, guidance_stop: between which fractions of the run, in [0, 1]. None: the pipeline's own.
-            num_inference_steps: scheduler steps. None: the pipeline's own, 50 unless it was made with another.
-            timesteps, sigmas: the scheduler's own, instead of `num_inference_steps`, where it takes them.
-            eta: the noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
+            guidance_scale: scale of the classifier's gradient; a number, or one a label or an image. 0: off; 1: exact if
+                the classifier is; larger: sharper images of lower diversity.
+            guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the classifier guides.
+            num_inference_steps: number of scheduler steps.
+            timesteps, sigmas: custom ones instead of `num_inference_steps`, if the scheduler accepts them.
+            eta: noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
             conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings and
                 the label is a single one; mixtures are left to the classifier. False: it gets its null label (id
-                `num_labels`), as it did for dropped labels in training.
+                `num_labels`), as for dropped labels in training.
             generator: one, or one an image; with the latter an image is the same in any batch.
             latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by default.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the sample as it is.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the final sample.
             return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a tuple (images,).
-            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary,
-                in which "latents" are those to go on with.
-            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (what the scheduler got),
-                "score_shift" (what guidance adds to the score), "sample" (before the step) and "x0" (predicted there).
+            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary
+                whose "latents", if any, replace the sample.
+            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the scheduler),
+                "score_shift" (what guidance adds to the score), "sample" (before the step) and "x0" (predicted from it).
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
-                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); with
-                "lie_trotter" and "strang" it is a part beside the scheduler's step, which knows nothing of it
-                (`OperatorSplitting`). None: the pipeline's own; "mean" only where the scheduler has a DDPM step, else "output".
-            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, whatever the scheduler
-                (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips what guidance made of it.
-            guidance: a further term that is added to the classifier's, or several.
-            image: for an up-sampling network (its input has twice the sample's channels) the low-resolution images,
-                one or one an image: PIL, or (B, C, h, w) in [-1, 1].
-            classifier_free_scale: how strongly a class-conditional network with a null label steers to the label by
-                itself (`ClassifierFreeGuidance`, which has more options); a number, or one a label or an image. 0: off;
-                Diffusers' `guidance_scale` is 1 + this. None: the pipeline's own, where the network is told a label.
-            guidance_every: ask the terms at every k-th step that they act at, and extrapolate between (`GuidanceReuse`). 1:
-                at each. None: the pipeline's own.
-            guidance_tolerance: instead, ask an image's classifier again where its gradient has turned so far that the
-                image would be off by more, in the units of x0 (0.05 is 2.5% of [-1, 1]); at each step while a term
-                acts that asks another network. None: the pipeline's own, unless `guidance_every` is given.
+                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); "lie_trotter" and
+                "strang" apply guidance beside the scheduler's step (`OperatorSplitting`). A default of "mean" is
+                "output" with schedulers without a DDPM step.
+            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, with any scheduler
+                (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips the guided x0.
+            guidance: one or more terms that are added to the classifier's.
+            image: low-resolution images for an up-sampling network (its input has twice the sample's channels), one or
+                one an image: PIL, or (B, C, h, w) in [-1, 1].
+            classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network with a null label;
+                a number, or one a label or an image. 0: off; Diffusers' `guidance_scale` is 1 + this. The default
+                applies only where the network gets a label.
+            guidance_every: evaluate the terms at every k-th step at which they are active, and extrapolate between
+                (`GuidanceReuse`). 1: at every step.
+            guidance_tolerance: instead, evaluate an image's classifier only when the estimated extrapolation error
+                exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at every step while another kind of term is
+                active. The default applies unless `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
             FloatingPointError: if the guidance becomes infinite or NaN.
         """
-        # 1. What is asked for
+        # 1. Arguments
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if guidance_algorithm is None:
-            own = self.config.defaults["guidance_algorithm"]
-            guidance_algorithm = (
-                own if own != "mean" or has_posterior_variance(self.scheduler) else "output"
-            )
-        guidance_start, guidance_stop = (
-            self.config.defaults[name] if value is None else value
-            for name, value in (
-                ("guidance_start", guidance_start),
-                ("guidance_stop", guidance_stop),
-            )
-        )
-        self._check(
+        arguments = resolve_arguments(
+            self,
+            label,
             num_images_per_label,
-            output_type,
-            guidance_algorithm,
-            guidance_start,
-            guidance_stop,
-            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            classifier_free_scale=classifier_free_scale,
+            interval=(guidance_start, guidance_stop),
+            conditional=conditional,
+            guidance=guidance,
+            guidance_algorithm=guidance_algorithm,
+            guidance_every=guidance_every,
+            guidance_tolerance=guidance_tolerance,
+            latents=latents,
+            image=image,
+            clip_x0=clip_x0,
+            output_type=output_type,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        device = self._execution_device
-        labels = self._labels(label, num_images_per_label)
-        low_res = None
-        if image is not None:
-            low_res = low_resolution(image, self.unet.config.in_channels).to(device, self.dtype)
-        given = next((tensor for tensor in (latents, low_res) if tensor is not None), None)
-        alone = given is None or num_images_per_label > 1
-        batch_size = len(labels) or (num_images_per_label if alone else len(given))
-        class_labels = self._class_labels(labels, batch_size, conditional, device)
-        terms = self._terms(
-            labels,
-            num_images_per_label,
-            guidance_scale,
-            classifier_free_scale,
-            guidance_start,
-            guidance_stop,
-            class_labels,
-        )
-        if guidance is not None:
-            terms += further_terms(guidance, class_labels, self._class_embeddings)
+        batch_size, condition = arguments.batch_size, arguments.condition
+        terms, device = arguments.terms, self._execution_device
 
-        if terms and (warning := clipping_warning(self.scheduler)):
-            logger.warning(warning)
-
-        # 2. Noise levels, known before the first step
+        # 2. The schedule and the starting noise
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
-        schedule, levels = sampling_timesteps(self.scheduler), noise_levels(self.scheduler)
-        numbers, count = schedule.tolist(), len(levels)
-        if low_res is not None and len(low_res) not in (1, batch_size):
-            raise ValueError(
-                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed"
-            )
-        latents = self._starting_noise(batch_size, generator, latents, low_res, device)
-        if output_type == "pil" and self.vae is None and latents.shape[1] not in (1, 3, 4):
-            raise ValueError(
-                f"output_type='pil': samples of {latents.shape[1]} channels are no pictures; an "
-                "up-sampling network needs image, others allow 'np', 'pt' and 'latent'"
-            )
-        scheduler_step = stepper(self.scheduler, generator, eta, batch_size)
-        splitting, sparing, asked = None, None, 0
-        if terms and guidance_algorithm not in ("output", "mean"):
-            splitting = OperatorSplitting(guidance_algorithm, self.scheduler, levels, eta)
-        every, tolerance = 1 if guidance_every is None else guidance_every, guidance_tolerance
-        if guidance_every is None and guidance_tolerance is None:
-            every, tolerance = (
-                self.config.defaults[name] for name in ("guidance_every", "guidance_tolerance")
-            )
-        if every != 1 or tolerance is not None:
-            sparing = GuidanceReuse(levels, every, tolerance)
-        networks = [module for term in terms for module in term.modules()]
-        check = FiniteCheck(
-            next((p.dtype for module in networks for p in module.parameters()), latents.dtype)
+        latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
+        self._check_shapes(latents, condition, output_type)
+        scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
+        guider = Guider(
+            self.scheduler, terms, algorithm=arguments.algorithm, eta=eta, **arguments.reuse
         )
-        components = [module for module in (self.unet, self.vae, *networks) if module is not None]
+        schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
+        guides = [m for term in terms for m in term.modules() if m is not self.unet]
 
-        with no_parameter_grad(components), self.progress_bar(total=count) as bar:
-            for index, (t, level) in enumerate(zip(schedule, levels, strict=True)):
-                # 3. What the network says: for the label and for what else the terms need to know, in one call
-                active = [term for term in terms if term.active(index, count, level)]
-                if splitting is not None and not splitting.asks(index):
-                    active = []
-                acting, rows = active, None
-                if sparing is not None and active:
-                    rows = sparing.rows(index, batch_size, active)
-                    acting = active if rows is None or len(rows) else []
-                told = [
-                    class_labels,
-                    *(
-                        condition.get("class_labels", class_labels)
-                        for term in acting
-                        for condition in term.conditions
-                    ),
-                ]
-                wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-                through = any(term.through_network for term in acting)
-                x = (
-                    wide.detach().requires_grad_() if through else latents
-                )  # then the call's graph is kept
-                with torch.set_grad_enabled(through):
-                    output, variance, *others = self._predict(x.to(self.dtype), t, told, low_res)
-                    if clip_x0:
-                        output, *others = (
-                            level.clipped(x, prediction) for prediction in (output, *others)
-                        )
-                    graph = (x, level.x0(x, output)) if through else None
-                output, *others = (prediction.detach() for prediction in (output, *others))
-                variance = None if variance is None else variance.detach()
-                score_shift, mean_shift, unguided = None, None, output
+        with no_parameter_grad(guides), self.progress_bar(total=len(guider.levels)) as bar:
+            for index, (t, level) in enumerate(schedule):
+                # 3. The network's prediction, also under the conditions of the terms, in one call
+                evaluated = guider.start_step(index, batch_size)
+                prediction = self._predict(latents, t, level, evaluated, condition)
 
-                # 4. What guidance adds to the score
-                if active:
-                    predict = partial(self._predict_x0, t, level, class_labels, low_res, clip_x0)
-                    step = StepContext(
-                        wide,
-                        level.x0(wide, output),
-                        predict,
-                        level,
-                        index,
-                        count,
-                        numbers[index],
-                        tuple(level.x0(wide, other) for other in others),
-                        self._decode,
-                        graph,
-                    )
-                    asked += batch_size if rows is None else len(rows)
-                    score_shift = (
-                        total_score(acting, step)
-                        if rows is None
-                        else sparing.score(acting, step, rows)
-                    )
-                    if guidance_algorithm == "output":
-                        output = level.corrected(output, score_shift)
-                    elif guidance_algorithm == "mean":
-                        mean_shift = score_shift * posterior_variance(
-                            self.scheduler, numbers, index, variance
-                        )
-                    check(step, score_shift, output if mean_shift is None else mean_shift)
-                    del step, graph  # the network's activations
-
-                # 5. The scheduler's step, which doesn't know
-                output, own = (
-                    (output, latents)
-                    if splitting is None
-                    else splitting.unguided(index, output, wide, score_shift)
-                )
-                if variance is not None and reads_variance(self.scheduler):
-                    output = torch.cat([output, variance], dim=1)
-                latents = scheduler_step(output, index, own.to(latents.dtype))
-                latents = latents if splitting is None else splitting.guided(index, latents)
-                if mean_shift is not None:
-                    latents = latents + mean_shift.to(latents.dtype)
+                # 4. Guidance, and the scheduler's step
+                output, x = guider.correct(latents, prediction)
+                if prediction.variance is not None and reads_variance(self.scheduler):
+                    output = torch.cat([output, prediction.variance], dim=1)
+                sample, latents = latents, guider.finish_step(scheduler_step(output, index, x))
 
                 if callback_on_step_end is not None:
-                    values = {
-                        "latents": latents,
-                        "model_output": output,
-                        "score_shift": score_shift,
-                        "sample": wide,
-                    }
-                    if "x0" in callback_on_step_end_tensor_inputs:
-                        values["x0"] = level.x0(wide, unguided)
-                    wanted = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, index, t, wanted) or {}).get(
-                        "latents", latents
+                    tensors = _callback_tensors(
+                        callback_on_step_end_tensor_inputs,
+                        *(latents, output, guider.score_shift, sample, level, prediction.output),
                     )
+                    changed = callback_on_step_end(self, index, t, tensors) or {}
+                    latents = changed.get("latents", latents)
                 bar.update()
-        check.finish()
 
-        # 6. Images
+        # 5. Images
         images = latents
         if output_type != "latent":
             images = convert(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
-        return GuidedImageOutput(images, asked / batch_size) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return GuidedImageOutput(images, guider.evaluations / batch_size)
 
-    def _check(
-        self,
-        num_images_per_label: int,
-        output_type: str,
-        guidance_algorithm: str,
-        start: float,
-        stop: float,
-        tensor_inputs: Sequence[str],
-    ) -> None:
-        """Refuse what needs no computation to be seen wrong."""
-        prediction_type(self.scheduler)
-        if (
-            self.vae is not None and output_type != "latent"
-        ):  # not in the end, when the latents are made
-            check_precision(self.vae)
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(
-                f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed"
-            )
-        if guidance_algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"guidance_algorithm={guidance_algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed"
-            )
-        if guidance_algorithm == "mean" and not has_posterior_variance(self.scheduler):
-            raise ValueError(
-                "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-                f"{type(self.scheduler).__name__} the others are allowed"
-            )
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(
-                f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed"
-            )
-        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
-                f"{self._callback_tensor_inputs}"
-            )
+    # ------------------------------------------------------------ schedule and noise
 
     def _set_timesteps(
         self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device
@@ -486,29 +353,31 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
         steps = self.config.defaults["num_inference_steps"] if steps is None else steps
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps}: at least 1 is allowed")
-        choices = {"timesteps": timesteps, "sigmas": sigmas, "num_inference_steps": steps}
-        name, value = next((name, value) for name, value in choices.items() if value is not None)
+        name, value = "num_inference_steps", steps
+        if timesteps is not None:
+            name, value = "timesteps", timesteps
+        elif sigmas is not None:
+            name, value = "sigmas", sigmas
+        scheduler = type(self.scheduler).__name__
         if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name}: {type(self.scheduler).__name__} takes none of one's own")
+            raise ValueError(f"{name}: {scheduler} takes no custom ones")
         try:
             self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (
-            TypeError,
-            AttributeError,
-        ) as error:  # it wants something beside them, or something else
-            raise ValueError(
-                f"{name}={value}: {type(self.scheduler).__name__} can't take it: {error}"
-            ) from error
+        except (TypeError, AttributeError) as error:  # it needs something else, or more
+            raise ValueError(f"{name}={value}: {scheduler} can't take it: {error}") from error
+        set_begin_index(
+            self.scheduler, 0
+        )  # else two equal first timesteps make some start at the second
 
     def _starting_noise(
         self,
         batch_size: int,
-        generator: Any,
+        generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         low_res: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Noise of the scheduler's largest standard deviation, (B, C, H, W), in the network's dtype."""
+        """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the {batch_size} "
@@ -520,9 +389,9 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
                 raise ValueError(
                     "latents is needed: the network's config has no sample_size and in_channels"
                 )
-            size, channels = config["sample_size"], config["in_channels"]
+            size = config["sample_size"]
             height, width = (size, size) if isinstance(size, int) else size
-            channels -= 0 if low_res is None else low_res.shape[1]
+            channels = config["in_channels"] - (0 if low_res is None else low_res.shape[1])
             shape = (batch_size, channels, height, width)
             latents = randn_tensor(shape, generator, device, self.dtype)
         elif latents.ndim != 4 or latents.shape[0] != batch_size:
@@ -531,55 +400,112 @@ class ClassifierGuidedPipeline(Conditioned, DiffusionPipeline):
             )
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
+    def _check_shapes(self, latents: torch.Tensor, condition: Condition, output_type: str) -> None:
+        low_res, (batch_size, channels) = condition.low_res, latents.shape[:2]
+        if low_res is not None and len(low_res) not in (1, batch_size):
+            raise ValueError(
+                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed"
+            )
+        if output_type == "pil" and self.vae is None and channels not in (1, 3, 4):
+            raise ValueError(
+                f"output_type='pil': samples of {channels} channels are no pictures; an up-sampling "
+                "network needs image, others allow 'np', 'pt' and 'latent'"
+            )
+
+    # ------------------------------------------------------------ the network
+
     def _predict(
         self,
         latents: torch.Tensor,
         t: torch.Tensor,
-        told: Sequence[torch.Tensor | None],
-        low_res: torch.Tensor | None,
+        level: NoiseLevel,
+        terms: Sequence[Guidance],
+        condition: Condition,
+    ) -> Prediction:
+        """The network's prediction at a step, with its autograd graph if a term goes through the network."""
+        networks = [module for module in (self.unet, self.vae) if module is not None]
+        class_labels = [condition.class_labels]
+        for term in terms:
+            for extra in term.conditions:
+                class_labels.append(extra.get("class_labels", condition.class_labels))
+        keep_graph = any(term.through_network for term in terms)
+        x = latents
+        if keep_graph:
+            x = latents.to(torch.promote_types(latents.dtype, torch.float32)).detach()
+            x.requires_grad_()
+        with torch.set_grad_enabled(keep_graph), no_parameter_grad(networks if keep_graph else ()):
+            outputs, variance = self._evaluate(x, t, level, class_labels, condition)
+        output, *others = outputs
+        single = [condition.class_labels]
+
+        def predict(x: torch.Tensor, network: torch.nn.Module | None = None) -> torch.Tensor:
+            return self._evaluate(x, t, level, single, condition, network)[0][0]
+
+        return Prediction(
+            output=output,
+            condition_outputs=[other.detach() for other in others],
+            predict=predict,
+            decode=self._decode,
+            modules=networks,
+            variance=None if variance is None else variance.detach(),
+            graph_input=x if keep_graph else None,
+        )
+
+    def _evaluate(
+        self,
+        sample: torch.Tensor,
+        t: torch.Tensor,
+        level: NoiseLevel,
+        class_labels: Sequence[torch.Tensor | None],
+        condition: Condition,
         network: torch.nn.Module | None = None,
-    ) -> list[torch.Tensor | None]:
-        """[output, learned variance or None, outputs for the further class labels ...] of one call of the network."""
-        batch_size, channels = latents.shape[:2]
-        scaled = latents
-        if hasattr(
-            self.scheduler, "scale_model_input"
-        ):  # Euler and Heun for flow matching have none
-            scaled = self.scheduler.scale_model_input(latents, t)
-        if low_res is not None:
-            scaled = join_low_resolution(scaled, low_res)
-        if len(told) > 1:
-            scaled = torch.cat([scaled] * len(told))
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """One call of the network: its outputs for each of the class labels, and its learned variance for the first."""
+        batch_size, channels = sample.shape[:2]
+        x = scale_model_input(self.scheduler, sample.to(self.dtype), t)
+        if condition.low_res is not None:
+            x = join_low_resolution(x, condition.low_res)
+        if len(class_labels) > 1:
+            x = torch.cat([x] * len(class_labels))
         kwargs = {}
-        if told[0] is not None:
-            kwargs["class_labels"] = torch.cat(
-                [labels.to(latents.device).expand(batch_size) for labels in told]
-            )
-        t = t.expand(len(scaled)) if self._is_dit else t  # it takes no timestep without a dimension
-        output = (network or self.unet)(scaled, t, **kwargs, return_dict=False)[0]
+        if class_labels[0] is not None:
+            rows = [labels.to(x.device).expand(batch_size) for labels in class_labels]
+            kwargs["class_labels"] = torch.cat(rows)
+        t = t.expand(len(x)) if self._is_dit else t  # a DiT takes no timestep without a dimension
+        output = (network or self.unet)(x, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
         if variance is None and reads_variance(self.scheduler):
             raise ValueError(
                 f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a network with a "
                 f"learned variance, {2 * channels} channels; this one has {channels}. Use 'fixed_small'"
             )
-        first, *others = prediction.split(batch_size)
-        return [first, None if variance is None else variance[:batch_size], *others]
-
-    def _predict_x0(
-        self,
-        t: torch.Tensor,
-        level: NoiseLevel,
-        class_labels: torch.Tensor | None,
-        low_res: torch.Tensor | None,
-        clip_x0: bool,
-        sample: torch.Tensor,
-        network: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        """For terms that differentiate through the network."""
-        output = self._predict(sample.to(self.dtype), t, [class_labels], low_res, network)[0]
-        return level.x0(sample, level.clipped(sample, output) if clip_x0 else output)
+        outputs = list(prediction.split(batch_size))
+        if condition.clip_x0:
+            outputs = [level.clipped(sample, output) for output in outputs]
+        return outputs, None if variance is None else variance[:batch_size]
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
+
+
+def _callback_tensors(
+    names: Sequence[str],
+    latents: torch.Tensor,
+    model_output: torch.Tensor,
+    score_shift: torch.Tensor | None,
+    sample: torch.Tensor,
+    level: NoiseLevel,
+    output: torch.Tensor,
+) -> dict[str, torch.Tensor | None]:
+    """The tensors for a callback, by name; `output` is the network's, without guidance."""
+    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    tensors = {
+        "latents": latents,
+        "model_output": model_output,
+        "score_shift": score_shift,
+        "sample": sample,
+    }
+    if "x0" in names:
+        tensors["x0"] = level.x0(sample, output)
+    return {name: tensors[name] for name in names}

@@ -1,11 +1,11 @@
-"""What a repository on the Hub holds beside weights: code that loads it anywhere, and the classes that it may name.
+"""What a saved pipeline holds beside its weights: code that loads it anywhere, and the classes that it may name.
 
     model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
-    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package, in one file (`source`)
-    classifier/guided_diffusers_classifier.py, ...      the same of each component that is ours
+    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package, in one file (`standalone`)
+    classifier/guided_diffusers_classifier.py, ...      the same for each component that is this package's
 
-Where this package is imported, Diffusers finds the components' modules under those names among its own, where
-`register` put them, and no code of the repository runs. Elsewhere it takes the files, with `trust_remote_code=True`.
+If this package is imported, Diffusers finds the components' modules under those names among its own, where `register`
+put them, and no code of the repository runs. Without the package it takes the files, with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from .source import code_of
-
 LIBRARIES = ("diffusers", "transformers")
-ALLOWED = "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you imported"
+ALLOWED_CLASSES = "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you imported"
+DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> None:
-    """Let Diffusers find the components of these modules, also by the names of folders saved before there were
-    repositories, and `DiffusionPipeline` these pipelines."""
+    """Let Diffusers find the components of these modules, also under the names of folders that were saved before there
+    were repositories, and let `DiffusionPipeline` find these pipelines."""
     for module in modules:
         setattr(diffusers.pipelines, module.__name__.replace(".", "_"), module)
         setattr(diffusers.pipelines, module.__name__, module)
@@ -43,14 +42,17 @@ def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> No
         setattr(diffusers, pipeline.__name__, pipeline)
 
 
-def load(
+# ---------------------------------------------------------------- loading
+
+
+def load_pipeline(
     cls: type,
     from_pretrained: Callable[..., Any],
     name: str | Path,
     subfolder: str | None,
     **kwargs: Any,
 ) -> Any:
-    """`from_pretrained` of a pipeline's class, with a subfolder, safetensors only, and the folder checked before.
+    """`from_pretrained` of a pipeline's class, with a subfolder, safetensors only; the folder is checked first.
 
     Raises:
         ValueError: as `check_index`, or for `use_safetensors=False`.
@@ -60,37 +62,7 @@ def load(
             "use_safetensors=False: only True is allowed; weights in pickles aren't read"
         )
     kwargs["use_safetensors"] = True
-    if Path(name).is_dir():
-        folder = Path(name) / (subfolder or "")
-    elif str(name).count("/") > 1:
-        raise ValueError(
-            f"{str(name)!r} is no folder, and no id of a repository: user/model is allowed"
-        )
-    elif subfolder is None:
-        try:
-            folder = Path(cls.download(str(name), **kwargs))
-        except (
-            OSError
-        ) as error:  # Diffusers' speaks of its cache, also of a repository that is private
-            raise (
-                error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-            ) from None
-    else:
-        where = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        folder = (
-            Path(
-                snapshot_download(
-                    str(name),
-                    allow_patterns=[
-                        f"{subfolder}/*.{kind}" for kind in ("json", "txt", "safetensors")
-                    ],
-                    **{
-                        option: kwargs[option] for option in where if kwargs.get(option) is not None
-                    },
-                )
-            )
-            / subfolder
-        )
+    folder = _local_folder(cls, name, subfolder, kwargs)
     components = cls._get_signature_keys(cls)[0]
     passed = {component: kwargs[component] for component in components if component in kwargs}
     for component, module in passed.items():
@@ -98,10 +70,32 @@ def load(
             raise ValueError(f"{component} is {module!r}; a torch.nn.Module or None is allowed")
     if not kwargs.get("trust_remote_code"):
         check_index(folder, set(components) - passed.keys())
-    with _quiet():
+    with _without_layer_listing():
         pipeline = from_pretrained(folder, **kwargs)
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
+
+
+def _local_folder(
+    cls: type, name: str | Path, subfolder: str | None, kwargs: dict[str, Any]
+) -> Path:
+    """The pipeline's folder on this machine, downloaded if `name` is a Hub id."""
+    if Path(name).is_dir():
+        return Path(name) / (subfolder or "")
+    if str(name).count("/") > 1:
+        raise ValueError(
+            f"{str(name)!r} is no folder, and no id of a repository: user/model is allowed"
+        )
+    if subfolder is None:
+        try:
+            return Path(cls.download(str(name), **kwargs))
+        except OSError as error:  # Diffusers blames its cache, even for a private repository
+            raise (
+                error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+            ) from None
+    patterns = [f"{subfolder}/*.{kind}" for kind in ("json", "txt", "safetensors")]
+    options = {option: kwargs[option] for option in DOWNLOAD_OPTIONS if kwargs.get(option)}
+    return Path(snapshot_download(str(name), allow_patterns=patterns, **options)) / subfolder
 
 
 def check_index(folder: Path, components: Collection[str]) -> None:
@@ -111,7 +105,8 @@ def check_index(folder: Path, components: Collection[str]) -> None:
         ValueError: naming the entry and what is allowed.
         OSError: if there is none.
     """
-    if not (path := folder / "model_index.json").is_file():
+    path = folder / "model_index.json"
+    if not path.is_file():
         raise OSError(f"{folder} has no model_index.json, so it is no pipeline")
     index = json.loads(path.read_text())
     if not isinstance(index.get("_class_name"), str):
@@ -125,103 +120,93 @@ def check_index(folder: Path, components: Collection[str]) -> None:
 
 
 def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
-    if len(entry) != 2 or not all(
-        isinstance(part, str) and part.replace(".", "_").isidentifier() for part in entry
-    ):
-        raise ValueError(f"{where}, which is no [module, class]; {ALLOWED} is allowed")
+    names = [part for part in entry if isinstance(part, str)]
+    valid = all(name.replace(".", "_").isidentifier() for name in names)
+    if not valid or not len(entry) == len(names) == 2:
+        raise ValueError(f"{where}, which is no [module, class]; {ALLOWED_CLASSES} is allowed")
     library, name = entry
     module = getattr(diffusers.pipelines, library, None) or sys.modules.get(library)
     if module is None and library in LIBRARIES:
         module = importlib.import_module(library)
     if module is None and (folder / f"{library}.py").exists():
         raise ValueError(
-            f"{where}, code of the repository; {ALLOWED} is allowed, or trust_remote_code=True if you "
-            "have read that code"
+            f"{where}, code of the repository; {ALLOWED_CLASSES} is allowed, or trust_remote_code=True "
+            "if you have read that code"
         )
-    found = getattr(module, name, None)
-    if not isinstance(found, type) or not issubclass(
-        found, (torch.nn.Module, diffusers.SchedulerMixin)
-    ):
-        raise ValueError(f"{where}, which is no class of a model here; {ALLOWED} is allowed")
-
-
-def save(
-    pipeline: Any,
-    save_pretrained: Callable[..., Any],
-    folder: Path,
-    safe_serialization: bool,
-    push_to_hub: bool,
-    variant: str | None,
-    max_shard_size: int | str | None,
-    **kwargs: Any,
-) -> None:
-    """`save_pretrained` of a pipeline, in safetensors, with its code.
-
-    Args:
-        kwargs: `repo_id` and other arguments of `push_to_hub`.
-
-    Raises:
-        ValueError: for `safe_serialization=False`.
-    """
-    if not safe_serialization:
+    cls = getattr(module, name, None)
+    allowed = (torch.nn.Module, diffusers.SchedulerMixin)
+    if not isinstance(cls, type) or not issubclass(cls, allowed):
         raise ValueError(
-            "safe_serialization=False: only True is allowed, weights are saved as safetensors"
+            f"{where}, which is no class of a model here; {ALLOWED_CLASSES} is allowed"
         )
-    save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+
+
+@contextmanager
+def _without_layer_listing() -> Iterator[None]:
+    """Context in which Diffusers doesn't print every layer of a component that is passed instead of a saved one."""
+
+    def keep(record: LogRecord) -> bool:
+        return not record.getMessage().startswith("You have passed a non-standard module")
+
+    loading_logger = get_logger("diffusers.pipelines.pipeline_loading_utils")
+    loading_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        loading_logger.removeFilter(keep)
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_pipeline(
+    pipeline: Any, save_pretrained: Callable[..., None], folder: Path, **options: Any
+) -> None:
+    """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code."""
+    save_pretrained(folder, **options)
     pipeline.save_code(folder)
-    if push_to_hub:
-        pipeline.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
 
 
-def save_code(pipeline: Any, folder: Path) -> None:
+def save_pipeline_code(pipeline: Any, folder: Path) -> None:
     """Write a pipeline's code into its folder, whose configs then name it and no path of this machine."""
     code = pipeline.code()
     for file, text in code.items():
         (folder / file).write_text(text)
-    for path in [
-        folder / pipeline.config_name,
-        *(folder / name / "config.json" for name in pipeline.components),
-    ]:
-        if path.exists():
-            config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)
-            for component, _, file in (file.removesuffix(".py").rpartition("/") for file in code):
-                if component in config and path.name == pipeline.config_name:
-                    config[component][0] = file
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    configs = [folder / name / "config.json" for name in pipeline.components]
+    for path in [folder / pipeline.config_name, *configs]:
+        if not path.exists():
+            continue
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        if path.name == pipeline.config_name:
+            for file in code:
+                component, _, module = file.removesuffix(".py").rpartition("/")
+                if component in config:
+                    config[component][0] = module
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def code(pipeline: Any) -> dict[str, str]:
+def pipeline_code(pipeline: Any) -> dict[str, str]:
     """The files, {path: text}, that load a pipeline where guided-diffusers isn't installed."""
-    found = {"pipeline.py": _code_of(pipeline)}
+    code = {"pipeline.py": _code_of(type(pipeline))}
     for name, component in pipeline.components.items():
-        component = getattr(
-            component, "_orig_mod", component
-        )  # the module that torch.compile wraps
-        file = type(component).__module__.removeprefix("diffusers_modules.local.").replace(".", "_")
-        found[f"{name}/{file}.py"] = _code_of(component)
-    return {file: text for file, text in found.items() if text is not None}
+        cls = type(getattr(component, "_orig_mod", component))  # of what torch.compile wraps
+        file = cls.__module__.removeprefix("diffusers_modules.local.").replace(".", "_")
+        code[f"{name}/{file}.py"] = _code_of(cls)
+    return {file: text for file, text in code.items() if text is not None}
 
 
-def _code_of(model: Any) -> str | None:
-    """The file that defines a model's class where guided-diffusers isn't installed; None for another package's."""
-    cls = type(model)
+def _code_of(cls: type) -> str | None:
+    """The file that defines a class where guided-diffusers isn't installed; None for another package's class."""
+    if (
+        cls.__module__ == __name__
+    ):  # in such a file, this function and the pipeline are in one module
+        return globals()["__source__"]
     package = cls.__module__.partition(".")[0]
-    if package == "diffusers_modules":  # it came from such a file
+    if package == "diffusers_modules":  # it was loaded from such a file
         return Path(inspect.getfile(cls)).read_text()
-    return code_of(model) if package == "guided_diffusers" else None
+    if package == "guided_diffusers":
+        from guided_diffusers.standalone import self_contained
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, Diffusers doesn't print every layer of a component that is passed in place of one of ours."""
-
-    def wanted(record: LogRecord) -> bool:
-        return not record.getMessage().startswith("You have passed a non-standard module")
-
-    logger = get_logger("diffusers.pipelines.pipeline_loading_utils")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
+        return self_contained(cls)
+    return None

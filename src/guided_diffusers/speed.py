@@ -1,94 +1,80 @@
-"""What makes a guided step cheaper on a device: each part where it helps, said, and undone when it's no longer wanted.
+"""Faster guided steps: autocast, channels_last, torch.compile and chunked gradients, undone on exit.
 
     with optimize(pipeline, images=50_000) as chosen:
-        print(chosen)                                  # what is on and why, what is off and why
+        print(chosen)                                  # what is on and what is off, with reasons
         images = pipeline("sneaker", 50).images
 
-The parts are `computing_in` (a network) and `gradients_in` (the gradient by a classifier's input). Neither touches
-weights, config or what is saved.
+`computing_in` (for a network) and `gradients_in` (for the classifier's gradient) can also be used
+alone. None of these changes weights, config or what `save_pretrained` writes.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from .guidance import (
-    ClassifierGuidance,
-    LogitsGuidance,
-    NoiseAwareGuidance,
-    gradient,
-    logits_of,
-    no_parameter_grad,
-)
+from .guidance import ClassifierGuidance, NoiseAwareGuidance, gradient
+from .likelihood import logits_of
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
+from .utils import parameter_dtype
 
 Backend = str | Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: seconds to compile a network, and the share of its eager seconds that a compiled one saves, by what it computes in:
-#: measured on a CPU with AMX, one thread, bundled models (`examples/benchmark_step.py --compile`)
-COMPILE_SECONDS = 35.0
-SAVED = {
-    "unet": {torch.float32: 0.15, torch.bfloat16: 0.3},
-    "classifier": {torch.float32: 0.0, torch.bfloat16: 0.09},
-}
-#: images of a call from which on autocast is faster on a CPU with AMX: below, it casts weights longer than it computes
-FEWEST = {"unet": 8, "classifier": 32}
-PROBED = 16  # images of a call that is timed, at most
+#: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights dominates
+MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
+#: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
+#: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
+MIN_COMPILE_EVALUATIONS = 100_000
 
 
 @contextmanager
 def computing_in(
     network: torch.nn.Module, dtype: torch.dtype, compile: Backend | None = None
 ) -> Iterator[None]:
-    """Within, the network computes in `dtype` where that is accurate enough (autocast) and gives float32.
+    """Within, the network runs under autocast to `dtype` and returns float32.
 
     Args:
-        dtype: float32 leaves it as it is.
-        compile: a backend of `torch.compile`, as "inductor": its `forward` is compiled at its next call, again for
-            another size of the batch, and not for another timestep, if that is a tensor. None: off.
+        dtype: float32, bfloat16 or float16; float32 is off.
+        compile: a backend of `torch.compile`, such as "inductor". The network is compiled at its
+            next call, and again for another batch size, but not for another timestep, if that is
+            a tensor. None: off.
 
     Raises:
-        ValueError: for another dtype, or a network that is offloaded already.
+        ValueError: for another dtype, or a network that is already offloaded.
     """
     _check_dtype(dtype)
     if dtype == torch.float32 and compile is None:
         yield
         return
-    if hasattr(
-        network, "_hf_hook"
-    ):  # offloading exchanges `forward` after each call of the pipeline
+    if hasattr(network, "_hf_hook"):  # offloading replaces `forward` after each call
         raise ValueError(
-            f"{type(network).__name__} is offloaded already; only before that it can be made faster"
+            f"{type(network).__name__} is offloaded already; call optimize before offloading"
         )
-    before, own = network.forward, vars(network).get("forward")
-    inner = before if compile is None else torch.compile(before, backend=compile)
-    convert = convert_outputs_to_fp32 if dtype != torch.float32 else lambda function: function
+    original, own_forward = network.forward, vars(network).get("forward")
+    inner = original if compile is None else torch.compile(original, backend=compile)
 
-    @wraps(before)
+    @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # not the weights', which sequential offloading has on no device
-        with _autocast(
-            next(one for one in (*args, *kwargs.values()) if torch.is_tensor(one)).device, dtype
-        ):
+        # the input's device, because sequentially offloaded weights have none
+        tensor = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        with _autocast(tensor.device, dtype):
             return inner(*args, **kwargs)
 
-    network.forward = faster = convert(forward)
+    faster = forward if dtype == torch.float32 else convert_outputs_to_fp32(forward)
+    network.forward = faster
     try:
         yield
     finally:
-        if vars(network).get("_old_forward") is faster:  # offloaded meanwhile
-            network._old_forward = before
-        elif own is not None:
-            network.forward = own
+        if vars(network).get("_old_forward") is faster:  # it was offloaded meanwhile
+            network._old_forward = original
+        elif own_forward is not None:
+            network.forward = own_forward
         else:
             del network.forward
 
@@ -100,37 +86,40 @@ def gradients_in(
     compile: Backend | None = None,
     chunk_size: int | None = None,
 ) -> Iterator[None]:
-    """Within, guidance takes its gradients by this classifier's input so; they are float32 (or wider) as without.
+    """Within, guidance by this classifier computes its gradient faster, or with less memory.
+
+    The gradient stays float32 (or wider).
 
     Args:
-        classifier: of terms that ask a network trained on noise (`ClassifierGuidance`, `NoiseAwareCLIPGuidance`).
-        dtype: what it computes in where that is accurate enough (autocast).
-        compile: a backend of `torch.compile`: log p(y | x_t) and its gradient are one compiled function, compiled
-            again for a larger batch, and not for another step; a smaller batch isn't compiled. None: off.
-        chunk_size: images of one forward and backward pass, against the memory of their activations; the gradient is
-            the same. None: all.
+        classifier: of a `NoiseAwareGuidance`: `ClassifierGuidance` or `NoiseAwareCLIPGuidance`.
+        dtype: of autocast; float32 is off.
+        compile: a backend of `torch.compile`: log p(y | x_t) and its gradient become one compiled
+            function. It is compiled again for a larger batch, but not for another step; smaller
+            batches run eagerly. None: off.
+        chunk_size: images per forward and backward pass, which bounds the memory of activations.
+            None: all.
 
     Raises:
-        ValueError: for other values.
+        ValueError: for another dtype, or a chunk_size below 1.
     """
     _check_dtype(dtype)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(
             f"chunk_size={chunk_size}: at least 1, or None for all images at once, is allowed"
         )
-    before = vars(classifier).get("input_gradient")
+    original = vars(classifier).get("input_gradient")
     classifier.input_gradient = InputGradient(classifier, dtype, compile, chunk_size)
     try:
         yield
     finally:
-        if before is None:
+        if original is None:
             del classifier.input_gradient
         else:
-            classifier.input_gradient = before
+            classifier.input_gradient = original
 
 
 class InputGradient:
-    """(term, z, t) -> the gradient by z of the term's log p(y | z); arguments as of `gradients_in`."""
+    """(term, z, t) -> gradient of the term's log p(y | z) by z; arguments as of `gradients_in`."""
 
     def __init__(
         self,
@@ -139,103 +128,86 @@ class InputGradient:
         compile: Backend | None,
         chunk_size: int | None,
     ):
-        self.dtype, self.chunk_size = dtype, chunk_size
-        self.compiled = (
-            None if compile is None else torch.compile(value_and_gradient, backend=compile)
-        )
+        self.dtype, self.chunk_size, self.compiled = dtype, chunk_size, None
+        if compile is not None:
+            self.compiled = torch.compile(value_and_gradient, backend=compile)
         self.num_labels: int | None = module_config(classifier).get("num_labels")
-        self.rows = 0  # of the largest call so far
+        self.largest_batch = 0
 
     def __call__(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
         size = self.chunk_size or len(z)
         with torch.inference_mode(False), torch.no_grad():
             z = z.clone() if z.is_inference() else z.detach()
             with _autocast(z.device, self.dtype):
-                self._prepare(term, z)
+                self._check_labels(term, z)
                 if size >= len(z):
-                    return self._of(term, z, t)
-                return torch.cat(
-                    [
-                        self._of(term.select(slice(i, i + size), len(z)), z[i : i + size], t)
-                        for i in range(0, len(z), size)
-                    ]
-                )
+                    return self._gradient(term, z, t)
+                chunks = []
+                for start in range(0, len(z), size):
+                    images = slice(start, start + size)
+                    chunks.append(self._gradient(term.select(images, len(z)), z[images], t))
+                return torch.cat(chunks)
 
-    def _of(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
-        dtype = next((p.dtype for p in term.module.parameters()), z.dtype)
-        self.rows = max(self.rows, len(z))
-        fewer = (
-            len(z) < self.rows
-        )  # a last batch, or images that `guidance_tolerance` asks for: as many sizes as calls
-        if (
-            self.compiled is None or fewer or getattr(term, "softplus", None) is not None
-        ):  # new modules at every step
-            return gradient(lambda z: term.log_likelihood(z.to(dtype), t), z)
-        number = torch.full(
-            (), t, dtype=torch.float32, device=z.device
-        )  # compiled code is for one value of a float
-        return self.compiled(term, z, number, dtype)[1]
+    def _gradient(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
+        self.largest_batch = max(self.largest_batch, len(z))
+        # every new size would be compiled anew: of a last batch, or with `guidance_tolerance`;
+        # and so would the modules that softplus replaces at every step
+        is_smaller = len(z) < self.largest_batch
+        if self.compiled is None or is_smaller or getattr(term, "softplus", None) is not None:
+            return gradient(lambda z: term.log_probability(z, t), z)
+        # a tensor, because compiled code is specialised to the value of a float
+        timestep = torch.full((), t, dtype=torch.float32, device=z.device)
+        return self.compiled(term, z, timestep)[1]
 
-    def _prepare(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
-        """Have labels checked and weighed once, and neither for each chunk nor in compiled code."""
-        if isinstance(term, LogitsGuidance):
+    def _check_labels(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
+        """Make the term check and cache its labels for the whole batch, before it is chunked."""
+        if isinstance(term, ClassifierGuidance):
             self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
             term.likelihood(z.new_zeros(len(z), self.num_labels))
 
 
 def value_and_gradient(
-    term: NoiseAwareGuidance,
-    z: torch.Tensor,
-    t: torch.Tensor,
-    dtype: torch.dtype,
+    term: NoiseAwareGuidance, z: torch.Tensor, t: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(y | z), (B,), of a term and its gradient by z, (B, C, H, W).
+    """log p(y | z) of a term, (B,), and its gradient by z, (B, C, H, W).
 
     Args:
         t: timestep of the classifier's own schedule, ().
-        dtype: of the classifier's weights.
     """
 
     def total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_p = term.log_likelihood(z.to(dtype), t)
+        log_p = term.log_probability(z, t)
         return log_p.sum(), log_p
 
     grad, log_p = torch.func.grad(total, has_aux=True)(z)
     return log_p, grad
 
 
-@dataclass
-class Optimized:
-    """What `optimize` chose; as a context manager it is undone at the end.
+class Optimized(ExitStack):
+    """What `optimize` chose; a context manager that undoes it on exit.
 
     Attributes:
-        on, off: {what: why}.
+        on, off: {optimization: reason}.
     """
 
-    on: dict[str, str] = field(default_factory=dict)
-    off: dict[str, str] = field(default_factory=dict)
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    def __init__(self) -> None:
+        super().__init__()
+        self.on: dict[str, str] = {}
+        self.off: dict[str, str] = {}
 
-    def note(self, what: str, on: bool, why: str) -> bool:
-        (self.on if on else self.off)[what] = why
-        return on
+    def choose(self, name: str, choice: tuple[bool, str]) -> bool:
+        """Note a choice (is it on, reason); returns whether it is on."""
+        is_on, reason = choice
+        (self.on if is_on else self.off)[name] = reason
+        return is_on
 
     def undo(self) -> None:
-        """Make the pipeline what it was; a second time it does nothing."""
-        self._stack.close()
-
-    def __enter__(self) -> Optimized:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.undo()
+        """Restore the pipeline; a second call has no effect."""
+        self.close()
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{name:>3} {what}: {why}"
-            for name, made in (("on", self.on), ("off", self.off))
-            for what, why in made.items()
-        )
+        lines = [f" on {name}: {reason}" for name, reason in self.on.items()]
+        return "\n".join(lines + [f"off {name}: {reason}" for name, reason in self.off.items()])
 
 
 def optimize(
@@ -251,28 +223,28 @@ def optimize(
     device: torch.device | str | None = None,
     backend: Backend = "inductor",
 ) -> Optimized:
-    """Make a pipeline's steps cheaper, in place, with what helps on its device; `undo()` of the result undoes it.
+    """Make a pipeline's steps faster, in place, by what helps on its device.
 
-    By default: autocast to bfloat16 of the network and of the classifier (their outputs and the gradient stay float32)
-    where the device computes in it, on a CPU in batches that are worth it; `channels_last` with that on CUDA, and not
-    on CPUs, where it was slower; and `torch.compile` where `images` are so many that it pays, as a timed call of each
-    network says. Images change by the rounding of these; what is saved doesn't. Offloading comes after it.
+    By default: autocast of network and classifier to bfloat16 (outputs and gradient stay float32)
+    where the device computes in it, on a CPU for large enough batches; with it `channels_last` on
+    CUDA; and `torch.compile` from `MIN_COMPILE_EVALUATIONS` on. Images change only by rounding. Call
+    it before offloading.
 
     Args:
-        images: how many will be made altogether, as far as known. None: too few to compile for.
-        steps: of each. None: the pipeline's own.
-        batch_size: of a call. None: all `images`, up to 64.
-        dtype: instead: float32 (off), bfloat16 or float16.
-        compile, channels_last: instead: whether.
+        images: number of images to be sampled in all. None: unknown, nothing is compiled.
+        steps: of each image. None: the pipeline's default.
+        batch_size: images of a call. None: all `images`, at most 64.
+        dtype: of autocast; float32 is off. None: automatic.
+        compile, channels_last: True or False. None: automatic.
         chunk_size: images of one gradient, as of `gradients_in`. None: all.
-        device: where it will run. None: where it is.
+        device: on which it will run. None: the pipeline's.
         backend: of `torch.compile`.
 
     Returns:
-        What is on and off, and why; a context manager, which undoes it at its end.
+        What is on and off, with reasons; a context manager that undoes it on exit.
 
     Raises:
-        ValueError: for other values, or a pipeline that is offloaded already.
+        ValueError: for invalid values, or a pipeline that is already offloaded.
     """
     if dtype is not None:
         _check_dtype(dtype)
@@ -285,61 +257,56 @@ def optimize(
     if chunk_size is not None and pipeline.classifier is None:
         raise ValueError(f"chunk_size={chunk_size} has no effect: the pipeline has no classifier")
     device, chosen = torch.device(device or pipeline.device), Optimized()
-    with ExitStack() as stack:  # undone if anything is refused
+    try:
         for name in ("unet", "classifier"):
-            if (part := getattr(pipeline, name)) is None:
+            if (module := getattr(pipeline, name)) is None:
                 continue
-            rows = batch_size if name == "unet" else min(batch_size, chunk_size or batch_size)
-            how = _dtype(chosen, name, part, device, rows, dtype)
-            own = next((p.dtype for p in part.parameters()), torch.float32)
-            computed = own if how == torch.float32 else how
-            if _channels_last(chosen, name, device, computed, channels_last):
-                stack.enter_context(in_channels_last(part))
+            batch = batch_size
+            if name == "classifier" and chunk_size is not None:
+                batch = min(batch_size, chunk_size)
+            choice = _use_autocast(name, module, device, batch, dtype)
+            autocast_dtype, compute_dtype = torch.float32, parameter_dtype(module)
+            if chosen.choose(f"{name}, autocast", choice):
+                autocast_dtype = compute_dtype = dtype or torch.bfloat16
+            choice = _use_channels_last(device, compute_dtype, channels_last)
+            if chosen.choose(f"{name}, channels_last", choice):
+                chosen.enter_context(in_channels_last(module))
+            choice = _use_compile(pipeline, name, compute_dtype, images, steps, compile)
+            used_backend = backend if chosen.choose(f"{name}, torch.compile", choice) else None
             if name == "unet":
-                make = partial(computing_in, part, how)
+                chosen.enter_context(computing_in(module, autocast_dtype, used_backend))
             else:
-                make = partial(gradients_in, part, how, chunk_size=chunk_size)
-            with make():
-                calls = steps if name == "unet" else steps * _share_asked(pipeline)
-                pays = _compile(
-                    chosen, pipeline, name, device, computed, images, calls, rows, compile
-                )
-            stack.enter_context(make(compile=backend if pays else None))
-        if chunk_size is not None:
-            chosen.note("gradient in chunks", True, f"{chunk_size} images at a time, as asked")
-        chosen._stack = stack.pop_all()
+                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk_size))
+    except BaseException:
+        chosen.undo()
+        raise
+    if chunk_size is not None:
+        reason = f"{chunk_size} images at a time, as requested"
+        chosen.choose("gradient in chunks", (True, reason))
     return chosen
 
 
-def _dtype(
-    chosen: Optimized,
+def _use_autocast(
     name: str,
-    part: torch.nn.Module,
+    module: torch.nn.Module,
     device: torch.device,
-    rows: int,
-    wanted: torch.dtype | None,
-) -> torch.dtype:
-    """What a part will compute in, `rows` images a call; float32: as it is."""
-    own, what = next((p.dtype for p in part.parameters()), torch.float32), f"{name}, autocast"
-    few = device.type == "cpu" and rows < FEWEST[name]
-    if wanted is not None:
-        on, why = wanted != torch.float32, f"{wanted} as asked"
-    elif own != torch.float32:
-        on, why = False, f"its weights are {own}"
-    elif not computes_in_bfloat16(device):
-        on, why = False, f"this {device.type} doesn't compute in bfloat16 itself"
-    else:
-        on, why = (
-            not few,
-            f"no faster for {rows} images a call"
-            if few
-            else f"this {device.type} computes in bfloat16",
-        )
-    return (wanted or torch.bfloat16) if chosen.note(what, on, why) else torch.float32
+    batch: int,
+    requested: torch.dtype | None,
+) -> tuple[bool, str]:
+    weights = parameter_dtype(module)
+    if requested is not None:
+        return requested != torch.float32, f"{requested} as requested"
+    if weights != torch.float32:
+        return False, f"its weights are {weights}"
+    if not computes_in_bfloat16(device):
+        return False, f"this {device.type} doesn't compute in bfloat16 itself"
+    if device.type == "cpu" and batch < MIN_AUTOCAST_BATCH[name]:
+        return False, f"no faster for batches of {batch}"
+    return True, f"this {device.type} computes in bfloat16"
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices itself, which is what makes them cheap."""
+    """Whether the device has native bfloat16 matrix multiplication, which makes it fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (
@@ -347,23 +314,21 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     )
 
 
-def _channels_last(
-    chosen: Optimized, name: str, device: torch.device, dtype: torch.dtype, wanted: bool | None
-) -> bool:
-    what = f"{name}, channels_last"
-    if wanted is not None:
-        return chosen.note(what, wanted, "as asked")
+def _use_channels_last(
+    device: torch.device, dtype: torch.dtype, requested: bool | None
+) -> tuple[bool, str]:
+    if requested is not None:
+        return requested, "as requested"
     if device.type != "cuda":
-        return chosen.note(what, False, f"no faster, or slower, on {device.type}")
-    half = dtype != torch.float32
-    return chosen.note(
-        what, half, "the layout of convolutions in half precision" if half else "no use in float32"
-    )
+        return False, f"not faster on {device.type}"
+    if dtype == torch.float32:
+        return False, "not faster in float32"
+    return True, "faster convolutions in half precision"
 
 
 @contextmanager
 def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
-    """Within, the weights of convolutions lie in memory as (out, H, W, in); their values are the same."""
+    """Within, weights of convolutions are stored as (out, H, W, in), with the same values."""
     module.to(memory_format=torch.channels_last)
     try:
         yield
@@ -371,90 +336,32 @@ def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
         module.to(memory_format=torch.contiguous_format)
 
 
-def _compile(
-    chosen: Optimized,
+def _use_compile(
     pipeline: ClassifierGuidedPipeline,
     name: str,
-    device: torch.device,
     dtype: torch.dtype,
     images: int | None,
-    calls: float,
-    rows: int,
-    wanted: bool | None,
-) -> bool:
-    """Whether a part is compiled; `calls` of it are to come for each of the images, `rows` of them together."""
-    what, share = f"{name}, torch.compile", SAVED[name].get(dtype, 0.0)
-    if wanted is not None:
-        return chosen.note(what, wanted, "as asked")
+    steps: int,
+    requested: bool | None,
+) -> tuple[bool, str]:
+    if requested is not None:
+        return requested, "as requested"
     if images is None:
-        return chosen.note(what, False, "how many images there will be is not known")
-    if not share:
-        return chosen.note(what, False, f"no faster in {dtype}")
-    if name == "classifier" and pipeline.config.defaults["guidance_tolerance"] is not None:
-        return chosen.note(
-            what,
-            False,
-            "the pipeline's guidance_tolerance asks for some images alone, in eager calls",
-        )
-    if (
-        device.type != pipeline.device.type
-        or (seconds := _seconds(pipeline, name, min(rows, PROBED))) is None
-    ):
-        return chosen.note(what, False, "a call can't be timed")
-    seconds *= images * calls
-    return chosen.note(
-        what,
-        share * seconds > COMPILE_SECONDS,
-        f"saves about {share * seconds:.0f} of {seconds:.0f} "
-        f"seconds, and takes {COMPILE_SECONDS:.0f}",
-    )
-
-
-def _share_asked(pipeline: ClassifierGuidedPipeline) -> float:
-    """Of the steps, those at which the pipeline's own settings ask the classifier."""
-    own = pipeline.config.defaults
-    return (
-        bool(own["guidance_scale"])
-        * (own["guidance_stop"] - own["guidance_start"])
-        / own["guidance_every"]
-    )
-
-
-def _seconds(pipeline: ClassifierGuidedPipeline, name: str, rows: int) -> float | None:
-    """Of a call of the network, or of a gradient by the classifier's input, an image; None if its input isn't known."""
-    part, device = getattr(pipeline, name), pipeline.device
-    config = module_config(part)
-    if not config.get("sample_size") or not config.get("in_channels"):
-        return None
-    height, width = (
-        [config["sample_size"]] * 2
-        if isinstance(config["sample_size"], int)
-        else config["sample_size"]
-    )
-    x = torch.zeros(rows, config["in_channels"], height, width, device=device, dtype=pipeline.dtype)
-    labels = torch.zeros(rows, dtype=torch.long, device=device)
-    told = {"class_labels": labels} if pipeline._class_embeddings else {}
-    wanted = {"target": 0.0} if config.get("problem_type") == "regression" else {"label": 0}
-    term = ClassifierGuidance(part, **wanted) if name == "classifier" else None
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (
-            time.perf_counter() if device.type == "cuda" else time.thread_time()
-        )  # others may use the CPU, too
-
-    fastest = float("inf")
-    with no_parameter_grad([part]), torch.no_grad():
-        for _ in range(3):
-            began = now()
-            part(x, labels, **told) if term is None else part.input_gradient(term, x, 0.0)
-            fastest = min(fastest, now() - began)
-    return fastest / rows
+        return False, "the number of images is unknown"
+    evaluations, defaults = images * steps, pipeline.config.defaults
+    if name == "classifier":
+        if dtype == torch.float32:
+            return False, "not faster in float32"
+        if defaults["guidance_tolerance"] is not None:
+            return False, "with guidance_tolerance, batches have many sizes"
+        interval = defaults["guidance_stop"] - defaults["guidance_start"]
+        evaluations *= bool(defaults["guidance_scale"]) * interval / defaults["guidance_every"]
+    reason = f"{evaluations:.0f} evaluations; it pays off from {MIN_COMPILE_EVALUATIONS} on"
+    return evaluations >= MIN_COMPILE_EVALUATIONS, reason
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """With float32 none, and not one that is off: that would undo one around it."""
+    # nothing for float32: a disabled autocast would switch off one around it
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 

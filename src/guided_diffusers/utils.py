@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
+from .guidance import no_parameter_grad
 from .noise import OUT_OF_REACH
 from .pipeline import ClassifierGuidedPipeline
 
@@ -125,6 +126,24 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
             f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(set(known.values())))}"
         )
     return getattr(diffusers, known[name.lower()])
+
+
+@contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Within, the modules are in evaluation mode and their parameters need no gradient.
+
+    Both are restored on exit. None stands for a module that isn't used.
+    """
+    present = [module for module in modules if module is not None]
+    training = [part for module in present for part in module.modules() if part.training]
+    try:
+        for module in present:
+            module.eval()
+        with no_parameter_grad(present):
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

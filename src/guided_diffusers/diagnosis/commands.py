@@ -6,112 +6,81 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..cli_options import add_shared_option, add_shared_options, select_device
+
 
 def add_inspect_command(commands: Any) -> None:
+    """Add the command to the program's subparsers."""
     command = commands.add_parser(
         "inspect",
-        help="whether a noise-aware classifier is good enough, and where",
-        description="Measure a noise-aware classifier on held-out images at the noise levels of a sampling run: "
-        "accuracy, cross entropy, calibration, gradients. Says between which noise levels it may guide, "
-        "and how strongly; writes diagnosis.json and diagnosis.png.",
+        help="measure whether, and at which noise levels, a noise-aware classifier can guide",
+        description="Measure a noise-aware classifier on held-out images at the noise levels of a "
+        "sampling run: accuracy, cross entropy, calibration, gradients. Recommends the noise levels "
+        "and the scale to guide with; writes diagnosis.json and diagnosis.png.",
     )
     command.set_defaults(run=run_inspect)
     option = command.add_argument
     option(
-        "model",
-        metavar="MODEL",
-        help="a classifier's folder or Hub id, a pipeline's that has a classifier, or a bundled model",
+        "model", metavar="MODEL", help="folder, Hub id or bundled name of classifier or pipeline"
     )
     option(
         "--dataset",
         required=True,
-        metavar="NAME_OR_FOLDER",
-        help="labelled images: a Hub name, an image folder or a folder of Parquet files",
+        help="labelled images: a Hub name, an image folder or Parquet files",
     )
     option(
         "--unet",
         metavar="PIPELINE",
-        help="the pipeline of the network to be guided: its schedule is the run's, and where it is "
-        "class-conditional with a null label, its own gradient is what the classifier's is compared with "
-        "(default: the network of MODEL, where that is a pipeline)",
+        help="pipeline of the network to be guided. Its schedule is used, and if it is "
+        "class-conditional with a null label, its gradient is the reference "
+        "(default: MODEL, if that is a pipeline)",
     )
     option(
         "--output",
         type=Path,
         default=Path("diagnosis"),
-        metavar="FOLDER",
-        help="where the files go (default: %(default)s)",
+        help="folder to write (default: %(default)s)",
     )
-    option(
-        "--images",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="at most so many (default: %(default)s)",
-    )
-    option(
-        "--gradient-images",
-        type=int,
-        default=64,
-        metavar="N",
-        help="of these, for the gradients (default: %(default)s)",
-    )
-    option(
-        "--levels",
-        type=int,
-        default=10,
-        metavar="N",
-        help="noise levels, evenly over the run, beside its last step (default: %(default)s)",
-    )
-    option("--split", help="of the dataset (default: validation or test)")
-    option("--image-column", help="of the dataset (default: the first with images)")
-    option("--label-column", help="of the dataset (default: the first with class ids)")
-    option(
+    for flag, default, text in (
+        ("--images", 1000, "largest number of images to use"),
+        ("--gradient-images", 64, "number of these to take gradients of"),
+        ("--levels", 10, "noise levels, evenly over the run; its last step is added"),
+    ):
+        option(flag, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    add_shared_options(command, "--split", "--image-column", "--label-column")
+    add_shared_option(
+        command,
         "--seed",
-        type=int,
-        default=0,
-        help="of the choice of images and their noise (default: %(default)s)",
+        help="seed of the choice of images and their noise (default: %(default)s)",
     )
-    option("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
-    option(
-        "--picture",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw the curves, which needs matplotlib (default: yes)",
-    )
-    option("--quiet", action="store_true", help="no progress bar")
+    add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    import torch
+    """Run the command and print the table and the verdict."""
     from diffusers.utils.logging import disable_progress_bar
 
+    from ..utils import require_matplotlib
     from . import inspect
-    from .report import require_matplotlib
 
     if options.picture:
-        require_matplotlib()  # before the work, not after it
+        require_matplotlib()  # before the long computation, not after it
     if options.quiet:
         disable_progress_bar()
-    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    names = (
-        "split",
-        "image_column",
-        "label_column",
-        "images",
-        "gradient_images",
-        "levels",
-        "seed",
-        "batch_size",
-    )
-    found = inspect(
+    diagnosis = inspect(
         options.model,
         options.dataset,
         options.unet,
-        device=options.device or fastest,
+        split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        device=select_device(options.device),
+        images=options.images,
+        gradient_images=options.gradient_images,
+        levels=options.levels,
+        seed=options.seed,
+        batch_size=options.batch_size,
         progress=not options.quiet,
-        **{name: getattr(options, name) for name in names},
     )
-    found.save(options.output, options.picture)
-    print(f"{found}\n{options.output}")
+    diagnosis.save(options.output, options.picture)
+    print(f"{diagnosis}\n{options.output}")

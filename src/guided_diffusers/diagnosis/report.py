@@ -1,13 +1,14 @@
-"""A diagnosis on the screen, as JSON and as curves."""
+"""A diagnosis as a text table and as plots."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..utils import aside, require_matplotlib, write_json  # noqa: F401 - the last for its package
+from ..utils import aside, require_matplotlib
 
 CURVES = {
     "accuracy": "accuracy",
@@ -16,10 +17,11 @@ CURVES = {
     "gradient_norm": "sigma |gradient|",
     "cosine": "cosine of the gradient",
 }
+#: of some of the curves: (key of the baseline, its name in the legend)
 BASELINES = {
     "accuracy": ("chance", "chance"),
-    "cross_entropy": ("prior_entropy", "the labels' frequencies"),
-    "ece": ("ece_floor", "of a calibrated one, so few images"),
+    "cross_entropy": ("prior_entropy", "label frequencies"),
+    "ece": ("ece_floor", "calibrated, as few images"),
 }
 COLUMNS = (
     ("sigma/alpha", "sigma_over_alpha", ".3g"),
@@ -38,62 +40,76 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The levels' main figures, a row a level."""
+    """The main metrics as text, a line a level."""
     cells = [[name for name, _, _ in COLUMNS]]
-    cells += [[format(row[key], form) for _, key, form in COLUMNS] for row in rows]
+    for row in rows:
+        cells.append([format(row[key], spec) for _, key, spec in COLUMNS])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )
+    lines = []
+    for line in cells:
+        lines.append("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)))
+    return "\n".join(lines)
+
+
+@contextmanager
+def saved_axes(path: Path, count: int, title: str = "") -> Iterator[Sequence[Any]]:
+    """Axes side by side; on exit the figure is written atomically to `path`.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    yield axes
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    with aside(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())
 
 
 def plot(
     rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", cosine: str = CURVES["cosine"]
 ) -> None:
-    """Draw the `CURVES` that the rows have against sigma / alpha (else the timestep); written aside, then moved.
+    """Plot those `CURVES` that the rows have against sigma / alpha (without it: the timestep).
 
     Args:
-        rows: a mapping a noise level, as of `Diagnosis.levels` or of a training's `metrics.json`.
-        cosine: what the cosine is to.
+        rows: metrics by noise level, of `Diagnosis.levels` or `held_out` in `metrics.json`.
+        path: of the picture, written atomically.
+        cosine: title of the cosine's curve.
 
     Raises:
-        ImportError: where matplotlib is missing, saying what to install.
+        ImportError: if matplotlib is missing.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    names = [name for name in CURVES if name in rows[0]]
-    across = "sigma_over_alpha" if "sigma_over_alpha" in rows[0] else "timestep"
-    x = [row[across] for row in rows]
-    figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        y, errors = [row[name] for row in rows], [row.get(f"{name}_error", 0.0) for row in rows]
-        axis.errorbar(
-            x,
-            y,
-            [error if math.isfinite(error) else 0.0 for error in errors],
-            marker="o",
-            markersize=4,
-            capsize=2,
-        )
-        if name in BASELINES and BASELINES[name][0] in rows[0]:
-            key, label = BASELINES[name]
-            axis.plot(x, [row[key] for row in rows], "--", color="grey", label=label)
-            axis.legend(fontsize="small", frameon=False)
-        for row in rows:
-            if row.get("status") == "harmful":
-                axis.plot(row[across], row[name], "x", color="tab:red", markersize=9)
-        axis.set_title(cosine if name == "cosine" else CURVES[name], fontsize="medium")
-        axis.set_xlabel("sigma / alpha" if across == "sigma_over_alpha" else "timestep")
-        if across == "sigma_over_alpha":
-            axis.set_xscale("log")
-        if min(y) >= 0:
-            axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
     if any(row.get("status") == "harmful" for row in rows):
-        title += " (x: worse than silence)"
-    if title:
-        figure.suptitle(title, fontsize="medium")
-    with aside(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix[1:])
+        title += " (x: worse than the uninformed baseline)"
+    names = [name for name in CURVES if name in rows[0]]
+    with saved_axes(path, len(names), title) as axes:
+        for axis, name in zip(axes, names, strict=True):
+            _plot_curve(axis, rows, name)
+            axis.set_title(cosine if name == "cosine" else CURVES[name], fontsize="medium")
+
+
+def _plot_curve(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """A metric with its error bars, its baseline and a cross at each harmful level."""
+    key = "sigma_over_alpha" if "sigma_over_alpha" in rows[0] else "timestep"
+    x, y = [row[key] for row in rows], [row[name] for row in rows]
+    errors = [row.get(f"{name}_error", 0.0) for row in rows]
+    errors = [error if math.isfinite(error) else 0.0 for error in errors]
+    axis.errorbar(x, y, errors, marker="o", markersize=4, capsize=2)
+    baseline, label = BASELINES.get(name, ("", ""))
+    if baseline in rows[0]:
+        axis.plot(x, [row[baseline] for row in rows], "--", color="grey", label=label)
+        axis.legend(fontsize="small", frameon=False)
+    for row in rows:
+        if row.get("status") == "harmful":
+            axis.plot(row[key], row[name], "x", color="tab:red", markersize=9)
+    axis.set_xlabel("sigma / alpha" if key == "sigma_over_alpha" else key)
+    if key == "sigma_over_alpha":
+        axis.set_xscale("log")
+    if min(y) >= 0:
+        axis.set_ylim(bottom=0)

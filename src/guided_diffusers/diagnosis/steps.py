@@ -1,15 +1,16 @@
-"""What guidance did at each step of a run: how sure the classifier is, how strong guidance is, whether it turns.
+"""Records what guidance does at each step of a sampling run.
 
     record = GuidanceDiagnostics("sneaker")
     pipeline("sneaker", guidance_scale=3.0, callback_on_step_end=record)
     record.save("steps.json")
     record.save("steps.png")
 
-    record = GuidanceDiagnostics()                                             # of any pipeline, through `guide`
-    with guide(stable_diffusion, *record.watch(ClassifierGuidance(classifier, "sneaker", scale=3.0))):
+    record = GuidanceDiagnostics()                       # any pipeline, through `guide`
+    term = ClassifierGuidance(classifier, "sneaker", scale=3.0)
+    with guide(stable_diffusion, *record.watch(term)):
         stable_diffusion("a photo of a shoe")
 
-It only looks on: the images are the same, bit for bit.
+The images don't change.
 """
 
 from __future__ import annotations
@@ -22,19 +23,14 @@ from typing import Any
 import torch
 from diffusers.callbacks import PipelineCallback
 
-from ..guidance import (
-    ClassifierGuidance,
-    Guidance,
-    GuidanceSum,
-    Label,
-    NoiseAwareGuidance,
-    StepContext,
-)
+from ..guidance import ClassifierGuidance, Guidance, GuidanceSum, NoiseAwareGuidance, StepContext
+from ..guider import Guider
+from ..likelihood import Label
 from ..noise import NoiseLevel
-from ..run import Run
-from ..utils import aside, require_matplotlib, write_json
+from ..utils import require_matplotlib, write_json
+from .report import saved_axes
 
-FIGURES = {
+PLOTS = {
     "log_probability": "log p(label | x_t)",
     "guidance_to_score": "|guidance| / |score|",
     "cosine": "cosine to the step before",
@@ -44,23 +40,27 @@ FORMATS = (".json", ".png", ".pdf", ".svg")
 
 
 class GuidanceDiagnostics(PipelineCallback):
-    """Records, for each step and image, of a pipeline's sample x_t = alpha x0 + sigma eps:
+    """Records metrics of guidance for each step and image, where x_t = alpha x0 + sigma eps:
 
         log_probability      log p(label | x_t) of the noise-aware classifier
-        guidance_to_score    |g| / |s|, g what guidance adds to the network's score s = (alpha x0 - x_t) / sigma^2
+        guidance_to_score    |g| / |s|, g the guidance added to the score s = (alpha x0 - x_t) / sigma^2
         cosine               <g, h> / (|g| |h|), h the guidance of the step before
-        outside              the share of values beyond [-1, 1] of the x0 that guidance made, x0 + sigma^2 / alpha g:
-                             what clipping would change; of latents it says nothing
-        outside_unguided     the same of the x0 that the network predicted
+        outside              share of values outside [-1, 1] in the guided x0 + sigma^2 / alpha g: how
+                             much clipping would change; has no meaning for latents
+        outside_unguided     the same of the x0 that the network predicts
 
-    Without a label or a classifier the first is NaN, without guidance at a step and the one before the third.
+    Without a label or a classifier the first is NaN; without guidance at this and the previous step
+    the third is.
 
     Args:
-        label: an id, a name or a mixture, or a list that the images take in turn, those of further calls going on.
-        classifier: that is asked for the label, such as one that doesn't guide. None: the pipeline's own.
+        label: an id, a name or a mixture, or a list that the images take in turn, across calls.
+        classifier: evaluates the label; it need not be the one that guides. None: the pipeline's.
+
+    Attributes:
+        images: number of images seen.
 
     Raises:
-        ValueError: for a label that the classifier doesn't have, at the first step.
+        ValueError: at the first step, for a label that the classifier doesn't have.
     """
 
     tensor_inputs = ["sample", "x0", "score_shift"]
@@ -71,16 +71,16 @@ class GuidanceDiagnostics(PipelineCallback):
         classifier: torch.nn.Module | None = None,
     ):
         super().__init__()
-        self.labels = (
-            [] if label is None else list(label) if isinstance(label, (list, tuple)) else [label]
-        )
+        if label is None:
+            label = []
+        self.labels = list(label) if isinstance(label, (list, tuple)) else [label]
         self.classifier, self.images = classifier, 0
         self._levels: list[NoiseLevel] = []  # of the pipeline's run
-        self._asked: NoiseAwareGuidance | None = None  # for the run's labels
-        self._now: _Step | None = None
-        self._before: _Step | None = None  # of the same run
-        self._figures: dict[int, list[dict[str, torch.Tensor]]] = {}  # by step, a mapping a run
-        self._places: dict[int, tuple[float, float]] = {}  # by step, timestep and sigma / alpha
+        self._label_term: NoiseAwareGuidance | None = None  # evaluates the labels of the run
+        self._current: _Step | None = None
+        self._previous: _Step | None = None  # of the same run
+        # by step: index, timestep and sigma / alpha; the metrics of each run
+        self._recorded: dict[int, tuple[dict[str, Any], list[dict[str, torch.Tensor]]]] = {}
 
     def callback_fn(
         self,
@@ -89,121 +89,110 @@ class GuidanceDiagnostics(PipelineCallback):
         timestep: Any,
         callback_kwargs: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Of `ClassifierGuidedPipeline`, after each step."""
-        sample = callback_kwargs["sample"]
+        """Record a step of `ClassifierGuidedPipeline`."""
+        sample, x0, shift = (callback_kwargs[name] for name in self.tensor_inputs)
         if step_index == 0:
-            self._levels = Run(pipeline.scheduler).levels
-            asked = pipeline.classifier if self.classifier is None else self.classifier
-            labels = [
-                self.labels[(self.images + i) % len(self.labels)]
-                for i in range(len(sample))
-                if self.labels
-            ]
-            self._asked = (
-                ClassifierGuidance(asked, labels) if labels and asked is not None else None
-            )
-        self._go_on(
-            _Step(
-                step_index,
-                float(timestep),
-                self._levels[step_index],
-                sample,
-                callback_kwargs["x0"],
-                callback_kwargs["score_shift"],
-            ),
-            self._asked,
-        )
+            self._levels = Guider(pipeline.scheduler, ()).levels
+            classifier = pipeline.classifier if self.classifier is None else self.classifier
+            self._label_term = None
+            if self.labels and classifier is not None:
+                numbers = range(self.images, self.images + len(sample))
+                labels = [self.labels[number % len(self.labels)] for number in numbers]
+                self._label_term = ClassifierGuidance(classifier, labels)
+        level = self._levels[step_index]
+        self._start_step(_Step(step_index, float(timestep), level, sample, x0, shift))
+        self._record_label(self._label_term)
         return {}
 
     def watch(self, *terms: Guidance) -> tuple[Guidance, ...]:
-        """The terms, each of which tells of its steps, for a pipeline without a callback of ours.
+        """The terms, wrapped so that their steps are recorded, for pipelines without our callback.
 
-        Their sum is g. The log-probability is what the first noise-aware term says. Steps at which no term acts aren't
-        seen. A pipeline's `guidance_tolerance` can't spare them: they are asked at each step.
+        Their sum is g, and the first noise-aware term gives the log-probability. Steps at which no
+        term is active aren't seen. Watched terms are evaluated at every step: a pipeline's
+        `guidance_tolerance` has no effect on them.
         """
-        return tuple(_Watched(term, self) for term in GuidanceSum(terms).terms())
+        return tuple(_WatchedTerm(term, self) for term in GuidanceSum(terms).terms())
 
-    def saw(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
-        """What a watched term adds at a step."""
-        if self._now is None or self._now.sample is not step.sample:  # the first term at this step
-            self._go_on(
-                _Step(step.index, step.timestep, step.level, step.sample, step.x0, score),
-                term if isinstance(term, NoiseAwareGuidance) else None,
+    def record_term(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
+        """Record what a watched term adds to the score at a step."""
+        if self._current is None or self._current.sample is not step.sample:  # its first term
+            self._start_step(
+                _Step(step.index, step.timestep, step.level, step.sample, step.x0, score)
             )
-            return
-        self._now.shift = self._now.shift + score
-        if self._now.log_p is None and isinstance(term, NoiseAwareGuidance):
-            self._now.log_p = _log_probability(term, step.sample, step.level)
+        else:
+            self._current.shift = self._current.shift + score
+        self._record_label(term)
 
-    def _go_on(self, step: _Step, asked: NoiseAwareGuidance | None) -> None:
+    def _start_step(self, step: _Step) -> None:
         self._finish_step()
-        if self._before is None or step.index <= self._before.index:  # another run
-            self._before, self.images = None, self.images + len(step.sample)
-        if asked is not None:
-            step.log_p = _log_probability(asked, step.sample, step.level)
-        self._now = step
+        if self._previous is None or step.index <= self._previous.index:  # another run
+            self._previous, self.images = None, self.images + len(step.sample)
+        self._current = step
+
+    def _record_label(self, term: Guidance | None) -> None:
+        if self._current.log_p is None and isinstance(term, NoiseAwareGuidance):
+            self._current.log_p = _log_probability(term, self._current.sample, self._current.level)
 
     def _finish_step(self) -> None:
-        if self._now is not None:
-            now, level = self._now, self._now.level
-            self._figures.setdefault(now.index, []).append(now.figures(self._before))
-            self._places[now.index] = now.timestep, level.sigma / level.alpha
-            self._before, self._now = now, None
+        step = self._current
+        if step is not None:
+            position = {
+                "index": step.index,
+                "timestep": step.timestep,
+                "sigma_over_alpha": step.level.sigma / step.level.alpha,
+            }
+            _, runs = self._recorded.setdefault(step.index, (position, []))
+            runs.append(step.metrics(self._previous))
+            self._previous, self._current = step, None
 
     def steps(self) -> list[dict[str, Any]]:
-        """A mapping a step: `index`, `timestep`, `sigma_over_alpha`, and each figure of each image, (images,) float32.
+        """`index`, `timestep`, `sigma_over_alpha` and the metrics, (images,) float32, of each step.
 
         Raises:
-            ValueError: if nothing was seen.
+            ValueError: if no step was recorded.
         """
         self._finish_step()
-        if not self._figures:
+        if not self._recorded:
             raise ValueError(
-                "guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or use "
-                "what watch(...) gives"
+                "guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or "
+                "guide with the terms that watch(...) returns"
             )
-        return [
-            {
-                "index": index,
-                "timestep": self._places[index][0],
-                "sigma_over_alpha": self._places[index][1],
-                **{name: torch.cat([run[name] for run in runs]).cpu() for name in runs[0]},
-            }
-            for index, runs in sorted(self._figures.items())
-        ]
+        steps = []
+        for _, (position, runs) in sorted(self._recorded.items()):
+            metrics = {name: torch.cat([run[name] for run in runs]).cpu() for name in runs[0]}
+            steps.append({**position, **metrics})
+        return steps
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON, or draw them (.png, .pdf, .svg) with the middle 80% of the images as a band.
+        """Write the metrics as JSON, or plot them (.png, .pdf, .svg) with the middle 80% of images.
 
-        JSON has the means over the images where a figure is defined (null: nowhere), and the log-probability of each
-        image as `log_probabilities`.
+        JSON has the mean over the images for which a metric is defined (null if there is none), and
+        each image's log-probability as `log_probabilities`.
 
         Raises:
-            ValueError: for another ending, or if nothing was seen.
-            ImportError: for a picture where matplotlib is missing.
-            OSError: for a full disk.
+            ValueError: for another suffix, or if no step was recorded.
+            ImportError: for a plot without matplotlib.
+            OSError: if the file can't be written.
         """
         path = Path(path)
         check_output(path)
         steps = self.steps()
         if path.suffix.lower() != ".json":
-            return _draw(steps, self.images, path)
+            return _plot(steps, self.images, path)
         rows = []
         for step in steps:
-            each = {name: value for name, value in step.items() if isinstance(value, torch.Tensor)}
-            rows.append(
-                {
-                    **{name: value for name, value in step.items() if name not in each},
-                    **{name: value.double().nanmean().item() for name, value in each.items()},
-                    "log_probabilities": each["log_probability"].tolist(),
-                }
-            )
+            row: dict[str, Any] = {}
+            for name, value in step.items():
+                is_metric = isinstance(value, torch.Tensor)
+                row[name] = value.double().nanmean().item() if is_metric else value
+            row["log_probabilities"] = step["log_probability"].tolist()
+            rows.append(row)
         write_json({"images": self.images, "steps": rows}, path)
 
 
 @dataclass
 class _Step:
-    """A step of a run; `shift` is what guidance adds to the score, (B, C, H, W), None: nothing."""
+    """A step of a run; `shift` is the guidance, (B, C, H, W), None: there is none."""
 
     index: int
     timestep: float
@@ -213,29 +202,31 @@ class _Step:
     shift: torch.Tensor | None
     log_p: torch.Tensor | None = None
 
-    def figures(self, before: _Step | None) -> dict[str, torch.Tensor]:
-        """Each (B,); networks and samples are let go of."""
+    def metrics(self, previous: _Step | None) -> dict[str, torch.Tensor]:
+        """The metrics, each (B,); releases `sample` and `x0`."""
         undefined = self.sample.new_full((len(self.sample),), torch.nan)
         guided, ratio, cosine = self.x0, torch.zeros_like(undefined), undefined
         if self.shift is not None:
             guided = self.x0 + self.level.sigma**2 / self.level.alpha * self.shift
             ratio = _norm(self.shift) / _norm(self.level.score(self.sample, self.x0))
-            if before is not None and before.shift is not None:
-                product = (self.shift.flatten(1).double() * before.shift.flatten(1).double()).sum(1)
-                cosine = product / (_norm(self.shift) * _norm(before.shift))  # 0 / 0 is NaN
-        found = {
+            if previous is not None and previous.shift is not None:
+                product = self.shift.flatten(1).double() * previous.shift.flatten(1).double()
+                cosine = product.sum(1) / (
+                    _norm(self.shift) * _norm(previous.shift)
+                )  # 0 / 0 is NaN
+        metrics = {
             "log_probability": undefined if self.log_p is None else self.log_p,
             "guidance_to_score": ratio,
             "cosine": cosine,
-            "outside": _outside(guided),
-            "outside_unguided": _outside(self.x0),
+            "outside": _share_outside(guided),
+            "outside_unguided": _share_outside(self.x0),
         }
-        self.sample = self.x0 = undefined  # the next step looks at the shift alone
-        return {name: value.float() for name, value in found.items()}
+        self.sample = self.x0 = undefined  # the next step needs only the shift
+        return {name: value.float() for name, value in metrics.items()}
 
 
-class _Watched(Guidance):
-    """A term that tells a record of its steps; else as it is, but that a tolerance can't ask it for some images."""
+class _WatchedTerm(Guidance):
+    """A term that reports to a record. It isn't a `NoiseAwareGuidance`: no step is skipped."""
 
     def __init__(self, term: Guidance, record: GuidanceDiagnostics):
         super().__init__()
@@ -250,36 +241,34 @@ class _Watched(Guidance):
 
     def score(self, step: StepContext) -> torch.Tensor:
         score = self.term.score(step)
-        self.record.saw(self.term, step, score)
+        self.record.record_term(self.term, step, score)
         return score
 
 
 def _log_probability(
     term: NoiseAwareGuidance, sample: torch.Tensor, level: NoiseLevel
 ) -> torch.Tensor:
-    """What the term's network says of its label, (B,)."""
-    dtype = next((p.dtype for p in term.module.parameters()), sample.dtype)
-    z = sample / (level.alpha**2 + level.sigma**2) ** 0.5
+    """log p of the term's label, (B,)."""
+    z, t, _ = term.network_input(sample, level)
     with torch.no_grad():
-        return term.log_likelihood(z.to(dtype), term.schedule.timestep(level))
+        return term.log_probability(z, t)
 
 
 def _norm(value: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(
-        value.flatten(1).double(), dim=1
-    )  # squares of a sure classifier's would vanish
+    # in float64: a saturated classifier's gradient is so small that its squares would underflow
+    return torch.linalg.vector_norm(value.flatten(1).double(), dim=1)
 
 
-def _outside(x0: torch.Tensor) -> torch.Tensor:
+def _share_outside(x0: torch.Tensor) -> torch.Tensor:
     return (x0.abs() > 1).flatten(1).double().mean(1)
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that can't be written.
+    """Check that `GuidanceDiagnostics.save` can write such a file.
 
     Raises:
-        ValueError: for its ending.
-        ImportError: for a picture where matplotlib is missing.
+        ValueError: for its suffix.
+        ImportError: for a plot without matplotlib.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
@@ -289,32 +278,26 @@ def check_output(path: Path) -> None:
         require_matplotlib()
 
 
-def _draw(steps: Sequence[dict[str, Any]], images: int, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 * len(FIGURES), 3.4), layout="constrained")
-    x = [step["index"] for step in steps]
-    for axis, (name, title) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
-        curves = (
-            [(name, "guided"), ("outside_unguided", "unguided")]
-            if name == "outside"
-            else [(name, None)]
-        )
-        for key, label in curves:
-            values = [step[key].double() for step in steps]
-            lines = axis.plot(
-                x, [one.nanmean().item() for one in values], marker="o", markersize=3, label=label
-            )
-            band = [[one.nanquantile(share).item() for one in values] for share in (0.1, 0.9)]
-            axis.fill_between(x, *band, alpha=0.2, color=lines[0].get_color(), linewidth=0)
-            if label:
+def _plot(steps: Sequence[dict[str, Any]], images: int, path: Path) -> None:
+    title = f"guidance at each step: mean of {images} images, and the middle 80% of them"
+    with saved_axes(path, len(PLOTS), title) as axes:
+        for axis, (name, axis_title) in zip(axes, PLOTS.items(), strict=True):
+            if name == "outside":
+                _plot_curve(axis, steps, name, "guided")
+                _plot_curve(axis, steps, "outside_unguided", "unguided")
                 axis.legend(fontsize="small", frameon=False)
-        axis.set_title(title, fontsize="medium")
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    figure.suptitle(
-        f"guidance, step by step: mean of {images} images, and the middle 80% of them",
-        fontsize="medium",
-    )
-    with aside(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())
+            else:
+                _plot_curve(axis, steps, name)
+            axis.set_title(axis_title, fontsize="medium")
+            axis.set_xlabel("step")
+
+
+def _plot_curve(
+    axis: Any, steps: Sequence[dict[str, Any]], name: str, label: str | None = None
+) -> None:
+    """Mean over the images at each step, and their 10% and 90% quantiles as a band."""
+    x, values = [step["index"] for step in steps], [step[name].double() for step in steps]
+    means = [value.nanmean().item() for value in values]
+    (line,) = axis.plot(x, means, marker="o", markersize=3, label=label)
+    low, high = ([value.nanquantile(share).item() for value in values] for share in (0.1, 0.9))
+    axis.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)

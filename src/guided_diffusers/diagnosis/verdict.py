@@ -1,34 +1,32 @@
-"""From figures to a verdict: is this classifier good enough to guide, where, and how strongly?
+"""From metrics to a verdict: where may this classifier guide, and how strongly?
 
-Accuracy alone can't tell. At high noise x_t hardly depends on y, so that the exact classifier is at chance, too, and is
-exactly what guidance needs there. What can be compared with is silence: a classifier that always answers the labels'
-frequencies has the cross entropy H(y), log K for K equally frequent labels, and no gradient. By how much a classifier's
-cross entropy is below that is the information that it has on the label (a lower bound of the mutual information):
+At high noise even the exact classifier's accuracy is at chance. So each level is compared with the
+*uninformed baseline*, which always predicts the labels' frequencies: its cross entropy is H(y), its
+gradient zero. What the classifier gains is its information on the label, a lower bound of the mutual
+information of y and x_t:
 
     information = H(y) - cross entropy = E[log p(y | x_t) - log p(y)]
 
-    informative   significantly above 0: it knows something, guide here; also 0 within the error, where an independent
-                  estimate of the gradient (a network's) makes up more than half of the squared gradient: in much noise
-                  there is little information, and the error of a few thousand images is larger
-    harmless      0 within the error: where noise hides the label that is all that can be known; its gradient says
-                  nothing, so guidance may be left out
-    harmful       significantly below 0: worse than silence. It is sure of what isn't so, and its gradient steers there
+    informative   significantly above 0. Also: 0 within the error, where a reference (a denoiser's
+                  gradient) makes up more than half of the squared gradient; at high noise a few
+                  thousand images are too few to measure the information
+    harmless      0 within the error: guidance has little effect and may be left out
+    harmful       significantly below 0: confidently wrong, so that the gradient guides to the wrong
+                  label
 
-"Significantly" is three standard errors, so that ten levels seldom give a wrong alarm, and for harmful also half a per
-cent of H(y). A classifier of clean images is harmful above a low noise level; one trained on shuffled labels is harmful
-or harmless everywhere. An over-confident classifier may be harmful where the exact one knows little, though its
-gradient's direction is right: its logits, times `logit_scale`, would be informative.
+"Significantly" means three standard errors, so that ten levels seldom give a false alarm; for
+harmful also half a per cent of H(y). An over-confident classifier may be harmful where the exact one
+has little information, although its gradient's direction is right: its logits times `logit_scale`
+would be informative.
 
-The recommended scale. Logits that are c times the exact ones have, where the label is unsure and guidance decides, c
-times the exact gradient, so that 1 / c, which is what `logit_scale` estimates, is the scale of the exact conditional
-model, and what other scales do moves along. Measured on the bundled models (DDIM, 20 steps, 100 images of ten labels,
-guided by the classifier alone; how often the judge sees the label, mean distance of two images of a label):
+The recommended guidance_scale: where the label is uncertain, logits that are c times the exact ones
+have c times the exact gradient, so 1 / c, which `logit_scale` estimates, gives the exact conditional
+model. Above three times that scale, variety decreases and agreement hardly increases (bundled
+models, DDIM, 20 steps, 100 images of ten labels; the judge's agreement with the label, mean distance
+of two images of a label):
 
     logits x 1    scale 1     0.61  17.8      scale 3    0.91  14.7      scale 6    0.93  13.4
     logits x 3    scale 1/3   0.63  16.8      scale 1    0.86  14.8      scale 2    0.85  14.0
-
-From three times that scale on there was variety to lose and hardly a label to win, so that the recommended range is
-`logit_scale` to 3 `logit_scale`.
 """
 
 from __future__ import annotations
@@ -38,29 +36,35 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Any
 
-SIGNIFICANT = 3.0
+import torch
+
+from .levels import SamplingRun
+from .metrics import logit_scale
+
+SIGNIFICANT = 3.0  # standard errors
 TOLERANCE = 0.005  # of H(y)
-RIGHT = 0.5**0.5  # the cosine to a reference from which on it makes up half of the squared gradient
-CALIBRATED = 1.1  # a logit scale within this factor of 1 makes no difference that samples show
-SHARPEST = 3.0  # of the recommended scales, in units of the exact one
-LOW_NOISE = 0.5  # a noise level is low where at least so much of the run is noisier
+MIN_COSINE = 0.5**0.5  # to a reference that makes up half of the squared gradient
+CALIBRATED = 1.1  # a logit scale within this factor of 1 makes no visible difference
+LARGEST_SCALE = 3.0  # of the recommended guidance scales, in units of the exact one
+LOW_NOISE = 0.5  # a noise level is low where at least this fraction of the run is noisier
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict in words and numbers.
+    """Where and how strongly to guide.
 
     Attributes:
-        summary: "fit", "unfit", or "unfit above a low noise level (...)" and alike.
-        words: it in sentences.
-        guidance_start, guidance_stop: between which fractions of the run the classifier is informative; None: nowhere.
+        summary: "fit", "unfit", or where it is unfit: "unfit above sigma/alpha ..." and the like.
+        words: explanation, in sentences.
+        guidance_start, guidance_stop: fractions of the run between which the classifier is
+            informative; None: nowhere.
         sigma_interval: the same as (low, high) of sigma / alpha, as `ClassifierGuidance` takes it.
-        guidance_scale: (low, high) that are worth trying.
+        guidance_scale: (low, high), the recommended range.
         confidence: "calibrated", "over-confident" or "under-confident".
-        logit_scale, logit_scale_error: what its logits should be multiplied by, over the levels that are informative
-            (all levels if none is).
+        logit_scale, logit_scale_error: factor of the logits with the least cross entropy over the
+            informative levels (over all levels if none is), and its standard error.
     """
 
     summary: str
@@ -74,126 +78,157 @@ class Verdict:
     logit_scale_error: float
 
 
-def status(row: Row, compared: bool) -> str:
-    """ "informative", "harmless" or "harmful", by a level's figures; `compared`: the cosine is to a reference."""
+def status(row: Row, has_reference: bool) -> str:
+    """ "informative", "harmless" or "harmful"; with `has_reference`, `cosine` is to a reference."""
     information, error = row["information"], row["information_error"]
     if information < -max(SIGNIFICANT * error, TOLERANCE * row["prior_entropy"]):
         return "harmful"
-    pointing = compared and row["cosine"] - SIGNIFICANT * row["cosine_error"] > RIGHT
-    return "informative" if information > SIGNIFICANT * error or pointing else "harmless"
+    if information > SIGNIFICANT * error:
+        return "informative"
+    if has_reference and row["cosine"] - SIGNIFICANT * row["cosine_error"] > MIN_COSINE:
+        return "informative"
+    return "harmless"
 
 
 def useful_levels(statuses: Sequence[str], information: Sequence[float]) -> range:
-    """The levels from the first to the last informative one with no harmful one between; of several such ranges the one
-    with the most information."""
-    found, first = [range(0)], None
-    for k, one in enumerate([*statuses, "harmful"]):
-        if one == "informative":
+    """The range from the first to the last informative level without a harmful one in between.
+
+    Of several ranges, the one with the most information; an empty one if no level is informative.
+    """
+    ranges, first = [range(0)], None
+    for k, level_status in enumerate([*statuses, "harmful"]):
+        if level_status == "informative":
             first, last = k if first is None else first, k
-        elif one == "harmful" and first is not None:
-            found.append(range(first, last + 1))
+        elif level_status == "harmful" and first is not None:
+            ranges.append(range(first, last + 1))
             first = None
-    return max(found, key=lambda levels: sum(information[k] for k in levels))
+    return max(ranges, key=lambda levels: sum(information[k] for k in levels))
 
 
 def edges(fractions: Sequence[float]) -> list[float]:
-    """Of the parts of the run that the levels stand for: 0, the middles between them, 1."""
+    """Edges of the parts of the run that the levels stand for: 0, the middles between them, 1."""
     return [0.0, *((a + b) / 2 for a, b in zip(fractions, fractions[1:], strict=False)), 1.0]
 
 
 def confidence(scale: float, error: float) -> str:
-    """In words, where it differs from 1 by more than a tenth and two standard errors."""
+    """Names a logit scale that differs from 1 by more than a tenth and two standard errors."""
     if scale + 2 * error < 1 / CALIBRATED:
         return "over-confident"
     return "under-confident" if scale - 2 * error > CALIBRATED else "calibrated"
 
 
 def rounded(number: float, down: bool) -> float:
-    """To three digits, outwards, so that an interval still has its ends in it."""
+    """The number rounded to three digits, down or up."""
     if number == 0:
         return 0.0
     unit = 10.0 ** (floor(log10(number)) - 2)
     return float(f"{(floor if down else ceil)(number / unit) * unit:.3g}")
 
 
-def judge(
+def assess(
     rows: Sequence[Row],
-    levels: range,
-    parts: Sequence[float],
-    ratios: Sequence[float],
-    scale: float,
-    error: float,
-    run: str,
-    compared: bool,
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    run: SamplingRun,
+    has_reference: bool,
 ) -> Verdict:
-    """The verdict on levels with their `status`.
+    """The verdict on the levels of a run.
 
     Args:
-        rows: noisiest first.
-        levels: `useful_levels`.
-        parts: `edges` of the levels in the run, and `ratios`, sigma / alpha at them.
-        scale, error: the logit scale over those levels and its standard error.
-        run: what kind of run it is, for the words.
-        compared: whether the cosine is to a reference.
+        rows: metrics and `status` by level, noisiest first.
+        logits: (L, N, K) of N images at these levels, with their labels, (N,).
+        has_reference: whether `cosine` is to a reference.
     """
-    kind, harmful = confidence(scale, error), [row["status"] == "harmful" for row in rows]
-    confident = f"It is {kind}: its cross entropy is least with its logits times {scale:.2f} +- {error:.2f}."
-    if not levels:
-        worse = (
-            f"worse than silence at {sum(harmful)} of {len(rows)} noise levels"
-            if any(harmful)
-            else "as silence"
-        )
-        words = (
-            f"At no noise level does it say more of the label than the labels' frequencies do ({worse}). Guidance "
-            "by it steers nowhere, or to the wrong place.",
-            *([confident] if kind != "calibrated" else []),
-        )
-        return Verdict("unfit", words, None, None, None, None, kind, scale, error)
-    start, stop = parts[levels.start], parts[levels.stop]
-    low, high = rounded(ratios[levels.stop], down=True), rounded(ratios[levels.start], down=False)
-    summary = "fit"
-    if any(harmful[: levels.start]):
-        summary = f"unfit above sigma/alpha {high:.3g}"
-        if start >= LOW_NOISE:
-            summary = f"unfit above a low noise level (sigma/alpha {high:.3g}; {start:.0%} of the run is noisier)"
-    if any(harmful[levels.stop :]):
-        summary = (
-            f"unfit below sigma/alpha {low:.3g}"
-            if summary == "fit"
-            else f"{summary}, and below {low:.3g}"
-        )
-    strength = (round(scale, 2), round(SHARPEST * scale, 2))
+    useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
+    scale, error = logit_scale(logits[useful.start : useful.stop] if useful else logits, label)
+    kind = confidence(scale, error)
+    calibration = (
+        f"It is {kind}: cross entropy is least with its logits times {scale:.2f} +- {error:.2f}."
+    )
+    if not useful:
+        words = [_uninformative(rows)]
+        if kind != "calibrated":
+            words.append(calibration)
+        return Verdict("unfit", tuple(words), None, None, None, None, kind, scale, error)
+
+    fractions = edges([row["fraction"] for row in rows])
+    start, stop = fractions[useful.start], fractions[useful.stop]
+    high = rounded(run.at(start).ratio, down=False)  # outwards, so that the ends are included
+    low = 0.0 if stop == 1 else rounded(run.at(stop).ratio, down=True)
+    guidance_scale = round(scale, 2), round(LARGEST_SCALE * scale, 2)
+    noisier, cleaner = rows[: useful.start], rows[useful.stop :]
     words = [
-        f"It knows the label at sigma/alpha {low:.3g} to {high:.3g}: guidance_start={start:.2f}, "
-        f"guidance_stop={stop:.2f} of a {run} run, or sigma_interval=({low:.3g}, {high:.3g}) with any scheduler.",
-        confident,
-        f"Recommended guidance_scale: {strength[0]:g} (exact, as far as the classifier is) to {strength[1]:g} "
-        "(sharper, less varied).",
+        f"It is informative at sigma/alpha {low:.3g} to {high:.3g}: guidance_start={start:.2f}, "
+        f"guidance_stop={stop:.2f} of a {type(run.scheduler).__name__} run, or "
+        f"sigma_interval=({low:.3g}, {high:.3g}) with any scheduler.",
+        *_outside("noisier", noisier),
+        *_outside("less noisy", cleaner),
+        calibration,
+        f"Recommended guidance_scale: {guidance_scale[0]:g} (exact, if the classifier is) to "
+        f"{guidance_scale[1]:g} (sharper, less varied).",
     ]
-    for name, part in (
-        ("noisier", slice(0, levels.start)),
-        ("less noisy", slice(levels.stop, None)),
-    ):
-        if any(harmful[part]):
-            worst = min(rows[part], key=lambda row: row["information"])
-            words.insert(
-                1,
-                f"At {name} levels it is worse than silence: cross entropy {worst['cross_entropy']:.2f} at "
-                f"sigma/alpha {worst['sigma_over_alpha']:.3g}, where the labels' frequencies have "
-                f"{worst['prior_entropy']:.2f}.",
-            )
-        elif len(rows[part]):
-            words.insert(
-                1,
-                f"At {name} levels it is as good as silence, as far as these images tell: no harm, and no "
-                "guidance to speak of.",
-            )
-    if compared:
-        there = rows[levels.start : levels.stop]
-        angle, size = ([row[name] for row in there] for name in ("cosine", "reference_scale"))
-        words.append(
-            f"There the cosine of its gradient to the reference is {min(angle):.2f} to {max(angle):.2f}, and "
-            f"the scale at which it is nearest to it {min(size):.2f} to {max(size):.2f}."
+    if has_reference:
+        words.append(_comparison(rows[useful.start : useful.stop]))
+    summary = _summary(_any_harmful(noisier), _any_harmful(cleaner), low, high, start)
+    return Verdict(
+        summary, tuple(words), start, stop, (low, high), guidance_scale, kind, scale, error
+    )
+
+
+def _any_harmful(rows: Sequence[Row]) -> bool:
+    return any(row["status"] == "harmful" for row in rows)
+
+
+def _summary(
+    noisier_harmful: bool, cleaner_harmful: bool, low: float, high: float, start: float
+) -> str:
+    below = f"below sigma/alpha {low:.3g}"
+    if not noisier_harmful:
+        return f"unfit {below}" if cleaner_harmful else "fit"
+    summary = f"unfit above sigma/alpha {high:.3g}"
+    if start >= LOW_NOISE:
+        summary = (
+            f"unfit above a low noise level (sigma/alpha {high:.3g}; {start:.0%} of the run is "
+            "noisier)"
         )
-    return Verdict(summary, tuple(words), start, stop, (low, high), strength, kind, scale, error)
+    return f"{summary}, and {below}" if cleaner_harmful else summary
+
+
+def _uninformative(rows: Sequence[Row]) -> str:
+    """The sentence on a classifier that is informative at no level."""
+    harmful = sum(row["status"] == "harmful" for row in rows)
+    compared = "the same as the uninformed baseline"
+    if harmful:
+        compared = f"worse than the uninformed baseline at {harmful} of {len(rows)} noise levels"
+    return (
+        "It is informative nowhere: at no noise level does it predict the label better than the "
+        f"labels' frequencies do ({compared}). Its guidance has no effect, or a wrong one."
+    )
+
+
+def _outside(name: str, rows: Sequence[Row]) -> list[str]:
+    """The sentence on the levels on one side of the informative ones, if there are any."""
+    if not rows:
+        return []
+    if not _any_harmful(rows):
+        return [
+            f"At {name} levels it is not significantly better than predicting label frequencies; "
+            "guidance has little effect there."
+        ]
+    worst = min(rows, key=lambda row: row["information"])
+    return [
+        f"At {name} levels it is worse than the uninformed baseline: cross entropy "
+        f"{worst['cross_entropy']:.2f} at sigma/alpha {worst['sigma_over_alpha']:.3g}, where label "
+        f"frequencies have {worst['prior_entropy']:.2f}."
+    ]
+
+
+def _comparison(rows: Sequence[Row]) -> str:
+    """The sentence on the reference at the informative levels."""
+    cosines = [row["cosine"] for row in rows]
+    scales = [row["reference_scale"] for row in rows]
+    return (
+        f"At these levels the cosine of its gradient to the reference is {min(cosines):.2f} to "
+        f"{max(cosines):.2f}; the scale at which it is nearest to the reference is "
+        f"{min(scales):.2f} to {max(scales):.2f}."
+    )

@@ -1,4 +1,4 @@
-"""Bits per dimension of a network: the variational bound, and its terms by timestep."""
+"""Bits per dimension of a model: the variational bound, and its terms at each timestep."""
 
 from __future__ import annotations
 
@@ -9,80 +9,68 @@ import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..diagnosis.figures import evaluating
 from ..learning.losses import Process, bits_per_dim
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
-from .figures import Bootstrap
-from .images import Images, matched, named
+from ..utils import evaluating
+from .dataset_images import Shape
+from .images import Images
+from .labels import has_names, match_labels
 from .metrics import Accumulator, gather
+from .results import Bootstrap
+from .summary import progress_bar
 
 TERMS = ("bound", "x0_mse", "eps_mse")
 
 
-class Terms(Accumulator):
-    """Sums of the terms of T timesteps, (3, T), and each image's number and bits, of which there are few."""
+class BoundTerms(Accumulator):
+    """Sums of the terms at T timesteps, (3, T), and of the prior; the bits of each image (N,)."""
 
-    def __init__(self, steps: int):
-        self.sums = torch.zeros(len(TERMS), steps, dtype=torch.float64)
+    sums = ("terms", "prior", "totals")
+
+    def __init__(self, timesteps: int, count: int):
+        self.terms = torch.zeros(len(TERMS), timesteps, dtype=torch.float64)
         self.prior = torch.zeros((), dtype=torch.float64)
-        self.numbers = torch.zeros(0, dtype=torch.int64)
-        self.totals = torch.zeros(0, dtype=torch.float64)
+        self.totals = torch.zeros(count, dtype=torch.float64)
 
-    def update(self, numbers: Tensor, found: Mapping[str, Tensor]) -> None:
-        """What `bits_per_dim` gives of the images with these numbers (B,)."""
-        self.sums += torch.stack([found[name].cpu().double().sum(0) for name in TERMS])
-        self.prior += found["prior"].cpu().double().sum()
-        self._append(numbers, found["total"].cpu().double())
-
-    def _append(self, numbers: Tensor, totals: Tensor) -> None:
-        self.numbers, self.totals = (
-            torch.cat([self.numbers, numbers]),
-            torch.cat([self.totals, totals]),
-        )
-
-    def merge(self, other: Terms) -> None:
-        self.sums += other.sums
-        self.prior += other.prior
-        self._append(other.numbers, other.totals)
-
-    def compute(self) -> tuple[Tensor, float, Tensor]:
-        """Mean terms (3, T), mean prior, and bits of each image (N,) in the order of their numbers."""
-        count = len(self.totals)
-        return self.sums / count, float(self.prior / count), self.totals[self.numbers.argsort()]
+    def update(self, indices: list[int], bits: Mapping[str, Tensor]) -> None:
+        """Add what `bits_per_dim` returns for the images with these indices."""
+        self.terms += torch.stack([bits[name].cpu().double().sum(0) for name in TERMS])
+        self.prior += bits["prior"].cpu().double().sum()
+        self.totals[indices] = bits["total"].cpu().double()
 
 
-def process_of(pipeline: ClassifierGuidedPipeline) -> Process:
+def noise_process(pipeline: ClassifierGuidedPipeline) -> Process:
     """The noise process that a pipeline's network was trained with.
 
     Raises:
-        ValueError: for a latent model, whose bits aren't those of images, or a scheduler without betas.
+        ValueError: for a latent model, or a scheduler without betas.
     """
     scheduler, config = pipeline.scheduler, module_config(pipeline.unet)
     if pipeline.vae is not None:
-        raise ValueError(
-            "bits_per_dim: the model is of latents, and the bound would be of these, not of images"
-        )
+        raise ValueError("bits_per_dim: the model is a latent one; a model of pixels is needed")
     if getattr(scheduler, "betas", None) is None:
         raise ValueError(
-            f"bits_per_dim: a {type(scheduler).__name__} has no betas, which the bound is made of"
+            f"bits_per_dim: {type(scheduler).__name__} has no betas; a scheduler with betas is "
+            "needed"
         )
     learned = config["out_channels"] == 2 * config["in_channels"]
-    kind = scheduler.config.get("variance_type") or ("learned_range" if learned else "fixed_small")
-    return Process(DDPMScheduler.from_config(scheduler.config, variance_type=kind))
+    variance_type = scheduler.config.get("variance_type")
+    variance_type = variance_type or ("learned_range" if learned else "fixed_small")
+    return Process(DDPMScheduler.from_config(scheduler.config, variance_type=variance_type))
 
 
-def shape_of(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
+def image_shape(pipeline: ClassifierGuidedPipeline) -> Shape:
     """(C, H, W) of the network's images."""
     config = module_config(pipeline.unet)
     size = config["sample_size"]
-    return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
 
 
-def measure(
+def measure_bits_per_dim(
     pipeline: ClassifierGuidedPipeline,
     images: Images,
     count: int,
@@ -90,80 +78,74 @@ def measure(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The variational bound on -log2 p(x0) a dimension, of held-out images and the labels that they have.
+    """The variational bound on -log2 p(x0) a dimension, of held-out images given their labels.
 
-        total = sum_t bound_t + prior;    each image's noise is of the seed and its number
+        total = sum_t bound_t + prior;    the noise depends on the seed and the image's index
 
-    Every timestep is a call of the network for each batch. With several processes each measures its share.
+    The network is evaluated at every timestep for each batch. Several processes share the images.
 
     Args:
         images: of the network's shape.
-        count: how many, evenly spread.
+        count: how many to use, evenly spaced.
         bootstrap: its interval is that of the mean over images.
 
     Returns:
-        `total` (a figure), `prior`, `terms`: a row a timestep with its `bound` and squared errors, `images`.
+        `total` (a metric), `prior`, `terms` (for each timestep its `bound`, `x0_mse` and
+        `eps_mse`), and `images`, their number.
 
     Raises:
-        ValueError: as `process_of`; for more images than there are, or labels that the network doesn't know.
+        ValueError: as `noise_process`; for a `count` above the number of images, or labels unknown
+            to the network.
     """
     if not 1 <= count <= len(images):
         raise ValueError(
             f"bits_per_dim={count}: 1 to {len(images)}, the images there are, is allowed"
         )
-    process, state = process_of(pipeline), PartialState()
-    classes = pipeline.num_labels or module_config(pipeline.unet).get("num_class_embeds")
-    labelled = bool(module_config(pipeline.unet).get("num_class_embeds"))
-    if labelled and not images.labelled:
-        raise ValueError("bits_per_dim: the network is told labels, and the images have none")
-    known, ids = {int(i): name for i, name in (pipeline.config.id2label or {}).items()}, None
-    if labelled and named(images.names) and named(known):  # else they are matched by their ids
-        ids = matched(images.names, known, "the real images", "the network")
-    terms, device = Terms(len(process)), pipeline.device
+    process, state = noise_process(pipeline), PartialState()
+    ids = _network_ids(pipeline, images)
+    sums, device = BoundTerms(len(process), count), pipeline.device
     share = range(count)[state.process_index :: state.num_processes]
-    with (
-        evaluating(pipeline.unet),
-        tqdm(
-            total=len(share),
-            desc="bits per dimension",
-            unit="image",
-            disable=not progress or not state.is_main_process,
-        ) as bar,
-    ):
+    with evaluating(pipeline.unet), progress_bar(len(share), "bits per dimension", progress) as bar:
         for start in range(0, len(share), batch_size):
-            numbers = share[start : start + batch_size]
-            some = [
-                next(images.read(i * len(images) // count, i * len(images) // count + 1))
-                for i in numbers
-            ]
-            labels = (
-                torch.tensor([label if ids is None else ids[label] for _, label in some])
-                if labelled
-                else None
-            )
-            if labelled and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ValueError(
-                    f"bits_per_dim: the real images have the labels {labels.unique().tolist()[-5:]}, and "
-                    f"the network knows the ids 0 to {classes - 1}"
-                )
-            found = bits_per_dim(
-                pipeline.unet,
-                process,
-                torch.stack([image for image, _ in some]).to(device),
-                None if labels is None else labels.to(device),
-                generator=[image_generator(bootstrap.seed, i) for i in numbers],
-            )
-            terms.update(torch.tensor(numbers), found)
-            bar.update(len(numbers))
-    gather([terms])
-    means, prior, totals = terms.compute()
-    rows = [
-        {"timestep": int(t), **dict(zip(TERMS, column, strict=True))}
-        for t, column in zip(process.timesteps, means.T.tolist(), strict=True)
-    ]
+            indices = list(share[start : start + batch_size])
+            rows = [i * len(images) // count for i in indices]
+            items = [next(images.read(row, row + 1)) for row in rows]
+            labels = None
+            if ids is not None:
+                labels = _class_labels([label for _, label in items], ids).to(device)
+            pixels = torch.stack([image for image, _ in items]).to(device)
+            noise = [image_generator(bootstrap.seed, i) for i in indices]
+            bits = bits_per_dim(pipeline.unet, process, pixels, labels, generator=noise)
+            sums.update(indices, bits)
+            bar.update(len(indices))
+    gather([sums])
+    rows = zip(process.timesteps.tolist(), *(sums.terms / count).tolist(), strict=True)
     return {
-        "total": bootstrap.mean(totals, "less", float("inf")),
-        "prior": prior,
-        "terms": rows,
+        "total": bootstrap.mean(sums.totals, "less", float("inf")),
+        "prior": float(sums.prior / count),
+        "terms": [dict(zip(("timestep", *TERMS), row, strict=True)) for row in rows],
         "images": count,
     }
+
+
+def _network_ids(pipeline: ClassifierGuidedPipeline, images: Images) -> Mapping[int, int] | None:
+    """{id of the images' labels: the network's id}, by name or by id; None if it has no labels."""
+    num_class_embeds = module_config(pipeline.unet).get("num_class_embeds")
+    if not num_class_embeds:
+        return None
+    if not images.labelled:
+        raise ValueError("bits_per_dim: the network needs labels, and the images have none")
+    names = {int(i): name for i, name in (pipeline.config.id2label or {}).items()}
+    if has_names(images.names) and has_names(names):
+        return match_labels(images.names, names, "the real images", "the network")
+    return {i: i for i in range(pipeline.num_labels or num_class_embeds)}
+
+
+def _class_labels(labels: list[int], ids: Mapping[int, int]) -> Tensor:
+    unknown = sorted(set(labels) - ids.keys())
+    if unknown:
+        raise ValueError(
+            f"bits_per_dim: the real images have the labels {unknown[:5]}; the network has "
+            f"{list(ids)[:20]}"
+        )
+    return torch.tensor([ids[label] for label in labels])

@@ -3,242 +3,190 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from . import Evaluation, Images, Network
+import datasets
+import diffusers
+import transformers
+from accelerate import PartialState
+
+from ..cli_options import add_shared_option, add_shared_options, select_device
+from ..sampling.commands import team
+from ..utils import load_pipeline, require_matplotlib
+from .bits import image_shape, measure_bits_per_dim
+from .evaluation import Evaluation, evaluate
+from .images import Images, open_generated, open_real
+from .networks import Network, default_features, load_network
+from .results import Bootstrap
+
+EVALUATE_OPTIONS = (  # arguments of `evaluate` with the names of the options
+    "max_features nearest bootstrap confidence seed batch_size per_class cache"
+).split()
 
 
 def add_evaluate_command(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="how good generated images are",
-        description="Compare generated images with real ones in the features of a network, and ask a classifier that "
-        "never guided whether they are what was asked for. Writes evaluation.json, with intervals and all "
-        "settings, confusion.png and nearest.png. The processes of `accelerate launch -m guided_diffusers "
-        "evaluate ...` share the work.",
+        help="measure the quality of generated images",
+        description="Compare generated images with real ones in the features of a network, and "
+        "measure how often a classifier that was never used for guidance recognises their labels. "
+        "Writes evaluation.json, with intervals and all settings, confusion.png and nearest.png. "
+        "The processes of `accelerate launch -m guided_diffusers evaluate ...` share the images.",
     )
     command.set_defaults(run=run_evaluate)
+    _add_image_options(command)
+    _add_metric_options(command)
+    option, folder = command.add_argument, {"type": Path, "metavar": "FOLDER"}
+    default = Path("evaluation")
+    option("--output", **folder, default=default, help="output folder (default: %(default)s)")
+    option(
+        "--cache", **folder, help="keep the summary of the real images there for later evaluations"
+    )
+    add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     option(
         "images",
         nargs="?",
         metavar="IMAGES",
-        help="a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled data set; may be "
-        "left out with --bits-per-dim",
+        help="a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled "
+        "dataset; optional with --bits-per-dim",
     )
+    option("--images-split", metavar="SPLIT", help="split of IMAGES, if they are a dataset")
     option(
         "--dataset",
         required=True,
         metavar="NAME_OR_FOLDER",
         help="real images: a Hub name, an image folder or a folder of Parquet files",
     )
-    option("--split", help="of the real images (default: validation, test or train)")
+    add_shared_option(
+        command, "--split", help="split of the real images (default: validation, test or train)"
+    )
     option(
         "--training-split",
         metavar="SPLIT",
-        help="of the images that the model was trained on, among which generated images' nearest are looked for; "
-        "`none`: don't look (default: train, where that isn't --split)",
+        help="split that the model was trained on, to find the nearest training images; `none`: "
+        "skip them (default: train, unless that is --split)",
     )
-    option(
-        "--features",
-        metavar="NETWORK",
-        help="whose features are compared: inception (needs torch-fidelity; only then is it an FID), a bundled "
-        "model (its judge), or the folder or Hub id of a NoiseAwareClassifier or a vision model of "
-        "transformers (default: the judge of the bundled model that made the images)",
-    )
-    option(
+    add_shared_options(command, "--image-column", "--label-column")
+
+
+def _add_metric_options(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument
+    add_shared_options(command, "--features", "--seed")
+    add_shared_option(
+        command,
         "--judge",
-        metavar="NETWORK",
-        help="a classifier of the same labels that never guided: as --features; `none`: no judge (default: the "
-        "network of --features, where that is a classifier)",
+        help="a classifier of the same labels that was never used for guidance: as --features; "
+        "`none`: no judge (default: the network of --features, if it is a classifier)",
     )
+    numbers = {
+        "--max-features": (10_000, "sampled images, for metrics that need features image by image"),
+        "--nearest": (1000, "images whose nearest training image is searched"),
+        "--bootstrap": (100, "resamples for the intervals; 0: no intervals"),
+        "--bits-per-dim": (0, "real images for the bits per dimension of --model; 0: off"),
+    }
+    for flag, (default, text) in numbers.items():
+        text = f"number of {text} (default: %(default)s)"
+        option(flag, type=int, default=default, metavar="N", help=text)
     option(
-        "--output",
-        type=Path,
-        default=Path("evaluation"),
-        metavar="FOLDER",
-        help="where the files go (default: %(default)s)",
+        "--confidence",
+        type=float,
+        default=0.95,
+        help="level of the intervals (default: %(default)s)",
     )
-    option(
-        "--max-features",
-        type=int,
-        default=10_000,
-        metavar="N",
-        help="images, a sample, whose features are kept for the figures that need them one by one (default: "
-        "%(default)s)",
-    )
-    option(
-        "--nearest",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="images whose nearest training images are looked for (default: %(default)s)",
-    )
-    option(
-        "--bootstrap",
-        type=int,
-        default=100,
-        metavar="N",
-        help="resamples that intervals are made of; 0: no intervals (default: %(default)s)",
-    )
-    option("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    text = "for --bits-per-dim: a bundled model, a pipeline folder or a Hub id"
+    add_shared_option(command, "--model", default=None, help=text)
     option(
         "--per-class",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="the Frechet distance of each class (default: yes)",
+        help="Frechet distance of each class (default: yes)",
     )
-    option(
-        "--bits-per-dim",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also the bits per dimension of --model on so many real images: its variational bound and the terms by "
-        "timestep (default: 0, off)",
-    )
-    option("--model", help="for --bits-per-dim: a bundled model, a pipeline folder or a Hub id")
-    option("--images-split", metavar="SPLIT", help="of IMAGES, where that is a data set")
-    option("--image-column", help="of the data sets (default: the first with images)")
-    option("--label-column", help="of the data sets (default: the first with class ids)")
-    option(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="where what was found of the real images is kept for next time",
-    )
-    option(
-        "--seed", type=int, default=0, help="of samples, resamples and noise (default: %(default)s)"
-    )
-    option("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
-    option(
-        "--picture",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw the pictures, which needs matplotlib (default: yes)",
-    )
-    option("--quiet", action="store_true", help="no progress bar")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from datasets import disable_progress_bars
-    from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_theirs
-
-    from ..sampling.commands import device_of, team
-    from ..utils import require_matplotlib
-
     if bool(options.bits_per_dim) != (options.model is not None):
         raise ValueError(
-            f"--bits-per-dim {options.bits_per_dim}, --model {options.model}: both or neither are needed"
+            f"--bits-per-dim {options.bits_per_dim}, --model {options.model}: use both or neither"
         )
     if options.images is None and not options.bits_per_dim:
         raise ValueError("IMAGES are needed, or --bits-per-dim and --model")
     if options.picture:
         require_matplotlib()  # before the work, not after it
     processes = team(options.device)
-    if options.quiet or processes is not None and not processes.is_main_process:
+    is_main = processes is None or processes.is_main_process
+    if options.quiet or not is_main:
         options.quiet = True
-        disable_progress_bar()
-        disable_theirs()
-        disable_progress_bars()
-    device = device_of(options.device, processes)
-    found = evaluation_of(options, device)
-    if processes is None or processes.is_main_process:
-        print(found, flush=True)  # first, so that a full disk doesn't lose it
-        found.save(options.output, options.picture)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    device = select_device(options.device) if processes is None else processes.device
+    evaluation = Evaluation() if options.images is None else _evaluate(options, device)
+    if options.bits_per_dim:
+        _add_bits(evaluation, options, device)
+    if is_main:
+        print(evaluation, flush=True)  # before saving: a full disk doesn't lose it
+        evaluation.save(options.output, options.picture)
         print(options.output)
     if processes is not None:
         processes.destroy_process_group()
 
 
-def evaluation_of(options: argparse.Namespace, device: Any) -> Evaluation:
-    from . import Evaluation, evaluate
-
-    found = Evaluation()
-    if options.images is not None:
-        generated, real, training, features, judge = sources(options, device)
-        names = (
-            "max_features",
-            "nearest",
-            "bootstrap",
-            "confidence",
-            "seed",
-            "batch_size",
-            "per_class",
-            "cache",
-        )
-        found = evaluate(
-            generated,
-            real,
-            features,
-            judge,
-            training,
-            progress=not options.quiet,
-            **{name: getattr(options, name) for name in names},
-        )
-    return with_bits(found, options, device) if options.bits_per_dim else found
-
-
-def sources(
-    options: argparse.Namespace, device: Any
-) -> tuple[Images, Images, Images | None, Network, Network | None]:
-    """Generated, real and training images, the network of the features, and the judge."""
-    from accelerate import PartialState
-
-    from . import default_features, load_network, open_generated, open_real
-
+def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
     columns = (options.image_column, options.label_column)
-    with (
-        PartialState().main_process_first()
-    ):  # one prepares the data sets' files, the others find them
+    with PartialState().main_process_first():  # it prepares the datasets' files for the others
         generated = open_generated(options.images, options.images_split, *columns)
         real = open_real(options.dataset, generated.shape, options.split, *columns)
-        split, training = options.training_split, None
-        if split != "none" and (split or real.description["split"] != "train"):
-            try:
-                training = open_real(options.dataset, generated.shape, split or "train", *columns)
-            except ValueError:
-                if split:
-                    raise
-    if split == real.description["split"]:
-        raise ValueError(
-            f"--training-split {split}: it is that of the real images, which must be held out"
-        )
-    features = load_network(
-        options.features or default_features(generated.description.get("manifest")), device
+        training = _open_training(options, generated, real)
+    features, judge = _load_networks(options, generated, device)
+    settings = {name: getattr(options, name) for name in EVALUATE_OPTIONS}
+    return evaluate(
+        generated, real, features, judge, training, progress=not options.quiet, **settings
     )
-    if options.judge == "none":
-        judge = None
-    elif options.judge is not None and options.judge != options.features:
-        judge = load_network(options.judge, device)
-    else:
-        classifier = features.classes is not None and not features.inception and generated.labelled
-        judge = features if options.judge or classifier else None
-    return generated, real, training, features, judge
 
 
-def with_bits(found: Evaluation, options: argparse.Namespace, device: Any) -> Evaluation:
-    """Also the bits per dimension of --model, on the same split of real images."""
-    from accelerate import PartialState
-
-    from ..utils import load_pipeline
-    from . import Bootstrap, open_real
-    from .bits import measure, shape_of
-
-    pipeline = load_pipeline(options.model).to(device)
-    with PartialState().main_process_first():
-        real = open_real(
-            options.dataset,
-            shape_of(pipeline),
-            options.split,
-            options.image_column,
-            options.label_column,
+def _open_training(options: argparse.Namespace, generated: Images, real: Images) -> Images | None:
+    split, real_split = options.training_split, real.description["split"]
+    if split == real_split:
+        raise ValueError(
+            f"--training-split {split}: the real images are of that split, and must be held out"
         )
-    bits = measure(
+    if split == "none" or (split is None and real_split == "train"):
+        return None
+    columns = (options.image_column, options.label_column)
+    try:
+        return open_real(options.dataset, generated.shape, split or "train", *columns)
+    except ValueError:
+        if split:
+            raise
+        return None  # no split `train`
+
+
+def _load_networks(
+    options: argparse.Namespace, generated: Images, device: Any
+) -> tuple[Network, Network | None]:
+    """The feature network and the judge."""
+    name = options.features or default_features(generated.description.get("manifest"))
+    features = load_network(name, device)
+    if options.judge == "none":
+        return features, None
+    if options.judge not in (None, options.features):
+        return features, load_network(options.judge, device)
+    is_judge = features.classes is not None and not features.is_inception and generated.labelled
+    return features, features if options.judge or is_judge else None
+
+
+def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) -> None:
+    """Add the bits per dimension of --model on the real images."""
+    pipeline = load_pipeline(options.model).to(device)
+    shape, columns = image_shape(pipeline), (options.image_column, options.label_column)
+    with PartialState().main_process_first():
+        real = open_real(options.dataset, shape, options.split, *columns)
+    evaluation.bits = measure_bits_per_dim(
         pipeline,
         real,
         options.bits_per_dim,
@@ -246,16 +194,7 @@ def with_bits(found: Evaluation, options: argparse.Namespace, device: Any) -> Ev
         options.batch_size,
         progress=not options.quiet,
     )
-    settings = found.settings or {
-        "seed": options.seed,
-        "bootstrap": options.bootstrap,
-        "confidence": options.confidence,
-    }
-    return replace(
-        found,
-        bits=bits,
-        settings={
-            **settings,
-            "bits_per_dimension": {"model": options.model, "images": real.description},
-        },
-    )
+    for name in ("seed", "bootstrap", "confidence"):
+        evaluation.settings.setdefault(name, getattr(options, name))
+    source = {"model": options.model, "images": real.description}
+    evaluation.settings["bits_per_dimension"] = source

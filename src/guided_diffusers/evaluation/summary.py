@@ -1,4 +1,4 @@
-"""One pass over images, by any number of processes: all that figures are made of."""
+"""One pass over images, by any number of processes, that collects all that metrics are made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,27 +16,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diagnosis.figures import evaluating
-from ..utils import aside
-from .images import Images
-from .metrics import Accumulator, Answers, ClassScore, Kept, Moments, gather
+from ..utils import aside, evaluating
+from .images import Images, read_image
+from .metrics import Accumulator, ClassScore, ConfusionMatrix, FeatureSample, Moments, gather
 from .networks import Network
 
-LARGEST = 2**27  # numbers of all classes' covariances: 1 GiB
+MAX_COVARIANCE_NUMBERS = 2**27  # of all classes together: 1 GiB
+OLD_STATE_NAMES = {"counts": "confusion", "top5_correct": "among"}  # in caches of version 0.2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a pass is made.
+    """What a pass collects.
 
     Attributes:
-        classes: K, of the common labels; 0: none.
-        ids: {id of the images' labels: common id}; None: they are the same.
-        max_features: how many images' features are kept, a sample.
-        resamples: of the class score's interval.
-        per_class: whether each class gets its moments.
-        labelled: whether labels are used; False where they don't fit.
-        answers: whether the judge is asked for them; its logits are of the common labels then.
+        classes: number K of common labels; 0: none.
+        ids: {id of the images' labels: common id}; None: they are the same; {}: they don't match,
+            and labels are ignored.
+        max_features: size of the sample of images whose features are kept.
+        resamples: for the class score's interval.
+        per_class: whether to keep moments of each class.
+        judge_labels: whether the judge's logits are of the common labels, to measure its accuracy.
     """
 
     classes: int = 0
@@ -43,105 +44,115 @@ class Settings:
     max_features: int = 10_000
     resamples: int = 100
     per_class: bool = True
-    labelled: bool = True
-    answers: bool = True
+    judge_labels: bool = True
     seed: int = 0
 
 
 class Summary:
-    """Moments, kept features, answers and class score of images; `answers` and `score` are None without a judge."""
+    """Accumulators of one set of images.
 
-    def __init__(self, width: int, settings: Settings, judged: int | None, labelled: bool):
-        self.classed = (
-            settings.per_class and labelled and 0 < settings.classes * width**2 <= LARGEST
+    Args:
+        width, count: of the features, and of the images.
+        judge_classes: of the judge; None without a judge.
+        labelled: whether the images have labels.
+
+    Attributes:
+        moments: of each class if `has_class_moments`, else overall.
+        sample: a sample of the features.
+        confusion: of the judge; None without judge or labels.
+        class_score: of the judge; None without a judge.
+    """
+
+    def __init__(
+        self, width: int, count: int, settings: Settings, judge_classes: int | None, labelled: bool
+    ):
+        self.width, self.count = width, count
+        self.has_class_moments = (
+            settings.per_class
+            and labelled
+            and 0 < settings.classes * width**2 <= MAX_COVARIANCE_NUMBERS
         )
-        self.moments = Moments(width, settings.classes if self.classed else 1)
-        self.kept = Kept(settings.max_features, settings.seed)
-        self.answers = Answers(judged) if judged and labelled and settings.answers else None
-        self.score = ClassScore(judged, settings.resamples, settings.seed) if judged else None
+        self.moments = Moments(width, settings.classes if self.has_class_moments else 1)
+        self.sample = FeatureSample(width, count, settings.max_features, settings.seed)
+        self.confusion, self.class_score = None, None
+        if judge_classes and labelled and settings.judge_labels:
+            self.confusion = ConfusionMatrix(judge_classes)
+        if judge_classes:
+            self.class_score = ClassScore(judge_classes, settings.resamples, settings.seed)
 
-    def parts(self) -> list[Accumulator]:
-        return [
-            one for one in (self.moments, self.kept, self.answers, self.score) if one is not None
-        ]
+    def accumulators(self) -> list[Accumulator]:
+        parts = (self.moments, self.sample, self.confusion, self.class_score)
+        return [part for part in parts if part is not None]
 
-    @property
-    def count(self) -> int:
-        return int(self.moments.count.sum())
+    def overall_moments(self) -> Moments:
+        """Moments of all classes together."""
+        return self.moments.pooled() if self.has_class_moments else self.moments
 
     def update(
-        self, numbers: Tensor, labels: Tensor, features: Tensor, logits: Tensor | None
+        self, indices: Tensor, labels: Tensor, features: Tensor, logits: Tensor | None
     ) -> None:
-        """Images with these numbers, labels (B,), features (B, D) and a judge's logits (B, K)."""
-        self.moments.update(features, labels if self.classed else None)
-        self.kept.update(numbers, labels, features)
-        if self.answers is not None:
-            self.answers.update(labels, logits)
-        if self.score is not None:
-            self.score.update(numbers, logits)
+        """Add images with indices (B,), labels (B,), features (B, D), and the judge's logits."""
+        self.moments.update(features, labels if self.has_class_moments else None)
+        self.sample.update(indices, labels, features)
+        if self.confusion is not None:
+            self.confusion.update(labels, logits)
+        if self.class_score is not None:
+            self.class_score.update(indices, logits)
 
     def save(self, path: Path) -> None:
+        tensors = {}
+        for i, accumulator in enumerate(self.accumulators()):
+            for name, value in accumulator.state().items():
+                tensors[f"{i}.{name}"] = value.contiguous().clone()
         with aside(path) as partial:
-            save_file(
-                {
-                    f"{i}.{name}": value.contiguous().clone()
-                    for i, part in enumerate(self.parts())
-                    for name, value in part.state().items()
-                },
-                partial,
-            )
+            save_file(tensors, partial)
 
     def load(self, path: Path) -> None:
-        content = load_file(path)
-        for i, part in enumerate(self.parts()):
-            part.restore(
-                {
-                    name.partition(".")[2]: value
-                    for name, value in content.items()
-                    if name.partition(".")[0] == str(i)
-                }
-            )
+        tensors = load_file(path)
+        for i, accumulator in enumerate(self.accumulators()):
+            state = {}
+            for name in accumulator.sums:
+                old_key = f"{i}.{OLD_STATE_NAMES.get(name, name)}"
+                state[name] = tensors.get(old_key, tensors.get(f"{i}.{name}"))
+            accumulator.restore(state)
 
 
-def stream(
+def progress_bar(total: int, title: str, shown: bool) -> tqdm:
+    """A bar that counts images, on the main process only."""
+    disable = not shown or not PartialState().is_main_process
+    return tqdm(total=total, desc=title, unit="image", disable=disable)
+
+
+def iterate_features(
     images: Images,
     features: Network,
     judge: Network | None,
     batch_size: int,
-    what: str,
+    title: str,
     progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """This process's share of the images, in batches: numbers, labels, features, and the judge's logits."""
+    """Batches of this process's share of the images: indices, labels, features, judge's logits."""
     state = PartialState()
-    first, last = (len(images) * (state.process_index + i) // state.num_processes for i in (0, 1))
-    pending: list[tuple[Tensor, int]] = []
+    first = len(images) * state.process_index // state.num_processes
+    last = len(images) * (state.process_index + 1) // state.num_processes
+    reader = images.read(first, last)
     with (
         torch.no_grad(),
         evaluating(features.module, judge and judge.module),
-        tqdm(
-            total=last - first,
-            desc=what,
-            unit="image",
-            disable=not progress or not state.is_main_process,
-        ) as bar,
+        progress_bar(last - first, title, progress) as bar,
     ):
-        start, reading = first, images.read(first, last)
-        while start < last:
-            pending = [
-                one for _, one in zip(range(min(batch_size, last - start)), reading, strict=False)
-            ]
-            if not pending:
-                raise ValueError(f"{what}: they end at number {start} of {len(images)}")
-            pixels = torch.stack([image for image, _ in pending])
-            found, logits = features(pixels)
-            if judge is None:
-                logits = None
-            elif judge is not features:
-                logits = judge(pixels)[1]
-            labels = torch.tensor([label for _, label in pending])
-            yield torch.arange(start, start + len(pending)), labels, found, logits
-            start += len(pending)
-            bar.update(len(pending))
+        for start in range(first, last, batch_size):
+            size = min(batch_size, last - start)
+            items = list(islice(reader, size))
+            if len(items) < size:
+                raise ValueError(f"{title}: only {start + len(items)} of {len(images)} can be read")
+            pixels = torch.stack([image for image, _ in items])
+            vectors, logits = features(pixels)
+            if judge is not features:
+                logits = None if judge is None else judge(pixels)[1]
+            labels = torch.tensor([label for _, label in items])
+            yield torch.arange(start, start + len(items)), labels, vectors, logits
+            bar.update(len(items))
 
 
 def summarise(
@@ -151,69 +162,71 @@ def summarise(
     settings: Settings,
     *,
     batch_size: int = 64,
-    what: str = "images",
+    title: str = "images",
     progress: bool = True,
     cache: Path | None = None,
 ) -> Summary:
-    """Look at all images once; with several processes each at its share, and all have the whole then.
+    """Process all images once. Several processes share the images, and all get the full summary.
 
     Args:
-        what: the images' name in messages.
-        cache: a folder where the result is kept, and taken from where images, networks and settings are the same: by
-            the main process, which sends it to the others, whose folder may be another.
+        title: what messages call the images.
+        cache: a folder where the summary is kept, and read from when images, networks and settings
+            are the same. Only the main process reads and writes it.
 
     Raises:
-        ValueError: for images that can't be read, or labels that are unknown.
-        FloatingPointError: for features that are not finite.
+        ValueError: for images that can't be read, or unknown labels.
+        FloatingPointError: for features that aren't finite.
     """
-    labelled = images.labelled and settings.labelled and settings.classes > 0
+    labelled = images.labelled and settings.ids != {} and settings.classes > 0
     with torch.no_grad(), evaluating(features.module):
-        width = features(next(images.read(0, 1))[0][None])[0].shape[1]
-    found = Summary(width, settings, judge.classes if judge else None, labelled)
-    path = _place(cache, images, features, judge, settings) if cache is not None else None
-    main = PartialState().is_main_process
-    if broadcast_object_list([path is not None and path.exists()])[0]:  # one looks for all
-        if main:
-            found.load(path)
-        gather(found.parts())
-        return found
-    ids = settings.ids
-    for numbers, labels, vectors, logits in stream(
-        images, features, judge, batch_size, what, progress
-    ):
-        if not labelled:
-            labels = torch.full_like(labels, -1)
-        elif ids is not None:
-            labels = torch.tensor([ids[label] for label in labels.tolist()])
-        if labelled and not 0 <= int(labels.min()) <= int(labels.max()) < settings.classes:
-            raise ValueError(
-                f"{what}: labels {labels.unique().tolist()[-5:]} are there, and ids 0 to "
-                f"{settings.classes - 1} are known"
-            )
-        found.update(numbers, labels, vectors, logits)
-    gather(found.parts())
-    if path is not None and main:
-        found.save(path)
+        width = features(read_image(images, 0)[None])[0].shape[1]
+    summary = Summary(width, len(images), settings, judge.classes if judge else None, labelled)
+    path = None if cache is None else _cache_path(cache, images, features, judge, settings)
+    is_main = PartialState().is_main_process
+    cached = broadcast_object_list([path is not None and path.exists()])[0]
+    if cached:
+        if is_main:
+            summary.load(path)
+    else:
+        batches = iterate_features(images, features, judge, batch_size, title, progress)
+        for indices, labels, vectors, logits in batches:
+            labels = _common_ids(labels, settings, labelled, title)
+            summary.update(indices, labels, vectors, logits)
+    gather(summary.accumulators())
+    if path is not None and is_main and not cached:
+        summary.save(path)
     PartialState().wait_for_everyone()
-    return found
+    return summary
 
 
-def _place(
+def _common_ids(labels: Tensor, settings: Settings, labelled: bool, title: str) -> Tensor:
+    """The common ids of a batch's labels; -1 without labels."""
+    if not labelled:
+        return torch.full_like(labels, -1)
+    if settings.ids is not None:
+        labels = torch.tensor([settings.ids[label] for label in labels.tolist()])
+    if not 0 <= int(labels.min()) <= int(labels.max()) < settings.classes:
+        raise ValueError(
+            f"{title}: they have the labels {labels.unique().tolist()[-5:]}; ids 0 to "
+            f"{settings.classes - 1} are allowed"
+        )
+    return labels
+
+
+def _cache_path(
     cache: Path, images: Images, features: Network, judge: Network | None, settings: Settings
 ) -> Path:
-    """The file of what was found before of the same images.
+    """The file of a summary of the same images, networks and settings.
 
     Raises:
-        ValueError: for images that have no fingerprint.
+        ValueError: for images without a fingerprint.
     """
     if "fingerprint" not in images.description:
-        raise ValueError("cache: only what is found of a data set is kept")
-    key = [
-        images.description,
-        images.shape,
-        features.digest(),
-        judge and judge.digest(),
-        {**vars(settings), "ids": settings.ids and sorted(settings.ids.items())},
-    ]
+        raise ValueError("cache: only summaries of datasets can be kept")
+    fields = {**vars(settings), "ids": settings.ids and sorted(settings.ids.items())}
+    # the names that caches of version 0.2 were found by
+    fields |= {"answers": fields.pop("judge_labels"), "labelled": settings.ids != {}}
+    networks = features.digest(), judge and judge.digest()
+    key = [images.description, images.shape, *networks, fields]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     return cache / f"{digest[:24]}.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..guidance import Label
+from ..likelihood import Label
 from ..pipeline import ClassifierGuidedPipeline
 
 

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..guidance import Label, parse_labels
+from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import Once, sample
 from .manifest import all_settings, begin, settled, unique_names, write_manifest

@@ -3,224 +3,193 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
-from ..pipeline import ALGORITHMS
-
-
-def add_sweep_command(commands: Any) -> None:
-    command = commands.add_parser(
-        "sweep",
-        help="whether guidance helps, at which scale, at which cost",
-        description="Measure guidance at every combination of scales, schedulers, steps and intervals, at the same "
-        "seeds, and write a report: report.html, which needs no network, report.md for a model card, "
-        "curves, images. Each point is measured once: started again, the sweep goes on where it was. "
-        "Several processes on one folder, or those of `accelerate launch -m guided_diffusers sweep ...`, "
-        "share the points.",
-    )
-    command.set_defaults(run=run_sweep)
-    option = command.add_argument
-    option(
-        "--model",
-        default="fashion-mnist",
-        help="a bundled model, a pipeline folder or a Hub id, with a classifier (default: %(default)s)",
-    )
-    option(
-        "--revision",
-        help="of a model of the Hub: a branch, a tag or a commit (default: the newest)",
-    )
-    option(
-        "--reference",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="labelled real images: a Hub name, an image folder or a folder of Parquet files",
-    )
-    option("--split", help="of the real images (default: validation, test or train)")
-    option("--image-column", help="of the real images (default: the first with images)")
-    option("--label-column", help="of the real images (default: the first with class ids)")
-    option(
-        "--features",
-        metavar="NETWORK",
-        help="whose features are compared: inception (needs torch-fidelity; only then is it an FID), a bundled "
-        "model (its judge), or the folder or Hub id of a NoiseAwareClassifier or a vision model of "
-        "transformers (default: the judge of the bundled model)",
-    )
-    option(
-        "--judge",
-        metavar="NETWORK",
-        help="a classifier of the same labels that never guided: as --features; `none`: no judge (default: the "
-        "network of --features, where that is a classifier)",
-    )
-    option(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=[0, 1, 2, 3, 5, 8, 10],
-        metavar="SCALE",
-        help="guidance scales; 0, no guidance, is always among them (default: 0 1 2 3 5 8 10)",
-    )
-    option(
-        "--schedulers",
-        nargs="+",
-        metavar="NAME",
-        help="ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ddpm, euler, ... (default: the model's own)",
-    )
-    option(
-        "--steps",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="scheduler steps (default: the model's own)",
-    )
-    option(
-        "--intervals",
-        nargs="+",
-        type=interval,
-        metavar="START:STOP",
-        help="the parts of the run that are guided, in [0, 1]; 0:1 is all of it (default: the model's own)",
-    )
-    option(
-        "--algorithms",
-        nargs="+",
-        choices=ALGORITHMS,
-        metavar="NAME",
-        help=f"how guidance enters the step: {', '.join(ALGORITHMS)} (default: the model's own)",
-    )
-    option(
-        "--every",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="K",
-        help="ask the classifier at every k-th step (default: the model's own)",
-    )
-    option(
-        "--tolerances",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="T",
-        help="also: ask it again where its gradient turned so far that an image would be off by more, in units of "
-        "x0; not combined with --every",
-    )
-    option(
-        "--num-images",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="of each point, of all labels in turn (default: %(default)s)",
-    )
-    option(
-        "--conditional",
-        action=argparse.BooleanOptionalAction,
-        help="whether a class-conditional network gets the label, too; no: guidance alone steers (default: yes, "
-        "where it can)",
-    )
-    option(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="what the network computes in (autocast); sampler and classifier stay as they are (default: "
-        "%(default)s)",
-    )
-    option(
-        "--bootstrap",
-        type=int,
-        default=100,
-        metavar="N",
-        help="resamples that intervals are made of (default: %(default)s)",
-    )
-    option(
-        "--max-features",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="images, a sample, whose features are kept for the figures that need them one by one (default: "
-        "%(default)s)",
-    )
-    option(
-        "--seed",
-        type=int,
-        default=0,
-        help="image i depends on the seed and i alone (default: %(default)s)",
-    )
-    option("--batch-size", type=int, default=50, help="images at once (default: %(default)s)")
-    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
-    option(
-        "--output",
-        type=Path,
-        default=Path("sweep"),
-        metavar="FOLDER",
-        help="new, or of points with the same settings, which then are in the report, too (default: %(default)s)",
-    )
-    option("--quiet", action="store_true", help="no progress bar")
+from ..arguments import ALGORITHMS
+from ..cli_options import add_shared_option, select_device
 
 
 def interval(text: str) -> tuple[float, float]:
-    """START:STOP."""
+    """The two numbers of START:STOP."""
     start, _, stop = text.partition(":")
     try:
         return float(start), float(stop)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} isn't START:STOP, two numbers as 0.1:0.8"
+            f"{text!r} is not START:STOP, two numbers such as 0.1:0.8"
         ) from error
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--reference": {
+        "required": True,
+        "metavar": "NAME_OR_FOLDER",
+        "help": "labelled real images: a Hub dataset, an image folder or a folder of Parquet files",
+    },
+    "--scales": {
+        "type": float,
+        "nargs": "+",
+        "default": [0, 1, 2, 3, 5, 8, 10],
+        "metavar": "SCALE",
+        "help": "guidance scales; 0, no guidance, is always measured (default: 0 1 2 3 5 8 10)",
+    },
+    "--schedulers": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ddpm, euler, ... "
+        "(default: the model's)",
+    },
+    "--steps": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "numbers of scheduler steps (default: the model's)",
+    },
+    "--intervals": {
+        "nargs": "+",
+        "type": interval,
+        "metavar": "START:STOP",
+        "help": "guided parts of the run, fractions in [0, 1]; "
+        "0:1: all of it (default: the model's)",
+    },
+    "--algorithms": {
+        "nargs": "+",
+        "choices": ALGORITHMS,
+        "metavar": "NAME",
+        "help": f"guidance algorithms: {', '.join(ALGORITHMS)} (default: the model's)",
+    },
+    "--every": {
+        "type": int,
+        "nargs": "+",
+        "default": [],
+        "metavar": "K",
+        "help": "evaluate the classifier at every K-th step (default: the model's)",
+    },
+    "--tolerances": {
+        "type": float,
+        "nargs": "+",
+        "default": [],
+        "metavar": "T",
+        "help": "evaluate the classifier again when the estimated extrapolation error exceeds T, "
+        "in units of x0; an alternative to --every, not combined with it",
+    },
+    "--num-images": {
+        "type": int,
+        "default": 1000,
+        "metavar": "N",
+        "help": "images per setting, labels in turn (default: %(default)s)",
+    },
+    "--conditional": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "give the label to a class-conditional denoiser; otherwise only guidance steers "
+        "(default: yes, if the denoiser accepts labels)",
+    },
+    "--dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "default": "float32",
+        "help": "autocast dtype of the denoiser; sampler and classifier are not affected "
+        "(default: %(default)s)",
+    },
+    "--bootstrap": {
+        "type": int,
+        "default": 100,
+        "metavar": "N",
+        "help": "resamples for the 95%% intervals (default: %(default)s)",
+    },
+    "--max-features": {
+        "type": int,
+        "default": 2000,
+        "metavar": "N",
+        "help": "size of the sample of images for metrics that need features of single images "
+        "(default: %(default)s)",
+    },
+    "--output": {
+        "type": Path,
+        "default": Path("sweep"),
+        "metavar": "FOLDER",
+        "help": "new folder, or one with results under the same options, which the report then "
+        "includes (default: %(default)s)",
+    },
+}
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {  # with what differs from `cli_options`
+    "--model": {
+        "help": "a bundled model, a pipeline folder or a Hub id; must have a classifier "
+        "(default: %(default)s)"
+    },
+    "--revision": {},
+    "--split": {"help": "split of the real images (default: validation, test or train)"},
+    "--image-column": {},
+    "--label-column": {},
+    "--features": {},
+    "--judge": {
+        "help": "a classifier of clean images with the same labels that was never used for "
+        "guidance: as --features; `none`: no judge (default: the network of --features, if it is "
+        "a classifier)"
+    },
+    "--seed": {"help": "image i depends only on the seed and i (default: %(default)s)"},
+    "--batch-size": {"default": 50},
+    "--device": {},
+    "--quiet": {},
+}
+
+
+def add_sweep_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "sweep",
+        help="measure guidance over scales, schedulers and steps",
+        description="Measure guidance in every combination of scales, schedulers, steps and "
+        "intervals, on the same seeds, and write a report: report.html (self-contained), report.md "
+        "(for a model card), plots and images. Each setting is measured once; run the command "
+        "again to resume. Several processes on one folder, or those of `accelerate launch -m "
+        "guided_diffusers sweep ...`, share the settings.",
+    )
+    command.set_defaults(run=run_sweep)
+    for flag, definition in OPTIONS.items():
+        command.add_argument(flag, **definition)
+    for flag, changes in SHARED_OPTIONS.items():
+        add_shared_option(command, flag, **changes)
 
 
 def run_sweep(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_theirs
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
     from ..evaluation import default_features, load_network
-    from ..sampling.commands import device_of, team
+    from ..sampling.commands import team
     from ..utils import load_pipeline, require_matplotlib
-    from . import sweep
+    from .run import sweep
 
-    require_matplotlib()  # before the work, not after it
+    require_matplotlib()  # before the computation
     processes = team(options.device)
     main = processes is None or processes.is_main_process
     if options.quiet or not main:
         disable_progress_bar()
-        disable_theirs()
-    device = device_of(options.device, processes)
+        disable_transformers_bar()
+    device = select_device(options.device) if processes is None else processes.device
     pipeline = load_pipeline(options.model, options.revision).to(device)
     features = load_network(options.features or default_features({"model": options.model}), device)
     judge = None
     if options.judge not in (None, "none", options.features):
         judge = load_network(options.judge, device)
-    elif options.judge != "none" and features.classes is not None and not features.inception:
+    elif options.judge != "none" and features.classes is not None and not features.is_inception:
         judge = features
-    names = (
-        "scales",
-        "schedulers",
-        "steps",
-        "intervals",
-        "algorithms",
-        "every",
-        "tolerances",
-        "num_images",
-        "seed",
-        "batch_size",
-        "conditional",
-        "dtype",
-        "bootstrap",
-        "max_features",
-        "split",
-        "image_column",
-        "label_column",
-        "model",
-    )
-    found = sweep(
+    keywords = {
+        name: getattr(options, name)
+        for name, parameter in inspect.signature(sweep).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "progress"
+    }
+    verdict = sweep(
         pipeline,
         options.reference,
         options.output,
         features,
         judge,
-        progress=not options.quiet and main,
-        **{name: getattr(options, name) for name in names},
+        progress=main and not options.quiet,
+        **keywords,
     )
     if main:
-        print(f"{found}\n{options.output / 'report.html'}")
+        print(f"{verdict}\n{options.output / 'report.html'}")
     if processes is not None:
         processes.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One point measured: its images sampled, looked at by networks that never guided, and what that cost."""
+"""Measures one setting: samples its images, computes the metrics and counts the cost."""
 
 from __future__ import annotations
 
@@ -9,106 +9,67 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from ..diagnosis.figures import evaluating
-from ..evaluation import Bootstrap, Network, Settings, Summary, compare
-from ..evaluation.figures import by_class
+from ..evaluation import COVERAGE_K, Bootstrap, Network, Settings, Summary, by_class, compare
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import sample
 from ..sampling.manifest import LIBRARIES
+from ..sampling.pictures import save_image
 from ..speed import computing_in
-from ..utils import aside, exchanged
-from .figures import PICTURES, Result
-from .points import Point
+from ..utils import evaluating
+from .metrics import PICTURES, Result
+from .schedulers import scheduler_for
+from .settings import SweepSetting
 
-SOLVERS = (
-    "dpmsolver++",
-    "sde-dpmsolver++",
-    "sde-dpmsolver",
-)  # algorithms of the multi-step DPM-Solver
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def scheduler_for(own: SchedulerMixin, name: str) -> SchedulerMixin:
-    """The scheduler called `name`, for the network that `own` is for; of the multi-step DPM-Solver also `dpmsolver++`,
-    `sde-dpmsolver++`, `dpmsolver++3m` (of third order), `dpmsolver++-thresholding` (dynamic, of x0).
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How every setting of a sweep is measured; arguments as of `sweep`.
 
     Raises:
-        ValueError: if there is none, or it is for networks of another kind.
+        ValueError: for a number that is too small or an unknown dtype.
     """
-    if name.lower() == scheduler_name(own):
-        return type(own).from_config(own.config)
-    solver, _, option = name.lower().partition("-thresholding")
-    third, solver = solver.endswith("3m"), solver.removesuffix("3m")
-    if solver in SOLVERS and not option:
-        found = exchanged(own, "dpmsolver")
-        return type(found).from_config(
-            found.config,
-            algorithm_type=solver,
-            solver_order=3 if third else 2,
-            thresholding=name.lower().endswith("-thresholding"),
-        )
-    return exchanged(own, name)
 
+    num_images: int = 1000
+    seed: int = 0
+    batch_size: int = 50
+    conditional: bool | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bootstrap: int = 100
+    max_features: int = 2000
 
-def scheduler_name(scheduler: SchedulerMixin) -> str:
-    """The short one that `scheduler_for` takes."""
-    name = (
-        type(scheduler)
-        .__name__.removesuffix("Scheduler")
-        .removesuffix("Discrete")
-        .removesuffix("Multistep")
-        .lower()
-    )
-    if name == "dpmsolver":
-        return (
-            scheduler.config["algorithm_type"]
-            + "3m" * (scheduler.config["solver_order"] == 3)
-            + "-thresholding" * scheduler.config["thresholding"]
-        )
-    return name
-
-
-def quiet_copy(
-    pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin
-) -> ClassifierGuidedPipeline:
-    """The same networks with another scheduler, and no progress bar."""
-    found = type(pipeline)(
-        **{**pipeline.components, "scheduler": scheduler},
-        id2label=pipeline.config.id2label,
-        defaults=dict(pipeline.config.defaults),
-    )
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-@contextmanager
-def rows_counted(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Within, the batch sizes of the network's calls, as they come."""
-    calls: list[int] = []
-    handle = network.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(len(next(iter([*args, *kwargs.values()])))),
-        with_kwargs=True,
-    )
-    try:
-        yield calls
-    finally:
-        handle.remove()
+    def __post_init__(self) -> None:
+        minima = {
+            "num_images": 10,
+            "batch_size": 1,
+            "bootstrap": 2,
+            "max_features": COVERAGE_K + 1,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{name}={value}: at least {minimum} is allowed")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all points of a sweep are measured with.
+class PointEvaluator:
+    """Measures the settings of a sweep on the same labels, seeds and networks.
 
     Attributes:
-        labels: image i is of `labels[i % len(labels)]`.
-        common: as of `evaluation.common_labels`: all labels' names, their number, and the ids there of the model's.
-        real: what is compared with.
-        dtype: of the network; the sampler and the classifier stay as they are.
+        labels: image i has the label `labels[i % len(labels)]`.
+        real: summary of the real images.
+        summary_settings: classes, and the ids of the pipeline's labels among them, as of
+            `evaluation.common_labels`.
+        class_names: names of these classes.
     """
 
     pipeline: ClassifierGuidedPipeline
@@ -116,108 +77,162 @@ class Bench:
     features: Network
     judge: Network | None
     real: Summary
-    summary: Settings
-    names: dict[int, str]
+    summary_settings: Settings
+    class_names: dict[int, str]
     bootstrap: Bootstrap
-    num_images: int
-    seed: int
-    batch_size: int
-    conditional: bool | None
-    dtype: torch.dtype
+    options: MeasureOptions
 
     def measure(
-        self, point: Point, folder: Path, made: Callable[[int], None] = lambda count: None
+        self,
+        setting: SweepSetting,
+        folder: Path,
+        on_batch: Callable[[int], None] = lambda count: None,
     ) -> Result:
-        """A point's figures; its pictures are in the folder then.
+        """The result of a setting; writes its first images to `folder`.
 
         Args:
-            made: is told of the images of each batch.
+            on_batch: called with the number of images of each batch.
         """
         pipeline = quiet_copy(
-            self.pipeline, scheduler_for(self.pipeline.scheduler, point.scheduler)
+            self.pipeline, scheduler_for(self.pipeline.scheduler, setting.scheduler)
         )
-        found, shown, seconds = self._summary(), [], 0.0
-        clock, tick = (
-            ("CPU", time.process_time)
-            if pipeline.device.type == "cpu"
-            else ("wall", time.perf_counter)
-        )
+        summary = self._empty_summary()
+        first_images: list[torch.Tensor] = []
+        seconds = 0.0
         with (
-            rows_counted(pipeline.unet) as network,
-            rows_counted(pipeline.classifier) as classifier,
-            computing_in(pipeline.unet, self.dtype),
+            batch_sizes(pipeline.unet) as network_batches,
+            batch_sizes(pipeline.classifier) as classifier_batches,
+            computing_in(pipeline.unet, DTYPES[self.options.dtype]),
         ):
-            batches = sample(
-                pipeline,
-                self.labels,
-                self.seed,
-                self.batch_size,
-                range(self.num_images),
-                conditional=self.conditional,
-                output_type="pt",
-                **point.call,
-            )
-            while True:
-                began = tick()
-                indices, images = next(batches, ([], torch.empty(0)))
-                pixels = (images.float() * 255).round().cpu()  # as in a file
-                seconds += tick() - began
-                if not indices:
-                    break
-                shown += list(pixels[: PICTURES - len(shown)])
-                self._look(found, indices, pixels / 127.5 - 1)
-                made(len(indices))
-        save_strip(shown, folder / f"{point.name}.png")
-        per_class = (
-            by_class(found, self.real, self.names, self.bootstrap) if self.summary.classes else []
-        )
-        cost = {
-            "network_evaluations": sum(network) / self.num_images,
-            "classifier_evaluations": sum(classifier) / self.num_images,
-            "seconds": seconds / self.num_images,
-            "clock": clock,
-            "device": device_name(pipeline.device),
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch_size,
-            "versions": {name: version(name) for name in LIBRARIES},
-        }
+            batches = self._sample(pipeline, setting)
+            for (indices, pixels), batch_seconds in timed(batches, clock_of(pipeline.device)):
+                seconds += batch_seconds
+                first_images += list(pixels[: PICTURES - len(first_images)])
+                self._update(summary, indices, pixels / 127.5 - 1)
+                on_batch(len(indices))
+        picture = f"{setting.name}.png"
+        save_strip(first_images, folder / picture)
+        per_class: Sequence[dict[str, Any]] = ()
+        if self.summary_settings.classes:
+            per_class = by_class(summary, self.real, self.class_names, self.bootstrap)
+        count = self.options.num_images
         return Result(
-            point,
-            compare(found, self.real, self.bootstrap, self.features.inception),
-            cost,
-            f"{point.name}.png",
+            setting,
+            compare(summary, self.real, self.bootstrap, self.features.is_inception),
+            {
+                "network_evaluations": sum(network_batches) / count,
+                "classifier_evaluations": sum(classifier_batches) / count,
+                "seconds": seconds / count,
+                **cost_conditions(pipeline.device, self.options.batch_size),
+            },
+            picture,
             tuple(per_class),
         )
 
-    def _summary(self) -> Summary:
-        judged = self.judge.classes if self.judge else None
+    def _empty_summary(self) -> Summary:
+        judge_classes = self.judge.classes if self.judge else None
+        labelled = self.summary_settings.classes > 0
         return Summary(
-            self.real.moments.mean.shape[1], self.summary, judged, self.summary.classes > 0
+            self.real.width, self.options.num_images, self.summary_settings, judge_classes, labelled
         )
 
+    def _sample(
+        self, pipeline: ClassifierGuidedPipeline, setting: SweepSetting
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Batches of indices and pixels (B, C, H, W), rounded to 0 ... 255 as in a file."""
+        batches = sample(
+            pipeline,
+            self.labels,
+            self.options.seed,
+            self.options.batch_size,
+            range(self.options.num_images),
+            conditional=self.options.conditional,
+            output_type="pt",
+            **setting.call_arguments,
+        )
+        for indices, images in batches:
+            yield indices, (images.float() * 255).round().cpu()
+
     @torch.no_grad()
-    def _look(self, found: Summary, indices: Sequence[int], pixels: torch.Tensor) -> None:
-        """Add images in [-1, 1]."""
+    def _update(self, summary: Summary, indices: Sequence[int], pixels: torch.Tensor) -> None:
+        """Add images (B, C, H, W) in [-1, 1] to the summary."""
         with evaluating(self.features.module, self.judge and self.judge.module):
             vectors, logits = self.features(pixels)
-            if self.judge is not self.features:
-                logits = self.judge(pixels)[1] if self.judge else None
-        ids = [self.labels[i % len(self.labels)] for i in indices]
-        ids = [self.summary.ids[i] for i in ids] if self.summary.ids is not None else ids
-        labels = torch.tensor(ids if self.summary.classes else [-1] * len(ids))
-        found.update(
-            torch.tensor(indices), labels, vectors.cpu(), None if logits is None else logits.cpu()
+            if self.judge is None:
+                logits = None
+            elif self.judge is not self.features:
+                logits = self.judge(pixels)[1]
+        labels = [self.labels[i % len(self.labels)] for i in indices]
+        if self.summary_settings.ids is not None:
+            labels = [self.summary_settings.ids[label] for label in labels]
+        if not self.summary_settings.classes:
+            labels = [-1] * len(labels)
+        summary.update(
+            torch.tensor(indices),
+            torch.tensor(labels),
+            vectors.cpu(),
+            None if logits is None else logits.cpu(),
         )
+
+
+def quiet_copy(
+    pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin
+) -> ClassifierGuidedPipeline:
+    """A pipeline of the same networks with another scheduler and without a progress bar."""
+    copy = type(pipeline)(
+        **{**pipeline.components, "scheduler": scheduler},
+        id2label=pipeline.config.id2label,
+        defaults=dict(pipeline.config.defaults),
+    )
+    copy.set_progress_bar_config(disable=True)
+    return copy
+
+
+@contextmanager
+def batch_sizes(network: torch.nn.Module) -> Iterator[list[int]]:
+    """Within, a list that collects the batch size of each call of the network."""
+    sizes: list[int] = []
+
+    def record(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes.append(len(next(iter([*args, *kwargs.values()]))))
+
+    handle = network.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """CPU time on a CPU, which other processes do not change; wall time elsewhere."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def timed(batches: Iterator[Any], clock: Callable[[], float]) -> Iterator[tuple[Any, float]]:
+    """Each item with the seconds that it took to produce."""
+    began = clock()
+    for batch in batches:
+        yield batch, clock() - began
+        began = clock()
+
+
+def cost_conditions(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What the seconds of a result depend on."""
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"cpu ({os.cpu_count()} cores)"
+    return {
+        "clock": "CPU" if device.type == "cpu" else "wall",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
 
 
 def save_strip(images: Sequence[torch.Tensor], path: Path) -> None:
-    """Images (C, H, W) in [0, 255] beside each other; written aside, then moved."""
+    """Write images (C, H, W) in 0 ... 255 side by side, atomically."""
     strip = torch.cat(list(images), dim=2).to(torch.uint8).permute(1, 2, 0).numpy()
-    with aside(path) as partial:
-        Image.fromarray(strip[:, :, 0] if strip.shape[2] == 1 else strip).save(partial, "PNG")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({os.cpu_count()} cores)" if device.type == "cpu" else device.type
+    save_image(Image.fromarray(strip[:, :, 0] if strip.shape[2] == 1 else strip), path)

@@ -1,216 +1,242 @@
-"""What a sweep comes to, in words: the best scale, what is worth its cost, and where guidance does harm."""
+"""Compares the results of a sweep: best scale, Pareto front, and where guidance does harm."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .figures import METRICS, Result
-from .points import Line, Point, line_name, number, scales_name
+from .metrics import ACCURACY, FRECHET, METRICS, Result
+from .settings import Curve, SweepSetting, format_number, format_scales
 
-CRITERION, ACCURACY = "frechet_distance", "top_1"
+MAX_CURVES = 8  # that the sentence on the Pareto front lists
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the points compare.
+    """How the settings compare.
 
     Attributes:
         best: the one with the lowest Frechet distance.
-        sharpest: the most accurate one of those whose Frechet distance is within the interval of the best's.
-        front: those than which no other is better in one of accuracy, Frechet distance and seconds an image, and not
-            worse in the others; cheapest first.
-        harmful: those that are worse than the same without guidance, with the reasons.
-        warnings: of these, in sentences, first of the model's own scale.
-        words: the rest, in sentences.
+        most_accurate: the most accurate one whose Frechet distance is within the best one's
+            interval.
+        front: the Pareto front of accuracy, Frechet distance and seconds per image; cheapest
+            first.
+        harmful: {setting that is worse than no guidance: reasons}.
+        warnings: sentences about the harmful settings; the model's default scale comes first.
+        findings: sentences about everything else.
     """
 
-    best: Point
-    sharpest: Point
-    front: tuple[Point, ...]
-    harmful: Mapping[Point, tuple[str, ...]]
+    best: SweepSetting
+    most_accurate: SweepSetting
+    front: tuple[SweepSetting, ...]
+    harmful: Mapping[SweepSetting, tuple[str, ...]]
     warnings: tuple[str, ...]
-    words: tuple[str, ...]
+    findings: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([*self.words, *(f"Warning: {one}" for one in self.warnings)])
+        return "\n".join([*self.findings, *(f"Warning: {text}" for text in self.warnings)])
 
 
-def verdict_of(results: Sequence[Result], own_scale: float | None = None) -> Verdict:
-    """Compare measured points.
+def verdict_of(results: Sequence[Result], default_scale: float | None = None) -> Verdict:
+    """Compare results.
 
     Args:
-        own_scale: the scale that the model guides with when it isn't told another.
+        default_scale: the model's default guidance scale.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no results.
     """
     if not results:
-        raise ValueError("no point is measured")
-    best = min(results, key=lambda one: one.value(CRITERION))
-    sharpest = max(
-        (one for one in results if one.value(CRITERION) <= best.ends(CRITERION)[1]), key=_accuracy
-    )
-    front, harmful = pareto_front(results), harm(results)
+        raise ValueError("results: no setting is measured yet")
+    best = min(results, key=lambda result: result.value(FRECHET))
+    close = [result for result in results if result.value(FRECHET) <= best.interval(FRECHET)[1]]
+    most_accurate = max([best, *close], key=_accuracy)  # the best in case of a tie
+    front, harmful = pareto_front(results), find_harm(results)
+    findings = [
+        *_best_findings(results, best, most_accurate),
+        *_default_scale_findings(results, harmful, default_scale),
+        _front_finding(results, front),
+    ]
+    warnings = [
+        *_default_scale_warnings(results, harmful, default_scale),
+        *_curve_warnings(results, harmful),
+    ]
     return Verdict(
-        best.point,
-        sharpest.point,
-        tuple(one.point for one in front),
+        best.setting,
+        most_accurate.setting,
+        tuple(result.setting for result in front),
         harmful,
-        tuple(_warnings(results, harmful, own_scale)),
-        tuple(_words(results, best, sharpest, front, harmful, own_scale)),
+        tuple(warnings),
+        tuple(findings),
     )
 
 
-def harm(results: Sequence[Result]) -> dict[Point, tuple[str, ...]]:
-    """The points that are worse than none, with the reasons.
+def find_harm(results: Sequence[Result]) -> dict[SweepSetting, tuple[str, ...]]:
+    """{setting that is worse than no guidance: reasons}.
 
-    Worse is an interval that lies wholly beyond that of the same scheduler and steps without guidance: of the Frechet
-    distance above it, of the accuracy below.
+    A setting is worse if its interval of the Frechet distance lies above that of the unguided
+    baseline with the same scheduler and steps, or its interval of the accuracy lies below.
     """
-    measured, found = {one.point: one for one in results}, {}
-    for one in results:
-        none = measured.get(one.point.unguided)
-        if none is None or one is none:
+    by_setting = {result.setting: result for result in results}
+    harmful = {}
+    for result in results:
+        baseline = by_setting.get(result.setting.unguided)
+        if baseline is None or baseline is result:
             continue
-        names = [
-            name for name in (CRITERION, ACCURACY) if name in one.figures and name in none.figures
-        ]
         reasons = tuple(
-            f"{one.title(name)} {one.shown(name, True)} against {none.shown(name, True)}"
-            for name in names
-            if (
-                one.ends(name)[1] < none.ends(name)[0]
-                if METRICS[name].better == "more"
-                else one.ends(name)[0] > none.ends(name)[1]
-            )
+            f"{result.title(name)} {result.full_text(name)} against {baseline.full_text(name)}"
+            for name in (FRECHET, ACCURACY)
+            if _is_worse(result, baseline, name)
         )
         if reasons:
-            found[one.point] = reasons
-    return found
+            harmful[result.setting] = reasons
+    return harmful
+
+
+def _is_worse(result: Result, baseline: Result, name: str) -> bool:
+    if name not in result.metrics or name not in baseline.metrics:
+        return False
+    (low, high), (baseline_low, baseline_high) = result.interval(name), baseline.interval(name)
+    return high < baseline_low if METRICS[name].better == "more" else low > baseline_high
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
-    """Those that no other dominates in accuracy (where it is known), Frechet distance and cost; cheapest first.
+    """Results that no other dominates in accuracy (if measured), Frechet distance and cost.
 
-    The clock isn't exact: points with equally many evaluations of the networks cost the median of their seconds.
+    The cheapest comes first. Results with the same number of network evaluations have the median
+    of their seconds as cost, so that noise of the clock has no effect.
     """
-    groups = defaultdict(list)
-    for one in results:
-        groups[_evaluations(one)].append(one.cost["seconds"])
-    seconds = {group: median(values) for group, values in groups.items()}
-    losses = [
-        (-_accuracy(one), one.value(CRITERION), seconds[_evaluations(one)]) for one in results
-    ]
-    front = [
-        (loss[2], loss[1], i)
-        for i, loss in enumerate(losses)
-        if not any(
+    seconds = defaultdict(list)
+    for result in results:
+        seconds[result.evaluations].append(result.seconds)
+
+    def losses(result: Result) -> tuple[float, float, float]:
+        return median(seconds[result.evaluations]), result.value(FRECHET), -_accuracy(result)
+
+    scored = [(losses(result), result) for result in results]
+    front = []
+    for loss, result in scored:
+        dominated = any(
             other != loss and all(a <= b for a, b in zip(other, loss, strict=True))
-            for other in losses
+            for other, _ in scored
         )
-    ]
-    return [results[i] for _, _, i in sorted(front)]
-
-
-def _evaluations(result: Result) -> tuple[float, float]:
-    return result.cost["network_evaluations"], result.cost["classifier_evaluations"]
+        if not dominated:
+            front.append((loss, result))
+    return [result for _, result in sorted(front, key=lambda pair: pair[0][:2])]
 
 
 def _accuracy(result: Result) -> float:
-    return result.value(ACCURACY) if ACCURACY in result.figures else 0.0
+    return result.value(ACCURACY) if ACCURACY in result.metrics else 0.0
 
 
-def _warnings(
-    results: Sequence[Result], harmful: Mapping[Point, tuple[str, ...]], own_scale: float | None
-) -> Iterable[str]:
-    """Of the model's own scale; then of each scheduler, those together that say the same of the same scales."""
-    own = [point for point in harmful if point.guidance_scale == own_scale]
-    if own:
-        everywhere = sum(one.point.guidance_scale == own_scale for one in results)
-        where = "" if everywhere == 1 else f" in {len(own)} of {everywhere} settings"
-        yield (
-            f"guidance at the model's own scale, {number(own_scale)}, is worse than none{where}; "
-            f"{line_name(own[0].line)}: {' and '.join(harmful[own[0]])}."
-        )
-    alike: dict[tuple[str, str, tuple[float, ...]], list[Line]] = defaultdict(list)
-    for (scheduler, steps, guided), worse in _by_line(harmful).items():
-        alike[scheduler, guided, worse].append((scheduler, steps, guided))
-    for (scheduler, guided, worse), lines in alike.items():
-        steps = listed([str(count) for _, count, _ in lines])
-        measured = {one.point.guidance_scale for one in results if one.point.line in lines} - {0.0}
-        said = "every scale" if len(worse) == len(measured) > 1 else _at(worse)
-        example = next(
-            point
-            for point in harmful
-            if point.line == lines[0] and point.guidance_scale == worse[-1]
-        )
-        yield (
-            f"{line_name((scheduler, steps, guided))}: guidance at {said} is worse than none; at "
-            f"{number(worse[-1])} {'with ' + str(lines[0][1]) + ' steps ' if len(lines) > 1 else ''}"
-            f"{' and '.join(harmful[example])}."
-        )
-
-
-def _by_line(some: Iterable[Point]) -> dict[Line, tuple[float, ...]]:
-    """{what points have in common: their scales, in order}."""
-    found: dict[Line, list[float]] = defaultdict(list)
-    for point in some:
-        found[point.line].append(point.guidance_scale)
-    return {line: tuple(sorted(scales)) for line, scales in found.items()}
-
-
-def _words(
+def _default_scale_warnings(
     results: Sequence[Result],
-    best: Result,
-    sharpest: Result,
-    front: Sequence[Result],
-    harmful: Mapping[Point, tuple[str, ...]],
-    own_scale: float | None,
-) -> Iterable[str]:
-    title = best.title(CRITERION)
-    yield (
-        f"The best scale by {title} is {number(best.point.guidance_scale)} ({line_name(best.point.line)}): "
-        f"{_described(best)}."
-    )
-    if best.point.guidance_scale == 0 and len(results) > 1:
-        yield f"So images without guidance are nearest to the real ones; what guidance gains, it pays for in {title}."
-    if sharpest is not best:
+    harmful: Mapping[SweepSetting, tuple[str, ...]],
+    default_scale: float | None,
+) -> Iterator[str]:
+    worse = [setting for setting in harmful if setting.guidance_scale == default_scale]
+    if worse:
+        count = len(at_scale(results, default_scale))
+        where = "" if count == 1 else f" in {len(worse)} of {count} settings"
         yield (
-            f"Of the points whose {title} is within the interval of the best's, the most accurate is scale "
-            f"{number(sharpest.point.guidance_scale)} ({line_name(sharpest.point.line)}): {_described(sharpest)}."
+            f"guidance at the model's default scale, {format_number(default_scale)}, is worse than "
+            f"no guidance{where}; {worse[0].curve}: {' and '.join(harmful[worse[0]])}."
         )
-    own = [one for one in results if one.point.guidance_scale == own_scale]
-    if own_scale and not own:
-        yield f"The model's own scale, {number(own_scale)}, was not measured."
-    elif own_scale and not any(one.point in harmful for one in own):
-        yield f"The model's own scale, {number(own_scale)}, is nowhere worse than none."
-    lines = [
-        f"{line_name(line)} at {_at(scales)}"
-        for line, scales in _by_line(one.point for one in front).items()
-    ]
-    accuracy = "accuracy, " if ACCURACY in best.figures else ""
+
+
+def _curve_warnings(
+    results: Sequence[Result], harmful: Mapping[SweepSetting, tuple[str, ...]]
+) -> Iterator[str]:
+    """One warning for the curves that differ only in steps and are worse at the same scales."""
+    groups: dict[tuple[str, str, tuple[float, ...]], list[Curve]] = defaultdict(list)
+    for curve, worse in _scales_by_curve(harmful).items():
+        groups[curve.scheduler, curve.variant, worse].append(curve)
+    for (scheduler, variant, worse), curves in groups.items():
+        group_name, steps_of_example = curves[0], ""
+        if len(curves) > 1:
+            *steps, last = (str(curve.steps) for curve in curves)
+            group_name = Curve(scheduler, f"{', '.join(steps)} and {last}", variant)
+            steps_of_example = f"with {curves[0].steps} steps "
+        measured = {r.setting.guidance_scale for r in results if r.setting.curve in curves} - {0.0}
+        where = "every scale" if len(worse) == len(measured) > 1 else _scales_text(worse)
+        example = next(
+            setting
+            for setting in harmful
+            if setting.curve == curves[0] and setting.guidance_scale == worse[-1]
+        )
+        yield (
+            f"{group_name}: guidance at {where} is worse than no guidance; at "
+            f"{format_number(worse[-1])} {steps_of_example}{' and '.join(harmful[example])}."
+        )
+
+
+def _best_findings(results: Sequence[Result], best: Result, most_accurate: Result) -> Iterator[str]:
+    title, setting = best.title(FRECHET), best.setting
     yield (
-        f"{len(front)} of {len(results)} points are worth their cost: no other is as good in {accuracy}{title} and "
-        f"seconds an image, and better in one. From the cheapest to the dearest: {'; '.join(lines[:8])}"
-        f"{'; and more' if len(lines) > 8 else ''}."
+        f"The best scale by {title} is {format_number(setting.guidance_scale)} ({setting.curve}): "
+        f"{_describe(best)}."
+    )
+    if setting.guidance_scale == 0 and len(results) > 1:
+        yield (
+            "Images without guidance are closest to the real images; guidance can improve other "
+            f"metrics, but its {title} is higher."
+        )
+    if most_accurate is not best:
+        setting = most_accurate.setting
+        yield (
+            f"Of the settings whose {title} is within the interval of the best, the most accurate "
+            f"is scale {format_number(setting.guidance_scale)} ({setting.curve}): "
+            f"{_describe(most_accurate)}."
+        )
+
+
+def _default_scale_findings(
+    results: Sequence[Result], harmful: Iterable[SweepSetting], default_scale: float | None
+) -> Iterator[str]:
+    if not default_scale:
+        return
+    scale = format_number(default_scale)
+    if not at_scale(results, default_scale):
+        yield f"The model's default scale, {scale}, was not measured."
+    elif not any(setting.guidance_scale == default_scale for setting in harmful):
+        yield f"The model's default scale, {scale}, is never worse than no guidance."
+
+
+def _front_finding(results: Sequence[Result], front: Sequence[Result]) -> str:
+    scales = _scales_by_curve(result.setting for result in front)
+    parts = [f"{curve} at {_scales_text(values)}" for curve, values in scales.items()]
+    listed = parts[:MAX_CURVES] + (["and more"] if len(parts) > MAX_CURVES else [])
+    accuracy = "accuracy, " if any(ACCURACY in result.metrics for result in front) else ""
+    return (
+        f"{len(front)} of {len(results)} settings are Pareto-optimal: no other is at least as good "
+        f"in {accuracy}{front[0].title(FRECHET)} and seconds per image and better in one of them. "
+        f"Cheapest first: {'; '.join(listed)}."
     )
 
 
-def _at(scales: Sequence[float]) -> str:
-    return f"scale{'s' * (len(scales) > 1)} {scales_name(scales)}"
+def at_scale(results: Sequence[Result], scale: float | None) -> list[Result]:
+    """The results at a guidance scale."""
+    return [result for result in results if result.setting.guidance_scale == scale]
 
 
-def _described(result: Result) -> str:
-    parts = [f"{result.title(CRITERION)} {result.shown(CRITERION, True)}"]
-    parts += [f"judge agrees {result.shown(ACCURACY, True)}"] if ACCURACY in result.figures else []
-    parts += [f"recall {result.shown('recall')}"] if "recall" in result.figures else []
-    return ", ".join(
-        [*parts, f"{result.cost['seconds']:.2g} {result.cost['clock']} seconds an image"]
-    )
+def _scales_by_curve(settings: Iterable[SweepSetting]) -> dict[Curve, tuple[float, ...]]:
+    scales: dict[Curve, list[float]] = defaultdict(list)
+    for setting in settings:
+        scales[setting.curve].append(setting.guidance_scale)
+    return {curve: tuple(sorted(values)) for curve, values in scales.items()}
 
 
-def listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _scales_text(scales: Sequence[float]) -> str:
+    return f"scale{'s' if len(scales) > 1 else ''} {format_scales(scales)}"
+
+
+def _describe(result: Result) -> str:
+    parts = [f"{result.title(FRECHET)} {result.full_text(FRECHET)}"]
+    if ACCURACY in result.metrics:
+        parts.append(f"{METRICS[ACCURACY].title} {result.full_text(ACCURACY)}")
+    if "recall" in result.metrics:
+        parts.append(f"recall {result.text('recall')}")
+    parts.append(f"{result.seconds:.2g} {result.cost['clock']} seconds per image")
+    return ", ".join(parts)

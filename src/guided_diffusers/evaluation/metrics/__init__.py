@@ -1,42 +1,59 @@
-"""How far generated images are from real ones, in the features of a network that never guided.
+"""Distances between generated and real images, in the features of a network.
 
-An accumulator adds up batches in any order and any parts: parts that are merged give what one would have, up to
-rounding, and none grows with the number of images. Functions of features alone are exact, in float64 and in blocks.
+An accumulator adds up batches in any order. Accumulators of disjoint parts can be merged, with the
+same result as one pass up to rounding, and none grows with the number of images. Functions of
+features alone are exact, in float64 and computed in blocks.
 
-    moments, kept = Moments(width), Kept(10_000, seed=0)
-    for numbers, labels, features in batches:
+    moments, sample = Moments(width), FeatureSample(width, 50_000, size=10_000, seed=0)
+    for indices, labels, features in batches:
         moments.update(features)
-        kept.update(numbers, labels, features)
-    frechet_distance(moments, real_moments), kernel_distance(real_kept.features, kept.features)
+        sample.update(indices, labels, features)
+    frechet_distance(real_moments, moments), kernel_distance(real_sample.features, sample.features)
 
-These are our own, and torchmetrics (which the tests compare with) isn't used: its Frechet distance subtracts squares of
-means from means of squares, its kernel distance keeps the features of all images, and neither can be merged by hand.
+torchmetrics isn't used (the tests compare with it): its Frechet distance subtracts squares of means
+from means of squares, its kernel distance keeps the features of all images, and neither can be
+merged by hand.
 """
 
-from .accumulate import Accumulator, gather
-from .answers import Answers, ClassScore
-from .bootstrap import interval, resamples
-from .frechet import Moments, frechet_distance, frechet_resampled
-from .kept import Kept, hashed
-from .neighbours import Nearest, density_coverage, memberships, precision_recall
-from .pairs import class_diversity, kernel_distance
+from ...deprecated import renamed
+from .accumulator import Accumulator, gather
+from .bootstrap import bootstrap_weights, confidence_interval
+from .classification import ClassScore, ConfusionMatrix
+from .feature_sample import FeatureSample, hash_indices
+from .frechet import Moments, bootstrap_frechet_distances, frechet_distance
+from .neighbours import NearestImages, count_in_balls, density_coverage, precision_recall
+from .pairwise import class_diversity, kernel_distance
 
 __all__ = [
     "Accumulator",
-    "Answers",
     "ClassScore",
-    "Kept",
+    "ConfusionMatrix",
+    "FeatureSample",
     "Moments",
-    "Nearest",
+    "NearestImages",
+    "bootstrap_frechet_distances",
+    "bootstrap_weights",
     "class_diversity",
+    "confidence_interval",
+    "count_in_balls",
     "density_coverage",
     "frechet_distance",
-    "frechet_resampled",
     "gather",
-    "hashed",
-    "interval",
+    "hash_indices",
     "kernel_distance",
-    "memberships",
     "precision_recall",
-    "resamples",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Answers": "ConfusionMatrix",
+        "Kept": "FeatureSample",
+        "Nearest": "NearestImages",
+        "frechet_resampled": "bootstrap_frechet_distances",
+        "hashed": "hash_indices",
+        "interval": "confidence_interval",
+        "memberships": "count_in_balls",
+        "resamples": "bootstrap_weights",
+    },
+)

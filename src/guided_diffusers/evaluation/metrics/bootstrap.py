@@ -1,54 +1,58 @@
-"""Intervals by the bootstrap: how much a figure would vary if other images had been generated."""
+"""Bootstrap intervals: how much a metric would vary if other images had been generated."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from .kept import hashed
+from .feature_sample import hash_indices
 
-POISSON = np.cumsum(
-    [1 / np.e / np.prod(np.arange(1.0, k + 1)) for k in range(20)]
-)  # P(w <= k) of w ~ Poisson(1)
+# P(w <= k) of w ~ Poisson(1)
+POISSON = np.cumsum([1 / np.e / np.prod(np.arange(1.0, k + 1)) for k in range(20)])
 
 
-def resamples(rows: int, count: int, seed: int, draws: int | None = None) -> torch.Tensor:
-    """How often each of `rows` images is in each of `count` resamples, (count, rows) float64.
+def bootstrap_weights(rows: int, count: int, seed: int, draws: int | None = None) -> torch.Tensor:
+    """How often each image occurs in each resample, (count, rows) float64.
 
-    Efron, Bootstrap methods: another look at the jackknife (1979). The sum of each row is `draws` (default: rows), the
-    number of images that the figure is of, where those at hand are a sample of them.
+    Efron, Bootstrap methods: another look at the jackknife (1979).
+
+    Args:
+        rows: number of images.
+        count: number of resamples.
+        draws: images in a resample, the sum of each row. Default: `rows`. Larger where these images
+            are a sample of those that the metric is computed on.
     """
-    found = np.random.default_rng((seed, rows)).multinomial(
-        draws or rows, np.full(rows, 1 / rows), size=count
-    )
-    return torch.from_numpy(found).double()
+    random = np.random.default_rng((seed, rows))
+    counts = random.multinomial(draws or rows, np.full(rows, 1 / rows), size=count)
+    return torch.from_numpy(counts).double()
 
 
-def poisson_weights(seed: int, numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """w ~ Poisson(1) of each image in each of `count` resamples, (count, B), of the seed and the image's number alone.
+def poisson_weights(seed: int, indices: torch.Tensor, count: int) -> torch.Tensor:
+    """Poisson(1) weight of each image in each of `count` resamples, (count, B).
 
-    The bootstrap of a stream (Chamandy et al., Estimating uncertainty for massive data streams, 2012).
+    Depends on the seed and the image's index alone: the bootstrap of a stream (Chamandy et al.,
+    Estimating uncertainty for massive data streams, 2012).
     """
     rows = np.arange(count, dtype=np.uint64)[:, None] << np.uint64(44)
-    uniform = (
-        hashed(seed, numbers.numpy().astype(np.uint64)[None] ^ rows) >> np.uint64(11)
-    ) * 2.0**-53
+    hashes = hash_indices(seed, indices.numpy().astype(np.uint64)[None] ^ rows)
+    uniform = (hashes >> np.uint64(11)) * 2.0**-53
     return torch.from_numpy(np.searchsorted(POISSON, uniform, side="right").astype(np.float64))
 
 
-def interval(
+def confidence_interval(
     value: float,
     replicates: torch.Tensor,
     confidence: float = 0.95,
     low: float = -float("inf"),
     high: float = float("inf"),
 ) -> tuple[float, float]:
-    """Percentiles of a figure's replicates, (R,), moved so that their mean is `value`, within [low, high].
+    """Percentiles of a metric's replicates (R,), shifted to have the mean `value`, in [low, high].
 
-    They are moved since resamples repeat images, by which a Frechet distance (or a score) is biased; of means and
-    shares they are the percentile interval. It is of the figure's spread, and says nothing of a bias that it has.
+    They are shifted because resamples repeat images, which biases a Frechet distance or a score;
+    for means and proportions the result is the percentile interval. It shows the metric's spread,
+    not its bias.
     """
-    tail = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    found = value + torch.quantile(replicates.double(), tail) - replicates.double().mean()
-    first, last = found.clamp(low, high).tolist()
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    ends = value + torch.quantile(replicates.double(), tails) - replicates.double().mean()
+    first, last = ends.clamp(low, high).tolist()
     return first, last

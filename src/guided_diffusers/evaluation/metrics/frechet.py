@@ -1,4 +1,4 @@
-"""The Frechet distance of features that are taken for Gaussians."""
+"""The Frechet distance between two sets of features, each approximated by a Gaussian."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from collections.abc import Iterable
 
 import torch
 
-from .accumulate import Accumulator
+from .accumulator import Accumulator
+
+MeanAndCovariance = tuple[torch.Tensor, torch.Tensor]  # (D,), (D, D) float64
 
 
 class Moments(Accumulator):
-    """Mean and covariance of features (D,), of each class or of all, exactly and in float64.
+    """Mean and covariance of features (D,), overall or of each class, in float64.
 
-    A batch, or another sum, with count n', mean m' and scatter S' = sum (x - m')(x - m')^T joins as
+    A batch, or another accumulator, with count n', mean m' and scatter S' = sum (x - m')(x - m')^T
+    is added by
 
         d = m' - m;    S += S' + n n' / (n + n') d d^T;    m += n' / (n + n') d
 
-    (Chan, Golub & LeVeque, Algorithms for computing the sample variance, 1983, eq. 2.1), which cancels nothing.
+    (Chan, Golub & LeVeque, Algorithms for computing the sample variance, 1983, eq. 2.1), which
+    avoids cancellation.
 
     Args:
         width: D.
-        classes: how many; labels are ids below. Memory is classes * D^2 * 8 bytes, whatever the number of images.
+        classes: number of classes K; it takes 8 K D^2 bytes, whatever the number of images.
     """
+
+    sums = ("count", "mean", "scatter")
 
     def __init__(self, width: int, classes: int = 1):
         self.count = torch.zeros(classes, dtype=torch.int64)
@@ -29,133 +35,146 @@ class Moments(Accumulator):
         self.scatter = torch.zeros(classes, width, width, dtype=torch.float64)
 
     def update(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> None:
-        """Features (B, D) of images with class ids (B,); with one class those aren't needed."""
+        """Add features (B, D) of images with class ids (B,); without ids all are of class 0."""
         features = features.cpu().double()
-        labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
+        if labels is None:
+            labels = torch.zeros(len(features), dtype=torch.int64)
         for label in labels.unique().tolist():
             x = features[labels == label]
             mean = x.mean(0)
-            self._join(label, len(x), mean, (x - mean).T @ (x - mean))
+            self._add(label, len(x), mean, (x - mean).T @ (x - mean))
 
-    def _join(self, label: int, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        before, all_ = int(self.count[label]), int(self.count[label]) + count
-        if count:
-            difference = mean - self.mean[label]
-            self.scatter[label] += scatter + before * count / all_ * difference.outer(difference)
-            self.mean[label] += count / all_ * difference
-            self.count[label] = all_
+    def _add(self, label: int, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        if count == 0:
+            return
+        before = int(self.count[label])
+        total = before + count
+        difference = mean - self.mean[label]
+        self.scatter[label] += scatter + before * count / total * difference.outer(difference)
+        self.mean[label] += count / total * difference
+        self.count[label] = total
 
     def merge(self, other: Moments) -> None:
         for label, count in enumerate(other.count.tolist()):
-            self._join(label, count, other.mean[label], other.scatter[label])
+            self._add(label, count, other.mean[label], other.scatter[label])
+
+    def select(self, label: int) -> Moments:
+        """Moments of one class."""
+        result = Moments(self.mean.shape[1])
+        for name, value in self.state().items():
+            setattr(result, name, value[label : label + 1])
+        return result
 
     def pooled(self) -> Moments:
-        """Of all classes together."""
-        found = Moments(self.mean.shape[1])
-        for one in zip(self.count.tolist(), self.mean, self.scatter, strict=True):
-            found._join(0, *one)
-        return found
+        """Moments of all classes together."""
+        result = Moments(self.mean.shape[1])
+        for label, count in enumerate(self.count.tolist()):
+            result._add(0, count, self.mean[label], self.scatter[label])
+        return result
 
-    def compute(self, label: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (D,) and covariance (D, D), of one class.
+    def compute(self, label: int = 0) -> MeanAndCovariance:
+        """Mean (D,) and covariance (D, D) of one class.
 
         Raises:
             ValueError: for fewer than two images.
         """
-        if (count := int(self.count[label])) < 2:
+        count = int(self.count[label])
+        if count < 2:
             raise ValueError(f"{count} images: two or more are needed")
         return self.mean[label], self.scatter[label] / (count - 1)
 
 
 def frechet_distance(a: torch.Tensor | Moments, b: torch.Tensor | Moments) -> float:
-    """The squared Frechet distance of two sets of features (N, D) and (M, D), each taken for a Gaussian:
+    """The squared Frechet distance between two sets of features (N, D) and (M, D):
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)),    A and B the covariances
 
-    (Dowson & Landau 1982; Heusel et al. 2017, "GANs trained by a two time-scale update rule", eq. 6.) In float64. It is
-    an FID only where the features are Inception's. Of `Moments` the first class's.
+    (Dowson & Landau 1982; Heusel et al. 2017, "GANs trained by a two time-scale update rule",
+    eq. 6), in float64. It is an FID only for Inception's features. Of `Moments` class 0 is used.
 
     Raises:
         ValueError: for fewer than two rows, or different D.
     """
-    shapes = [tuple(x.mean.shape[1:] if isinstance(x, Moments) else x.shape[1:]) for x in (a, b)]
-    counts = [int(x.count[0]) if isinstance(x, Moments) else len(x) for x in (a, b)]
-    if min(counts) < 2 or shapes[0] != shapes[1]:
+    (mean_a, cov_a), (mean_b, cov_b) = _mean_and_covariance(a), _mean_and_covariance(b)
+    if mean_a.shape != mean_b.shape:
         raise ValueError(
-            f"features of shapes {(counts[0], *shapes[0])} and {(counts[1], *shapes[1])}: two rows each, "
-            "or more, of the same width are allowed"
+            f"features have {len(mean_a)} and {len(mean_b)} columns; the same number is needed"
         )
-    gaussians = [
-        x.compute()
-        if isinstance(x, Moments)
-        else (x.double().mean(0), torch.atleast_2d(x.double().T.cov()))
-        for x in (a, b)
-    ]
-    return distance_of_gaussians(*gaussians[0], *gaussians[1])
+    return gaussian_frechet_distance(mean_a, cov_a, mean_b, cov_b)
 
 
-def distance_of_gaussians(
+def _mean_and_covariance(x: torch.Tensor | Moments) -> MeanAndCovariance:
+    if isinstance(x, Moments):
+        return x.compute()
+    if len(x) < 2:
+        raise ValueError(f"features of shape {tuple(x.shape)}: two or more rows are needed")
+    return x.double().mean(0), torch.atleast_2d(x.double().T.cov())
+
+
+def gaussian_frechet_distance(
     mean_a: torch.Tensor,
     cov_a: torch.Tensor,
     mean_b: torch.Tensor,
     cov_b: torch.Tensor,
     root_a: torch.Tensor | None = None,
 ) -> float:
-    """`frechet_distance` by means (D,) and covariances (D, D); `root_a` is A^(1/2) where it is known."""
-    root = _root(cov_a) if root_a is None else root_a
+    """`frechet_distance` of means (D,) and covariances (D, D); `root_a` is A^(1/2) if known."""
+    root = _matrix_root(cov_a) if root_a is None else root_a
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return max(
-        0.0, float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-    )
+    means = (mean_a - mean_b).square().sum()
+    return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
-def _root(matrix: torch.Tensor) -> torch.Tensor:
+def _matrix_root(matrix: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def frechet_resampled(
-    real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor, weights: Iterable[torch.Tensor]
+def bootstrap_frechet_distances(
+    real: MeanAndCovariance, features: torch.Tensor, weights: Iterable[torch.Tensor]
 ) -> torch.Tensor:
-    """The distance of each resample, (R,): row i of `features` (n, D) counts `weights[r, i]` times, R of (n,).
+    """The Frechet distance of each resample, (R,) float64.
 
     Args:
-        real: mean and covariance of the real images, which are held.
+        real: mean and covariance of the real images, which aren't resampled.
+        features: of the generated images, (n, D).
+        weights: how often each row counts in a resample, R tensors (n,).
     """
+    features = features.double()
     if len(features) < features.shape[1]:
-        return _resampled_by_rows(real, features.double(), weights)
-    features, root, found = features.double(), _root(real[1]), []
+        return _distances_by_gram_matrix(real, features, weights)
+    root, distances = _matrix_root(real[1]), []
     for weight in weights:
         mean = weight @ features / weight.sum()
         x = (features - mean) * weight.sqrt()[:, None]
-        found.append(distance_of_gaussians(*real, mean, x.T @ x / (weight.sum() - 1), root))
-    return torch.tensor(found, dtype=torch.float64)
+        covariance = x.T @ x / (weight.sum() - 1)
+        distances.append(gaussian_frechet_distance(*real, mean, covariance, root))
+    return torch.tensor(distances, dtype=torch.float64)
 
 
-def _resampled_by_rows(
-    real: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor, weights: Iterable[torch.Tensor]
+def _distances_by_gram_matrix(
+    real: MeanAndCovariance, features: torch.Tensor, weights: Iterable[torch.Tensor]
 ) -> torch.Tensor:
-    """As `frechet_resampled`, by matrices (n, n) instead of (D, D): with B = X^T X, the rows X of a resample centred,
+    """`bootstrap_frechet_distances` with matrices (n, n) instead of (D, D), for n < D.
+
+    With B = X^T X, X the centred rows of a resample,
 
         tr (A^(1/2) B A^(1/2))^(1/2) = tr (X A X^T)^(1/2),
 
-    and X A X^T is made of one matrix for all resamples by centring it.
+    and X A X^T follows from one Gram matrix for all resamples by centring it.
     """
     mean, covariance = real
-    x, found = features - mean, []
+    x, distances = features - mean, []
     gram, squares = x @ covariance @ x.T, x.square().sum(1)
     for weight in weights:
         total, drawn = weight.sum(), weight > 0
         share, root = weight[drawn] / total, weight[drawn].sqrt()
         rows = gram[drawn][:, drawn]
         middle = rows @ share
-        centred = (
-            (rows - middle[:, None] - middle + share @ middle) * root[:, None] * root / (total - 1)
-        )
+        centred = rows - middle[:, None] - middle + share @ middle
+        centred = centred * root[:, None] * root / (total - 1)
         cross = torch.linalg.eigvalsh(centred).clamp(min=0).sqrt().sum()
-        difference = share @ x[drawn]  # of the means
-        spread = (share @ squares[drawn] - difference.square().sum()) * total / (total - 1)
-        found.append(
-            max(0.0, float(difference.square().sum() + covariance.trace() + spread - 2 * cross))
-        )
-    return torch.tensor(found, dtype=torch.float64)
+        means = (share @ x[drawn]).square().sum()
+        trace = (share @ squares[drawn] - means) * total / (total - 1)
+        distances.append(max(0.0, float(means + covariance.trace() + trace - 2 * cross)))
+    return torch.tensor(distances, dtype=torch.float64)

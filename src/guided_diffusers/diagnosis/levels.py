@@ -1,0 +1,130 @@
+"""Noise levels of a sampling run at which a classifier is evaluated, and a reference gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+
+from ..noise import (
+    NoiseLevel,
+    TrainedSchedule,
+    module_config,
+    noise_levels,
+    sampling_timesteps,
+    schedule_config,
+    split_variance,
+)
+from ..utils import parameter_dtype
+
+MIN_START_RATIO = 10.0  # sigma / alpha above which every sampling run starts
+BETA_OPTIONS = ("beta_schedule", "beta_start", "beta_end")
+
+
+@dataclass(frozen=True)
+class EvalLevel:
+    """A step of a sampling run at which the classifier is evaluated.
+
+    `fraction` is its position in the run, 0 (pure noise) to 1 (last step), `index` and `timestep` are
+    the scheduler's.
+    """
+
+    fraction: float
+    index: int
+    timestep: float
+    level: NoiseLevel
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha."""
+        return self.level.sigma / self.level.alpha
+
+
+#: (x_t, label, eval_level) -> grad log p(y | x_t), (B, C, H, W)
+Reference = Callable[[torch.Tensor, torch.Tensor, EvalLevel], torch.Tensor]
+
+
+class SamplingRun:
+    """The longest run of a scheduler, of 1000 steps at most.
+
+    Args:
+        scheduler: is copied, not changed.
+
+    Raises:
+        ValueError: for a scheduler that guidance doesn't support.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin):
+        self.scheduler = copy.deepcopy(scheduler)
+        steps = self.scheduler.config.get("num_train_timesteps") or 1000
+        self.scheduler.set_timesteps(min(1000, steps))
+        self.timesteps = sampling_timesteps(self.scheduler)
+        self.noise_levels = [level for level in noise_levels(self.scheduler) if level.sigma > 0]
+
+    def eval_levels(self, count: int) -> list[EvalLevel]:
+        """The middles of `count` equal parts of the run, noisiest first, and its last step.
+
+        Raises:
+            ValueError: if `count` is below one or the run has too few steps.
+        """
+        steps = len(self.noise_levels)
+        if not 1 <= count < steps:
+            raise ValueError(
+                f"levels={count}: 1 to {steps - 1} are allowed, the run has {steps} steps"
+            )
+        fractions = [(part + 0.5) / count for part in range(count)]
+        return [self.at(fraction) for fraction in (*fractions, 1.0)]
+
+    def at(self, fraction: float) -> EvalLevel:
+        """The step at a fraction of the run in [0, 1]."""
+        index = min(int(fraction * len(self.noise_levels)), len(self.noise_levels) - 1)
+        return EvalLevel(fraction, index, float(self.timesteps[index]), self.noise_levels[index])
+
+    def model_input(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What the denoiser reads for the sample `x` at step `index`: `scale_model_input`."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        scheduler = copy.deepcopy(self.scheduler)  # sigma-based schedulers count the calls
+        if callable(getattr(scheduler, "set_begin_index", None)):
+            scheduler.set_begin_index(index)
+        return scheduler.scale_model_input(x, self.timesteps[index].to(x.device))
+
+
+def default_run(classifier: torch.nn.Module) -> SamplingRun:
+    """DDIM run of the classifier's own schedule.
+
+    A schedule that ends early (a classifier of clean images) is extended to 1000 steps of its
+    betas, because a sampling run starts from pure noise.
+    """
+    config = dict(schedule_config(classifier))
+    if TrainedSchedule(config).log_ratio[-1] < math.log(MIN_START_RATIO):
+        full = module_config(classifier)
+        config = {name: full[name] for name in BETA_OPTIONS if name in full}
+    return SamplingRun(DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing"))
+
+
+def network_reference(unet: torch.nn.Module, run: SamplingRun, null_label: int) -> Reference:
+    """grad log p(y | x_t) = score(x_t | y) - score(x_t) of a class-conditional denoiser.
+
+    Ho & Salimans 2022, "Classifier-free diffusion guidance". The estimate is independent of the
+    classifier, but has the denoiser's errors: they dominate where both scores are nearly equal (at
+    very high and at very low noise).
+    """
+
+    def reference(x: torch.Tensor, label: torch.Tensor, eval_level: EvalLevel) -> torch.Tensor:
+        model_input = run.model_input(x, eval_level.index).to(parameter_dtype(unet))
+        output = unet(
+            torch.cat([model_input] * 2),
+            run.timesteps[eval_level.index].to(x.device),
+            class_labels=torch.cat([label, torch.full_like(label, null_label)]),
+            return_dict=False,
+        )[0]
+        prediction, _ = split_variance(output, x.shape[1])
+        conditional, unconditional = (eval_level.level.x0(x, half) for half in prediction.chunk(2))
+        return eval_level.level.score_shift(conditional - unconditional)
+
+    return reference

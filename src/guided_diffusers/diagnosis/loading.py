@@ -1,0 +1,131 @@
+"""Loads what `inspect` is given by name: a classifier, the pipeline it guides, held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..classifier import NoiseAwareClassifier
+from ..noise import module_config
+from ..pipeline import ClassifierGuidedPipeline
+from ..utils import load_pipeline
+from .consistency import as_pair
+from .statistics import Item
+
+if TYPE_CHECKING:
+    from ..learning.data import LabelledImages
+
+
+def load_classifier(
+    model: str | Path,
+) -> tuple[NoiseAwareClassifier, ClassifierGuidedPipeline | None]:
+    """The classifier of a folder, Hub id or bundled name, and the pipeline that contains it.
+
+    Raises:
+        ValueError: for a pipeline without a classifier.
+        OSError: if there is neither a classifier nor a pipeline.
+    """
+    if not is_pipeline(str(model)):
+        return NoiseAwareClassifier.from_pretrained(model), None
+    pipeline = load_pipeline(str(model))
+    if pipeline.classifier is None:
+        raise ValueError(f"model {str(model)!r} is a pipeline without a classifier")
+    return pipeline.classifier, pipeline
+
+
+def is_pipeline(model: str) -> bool:
+    """Whether a folder, Hub id or bundled name is that of a pipeline."""
+    if Path(model).is_dir():
+        return (Path(model) / "model_index.json").is_file()
+    if "/" not in model:  # a bundled name
+        return True
+    try:
+        ClassifierGuidedPipeline.load_config(model)
+    except OSError:  # the Hub repository has no model_index.json
+        return False
+    return True
+
+
+def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[int, int]:
+    """Resolution and channels of the images that the classifier, or the autoencoder, reads.
+
+    Raises:
+        ValueError: for images that aren't square.
+    """
+    config, vae_config = module_config(classifier), module_config(vae)
+    height, width = as_pair(config["sample_size"])
+    if height != width:
+        raise ValueError(
+            f"model: its images are {height} by {width}; only square ones can be inspected"
+        )
+    if vae is None:
+        return height, config["in_channels"]
+    downsampling = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return height * downsampling, vae_config["in_channels"]
+
+
+def load_held_out(
+    dataset: str,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    resolution: int,
+    channels: int,
+) -> tuple[LabelledImages, str]:
+    """The images of a split, and its name (default: the first of validation, test and train).
+
+    Raises:
+        ValueError: if there is no such split, or it has no labels.
+    """
+    from ..learning.data import LabelledImages, load_splits
+
+    splits = load_splits(dataset)
+    if split is None:
+        split = next((name for name in ("validation", "test", "train") if name in splits), None)
+    if split not in splits:
+        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
+    data = LabelledImages(
+        splits[split], image_column, label_column, resolution, center_crop=True, channels=channels
+    )
+    if not data.id2label:
+        raise ValueError("dataset: it has no labels; name their column with label_column")
+    return data, split
+
+
+class RelabeledDataset:
+    """Images of a dataset with other label ids: `new_ids` maps the dataset's to them."""
+
+    def __init__(self, data: LabelledImages, new_ids: Mapping[int, int]):
+        self.data, self.new_ids = data, new_ids
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        item = self.data[index]
+        return {**item, "label": self.new_ids[item["label"]]}
+
+    def label(self, index: int) -> int:
+        return self.new_ids[self.data.label(index)]
+
+
+def match_labels(
+    data: LabelledImages, id2label: Mapping[Any, str] | None
+) -> tuple[Sequence[Item], list[str]]:
+    """The data with the classifier's label ids where both have the same names, and any mismatch."""
+    classifier_names = {int(i): name for i, name in (id2label or {}).items()}
+    if not classifier_names or classifier_names == data.id2label:
+        return data, []
+    ids = {name: i for i, name in classifier_names.items()}
+    unique = len(ids) == len(classifier_names)
+    if unique and set(data.id2label.values()) <= ids.keys():
+        new_ids = {i: ids[name] for i, name in data.id2label.items()}
+        note = "dataset and classifier number the labels differently; they were matched by name"
+        return RelabeledDataset(data, new_ids), [note]
+    return data, [
+        f"the dataset's labels are {list(data.id2label.values())[:20]}, the classifier's "
+        f"{list(classifier_names.values())[:20]}; they were matched by id"
+    ]

@@ -1,0 +1,369 @@
+"""`sweep`: measures a grid of settings and writes the report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..arguments import DEFAULTS
+from ..evaluation import (
+    COVERAGE_K,
+    Bootstrap,
+    Images,
+    Network,
+    Settings,
+    common_labels,
+    open_real,
+    summarise,
+)
+from ..pipeline import ClassifierGuidedPipeline
+from ..sampling.batches import Once
+from ..sampling.manifest import module_hash, weights_hash
+from ..utils import require_matplotlib
+from .measure import MeasureOptions, PointEvaluator, quiet_copy
+from .metrics import PICTURES, Result
+from .report import write_report
+from .schedulers import scheduler_for, scheduler_name
+from .settings import SweepSetting, sweep_grid
+from .store import Store
+from .verdict import Verdict, verdict_of
+
+
+def sweep(
+    pipeline: ClassifierGuidedPipeline,
+    reference: str,
+    output: str | Path,
+    features: Network,
+    judge: Network | None = None,
+    *,
+    scales: Sequence[float] = (0, 1, 2, 3, 5, 8, 10),
+    schedulers: Sequence[str] | None = None,
+    steps: Sequence[int] | None = None,
+    intervals: Sequence[tuple[float, float]] | None = None,
+    algorithms: Sequence[str] | None = None,
+    every: Sequence[int] = (),
+    tolerances: Sequence[float] = (),
+    num_images: int = 1000,
+    seed: int = 0,
+    batch_size: int = 50,
+    conditional: bool | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    bootstrap: int = 100,
+    max_features: int = 2000,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    model: str | None = None,
+    progress: bool = True,
+) -> Verdict:
+    """Measure guidance in every combination of settings and write the report.
+
+    Settings that the folder already has are not measured again. Processes that work on one folder
+    share the settings; those of `accelerate launch` also share the pass over the real images.
+
+    Args:
+        pipeline: must have a classifier.
+        reference: labelled real images: a Hub dataset, an image folder or a folder of Parquet
+            files.
+        output: a new folder, or one with results under the same arguments; these are then part of
+            the report.
+        features: network whose features the distances use.
+        judge: classifier that is not used for guidance. None: no accuracy.
+        scales: guidance scales >= 0; 0 (off) is always measured.
+        schedulers: names such as `dpmsolver++`. None: the pipeline's scheduler.
+        steps: numbers of steps. None: the pipeline's default.
+        intervals: (guidance_start, guidance_stop), fractions of the run in [0, 1]. None: the
+            pipeline's default.
+        algorithms: `guidance_algorithm`s. None: the pipeline's default.
+        every, tolerances: `guidance_every` and `guidance_tolerance`, which are not combined.
+        num_images: images per setting, at least 10; labels take turns. Image i depends only on
+            the seed and i.
+        conditional: as in the pipeline's call. False: the denoiser does not get the label, so that
+            only guidance steers.
+        dtype: autocast dtype of the denoiser; sampler and classifier are not affected.
+        bootstrap: resamples for the 95% intervals, at least 2.
+        max_features: size of the sample of images for metrics that need features of single images.
+        split, image_column, label_column: of the reference.
+        model: name in the report.
+
+    Raises:
+        ValueError: for other values, a folder with results under other arguments, a reference
+            without labels, a judge with other classes, or a judge or feature network with the
+            weights of the pipeline's classifier.
+        ImportError: if matplotlib is missing.
+        OSError: if the disk is full; finished results are kept.
+    """
+    require_matplotlib()
+    defaults = pipeline.config.defaults
+    if schedulers is None:
+        names = [scheduler_name(pipeline.scheduler)]
+    else:
+        names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
+    if intervals is None:
+        intervals = [(defaults["guidance_start"], defaults["guidance_stop"])]
+    settings = sweep_grid(
+        scales,
+        names,
+        steps or [defaults["num_inference_steps"]],
+        intervals,
+        algorithms or (None,),
+        every,
+        tolerances,
+    )
+    store = measure_points(
+        pipeline,
+        settings,
+        reference,
+        output,
+        features,
+        judge,
+        num_images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        conditional=conditional,
+        dtype=dtype,
+        bootstrap=bootstrap,
+        max_features=max_features,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        model=model,
+        progress=progress,
+    )
+    default_scale = float(defaults["guidance_scale"])
+    if not PartialState().is_main_process:
+        return verdict_of(store.all(), default_scale)
+    label_names = list(dict(sorted(class_names(pipeline).items())).values())
+    columns = [label_names[i % len(label_names)] for i in range(min(PICTURES, num_images))]
+    return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
+
+
+def measure_points(
+    pipeline: ClassifierGuidedPipeline,
+    settings: Sequence[SweepSetting],
+    reference: str,
+    output: str | Path,
+    features: Network,
+    judge: Network | None = None,
+    *,
+    num_images: int = 1000,
+    seed: int = 0,
+    batch_size: int = 50,
+    conditional: bool | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    bootstrap: int = 100,
+    max_features: int = 2000,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    model: str | None = None,
+    progress: bool = True,
+) -> Store:
+    """Measure the settings that the folder lacks, without a report; arguments as of `sweep`.
+
+    Returns:
+        The results of the folder; `store.read(store.path(setting))` is one of them.
+
+    Raises:
+        ValueError, OSError: as `sweep`.
+    """
+    # 1. Validate the arguments and the folder before any computation.
+    options = MeasureOptions(
+        num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
+    )
+    check_networks(pipeline, features, judge)
+    real = open_reference(pipeline, reference, split, image_column, label_column)
+    name = model or type(pipeline).__name__
+    protocol = {
+        "model": name,
+        **pipeline_protocol(pipeline),
+        "reference": {
+            "name": reference,
+            "split": real.description["split"],
+            "images": len(real),
+            "digest": fingerprint(real),
+        },
+        "features": {"network": features.name, "weights": features.digest()},
+        "judge": judge and {"network": judge.name, "weights": judge.digest()},
+        "device": pipeline.device.type,
+        **asdict(options),
+    }
+    store = Store(output, protocol)
+    store.all()
+
+    # 2. Summarise the real images, then measure.
+    show = progress and PartialState().is_main_process
+    cache = Path(output) / ".real"
+    evaluator = prepare_evaluator(pipeline, real, features, judge, options, cache, show)
+    fill(store, settings, evaluator, show)
+    return store
+
+
+def check_networks(
+    pipeline: ClassifierGuidedPipeline, features: Network, judge: Network | None
+) -> None:
+    """Check that there is a classifier, and that no other network has its weights.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if pipeline.classifier is None or not class_names(pipeline):
+        raise ValueError(
+            "pipeline: it has no classifier or its labels are unknown; both are needed"
+        )
+    classifier_hash = module_hash(pipeline.classifier)
+    for name, network in (("judge", judge), ("features", features)):
+        if network is not None and module_hash(network.module) == classifier_hash:
+            raise ValueError(
+                f"{name}: {network.name} has the weights of the pipeline's classifier and would "
+                "judge its own guidance; use a network that is not used for guidance"
+            )
+
+
+def open_reference(
+    pipeline: ClassifierGuidedPipeline,
+    reference: str,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+) -> Images:
+    """The labelled real images, in the shape of the pipeline's images.
+
+    Raises:
+        ValueError: if they cannot be read, have no labels or are too few.
+    """
+    with PartialState().main_process_first():  # the main process prepares the dataset's files
+        real = open_real(reference, image_shape(pipeline), split, image_column, label_column)
+    if not real.labelled:
+        raise ValueError(
+            f"reference: {reference} has no labels; name their column with label_column"
+        )
+    if len(real) <= COVERAGE_K:
+        raise ValueError(
+            f"reference: {reference} has {len(real)} images; at least {COVERAGE_K + 1} are needed"
+        )
+    return real
+
+
+def image_shape(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
+    """(C, H, W) of the pipeline's images, from one that it generates."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    image = quiet_copy(pipeline, scheduler)(
+        [0],
+        guidance_scale=0.0,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return tuple(image.shape[1:])
+
+
+def class_names(pipeline: ClassifierGuidedPipeline) -> dict[int, str]:
+    """{label id: name}; ids without a name have themselves as name."""
+    names = pipeline.config.id2label or {i: i for i in range(pipeline.num_labels or 0)}
+    return {int(i): str(name) for i, name in names.items()}
+
+
+def pipeline_protocol(pipeline: ClassifierGuidedPipeline) -> dict[str, Any]:
+    """What of the pipeline results depend on, apart from the arguments of a setting."""
+    config = {
+        name: value
+        for name, value in pipeline.scheduler.config.items()
+        if not name.startswith("_")  # includes options that only other scheduler classes read
+    }
+    defaults = {}
+    for name, value in pipeline.config.defaults.items():
+        reuse = name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name]
+        if reuse or name in ("classifier_free_scale", "guidance_algorithm"):
+            defaults[name] = value
+    return {
+        "weights": weights_hash(pipeline),
+        "own_scheduler": {"class": type(pipeline.scheduler).__name__, **config},
+        "defaults": defaults,
+    }
+
+
+def fingerprint(images: Images, count: int = 16) -> str:
+    """Hash of `count` evenly spaced images and labels; independent of where the dataset is."""
+    digest = hashlib.sha256()
+    for i in sorted({len(images) * i // count for i in range(count)}):
+        pixels, label = next(iter(images.read(i, i + 1)))
+        digest.update(pixels.numpy().tobytes() + str(label).encode())
+    return digest.hexdigest()[:16]
+
+
+def prepare_evaluator(
+    pipeline: ClassifierGuidedPipeline,
+    real: Images,
+    features: Network,
+    judge: Network | None,
+    options: MeasureOptions,
+    cache: Path,
+    progress: bool,
+) -> PointEvaluator:
+    """Match the labels and summarise the real images, once for all settings.
+
+    Raises:
+        ValueError: for a judge or real images without the pipeline's labels.
+    """
+    names = class_names(pipeline)
+    generated = SimpleNamespace(labelled=True, names=names)
+    common_names, classes, ids, real_ids, _ = common_labels(generated, real, judge)
+    scorer = judge or (features if features.is_inception else None)
+    summary_settings = Settings(
+        classes,
+        ids,
+        options.max_features,
+        options.bootstrap,
+        seed=options.seed,
+        judge_labels=judge is not None,
+    )
+    real_summary = summarise(
+        real,
+        features,
+        scorer,
+        replace(summary_settings, ids=real_ids),
+        batch_size=options.batch_size,
+        title="real images",
+        progress=progress,
+        cache=cache,
+    )
+    return PointEvaluator(
+        pipeline,
+        sorted(names),
+        features,
+        scorer,
+        real_summary,
+        summary_settings,
+        common_names,
+        Bootstrap(options.bootstrap, seed=options.seed, progress=progress),
+        options,
+    )
+
+
+def fill(
+    store: Store, settings: Sequence[SweepSetting], evaluator: PointEvaluator, progress: bool
+) -> None:
+    """Measure what the store lacks, with a progress bar over all images."""
+    finished = sum(store.read(store.path(setting)) is not None for setting in settings)
+    count = evaluator.options.num_images
+    bar = tqdm(
+        total=len(settings) * count, initial=finished * count, unit="image", disable=not progress
+    )
+    with Once(), bar:
+        if finished and progress:
+            bar.write(f"{finished} of {len(settings)} settings are already measured")
+
+        def measure(setting: SweepSetting) -> Result:
+            bar.set_description(setting.name)
+            return evaluator.measure(setting, store.folder, bar.update)
+
+        store.fill(settings, measure)

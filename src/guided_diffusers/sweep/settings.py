@@ -1,0 +1,176 @@
+"""The settings that a sweep measures: scheduler, steps, scale, and when and how guidance acts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+from ..arguments import ALGORITHMS
+
+
+class Curve(NamedTuple):
+    """What settings that differ only in their guidance scale have in common.
+
+    Attributes:
+        steps: number of steps; text where a sentence names several.
+        variant: `SweepSetting.variant`.
+    """
+
+    scheduler: str
+    steps: int | str
+    variant: str
+
+    def __str__(self) -> str:
+        plural = "" if self.steps == 1 else "s"
+        variant = f", guided {self.variant}" if self.variant else ""
+        return f"{self.scheduler}, {self.steps} step{plural}{variant}"
+
+    @property
+    def name(self) -> str:
+        """The curve as part of a file name."""
+        return f"{self.scheduler}-{self.steps}-steps{_file_suffix(self.variant)}"
+
+
+@dataclass(frozen=True)
+class SweepSetting:
+    """One combination of sampling arguments.
+
+    Attributes:
+        scheduler: name as of `scheduler_name`.
+        guidance_start, guidance_stop: part of the run that is guided; the defaults guide all of
+            it, whatever the pipeline's defaults are.
+        guidance_algorithm, guidance_every, guidance_tolerance: None: the pipeline's defaults.
+
+    With `guidance_scale=0` these have no effect and keep their default values.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+    guidance_algorithm: str | None = None
+    guidance_every: int | None = None
+    guidance_tolerance: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the setting's files, without suffix."""
+        scale, suffix = format_number(self.guidance_scale), _file_suffix(self.variant)
+        return f"{self.scheduler}-{self.num_inference_steps}-steps-scale-{scale}{suffix}"
+
+    @property
+    def variant(self) -> str:
+        """When and how guidance acts, such as "from 0.2 to 1, strang"; "" for the defaults."""
+        parts = []
+        if (self.guidance_start, self.guidance_stop) != (0, 1):
+            start, stop = format_number(self.guidance_start), format_number(self.guidance_stop)
+            parts.append(f"from {start} to {stop}")
+        if self.guidance_algorithm is not None:
+            parts.append(self.guidance_algorithm)
+        if self.guidance_every is not None:
+            parts.append(f"every {self.guidance_every}")
+        if self.guidance_tolerance is not None:
+            parts.append(f"tolerance {format_number(self.guidance_tolerance)}")
+        return ", ".join(parts)
+
+    @property
+    def curve(self) -> Curve:
+        return Curve(self.scheduler, self.num_inference_steps, self.variant)
+
+    @property
+    def unguided(self) -> SweepSetting:
+        """The baseline: same scheduler and steps, no guidance."""
+        return SweepSetting(self.scheduler, self.num_inference_steps, 0.0)
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        values = asdict(self)
+        del values["scheduler"]
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        return f"{self.curve}, scale {format_number(self.guidance_scale)}"
+
+
+def _file_suffix(variant: str) -> str:
+    return "-" + variant.replace(", ", "-").replace(" ", "-") if variant else ""
+
+
+def format_number(value: float) -> str:
+    return f"{value:.12g}"
+
+
+def format_scales(scales: Iterable[float]) -> str:
+    return ", ".join(map(format_number, scales))
+
+
+def sweep_grid(
+    scales: Iterable[float],
+    schedulers: Iterable[str],
+    steps: Iterable[int],
+    intervals: Iterable[tuple[float, float]] = ((0.0, 1.0),),
+    algorithms: Iterable[str | None] = (None,),
+    every: Iterable[int] = (),
+    tolerances: Iterable[float] = (),
+) -> list[SweepSetting]:
+    """Every combination once, few steps first, each preceded by its unguided baseline.
+
+    `every` and `tolerances` are alternatives and are not combined with each other.
+
+    Raises:
+        ValueError: for a value that the pipeline does not accept, or an empty list of schedulers,
+            steps, intervals or algorithms.
+    """
+    scales, schedulers, steps, intervals, algorithms, every, tolerances = (
+        list(dict.fromkeys(values))
+        for values in (scales, schedulers, steps, intervals, algorithms, every, tolerances)
+    )
+    _check_values("scales", scales, lambda s: 0 <= s < math.inf, "0 (off) or a positive number")
+    _check_values("steps", steps, _is_positive_integer, "integers from 1")
+    _check_values("every", every, _is_positive_integer, "integers from 1")
+    _check_values("tolerances", tolerances, lambda t: 0 < t < math.inf, "positive numbers")
+    allowed_algorithms = ", ".join(ALGORITHMS)
+    _check_values(
+        "algorithms", algorithms, lambda a: a is None or a in ALGORITHMS, allowed_algorithms
+    )
+    for start, stop in intervals:
+        if not 0 <= start < stop <= 1:
+            raise ValueError(
+                f"intervals: {start:g}:{stop:g} is not allowed; use 0 <= start < stop <= 1"
+            )
+    if not (schedulers and steps and intervals and algorithms):
+        raise ValueError(
+            f"schedulers={schedulers}, steps={steps}, intervals={intervals}, "
+            f"algorithms={algorithms}: at least one value of each is needed"
+        )
+    reuse: list[dict[str, Any]] = [{"guidance_every": int(k)} for k in every]
+    reuse += [{"guidance_tolerance": float(tolerance)} for tolerance in tolerances]
+    guided_scales = [float(scale) for scale in sorted(scales) if scale > 0]
+    settings = []
+    for count, scheduler in product(sorted(steps), schedulers):
+        settings.append(SweepSetting(scheduler, int(count), 0.0))
+        for interval, algorithm, reuse_option, scale in product(
+            intervals, algorithms, reuse or [{}], guided_scales
+        ):
+            start, stop = map(float, interval)
+            settings.append(
+                SweepSetting(scheduler, int(count), scale, start, stop, algorithm, **reuse_option)
+            )
+    return settings
+
+
+def _check_values(
+    name: str, values: Iterable[Any], is_allowed: Callable[[Any], bool], allowed: str
+) -> None:
+    for value in values:
+        if not is_allowed(value):
+            raise ValueError(f"{name}: {value} is not allowed; use {allowed}")
+
+
+def _is_positive_integer(value: float) -> bool:
+    return value >= 1 and value == int(value)
