@@ -7,7 +7,7 @@
 All three train the same network on the same images with AdamW, clipped gradients and a moving average. The bare loop
 has the images in memory as a tensor, draws, steps, and does nothing else. The plain script is what Diffusers'
 unconditional example does: a DataLoader of transformed images, `accelerate`, `EMAModel`, the loss on a progress bar at
-every step. Ours is `loop.Run` of the training scripts, which reads its images from Parquet and decodes them.
+every step. Ours is the `Trainer` of the training scripts, which reads its images from Parquet and decodes them.
 
 The loops take turns at every step of one process, so that whatever else the machine does falls on all alike; time is
 the process's CPU time, or with --device cuda wall-clock time. Peak memory is that of four steps in a fresh process
@@ -36,10 +36,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from guided_diffusers.learning.batches import Batch, StepRandom
+from guided_diffusers.learning.distributed import make_accelerator
+from guided_diffusers.learning.loop import Trainer
+from guided_diffusers.learning.options import Options
+from guided_diffusers.learning.prepare import load_data
+
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "training"))
-from loop import Batch, Draws, Run  # noqa: E402
-from options import Options, load_data, make_accelerator  # noqa: E402
 
 LOOPS = ("ours", "bare", "plain")
 WARM_UP = 3  # steps that aren't counted
@@ -140,8 +143,8 @@ def plain(options: argparse.Namespace, folder: Path) -> Iterator[None]:
 
 def ours(
     options: argparse.Namespace, folder: Path, output: str, between: Callable[[], None]
-) -> Run:
-    """`loop.Run`, which calls `between` once a step."""
+) -> Trainer:
+    """`Trainer`, which calls `between` once a step."""
     settings = Options(
         train_data_dir=str(folder),
         resolution=options.resolution,
@@ -159,11 +162,11 @@ def ours(
     accelerator = make_accelerator(settings)
     data, _ = load_data(settings, accelerator)
     run, scheduler = (
-        Run(settings, accelerator, network(options, data.channels), data),
+        Trainer(settings, accelerator, network(options, data.channels), data),
         DDPMScheduler(),
     )
 
-    def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
         between()
         x0, t = batch["pixel_values"], draws.randint(1000)
         return batch_loss(model, scheduler, x0, draws.randn(*x0.shape[1:]), t)
@@ -198,7 +201,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
 
     with tempfile.TemporaryDirectory() as output:
         run = ours(options, folder, output, between)
-    waiting = run.waited / sum(seconds["ours"])
+    waiting = run.data_seconds / sum(seconds["ours"])
     return {name: values[WARM_UP:] for name, values in seconds.items()}, waiting
 
 

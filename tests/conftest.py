@@ -1,11 +1,15 @@
-"""Closed forms: a mixture of two Gaussians whose denoiser, classifier and their gradients are known exactly."""
+"""A mixture of two Gaussians with exact denoiser, classifier and gradients; tiny trainings on digits."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # MKL's results then don't depend on where in memory a tensor starts, which bit-for-bit tests need on some processors
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import DDPMScheduler
+from helpers import CLASSIFIER, NAMES, TINY, UNET, load_script, reset_accelerate
+from PIL import Image as PILImage
 
 from guided_diffusers.noise import x0_coefficients
 
@@ -180,3 +188,85 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Digits as an image folder and as Parquet, and the configs of tiny networks."""
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("training")
+    digits = load_digits()
+    images = [
+        PILImage.fromarray(image) for image in (digits.images[:60] * 255 / 16).astype(np.uint8)
+    ]
+    labels = digits.target[:60].tolist()
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = root / "folder" / ("train" if i < 48 else "test") / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    features = Features(
+        {
+            "other": Image(),
+            "digit": Image(),
+            "class": ClassLabel(names=NAMES),
+            "number": Value("int64"),
+            "name": Value("string"),
+        }
+    )
+    rows = {
+        "other": images[::-1],
+        "digit": images,
+        "class": labels,
+        "number": labels,
+        "name": [NAMES[label] for label in labels],
+    }
+    data = Dataset.from_dict(rows, features=features)
+    (root / "parquet").mkdir()
+    for name, part in (("train", range(48)), ("dev", range(48, 60))):
+        data.select(part).to_parquet(root / "parquet" / f"{name}.parquet")
+    (root / "unlabelled").mkdir()
+    for i in range(8):
+        images[i].convert("RGB").save(root / "unlabelled" / f"{i}.png")
+    for name, config in (("unet", UNET), ("classifier", CLASSIFIER)):
+        (root / f"{name}.json").write_text(json.dumps({**config, "_class_name": "whatever"}))
+    return SimpleNamespace(
+        root=root,
+        folder=root / "folder",
+        parquet=root / "parquet",
+        unlabelled=root / "unlabelled",
+        unet=root / "unet.json",
+        classifier=root / "classifier.json",
+    )
+
+
+@pytest.fixture
+def train(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Run a script's `main` on the image folder in this process: (script, options, output folder's name) -> folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place.root / "cache"))
+
+    def run(
+        script: str,
+        line: str = "",
+        output: str = "out",
+        data: str | None = "--train_data_dir {folder}",
+    ) -> Path:
+        folder = tmp_path / output
+        command = f"{TINY} --cpu --model_config_name_or_path {{{script}}} {data or ''} {line} --output_dir {folder}"
+        if script == "unet" and "--sample_images" not in line:
+            command += " --sample_images 0"
+        if script == "classifier" and "--diagnosis_images" not in line:
+            command += " --diagnosis_images 0"
+        monkeypatch.setattr(
+            sys, "argv", [f"train_{script}.py", *shlex.split(command.format(**vars(place)))]
+        )
+        reset_accelerate()
+        try:
+            load_script(f"train_{script}").main()
+        finally:
+            reset_accelerate()
+        return folder
+
+    return run

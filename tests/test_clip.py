@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import DDPMScheduler, UNet2DModel
+from helpers import TRAINING, load_script
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -28,14 +29,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import NoiseAwareCLIP
-from guided_diffusers.learning.data import CaptionedImages, LabelledImages
+from guided_diffusers.learning.annotations import CaptionedImages
+from guided_diffusers.learning.batches import generator_for
+from guided_diffusers.learning.data import LabelledImages
+from guided_diffusers.learning.options import parse
 from guided_diffusers.noise import schedule_config
 
-TRAINING = Path(__file__).parents[1] / "training"
-sys.path.append(str(TRAINING))
-import loop  # noqa: E402
-import options  # noqa: E402
-import train_clip  # noqa: E402
+train_clip = load_script("train_clip")
 
 IMAGE = {
     "layers_per_block": 1,
@@ -469,7 +469,7 @@ def test_it_learns_and_its_figures_are_of_the_saved_model(
         )
         for k, row in enumerate(metrics["held_out"]):
             eps = torch.stack(
-                [torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(10)]
+                [torch.randn(1, 8, 8, generator=generator_for(0, 3, i, k)) for i in range(10)]
             )
             t = torch.full((10,), row["timestep"])
             image = model.encode_image(DDPMScheduler(50).add_noise(x0, eps, t), t)
@@ -687,6 +687,6 @@ def test_recipe_is_understood_and_in_the_readme(monkeypatch: pytest.MonkeyPatch)
     )
     assert sorted(recipe) == sorted(readme)
     monkeypatch.setattr(sys, "argv", recipe)
-    parsed = options.parse(train_clip.ClipOptions, None)
+    parsed = parse(train_clip.ClipOptions, None)
     root = TRAINING.parent
     assert (root / parsed.captions).is_file() and (root / parsed.text_config).is_file()

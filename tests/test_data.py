@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import load_script
 from PIL import Image as PILImage
 
-from guided_diffusers.learning.data import SHARD, LabelledImages, load_splits, row_name
+from guided_diffusers.learning.data import SHARD_STRIDE, LabelledImages, load_splits, row_name
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import prepare_fashion_mnist  # noqa: E402
+prepare_fashion_mnist = load_script("prepare_fashion_mnist")
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
@@ -277,7 +277,7 @@ def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
 
 
 def test_rows_of_streams_have_names() -> None:
-    assert [row_name(number) for number in (7, SHARD, 3 * SHARD + 7)] == [
+    assert [row_name(number) for number in (7, SHARD_STRIDE, 3 * SHARD_STRIDE + 7)] == [
         "row 7",
         "row 0 of shard 0",
         "row 7 of shard 2",

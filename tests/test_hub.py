@@ -775,14 +775,13 @@ def test_our_names_are_free_in_diffusers() -> None:
 
 
 def test_training_options_of_publishing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    from publishing import PublishedOptions
+    from guided_diffusers.learning.options import Options
 
     with pytest.raises(
         ValueError, match="--hub_model_id a/b, --hub_private False need --push_to_hub"
     ):
-        PublishedOptions(train_data_dir="x", hub_model_id="a/b")
+        Options(train_data_dir="x", hub_model_id="a/b")
     with pytest.raises(ValueError, match="--push_to_hub needs a token"):
-        PublishedOptions(train_data_dir="x", push_to_hub=True)
+        Options(train_data_dir="x", push_to_hub=True)

@@ -18,20 +18,17 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
+from helpers import CLASSIFIER, UNET, free_port, load_script, reset_accelerate
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from test_training import CLASSIFIER, TRAINING, UNET, free_port, start_afresh
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.images import decode, encode
+from guided_diffusers.learning import latents
+from guided_diffusers.learning.batches import generator_for
 from guided_diffusers.learning.data import LabelledImages
-
-sys.path.append(str(TRAINING))
-import latents  # noqa: E402
-import loop  # noqa: E402
-import train_classifier  # noqa: E402
-import train_unet  # noqa: E402
+from guided_diffusers.learning.distributed import end_training
 
 SIZES = {
     "block_out_channels": (8, 8),
@@ -81,8 +78,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def small_shards(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place.root / "cache"))
-    monkeypatch.setattr(latents, "SHARD", 8)
-    monkeypatch.setattr(latents, "PIXELS", 4 * 16**2)  # four at once
+    monkeypatch.setattr(latents, "IMAGES_PER_FILE", 8)
+    monkeypatch.setattr(latents, "PIXELS_PER_BATCH", 4 * 16**2)  # four at once
 
 
 @pytest.fixture
@@ -104,11 +101,11 @@ def train(
         if script == "classifier":
             command += " --diagnosis_images 6"
         monkeypatch.setattr(sys, "argv", [f"train_{script}.py", *shlex.split(command)])
-        start_afresh()
+        reset_accelerate()
         try:
-            {"unet": train_unet, "classifier": train_classifier}[script].main()
+            load_script(f"train_{script}").main()
         finally:
-            start_afresh()
+            reset_accelerate()
         return tmp_path / output
 
     return run
@@ -134,8 +131,9 @@ class Counted:
 def write(
     data: latents.LatentImages, vae: torch.nn.Module, workers: int = 0, progress: bool = False
 ) -> latents.LatentImages:
-    options = SimpleNamespace(dataloader_num_workers=workers, progress=progress)
-    latents.write_latents(options, Accelerator(cpu=True), vae, data, None)
+    latents.write_latents(
+        Accelerator(cpu=True), vae, data, None, workers=workers, progress=progress
+    )
     return data
 
 
@@ -370,7 +368,7 @@ def test_training_sees_the_drawn_latents(
         labels.append(held_out[i]["label"])
     row = json.loads((folder / "metrics.json").read_text())["held_out"][5]
     eps = torch.stack(
-        [torch.randn(4, 8, 8, generator=loop.generator_for(0, 3, i, 5)) for i in (0, 1, 3, 4)]
+        [torch.randn(4, 8, 8, generator=generator_for(0, 3, i, 5)) for i in (0, 1, 3, 4)]
     )
     t = torch.full((4,), row["timestep"])
     with torch.no_grad():
@@ -432,7 +430,7 @@ def write_share(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    latents.SHARD, latents.PIXELS = 8, 4 * 16**2
+    latents.IMAGES_PER_FILE, latents.PIXELS_PER_BATCH = 8, 4 * 16**2
     written, write_file = [], latents.write_file
 
     def noting(data: latents.LatentImages, vae: torch.nn.Module, file: Path, *rest: object) -> None:
@@ -444,7 +442,7 @@ def write_share(
     assert data[29]["pixel_values"].isfinite().all()  # whoever wrote it
     state = PartialState()
     (own / f"{state.process_index} of {state.num_processes}").write_text(json.dumps(written))
-    loop.finish(Accelerator(cpu=True))
+    end_training(Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(

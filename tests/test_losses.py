@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from helpers import weights
 from scipy.stats import norm
 from test_openai_networks import REFERENCE, original, pair
-from test_training import loop, place, train, weights  # noqa: F401 - the fixtures of the training scripts
 from torch import Tensor
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.learning import losses
+from guided_diffusers.learning.batches import generator_for
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.learning.losses import (
     LossSecondMomentSampler,
@@ -286,7 +287,7 @@ def test_a_network_is_trained_to_know_its_variance(train: Callable[..., Path], p
     assert pipeline(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
     held_out = LabelledImages(load_splits(place.folder)["test"], resolution=8, center_crop=True)
     images = torch.stack([held_out[i]["pixel_values"] for i in (0, 4, 8)])
-    noise = [loop.generator_for(0, 4, i) for i in range(3)]
+    noise = [generator_for(0, 4, i) for i in range(3)]
     got = (
         bits_per_dim(pipeline.unet, Process(pipeline.scheduler), images, generator=noise)["total"]
         .mean()

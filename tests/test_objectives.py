@@ -21,10 +21,11 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
-from test_training import TRAINING, UNET, apart, loop, place, train, train_unet, weights  # noqa: F401 - fixtures
+from helpers import TRAINING, UNET, apart, load_script, weights
 from torch import Tensor
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.learning.batches import generator_for
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.learning.losses import (
     FlowProcess,
@@ -41,6 +42,7 @@ DIT = {
     "num_layers": 2,
     "patch_size": 2,
 }
+train_unet = load_script("train_unet")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
 
@@ -287,7 +289,7 @@ def test_figures_of_flow_are_of_the_saved_model(train: Callable[..., Path], plac
     for k, row in enumerate(rows):
         s = row["timestep"] / 1000
         eps = torch.stack(
-            [torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in numbers]
+            [torch.randn(1, 8, 8, generator=generator_for(0, 3, i, k)) for i in numbers]
         )
         with torch.no_grad():
             output = pipeline.unet((1 - s) * x0 + s * eps, 1000 * s).sample
@@ -335,11 +337,11 @@ def by_hand(
     torch.manual_seed(0)
     model = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1)
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, eps=1e-3, weight_decay=0.01)
-    order = torch.randperm(48, generator=loop.generator_for(0, 0, 0)).tolist()
+    order = torch.randperm(48, generator=generator_for(0, 0, 0)).tolist()
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 2)
         x0 = torch.stack([data[order[p], p]["pixel_values"] for p in range(4 * step, 4 * step + 4)])
-        loss(model, x0, loop.generator_for(0, 2, step)).backward()
+        loss(model, x0, generator_for(0, 2, step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -589,7 +591,7 @@ def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
 ) -> None:
     """Rows of the labels' embeddings move where the labels were told: the null label's if all are dropped, else not."""
     started = {}
-    make = train_unet.make_network
+    make = train_unet.make_denoiser
 
     def made(*args: Any) -> torch.nn.Module:
         model = make(*args)
@@ -603,7 +605,7 @@ def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
         assert not output.any()
         return model
 
-    monkeypatch.setattr(train_unet, "make_network", made)
+    monkeypatch.setattr(train_unet, "make_denoiser", made)
     line = (
         f"--class_conditional --model_config_name_or_path {dit} --no_use_ema --adam_weight_decay 0 "
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +17,17 @@ from accelerate import Accelerator
 from conftest import SHAPE, Clock, Mixture, OracleUNet
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import DDPMScheduler, UNet2DModel
+from helpers import CLASSIFIER, NAMES, UNET, apart, load_script, weights
 from PIL import Image as PILImage
 from torch import nn
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.learning import warm_start
+from guided_diffusers.learning.annotations import TargetedImages
+from guided_diffusers.learning.batches import StepRandom
 from guided_diffusers.learning.classifier_losses import (
-    FIGURES,
+    METRICS,
     MULTI,
     REGRESSION,
     SINGLE,
@@ -37,14 +40,11 @@ from guided_diffusers.learning.classifier_losses import (
     soft_labels,
     worst_case,
 )
-from guided_diffusers.learning.data import LabelledImages, TargetedImages
+from guided_diffusers.learning.data import LabelledImages
 from guided_diffusers.learning.losses import LossSecondMomentSampler
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import recipes  # noqa: E402
-from loop import Draws  # noqa: E402
-from test_training import CLASSIFIER, NAMES, UNET, apart, place, train, weights  # noqa: E402, F401
-from train_classifier import ClassifierOptions  # noqa: E402
+train_classifier = load_script("train_classifier")
+ClassifierOptions, make_loss = train_classifier.ClassifierOptions, train_classifier.make_loss
 
 ALPHA, SIGMA = 0.6, 0.8
 VARIANCE = (ALPHA * 0.3) ** 2 + SIGMA**2  # of x_t given the class
@@ -255,12 +255,12 @@ def test_figures_are_scikit_learns() -> None:
     f = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     y = (torch.rand(40, 5, generator=generator) < 0.4).double()
     found = {name: values.mean().item() for name, values in held_out_scores(f, y, MULTI).items()}
-    assert tuple(found) == FIGURES[MULTI]
+    assert tuple(found) == METRICS[MULTI]
     assert found["average_precision"] == pytest.approx(label_ranking_average_precision_score(y, f))
     assert found["accuracy"] == pytest.approx(((f > 0) == y.bool()).double().mean().item())
     z = f[:, :2] + 0.3 * torch.randn(40, 2, generator=generator, dtype=torch.float64)
     found = held_out_scores(f[:, :2], z, REGRESSION, z.var(dim=0, unbiased=False))
-    assert tuple(found) == FIGURES[REGRESSION]
+    assert tuple(found) == METRICS[REGRESSION]
     assert found["r2"].mean().item() == pytest.approx(r2_score(z, f[:, :2]))
 
 
@@ -519,13 +519,14 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Simpl
         ).eval()
         nn.init.normal_(model.head[-1].out.weight, std=0.5)
         scheduler = DDPMScheduler(1000)
-        recipe = recipes.Recipe(options, Accelerator(cpu=True), scheduler, 999, data)
+        recipe = make_loss(options, Accelerator(cpu=True), scheduler, 999, data)
         items = [data[i] for i in range(8)]
         batch = {
             name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]
         }
         again, draws = (
-            Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu")) for _ in range(2)
+            StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
+            for _ in range(2)
         )
         t, eps = (
             options.min_timestep + again.randint(1000 - options.min_timestep),
@@ -585,18 +586,18 @@ def test_mixed_images_are_those_of_their_neighbours(made: Callable[..., SimpleNa
     """As the formula says; two processes mix what one does."""
     mixed = made(mixup=0.4)
     halves = [
-        mixed.recipe._draw_shares(
-            Draws(torch.Generator().manual_seed(3), 4, rank, 2, torch.device("cpu"))
+        mixed.recipe.mixup_shares(
+            StepRandom(torch.Generator().manual_seed(3), 4, rank, 2, torch.device("cpu"))
         )
         for rank in range(2)
     ]
-    whole = mixed.recipe._draw_shares(
-        Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
+    whole = mixed.recipe.mixup_shares(
+        StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
     )
     assert torch.equal(torch.cat(halves), whole) and whole.min() >= 0 and whole.max() <= 1
-    fresh = Draws(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
+    fresh = StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
     fresh.randint(1000), fresh.randn(1, 8, 8)
-    share = mixed.recipe._draw_shares(fresh)
+    share = mixed.recipe.mixup_shares(fresh)
     swapped = [1, 0, 3, 2, 5, 4, 7, 6]
     x0 = (
         share[:, None, None, None] * mixed.x0 + (1 - share)[:, None, None, None] * mixed.x0[swapped]
@@ -686,10 +687,9 @@ def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
         unet = UNet2DModel(**{**UNET, **shape, **more}, out_channels=1, num_class_embeds=3)
         folder = tmp_path / str(number)
         unet.save_pretrained(folder / "unet")
-        start = recipes.load_start(str(folder))
-        model = NoiseAwareClassifier(**recipes.architecture(start), **shape, num_labels=3)
-        options = ClassifierOptions(train_data_dir="digits", init_from=str(folder))
-        said = recipes.start_at(options, model, start, None)
+        start = warm_start.load_initial_model(str(folder))
+        model = NoiseAwareClassifier(**warm_start.classifier_config(start), **shape, num_labels=3)
+        said = warm_start.copy_weights(model, start, str(folder))
         body = [name for name in model.state_dict() if not name.startswith("head.")]
         assert said.startswith(
             f"starts from {folder}: {len(body)} of {len(model.state_dict())} parameters"
@@ -721,21 +721,20 @@ def test_a_classifier_with_other_labels(tmp_path: Path) -> None:
     )
     nn.init.normal_(first.head[-1].out.weight)
     first.save_pretrained(tmp_path)
-    options = ClassifierOptions(train_data_dir="digits", init_from=str(tmp_path))
-    start = recipes.load_start(str(tmp_path))
-    taken = recipes.start_schedule(options, start)
+    start = warm_start.load_initial_model(str(tmp_path))
+    taken = warm_start.initial_schedule(start)
     assert (taken.config.num_train_timesteps, taken.config.beta_schedule) == (40, "scaled_linear")
-    assert recipes.start_schedule(options, None) is None
+    assert warm_start.initial_schedule(None) is None
     for names, other in (
         ("abc", []),
         ("abd", ["head.2.out.weight", "head.2.out.bias"]),
         ("abcd", ["head.2.out.weight", "head.2.out.bias"]),
     ):
         model = NoiseAwareClassifier(
-            **{**recipes.architecture(start), "num_labels": len(names)},
+            **{**warm_start.classifier_config(start), "num_labels": len(names)},
             id2label=dict(enumerate(names)),
         )
-        said = recipes.start_at(options, model, start, None)
+        said = warm_start.copy_weights(model, start, str(tmp_path))
         assert (
             f": {len(first.state_dict()) - len(other)} of {len(first.state_dict())} parameters"
             in said
@@ -781,8 +780,8 @@ def test_other_heads_become_models_that_guide(
         None if kind == REGRESSION else {0: "by 0", 1: "by 1", 2: "by 2"}
     )
     rows = json.loads((folder / "metrics.json").read_text())["held_out"]
-    assert {*FIGURES[kind]} <= rows[0].keys()
-    assert all(math.isfinite(row[name]) for row in rows for name in FIGURES[kind])
+    assert {*METRICS[kind]} <= rows[0].keys()
+    assert all(math.isfinite(row[name]) for row in rows for name in METRICS[kind])
     log_p = ClassifierGuidance(model, **guided).log_likelihood(torch.zeros(2, 1, 8, 8), 500.0)
     assert log_p.shape == (2,) and (log_p < 0).all()
     if kind == REGRESSION:  # it starts at the mean
@@ -859,6 +858,6 @@ def test_a_start_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="--init_from .*AutoencoderKL; NoiseAwareClassifier and UNet2DModel are"
     ):
-        recipes.load_start(str(tmp_path))
+        warm_start.load_initial_model(str(tmp_path))
     with pytest.raises(ValueError, match="--init_from nowhere: "):
-        recipes.load_start("nowhere")
+        warm_start.load_initial_model("nowhere")

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,31 +29,31 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import files_of_at_most
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDPMScheduler
-from PIL import Image as PILImage
-from safetensors.torch import load_file
-from test_training import (  # noqa: F401  (place and train are fixtures)
+from helpers import (
     TINY,
     TRAINING,
     apart,
     environment_of,
     free_port,
-    place,
+    load_script,
+    reset_accelerate,
     shadow,
-    start_afresh,
-    train,
-    train_classifier,
-    train_unet,
     weights,
 )
+from PIL import Image as PILImage
+from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
+from guided_diffusers.learning import checkpointing
+from guided_diffusers.learning.batches import Batch, StepRandom
+from guided_diffusers.learning.checkpointing import list_checkpoints
 from guided_diffusers.learning.data import LabelledImages
+from guided_diffusers.learning.distributed import prepare_sharding
+from guided_diffusers.learning.loop import Trainer
+from guided_diffusers.learning.options import Options
 
-import checkpointing  # isort: skip
-import kill_and_resume  # isort: skip
-import loop  # isort: skip
-import recipes  # isort: skip
-from options import MAY_CHANGE, Options  # isort: skip
+train_unet, train_classifier = load_script("train_unet"), load_script("train_classifier")
+kill_and_resume = load_script("kill_and_resume")
 
 SIX = "--max_train_steps 6 --checkpointing_steps 2 --checkpoints_total_limit 0 "
 LATEST = SIX + "--resume_from_checkpoint latest"
@@ -116,7 +115,7 @@ def with_code(checkpoint: Path) -> str:
 
     torch.save({"step": Code()}, checkpoint / "custom_checkpoint_0.pkl")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["custom_checkpoint_0.pkl"] = checkpointing.written(
+    manifest["files"]["custom_checkpoint_0.pkl"] = checkpointing.checksum(
         checkpoint / "custom_checkpoint_0.pkl"
     )
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
@@ -244,7 +243,7 @@ def test_what_would_be_another_training_is_named(
             "plain",
         )
     assert (
-        len([*folder.glob("checkpoint-*")]) == len(loop.checkpoints(folder)) > 0
+        len([*folder.glob("checkpoint-*")]) == len(list_checkpoints(folder)) > 0
     )  # nothing was put aside
 
 
@@ -254,12 +253,6 @@ def test_what_may_change_changes_nothing(
     tmp_path: Path,
 ) -> None:
     """A run goes on elsewhere, with more steps, other records and other ways to read the same images."""
-    known = {
-        f.name
-        for cls in (train_unet.UNetOptions, train_classifier.ClassifierOptions)
-        for f in fields(cls)
-    }
-    assert MAY_CHANGE <= known
     whole = train("classifier", SIX, "whole")
     train("classifier", SIX + "--max_train_steps 4", "first")
     moved = shutil.copytree(place.folder, tmp_path / "moved")
@@ -308,15 +301,15 @@ def test_killed_at_random_moments(
 ) -> None:
     """The script, with two kills; it says what differs where something does."""
     kept = kill_and_resume.KillOptions(kills=2, steps=60, checkpointing_steps=5)
-    assert kill_and_resume.work(kept, tmp_path) == 0
+    assert kill_and_resume.compare_runs(kept, tmp_path) == 0
     assert re.search(
         r"kill 2: .*\n\d{3} tensors and numbers compared after 2 kills: 0 differ",
         capsys.readouterr().out,
     )
-    one = kill_and_resume.state(tmp_path / "whole", 60)
-    assert any(name.startswith("checkpoint-60/optimizer.bin: /state/0/exp_avg") for name in one)
+    one = kill_and_resume.final_state(tmp_path / "whole", 60)
+    assert any(name.startswith("checkpoint-60/optimizer.bin/state/0/exp_avg") for name in one)
     assert not all(
-        kill_and_resume.same(value, kill_and_resume.state(tmp_path / "whole", 60)[name] + 1)
+        kill_and_resume.equal(value, kill_and_resume.final_state(tmp_path / "whole", 60)[name] + 1)
         for name, value in one.items()
         if isinstance(value, torch.Tensor)
     )
@@ -429,7 +422,7 @@ class Plain:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().__getitem__(item)
 
-        start_afresh()
+        reset_accelerate()
         self.options = Options(
             train_data_dir="x",
             resolution=8,
@@ -441,10 +434,10 @@ class Plain:
             **settings,
         )
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
-        self.run = loop.Run(self.options, Accelerator(cpu=True), model, Deadly(split, resolution=8))
+        self.run = Trainer(self.options, Accelerator(cpu=True), model, Deadly(split, resolution=8))
 
     def train(self, broken_at: int = -1) -> None:
-        def loss(model: torch.nn.Module, batch: loop.Batch, draws: loop.Draws) -> torch.Tensor:
+        def loss(model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
             value = model(batch["pixel_values"]).square().mean()
             if self.run.progress.step == broken_at:  # finite, but its gradient isn't
                 value = value + (model[1].weight.sum() * 0).sqrt()
@@ -453,14 +446,14 @@ class Plain:
         try:
             self.run.train(loss, lambda model, step: {})
         finally:
-            start_afresh()
+            reset_accelerate()
 
 
 def test_weights_that_are_not_finite_are_not_saved(place: SimpleNamespace, tmp_path: Path) -> None:
     split = datasets.load_dataset(str(place.folder))["train"]
     with pytest.raises(FloatingPointError, match="weights at step 4 are NaN or infinite"):
         Plain(tmp_path, split, max_train_steps=9, max_grad_norm=0.0).train(broken_at=3)
-    assert [path.name for path in loop.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
@@ -648,7 +641,7 @@ def test_what_a_network_in_parts_is_not_trained_with(
         distributed_type=given.kind, state=state, mixed_precision=given.mixed_precision
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        loop.split_between_processes(given, accelerator, torch.nn.Linear(1, 1))
+        prepare_sharding(accelerator, torch.nn.Linear(1, 1), given.optimizer, 1, 1, 1.0)
 
 
 def test_a_network_in_parts_is_not_differentiated_twice() -> None:
@@ -662,7 +655,7 @@ def test_a_network_in_parts_is_not_differentiated_twice() -> None:
         ValueError,
         match="--dlsm_weight 1.0 differentiates twice, which distributed_type FSDP isn't",
     ):
-        recipes.Recipe(
+        train_classifier.make_loss(
             given, accelerator, DDPMScheduler(), 999, SimpleNamespace(id2label={0: "a", 1: "b"})
         )
 

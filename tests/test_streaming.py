@@ -19,28 +19,33 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
-from safetensors.torch import load_file
-from sklearn.datasets import load_digits
-from test_training import (  # noqa: F401  (place and train are fixtures)
+from helpers import (
     CLASSIFIER,
     NAMES,
     TINY,
     TRAINING,
     apart,
     launched,
-    place,
+    load_script,
+    reset_accelerate,
     shadow,
-    start_afresh,
-    train,
     weights,
 )
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.learning.data import LabelledImages, load_splits, row_name
+from guided_diffusers.learning.streaming import (
+    Item,
+    Row,
+    StreamedBatches,
+    StreamedImages,
+    parse_labels,
+)
 
-import train_clip  # isort: skip
-from streaming import Item, Row, StreamedBatches, StreamedImages, label_names  # isort: skip
+train_clip = load_script("train_clip")
 
 SIZES = (9, 5, 11, 7, 8, 8)  # rows a shard, 48 in all
 
@@ -298,7 +303,7 @@ def test_labels_that_are_told(
     shards: SimpleNamespace, tmp_path: Path, column: str, labels: str, names: list[str]
 ) -> None:
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
-    told = label_names(labels.format(names=tmp_path / "names.json"))
+    told = parse_labels(labels.format(names=tmp_path / "names.json"))
     source = stream(shards.tars, label_column=column, labels=told)
     assert source.id2label == dict(enumerate(names))
     rows = list(source.rows())
@@ -585,7 +590,7 @@ def test_clip_by_label(
         ],
     ):
         monkeypatch.setattr(sys, "argv", ["train_clip.py", *line, *more])
-        start_afresh()
+        reset_accelerate()
         train_clip.main()
     one, other = (
         load_file(tmp_path / name / "checkpoint-4" / "model.safetensors")

@@ -6,14 +6,11 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,149 +19,38 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from helpers import (
+    CLASSIFIER,
+    NAMES,
+    TINY,
+    TRAINING,
+    UNET,
+    apart,
+    environment_of,
+    launched,
+    load_script,
+    shadow,
+    weights,
+)
 from PIL import Image as PILImage
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.diagnosis import diagnose
+from guided_diffusers.learning.batches import ShuffledBatches, generator_for
+from guided_diffusers.learning.checkpointing import list_checkpoints
+from guided_diffusers.learning.data import LabelledImages
+from guided_diffusers.learning.options import Options, parse
 from guided_diffusers.noise import TrainedSchedule
 
-TRAINING = Path(__file__).parents[1] / "training"
-sys.path.append(str(TRAINING))
-import loop  # noqa: E402
-import options  # noqa: E402
-import train_classifier  # noqa: E402
-import train_unet  # noqa: E402
-
-SCRIPTS = {"unet": train_unet, "classifier": train_classifier}
-NAMES = list("abcdefghij")
-SHARED = {
-    "layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "block_out_channels": [8, 16],
-}
-UNET = {**SHARED, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-CLASSIFIER = {**SHARED, "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]}
-TINY = (
-    "--resolution 8 --train_batch_size 4 --lr_warmup_steps 2 --learning_rate 1e-3 --validation_samples 6 "
-    "--no_progress"
-)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Digits as an image folder and as Parquet, and the configs of tiny networks."""
-    root = tmp_path_factory.mktemp("training")
-    digits = load_digits()
-    images = [
-        PILImage.fromarray(image) for image in (digits.images[:60] * 255 / 16).astype(np.uint8)
-    ]
-    labels = digits.target[:60].tolist()
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        folder = root / "folder" / ("train" if i < 48 else "test") / NAMES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{i}.png")
-    features = Features(
-        {
-            "other": Image(),
-            "digit": Image(),
-            "class": ClassLabel(names=NAMES),
-            "number": Value("int64"),
-            "name": Value("string"),
-        }
-    )
-    rows = {
-        "other": images[::-1],
-        "digit": images,
-        "class": labels,
-        "number": labels,
-        "name": [NAMES[label] for label in labels],
-    }
-    data = Dataset.from_dict(rows, features=features)
-    (root / "parquet").mkdir()
-    for name, part in (("train", range(48)), ("dev", range(48, 60))):
-        data.select(part).to_parquet(root / "parquet" / f"{name}.parquet")
-    (root / "unlabelled").mkdir()
-    for i in range(8):
-        images[i].convert("RGB").save(root / "unlabelled" / f"{i}.png")
-    for name, config in (("unet", UNET), ("classifier", CLASSIFIER)):
-        (root / f"{name}.json").write_text(json.dumps({**config, "_class_name": "whatever"}))
-    return SimpleNamespace(
-        root=root,
-        folder=root / "folder",
-        parquet=root / "parquet",
-        unlabelled=root / "unlabelled",
-        unet=root / "unet.json",
-        classifier=root / "classifier.json",
-    )
-
-
-@pytest.fixture
-def train(
-    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
-    """Run a script's `main` on the image folder in this process: (script, options, output folder's name) -> folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place.root / "cache"))
-
-    def run(
-        script: str,
-        line: str = "",
-        output: str = "out",
-        data: str | None = "--train_data_dir {folder}",
-    ) -> Path:
-        folder = tmp_path / output
-        command = f"{TINY} --cpu --model_config_name_or_path {{{script}}} {data or ''} {line} --output_dir {folder}"
-        if script == "unet" and "--sample_images" not in line:
-            command += " --sample_images 0"
-        if script == "classifier" and "--diagnosis_images" not in line:
-            command += " --diagnosis_images 0"
-        monkeypatch.setattr(
-            sys, "argv", [f"train_{script}.py", *shlex.split(command.format(**vars(place)))]
-        )
-        start_afresh()
-        try:
-            SCRIPTS[script].main()
-        finally:
-            start_afresh()
-        return folder
-
-    return run
-
-
-def start_afresh() -> None:
-    """Let the next Accelerator be another one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(
-        next(iter([*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors")]))
-    )
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def shadow(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(sorted(checkpoint.glob("custom_checkpoint_*.pkl"))[-1], weights_only=True)
-    return {str(i): tensor for i, tensor in enumerate(state["shadow_params"])}
-
+train_unet, train_classifier = load_script("train_unet"), load_script("train_classifier")
 
 # What is saved
 
@@ -234,7 +120,7 @@ def test_figures_are_of_the_saved_model(
     x0, label = images / 127.5 - 1, torch.tensor(splits["test"]["label"])
     for k, row in enumerate(json.loads((folder / "metrics.json").read_text())["held_out"]):
         eps = torch.stack(
-            [torch.randn(1, 8, 8, generator=loop.generator_for(0, 3, i, k)) for i in range(12)]
+            [torch.randn(1, 8, 8, generator=generator_for(0, 3, i, k)) for i in range(12)]
         )
         t = torch.full((12,), row["timestep"])
         with torch.no_grad():
@@ -255,8 +141,10 @@ def test_figures_are_of_the_saved_model(
     assert json.loads((folder / "diagnosis.json").read_text())["levels"] == json.loads(
         json.dumps(
             diagnose(
-                model,
-                loop.LabelledImages(splits["test"], resolution=8),
+                deepcopy(
+                    model
+                ),  # in aligned memory, which safetensors' isn't: the same last digits
+                LabelledImages(splits["test"], resolution=8),
                 images=9,
                 gradient_images=32,
                 batch_size=4,
@@ -289,7 +177,7 @@ def test_unet_training_is_the_plain_loop(
         "--random_flip --gradient_accumulation_steps 2 --max_train_steps 4 --checkpointing_steps 4 "
         "--adam_beta2 0.99 --max_grad_norm 0.1 --ema_power 0.6",
     )
-    data = loop.LabelledImages(
+    data = LabelledImages(
         datasets.load_dataset(str(place.folder))["train"], resolution=8, random_flip=True
     )
     torch.manual_seed(5)
@@ -297,7 +185,7 @@ def test_unet_training_is_the_plain_loop(
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, betas=(0.9, 0.99), weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000).double(), 0)
-    order = torch.randperm(48, generator=loop.generator_for(5, 0, 0)).tolist()
+    order = torch.randperm(48, generator=generator_for(5, 0, 0)).tolist()
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 2)
         for number in (2 * step, 2 * step + 1):
@@ -307,7 +195,7 @@ def test_unet_training_is_the_plain_loop(
                 torch.stack([item["pixel_values"] for item in items]),
                 [item["label"] for item in items],
             )
-            generator = loop.generator_for(5, 2, number)
+            generator = generator_for(5, 2, number)
             t = torch.randint(1000, (4,), generator=generator)
             eps = torch.randn(4, 1, 8, 8, generator=generator)
             dropped = torch.rand(4, generator=generator) < 0.4
@@ -380,95 +268,7 @@ def test_resumed_equals_uninterrupted(
     assert apart(weights(whole), weights(whole.with_name("again"))) == 0
 
 
-DRIVER = """
-import os, runpy, sys
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
-sys.path.append({training!r})
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-plain, prepare = AcceleratorState.__init__, PartialState._prepare_backend
-
-def split(self, *args, fsdp_plugin=None, **settings):
-    plain(self, *args, fsdp_plugin=fsdp_plugin, **settings)
-    if fsdp_plugin is not None:  # what Accelerate does with accelerators, but leaves out on CPUs
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-        PartialState._shared_state["distributed_type"] = self.distributed_type
-
-def backend(self, *args):
-    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        return "gloo", DistributedType.MULTI_CPU
-    return prepare(self, *args)
-
-AcceleratorState.__init__, PartialState._prepare_backend = split, backend
-before = dict(os.environ)
-for port, settings, sys.argv in {commands!r}:
-    os.environ.clear()
-    os.environ.update(before, MASTER_PORT=str(port), **settings)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-"""
-
-
-def launched(
-    folder: Path, place: SimpleNamespace, commands: list[tuple[dict[str, str], list[str]]]
-) -> str:
-    """What the commands print, one after the other in one `accelerate launch` of two processes.
-
-    One launch, since an import of torch costs more than a training; each command meets at a port of its own, with
-    further environment variables.
-    """
-    driver = folder / "driver.py"
-    driver.write_text(
-        DRIVER.format(training=str(TRAINING), commands=[(free_port(), *each) for each in commands])
-    )
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(place.root / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    line = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-        "--main_process_port 0"
-    )
-    launch = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *line.split(), str(driver)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, errors = launch.communicate(timeout=600)
-    finally:
-        with suppress(
-            ProcessLookupError
-        ):  # all of them, also where the launcher is gone and left one
-            os.killpg(launch.pid, signal.SIGKILL)
-    assert launch.returncode == 0, errors
-    return printed
-
-
-def free_port() -> int:
-    """A port that nothing listened at a moment ago."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def environment_of(config: str) -> dict[str, str]:
-    """What `accelerate launch` tells the processes of a config of training/accelerate."""
-    line = ["--config_file", str(TRAINING / "accelerate" / f"{config}.yaml"), "train.py"]
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
-    return {
-        name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-
-
+SCRIPTS = {"unet": train_unet, "classifier": train_classifier}
 EXACT = "--adam_epsilon 1e-4 --validation_samples 1 --checkpoints_total_limit 0 --cpu --mixed_precision "
 FIFTY = EXACT + "no --max_train_steps 50 --checkpointing_steps 45 "
 SIX = EXACT + "{} --max_train_steps 6 --checkpointing_steps 3 "
@@ -535,7 +335,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
         assert first == pytest.approx(second, abs=0.02 if bf16 else 1e-4)
     assert json.loads((both / "options.json").read_text())["train_batch_size"] == 2
     if not bf16:
-        last = loop.checkpoints(one)[-1].name
+        last = list_checkpoints(one)[-1].name
         assert apart(shadow(one / last), shadow(both / last)) < 1e-5
 
 
@@ -544,7 +344,7 @@ def test_two_processes_speak_once_and_resume(two: SimpleNamespace) -> None:
         two.printed.count("step 50: loss") == two.printed.count("step 6: loss") == 1
     )  # the main one speaks for both
     for name in ("recipe", "fsdp-recipe"):
-        last = loop.checkpoints(two.root / name)[-1]
+        last = list_checkpoints(two.root / name)[-1]
         assert (last / "random_states_1.pkl").exists()
         assert (last / "pytorch_model_fsdp.bin").exists() == (name == "fsdp-recipe")
         assert apart(weights(two.root / name), weights(two.root / f"{name}-resumed")) == 0
@@ -588,7 +388,7 @@ def test_deepspeed_equals_one_process_or_is_named(
     if not find_spec("deepspeed"):
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(options.Options, "cpu", False)
+        monkeypatch.setattr(Options, "cpu", False)
         with pytest.raises(SystemExit, match="distributed_type DEEPSPEED: .*pip install deepspeed"):
             train("classifier", "--max_train_steps 1", "deepspeed")
         return
@@ -664,7 +464,7 @@ def test_epochs_and_checkpoints_limit(train: Callable[..., Path]) -> None:
         "--checkpoints_total_limit 3",
     )
     assert json.loads((folder / "metrics.json").read_text())["step"] == 12
-    assert [path.name for path in loop.checkpoints(folder)] == [
+    assert [path.name for path in list_checkpoints(folder)] == [
         "checkpoint-6",
         "checkpoint-9",
         "checkpoint-12",
@@ -672,18 +472,18 @@ def test_epochs_and_checkpoints_limit(train: Callable[..., Path]) -> None:
 
 
 def test_stream_is_the_same_for_any_number_of_processes() -> None:
-    whole = [item for batch in loop.Stream(7, 4, 3, 0, 1, 0, 7) for item in batch]
+    whole = [item for batch in ShuffledBatches(7, 4, 3, 0, 1, 0, 7) for item in batch]
     assert (
         sorted(index for index, _ in whole[:7])
         == sorted(index for index, _ in whole[7:14])
         == list(range(7))
     )
     assert [index for index, _ in whole[:7]] != [index for index, _ in whole[7:14]]
-    shares = [list(loop.Stream(7, 2, 3, rank, 2, 0, 7)) for rank in range(2)]
+    shares = [list(ShuffledBatches(7, 2, 3, rank, 2, 0, 7)) for rank in range(2)]
     assert [item for pair in zip(*shares, strict=True) for batch in pair for item in batch] == whole
-    assert list(loop.Stream(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
+    assert list(ShuffledBatches(7, 4, 3, 0, 1, 3, 5)) == [whole[12:16], whole[16:20]]
     assert [index for index, _ in whole[:7]] != [
-        items[0][0] for items in loop.Stream(7, 1, 4, 0, 1, 0, 7)
+        items[0][0] for items in ShuffledBatches(7, 1, 4, 0, 1, 0, 7)
     ]
 
 
@@ -1112,6 +912,35 @@ def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> N
         train("classifier", line + " --resume_from_checkpoint latest --no_use_ema")
 
 
+# Scripts as single files
+
+
+@pytest.mark.parametrize("name", ["train_unet", "train_classifier", "train_clip"])
+def test_a_script_is_a_file_that_runs_anywhere(name: str, tmp_path: Path) -> None:
+    """A copy alone in another folder, as `uv run URL` makes it; its dependencies are in its header."""
+    text = (TRAINING / f"{name}.py").read_text()
+    header = text.split("# /// script\n")[1].split("# ///\n")[0].replace("# ", "")
+    assert 'dependencies = ["guided-diffusers"]' in header.splitlines()
+    shutil.copy(TRAINING / f"{name}.py", tmp_path)
+    command = [sys.executable, f"{name}.py", "--train_data_dir", "nowhere"]
+    if name == "train_clip":
+        command += ["--caption_column", "text"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.endswith(
+        f"{name}.py: error: --train_data_dir nowhere: there is no such folder\n"
+    )
+
+
+def test_dashes_and_booleans_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Underscores or dashes; a boolean alone, with a value, or turned off."""
+    line = "--train-data-dir my-photos --random-flip --center_crop False --no-use_ema --cpu=yes"
+    monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+    parsed = parse(Options, None)
+    assert parsed.train_data_dir == "my-photos" and parsed.random_flip and parsed.cpu
+    assert not parsed.center_crop and not parsed.use_ema
+
+
 # The recipe of the bundled models
 
 
@@ -1155,7 +984,7 @@ def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             sys, "argv", ["1" if word.startswith("STEPS") else word for word in command]
         )
-        parsed = options.parse(
+        parsed = parse(
             module.UNetOptions if module is train_unet else module.ClassifierOptions, None
         )
         assert (TRAINING.parent / parsed.model_config_name_or_path).is_file()

@@ -1,16 +1,24 @@
-"""Put a trained network, classifier, judge and noise-aware CLIP into one folder, as the package ships them.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["guided-diffusers"]
+# ///
+"""Collect a trained denoiser, classifier, judge and noise-aware CLIP in one folder for the package.
 
     python training/bundle.py --unet out/fashion-mnist-unet --classifier out/recipes/plain \\
         --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip \\
         --output src/guided_diffusers/bundled/fashion-mnist
     python examples/benchmark_quality_cost.py --reference data/fashion-mnist --part preset
-    python training/bundle.py --preset out/quality_cost/preset.json --output src/guided_diffusers/bundled/fashion-mnist
+    python training/bundle.py --preset out/quality_cost/preset.json \\
+        --output src/guided_diffusers/bundled/fashion-mnist
 
-The first makes the folder. Sampling is by DDIM then, with the spacing that includes the last timestep, and without its
-clipping, which leaves eps as it was and so spoils guided samples. Judge and CLIP are stored in half precision, to save
-space. `figures.json` is what the training scripts measured on held-out images, with their options. The last gives it
-the scheduler and the defaults that were measured to be best (`figures.json` says how); both in one command work, too.
+The first command makes the folder. Its scheduler is DDIM with trailing spacing and without clipping,
+which would change x0 but not eps and so spoil guided samples. Judge and CLIP are stored in half
+precision. `figures.json` has the held-out metrics of the training scripts, with their options. The
+last command adds the scheduler and the defaults that were measured to be best. Both may be one
+command.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -24,7 +32,7 @@ from diffusers import DDIMScheduler
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
 from guided_diffusers.sweep.schedulers import scheduler_for
 
-LEFT_OUT = (
+LOCAL_OPTIONS = (
     "output_dir",
     "logging_dir",
     "resume_from_checkpoint",
@@ -36,63 +44,67 @@ LEFT_OUT = (
 PARTS = ("unet", "classifier", "judge", "clip")
 
 
-def figures(folder: Path) -> dict[str, Any]:
-    options = json.loads((folder / "options.json").read_text())
-    return {
-        **json.loads((folder / "metrics.json").read_text()),
-        "options": {name: value for name, value in options.items() if name not in LEFT_OUT},
-    }
-
-
-def trained(folders: dict[str, Path]) -> tuple[ClassifierGuidedPipeline, dict[str, Any]]:
-    """The pipeline of the trained parts, and what was measured of each."""
-    network = ClassifierGuidedPipeline.from_pretrained(folders["unet"])
-    scheduler = DDIMScheduler.from_config(
-        network.scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
-    classifier = NoiseAwareClassifier.from_pretrained(folders["classifier"])
-    return (
-        ClassifierGuidedPipeline(
-            network.unet, scheduler, classifier, defaults={"guidance_scale": 3.0}
-        ),
-        {name: figures(folder) for name, folder in folders.items()},
-    )
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in PARTS:
         parser.add_argument(
-            f"--{name}", type=Path, help="a training's output (default: that in --output)"
+            f"--{name}", type=Path, help="output of a training (default: that in --output)"
         )
     parser.add_argument(
-        "--preset", type=Path, help="of examples/benchmark_quality_cost.py (default: none)"
+        "--preset", type=Path, help="preset.json of examples/benchmark_quality_cost.py"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="the folder; without trained parts, it is there"
+        "--output", type=Path, required=True, help="the folder; must exist if no parts are given"
     )
     options = parser.parse_args()
-
-    # 1. The parts, trained or those that are there
-    folders = {name: getattr(options, name) for name in PARTS}
-    if any(folders.values()) and not all(folders.values()):
-        parser.error(
-            f"--{', --'.join(name for name in PARTS if folders[name] is None)}: all four, or none, are needed"
-        )
-    if not any(folders.values()) and options.preset is None:
+    missing = [name for name in PARTS if getattr(options, name) is None]
+    if missing and len(missing) < len(PARTS):
+        parser.error(f"--{', --'.join(missing)}: all four, or none, are needed")
+    if missing and options.preset is None:
         parser.error("the trained parts, --preset, or both are needed")
-    if not any(folders.values()):
+    return options
+
+
+def training_metrics(folder: Path) -> dict[str, Any]:
+    """Held-out metrics of a training, with its options."""
+    options = json.loads((folder / "options.json").read_text())
+    for name in LOCAL_OPTIONS:
+        options.pop(name, None)
+    return {**json.loads((folder / "metrics.json").read_text()), "options": options}
+
+
+def make_pipeline(unet: Path, classifier: Path) -> ClassifierGuidedPipeline:
+    """The pipeline of a trained denoiser and classifier."""
+    pipeline = ClassifierGuidedPipeline.from_pretrained(unet)
+    scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    return ClassifierGuidedPipeline(
+        pipeline.unet,
+        scheduler,
+        NoiseAwareClassifier.from_pretrained(classifier),
+        defaults={"guidance_scale": 3.0},
+    )
+
+
+def main() -> None:
+    options = parse_arguments()
+
+    # 1. The parts: trained ones, or those in --output
+    if options.unet is not None:
+        folders = {name: getattr(options, name) for name in PARTS}
+        pipeline = make_pipeline(folders["unet"], folders["classifier"])
+        metrics = {name: training_metrics(folder) for name, folder in folders.items()}
+    else:
         folders = {name: options.output / name for name in PARTS}
         pipeline = ClassifierGuidedPipeline.from_pretrained(options.output)
-        measured = json.loads((options.output / "figures.json").read_text())
-    else:
-        pipeline, measured = trained(folders)
+        metrics = json.loads((options.output / "figures.json").read_text())
     judge = NoiseAwareClassifier.from_pretrained(folders["judge"]).half()
     clip = NoiseAwareCLIP.from_pretrained(folders["clip"]).half()
 
-    # 2. How it samples where a call says nothing
+    # 2. Scheduler and defaults
     if options.preset:
         preset = json.loads(options.preset.read_text())
         pipeline = ClassifierGuidedPipeline(
@@ -101,19 +113,19 @@ def main() -> None:
             pipeline.classifier,
             defaults=preset["defaults"],
         )
-        measured["preset"] = {"rows": preset["rows"], "command": preset["command"]}
+        metrics["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 
-    # 3. Aside, then into place
-    aside = options.output.with_name(options.output.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside)
-    judge.save_pretrained(aside / "judge")
-    clip.save_pretrained(aside / "clip")
-    for path in aside.rglob("*.py"):  # what a repository needs for those without the package
+    # 3. Save
+    partial = options.output.with_name(options.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    judge.save_pretrained(partial / "judge")
+    clip.save_pretrained(partial / "clip")
+    for path in partial.rglob("*.py"):  # standalone code, which the package doesn't need
         path.unlink()
-    (aside / "figures.json").write_text(json.dumps(measured, indent=2) + "\n")
+    (partial / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(options.output, ignore_errors=True)
-    os.replace(aside, options.output)
+    os.replace(partial, options.output)
     size = sum(path.stat().st_size for path in options.output.rglob("*.safetensors"))
     print(f"{options.output}: {size / 1e6:.1f} MB")
 

@@ -1,6 +1,10 @@
-"""Turn Fashion-MNIST's four idx files into a folder of Parquet that `datasets.load_dataset` reads.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["datasets", "numpy", "pillow"]
+# ///
+"""Convert Fashion-MNIST's four idx files to a folder of Parquet files for `datasets.load_dataset`.
 
-apt-get install dataset-fashion-mnist          # Debian's package of the data, or get the same files elsewhere
+apt-get install dataset-fashion-mnist      # Debian's package of these files
 python training/prepare_fashion_mnist.py --output data/fashion-mnist
 python training/prepare_fashion_mnist.py --source FOLDER_OF_IDX_FILES --output data/fashion-mnist
 """
@@ -15,7 +19,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-# The names of Xiao, Rasul and Vollgraf 2017, in lower case.
+# Names of Xiao, Rasul and Vollgraf (2017), in lowercase
 LABELS = [
     "t-shirt",
     "trouser",
@@ -32,13 +36,13 @@ LABELS = [
 
 def read_idx(path: Path) -> np.ndarray:
     """The array in an idx file of unsigned bytes, gzipped or not: magic 00 00 08 ndim, big-endian sizes, data."""
-    data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
     if data[:3] != b"\x00\x00\x08":
         raise SystemExit(f"--source: {path} is not an idx file of unsigned bytes")
-    shape, values = (
-        np.frombuffer(data, ">u4", data[3], offset=4),
-        np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]),
-    )
+    shape = np.frombuffer(data, ">u4", data[3], offset=4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != shape.prod():
         raise SystemExit(
             f"--source: {path} has {values.size} bytes of data, its header says {shape.tolist()}"
@@ -46,12 +50,13 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def find(source: Path, stem: str) -> Path:
+def find_file(source: Path, stem: str) -> Path:
+    """The idx file of a name, gzipped or not."""
     for name in (f"{stem}-ubyte.gz", f"{stem}-ubyte"):
         if (source / name).exists():
             return source / name
     raise SystemExit(
-        f"--source {source}: no {stem}-ubyte(.gz) there. On Debian: apt-get install dataset-fashion-mnist"
+        f"--source {source}: {stem}-ubyte(.gz) is missing. On Debian: apt-get install dataset-fashion-mnist"
     )
 
 
@@ -71,19 +76,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists():
         raise SystemExit(f"--output {options.output} exists already")
-    aside = options.output.with_name(options.output.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = options.output.with_name(options.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     features = Features({"image": Image(), "label": ClassLabel(names=LABELS)})
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = read_idx(find(options.source, f"{prefix}-images-idx3"))
-        labels = read_idx(find(options.source, f"{prefix}-labels-idx1"))
+        images = read_idx(find_file(options.source, f"{prefix}-images-idx3"))
+        labels = read_idx(find_file(options.source, f"{prefix}-labels-idx1"))
         rows = {"image": [PILImage.fromarray(image) for image in images], "label": labels.tolist()}
         Dataset.from_dict(rows, features=features).to_parquet(
-            aside / f"{split}-00000-of-00001.parquet"
+            partial / f"{split}-00000-of-00001.parquet"
         )
         print(f"{split}: {len(labels)} images of {images.shape[1]}x{images.shape[2]}")
-    os.replace(aside, options.output)
+    os.replace(partial, options.output)
 
 
 if __name__ == "__main__":

@@ -1,127 +1,222 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["guided-diffusers"]
+# ///
+# From a checkout: uv run --with . python training/train_classifier.py ...
 """Train a noise-aware classifier p(y | x_t) with Accelerate.
 
-    accelerate launch training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 \\
+    accelerate launch train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 \\
         --output_dir out/classifier
-    accelerate launch training/train_classifier.py --train_data_dir photos --scheduler google/ddpm-cat-256
-    accelerate launch training/train_classifier.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 --center_crop
-    accelerate launch training/train_classifier.py ... --resume_from_checkpoint latest # a run that was stopped goes on
-    accelerate launch training/train_classifier.py ... --problem_type multi_label_classification --label_column tags
-    accelerate launch training/train_classifier.py ... --init_from out/unet --dlsm_weight 1 --score_model out/unet
-    accelerate launch training/train_classifier.py ... --push_to_hub --hub_model_id user/classifier
-    accelerate launch --multi_gpu --num_processes 2 training/train_classifier.py ...   # several GPUs
-    torchrun --standalone --nproc_per_node 2 training/train_classifier.py --cpu ...    # several processes on CPUs
+    accelerate launch train_classifier.py --train_data_dir photos --scheduler google/ddpm-cat-256
+    accelerate launch train_classifier.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 \\
+        --center_crop                                                  # on latents
+    accelerate launch train_classifier.py ... --resume_from_checkpoint latest
+    accelerate launch train_classifier.py ... --problem_type multi_label_classification \\
+        --label_column tags
+    accelerate launch train_classifier.py ... --init_from out/unet --dlsm_weight 1 \\
+        --score_model out/unet
+    accelerate launch train_classifier.py ... --push_to_hub --hub_model_id user/classifier
+    accelerate launch --multi_gpu --num_processes 2 train_classifier.py ...
+    torchrun --standalone --nproc_per_node 2 train_classifier.py --cpu ...      # two CPU processes
 
---output_dir becomes a folder that `NoiseAwareClassifier.from_pretrained` reads, with the labels' names and the noise
-schedule in its config. Next to it: `metrics.json`, accuracy and cross entropy (of a regressor R^2) at ten noise levels
-of the held-out split; `diagnosis.json` and `diagnosis.png`, also of its gradient, with the verdict whether it is fit to
-guide. What is learned, and from which weights on, is in `recipes.py`.
+--output_dir becomes a folder for `NoiseAwareClassifier.from_pretrained`, with the label names and
+the noise schedule in its config. Beside the model: `metrics.json` (accuracy and cross entropy, of a
+regressor R^2, of the held-out split at ten noise levels); `diagnosis.json` and `diagnosis.png`
+(also of its gradient, and whether it is fit to guide).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from diffusers import DDPMScheduler, ModelMixin
-from latents import load_vae, write_latents
-from loop import Batch, Run, finish, held_out_figures, ten_levels
-from options import (
-    Images,
-    explained,
-    load_data,
-    load_scheduler,
-    make_accelerator,
-    make_model,
-    option,
-    parse,
-)
-from publishing import PublishedOptions, publish
-from recipes import (
-    SCHEDULE,
-    Recipe,
-    RecipeOptions,
-    architecture,
-    labelled,
-    load_start,
-    start_at,
-    start_schedule,
-    without_labels,
-)
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
-from guided_diffusers.learning.classifier_losses import FIGURES, SINGLE, held_out_scores
-from guided_diffusers.learning.data import TargetedImages
+from guided_diffusers.learning.annotations import TargetedImages
+from guided_diffusers.learning.batches import Batch
+from guided_diffusers.learning.classifier_losses import METRICS, REGRESSION, SINGLE, held_out_scores
+from guided_diffusers.learning.classifier_objective import (
+    ClassifierLoss,
+    ScoreModel,
+    parse_class_weights,
+)
+from guided_diffusers.learning.distributed import SHARDED, exit_on_value_error, make_accelerator
+from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
+from guided_diffusers.learning.latents import load_vae, write_latents
+from guided_diffusers.learning.loop import Trainer
+from guided_diffusers.learning.losses import LossSecondMomentSampler
+from guided_diffusers.learning.options import AT_LEAST_0, Options, Range, changeable, option, parse
+from guided_diffusers.learning.prepare import (
+    DEFAULT_CLASSIFIER,
+    Images,
+    load_data,
+    load_scheduler,
+    make_model,
+    trained_schedule,
+)
+from guided_diffusers.learning.publishing import save_and_publish
+from guided_diffusers.learning.warm_start import (
+    classifier_config,
+    copy_weights,
+    initial_schedule,
+    last_layer_names,
+    load_initial_model,
+)
 
-DEFAULT = {
-    "block_out_channels": [64, 128, 192, 256],
-    "layers_per_block": 2,
-    "attention_head_dim": 64,
-    "dropout": 0.1,
-}
+FINITE = Range(0, math.inf, open=True)
 
 
 @dataclass
-class NoisyOptions(PublishedOptions):
+class ClassifierOptions(Options):
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay", AT_LEAST_0)
     max_timestep: int | None = option(
         None,
-        "the noisiest timestep to train on, with which the saved schedule ends; the schedule's last if left out, "
-        "and 0 for a classifier of clean images",
+        "noisiest timestep to train on, with which the saved schedule ends; by default the last of "
+        "the schedule; 0 for a classifier of clean images",
+        AT_LEAST_0,
     )
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay")
-
-
-@dataclass
-class ClassifierOptions(NoisyOptions, RecipeOptions):
-    diagnosis_images: int = option(
-        500, "held-out images by which every evaluation says whether it is fit to guide; 0: off"
+    min_timestep: int = option(0, "least noisy timestep to train on", AT_LEAST_0)
+    problem_type: Literal[
+        "single_label_classification", "multi_label_classification", "regression"
+    ] = option(
+        SINGLE,
+        "kind of the labels: one class, several (a list of ids or names, or a vector of zeros and "
+        "ones), or one or more numbers; all but the first need --label_column",
+    )
+    class_weights: str | None = option(
+        None,
+        "weights of the labels: `balanced` (inverse to their frequency), numbers such as 1,1,0.5, "
+        "or a JSON file {name: weight}. With several labels per image: weights of their presence",
+    )
+    label_smoothing: float = option(
+        0.0, "probability that is distributed over all labels; 0: off", Range(0, 1, open=True)
+    )
+    mixup: float = option(
+        0.0, "mix pairs of images and labels in shares from Beta(mixup, mixup); 0: off", FINITE
+    )
+    timestep_sampler: Literal["uniform", "second_moment"] = option(
+        "uniform",
+        "second_moment: timesteps of large loss more often, with importance weights that keep the "
+        "mean loss the same",
+    )
+    init_from: str | None = option(
+        None,
+        "initial weights: folder or Hub id of a classifier, a UNet2DModel, or a pipeline with one. "
+        "Also decides the architecture, unless --model_config_name_or_path does, and a classifier "
+        "the noise schedule, unless --scheduler or a --ddpm option does",
+    )
+    robust_epsilon: float = option(
+        0.0, "train on the worst image within this L2 distance of x_t; 0: off", FINITE
+    )
+    robust_steps: int = option(7, "gradient steps that find the worst image")
+    dlsm_weight: float = option(
+        0.0,
+        "weight of the denoising likelihood score-matching loss (a mean over pixels), which trains "
+        "the gradient itself; needs --score_model; 0: off",
+        FINITE,
+    )
+    score_model: str | None = option(
+        None,
+        "diffusion model whose score that loss uses: folder or Hub id of a pipeline with a "
+        "UNet2DModel, unconditional or with a null label",
+    )
+    diagnosis_images: int = changeable(
+        500, "held-out images for the diagnosis at every evaluation; 0: off", AT_LEAST_0
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.robust_steps < 1 or self.robust_steps != 7 and not self.robust_epsilon:
+            raise ValueError(
+                f"--robust_steps {self.robust_steps}: 1 or more is allowed, with --robust_epsilon"
+            )
+        if self.mixup and self.train_batch_size % 2:
+            raise ValueError(
+                f"--train_batch_size {self.train_batch_size}: an even number is allowed with "
+                "--mixup, which mixes pairs of images"
+            )
+        weighted = self.class_weights is not None or self.label_smoothing > 0
+        if self.problem_type == REGRESSION and weighted:
+            raise ValueError(
+                f"--class_weights {self.class_weights}, --label_smoothing {self.label_smoothing}: "
+                f"none and 0 are allowed with --problem_type {REGRESSION}"
+            )
+        if self.streaming and self.problem_type != SINGLE:
+            raise ValueError(
+                f"--problem_type {self.problem_type} needs all labels before the first step, which "
+                f"--streaming doesn't have: {SINGLE} is allowed with it"
+            )
+        if self.streaming and self.class_weights == "balanced":
+            raise ValueError(
+                "--class_weights balanced counts all labels before the first step, which "
+                "--streaming doesn't have: numbers and a JSON file are allowed with it"
+            )
+        self._check_score_matching()
 
-def trained_schedule(options: NoisyOptions, scheduler: DDPMScheduler) -> dict[str, Any]:
-    """The noise levels trained on, in `DDPMScheduler`'s words.
+    def _check_score_matching(self) -> None:
+        if (self.dlsm_weight > 0) != (self.score_model is not None):
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight} and --score_model {self.score_model} need each "
+                "other"
+            )
+        if self.dlsm_weight and (self.mixup or self.problem_type == REGRESSION):
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight}: with --mixup {self.mixup} and --problem_type "
+                f"{self.problem_type} 0 is allowed, since there is no p(y | x_t) of these images"
+            )
+        if self.dlsm_weight and self.gradient_checkpointing:
+            raise ValueError(
+                f"--dlsm_weight {self.dlsm_weight} differentiates twice, which "
+                "--gradient_checkpointing can't: 0 is allowed with it"
+            )
+
+
+def set_targets(
+    options: ClassifierOptions, data: Images, held_out: Images | None
+) -> tuple[Images | TargetedImages, Images | TargetedImages | None]:
+    """Both splits with the labels of --problem_type.
 
     Raises:
-        ValueError: if --max_timestep is beyond the schedule.
+        ValueError: if --label_column doesn't hold them.
     """
-    schedule = {name: scheduler.config[name] for name in SCHEDULE}
-    steps = (
-        schedule["num_train_timesteps"]
-        if options.max_timestep is None
-        else options.max_timestep + 1
-    )
-    if steps > schedule["num_train_timesteps"]:
-        last = schedule["num_train_timesteps"] - 1
-        raise ValueError(f"--max_timestep {options.max_timestep}: 0 to {last} is allowed")
-    if steps < schedule["num_train_timesteps"] or scheduler.config.rescale_betas_zero_snr:
-        schedule |= {
-            "num_train_timesteps": steps,
-            "trained_betas": scheduler.betas[:steps].tolist(),
-        }
-    return schedule
+    kind, column = options.problem_type, options.label_column
+    if kind == SINGLE:
+        return data, held_out
+    data = TargetedImages(data, column, kind)
+    if held_out is not None:
+        held_out = TargetedImages(held_out, column, kind, data.id2label)
+        if held_out.num_labels != data.num_labels:
+            raise ValueError(
+                f"--label_column {column}: {data.num_labels} numbers per image in the training "
+                f"split, and {held_out.num_labels} in the held-out split"
+            )
+    return data, held_out
 
 
 def make_classifier(
     options: ClassifierOptions,
     data: Images | TargetedImages,
     schedule: dict[str, Any],
-    start: ModelMixin | None = None,
+    initial: ModelMixin | None = None,
 ) -> NoiseAwareClassifier:
+    """A classifier for these images and labels, with the architecture of `initial` if given."""
     if options.problem_type == SINGLE and len(data.id2label) < 2:
         raise ValueError(
-            f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or more are "
-            f"needed; the dataset has the columns {data.dataset.column_names}"
+            f"--label_column {options.label_column}: {len(data.id2label)} labels found, two or "
+            f"more are needed; the dataset has the columns {data.dataset.column_names}"
         )
-    default = DEFAULT if start is None else architecture(start)
     return make_model(
         NoiseAwareClassifier,
         options,
-        default,
+        DEFAULT_CLASSIFIER if initial is None else classifier_config(initial),
         sample_size=data.resolution,
         in_channels=data.channels,
         num_labels=len(data.id2label) or data.num_labels,
@@ -132,93 +227,187 @@ def make_classifier(
     )
 
 
-def write_diagnosis(
+def make_loss(
     options: ClassifierOptions,
     accelerator: Accelerator,
-    model: NoiseAwareClassifier,
-    held_out: Images,
-    last: bool,
-) -> None:
-    """`diagnosis.json` and its picture, by a copy in full precision, which the network under training may not keep to.
+    scheduler: DDPMScheduler,
+    max_timestep: int,
+    data: Images | TargetedImages,
+) -> ClassifierLoss:
+    """The loss that the options define.
 
-    Its own noise schedule says which noise levels a run has; the gradient is compared with itself under other noise.
+    Raises:
+        ValueError: if an option doesn't fit the data, the schedule or the processes.
     """
-    plain = NoiseAwareClassifier.from_config(model.config)
-    plain.load_state_dict(model.state_dict())
-    found = diagnose(
-        plain.to(accelerator.device).eval(),
-        held_out,
-        images=options.diagnosis_images,
-        gradient_images=32,
-        batch_size=options.train_batch_size,
-        finite_differences=False,
-        progress=False,
+    first = options.min_timestep
+    if first > max_timestep:
+        raise ValueError(
+            f"--min_timestep {first}: 0 to {max_timestep} is allowed with this schedule and "
+            "--max_timestep"
+        )
+    class_weights = parse_class_weights(options.class_weights, data, options.problem_type)
+    variance, score, sampler = None, None, None
+    if options.problem_type == REGRESSION:
+        variance = data.targets().var(dim=0, unbiased=False)
+        if not (variance > 0).all():
+            raise ValueError(
+                f"--label_column {options.label_column}: all images have the same number in one of "
+                f"its {data.num_labels} places; numbers that differ can be learned"
+            )
+    if options.dlsm_weight:
+        check_second_derivatives(options.dlsm_weight, accelerator)
+        score = ScoreModel(options.score_model, scheduler, first, max_timestep, data)
+    if options.timestep_sampler == "second_moment":
+        sampler = LossSecondMomentSampler(max_timestep + 1 - first)
+        accelerator.register_for_checkpointing(sampler)
+    return ClassifierLoss(
+        accelerator,
+        scheduler,
+        len(data.id2label),
+        first,
+        max_timestep,
+        options.problem_type,
+        class_weights,
+        variance,
+        options.label_smoothing,
+        options.mixup,
+        options.robust_epsilon,
+        options.robust_steps,
+        score,
+        options.dlsm_weight,
+        sampler,
     )
-    if options.vae is not None:  # latents have no range
-        found = replace(found, mismatches=())
-    found.save(options.output_dir, picture=find_spec("matplotlib") is not None)
-    if last:
-        print(f"{found.verdict.summary}\n" + "\n".join([*found.verdict.words, *found.mismatches]))
+
+
+def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
+    """Raise a `ValueError` if --dlsm_weight, which needs them, isn't possible."""
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"--dlsm_weight {weight}: --mixed_precision no and bf16 are allowed with it, since "
+            "fp16's loss scaling doesn't reach the gradient within the loss"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"--dlsm_weight {weight} differentiates twice, which torch.compile can't: "
+            "--dynamo_backend no is allowed with it"
+        )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"--dlsm_weight {weight} differentiates twice, which distributed_type "
+            f"{accelerator.distributed_type.value} isn't made for: 0 is allowed with it"
+        )
+
+
+class Evaluator:
+    """Evaluates a classifier: (model, step) -> metrics; writes curves and the diagnosis."""
+
+    def __init__(
+        self,
+        options: ClassifierOptions,
+        accelerator: Accelerator,
+        loss: ClassifierLoss,
+        held_out: Images | TargetedImages | None,
+        steps: int,
+    ):
+        self.options, self.accelerator, self.loss = options, accelerator, loss
+        self.held_out, self.steps = held_out, steps
+
+    def __call__(self, model: NoiseAwareClassifier, step: int) -> dict[str, Any]:
+        options, kind = self.options, self.options.problem_type
+        calibration = GAPS if kind == SINGLE else ()
+
+        def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            x_t, y = self.loss.scheduler.add_noise(batch["pixel_values"], eps, t), batch["label"]
+            logits = model(x_t, t).logits.float()
+            scores = [*held_out_scores(logits, y, kind, self.loss.variance).values()]
+            if calibration:
+                scores += calibration_gaps(logits, y).T
+            return torch.stack(scores)
+
+        metrics = held_out_metrics(
+            self.accelerator,
+            self.held_out,
+            eval_timesteps(self.loss.max_timestep + 1),
+            (*METRICS[kind], *calibration),
+            score,
+            options.validation_samples,
+            options.train_batch_size,
+        )
+        if metrics and calibration:
+            metrics["held_out"] = [with_calibration(row) for row in metrics["held_out"]]
+            if self.accelerator.is_main_process:
+                self.write_plots(model, metrics["held_out"], step == self.steps)
+        return metrics
+
+    def write_plots(
+        self, model: NoiseAwareClassifier, rows: list[dict[str, float]], last: bool
+    ) -> None:
+        """Write the diagnosis, and at the end curves.png, if matplotlib is installed."""
+        folder, can_plot = Path(self.options.output_dir), find_spec("matplotlib") is not None
+        if last and can_plot:
+            plot(rows, folder / "curves.png")
+        if not self.options.diagnosis_images or self.loss.max_timestep == 0:
+            return
+        # A copy in float32 without hooks, since autocast may be part of the trained model.
+        copy = NoiseAwareClassifier.from_config(model.config)
+        copy.load_state_dict(model.state_dict())
+        diagnosis = diagnose(
+            copy.to(self.accelerator.device).eval(),
+            self.held_out,
+            images=self.options.diagnosis_images,
+            gradient_images=32,
+            batch_size=self.options.train_batch_size,
+            finite_differences=False,
+            progress=False,
+        )
+        if self.options.vae is not None:  # latents have no range
+            diagnosis = replace(diagnosis, mismatches=())
+        diagnosis.save(folder, picture=can_plot)
+        if last:
+            verdict = diagnosis.verdict
+            print("\n".join([verdict.summary, *verdict.words, *diagnosis.mismatches]))
 
 
 def main() -> None:
     options = parse(ClassifierOptions, __doc__)
-    with explained():
+    with exit_on_value_error():
+        # 1. Data
         accelerator = make_accelerator(options)
-        vae = load_vae(options)
-        images = load_data(without_labels(options), accelerator, vae)
-        data, held_out = labelled(options, *images)
-        start = load_start(options.init_from)
-        scheduler = start_schedule(options, start) or load_scheduler(options)
-        schedule = trained_schedule(options, scheduler)
+        vae = load_vae(options.vae)
+        single = options.problem_type == SINGLE  # other labels are read by `set_targets`
+        image_options = options if single else replace(options, label_column=None)
+        images = load_data(image_options, accelerator, vae)
+        data, held_out = set_targets(options, *images)
+
+        # 2. Noise schedule, model, loss
+        initial = load_initial_model(options.init_from)
+        scheduler = None
+        if options.scheduler is None and options.has_default_schedule:
+            scheduler = initial_schedule(initial)
+        scheduler = scheduler or load_scheduler(options)
+        schedule = trained_schedule(scheduler, options.max_timestep)
         set_seed(options.seed)
-        model = make_classifier(options, data, schedule, start)
-        if (started := start_at(options, model, start, data)) is not None:
-            accelerator.print(started)
-        recipe = Recipe(options, accelerator, scheduler, schedule["num_train_timesteps"] - 1, data)
-        run = Run(options, accelerator, model, data)
-        write_latents(options, accelerator, vae, *images)
-
-    def logits(
-        model: torch.nn.Module, batch: Batch, eps: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        return model(scheduler.add_noise(batch["pixel_values"], eps, t), t).logits.float()
-
-    def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
-        def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            answer, label = logits(model, batch, eps, t), batch["label"]
-            scores = held_out_scores(answer, label, options.problem_type, recipe.variance)
-            return torch.stack(
-                [*scores.values(), *(calibration_gaps(answer, label).T if gaps else ())]
-            )
-
-        gaps = GAPS if options.problem_type == SINGLE else ()
-        figures = held_out_figures(
-            options,
+        model = make_classifier(options, data, schedule, initial)
+        if options.problem_type == REGRESSION:  # a regressor starts at the labels' mean
+            bias = model.get_parameter(last_layer_names(model)[1])
+            bias.data.copy_(data.targets().mean(dim=0))
+        if initial is not None:
+            accelerator.print(copy_weights(model, initial, options.init_from))
+        max_timestep = schedule["num_train_timesteps"] - 1
+        loss = make_loss(options, accelerator, scheduler, max_timestep, data)
+        trainer = Trainer(options, accelerator, model, data)
+        write_latents(
             accelerator,
-            held_out,
-            ten_levels(schedule["num_train_timesteps"]),
-            (*FIGURES[options.problem_type], *gaps),
-            score,
+            vae,
+            *images,
+            workers=options.dataloader_num_workers,
+            progress=options.progress,
         )
-        if figures and gaps:
-            figures["held_out"] = [with_calibration(row) for row in figures["held_out"]]
-            if step == run.steps and accelerator.is_main_process and find_spec("matplotlib"):
-                plot(figures["held_out"], Path(options.output_dir) / "curves.png")
-            if (
-                accelerator.is_main_process
-                and options.diagnosis_images
-                and schedule["num_train_timesteps"] > 1
-            ):
-                write_diagnosis(options, accelerator, model, held_out, last=step == run.steps)
-        return figures
 
-    model = run.train(recipe, evaluate)
-    if accelerator.is_main_process:
-        model.save_pretrained(options.output_dir)
-    finish(accelerator)
-    if accelerator.is_main_process:
-        publish(options, model)
+    # 3. Train, save, publish
+    evaluate = Evaluator(options, accelerator, loss, held_out, trainer.steps)
+    model = trainer.train(loss, evaluate)
+    save_and_publish(options, accelerator, model)
 
 
 if __name__ == "__main__":

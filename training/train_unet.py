@@ -1,22 +1,31 @@
-"""Train a network that removes noise, unconditional or class-conditional, with Accelerate.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["guided-diffusers"]
+# ///
+# From a checkout: uv run --with . python training/train_unet.py ...
+"""Train a denoiser, unconditional or class-conditional, with Accelerate.
 
-    accelerate launch training/train_unet.py --train_data_dir data/fashion-mnist --resolution 28 --output_dir out/unet
-    accelerate launch training/train_unet.py --train_data_dir photos --class_conditional --prediction_type v_prediction
-    accelerate launch training/train_unet.py ... --objective hybrid_rescaled         # learns the variance, as ADM does
-    accelerate launch training/train_unet.py ... --objective flow_matching           # rectified flow, sampled by Euler
-    accelerate launch training/train_unet.py ... --snr_gamma 5                       # min-SNR weighting
-    accelerate launch training/train_unet.py ... --prediction_type v_prediction --rescale_betas_zero_snr
-    accelerate launch training/train_unet.py ... --class_conditional \\
-        --model_config_name_or_path training/configs/dit_small.json                  # a transformer
-    accelerate launch training/train_unet.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 --center_crop
-    accelerate launch training/train_unet.py ... --resume_from_checkpoint latest     # a run that was stopped goes on
-    accelerate launch training/train_unet.py ... --push_to_hub --hub_model_id user/model
-    accelerate launch --multi_gpu --num_processes 2 training/train_unet.py ...       # several GPUs
-    torchrun --standalone --nproc_per_node 2 training/train_unet.py --cpu ...        # several processes on CPUs
+    accelerate launch train_unet.py --train_data_dir data/fashion-mnist --resolution 28 \\
+        --output_dir out/unet
+    accelerate launch train_unet.py --train_data_dir photos --class_conditional \\
+        --prediction_type v_prediction
+    accelerate launch train_unet.py ... --objective hybrid_rescaled     # learned variance, as ADM
+    accelerate launch train_unet.py ... --objective flow_matching       # rectified flow
+    accelerate launch train_unet.py ... --snr_gamma 5                   # min-SNR weighting
+    accelerate launch train_unet.py ... --prediction_type v_prediction --rescale_betas_zero_snr
+    accelerate launch train_unet.py ... --class_conditional \\
+        --model_config_name_or_path training/configs/dit_small.json     # a transformer
+    accelerate launch train_unet.py ... --vae stabilityai/sd-vae-ft-mse --resolution 256 \\
+        --center_crop                                                   # on latents
+    accelerate launch train_unet.py ... --resume_from_checkpoint latest
+    accelerate launch train_unet.py ... --push_to_hub --hub_model_id user/model
+    accelerate launch --multi_gpu --num_processes 2 train_unet.py ...
+    torchrun --standalone --nproc_per_node 2 train_unet.py --cpu ...    # two CPU processes
 
---output_dir becomes a folder that `ClassifierGuidedPipeline.from_pretrained` reads: `unet`, `scheduler`, with --vae
-`vae`, and the labels' names. Next to it: `metrics.json` (held-out loss at ten noise levels) and `samples-STEP.png`.
-The network is a UNet2DModel, or a DiTTransformer2DModel if that is the `_class_name` of --model_config_name_or_path.
+--output_dir becomes a folder for `ClassifierGuidedPipeline.from_pretrained`: `unet`, `scheduler`,
+with --vae `vae`, and the label names. Beside them: `metrics.json` (held-out loss at ten noise
+levels) and `samples-STEP.png`. The model is a UNet2DModel, or a DiTTransformer2DModel if that is
+the `_class_name` of --model_config_name_or_path.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import (
     AutoencoderKL,
@@ -38,21 +48,13 @@ from diffusers import (
 )
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import make_image_grid
-from latents import load_vae, write_latents
-from loop import Batch, Draws, Run, collate, finish, generator_for, held_out_figures, ten_levels
-from options import (
-    Images,
-    explained,
-    load_data,
-    load_scheduler,
-    make_accelerator,
-    make_model,
-    option,
-    parse,
-)
-from publishing import PublishedOptions, publish
 
 from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
+from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
+from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
+from guided_diffusers.learning.latents import Autoencoder, load_vae, write_latents
+from guided_diffusers.learning.loop import Trainer
 from guided_diffusers.learning.losses import (
     FlowProcess,
     LossSecondMomentSampler,
@@ -60,11 +62,23 @@ from guided_diffusers.learning.losses import (
     Process,
     bits_per_dim,
     diffusion_loss,
+    draw_steps,
+    weighted_mean,
 )
+from guided_diffusers.learning.options import (
+    AT_LEAST_0,
+    FRACTION,
+    Options,
+    changeable,
+    option,
+    parse,
+)
+from guided_diffusers.learning.prepare import Images, load_data, load_scheduler, make_model
+from guided_diffusers.learning.publishing import save_and_publish
 
-Network = UNet2DModel | DiTTransformer2DModel
-
-DEFAULT = {
+Denoiser = UNet2DModel | DiTTransformer2DModel
+Scheduler = DDPMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
+DEFAULT_UNET = {
     "block_out_channels": [64, 128, 256, 256],
     "layers_per_block": 2,
     "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
@@ -72,7 +86,7 @@ DEFAULT = {
     "attention_head_dim": 64,
     "resnet_time_scale_shift": "scale_shift",
 }
-WITH_BETAS = (
+DIFFUSION_OPTIONS = (  # not for flow matching
     "prediction_type",
     "rescale_betas_zero_snr",
     "snr_gamma",
@@ -82,202 +96,319 @@ WITH_BETAS = (
     "timestep_sampler",
     "bits_per_dim_images",
 )
-WITH_FLOW = ("flow_timestep_sampling", "flow_shift")
+FLOW_OPTIONS = ("flow_timestep_sampling", "flow_shift")
 
 
 @dataclass
-class UNetOptions(PublishedOptions):
+class UNetOptions(Options):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
-        None, "what the network predicts; what --scheduler says if left out, else epsilon"
+        None, "output of the model; by default that of --scheduler, else epsilon"
     )
-    class_conditional: bool = option(False, "give the network the label")
+    class_conditional: bool = option(False, "condition the model on the label")
     label_dropout: float = option(
         0.1,
-        "share of labels replaced by the null label, id `number of labels`, with "
-        "--class_conditional",
+        "with --class_conditional: probability that a label is replaced by the null label, whose "
+        "id is the number of labels",
+        FRACTION,
     )
     rescale_betas_zero_snr: bool = option(
         False,
-        "end the noise schedule in noise alone (Lin et al. 2024), with --prediction_type v_prediction or sample",
+        "end the noise schedule in pure noise (Lin et al. 2024); with --prediction_type "
+        "v_prediction or sample",
     )
     objective: Literal[Objective, "flow_matching"] = option(
         "simple",
-        "the loss, of guided_diffusers.learning.losses: the mean squared error, with a learned variance hybrid, "
-        "hybrid_rescaled or bound, or flow_matching: of the velocity eps - x0 on straight paths",
+        "loss: simple (mean squared error), with a learned variance hybrid, hybrid_rescaled or "
+        "bound, or flow_matching (of the velocity eps - x0 on straight paths)",
     )
     snr_gamma: float | None = option(
-        None,
-        "weight the mean squared error by min-SNR (Hang et al. 2023) with this gamma, e.g. 5; left out: not",
+        None, "gamma of min-SNR weights of the mean squared error (Hang et al. 2023), e.g. 5"
     )
     flow_timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
         None,
-        "how the s in [0, 1] of --objective flow_matching is drawn; logit_normal (Esser et al. 2024) if left out",
+        "distribution of s in [0, 1] with --objective flow_matching; by default logit_normal "
+        "(Esser et al. 2024)",
     )
     flow_shift: float | None = option(
         None,
-        "with --objective flow_matching: s becomes shift s / (1 + (shift - 1) s), in sampling too; above 1 for "
-        "large images; 1 if left out",
+        "with --objective flow_matching: s becomes shift s / (1 + (shift - 1) s), in sampling too; "
+        "above 1 for large images; by default 1",
     )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
         "uniform", "second_moment: timesteps of large loss more often, meant for --objective bound"
     )
-    bits_per_dim_images: int = option(
-        0, "held-out images whose bits a dimension are measured at the end, at every timestep"
+    bits_per_dim_images: int = changeable(
+        0, "held-out images whose bits per dimension are computed at the end", AT_LEAST_0
     )
-    sample_images: int = option(40, "images of the picture that an evaluation draws; 0: none")
+    sample_images: int = changeable(40, "images to sample at every evaluation; 0: none", AT_LEAST_0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vae is not None and self.bits_per_dim_images:
             raise ValueError(
-                f"--bits_per_dim_images {self.bits_per_dim_images}: with --vae 0 is allowed, since they "
-                "are bits of pixels"
+                f"--bits_per_dim_images {self.bits_per_dim_images}: with --vae 0 is allowed, since "
+                "they are bits of pixels"
             )
         for name in ("snr_gamma", "flow_shift"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} {value}: a finite number above 0 is allowed")
-        flow = self.objective == "flow_matching"
-        for name, default in ((f.name, f.default) for f in fields(self)):
-            if name in (WITH_BETAS if flow else WITH_FLOW) and getattr(self, name) != default:
-                allowed = (
-                    "simple, hybrid, hybrid_rescaled and bound are" if flow else "flow_matching is"
-                )
+        if self.flow_matching:
+            excluded, allowed = DIFFUSION_OPTIONS, "simple, hybrid, hybrid_rescaled and bound are"
+        else:
+            excluded, allowed = FLOW_OPTIONS, "flow_matching is"
+        for f in fields(self):
+            if f.name in excluded and (value := getattr(self, f.name)) != f.default:
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} with --objective {self.objective}: {allowed} allowed"
+                    f"--{f.name} {value} with --objective {self.objective}: {allowed} allowed"
                 )
         if self.snr_gamma is not None and self.objective == "bound":
             raise ValueError(
-                f"--snr_gamma {self.snr_gamma} with --objective bound, which has no mean squared error to "
-                "weight: simple, hybrid and hybrid_rescaled are allowed"
+                f"--snr_gamma {self.snr_gamma} with --objective bound, which has no mean squared "
+                "error to weight: simple, hybrid and hybrid_rescaled are allowed"
             )
 
+    @property
+    def flow_matching(self) -> bool:
+        return self.objective == "flow_matching"
 
-def make_schedulers(
-    options: UNetOptions,
-) -> tuple[
-    DDPMScheduler | FlowMatchEulerDiscreteScheduler,
-    DDPMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler,
-]:
+    @property
+    def learned_variance(self) -> bool:
+        return self.objective not in ("simple", "flow_matching")
+
+
+def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
     """The noise schedule to train with, and the scheduler that is saved.
 
-    With zero terminal SNR that starts at the noisiest timestep, where the network learned the mean of the images
-    (trailing spacing; Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.3).
+    With zero terminal SNR the saved one starts at the noisiest timestep (trailing spacing; Lin et
+    al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.3).
 
     Raises:
-        ValueError: if the objective can't learn from this schedule.
+        ValueError: if the objective can't use this schedule.
     """
-    if options.objective == "flow_matching":
+    if options.flow_matching:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=options.flow_shift or 1.0)
         return scheduler, scheduler
     scheduler = load_scheduler(options, options.prediction_type)
-    changes: dict[str, Any] = (
-        {"rescale_betas_zero_snr": True} if options.rescale_betas_zero_snr else {}
-    )
-    if options.objective != "simple":
+    changes: dict[str, Any] = {}
+    if options.rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    if options.learned_variance:
         changes["variance_type"] = "learned_range"
-    scheduler = DDPMScheduler.from_config(scheduler.config, **changes) if changes else scheduler
+    if changes:
+        scheduler = DDPMScheduler.from_config(scheduler.config, **changes)
     if not scheduler.config.rescale_betas_zero_snr:
         return scheduler, scheduler
     if scheduler.config.prediction_type == "epsilon":
         raise ValueError(
-            "--prediction_type epsilon: with --rescale_betas_zero_snr the last timestep is noise alone, "
-            "of which eps says nothing; v_prediction and sample are allowed"
+            "--prediction_type epsilon: with --rescale_betas_zero_snr the last timestep is pure "
+            "noise, where eps tells nothing of x0; v_prediction and sample are allowed"
         )
     if options.snr_gamma is not None:
         raise ValueError(
-            f"--snr_gamma {options.snr_gamma} with --rescale_betas_zero_snr weights the last timestep, "
-            "where sampling starts, by 0: only one of the two is allowed"
+            f"--snr_gamma {options.snr_gamma} with --rescale_betas_zero_snr weights the last "
+            "timestep, where sampling starts, by 0: only one of the two is allowed"
         )
-    trailing = {"timestep_spacing": "trailing"}
-    if options.objective != "simple":  # DDIM takes no learned variance
-        return scheduler, DDPMScheduler.from_config(scheduler.config, **trailing)
-    return scheduler, DDIMScheduler.from_config(
-        scheduler.config, **trailing, clip_sample=False
-    )  # it spoils guidance
+    spacing = {"timestep_spacing": "trailing"}
+    if options.learned_variance:  # which DDIM doesn't support
+        return scheduler, DDPMScheduler.from_config(scheduler.config, **spacing)
+    # Clipping x0 without changing eps spoils guided samples.
+    return scheduler, DDIMScheduler.from_config(scheduler.config, **spacing, clip_sample=False)
 
 
-def make_network(options: UNetOptions, data: Images) -> Network:
+def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
     """A UNet2DModel or, if the config says so, a DiTTransformer2DModel, for these images and labels.
 
     Raises:
-        ValueError: if there are no labels to be told, or the config or the resolution doesn't fit.
+        ValueError: if labels are missing, or the config or the resolution doesn't fit.
     """
     if options.class_conditional and not data.id2label:
         raise ValueError(
-            "--class_conditional: the dataset has no column of class ids; --label_column can name one of "
-            f"integers or strings, of {data.dataset.column_names}"
+            "--class_conditional: the dataset has no column of class ids; --label_column can name "
+            f"one of integers or strings, of {data.dataset.column_names}"
         )
-    learned_variance = options.objective not in ("simple", "flow_matching")
-    given = {
+    settings = {
         "sample_size": data.resolution,
         "in_channels": data.channels,
-        "out_channels": data.channels * (2 if learned_variance else 1),
+        "out_channels": data.channels * (2 if options.learned_variance else 1),
     }
-    if is_dit(options):
-        return make_dit(options, data, given)
-    model = make_model(
-        UNet2DModel,
-        options,
-        DEFAULT,
-        **given,
-        num_class_embeds=len(data.id2label) + 1 if options.class_conditional else None,
-    )
+    if is_dit(options.model_config_name_or_path):
+        return make_dit(options, data, settings)
+    if options.class_conditional:
+        settings["num_class_embeds"] = len(data.id2label) + 1
+    else:
+        settings["num_class_embeds"] = None
+    model = make_model(UNet2DModel, options, DEFAULT_UNET, **settings)
     levels = len(model.config.block_out_channels)
     check_resolution(options, data, 2 ** (levels - 1), f"{levels} levels")
     return model
 
 
-def is_dit(options: UNetOptions) -> bool:
-    """Whether --model_config_name_or_path is that of a DiTTransformer2DModel."""
-    if options.model_config_name_or_path is None:
+def is_dit(config_path: str | None) -> bool:
+    """Whether a config is that of a DiTTransformer2DModel."""
+    if config_path is None:
         return False
     try:
-        config = UNet2DModel.load_config(options.model_config_name_or_path)
-    except (OSError, ValueError):  # make_model says so
+        config = UNet2DModel.load_config(config_path)
+    except (OSError, ValueError):  # make_model raises a better message
         return False
     return config.get("_class_name") == DiTTransformer2DModel.__name__
 
 
-def make_dit(options: UNetOptions, data: Images, given: dict[str, Any]) -> DiTTransformer2DModel:
-    """A transformer that starts as the identity of its blocks and an output of 0 (adaLN-Zero; Peebles & Xie, Scalable
-    Diffusion Models with Transformers, 2023, section 3.2), which Diffusers leaves to the weights that are loaded."""
+def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> DiTTransformer2DModel:
+    """A transformer whose blocks start as the identity, and its output as 0.
+
+    adaLN-Zero (Peebles & Xie, Scalable Diffusion Models with Transformers, 2023, section 3.2),
+    which Diffusers doesn't initialize.
+    """
     if not options.class_conditional:
         raise ValueError(
-            f"--model_config_name_or_path {options.model_config_name_or_path}: a DiTTransformer2DModel is "
-            "always told a label; it is allowed with --class_conditional only"
+            f"--model_config_name_or_path {options.model_config_name_or_path}: a "
+            "DiTTransformer2DModel always needs a label; it is allowed with --class_conditional "
+            "only"
         )
-    # beside the labels' embeddings it makes one for the null label, whose id is their number
-    model = make_model(
-        DiTTransformer2DModel, options, {}, **given, num_embeds_ada_norm=len(data.id2label)
-    )
-    check_resolution(
-        options, data, model.config.patch_size, f"patches of {model.config.patch_size}"
-    )
-    for linear in (
-        *(block.norm1.linear for block in model.transformer_blocks),
-        model.proj_out_1,
-        model.proj_out_2,
-    ):
+    # It adds the embedding of the null label, whose id is the number of labels.
+    settings["num_embeds_ada_norm"] = len(data.id2label)
+    model = make_model(DiTTransformer2DModel, options, {}, **settings)
+    patch = model.config.patch_size
+    check_resolution(options, data, patch, f"patches of {patch}")
+    modulation = [block.norm1.linear for block in model.transformer_blocks]
+    for linear in (*modulation, model.proj_out_1, model.proj_out_2):
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
-            module.dropout_prob = (
-                0.0  # --label_dropout does it for all blocks alike; theirs would be one a block
-            )
+            # --label_dropout drops a label in all blocks; this would do so in each block separately.
+            module.dropout_prob = 0.0
     return model
 
 
-def check_resolution(options: UNetOptions, data: Images, multiple: int, what: str) -> None:
+def check_resolution(options: UNetOptions, data: Images, multiple: int, model: str) -> None:
+    """Raise a `ValueError` if the images' size isn't a multiple of a number."""
     if data.resolution % multiple:
+        scale = options.resolution // data.resolution
         raise ValueError(
-            f"--resolution {options.resolution}: the multiples of "
-            f"{options.resolution // data.resolution * multiple} are allowed for a network of {what}"
+            f"--resolution {options.resolution}: the multiples of {scale * multiple} are allowed "
+            f"for a network of {model}"
         )
 
 
+class DenoisingLoss:
+    """The loss of a denoiser at random noise levels: (model, batch, draws) -> mean of the rows."""
+
+    def __init__(
+        self, options: UNetOptions, accelerator: Accelerator, scheduler: Scheduler, num_labels: int
+    ):
+        self.options, self.accelerator, self.num_labels = options, accelerator, num_labels
+        self.process = FlowProcess(scheduler) if options.flow_matching else Process(scheduler)
+        self.num_timesteps, self.sampler = scheduler.config.num_train_timesteps, None
+        if options.timestep_sampler == "second_moment":
+            self.sampler = LossSecondMomentSampler(self.num_timesteps)
+            accelerator.register_for_checkpointing(self.sampler)
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
+        options, weight = self.options, None
+        if options.flow_matching:
+            uniform = options.flow_timestep_sampling == "uniform"
+            t = self.process.timesteps(draws.rand() if uniform else draws.randn().sigmoid())
+        else:
+            t, weight = draw_steps(draws, self.num_timesteps, self.sampler)
+        eps = draws.randn(*batch["pixel_values"].shape[1:])
+        dropped = draws.rand() < options.label_dropout
+        labels = torch.where(dropped, self.num_labels, batch["label"])
+        losses = self.per_image(model, batch, eps, t, labels, options.snr_gamma)
+        return weighted_mean(losses, t, weight, self.sampler, self.accelerator)
+
+    def per_image(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        snr_gamma: float | None = None,
+    ) -> torch.Tensor:
+        """The loss of each image, (B,)."""
+        x0, labels = batch["pixel_values"], labels if self.options.class_conditional else None
+        output = model(self.process.noised(x0, eps, t), t, class_labels=labels).sample
+        objective = "simple" if self.options.flow_matching else self.options.objective
+        losses = diffusion_loss(self.process, output.float(), x0, eps, t, objective, snr_gamma)
+        return losses["loss"]
+
+
+class Evaluator:
+    """Evaluates a denoiser: (model, step) -> metrics; writes a picture of samples.
+
+    Args:
+        names: label names of a class-conditional model.
+        steps: optimizer steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        options: UNetOptions,
+        accelerator: Accelerator,
+        loss: DenoisingLoss,
+        scheduler: Scheduler,
+        vae: Autoencoder | None,
+        names: dict[int, str] | None,
+        held_out: Images | None,
+        steps: int,
+    ):
+        self.options, self.accelerator, self.loss = options, accelerator, loss
+        self.vae, self.names, self.held_out, self.steps = vae, names, held_out, steps
+        self.scheduler = scheduler
+        if not options.flow_matching:
+            self.scheduler = DDIMScheduler.from_config(
+                scheduler.config, timestep_spacing="trailing"
+            )
+
+    def __call__(self, model: torch.nn.Module, step: int) -> dict[str, Any]:
+        options = self.options
+        if options.sample_images and self.accelerator.is_main_process:
+            pipeline = ClassifierGuidedPipeline(
+                unet=model, scheduler=self.scheduler, vae=self.vae, id2label=self.names
+            )
+            pipeline.to(self.accelerator.device)
+            path = Path(options.output_dir) / f"samples-{step}.png"
+            draw_samples(pipeline, path, options.sample_images)
+        self.accelerator.wait_for_everyone()
+        metrics = held_out_metrics(
+            self.accelerator,
+            self.held_out,
+            eval_timesteps(self.loss.num_timesteps),
+            ("loss",),
+            lambda batch, eps, t: self.loss.per_image(model, batch, eps, t, batch["label"])[None],
+            options.validation_samples,
+            options.train_batch_size,
+        )
+        if metrics and options.bits_per_dim_images and step == self.steps:
+            metrics["bits_per_dim"] = self.bits_per_dim(model)
+        return metrics
+
+    def bits_per_dim(self, model: torch.nn.Module) -> float:
+        """Mean bits per dimension of held-out images, evenly spread.
+
+        An image's noise is the same in any batch.
+        """
+        accelerator, batch_size = self.accelerator, self.options.train_batch_size
+        count = min(self.options.bits_per_dim_images, len(self.held_out))
+        share = range(count)[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros((), device=accelerator.device)
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            batch = collate([self.held_out[i * len(self.held_out) // count] for i in indices])
+            x0 = batch["pixel_values"].to(accelerator.device)
+            labels = None
+            if self.options.class_conditional:
+                labels = batch["label"].to(accelerator.device)
+            generators = [generator_for(0, 4, i) for i in indices]
+            bits = bits_per_dim(model, self.loss.process, x0, labels, generator=generators)
+            total += bits["total"].sum()
+        return accelerator.reduce(total, "sum").item() / count
+
+
 def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> None:
-    """A picture of about `count` samples, a row a label."""
+    """Save a picture of about `count` samples, one row per label."""
     pipeline.set_progress_bar_config(disable=True)
     labels = list(range(pipeline.num_labels or 0))[:count] or None
     rows = len(labels) if labels else 1
@@ -293,112 +424,34 @@ def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> 
 
 def main() -> None:
     options = parse(UNetOptions, __doc__)
-    with explained():
+    with exit_on_value_error():
+        # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
-        vae = load_vae(options)
+        vae = load_vae(options.vae)
         data, held_out = load_data(options, accelerator, vae)
         scheduler, saved_scheduler = make_schedulers(options)
-        flow, steps = options.objective == "flow_matching", scheduler.config.num_train_timesteps
-        process = FlowProcess(scheduler) if flow else Process(scheduler)
-        sampler = (
-            LossSecondMomentSampler(steps) if options.timestep_sampler == "second_moment" else None
-        )
-        if sampler is not None:
-            accelerator.register_for_checkpointing(sampler)
+        loss = DenoisingLoss(options, accelerator, scheduler, len(data.id2label))
         set_seed(options.seed)
-        run = Run(options, accelerator, make_network(options, data), data)
-        write_latents(options, accelerator, vae, data, held_out)
+        trainer = Trainer(options, accelerator, make_denoiser(options, data), data)
+        write_latents(
+            accelerator,
+            vae,
+            data,
+            held_out,
+            workers=options.dataloader_num_workers,
+            progress=options.progress,
+        )
     if isinstance(vae, AutoencoderKL):
-        vae.enable_slicing()  # a picture's images are decoded one by one
+        vae.enable_slicing()  # decode the images of a picture one by one
     names = data.id2label if options.class_conditional else None
 
-    def errors(
-        model: torch.nn.Module,
-        batch: Batch,
-        eps: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        snr_gamma: float | None = None,
-    ) -> torch.Tensor:
-        """The loss of each image, (B,)."""
-        x0, labels = batch["pixel_values"], labels if options.class_conditional else None
-        output = model(process.noised(x0, eps, t), t, class_labels=labels).sample
-        objective = "simple" if flow else options.objective
-        return diffusion_loss(process, output.float(), x0, eps, t, objective, snr_gamma)["loss"]
-
-    def loss(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
-        if flow:
-            uniform = options.flow_timestep_sampling == "uniform"
-            t = process.timesteps(draws.rand() if uniform else draws.randn().sigmoid())
-        elif sampler is None:
-            t = draws.randint(steps)
-        else:
-            drawn = sampler.sample(draws.total, draws.generator)
-            t, weight = (part[draws.mine].to(draws.device) for part in drawn)
-        eps = draws.randn(*batch["pixel_values"].shape[1:])
-        labels = torch.where(
-            draws.rand() < options.label_dropout, len(data.id2label), batch["label"]
-        )
-        losses = errors(model, batch, eps, t, labels, options.snr_gamma)
-        if sampler is None:
-            return losses.mean()
-        sampler.update(*accelerator.gather((t, losses.detach())))
-        return (weight * losses).mean()
-
-    def bits(model: torch.nn.Module) -> float:
-        """Mean bits a dimension of held-out images, evenly spread; an image's noise is the same in any batch."""
-        count, world = min(options.bits_per_dim_images, len(held_out)), accelerator.num_processes
-        share, total = (
-            range(count)[accelerator.process_index :: world],
-            torch.zeros((), device=accelerator.device),
-        )
-        for start in range(0, len(share), options.train_batch_size):
-            numbers = share[start : start + options.train_batch_size]
-            batch = collate([held_out[i * len(held_out) // count] for i in numbers])
-            x0, labels = (batch[name].to(accelerator.device) for name in ("pixel_values", "label"))
-            total += bits_per_dim(
-                model,
-                process,
-                x0,
-                labels if options.class_conditional else None,
-                generator=[generator_for(0, 4, i) for i in numbers],
-            )["total"].sum()
-        return accelerator.reduce(total, "sum").item() / count
-
-    def evaluate(model: torch.nn.Module, step: int) -> dict[str, Any]:
-        if options.sample_images and accelerator.is_main_process:
-            fast = (
-                scheduler
-                if flow
-                else DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-            )
-            pipeline = ClassifierGuidedPipeline(unet=model, scheduler=fast, vae=vae, id2label=names)
-            pipeline.to(accelerator.device)
-            draw_samples(
-                pipeline, Path(options.output_dir) / f"samples-{step}.png", options.sample_images
-            )
-        accelerator.wait_for_everyone()
-        figures = held_out_figures(
-            options,
-            accelerator,
-            held_out,
-            ten_levels(steps),
-            ("loss",),
-            lambda batch, eps, t: errors(model, batch, eps, t, batch["label"])[None],
-        )
-        if figures and options.bits_per_dim_images and step == run.steps:
-            figures["bits_per_dim"] = bits(model)
-        return figures
-
-    model = run.train(loss, evaluate)
-    if accelerator.is_main_process:
-        pipeline = ClassifierGuidedPipeline(
-            unet=model, scheduler=saved_scheduler, vae=vae, id2label=names
-        )
-        pipeline.save_pretrained(options.output_dir)
-    finish(accelerator)
-    if accelerator.is_main_process:
-        publish(options, pipeline)
+    # 2. Train, save, publish
+    evaluate = Evaluator(options, accelerator, loss, scheduler, vae, names, held_out, trainer.steps)
+    model = trainer.train(loss, evaluate)
+    pipeline = ClassifierGuidedPipeline(
+        unet=model, scheduler=saved_scheduler, vae=vae, id2label=names
+    )
+    save_and_publish(options, accelerator, pipeline)
 
 
 if __name__ == "__main__":

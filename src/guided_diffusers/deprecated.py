@@ -21,6 +21,13 @@ MOVED = {
     "perceptual": "image_guidance",
     "schedulers": "noise",
 }
+#: names that got another name, or another module, when theirs moved
+RENAMED_WITHIN = {
+    ("classifier_losses", "FIGURES"): (f"{PACKAGE}.learning.classifier_losses", "METRICS"),
+    ("data", "CaptionedImages"): (f"{PACKAGE}.learning.annotations", "CaptionedImages"),
+    ("data", "TargetedImages"): (f"{PACKAGE}.learning.annotations", "TargetedImages"),
+    ("data", "SHARD"): (f"{PACKAGE}.learning.data", "SHARD_STRIDE"),
+}
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -42,7 +49,10 @@ class MovedModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # tools that look through all modules don't import it
             raise AttributeError(name)
-        target = f"{PACKAGE}.{MOVED[self.__name__.partition('.')[2]]}"
+        old = self.__name__.partition(".")[2]
+        target = f"{PACKAGE}.{MOVED[old]}"
+        if (old, name) in RENAMED_WITHIN:
+            target, name = RENAMED_WITHIN[old, name]
         _warn(self.__name__, target)
         return getattr(import_module(target), name)
 

@@ -1,12 +1,13 @@
-"""Losses of classifiers that guide: of three kinds of heads, mixed images, worst-case images, and the gradient itself.
+"""Losses of noise-aware classifiers: three kinds of labels, mixup, worst-case images, score matching.
 
-f are a classifier's outputs (B, K) for x_t = alpha x0 + sigma eps, in `transformers`' words of what they are:
+f are a classifier's outputs (B, K) for x_t = alpha x0 + sigma eps. Their kinds, in `transformers`'
+words:
 
-    single_label_classification   log p(y | x_t) = f_y - log sum_k exp f_k           y: ids (B,), or shares (B, K)
-    multi_label_classification    log p(y | x_t) = sum_k log sigmoid(+-f_k)          y: 0 or 1 (B, K), or between
-    regression                    f = E[y | x_t]                                     y: numbers (B, K)
+    single_label_classification   log p(y | x_t) = f_y - log sum_k exp f_k     y: ids (B,) or shares
+    multi_label_classification    log p(y | x_t) = sum_k log sigmoid(+-f_k)    y: 0 to 1, (B, K)
+    regression                    f = E[y | x_t]                               y: numbers (B, K)
 
-Every loss is one an image, (B,), in float32 or wider, so that images can be weighted.
+Every loss is per image, (B,), in float32 or float64.
 """
 
 from __future__ import annotations
@@ -17,17 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SINGLE, MULTI, REGRESSION = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+REGRESSION = "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
-FIGURES = {
+METRICS = {  # of `held_out_scores`
     SINGLE: ("accuracy", "cross_entropy"),
     MULTI: ("accuracy", "average_precision", "cross_entropy"),
     REGRESSION: ("r2", "mse"),
-}  # of `held_out_scores`
+}
 
 
 def label_losses(
@@ -38,25 +36,27 @@ def label_losses(
     label_smoothing: float = 0.0,
     variance: Tensor | None = None,
 ) -> Tensor:
-    """How wrong the outputs are, (B,):
+    """The loss of each image's outputs, (B,):
 
         single_label_classification   - sum_k w_k q_k log p(k | x_t),    q = (1 - s) y + s / K
-        multi_label_classification    - mean_k [w_k q_k log sigmoid(f_k) + (1 - q_k) log sigmoid(-f_k)],
+        multi_label_classification    - mean_k [w_k q_k log sigmoid(f_k)
+                                                + (1 - q_k) log sigmoid(-f_k)],
                                       q = (1 - s) y + s / 2
         regression                    mean_k (f_k - y_k)^2 / variance_k
 
-    The best outputs are p(q | x_t), up to w, and E[y | x_t].
+    It is smallest at p(q | x_t), up to w, and at E[y | x_t].
 
     Args:
-        logits, y, problem_type: f, y and the kind, as above.
+        logits, y, problem_type: f, y and their kind.
         class_weights: w, (K,); None: all 1. Not for regression.
-        label_smoothing: s, the share of a label given to all alike (Szegedy et al. 2016, "Rethinking the inception
-            architecture for computer vision", section 7); 0: off. Not for regression.
-        variance: (K,), of the numbers to regress, so that the loss is the share of it that is left, 1 - R^2; None: all
-            1. For regression only.
+        label_smoothing: s, the probability that is distributed over all labels (Szegedy et al. 2016,
+            "Rethinking the inception architecture for computer vision", section 7); 0: off. Not for
+            regression.
+        variance: (K,), of the numbers to regress, so that the mean loss is 1 - R^2; None: all 1. For
+            regression only.
 
     Raises:
-        ValueError: for another `problem_type`, or an argument without effect on this one.
+        ValueError: for an unknown `problem_type`, or an argument without effect on this one.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type not in PROBLEM_TYPES:
@@ -86,27 +86,26 @@ def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Ten
     """log p(y | x_t), (B,), of a single- or multi-label classifier.
 
     Raises:
-        ValueError: for regression, whose p(y | x_t) no output says.
+        ValueError: for regression, whose outputs don't determine p(y | x_t).
     """
     if problem_type == REGRESSION:
         raise ValueError(f"problem_type={problem_type!r}: {SINGLE} and {MULTI} have a likelihood")
-    return -label_losses(logits, y, problem_type) * (
-        1 if problem_type == SINGLE else logits.shape[1]
-    )
+    terms = 1 if problem_type == SINGLE else logits.shape[1]
+    return -label_losses(logits, y, problem_type) * terms
 
 
 def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) -> Tensor:
-    """Class weights (K,) under which all classes matter alike, float32.
+    """Class weights (K,), float32, that balance the classes.
 
-        single_label_classification   N / (K N_k): each class has the same share of the loss, whose mean weight stays 1
-        multi_label_classification    (N - N_k) / N_k: a label's positives matter as much as its negatives
+        single_label_classification   N / (K N_k): equal shares of the loss; the mean weight is 1
+        multi_label_classification    (N - N_k) / N_k: equal weight of positives and negatives
 
     Args:
-        counts: N_k, (K,), the images of a label.
+        counts: N_k, (K,), number of images of each label.
         images: N.
 
     Raises:
-        ValueError: if a label has no image, or, of several labels an image, all.
+        ValueError: if a label has no images, or with several labels per image all of them.
     """
     counts = counts.double()
     if (counts <= 0).any() or problem_type == MULTI and (counts >= images).any():
@@ -114,23 +113,26 @@ def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) ->
             f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
             f"needed{', and one without' if problem_type == MULTI else ''}"
         )
-    return (
-        images / (len(counts) * counts) if problem_type == SINGLE else (images - counts) / counts
-    ).float()
+    if problem_type == SINGLE:
+        return (images / (len(counts) * counts)).float()
+    return ((images - counts) / counts).float()
 
 
 def soft_labels(y: Tensor, num_labels: int) -> Tensor:
-    """Ids (B,) as shares (B, K); what is (B, K) stays as it is."""
+    """Ids (B,) as shares (B, K); shares are returned unchanged."""
     return F.one_hot(y, num_labels).float() if y.ndim == 1 else y
 
 
 def mixup(x0: Tensor, y: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Images and labels mixed with their neighbour's (Zhang et al. 2018, "mixup: Beyond empirical risk minimization"):
+    """Images and labels mixed with those of their neighbour:
 
-        x0_i <- share_i x0_i + (1 - share_i) x0_j,    y likewise,    j = i + 1 for even i, i - 1 for odd i
+        x0_i <- share_i x0_i + (1 - share_i) x0_j,    y too,    j = i + 1 for even i, i - 1 for odd i
+
+    Zhang et al. 2018, "mixup: Beyond empirical risk minimization".
 
     Args:
-        x0: (B, ...), with an even B: neighbours, not a permutation, so that any number of processes mixes the same.
+        x0: (B, ...), B even. With neighbours, unlike a permutation, the result doesn't depend on the
+            number of processes.
         y: (B, K), as `soft_labels` gives it.
         share: (B,), from Beta(a, a).
 
@@ -151,16 +153,16 @@ def worst_case(
 ) -> Tensor:
     """The x_t + delta, |delta|_2 <= radius, of largest loss, by projected gradient ascent; detached.
 
-    Kawar et al. 2022, "Enhancing diffusion-based image synthesis with robust classifier guidance", train on these:
-    the gradients of a classifier that a small change can't fool show what people see in a class. The ascent is that of
-    Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks": from delta = 0, each step of
-    2.5 radius / steps along the normalised gradient.
+    Kawar et al. 2022, "Enhancing diffusion-based image synthesis with robust classifier guidance",
+    train on these images, since gradients of a robust classifier are perceptually aligned. The ascent
+    is that of Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks":
+    from delta = 0, with steps of 2.5 radius / steps along the normalized gradient.
 
     Args:
         losses: x_t -> (B,).
         x_t: (B, ...).
-        radius: of each image's delta, in units of x_t; 0 is x_t itself.
-        steps: gradients taken.
+        radius: of each image's delta, in units of x_t; 0: off.
+        steps: number of gradient steps.
     """
     shape = (-1, *[1] * (x_t.ndim - 1))
 
@@ -181,23 +183,25 @@ def worst_case(
 def score_matching_losses(
     log_p: Tensor, x_t: Tensor, eps: Tensor, sigma: Tensor, score: Tensor
 ) -> Tensor:
-    """Denoising likelihood score matching, weighted by sigma^2, a mean over an image's dimensions, (B,):
+    """Denoising likelihood score matching, (B,), a mean over the dimensions of
 
         sigma^2 |grad_x log p(y | x_t) + s(x_t) + eps / sigma|^2
 
-    Chao et al. 2022, "Denoising likelihood score matching for conditional score-based data generation": cross entropy
-    makes p(y | x_t) right and leaves its gradient, which is all that guidance uses, to chance. -eps / sigma is the
-    score of p(x_t | x0), whose mean given x_t and y is that of p(x_t | y); so with the score s(x_t) of p(x_t), the best
-    gradient is grad log p(x_t | y) - grad log p(x_t), the exact classifier's. sigma^2 makes noise levels alike, as it
-    makes score matching the mean squared error of eps.
+    Chao et al. 2022, "Denoising likelihood score matching for conditional score-based data
+    generation": cross entropy trains p(y | x_t), but not its gradient, which guidance uses.
+    -eps / sigma is the score of p(x_t | x0), whose mean given x_t and y is the score of p(x_t | y).
+    So with the score s(x_t) of p(x_t) the best gradient is that of the exact classifier,
+    grad log p(x_t | y) - grad log p(x_t). The factor sigma^2 balances the noise levels, as in the
+    mean squared error of eps.
 
     Args:
-        log_p: log p(y | x_t), (B,), computed from an `x_t` that requires a gradient, where attention can be
-            differentiated twice: within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
-        x_t: (B, ...), of the images that have the labels y.
+        log_p: log p(y | x_t), (B,), computed from an `x_t` that requires a gradient, within
+            `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`: the other attention kernels have no
+            second derivative.
+        x_t: (B, ...), of the images with the labels y.
         eps: its noise.
         sigma: (B,).
-        score: s(x_t), of a diffusion model that isn't told y.
+        score: s(x_t), of an unconditional diffusion model.
     """
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(log_p.sum(), x_t, create_graph=True)
@@ -208,19 +212,20 @@ def score_matching_losses(
 def held_out_scores(
     logits: Tensor, y: Tensor, problem_type: str = SINGLE, variance: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What can be said of each image's outputs, (B,) each, so that means over images are figures of a split.
+    """Scores of each image's outputs, (B,) each, whose means over images are a split's metrics.
 
         single_label_classification   accuracy; cross_entropy
-        multi_label_classification    accuracy, the share of labels on the right side of 1/2; average_precision, of the
-                                      ranking of the labels; cross_entropy, the mean over the labels
-        regression                    r2, 1 - (f - y)^2 / variance; mse, (f - y)^2, both means over the outputs
+        multi_label_classification    accuracy: share of labels on the right side of 1/2;
+                                      average_precision of the ranking of the labels;
+                                      cross_entropy: mean over the labels
+        regression                    r2: 1 - (f - y)^2 / variance; mse: (f - y)^2; means over K
 
-    An image's average precision (Schapire & Singer 2000) is the mean over its labels, of the share of its labels among
-    all that score at least as high; 1 for an image without labels.
+    An image's average precision (Schapire & Singer 2000) is the mean over its labels, of the share of
+    its labels among all that score at least as high; 1 for an image without labels.
 
     Args:
-        logits, y, problem_type: as in `label_losses`, y no shares.
-        variance: (K,), of the numbers trained on, with whose mean R^2 compares. For regression only.
+        logits, y, problem_type: as in `label_losses`, y without shares.
+        variance: (K,), of the training labels, for R^2. For regression only.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = label_losses(wide, y, problem_type)
@@ -228,9 +233,8 @@ def held_out_scores(
         return {"accuracy": (wide.argmax(dim=1) == y).float(), "cross_entropy": losses}
     if problem_type == REGRESSION:
         return {"r2": 1 - label_losses(wide, y, problem_type, variance=variance), "mse": losses}
-    above = (wide[:, None, :] >= wide[:, :, None]).to(
-        wide.dtype
-    )  # [i, k, l]: label l scores at least as high as k
+    # above[i, k, l]: label l scores at least as high as label k
+    above = (wide[:, None, :] >= wide[:, :, None]).to(wide.dtype)
     y = y.to(wide.dtype)
     precision = (above * y[:, None, :]).sum(dim=2) / above.sum(dim=2)
     average = torch.where(y.any(dim=1), (precision * y).sum(dim=1) / y.sum(dim=1).clamp(min=1), 1.0)

@@ -1,8 +1,8 @@
-"""Losses of diffusion training with a learned variance, of flow matching, bits per dimension, and which timesteps to
-draw.
+"""Losses of diffusion training and flow matching, bits per dimension, and sampling of timesteps.
 
-Ho et al., Denoising Diffusion Probabilistic Models (2020); Nichol & Dhariwal, Improved Denoising Diffusion
-Probabilistic Models (2021). Everything is per image, (B,), and gives what OpenAI's guided-diffusion gives.
+Ho et al., Denoising Diffusion Probabilistic Models (2020); Nichol & Dhariwal, Improved Denoising
+Diffusion Probabilistic Models (2021). Everything is per image, (B,), and equals OpenAI's
+guided-diffusion.
 
     process = Process(scheduler)                                       # variance_type="learned_range"
     k = torch.randint(len(process), (len(x0),))
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import log, pi, sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -22,29 +22,33 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..noise import log_variance, split_variance, step_variances, x0_coefficients
+from .batches import StepRandom
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Objective = Literal["simple", "hybrid", "hybrid_rescaled", "bound"]
 HALF_BIN = 1 / 255  # of a pixel value in [-1, 1]
 
 
 class Process:
-    """A scheduler's noise process q and the network's way back p(x_s | x_t), from step k to k - 1, 0 <= k < T.
+    """A scheduler's noise process q and the model's reverse process p, from step k to k - 1.
 
-        q(x_t | x0) = N(alpha x0, sigma^2),    q(x_s | x_t, x0) = N(c_0 x0 + c_t x_t, small)    (Ho et al., eq. 4 and 7)
+        q(x_t | x0) = N(alpha x0, sigma^2)                                        (Ho et al., eq. 4)
+        q(x_s | x_t, x0) = N(c_0 x0 + c_t x_t, small)                             (eq. 7)
 
     Args:
         scheduler: its betas, `prediction_type` and `variance_type`: "learned_range", or a fixed one.
-        timesteps: those that a shorter process keeps; None: all. Step k has the k-th smallest.
+        timesteps: those of a shorter process; None: all. Step k, 0 <= k < T, has the k-th smallest.
 
     Raises:
-        ValueError: for a network of eps where alpha = 0 (zero terminal SNR), which says nothing of x0 there.
+        ValueError: for prediction type epsilon with zero terminal SNR (alpha = 0), where eps doesn't
+            determine x0.
     """
 
     def __init__(self, scheduler: DDPMScheduler, timesteps: Sequence[int] | None = None):
-        self.prediction_type, self.variance_type = (
-            scheduler.config.prediction_type,
-            scheduler.config.variance_type,
-        )
+        self.prediction_type = scheduler.config.prediction_type
+        self.variance_type = scheduler.config.variance_type
         count = scheduler.config.num_train_timesteps
         self.timesteps = torch.tensor(sorted(range(count) if timesteps is None else timesteps))
         alpha_bar = torch.cumprod(1 - scheduler.betas.double().cpu(), 0)[self.timesteps]
@@ -53,13 +57,14 @@ class Process:
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         if self.prediction_type == "epsilon" and not alpha.all():
             raise ValueError(
-                "prediction_type 'epsilon': the schedule has zero terminal SNR (rescale_betas_zero_snr), "
-                "where eps says nothing of x0; v_prediction and sample are allowed"
+                "prediction_type 'epsilon': the schedule has zero terminal SNR "
+                "(rescale_betas_zero_snr), where eps doesn't determine x0; v_prediction and sample "
+                "are allowed"
             )
-        levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
-        a, b = torch.tensor(
-            [x0_coefficients(self.prediction_type, *level) for level in levels], dtype=torch.float64
-        ).T
+        coefficients = []
+        for level in zip(alpha.tolist(), sigma.tolist(), strict=True):
+            coefficients.append(x0_coefficients(self.prediction_type, *level))
+        a, b = torch.tensor(coefficients, dtype=torch.float64).T
         self._tables = {
             "alpha": alpha,
             "sigma": sigma,
@@ -77,12 +82,12 @@ class Process:
         return len(self.timesteps)
 
     def at(self, k: Tensor, like: Tensor, *names: str) -> list[Tensor]:
-        """Coefficients of the steps k (B,), in the dtype of `like` (B, C, H, W) and broadcast over it."""
+        """Coefficients of the steps k (B,), in the dtype of `like` and broadcast over its shape."""
         k, shape = k.to(like.device), (-1, *[1] * (like.ndim - 1))
         return [self._table(name, like.dtype, like.device)[k].reshape(shape) for name in names]
 
     def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One copy a device, so that no training step waits for it."""
+        """A coefficient of all steps; a copy per device, so that no training step waits for it."""
         if (key := (name, dtype, device)) not in self._placed:
             self._placed[key] = self._tables[name].to(dtype).to(device)
         return self._placed[key]
@@ -93,14 +98,14 @@ class Process:
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
-        """What the network should say: eps, x0, or v = alpha eps - sigma x0."""
+        """The model's target: eps, x0, or v = alpha eps - sigma x0."""
         if self.prediction_type == "v_prediction":
             alpha, sigma = self.at(k, x0, "alpha", "sigma")
             return alpha * eps - sigma * x0
         return {"epsilon": eps, "sample": x0}[self.prediction_type]
 
     def denoised(self, prediction: Tensor, x_t: Tensor, k: Tensor, clip: bool = False) -> Tensor:
-        """The x0 that the network predicts, with `clip` clipped to [-1, 1]."""
+        """The predicted x0; with `clip` clipped to [-1, 1]."""
         a, b = self.at(k, x_t, "a", "b")
         x0 = a * x_t + b * prediction
         return x0.clamp(-1, 1) if clip else x0
@@ -111,7 +116,7 @@ class Process:
         return c_0 * x0 + c_t * x_t
 
     def log_variance(self, learned: Tensor | None, like: Tensor, k: Tensor) -> Tensor:
-        """That of p(x_s | x_t); `learned` is the second half of the network's output."""
+        """Log variance of p(x_s | x_t); `learned` is the second half of the model's output."""
         beta, small = self.at(k, like, "beta", "small")
         return log_variance(
             self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned
@@ -119,13 +124,13 @@ class Process:
 
 
 class FlowProcess:
-    """Straight paths from data (s = 0) to noise (s = 1), and their velocity, which the network learns:
+    """Straight paths from data (s = 0) to noise (s = 1), and their velocity:
 
         x_s = (1 - s) x0 + s eps,    target = eps - x0
 
-    Lipman et al., Flow Matching for Generative Modeling (2023), eq. 22 and 23 with sigma_min = 0 and time reversed; Liu
-    et al., Flow Straight and Fast (2023), eq. 1. A timestep is T s, as `FlowMatchEulerDiscreteScheduler` tells the
-    network.
+    Lipman et al., Flow Matching for Generative Modeling (2023), eq. 22 and 23 with sigma_min = 0 and
+    time reversed; Liu et al., Flow Straight and Fast (2023), eq. 1. A timestep is T s, as in
+    `FlowMatchEulerDiscreteScheduler`.
 
     Args:
         scheduler: its T = `num_train_timesteps` and its `shift`.
@@ -137,8 +142,8 @@ class FlowProcess:
     def timesteps(self, u: Tensor) -> Tensor:
         """T s of u in [0, 1]: s = shift u / (1 + (shift - 1) u), as in sampling.
 
-        A shift above 1 is for large images, which need more noise to be destroyed (Esser et al., Scaling Rectified Flow
-        Transformers, 2024, eq. 23).
+        A shift above 1 is for large images, whose content needs more noise to vanish (Esser et al.,
+        Scaling Rectified Flow Transformers, 2024, eq. 23).
         """
         return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -153,18 +158,16 @@ class FlowProcess:
 
 
 def min_snr_weights(process: Process, k: Tensor, like: Tensor, gamma: float = 5.0) -> Tensor:
-    """The weights, (B,), of the steps' mean squared errors by Hang et al., Efficient Diffusion Training via Min-SNR
-    Weighting Strategy (2023), with SNR = alpha^2 / sigma^2:
+    """Weights (B,) of the mean squared errors at steps k, with SNR = alpha^2 / sigma^2:
 
         x0    min(SNR, gamma);    eps    min(SNR, gamma) / SNR;    v    min(SNR, gamma) / (SNR + 1)
 
-    All three are the same loss of the predicted x0. `like` (B, C, H, W) says the dtype and device.
+    All three give the same loss of the predicted x0. Hang et al., Efficient Diffusion Training via
+    Min-SNR Weighting Strategy (2023). `like` (B, C, H, W) decides the dtype and device.
     """
-    (snr,) = (table.flatten() for table in process.at(k, like, "snr"))
-    return (
-        snr.clamp(max=gamma)
-        / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[process.prediction_type]
-    )
+    snr = process.at(k, like, "snr")[0].flatten()
+    divisors = {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}
+    return snr.clamp(max=gamma) / divisors[process.prediction_type]
 
 
 def diffusion_loss(
@@ -176,19 +179,19 @@ def diffusion_loss(
     objective: Objective = "simple",
     snr_gamma: float | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of a network's output at `process.noised(x0, eps, k)`, and its parts, each (B,).
+    """The loss of a model's output at `process.noised(x0, eps, k)`, and its parts, each (B,).
 
     Args:
         output: (B, C, H, W), or with a learned variance (B, 2C, H, W).
         x0, eps: images in [-1, 1] and standard normal noise, (B, C, H, W).
         k: steps of the process, (B,); of a `FlowProcess` timesteps, and objective is "simple".
-        objective: "simple": `mse`, of the network's target (Ho et al., eq. 14). "hybrid": mse + vb, where `vb` is
-            `variational_bound` and teaches the variance only (Nichol & Dhariwal, eq. 16); "hybrid_rescaled": vb times
-            T / 1000, as the published models. "bound": T * vb alone.
-        snr_gamma: the gamma of `min_snr_weights`, by which the `mse` in `loss` is weighted. None: off.
+        objective: "simple": `mse` of the target (Ho et al., eq. 14). "hybrid": mse + vb, where `vb`
+            is `variational_bound` and trains the variance only (Nichol & Dhariwal, eq. 16);
+            "hybrid_rescaled": vb times T / 1000, as the published models. "bound": T * vb alone.
+        snr_gamma: gamma of `min_snr_weights`, which weight the `mse` in `loss`; None: off.
 
     Raises:
-        ValueError: if the network's channels or the process don't fit the objective, or the objective is unknown.
+        ValueError: if the output's channels or the process don't fit the objective, or it is unknown.
     """
     if isinstance(process, FlowProcess) and (objective != "simple" or snr_gamma is not None):
         raise ValueError(
@@ -202,8 +205,8 @@ def diffusion_loss(
         )
     if objective != "bound" and hybrid != (learned is not None):
         raise ValueError(
-            f"objective {objective!r}: the network has {'a' if learned is not None else 'no'} learned "
-            "variance; simple is for networks without, hybrid for those with"
+            f"objective {objective!r}: the model has {'a' if learned is not None else 'no'} learned "
+            "variance; simple is for models without, hybrid for those with"
         )
     if objective == "bound":
         if snr_gamma is not None:
@@ -225,11 +228,11 @@ def diffusion_loss(
 def variational_bound(
     process: Process, output: Tensor, x0: Tensor, x_t: Tensor, k: Tensor, clip: bool = False
 ) -> Tensor:
-    """A step's term of the bound on -log p(x0), (B,), in bits a dimension (Ho et al., eq. 5):
+    """A step's term of the bound on -log p(x0), (B,), in bits per dimension (Ho et al., eq. 5):
 
-        KL(q(x_s | x_t, x0) || p(x_s | x_t)),    and for k = 0    -log p(x0 | x_1) of 256 pixel values.
+        KL(q(x_s | x_t, x0) || p(x_s | x_t)),    for k = 0 -log p(x0 | x_1) of 256 pixel values.
 
-    With `clip`, the x0 that the network predicts is clipped first.
+    With `clip`, the predicted x0 is clipped first.
     """
     prediction, learned = split_variance(output, x0.shape[1])
     predicted = process.mean(process.denoised(prediction, x_t, k, clip), x_t, k)
@@ -252,9 +255,10 @@ def normal_kl(
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """log of the Gaussian's mass in the bin of x, of 256 values in [-1, 1], the outer two open (Ho et al., eq. 13).
+    """Log of a Gaussian's mass in the bin of x, of 256 values in [-1, 1], the outer two open, in nats.
 
-    In nats. The distribution function is the tanh approximation of GELU's paper, as in the published code.
+    Ho et al., eq. 13. The distribution function is approximated by tanh, as in GELU's paper and the
+    published code.
     """
     upper = _normal_cdf((x - mean + HALF_BIN) * (-log_sigma).exp())
     lower = _normal_cdf((x - mean - HALF_BIN) * (-log_sigma).exp())
@@ -275,27 +279,27 @@ def bits_per_dim(
     clip: bool = True,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> dict[str, Tensor]:
-    """The variational bound on -log2 p(x0) a dimension: T calls of the network for a batch.
+    """The variational bound on -log2 p(x0) per dimension, by T evaluations of the model.
 
-    Of a data set: the mean of `total` over its images.
+    That of a dataset is the mean of `total` over its images.
 
     Args:
         network: (x_t, timestep[, class_labels]) -> `.sample`.
         x0: images in [-1, 1] on the grid of 256 values, (B, C, H, W).
         class_labels: ids (B,), integers of any type.
         clip: whether the predicted x0 is clipped to [-1, 1].
-        generator: of the noise; one, or one an image.
+        generator: of the noise; one, or one per image.
 
     Returns:
-        `total` (B,) = `bound` summed + `prior`; `prior` (B,), KL(q(x_T | x0) || N(0, I)); and of every step k, (B, T),
-        `bound`, `x0_mse` (of the predicted x0) and `eps_mse`.
+        `total` (B,) = sum of `bound` + `prior`; `prior` (B,) = KL(q(x_T | x0) || N(0, I)); and for
+        every step k, (B, T): `bound`, `x0_mse` (of the predicted x0) and `eps_mse`.
 
     Raises:
-        ValueError: for labels that are no integers.
+        ValueError: for labels that aren't integers.
     """
     if class_labels is not None and (class_labels.is_floating_point() or class_labels.is_complex()):
         raise ValueError(f"class_labels are {class_labels.dtype}; ids, integers, are allowed")
-    # In float64: the decoder's differences of a distribution function lose three digits in float32.
+    # In float64, since differences of the distribution function lose three digits in float32.
     wide = x0 if x0.device.type == "mps" else x0.double()
     dtype = next((p.dtype for p in network.parameters()), x0.dtype)
     labels = {} if class_labels is None else {"class_labels": class_labels.long()}
@@ -323,14 +327,15 @@ def bits_per_dim(
 
 
 class LossSecondMomentSampler:
-    """Draws steps k with p_k proportional to sqrt(E[loss_k^2]), once every step has its history of losses.
+    """Samples steps k with p_k proportional to sqrt(E[loss_k^2]), once every step has a full history.
 
-    Nichol & Dhariwal 2021, eq. 18. The importance weights 1 / (T p_k) keep the mean loss that of uniform draws.
+    Nichol & Dhariwal 2021, eq. 18. The importance weights 1 / (T p_k) keep the expected loss equal to
+    that of uniform sampling.
 
     Args:
         steps: T.
-        history: how many last losses of each step are kept.
-        uniform: the share of uniform draws, so that no step is forgotten.
+        history: number of latest losses of each step that are kept.
+        uniform: share of uniform samples, so that no step is never sampled.
     """
 
     def __init__(self, steps: int, history: int = 10, uniform: float = 0.001):
@@ -353,7 +358,7 @@ class LossSecondMomentSampler:
         return k, (1 / (len(p) * p[k])).float()
 
     def update(self, k: Tensor, losses: Tensor) -> None:
-        """Note the losses of steps, both (B,), of all processes in the same order on each."""
+        """Add losses of steps, both (B,), of all processes and in the same order on each."""
         for step, loss in zip(k.tolist(), losses.tolist(), strict=True):
             if self._counts[step] == self._losses.shape[1]:
                 self._losses[step] = self._losses[step].roll(-1)
@@ -367,3 +372,28 @@ class LossSecondMomentSampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
+
+
+def draw_steps(
+    draws: StepRandom, steps: int, sampler: LossSecondMomentSampler | None
+) -> tuple[Tensor, Tensor | None]:
+    """Steps k (B,) of this process's images, and their importance weights; without a sampler uniform
+    steps and None."""
+    if sampler is None:
+        return draws.randint(steps), None
+    k, weight = sampler.sample(draws.total, draws.generator)
+    return draws.local(k), draws.local(weight)
+
+
+def weighted_mean(
+    losses: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    sampler: LossSecondMomentSampler | None,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Mean of losses (B,) with the weights of `draw_steps`; adds them to the sampler's history."""
+    if sampler is None:
+        return losses.mean()
+    sampler.update(*accelerator.gather((k, losses.detach())))
+    return (weight * losses).mean()

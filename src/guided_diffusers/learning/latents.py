@@ -1,8 +1,9 @@
 """Images as an autoencoder's latents, encoded once and kept on disk.
 
-A cache is a folder of safetensors files, SHARD images each, under a name that is a hash of all that decides what they
-hold. A file is moved into place when it is whole, and the cache is whole when all files are there: whoever is killed
-loses one file's work, and runs that encode the same images at the same time do no harm to each other.
+A cache is a folder of safetensors files of IMAGES_PER_FILE images each. Its name is a hash of all
+that decides its content. A file is moved into place when it is complete, and the cache is complete
+when all files are: a killed run loses the work of one file, and runs that encode the same images
+concurrently don't disturb each other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch
@@ -26,24 +26,21 @@ from safetensors.torch import save, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from guided_diffusers.images import encode
-from guided_diffusers.learning.data import LabelledImages
-
-if TYPE_CHECKING:
-    from options import Options
+from ..images import encode
+from .data import LabelledImages
 
 Autoencoder = AutoencoderKL | VQModel
-SHARD = 256  # images a file
-PIXELS = 2**21  # encoded at once
+IMAGES_PER_FILE = 256
+PIXELS_PER_BATCH = 2**21  # when encoding
 
 
-def load_vae(options: Options) -> Autoencoder | None:
-    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or one of its own.
+def load_vae(path: str | None) -> Autoencoder | None:
+    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or an autoencoder's folder.
 
     Raises:
         ValueError: if there is none, or it is of another kind.
     """
-    if (path := options.vae) is None:
+    if path is None:
         return None
     for subfolder in ("vae", "vqvae", None):
         try:
@@ -65,19 +62,19 @@ def load_vae(options: Options) -> Autoencoder | None:
 
 
 class LatentImages(torch.utils.data.Dataset):
-    """Items of `LabelledImages` with latents (C, h, w) as `"pixel_values"`, scaled as the diffusion model has them.
+    """Items of `LabelledImages` whose "pixel_values" are latents (C, h, w), scaled for the denoiser.
 
-    An item is asked for by its index, which then is the seed, or by `(index, seed)`: from that seed alone come whether
-    it is mirrored, and the draw from the autoencoder's posterior, if it has one. `write_latents` must come first.
+    An item's key is its index, which then is the seed, or `(index, seed)`: the seed decides whether
+    it is mirrored, and the sample of the autoencoder's posterior, if it has one. `write_latents`
+    must be called first.
 
     Args:
         images: not augmented.
-        vae: whose latents these are.
-        root: of all caches.
-        random_flip: mirror half of the images, whose mirror images are encoded, too.
+        root: folder of all caches.
+        random_flip: mirror with probability 1/2; mirror images are encoded, too.
 
     Raises:
-        ValueError: if the images' resolution is no multiple of what the autoencoder scales by.
+        ValueError: if the images' resolution isn't a multiple of the autoencoder's scale.
     """
 
     def __init__(
@@ -86,13 +83,14 @@ class LatentImages(torch.utils.data.Dataset):
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         if images.resolution % scale:
             raise ValueError(
-                f"--resolution {images.resolution}: the multiples of {scale} are allowed with this --vae"
+                f"--resolution {images.resolution}: the multiples of {scale} are allowed with this "
+                "--vae"
             )
         self.images, self.random_flip = images, random_flip
         self.dataset, self.id2label = images.dataset, images.id2label
         self.resolution = images.resolution // scale
         self.channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
-        count = math.ceil(len(images) / SHARD)
+        count = math.ceil(len(images) / IMAGES_PER_FILE)
         folder = root / fingerprint(images, vae, random_flip)
         self.files = [folder / f"{k:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
@@ -100,45 +98,43 @@ class LatentImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def label(self, index: int) -> int:
-        """The label of a row whose latents aren't read."""
+        """The label of a row, without reading its latents."""
         return self.images.label(index)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, item)
-        file, row = opened(self.files[index // SHARD]), index % SHARD
-        view = int(
-            self.random_flip and random.Random(seed).random() < 0.5
-        )  # as LabelledImages draws it
+        file, row = open_cached(self.files[index // IMAGES_PER_FILE]), index % IMAGES_PER_FILE
+        # 1: the mirror image, drawn as in `LabelledImages`
+        view = int(self.random_flip and random.Random(seed).random() < 0.5)
         latents = file.get_slice("mean")[row, view]
         if "std" in file.keys():
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
             latents = latents + file.get_slice("std")[row, view] * eps
         return {"pixel_values": latents, "label": self.images.label(index)}
 
-    def encoded(self, vae: Autoencoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`mean` and, with a posterior, `std`, (B, 1 or 2 with the mirror images, C, h, w), on the CPU."""
+    def encode_views(self, vae: Autoencoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`mean` and, with a posterior, `std`, on the CPU: (B, V, C, h, w), V = 2 with mirror images."""
         views = [pixels, pixels.flip(-1)] if self.random_flip else [pixels]
-        parts = zip(*(encode(vae, view) for view in views), strict=True)
-        return {
-            name: torch.stack(part, dim=1).cpu()
-            for name, part in zip(("mean", "std"), parts, strict=True)
-            if part[0] is not None
-        }
+        means, stds = zip(*(encode(vae, view) for view in views), strict=True)
+        latents = {"mean": torch.stack(means, dim=1).cpu()}
+        if stds[0] is not None:
+            latents["std"] = torch.stack(stds, dim=1).cpu()
+        return latents
 
 
 @cache
-def opened(path: Path) -> safe_open:
+def open_cached(path: Path) -> safe_open:
     """A file of latents, mapped into memory."""
     return safe_open(path, "pt")
 
 
 def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> str:
-    """A hash of all that decides what a cache holds."""
+    """A hash of all that decides the content of a cache."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     settings = {
         "images": images.dataset._fingerprint,
         "image_column": images.image_column,
-        "shard": SHARD,
+        "shard": IMAGES_PER_FILE,
         "resolution": images.resolution,
         "channels": images.channels,
         "center_crop": images.center_crop,
@@ -152,58 +148,65 @@ def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> 
 
 @torch.no_grad()
 def write_latents(
-    options: Options, accelerator: Accelerator, vae: Autoencoder | None, *parts: LatentImages | None
+    accelerator: Accelerator,
+    vae: Autoencoder | None,
+    *splits: LatentImages | None,
+    workers: int = 0,
+    progress: bool = True,
 ) -> None:
-    """Encode what is not there yet, with --vae; called on every process, of which each takes its share of the files.
+    """Encode the images that aren't cached yet; each process writes its share of the files.
+
+    Args:
+        vae: None: nothing to do.
+        workers: DataLoader processes that read images.
 
     Raises:
         FloatingPointError: if a latent is NaN or infinite.
-        ValueError: if a process doesn't see what the others wrote.
+        ValueError: if a process doesn't see the files of the others.
     """
     if vae is None:
         return
     device = vae.device
     vae.to(accelerator.device)
     try:
-        for data in parts:
+        for data in splits:
             if data is not None:
-                write_files(options, accelerator, vae, data)
+                write_split(accelerator, vae, data, workers, progress)
     finally:
         vae.to(device)
 
 
-def write_files(
-    options: Options, accelerator: Accelerator, vae: Autoencoder, data: LatentImages
+def write_split(
+    accelerator: Accelerator, vae: Autoencoder, data: LatentImages, workers: int, progress: bool
 ) -> None:
-    """The files of one split."""
+    """Encode the images of one split that aren't cached yet."""
     rank, world, files = accelerator.process_index, accelerator.num_processes, data.files
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    mine = [k for k in range(rank, len(files), world) if not files[k].exists()]
-    at_once = max(1, PIXELS // data.images.resolution**2)
-    batches = {
-        k: list(torch.arange(k * SHARD, min((k + 1) * SHARD, len(data))).split(at_once))
-        for k in mine
-    }
-    rows = [batch.tolist() for k in mine for batch in batches[k]]
-    loader = DataLoader(data.images, batch_sampler=rows, num_workers=options.dataloader_num_workers)
+    batch_size = max(1, PIXELS_PER_BATCH // data.images.resolution**2)
+    batches: dict[int, list[list[int]]] = {}  # by file, of this process
+    for k in range(rank, len(files), world):
+        if not files[k].exists():
+            rows = torch.arange(k * IMAGES_PER_FILE, min((k + 1) * IMAGES_PER_FILE, len(data)))
+            batches[k] = [batch.tolist() for batch in rows.split(batch_size)]
+    order = [batch for of_file in batches.values() for batch in of_file]
+    loader = DataLoader(data.images, batch_sampler=order, num_workers=workers)
     bar = tqdm(
-        total=sum(map(len, rows)),
+        total=sum(map(len, order)),
         desc="latents of this process",
         unit="image",
-        disable=not (options.progress and accelerator.is_main_process and mine),
+        disable=not (progress and accelerator.is_main_process and batches),
     )
-    stream = iter(loader)
-    for start in range(
-        0, len(files), world
-    ):  # in step: none waits for another longer than a collective may last
-        if start + rank in batches:
-            write_file(data, vae, files[start + rank], stream, len(batches[start + rank]), bar)
+    pixels = iter(loader)
+    # In lockstep, so that no process waits longer for another than a collective operation may take.
+    for start in range(0, len(files), world):
+        if (k := start + rank) in batches:
+            write_file(data, vae, files[k], pixels, len(batches[k]), bar)
         accelerator.wait_for_everyone()
     bar.close()
     if missing := [file for file in files if not file.exists()]:
         raise ValueError(
-            f"--latents_cache: {missing[0]} was written by another process and isn't there for this one; "
-            "a folder that all processes share is allowed"
+            f"--latents_cache: {missing[0]} was written by another process, which this process "
+            "doesn't see; a folder that all processes share is allowed"
         )
 
 
@@ -211,22 +214,22 @@ def write_file(
     data: LatentImages,
     vae: Autoencoder,
     file: Path,
-    stream: Iterator[dict[str, torch.Tensor]],
-    batches: int,
+    batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
     bar: tqdm,
 ) -> None:
-    """Encode the next batches of `stream` into a file, written aside and moved into place."""
+    """Encode the next `count` batches into a file, written aside and moved into place."""
     parts = []
-    for _ in range(batches):
-        pixels = next(stream)["pixel_values"]
-        parts.append(data.encoded(vae, pixels.to(vae.device)))
+    for _ in range(count):
+        pixels = next(batches)["pixel_values"]
+        parts.append(data.encode_views(vae, pixels.to(vae.device)))
         bar.update(len(pixels))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise FloatingPointError(f"--vae: latents for {file} are NaN or infinite")
-    aside = file.with_name(f"{file.name}.{uuid4().hex}.partial")
+    partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")
     try:
-        save_file(tensors, aside)
-        os.replace(aside, file)
+        save_file(tensors, partial)
+        os.replace(partial, file)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,232 @@
+"""Images with captions, or with several labels or numbers per image, made from `LabelledImages`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Value
+
+from .classifier_losses import MULTI, REGRESSION
+from .data import LabelledImages, find_column
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Items of `LabelledImages` with a "caption", drawn from those of the row or of its label.
+
+    An item's key is its index, which then is the seed, or `(index, seed)`.
+
+    Args:
+        images: the images and labels.
+        caption_column: a column of strings or of lists of strings in the images' dataset.
+        captions: instead of a column, captions by label id.
+
+    Raises:
+        ValueError: if both or neither are given, the column is missing or holds something else, or
+            a label has no caption.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        caption_column: str | None = None,
+        captions: Mapping[int, Sequence[str]] | None = None,
+    ):
+        if (caption_column is None) == (captions is None):
+            raise ValueError(
+                f"caption_column={caption_column!r}, captions={captions!r}: one of the two is "
+                "needed, and only one"
+            )
+        self.images, self._by_label = images, captions
+        if captions is not None:
+            if not images.id2label:
+                raise ValueError(
+                    "captions: captions by label need labels, and the dataset has no column of "
+                    "class ids"
+                )
+            if missing := [name for i, name in images.id2label.items() if not captions.get(i)]:
+                raise ValueError(f"captions: there are none for the labels {missing}")
+            return
+        column = find_column(images.dataset, caption_column, "caption_column", Value)
+        feature = images.dataset.features[column]
+        element = getattr(feature, "feature", feature)  # of a list
+        if getattr(element, "dtype", None) not in ("string", "large_string"):
+            raise ValueError(
+                f"caption_column={caption_column!r} holds {feature}; strings or lists of strings "
+                "are allowed"
+            )
+        self._rows = images.dataset.select_columns([caption_column])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int | str]:
+        index, seed = item if isinstance(item, tuple) else (item, item)
+        values = self.images[item]
+        if self._by_label is None:
+            captions = self._captions(values.get("row", index))
+        else:
+            captions = self._by_label[values["label"]]
+        return {**values, "caption": random.Random(f"caption {seed}").choice(captions)}
+
+    def _captions(self, index: int) -> Sequence[str]:
+        (value,) = self._rows[index].values()
+        captions = [value] if isinstance(value, str) else value
+        if not captions or None in captions:
+            raise ValueError(
+                f"row {index} has the captions {captions!r}; one or more strings are allowed"
+            )
+        return captions
+
+    def captions(self) -> Iterator[str]:
+        """All captions that an item may get."""
+        if self._by_label is not None:
+            for captions in self._by_label.values():
+                yield from captions
+            return
+        for index in range(len(self)):
+            yield from self._captions(index)
+
+
+class TargetedImages(torch.utils.data.Dataset):
+    """Items of `LabelledImages` whose "label" is (num_labels,) float32: zeros and ones, or numbers.
+
+    An item's key is its index or `(index, seed)`.
+
+    Args:
+        images: `LabelledImages` or `LatentImages`, whose own label is replaced.
+        label_column: a column of the images' dataset.
+        problem_type: its kind, in `transformers`' words. "multi_label_classification": lists of ids
+            or names, or, if all rows have the same number, two or more, of zeros and ones, a vector
+            of a 0 or 1 for each label. "regression": numbers, or lists of the same number of them;
+            `id2label` then is empty.
+        labels: label names of another split, where ids must mean the same.
+
+    Raises:
+        ValueError: if the column is missing or holds something else; when an item is read, if its
+            label is invalid.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        label_column: str,
+        problem_type: str,
+        labels: Mapping[int, str] | None = None,
+    ):
+        if problem_type not in (MULTI, REGRESSION):
+            raise ValueError(
+                f"problem_type={problem_type!r}: multi_label_classification and regression are "
+                "allowed"
+            )
+        if label_column not in images.dataset.column_names:
+            raise ValueError(
+                f"label_column={label_column!r}: {problem_type} needs one of the dataset's columns "
+                f"{images.dataset.column_names}"
+            )
+        self.images, self.label_column, self.problem_type = images, label_column, problem_type
+        self.dataset, self.resolution = images.dataset, images.resolution
+        self.channels = images.channels
+        self._rows, self._vectors = images.dataset.select_columns([label_column]), False
+        if problem_type == REGRESSION:
+            self.id2label: dict[int, str] = {}
+            self.num_labels = np.size(self._rows[0][label_column])
+        else:
+            self.id2label = self._label_names(labels)
+            self.num_labels = len(self.id2label)
+        self._ids = {name: i for i, name in self.id2label.items()}
+        self.label(0)
+
+    def _values(self) -> Iterator[object]:
+        for rows in self._rows.iter(1000):
+            yield from rows[self.label_column]
+
+    def _label_names(self, labels: Mapping[int, str] | None) -> dict[int, str]:
+        """Label names by id; sets whether the column holds vectors of zeros and ones."""
+        feature = self._rows.features[self.label_column]
+        # `datasets` has two kinds of lists.
+        element = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        lengths, values = set(), set()
+        for value in self._values() if element is not None else ():
+            lengths.add(None if value is None else len(value))
+            values.update(value or ())
+        if isinstance(element, ClassLabel):
+            names = dict(enumerate(element.names))
+        else:
+            length = lengths.pop() if len(lengths) == 1 else None
+            expected = length if labels is None else len(labels)
+            self._vectors = (length or 0) > 1 and values <= {0, 1} and length == expected
+            names = self._names_of_values(
+                values, length, element is not None and labels is not None
+            )
+        if names is None:
+            examples = sorted(map(repr, values))[:5]
+            raise ValueError(
+                f"label_column={self.label_column!r} holds {feature}, with values such as "
+                f"{examples}; lists of class ids, of integers from 0 or of strings, or vectors of "
+                "zeros and ones are allowed"
+            )
+        if labels is not None and not set(names.values()) <= set(labels.values()):
+            raise ValueError(
+                f"label_column={self.label_column!r} has the labels {names}, the other split "
+                f"{labels}"
+            )
+        return dict(names if labels is None else labels)
+
+    def _names_of_values(
+        self, values: set[object], length: int | None, may_be_empty: bool
+    ) -> dict[int, str] | None:
+        """Label names of all values in the column's lists; None if these can't be labels."""
+        if self._vectors:
+            return {i: str(i) for i in range(length)}
+        if not values:
+            return {} if may_be_empty else None
+        if all(isinstance(value, str) for value in values):
+            return dict(enumerate(sorted(values)))
+        if all(type(value) is int and value >= 0 for value in values):
+            return {i: str(i) for i in range(max(values) + 1)}
+        return None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
+        index = item[0] if isinstance(item, tuple) else item
+        values = self.images[item]
+        return {**values, "label": self.label(values.get("row", index))}
+
+    def label(self, index: int) -> torch.Tensor:
+        """The label of a row, (num_labels,), without reading its image."""
+        return self._label(self._rows[index][self.label_column], index)
+
+    def targets(self) -> torch.Tensor:
+        """All labels, (N, num_labels)."""
+        return torch.stack([self._label(value, i) for i, value in enumerate(self._values())])
+
+    def _label(self, value: object, index: int) -> torch.Tensor:
+        values = list(value) if isinstance(value, list) else [value]
+        if self.problem_type == REGRESSION or self._vectors:
+            valid = len(values) == self.num_labels and all(map(self._is_valid_number, values))
+            if not valid:
+                raise ValueError(
+                    f"label {value!r} of row {index} of label_column={self.label_column!r}: "
+                    f"{self.num_labels} {'zeros and ones' if self._vectors else 'finite numbers'} "
+                    "are allowed"
+                )
+            return torch.tensor(values, dtype=torch.float32)
+        ids = [self._ids.get(name, name) if isinstance(name, str) else name for name in values]
+        if not isinstance(value, list) or any(i not in self.id2label for i in ids):
+            raise ValueError(
+                f"label {value!r} of row {index} isn't a list of the {len(self.id2label)} labels "
+                f"{list(self.id2label.values())[:20]}"
+            )
+        label = torch.zeros(self.num_labels)
+        label[ids] = 1.0
+        return label
+
+    def _is_valid_number(self, value: object) -> bool:
+        if self._vectors:
+            return value in (0, 1)
+        return isinstance(value, (int, float)) and bool(np.isfinite(value))

@@ -1,0 +1,107 @@
+"""Batches and random numbers as functions of (seed, step), so that a resumed run repeats them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+# pixel_values (B, C, H, W) in [-1, 1], label (B,), and the items' other entries
+Batch = dict[str, torch.Tensor]
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded by a tuple of small numbers, e.g. (seed, purpose, step).
+
+    Different tuples give different streams of random numbers.
+    """
+    state = 0
+    for number in numbers:
+        state = (state * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def item_seed(seed: int, position: int) -> int:
+    """Seed of the augmentation of the item at a position in the training data's order."""
+    return seed * 1_000_003 + position
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of `(index, seed)`: epochs of permutations, cut into batches over all processes.
+
+    Position p of the training data's order is item `permutation(seed, p // n)[p % n]`. Batch k
+    starts at position k * B * world; process `rank` takes the `rank`-th B positions of it.
+
+    Args:
+        length: n, the number of images.
+        batch_size: B, of this process.
+        rank, world: number of this process, and of all processes.
+        first, last: the batches first <= k < last; any first costs the same.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int, world: int, first: int, last: int
+    ):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.first, self.last = rank, world, first, last
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        for batch in range(self.first, self.last):
+            start = (batch * self.world + self.rank) * self.batch_size
+            items = []
+            for position in range(start, start + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = generator_for(self.seed, 0, epoch)
+                    order = torch.randperm(self.length, generator=generator)
+                index = int(order[position % self.length])
+                items.append((index, item_seed(self.seed, position)))
+            yield items
+
+
+class StepRandom:
+    """Random numbers of one batch over all processes; the methods return this process's rows.
+
+    Args:
+        generator: of the whole batch, in the same state in all processes.
+        batch_size: B, of each process.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator,
+        batch_size: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ):
+        self.generator, self.device = generator, device
+        self.total = batch_size * world
+        self.rows = slice(rank * batch_size, (rank + 1) * batch_size)
+
+    def local(self, values: torch.Tensor) -> torch.Tensor:
+        """This process's rows of values (B * world, ...), on the device."""
+        return values[self.rows].to(self.device)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers, (B, *shape)."""
+        return self.local(torch.randn(self.total, *shape, generator=self.generator))
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), (B, *shape)."""
+        return self.local(torch.rand(self.total, *shape, generator=self.generator))
+
+    def randint(self, high: int) -> torch.Tensor:
+        """Integers from 0 to high - 1, (B,)."""
+        return self.local(torch.randint(high, (self.total,), generator=self.generator))
+
+
+def collate(items: list[dict[str, Any]]) -> Batch:
+    """Stack the items' tensors and numbers by name."""
+    return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}

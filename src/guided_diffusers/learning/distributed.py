@@ -1,0 +1,176 @@
+"""Processes of a training: the `Accelerator`, how errors end all of them, and sharded models."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    convert_outputs_to_fp32,
+)
+from torch.distributed.tensor import DTensor
+
+from .options import Options
+
+# How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
+TIMEOUT_S = 2 * 3600
+# Units that FSDP gathers at a time, if its config names none.
+FSDP_BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock"}
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+@contextmanager
+def exit_on_value_error() -> Iterator[None]:
+    """End the program with a `ValueError`'s message and no traceback: an option has a wrong value."""
+    try:
+        yield
+    except ValueError as error:
+        message = f"{Path(sys.argv[0]).name}: error: {error}"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            abort_process(message)
+        raise SystemExit(message) from None
+
+
+def abort_process(message: str) -> NoReturn:
+    """End this process of several with a message, so that its launcher ends the others.
+
+    An ordinary exit destroys the process group first, and may wait there for the other processes
+    forever.
+    """
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def make_accelerator(options: Options) -> Accelerator:
+    """The `Accelerator` of a training; with several processes, an exception in one ends them all.
+
+    Raises:
+        ValueError: for a tracker that isn't installed, or a precision or a kind of distribution
+            that isn't possible.
+    """
+    trackers = ["all", *map(str, get_available_trackers())]
+    if options.report_to not in (None, *trackers):
+        raise ValueError(f"--report_to {options.report_to}: {trackers} are installed here")
+    logging_dir = Path(options.output_dir) / options.logging_dir
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            cpu=options.cpu,
+            log_with=options.report_to,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_S))],
+            project_config=ProjectConfiguration(options.output_dir, str(logging_dir)),
+        )
+    except ValueError as error:
+        raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"distributed_type DEEPSPEED: {error}") from error
+    # A launcher's setting would override the option.
+    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
+    kind = accelerator.distributed_type.value
+    if kind == "MEGATRON_LM":
+        raise ValueError(
+            "distributed_type MEGATRON_LM of Accelerate is for language models: MULTI_GPU and its "
+            "like, FSDP, DEEPSPEED and NO are allowed, e.g. with a file of training/accelerate"
+        )
+    if kind == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "--cpu with distributed_type FSDP, which Accelerate leaves out on CPUs: a config "
+            "without it, e.g. training/accelerate/cpu.yaml, is allowed"
+        )
+    if accelerator.num_processes > 1:
+        sys.excepthook = lambda *error: abort_process("".join(traceback.format_exception(*error)))
+    return accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Wait for all processes and close the trackers; what the main process does afterwards keeps no
+    other process waiting.
+
+    A thread of gloo may need the GIL to release the last reduction's tensors. A process that exits
+    at once destroys its process group while it holds the GIL, and waits for that thread forever
+    (seen with torch 2.13).
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The complete tensor, if this process holds a shard of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def prepare_sharding(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: str,
+    batch_size: int,
+    accumulation_steps: int,
+    max_grad_norm: float,
+) -> None:
+    """Set up FSDP or DeepSpeed (ZeRO 1 or 2) so that the result equals that of unsharded processes,
+    up to rounding. Without them it does nothing.
+
+    With bf16 both would convert the weights and the timesteps, which loses digits; instead the
+    weights stay float32, and the forward pass runs under autocast, as without them.
+
+    Raises:
+        ValueError: for an option or a setting of Accelerate's config that isn't supported.
+    """
+    if accelerator.distributed_type not in SHARDED:
+        return
+    _check_sharding(accelerator, optimizer)
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        plugin.mixed_precision_policy = None
+        if plugin.transformer_cls_names_to_wrap is None:
+            classes = {type(module).__name__ for module in model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(FSDP_BLOCKS & classes)
+    else:
+        config = state.deepspeed_plugin.deepspeed_config
+        config.pop("train_batch_size", None)
+        config |= {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "bf16": {"enabled": False},
+            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_clipping": max_grad_norm,
+        }
+    if accelerator.mixed_precision == "bf16":
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = convert_outputs_to_fp32(autocast(model.forward))
+
+
+def _check_sharding(accelerator: Accelerator, optimizer: str) -> None:
+    """Raise a `ValueError` for settings that sharded training doesn't support."""
+    state = accelerator.state
+    checks = [
+        ("--mixed_precision", accelerator.mixed_precision, ("no", "bf16")),
+        ("--optimizer", optimizer, ("adamw", "adamw_fused")),
+        ("dynamo_backend", state.dynamo_plugin.backend.value.lower(), ("no",)),
+    ]
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        state_dict_type = plugin.state_dict_type.name
+        checks.append(("fsdp_version", plugin.fsdp_version, (2,)))
+        checks.append(("fsdp_state_dict_type", state_dict_type, ("FULL_STATE_DICT",)))
+    else:
+        checks.append(("zero_stage", state.deepspeed_plugin.zero_stage, (0, 1, 2)))
+    for name, value, allowed in checks:
+        if value not in allowed:
+            raise ValueError(
+                f"{name} {value}: with distributed_type {accelerator.distributed_type.value} one "
+                f"of {allowed} is allowed"
+            )

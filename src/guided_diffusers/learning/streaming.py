@@ -1,0 +1,347 @@
+"""Training data that is read while training (--streaming): its rows, their order, and the position.
+
+The training process reads rows with undecoded images in windows, one window ahead; the DataLoader's
+workers decode them. So the order of the items, and the position to resume from, don't depend on the
+number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+from torch.utils.data import Sampler
+
+from .batches import item_seed
+from .data import SHARD_STRIDE, ImageRows, LabelledImages
+
+AnyItem = TypeVar("AnyItem")
+DEFAULT_WINDOW = 1000  # rows that are shuffled together
+ROWS_PER_READ = 50
+START = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
+
+
+class Row(NamedTuple):
+    """A row of a stream.
+
+    Attributes:
+        number: see `row_name`.
+        image: "path" and, unless it is a file's, "bytes".
+        label: as the dataset stores it.
+    """
+
+    number: int
+    image: dict[str, Any]
+    label: object
+
+
+Item = tuple[tuple[list[Row], int], int]  # ((rows, i), seed)
+
+
+class StreamedImages(ImageRows):
+    """Items of a split that is never in memory completely; arguments as those of `LabelledImages`.
+
+    An item's key is `((rows, i), seed)`, as `StreamedBatches` makes it: it is that of row i, and
+    with `skip_corrupt_images`, if its image can't be read, that of another of these rows, which the
+    seed decides.
+
+    Args:
+        channels: by default 1 if the first sixteen images are all grey.
+        label_column: may be a field of a column of JSON, e.g. "json.label".
+        labels: names by id, of a column of integers or strings.
+
+    Raises:
+        ValueError: if a column is missing or holds something else, or label names are missing.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        resolution: int = 64,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        random_shift: int = 0,
+        channels: int | None = None,
+        labels: dict[int, str] | None = None,
+        skip_corrupt_images: bool = False,
+    ):
+        if dataset.features is None:
+            raise ValueError(
+                "--streaming: the dataset has no column types; Parquet files, tar files "
+                "(WebDataset) and image folders have"
+            )
+        dataset = with_json_field(dataset.decode(False), label_column)
+        super().__init__(
+            dataset,
+            image_column,
+            label_column,
+            resolution,
+            center_crop,
+            random_flip,
+            random_shift,
+            skip_corrupt_images,
+        )
+        self.dataset, self._decoder = dataset, Image()
+        self._rows = dataset.select_columns(self.columns).cast_column(
+            self.image_column, Image(decode=False)
+        )
+        self._set_labels(self._known_label_names(labels))
+        first = list(islice(self.rows(), 16))
+        if not first:
+            raise ValueError("dataset: the split has no rows")
+        self.of_files = all(row.image.get("path") and not row.image.get("bytes") for row in first)
+        self.channels = channels or self._guess_channels(first)
+
+    @property
+    def num_shards(self) -> int:
+        return self._rows.num_shards
+
+    def kind(self, window: int | None, processes: int) -> str:
+        """Description of the order that positions refer to; a resumed run must have the same."""
+        window = "all" if self.of_files else window or DEFAULT_WINDOW
+        return f"{self.num_shards} shards streamed to {processes} processes, {window} shuffled together"
+
+    def shard_rows(self, shard: int, first: int = 0) -> Iterator[Row]:
+        """The rows of a shard in their order, from number `first` on."""
+        part = self._rows.shard(num_shards=self.num_shards, index=shard)
+        number = (shard + 1) * SHARD_STRIDE + first
+        for rows in (part.skip(first) if first else part).iter(ROWS_PER_READ):
+            images = rows[self.image_column]
+            labels = [None] * len(images) if self.label_column is None else rows[self.label_column]
+            for image, label in zip(images, labels, strict=True):
+                yield Row(number, image or {}, label)
+                number += 1
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in the dataset's order."""
+        for shard in range(self.num_shards):
+            yield from self.shard_rows(shard)
+
+    def in_memory(self, count: int, labels: dict[int, str]) -> LabelledImages:
+        """The first rows, or of an image folder evenly spread rows, with another split's labels."""
+        rows = list(islice(self.rows(), None if self.of_files else count))
+        count = min(count, len(rows))
+        rows = [rows[i * len(rows) // count] for i in range(count)]
+        columns = {self.image_column: [row.image or None for row in rows]}
+        features = {self.image_column: Image()}
+        if self.label_column is not None:
+            columns[self.label_column] = [row.label for row in rows]
+            features[self.label_column] = self.dataset.features[self.label_column]
+        return LabelledImages(
+            Dataset.from_dict(columns, Features(features)),
+            self.image_column,
+            self.label_column,
+            self.resolution,
+            center_crop=True,
+            channels=self.channels,
+            labels=labels,
+            skip_corrupt_images=self.skip_corrupt_images,
+        )
+
+    def __getitem__(self, item: Item) -> dict[str, torch.Tensor | int]:
+        (rows, i), seed = item
+        order = [i]
+        if self.skip_corrupt_images:
+            others = [*range(i), *range(i + 1, len(rows))]
+            order += random.Random(f"instead {seed}").sample(others, len(others))
+        return self._item((rows[j] for j in order), seed)
+
+    def _open(self, row: Row) -> tuple[PILImage.Image | None, object]:
+        image = self._decoder.decode_example(row.image) if row.image else None
+        return image, row.label
+
+    def _path(self, row: Row) -> str | None:
+        return row.image.get("path")
+
+    def _number(self, row: Row) -> int:
+        return row.number
+
+    def _known_label_names(self, labels: dict[int, str] | None) -> dict[int, str]:
+        feature = None if self.label_column is None else self.dataset.features[self.label_column]
+        if labels is not None and (feature is None or isinstance(feature, ClassLabel)):
+            if feature is None:
+                reason = "has no column of labels (--label_column)"
+            else:
+                reason = f"names its own: {feature.names}"
+            raise ValueError(
+                f"--labels {list(labels.values())}: not allowed, since the dataset {reason}"
+            )
+        if (names := self._label_names(self.dataset.features, labels)) is None:
+            raise ValueError(
+                f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
+                "advance: a column of class ids, and one of integers from 0 or strings with "
+                "--labels, are allowed"
+            )
+        return names
+
+
+def with_json_field(dataset: IterableDataset, column: str | None) -> IterableDataset:
+    """The dataset with a field of a column of JSON, e.g. "json.label", as a column."""
+    if column is None or column in dataset.features:
+        return dataset
+    first, *path = column.split(".")
+    feature = dataset.features.get(first)
+    for name in path:
+        feature = feature.get(name) if isinstance(feature, dict) else None
+    if not isinstance(feature, Value):
+        return dataset  # the caller reports the missing column
+
+    def pick(row: dict[str, Any]) -> dict[str, object]:
+        value = row[first]
+        for name in path:
+            value = value and value.get(name)
+        return {column: value}
+
+    return dataset.map(pick, features=Features({**dataset.features, column: feature}))
+
+
+def parse_labels(text: str | None) -> dict[int, str] | None:
+    """Label names by id from --labels: names, a JSON file with a list of names, or their number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    try:
+        if text.isdecimal():
+            names = [str(i) for i in range(int(text))]
+        elif Path(text).is_file():
+            names = json.loads(Path(text).read_text())
+        else:
+            names = text.split(",")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--labels {text}: {error}") from error
+    valid = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not valid or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"--labels {text}: different names such as cat,dog, a JSON file with a list of them and "
+            "a number of classes, 1 or more, are allowed"
+        )
+    return dict(enumerate(names))
+
+
+class StreamedBatches(Sampler[list[Item]]):
+    """Batches of `((rows, i), seed)` for `StreamedImages`: epochs, each in another order.
+
+    In an epoch the shards are in an order drawn from (seed, epoch). Process `rank` reads the shards
+    at rank, rank + world, ... of it if their number is a multiple of `world`; otherwise all of them,
+    of which it keeps one row in `world` (as datasets' `split_dataset_by_node`). Its rows are cut
+    into windows, the last one of an epoch shorter, and permuted within each by (seed, epoch,
+    window). An image folder's rows, which hold names and no images, are one window.
+
+    The seeds are those of `ShuffledBatches`. `position` tells where the stream is, independent of
+    what was read ahead; resuming there only skips the shard's rows before it, without decoding.
+
+    Args:
+        window: rows that are shuffled together; None: 1000.
+        batch_size, seed, rank, world, first, last: as for `ShuffledBatches`.
+        position: of a `StreamedBatches` before batch `first`; None: the start.
+    """
+
+    def __init__(
+        self,
+        source: StreamedImages,
+        window: int | None,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        first: int,
+        last: int,
+        position: dict[str, int] | None = None,
+    ):
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.window = None if source.of_files else window or DEFAULT_WINDOW
+        self.rank, self.world, self.first, self.last = rank, world, first, last
+        self.start = dict(START if position is None else position)
+        # For every window in use: the number of rows before it, and the position of its start.
+        self._windows_in_use: deque[tuple[int, dict[str, int]]] = deque()
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        rows = self._shuffled_rows()
+        for batch in range(self.first, self.last):
+            start = (batch * self.world + self.rank) * self.batch_size
+            chosen = list(islice(rows, self.batch_size))
+            yield [((chosen, i), item_seed(self.seed, start + i)) for i in range(self.batch_size)]
+
+    def position(self, batch: int) -> dict[str, int]:
+        """Where the stream is before `batch`: one that was read, or the next one.
+
+        Earlier positions are forgotten.
+        """
+        rows_read = (batch - self.first) * self.batch_size
+        while len(self._windows_in_use) > 1 and self._windows_in_use[1][0] < rows_read:
+            self._windows_in_use.popleft()
+        before, start = -self.start["taken"], self.start
+        if self._windows_in_use:
+            before, start = self._windows_in_use[0]
+        return {**start, "taken": rows_read - before}
+
+    def _shuffled_rows(self) -> Iterator[Row]:
+        self._windows_in_use.clear()
+        before, taken = -self.start["taken"], self.start["taken"]
+        for start, rows in prefetch(self._windows()):
+            self._windows_in_use.append((before, start))
+            order = list(range(len(rows)))
+            draw = random.Random(f"window {self.seed} {start['epoch']} {start['window']}")
+            draw.shuffle(order)
+            yield from (rows[i] for i in order[taken:])
+            before, taken = before + len(rows), 0
+
+    def _windows(self) -> Iterator[tuple[dict[str, int], list[Row]]]:
+        """The start and the rows of each window."""
+        position = dict(self.start)
+        while True:
+            rows, start = self._epoch_rows(position), dict(position)
+            while window := list(islice(rows, self.window)):
+                yield start, window
+                position["window"] += 1
+                start = dict(position)
+            if position["window"] == 0:
+                raise ValueError(
+                    f"--streaming: process {self.rank} of {self.world} finds no row in epoch "
+                    f"{position['epoch']} of {self.source.num_shards} shards; fewer processes, and "
+                    "more or larger shards, are allowed"
+                )
+            position = {**START, "epoch": position["epoch"] + 1}
+
+    def _epoch_rows(self, position: dict[str, int]) -> Iterator[Row]:
+        """This process's rows of the rest of an epoch; updates `position`."""
+        count = self.source.num_shards
+        draw = random.Random(f"shards {self.seed} {position['epoch']}")
+        shards = draw.sample(range(count), count)
+        by_shard = count % self.world == 0
+        if by_shard:
+            shards = shards[self.rank :: self.world]
+        while position["shard"] < len(shards):
+            for row in self.source.shard_rows(shards[position["shard"]], position["row"]):
+                number = position["passed"]
+                position["row"] += 1
+                position["passed"] += 1
+                if by_shard or number % self.world == self.rank:
+                    yield row
+            position["shard"], position["row"] = position["shard"] + 1, 0
+
+
+def prefetch(items: Iterator[AnyItem]) -> Iterator[AnyItem]:
+    """The same items, of which a thread computes the next one in advance."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, items, None)
+            yield item
