@@ -204,9 +204,9 @@ def _class_labels(
             )
         elif null is None:
             raise ValueError(
-                f"conditional={conditional}, label={mixture or None}: the network has no null label "
-                f"({embeddings} class embeddings, {pipeline.num_labels} known labels), so it needs one "
-                "label an image"
+                f"conditional={conditional}, label={mixture or None}: the network has no null "
+                f"label ({embeddings} class embeddings, {pipeline.num_labels} known labels), so "
+                "it needs one label an image"
             )
         else:
             ids.append(null)
@@ -230,7 +230,8 @@ def _label_terms(
     if not mixtures:
         if _is_on(scale) or _is_on(free_scale):
             raise ValueError(
-                f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to steer to"
+                f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to "
+                "steer to"
             )
         return []
     class_labels, null = condition.class_labels, pipeline.null_label
@@ -248,8 +249,8 @@ def _label_terms(
     if free_scale.any():
         if class_labels is None or null is None:
             raise ValueError(
-                f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with "
-                "a null label, one class embedding more than labels"
+                f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network "
+                "with a null label, one class embedding more than labels"
             )
         if hidden:
             raise ValueError(
@@ -269,8 +270,8 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
     kind = module_config(pipeline.classifier).get("problem_type") or SINGLE
     if kind not in (SINGLE, MULTI):
         raise ValueError(
-            f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
-            "guidance=ClassifierGuidance(classifier, target=...)"
+            f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, "
+            "or guidance=ClassifierGuidance(classifier, target=...)"
         )
 
 
@@ -296,8 +297,8 @@ def _extra_terms(
     given = (guidance,) if isinstance(guidance, Guidance) else tuple(guidance or ())
     if not all(isinstance(term, Guidance) for term in given):
         raise ValueError(
-            f"guidance: {[type(term).__name__ for term in given]}; a term of guidance, a sum or a list "
-            "of them is allowed"
+            f"guidance: {[type(term).__name__ for term in given]}; a term of guidance, a sum or a "
+            "list of them is allowed"
         )
     terms, class_labels = GuidanceSum(given), condition.class_labels
     if terms.conditions and class_labels is None:
@@ -307,13 +308,14 @@ def _extra_terms(
     for extra in terms.conditions:
         if unknown := extra.keys() - {"class_labels"}:
             raise ValueError(
-                f"guidance: a term has conditions {sorted(unknown)}; the network takes ['class_labels']"
+                f"guidance: a term has conditions {sorted(unknown)}; the network takes "
+                "['class_labels']"
             )
         labels = extra.get("class_labels", class_labels)
         if labels.ndim != 1 or len(labels) not in (1, len(class_labels)):
             raise ValueError(
-                f"guidance: a condition class_labels has shape {tuple(labels.shape)}; one row, or one "
-                f"for each of {len(class_labels)} images, of shape () is allowed"
+                f"guidance: a condition class_labels has shape {tuple(labels.shape)}; one row, or "
+                f"one for each of {len(class_labels)} images, of shape () is allowed"
             )
         if not 0 <= int(labels.max()) < pipeline.num_class_embeds:
             raise ValueError(

@@ -64,12 +64,13 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     if scheduler is None or denoiser is None:
         missing = "scheduler" if scheduler is None else " or ".join(DENOISERS)
         raise ValueError(
-            f"pipeline {name} has no {missing}; guide needs the scheduler and the network that it steps "
-            "with"
+            f"pipeline {name} has no {missing}; guide needs the scheduler and the network that it "
+            "steps with"
         )
     if not terms or not all(isinstance(term, Guidance) for term in terms):
         raise ValueError(
-            f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are allowed"
+            f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are "
+            "allowed"
         )
     if hasattr(scheduler.step, "guided_by"):
         raise ValueError(
@@ -93,7 +94,8 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     hook.finish_run()
     if not hook.steps:
         logger.warning(
-            f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called within guide"
+            f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called "
+            "within guide"
         )
 
 
@@ -144,8 +146,8 @@ def _decode(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
         return x0
     if x0.ndim != 4:
         raise ValueError(
-            f"pipeline {type(pipeline).__name__}: its latents {tuple(x0.shape)} are packed, or no images; "
-            "terms that look at images need (B, C, H, W)"
+            f"pipeline {type(pipeline).__name__}: its latents {tuple(x0.shape)} are packed, or no "
+            "images; terms that look at images need (B, C, H, W)"
         )
     if (
         getattr(pipeline, "movq", None) is decoder
@@ -332,8 +334,9 @@ class GuidanceHook:
         if any(call.conditions != conditions for call in calls):
             expected = self.guider.timesteps[self.guider.index]
             raise ValueError(
-                f"timestep: the network got another than the scheduler's {expected:g}, so which terms are "
-                "active wasn't known; terms with conditions can't be active in part of the run"
+                f"timestep: the network got another than the scheduler's {expected:g}, so which "
+                "terms are active wasn't known; terms with conditions can't be active in part of "
+                "the run"
             )
         if conditions:
             _check_calls(calls)
@@ -380,8 +383,9 @@ class GuidanceHook:
             for call in combine.calls:
                 if call.input.shape[2:] != x.shape[2:]:
                     raise ValueError(
-                        f"the network's input {tuple(call.input.shape)} is not the sample {tuple(x.shape)} "
-                        "with more channels behind it, so the network can't be evaluated again"
+                        f"the network's input {tuple(call.input.shape)} is not the sample "
+                        f"{tuple(x.shape)} with more channels behind it, so the network can't be "
+                        "evaluated again"
                     )
                 repeats = len(call.input) // len(x), *[1] * (x.ndim - 1)
                 extra = clone_if_inference(call.input)[:, x.shape[1] :]
@@ -416,8 +420,9 @@ class GuidanceHook:
         if (seen - expected).norm() > 0.02 * expected.norm():
             raise ValueError(
                 "pipeline: its network was not given the sample as "
-                f"{type(self.scheduler).__name__} scales it, so the sample's noise level isn't known; use "
-                "a scheduler that doesn't scale, as DDIMScheduler or DPMSolverMultistepScheduler"
+                f"{type(self.scheduler).__name__} scales it, so the sample's noise level isn't "
+                "known; use a scheduler that doesn't scale, as DDIMScheduler or "
+                "DPMSolverMultistepScheduler"
             )
 
 
@@ -434,9 +439,9 @@ def _copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _check_calls(calls: Sequence[DenoiserCall]) -> None:
     if not calls:
         raise ValueError(
-            f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a batch, so "
-            "the network can't be evaluated again: use through_network=False, no conditions and no other "
-            "network"
+            f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a "
+            "batch, so the network can't be evaluated again: use through_network=False, no "
+            "conditions and no other network"
         )
 
 
@@ -453,7 +458,8 @@ def _with_condition(
         if changed.get(name) is None:
             passed = sorted(key for key, argument in arguments.items() if argument is not None)
             raise ValueError(
-                f"guidance: a term has the condition {name!r}; the pipeline passes its {network} {passed}"
+                f"guidance: a term has the condition {name!r}; the pipeline passes its {network} "
+                f"{passed}"
             )
         if isinstance(value, Mapping):
             value = _with_condition(changed[name], value, network)
@@ -522,8 +528,9 @@ def combination_weights(outputs: torch.Tensor, made: torch.Tensor) -> list[float
         fits = (sum(scaled) - target).norm() <= 8 * eps * largest
     if not fits:
         raise ValueError(
-            "the pipeline makes of its network's output what is no weighted mean of the batch's parts "
-            "(guidance rescale, thresholding, ...), so it can't be made again: use through_network=False, "
-            "no conditions and no other network, or the pipeline without it"
+            "the pipeline makes of its network's output what is no weighted mean of the batch's "
+            "parts (guidance rescale, thresholding, ...), so it can't be made again: use "
+            "through_network=False, no conditions and no other network, or the pipeline without "
+            "it"
         )
     return weights

@@ -404,7 +404,10 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     ):
         _require(config[name] in choices, name, config[name], f"one of {choices}")
     known = DOWN_BLOCK_TYPES[config.downsample_type]
-    allowed = f"{levels} of {known} (levels in block_out_channels) with downsample_type={config.downsample_type!r}"
+    allowed = (
+        f"{levels} of {known} (levels in block_out_channels) with "
+        f"downsample_type={config.downsample_type!r}"
+    )
     _require(len(types) == levels and set(types) <= set(known), "down_block_types", types, allowed)
     _require(0 <= config.dropout < 1, "dropout", config.dropout, "0 (off) up to, not including, 1")
     _require(config.norm_eps > 0, "norm_eps", config.norm_eps, "a positive number")
@@ -420,7 +423,8 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     fits = len(head_dims) == levels and all(
         head_dims[level] >= 1 and channels[level] % head_dims[level] == 0 for level in attended
     )
-    allowed = f"a divisor of the widths {[channels[level] for level in attended]} with attention, or one a level, or None"
+    widths = [channels[level] for level in attended]
+    allowed = f"a divisor of the widths {widths} with attention, or one a level, or None"
     _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
     width = config.time_proj_dim
     allowed = "None or a positive even number"

@@ -152,8 +152,8 @@ class Guidance(ABC):
         scale = _scale_tensor(self.scale(step.level)) if callable(self.scale) else self.scale
         if scale.numel() not in (1, len(step.sample)):
             raise ValueError(
-                f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one an "
-                "image, is allowed"
+                f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one "
+                "an image, is allowed"
             )
         scale = scale.to(step.sample, non_blocking=True)  # so that an accelerator doesn't wait
         return scale.reshape(-1, *[1] * (step.sample.ndim - 1))
@@ -173,8 +173,8 @@ class Guidance(ABC):
 def _check_interval(sigma_interval: tuple[float, float], start: float, stop: float) -> None:
     if (start, stop) != (0, 1):
         raise ValueError(
-            f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of the two "
-            "kinds is allowed"
+            f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of "
+            "the two kinds is allowed"
         )
     if len(sigma_interval) != 2 or not 0 <= sigma_interval[0] <= sigma_interval[1]:
         raise ValueError(
@@ -554,8 +554,8 @@ class ClassifierFreeGuidance(Guidance):
             self.conditions = ({"class_labels": torch.tensor([null])},)
         else:
             raise ValueError(
-                f"null={null!r}: a class label, 0 or above, or a mapping of the network's arguments is "
-                "allowed"
+                f"null={null!r}: a class label, 0 or above, or a mapping of the network's "
+                "arguments is allowed"
             )
         self.rescale, self.threshold = rescale, threshold
 
@@ -679,6 +679,7 @@ class EnergyGuidance(Guidance):
         value = self.energy(*inputs)
         if value.shape != step.sample.shape[:1]:
             raise ValueError(
-                f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), is allowed"
+                f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), "
+                "is allowed"
             )
         return value

@@ -272,8 +272,8 @@ def check_devices(terms: Sequence[Guidance], device: torch.device) -> None:
             devices and device not in devices and not hasattr(module, "_hf_hook")
         ):  # accelerate moves it
             raise ValueError(
-                f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the pipeline's "
-                f"samples are on {device}; move it there"
+                f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the "
+                f"pipeline's samples are on {device}; move it there"
             )
 
 
@@ -325,8 +325,8 @@ class FiniteCheck:
             )
         if not score_ok:
             return (
-                "the sample left the range that the classifier knows: lower guidance_scale, take more "
-                "steps or a first-order scheduler, or raise guidance_start"
+                "the sample left the range that the classifier knows: lower guidance_scale, take "
+                "more steps or a first-order scheduler, or raise guidance_start"
             )
         return (
             f"the guided output left the range of {output_dtype}: lower guidance_scale or load the "
@@ -372,8 +372,8 @@ class StepFinder:
         index = self.next(number)
         if index >= len(self.timesteps) or self.timesteps[index] != number:
             raise ValueError(
-                f"timestep {number} is none of the scheduler's {self.timesteps}, so its noise level "
-                "isn't known"
+                f"timestep {number} is none of the scheduler's {self.timesteps}, so its noise "
+                "level isn't known"
             )
         self.last = index
         return index

@@ -112,8 +112,8 @@ def low_resolution(
         image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
     if image.ndim != 4 or 2 * image.shape[1] != channels:
         raise ValueError(
-            f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the network's "
-            f"{channels} input channels"
+            f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the "
+            f"network's {channels} input channels"
         )
     return image
 

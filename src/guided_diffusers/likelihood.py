@@ -57,8 +57,9 @@ class LabelLikelihood:
         largest = max(i for label in self.labels for i in label)
         if largest >= logits.shape[1] or len(self.labels) not in (1, len(logits)):
             raise ValueError(
-                f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each of "
-                f"the {len(logits)} images, below the classifier's {logits.shape[1]} logits is allowed"
+                f"label holds {len(self.labels)} labels up to id {largest}; one, or one for each "
+                f"of the {len(logits)} images, below the classifier's {logits.shape[1]} logits is "
+                "allowed"
             )
         rows = [[label.get(i, 0.0) for i in range(logits.shape[1])] for label in self.labels]
         return torch.tensor(rows, device=logits.device)
@@ -177,8 +178,8 @@ def parse_labels(
     if isinstance(label, torch.Tensor):
         if label.ndim > 1 or label.is_floating_point() or label.dtype == torch.bool:
             raise ValueError(
-                f"label is a tensor {tuple(label.shape)} of {label.dtype}; integer ids, one or (B,), are "
-                "allowed"
+                f"label is a tensor {tuple(label.shape)} of {label.dtype}; integer ids, one or "
+                "(B,), are allowed"
             )
         label = label.reshape(-1).tolist()
     ids: dict[str, list[int]] = {}
@@ -203,8 +204,8 @@ def _parse_mixture(
         i = _parse_id(name, ids, num_labels)
         if not isinstance(weight, Real) or not isfinite(weight) or i in mixture:
             raise ValueError(
-                f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite number "
-                "for each label is allowed"
+                f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite "
+                "number for each label is allowed"
             )
         mixture[i] = float(weight)
     return mixture

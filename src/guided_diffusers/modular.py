@@ -36,8 +36,8 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return (
-            "Step within the denoising loop, after the denoiser, that steers to what a noise-aware classifier of "
-            "the latents calls the label."
+            "Step within the denoising loop, after the denoiser, that steers to what a "
+            "noise-aware classifier of the latents calls the label."
         )
 
     @property

@@ -1,7 +1,7 @@
 """Noise level of every step of any scheduler, and the predicted x0 of any network output.
 
-    sample  = alpha * x0 + sigma * eps        in the scheduler's own space: variance preserving, flow, alpha = 1, ...
-    x0_pred = a * sample + b * output         one table of (a, b) for everything that networks predict
+    sample  = alpha * x0 + sigma * eps     in the scheduler's own space (variance preserving, flow, ...)
+    x0_pred = a * sample + b * output      one table of (a, b) for everything that networks predict
 
 The rest of the package uses these two lines and never asks which scheduler runs.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-# ---------------------------------------------------------------- facts about Diffusers' schedulers, by class name
+# ---------------------------------------------------------------- Diffusers' schedulers by class name
 
 #: samples are (1 - sigma) x0 + sigma eps (also every scheduler with use_flow_sigmas)
 FLOW = {
@@ -92,7 +92,8 @@ def check_supported(scheduler: SchedulerMixin) -> None:
     )
     if not readable and not callable(getattr(scheduler, "add_noise", None)):
         raise ValueError(
-            f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be read"
+            f"scheduler {type(scheduler).__name__} has no add_noise, so its noise level can't be "
+            "read"
         )
 
 
@@ -193,8 +194,8 @@ def x0_coefficients(
         case "trigflow":
             return alpha, -sigma / sigma_data
     raise ValueError(
-        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, score, "
-        "edm_epsilon, edm_v_prediction, consistency, trigflow"
+        f"prediction {prediction!r} is not one of epsilon, sample, v_prediction, flow, data_flow, "
+        "score, edm_epsilon, edm_v_prediction, consistency, trigflow"
     )
 
 
@@ -214,8 +215,8 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
         prediction = "data_flow" if scheduler.config.get("invert_sigmas") else "flow"
     if is_flow(scheduler) and prediction == "v_prediction":
         raise ValueError(
-            "scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; use "
-            "'flow_prediction', 'epsilon' or 'sample'"
+            "scheduler: prediction_type='v_prediction' has no meaning with use_flow_sigmas=True; "
+            "use 'flow_prediction', 'epsilon' or 'sample'"
         )
     if is_flow(scheduler) and prediction == "flow_prediction":
         prediction = "flow"
@@ -256,8 +257,8 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
         # fails for NaN and for a flow's sigma above 1; SCM starts at alpha = -4e-6
         if not (alpha > -1e-4 and sigma >= 0):
             raise ValueError(
-                f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise level "
-                f"(alpha={alpha:.4g}, sigma={sigma:.4g})"
+                f"timesteps, sigmas: at timestep {t:g} {type(scheduler).__name__} has no noise "
+                f"level (alpha={alpha:.4g}, sigma={sigma:.4g})"
             )
         alpha = max(alpha, SMALLEST_ALPHA)
         levels.append(
@@ -331,8 +332,8 @@ def clipping_warning(scheduler: SchedulerMixin) -> str | None:
         scheduler.config.clip_sample or scheduler.config.thresholding
     ):
         return (
-            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: use "
-            "clip_sample=False in its config"
+            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: "
+            "use clip_sample=False in its config"
         )
     return None
 
@@ -427,8 +428,8 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
         prediction, variance = output.chunk(2, dim=1)
         return prediction, variance
     raise ValueError(
-        f"the network gave {output.shape[1]} channels for a sample of {channels}; {channels} or, with a "
-        f"learned variance, {2 * channels} are allowed"
+        f"the network gave {output.shape[1]} channels for a sample of {channels}; {channels} or, "
+        f"with a learned variance, {2 * channels} are allowed"
     )
 
 
@@ -442,7 +443,7 @@ def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """(beta_t, small_t) of the steps t -> s of a DDPM process, from alpha_bar of its rising
     timesteps, in float64:
 
-        beta_t = 1 - abar_t / abar_s,    small_t = beta_t (1 - abar_s) / (1 - abar_t),    the posterior's variance
+        beta_t = 1 - abar_t / abar_s,    small_t = beta_t (1 - abar_s) / (1 - abar_t) (the posterior's)
 
     The step to the data, abar_s = 1, draws no noise. Its small_t would be 0 and gets the value of
     the step before, so that it has a logarithm, as in the code of Dhariwal & Nichol 2021
@@ -466,7 +467,8 @@ def log_variance(
     """log Sigma of DDPM steps with these `step_variances`:
 
         fixed_small  log small_t;    fixed_large  log beta_t, but log small_t in the step `to_data`;
-        learned_range  w log beta_t + (1 - w) log small_t, w = (v + 1) / 2    (Nichol & Dhariwal 2021, eq. 15)
+        learned_range  w log beta_t + (1 - w) log small_t, w = (v + 1) / 2
+                   (Nichol & Dhariwal 2021, eq. 15)
 
     Raises:
         ValueError: for another `variance_type`.
@@ -502,7 +504,7 @@ def posterior_variance(
     return log_variance(variance_type, beta[step], small[step], to_data, learned).exp()
 
 
-# ---------------------------------------------------------------- the schedule that a classifier was trained with
+# ---------------------------------------------------------------- the schedule of a classifier's training
 
 
 def module_config(module: torch.nn.Module | None) -> Mapping[str, Any]:
@@ -526,8 +528,8 @@ def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
     has_betas = bool({"beta_schedule", "trained_betas"} & schedule.keys())
     if "num_train_timesteps" not in schedule or not has_betas:
         raise ValueError(
-            f"classifier {type(module).__name__}: its config must hold the noise schedule that it was "
-            f"trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}"
+            f"classifier {type(module).__name__}: its config must hold the noise schedule that it "
+            f"was trained with (num_train_timesteps, beta_schedule, ...); it has {sorted(config)}"
         )
     return schedule
 

@@ -401,8 +401,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"generator is a list of {len(generator)}; one, or one for each of the {batch_size} "
-                "images, is allowed"
+                f"generator is a list of {len(generator)}; one, or one for each of the "
+                f"{batch_size} images, is allowed"
             )
         if latents is None:
             config = module_config(self.unet)
@@ -425,12 +425,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         low_res, (batch_size, channels) = condition.low_res, latents.shape[:2]
         if low_res is not None and len(low_res) not in (1, batch_size):
             raise ValueError(
-                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is allowed"
+                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "
+                "allowed"
             )
         if output_type == "pil" and self.vae is None and channels not in (1, 3, 4):
             raise ValueError(
-                f"output_type='pil': samples of {channels} channels are no pictures; an up-sampling "
-                "network needs image, others allow 'np', 'pt' and 'latent'"
+                f"output_type='pil': samples of {channels} channels are no pictures; an "
+                "up-sampling network needs image, others allow 'np', 'pt' and 'latent'"
             )
 
     # ------------------------------------------------------------ the network
@@ -499,8 +500,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         prediction, variance = split_variance(output, channels)
         if variance is None and reads_variance(self.scheduler):
             raise ValueError(
-                f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a network with a "
-                f"learned variance, {2 * channels} channels; this one has {channels}. Use 'fixed_small'"
+                f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a "
+                f"network with a learned variance, {2 * channels} channels; this one has "
+                f"{channels}. Use 'fixed_small'"
             )
         outputs = list(prediction.split(batch_size))
         if condition.clip_x0:

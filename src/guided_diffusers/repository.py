@@ -2,8 +2,8 @@
 it may name.
 
     model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
-    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package, in one file (`standalone`)
-    classifier/guided_diffusers_classifier.py, ...      the same for each component that is this package's
+    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package (`standalone`)
+    classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
 own, where `register` put them, and no code of the repository runs. Without the package it takes the
@@ -30,7 +30,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 LIBRARIES = ("diffusers", "transformers")
-ALLOWED_CLASSES = "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you imported"
+ALLOWED_CLASSES = (
+    "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you "
+    "imported"
+)
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -115,8 +118,8 @@ def check_index(folder: Path, components: Collection[str]) -> None:
     index = json.loads(path.read_text())
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(
-            f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name is "
-            "allowed, or trust_remote_code=True if you have read that code"
+            f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name "
+            "is allowed, or trust_remote_code=True if you have read that code"
         )
     for component, entry in index.items():
         if component in components and isinstance(entry, list) and entry[:1] != [None]:
@@ -134,8 +137,8 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
         module = importlib.import_module(library)
     if module is None and (folder / f"{library}.py").exists():
         raise ValueError(
-            f"{where}, code of the repository; {ALLOWED_CLASSES} is allowed, or trust_remote_code=True "
-            "if you have read that code"
+            f"{where}, code of the repository; {ALLOWED_CLASSES} is allowed, or "
+            "trust_remote_code=True if you have read that code"
         )
     cls = getattr(module, name, None)
     allowed = (torch.nn.Module, diffusers.SchedulerMixin)

@@ -40,8 +40,8 @@ MAX_GROWTH = 2.0
 class OperatorSplitting:
     """The part c of a run's samples that guidance has made, (B, C, H, W).
 
-        lie_trotter    c_{n+1} = c_n + w_n e_n                         order 1
-        strang         c_{n+1} = c_n + w_n (e_n + e_{n+1}) / 2         order 2, or the scheduler's if that is 1
+        lie_trotter    c_{n+1} = c_n + w_n e_n                    order 1
+        strang         c_{n+1} = c_n + w_n (e_n + e_{n+1}) / 2    order 2, or the scheduler's if that is 1
 
     with w_n = s_n - s_{n+1} without noise, and as in `step_weights` with noise. These are the
     splittings of Wizadwongsa & Suwajanakorn 2023, "Accelerating guided diffusion sampling with
@@ -77,9 +77,9 @@ class OperatorSplitting:
         for name in ("clip_sample", "thresholding"):
             if scheduler.config.get(name):
                 raise ValueError(
-                    f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has {name}=True, "
-                    "which is for samples without guidance in them; make it False, and use clip_x0=True "
-                    "instead"
+                    f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has "
+                    f"{name}=True, which is for samples without guidance in them; make it False, "
+                    "and use clip_x0=True instead"
                 )
         assert algorithm in ("lie_trotter", "strang"), algorithm
         self.levels, self.second_order = levels, algorithm == "strang"
