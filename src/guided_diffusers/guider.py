@@ -3,7 +3,7 @@ Modular block's.
 
 guider = Guider(scheduler, terms)                       # after set_timesteps
 for index, t in enumerate(timesteps):
-    terms = guider.start_step(index, batch_size)        # the terms to evaluate, and so the conditions needed
+    terms = guider.start_step(index, batch_size)        # to evaluate, with their conditions
     prediction = Prediction(...)                        # whoever owns the loop calls the network
     output, x = guider.correct(sample, prediction)      # what the scheduler gets
     sample = guider.finish_step(scheduler.step(output, t, x))
