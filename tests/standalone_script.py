@@ -2,7 +2,8 @@
 
     python standalone_script.py OUTPUT        # in the directory
 
-The tests import `outcomes` for the same calls with the package. Nothing in this file may import the package.
+The tests import `outcomes` for the same calls with the package. Nothing in this file may import the
+package.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def call(pipeline: Any, kind: str, **options: Any) -> torch.Tensor:
 
 
 def outcomes(pipeline: Any, kind: str, guidance: ModuleType) -> dict[str, torch.Tensor | str]:
-    """{case: images, or the text of the error}; `guidance` is the module that has `EnergyGuidance`."""
+    """{case: images, or text of the error}; `guidance` is the module that has `EnergyGuidance`."""
     results = {}
 
     def add(case: str, scheduler: type | None = None, **options: Any) -> None:

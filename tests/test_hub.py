@@ -21,10 +21,10 @@ from test_clip import make_clip
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP, hub
 from guided_diffusers.cli import main
-from guided_diffusers.hub import charts, publish, staging
+from guided_diffusers.hub import charts, publish, verification
 from guided_diffusers.hub.card_metrics import guided_rows, level_rows
 from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
-from guided_diffusers.hub.model_card import write_card
+from guided_diffusers.hub.model_card import is_generated, write_card
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
 from guided_diffusers.standalone import self_contained
 
@@ -332,8 +332,8 @@ def test_the_gate_does_not_wait_for_ever(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "asleep.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(staging.verify_standalone, "__file__", str(tmp_path / "asleep.py"))
-    monkeypatch.setattr(staging, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(verification.verify_standalone, "__file__", str(tmp_path / "asleep.py"))
+    monkeypatch.setattr(verification, "TIMEOUT_S", 0.5)
     (folder / "pipeline.py").write_text(self_contained(ClassifierGuidedPipeline))
     with pytest.raises(
         ValueError,
@@ -529,7 +529,15 @@ def test_a_card_that_a_person_wrote_or_edited_is_kept(
     assert 'from_pretrained("user/two")' in made.text and "user/one" not in made.text
     assert (made.data.license, made.data.datasets) == ("mit", ["someone/clothes"])
 
-    for text in (card.read_text().replace("A noise-aware", "My noise-aware"), "# Mine\n", ""):
+    # cards of earlier versions, which had other words in their last line
+    generated = card.read_text()
+    old = "made anew with the model as long as nobody edits this file"
+    card.write_text(
+        generated.replace("written again with the model unless this file is edited", old)
+    )
+    assert old in card.read_text() and is_generated(card)
+
+    for text in (generated.replace("A noise-aware", "My noise-aware"), "# Mine\n", ""):
         card.write_text(text)
         shutil.rmtree(tmp_path / "stage")
         hub.prepare(folder, tmp_path / "stage", "user/two")

@@ -75,12 +75,12 @@ def make(kind: str) -> ClassifierGuidedPipeline:
     return ClassifierGuidedPipeline(unet, scheduler, make_classifier(), vae, defaults=defaults)
 
 
-# ---------------------------------------------------------------- the text of a file
+# ---------------------------------------------------------------- text
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_file_imports_nothing_of_the_package_and_is_clean(cls: type, tmp_path: Path) -> None:
-    """Imports of the package within functions are for methods that the package alone has, as `from_bundled`."""
+    """Imports within functions are for methods that only the package has, as `from_bundled`."""
     text = self_contained(cls)
     tree = ast.parse(text)
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
@@ -131,7 +131,7 @@ def defined_names(node: ast.stmt) -> set[str]:
     }
 
 
-# ---------------------------------------------------------------- the same results as with the package
+# ---------------------------------------------------------------- results
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def expected(directory: Path) -> dict[str, torch.Tensor | str]:
 
 @pytest.fixture(scope="module")
 def standalone(directory: Path) -> dict[str, torch.Tensor | str]:
-    """The results of a process without the package, which also saves the pipelines in `directory`/again."""
+    """Results without the package; the process also saves the pipelines, in `directory`/again."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", standalone_script.__file__, "again"],
         cwd=directory,

@@ -1,7 +1,8 @@
-"""One file with a class of this package and every module that it needs: the code that travels with a model's weights.
+"""Self-contained code: one file with a class of this package and every module that it needs.
 
-As in SQLite's amalgamation, the modules are concatenated in the order of their imports. Relative imports are dropped and
-all others moved to the top; nothing else changes. One file is what Diffusers' loader of custom code handles best.
+As in SQLite's amalgamation, the modules are concatenated in the order of their imports. Relative
+imports are dropped and all others moved to the top; nothing else changes. One file is what
+Diffusers' loader of custom code handles best.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from diffusers import DiffusionPipeline
 PACKAGE = __name__.partition(".")[0]
 HEADER = '''"""`{name}` in one file, for use without the package guided-diffusers (Apache-2.0).
 
-Concatenated from the package's modules by its `standalone.self_contained`; change those, not this file.
+Concatenated from the package's modules by `standalone.self_contained`; change those, not this file.
 """
 
 from __future__ import annotations
 
 '''
-#: the classifier's class is in a file of its own, beside its weights; the pipeline only names it in annotations
+#: the classifier has a file of its own, beside its weights; the pipeline has it in annotations only
 STAND_INS = {f"{PACKAGE}.classifier": "NoiseAwareClassifier = torch.nn.Module\n"}
 FOOTER = """\
-__source__ = Path(__file__).read_text()  # Diffusers overwrites the file with the next local pipeline
-# Diffusers runs every local pipeline.py in one module; the next one's names go into this copy, not among these
+# Diffusers copies every local pipeline.py to one file, and runs it in one module. So the text is
+# kept here, and the next pipeline's names go into a copy of this module.
+__source__ = Path(__file__).read_text()
 sys.modules[__name__] = module = type(sys)(__name__)
 module.__dict__.update(globals())
 """
@@ -57,7 +59,7 @@ def _read(module: str) -> str:
 
 
 def _import_order(module: str, left_out: Collection[str]) -> list[str]:
-    """The module and those of this package that it imports, each after the ones that it imports itself."""
+    """The module and the package's modules that it needs, each after those that it imports."""
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -74,7 +76,7 @@ def _import_order(module: str, left_out: Collection[str]) -> list[str]:
 
 
 def _body(module: str, imports: Imports) -> str:
-    """Text of a module without its docstring and imports; the absolute imports are added to `imports`."""
+    """Text of a module without its docstring and imports; `imports` gets the absolute imports."""
     text = _read(module)
     tree, lines = ast.parse(text), text.splitlines(keepends=True)
     removed = tree.body[:1] if ast.get_docstring(tree) is not None else []
@@ -95,7 +97,7 @@ def _body(module: str, imports: Imports) -> str:
 
 
 def _import_lines(imports: Imports) -> str:
-    """Import statements as ruff sorts them: the standard library's first, `import` before `from`."""
+    """Import statements as ruff sorts them: standard library first, `import` before `from`."""
     modules, names = ([], []), ([], [])
     for module in sorted(imports, key=str.lower):
         third_party = module.partition(".")[0].partition(" ")[0] not in sys.stdlib_module_names

@@ -1,13 +1,14 @@
 """Publishing on the Hub, and downloading.
 
-    pipeline.push_to_hub("user/model")       # ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
+    pipeline.push_to_hub("user/model")       # or a NoiseAwareClassifier, or a NoiseAwareCLIP
     push("folder", "user/model")             # guided-diffusers push FOLDER REPO
     pull("user/model", "folder")             # guided-diffusers pull REPO FOLDER
 
-Everything that is published is first collected in a temporary folder (`prepare`): weights, configs, metrics, the code
-that loads the model without this package, a model card and a picture. Files that must not be published are refused, and
-the folder is loaded in a clean process without this package, where its output must be the same (`check`). All files are
-uploaded in one commit, so an interrupted upload leaves the repository unchanged.
+Everything that is published is first collected in a temporary folder (`prepare`): weights, configs,
+metrics, the code that loads the model without this package, a model card and a picture. Files that
+must not be published are refused, and the folder is loaded in a clean process without this package,
+where its output must be the same (`check`). All files are uploaded in one commit, so an interrupted
+upload leaves the repository unchanged.
 """
 
 from ..classifier import NoiseAwareClassifier
@@ -15,10 +16,12 @@ from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from .download import pull
 from .publish import push, push_to_hub
-from .staging import card, check, prepare
+from .staging import card, prepare
+from .verification import check
 
-# Set here, because the classes' own files can't import this package. Diffusers' method would skip the checks.
-for cls in (ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP):
-    cls.push_to_hub = push_to_hub
+# Set here because the classes' files, which are published, can't import this package. Diffusers'
+# method, which this replaces, has no checks.
+for _cls in (ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP):
+    _cls.push_to_hub = push_to_hub
 
 __all__ = ["card", "check", "prepare", "pull", "push", "push_to_hub"]

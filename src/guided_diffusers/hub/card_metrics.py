@@ -1,8 +1,9 @@
 """Metrics in the JSON files of a model's folder, as rows for plots and sections of the model card.
 
-The folder's `metrics` are {name: content}: each JSON file's content under the file's name, and figures.json's entries under
-their own names. Training writes `held_out` and `guided-diffusers inspect` writes `levels`, one row a noise level. Rows with
-`agreement` or `frechet_distance` measure guided images.
+The folder's `metrics` are {name: content}: each JSON file's content under the file's name, and
+figures.json's entries under their own names. Training writes `held_out` and `guided-diffusers
+inspect` writes `levels`, one row a noise level. Rows with `agreement` or `frechet_distance` measure
+guided images.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _guided_row(row: Row) -> Row:
 
 
 def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Variables of the card's sections, one for each entry of the metrics, those of guided images first.
+    """Variables of the card's sections, one an entry of the metrics, guided images first.
 
     Args:
         pictures: {name: file} of the entries' plots.
@@ -123,8 +124,10 @@ def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, An
 
 
 def scalars(entry: Mapping[str, Any]) -> list[str]:
-    """The single numbers and texts of an entry, as "name: value"; not a training's steps and number of images."""
-    texts, hidden = [], {*HIDDEN, *(("step", "images") if "held_out" in entry else ())}
+    """The single numbers and texts of an entry, as "name: value"."""
+    texts, hidden = [], set(HIDDEN)
+    if "held_out" in entry:  # a training's, of which the template shows these in a sentence
+        hidden |= {"step", "images"}
     for key, value in entry.items():
         if key not in hidden and isinstance(value, (int, float, str)):
             texts.append(f"{words(key)}: {cell(value)}")

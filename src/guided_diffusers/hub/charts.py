@@ -35,7 +35,7 @@ SMALL_SIZE = 64  # pixels
 
 
 def draw_levels(curves: Mapping[str, Sequence[Row]], path: Path) -> bool:
-    """Plot each metric over the timestep, a line a model; False without any metrics or without matplotlib."""
+    """Plot each metric over the timestep, a line a model; False without metrics or matplotlib."""
     curves = {name: rows for name, rows in curves.items() if len(rows) > 1}
     present = set().union(*(row for rows in curves.values() for row in rows))
     metrics = [metric for metric in LEVEL_METRICS if metric in present]
@@ -121,7 +121,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_example(pipeline: ClassifierGuidedPipeline, path: Path) -> None:
-    """Save a picture with one row of images per label: 10 labels of 5 images, or 4 of 2 for large or latent models."""
+    """Save a picture with one row of images per label, fewer for large or latent models."""
     from ..sampling import grid, image_generator, save_image
 
     size: Any = pipeline.unet.config.get("sample_size") or SMALL_SIZE

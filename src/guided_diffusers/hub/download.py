@@ -19,12 +19,13 @@ def pull(
 ) -> Path:
     """Download a repository into a folder, without pickles; an interrupted download is resumed.
 
-    Weights of an earlier `pull` that the repository no longer has are removed; all other files in the folder are kept.
+    Weights of an earlier `pull` that the repository no longer has are removed; all other files in
+    the folder are kept.
 
     Raises:
-        ValueError: before anything is written, for a file whose path leaves the folder, or a weights index in the
-            folder, not written by `pull`, that hides the repository's weights; and for a model_index.json with classes
-            that are not models.
+        ValueError: before anything is written, for a file whose path leaves the folder, or a
+            weights index in the folder, not written by `pull`, that hides the repository's weights;
+            and for a model_index.json with classes that are not models.
         OSError: for a broken file of weights; the message names it.
     """
     folder = Path(folder)
@@ -57,21 +58,22 @@ def _check_names(repo_id: str, names: set[str]) -> None:
 
 
 def _check_hidden_weights(repo_id: str, folder: Path, names: set[str]) -> None:
-    """Refuse an index in the folder that Diffusers would load instead of the repository's weights."""
+    """Refuse an index in the folder that would be loaded instead of the repository's weights."""
     for path, record in _weights_not_in(folder, names):
         index = path.relative_to(folder).as_posix()
         weights = index.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
         if path.suffix == ".json" and weights in names and not record.exists():
             raise ValueError(
-                f"{path} was not written by pull and hides {weights} of {repo_id}; nothing was written. "
-                "Move it away, or pull to another folder"
+                f"{path} was not written by pull and hides {weights} of {repo_id}; nothing was "
+                "written. Move it away, or pull to another folder"
             )
 
 
 def _weights_not_in(folder: Path, names: set[str]) -> Iterator[tuple[Path, Path]]:
     """Weights and their indexes that the repository, with files `names`, doesn't have.
 
-    Each comes with the path of the record that `huggingface_hub` keeps of a file that it downloaded.
+    Each comes with the path of the record that `huggingface_hub` keeps of a file that it
+    downloaded.
     """
     records = folder / ".cache" / "huggingface" / "download"
     for parent in {PurePosixPath(name).parent for name in names}:

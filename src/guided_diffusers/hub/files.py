@@ -42,8 +42,8 @@ def check_files(folder: Path, code: Mapping[str, str]) -> None:
         code: the allowed files of code, {path in the folder: text}.
 
     Raises:
-        ValueError: naming the files: links out of the folder, pickles under any name, other code, secrets (not
-            repeated in the message), absolute paths.
+        ValueError: naming the files: links out of the folder, pickles under any name, other code,
+            secrets (not repeated in the message), absolute paths.
     """
     problems = []
     for path in sorted(folder.rglob("*")):
@@ -130,7 +130,7 @@ def safetensors_header(path: Path) -> bytes:
 
 
 def count_parameters(folder: Path) -> int:
-    """Number of parameters in a folder's safetensors files; of one variant only, if there are several."""
+    """Number of parameters in a folder's safetensors files, of one variant of the weights."""
     variants: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         variants.setdefault(weights_stem(path.name), []).append(path)

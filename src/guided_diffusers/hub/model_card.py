@@ -76,15 +76,15 @@ def write_card(
     datasets: Sequence[str] = (),
     picture: bool = True,
 ) -> Path:
-    """Write README.md, the plots figure-*.png, and example.png if it is missing; returns the path of README.md.
+    """Write README.md, the plots figure-*.png, and example.png if it is missing; returns the path.
 
     Args:
         model: the model in the folder.
         repo_id: what the card's examples load. None: the folder.
-        license: of the weights, as the Hub names it: "apache-2.0", "cc-by-4.0", ... None: the license in the existing
-            card, else "unknown".
-        datasets: the Hub's ids of the training data. Empty: those in the existing card, else those in the training
-            options.
+        license: of the weights, as the Hub names it: "apache-2.0", "cc-by-4.0", ... None: the
+            license in the existing card, else "unknown".
+        datasets: the Hub's ids of the training data. Empty: those in the existing card, else those
+            in the training options.
         picture: draw example.png; half a minute for a small model on a CPU.
 
     Raises:
@@ -96,8 +96,8 @@ def write_card(
             f"{path} was written or edited by a user and is not overwritten; move it away first"
         )
     existing = ModelCard.load(path).data if path.exists() else ModelCardData()
-    if license is None and existing.license != "unknown":
-        license = existing.license
+    if existing.license != "unknown":
+        license = license or existing.license
     metrics = read_metrics(folder)
     datasets = list(datasets or existing.datasets or _trained_datasets(metrics))
     if picture and isinstance(model, DiffusionPipeline) and not (folder / "example.png").exists():

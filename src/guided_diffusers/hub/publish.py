@@ -12,7 +12,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from .files import weights_stem
 from .model_card import is_generated, write_card
-from .staging import Model, check, prepare, refuse_card_data
+from .staging import Model, prepare, refuse_card_data
+from .verification import check
 
 logger = get_logger(__name__)
 
@@ -32,7 +33,8 @@ def push(
 ) -> CommitInfo:
     """Publish a folder with a pipeline, a classifier or a CLIP; the folder isn't changed.
 
-    A README.md on the Hub that a user wrote or edited is kept, unless the folder has such a README.md, too.
+    A README.md on the Hub that a user wrote or edited is kept, unless the folder has such a
+    README.md, too.
 
     Args:
         repo_id: user/model; created if missing.
@@ -93,8 +95,8 @@ def push_to_hub(
 
     Args:
         max_shard_size: of a file of weights.
-        figures: a folder whose metrics (JSON), pictures and README.md are published, too. None: the folder that the
-            model was loaded from, if it was a folder.
+        figures: a folder whose metrics (JSON), pictures and README.md are published, too. None: the
+            folder that the model was loaded from, if it was a folder.
 
     Raises:
         ValueError: as `push`, or for `safe_serialization=False`.
@@ -127,7 +129,7 @@ def push_to_hub(
 
 
 def _copy_documentation(source: Path, folder: Path) -> None:
-    """Copy the metrics, the pictures and README.md of a model's folder; training's samples and weights' indexes aren't."""
+    """Copy the metrics, the pictures and README.md of a model's folder."""
     for path in source.iterdir():
         is_new = path.suffix in (".json", ".png") and not (folder / path.name).exists()
         skipped = path.name.startswith(("samples-", "diffusion_pytorch_model"))
@@ -143,7 +145,7 @@ def _keep_user_card(
     repo_id: str,
     card: dict[str, Any],
 ) -> None:
-    """Keep a user-edited card on the Hub; otherwise reuse the license and datasets of a generated one.
+    """Keep a user-edited card on the Hub; of a generated one, reuse the license and datasets.
 
     Args:
         readmes: the folder's README.md, which may be missing, and the one on the Hub.

@@ -1,56 +1,33 @@
-"""What is published of a model's folder: collected in another folder, and checked there."""
+"""Collects what is published of a model's folder."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from safetensors.torch import load_file
 
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
 from ..utils import write_json
-from . import verify_standalone
-from .files import check_files, is_link_out, safetensors_header
+from .files import is_link_out
 from .model_card import is_generated, write_card
 
 Model = ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP
 
-TIMEOUT_S = 1800  # of the clean process, in seconds
 #: files of training that are not published
-IGNORE_PATTERNS = (
-    ".*",
-    "__pycache__",
-    "checkpoint-*",
-    "logs",
-    "latents",
-    "samples-*.png",
-    "curves.png",
-    "*.partial",
+IGNORE_PATTERNS = tuple(
+    ".* __pycache__ checkpoint-* logs latents samples-*.png curves.png *.partial".split()
 )
 #: training options that only concern the machine it ran on
-LOCAL_OPTIONS = (
-    "output_dir",
-    "logging_dir",
-    "resume_from_checkpoint",
-    "report_to",
-    "progress",
-    "cpu",
-    "dataloader_num_workers",
-    "latents_cache",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private",
+LOCAL_OPTIONS = tuple(
+    "output_dir logging_dir resume_from_checkpoint report_to progress cpu "
+    "dataloader_num_workers latents_cache push_to_hub hub_model_id hub_private".split()
 )
 #: name of a model's own metrics in figures.json
 METRICS_NAMES = {
@@ -58,11 +35,10 @@ METRICS_NAMES = {
     NoiseAwareClassifier: "classifier",
     NoiseAwareCLIP: "clip",
 }
-SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "KEY")
 
 
 def card(folder: str | Path, repo_id: str | None = None, **options: Any) -> Path:
-    """Write the model card of a folder, README.md, and its pictures; `options` as for `write_card`."""
+    """Write the model card of a folder, README.md, and its pictures; `options` as `write_card`."""
     folder = Path(folder)
     return write_card(folder, model_class(folder).from_pretrained(folder), repo_id, **options)
 
@@ -72,18 +48,20 @@ def prepare(
 ) -> Model:
     """Collect in `stage` what is published of `folder`; returns the model, loaded from `stage`.
 
-    A README.md that a user wrote or edited is kept; a generated one is written again with the options `card`.
+    A README.md that a user wrote or edited is kept; a generated one is written again with the
+    options `card`.
 
     Raises:
-        ValueError: for a folder without a pipeline, classifier or CLIP, with components whose code can't be published,
-            or with links out of it; or for a license or datasets beside a user's README.md.
+        ValueError: for a folder without a pipeline, classifier or CLIP, with components whose code
+            can't be published, or with links out of it; or for a license or datasets beside a
+            user's README.md.
     """
     cls = model_class(folder)
     for path in folder.rglob("*"):
         if is_link_out(path, folder):
             raise ValueError(
-                f"{path} is a link out of the folder and can't be published; `guided-diffusers pull` "
-                "downloads a repository as a folder without links"
+                f"{path} is a link out of the folder and can't be published; `guided-diffusers "
+                "pull` downloads a repository as a folder without links"
             )
     if cls is ClassifierGuidedPipeline:
         _check_components(folder)
@@ -159,7 +137,7 @@ def _link_weights(source: str, target: str) -> None:
 
 
 def _merge_metrics(stage: Path, name: str) -> None:
-    """Move training's metrics.json and options.json into figures.json, without options of this machine."""
+    """Move metrics.json and options.json, which training writes, into figures.json."""
     metrics_path, options_path = stage / "metrics.json", stage / "options.json"
     merged_path = stage / "figures.json"
     merged: dict[str, Any] = {}
@@ -187,63 +165,3 @@ def _portable_options(options: dict[str, Any]) -> dict[str, Any]:
         is_path = isinstance(value, str) and Path(value).is_absolute()
         portable[name] = Path(value).name if is_path else value
     return portable
-
-
-# ---------------------------------------------------------------- verification
-
-
-def check(folder: Path, model: Model | None = None, variant: str | None = None) -> None:
-    """Refuse a folder with files that must not be published, or whose output differs without this package.
-
-    Args:
-        model: the model of the folder. None: it is loaded.
-
-    Raises:
-        ValueError: naming the problem.
-        OSError: for a broken file of weights; the message names it.
-    """
-    for path in folder.rglob("*.safetensors"):
-        safetensors_header(path)
-    model = model or model_class(folder).from_pretrained(folder, variant=variant)
-    check_files(folder, model.code())
-    actual = _standalone_output(folder, variant)
-    expected = verify_standalone.reference_output(model)
-    if not torch.equal(expected, actual):
-        same_shape = expected.shape == actual.shape
-        largest = (expected - actual).abs().max().item() if same_shape else float("nan")
-        raise ValueError(
-            f"{folder}: the output differs when loaded without guided-diffusers; the largest "
-            f"difference is {largest:.3g}"
-        )
-
-
-def _standalone_output(folder: Path, variant: str | None) -> torch.Tensor:
-    """`reference_output` of the folder in a clean process without this package."""
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "output.safetensors"
-        environment = {}
-        for name, value in os.environ.items():
-            if not any(word in name for word in SECRET_VARIABLES):
-                environment[name] = value
-        environment["HF_HOME"] = directory
-        environment["HF_MODULES_CACHE"] = str(Path(directory) / "modules")
-        environment["HF_HUB_OFFLINE"] = "1"
-        arguments = [folder.resolve(), variant or "", str(torch.get_num_threads()), output]
-        try:
-            run = subprocess.run(
-                [sys.executable, verify_standalone.__file__, *arguments],
-                env=environment,
-                cwd=directory,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(
-                f"{folder}: no output within {TIMEOUT_S} seconds when loaded without guided-diffusers"
-            ) from error
-        if run.returncode:
-            raise ValueError(
-                f"{folder} can't be loaded without guided-diffusers: {run.stderr.strip()[-2000:]}"
-            )
-        return load_file(output)["output"]

@@ -1,8 +1,9 @@
-"""Load a folder by its own code, without the package guided-diffusers, and save the model's reference output.
+"""Load a folder without the package guided-diffusers, and save the model's reference output.
 
     python verify_standalone.py FOLDER VARIANT THREADS OUTPUT
 
-A separate program that imports torch, diffusers and safetensors only: `hub.check` runs it in a clean process.
+A separate program that imports torch, diffusers and safetensors only: `hub.check` runs it in a
+clean process.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 
 
 def reference_output(model: Any) -> torch.Tensor:
-    """Images of a pipeline after two guided steps, logits of a classifier, or logits and tokens of a CLIP.
+    """Images of a pipeline in two guided steps, else logits of a classifier or CLIP.
 
-    The result is deterministic on one machine.
+    The result is deterministic on one machine. A CLIP's has the tokens of its caption, too.
     """
     generator = torch.Generator().manual_seed(0)
     if not hasattr(model, "unet"):
