@@ -43,8 +43,8 @@ from typing import Any
 import torch
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, StepContext
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling import sample
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Result, SweepSetting, measure_points
@@ -106,8 +106,9 @@ def steered(
     """The same networks, guided by a term of another kind."""
 
     class Steered(ClassifierGuidedPipeline):
-        def _terms(self, labels: Any, per_label: int, scale: float, *more: Any) -> list[Guidance]:
-            return [term(self.classifier, labels, scale)] if scale else []
+        def __call__(self, label: Any, guidance_scale: float, **options: Any) -> Any:
+            terms = [term(self.classifier, label, guidance_scale)] if guidance_scale else []
+            return super().__call__(label, guidance_scale=0.0, guidance=terms, **options)
 
     return Steered(**pipeline.components, defaults=dict(pipeline.config.defaults))
 

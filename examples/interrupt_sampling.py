@@ -1,13 +1,14 @@
-"""Kill sampling at random moments, share it among processes, make its batches others: are the images the same?
+"""Check that interrupted, parallel and differently batched sampling give the same images.
 
-    python examples/interrupt_sampling.py                                   # 2,000 images, ten kills, a few minutes
+    python examples/interrupt_sampling.py                      # 2,000 images, ten kills, minutes
     python examples/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
-    python examples/interrupt_sampling.py --device cuda --num-inference-steps 50 --output figures.json
+    python examples/interrupt_sampling.py --device cuda --num-inference-steps 50 --output x.json
 
-One run is left alone. Another is shared by two processes. A third is killed (SIGKILL, with all that it started) and
-started again, in turns by one and by two processes. All three must have the same files, bit for bit. A fourth has
-batches of another size: there a network's sums are rounded otherwise, and the share of pixels that differ is said. Ends
-with 1 if a file differs that mustn't, or a pixel by more than 1 of 255.
+One run is uninterrupted. Another is shared by two processes. A third is killed (SIGKILL, with all
+its children) and resumed, alternately by one and by two processes. All three must write the same
+files, bit for bit. A fourth has another batch size, which changes the rounding in the network; the
+fraction of pixels that differ is reported. The exit status is 1 if a file differs that must not, or
+a pixel by more than 1 of 255.
 """
 
 from __future__ import annotations
@@ -31,200 +32,183 @@ from PIL import Image
 def command(
     options: argparse.Namespace, folder: Path, processes: int = 1, batch_size: int | None = None
 ) -> list[str]:
-    """A run that makes the folder, or goes on with it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    program = [
-        "-m",
-        "guided_diffusers",
-        "sample",
-        "--model",
-        options.model,
-        "--label",
-        "all",
-        "--device",
-        options.device,
-        "--num-images",
-        str(options.num_images),
-        "--num-inference-steps",
-        str(options.num_inference_steps),
-        "--format",
-        options.format,
-        "--batch-size",
-        str(batch_size or options.batch_size),
-        "--shard-size",
-        str(options.shard_size),
-        "--output",
-        str(folder),
-        "--quiet",
-        *(["--scheduler", options.scheduler] if options.scheduler else []),
-    ]
-    return [sys.executable, *(launcher if processes > 1 else []), *program]
+    """Command line that generates the images, or resumes the folder."""
+    launcher = []
+    if processes > 1:
+        launcher = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    program = (
+        f"-m guided_diffusers sample --label all --quiet --device {options.device} "
+        f"--num-images {options.num_images} --shard-size {options.shard_size} "
+        f"--num-inference-steps {options.num_inference_steps} --format {options.format} "
+        f"--batch-size {batch_size or options.batch_size}"
+    ).split()
+    if options.scheduler:
+        program += ["--scheduler", options.scheduler]
+    paths = ["--model", options.model, "--output", str(folder)]
+    return [sys.executable, *launcher, *program, *paths]
 
 
-def run(line: list[str], log: Path, until: tuple[Path, int, float] | None = None) -> bool:
-    """Start a command, and kill it (folder, shards, seconds): so long after so many shards are done; whether it was."""
-    environment, begun = {**os.environ, "OMP_NUM_THREADS": "1"}, None
+def run(line: list[str], log: Path, kill_at: tuple[Path, int, float] | None = None) -> bool:
+    """Run a command; return whether it was killed.
+
+    Args:
+        kill_at: (folder, shards, seconds): kill it so long after so many shards are finished.
+    """
+    environment, reached = {**os.environ, "OMP_NUM_THREADS": "1"}, None
     with log.open("a") as out:
         process = subprocess.Popen(
             line, stdout=out, stderr=out, env=environment, start_new_session=True
         )
     try:
         while process.poll() is None:
-            if until and begun is None and done(until[0]) >= until[1]:
-                begun = time.monotonic()
-            if begun is not None and time.monotonic() - begun >= until[2]:
+            if kill_at and reached is None and finished_shards(kill_at[0]) >= kill_at[1]:
+                reached = time.monotonic()
+            if reached is not None and time.monotonic() - reached >= kill_at[2]:
                 return True
             time.sleep(0.01)
     finally:
         if process.poll() is None:
-            kill_all(process.pid)
+            kill_tree(process.pid)
         process.wait()
     if process.returncode:
         raise SystemExit(f"sampling failed:\n{log.read_text()[-3000:]}")
     return False
 
 
-def kill_all(pid: int) -> None:
-    """SIGKILL a process and all that it started, also in sessions of their own, as torch's launcher does."""
-    launcher = psutil.Process(pid)
-    launcher.suspend()  # it starts nothing meanwhile
-    everyone = [*launcher.children(recursive=True), launcher]
-    for one in everyone:
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants, also in other sessions, as torch's launcher has."""
+    root = psutil.Process(pid)
+    root.suspend()  # so that it starts no further process
+    processes = [*root.children(recursive=True), root]
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(everyone, timeout=10)
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
-def done(folder: Path) -> int:
-    """How many shards are there."""
+def finished_shards(folder: Path) -> int:
     return len(list((folder / ".shards").glob("*.json")))
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+def contents(folder: Path) -> dict[str, bytes]:
+    """Content of every file, by its path."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def pixels(folder: Path) -> np.ndarray:
-    """All images, (N, H, W, C) uint8, in their order."""
+    """All images in order, (N, H, W, C) or (N, H, W) int."""
     if (folder / "samples.npz").exists():
-        return np.load(folder / "samples.npz")["arr_0"]
+        return np.load(folder / "samples.npz")["arr_0"].astype(int)
     if (folder / "data").exists():
         from datasets import load_dataset
 
+        parts = sorted(map(str, folder.glob("data/*")))
         with tempfile.TemporaryDirectory() as cache:
-            rows = load_dataset(
-                "parquet", data_files=sorted(map(str, folder.glob("data/*"))), cache_dir=cache
-            )["train"]
-            return np.stack([np.asarray(row["image"]) for row in rows])
+            rows = load_dataset("parquet", data_files=parts, cache_dir=cache)["train"]
+            return np.stack([np.asarray(row["image"], int) for row in rows])
     paths = sorted(folder.rglob("*.png"), key=lambda path: path.name)
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+    return np.stack([np.asarray(Image.open(path), int) for path in paths])
 
 
-def kill(options: argparse.Namespace, folder: Path, seconds_a_shard: float, log: Path) -> int:
-    """Kill the run so many times; how many fell on a write."""
-    draw, shards, torn = (
-        random.Random(options.seed),
-        -(-options.num_images // options.shard_size),
-        0,
-    )
+def kill_repeatedly(
+    options: argparse.Namespace, folder: Path, seconds_per_shard: float, log: Path
+) -> int:
+    """Kill and resume a run, then let it finish; return how many kills left a partial file."""
+    draw = random.Random(options.seed)
+    shards, partial_files = -(-options.num_images // options.shard_size), 0
     for number in range(1, options.kills + 1):
-        there, at_start = done(folder), number % 5 == 0
-        share = max(
-            1, (shards - there) // (options.kills - number + 2)
-        )  # shards that this part may make
-        wanted = 0 if at_start else min(there + draw.randint(1, share), shards - 1)
-        seconds = draw.uniform(0, 8 if at_start else 2 * seconds_a_shard)
+        finished = finished_shards(folder)
+        if number % 5 == 0:  # while it starts
+            target, seconds = 0, draw.uniform(0, 8)
+        else:
+            share = max(1, (shards - finished) // (options.kills - number + 2))
+            target = min(finished + draw.randint(1, share), shards - 1)
+            seconds = draw.uniform(0, 2 * seconds_per_shard)
         processes = 2 - number % 2
-        if not run(command(options, folder, processes), log, (folder, wanted, seconds)):
+        if not run(command(options, folder, processes), log, (folder, target, seconds)):
             raise SystemExit(
-                f"sampling ended before kill {number} of {options.kills}: give it more --num-images"
+                f"sampling ended before kill {number} of {options.kills}: use more --num-images"
             )
-        half = len(list(folder.rglob("*.partial")))
-        torn += half > 0
+        has_partial = any(folder.rglob("*.partial"))
+        partial_files += has_partial
         print(
-            f"kill {number}: {processes} process{'es' * (processes > 1)}, {seconds:.2f} s after shard {wanted}; "
-            f"{done(folder)} of {shards} shards are there{', a file is half-written' if half else ''}",
+            f"kill {number} of {processes} process(es), {seconds:.2f} s after shard {target}: "
+            f"{finished_shards(folder)} of {shards} shards finished"
+            f"{', a partial file' if has_partial else ''}",
             flush=True,
         )
     run(command(options, folder), log)
-    return torn
+    return partial_files
 
 
-def work(options: argparse.Namespace, root: Path) -> dict[str, object]:
-    log, begun = root / "log.txt", time.monotonic()
+def compare(options: argparse.Namespace, root: Path) -> dict[str, object]:
+    """Make the four runs and return the differences between them."""
+    log, start = root / "log.txt", time.monotonic()
     run(command(options, root / "whole"), log)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     print(f"uninterrupted: {options.num_images} images in {seconds:.0f} s", flush=True)
     run(command(options, root / "two", processes=2), log)
     print("two processes: done", flush=True)
-    torn = kill(options, root / "killed", seconds * options.shard_size / options.num_images, log)
+    seconds_per_shard = seconds * options.shard_size / options.num_images
+    partial_files = kill_repeatedly(options, root / "killed", seconds_per_shard, log)
     run(command(options, root / "other", batch_size=options.other_batch_size), log)
 
-    whole = files(root / "whole")
-    figures: dict[str, object] = {
+    expected = contents(root / "whole")
+    metrics: dict[str, object] = {
         "num_images": options.num_images,
-        "files": len(whole),
+        "files": len(expected),
         "kills": options.kills,
-        "kills_that_left_a_file_half_written": torn,
+        "kills_that_left_a_file_half_written": partial_files,
     }
     for name in ("two", "killed"):
-        found = files(root / name)
-        figures[f"files_that_differ_{name}"] = sum(
-            whole.get(path) != found.get(path) for path in whole | found
-        )
-    one, other = (pixels(root / name).astype(int) for name in ("whole", "other"))
-    figures |= {
+        actual = contents(root / name)
+        different = [path for path in expected | actual if expected.get(path) != actual.get(path)]
+        metrics[f"files_that_differ_{name}"] = len(different)
+    difference = np.abs(pixels(root / "whole") - pixels(root / "other"))
+    return metrics | {
         "batch_sizes": [options.batch_size, options.other_batch_size],
-        "pixels_that_differ": float(np.mean(one != other)),
-        "largest_difference": int(abs(one - other).max()),
-        "images_that_differ": float(np.mean((one != other).reshape(len(one), -1).any(1))),
+        "pixels_that_differ": float(np.mean(difference > 0)),
+        "largest_difference": int(difference.max()),
+        "images_that_differ": float(np.mean(difference.reshape(len(difference), -1).any(1))),
     }
-    return figures
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="fashion-mnist")
-    parser.add_argument("--num-images", type=int, default=2000)
-    parser.add_argument("--num-inference-steps", type=int, default=5)
-    parser.add_argument("--scheduler", help="default: the model's own")
-    parser.add_argument(
-        "--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder"
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--other-batch-size", type=int, default=7)
-    parser.add_argument("--shard-size", type=int, default=64)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        help="a new folder that keeps the images; a temporary one if left out",
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    option = parser.add_argument
+    option("--model", default="fashion-mnist")
+    option("--num-images", type=int, default=2000)
+    option("--num-inference-steps", type=int, default=5)
+    option("--scheduler", help="default: set by the model")
+    option("--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder")
+    option("--batch-size", type=int, default=64)
+    option("--other-batch-size", type=int, default=7)
+    option("--shard-size", type=int, default=64)
+    option("--kills", type=int, default=10)
+    option("--seed", type=int, default=0, help="seed of the times of kills (default: %(default)s)")
+    option("--device", default="cpu")
+    option("--work-dir", type=Path, help="new folder for the images (default: a temporary one)")
+    option("--output", type=Path, help="JSON file for the metrics")
     options = parser.parse_args()
     if options.work_dir and options.work_dir.exists():
         parser.error(f"--work-dir {options.work_dir}: a new folder is allowed")
-    with tempfile.TemporaryDirectory() as place:
-        root = options.work_dir or Path(place)
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.work_dir or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        figures = work(options, root)
-    print(json.dumps(figures, indent=2))
+        metrics = compare(options, root)
+    print(json.dumps(metrics, indent=2))
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
-    wrong = (
-        figures["files_that_differ_two"]
-        or figures["files_that_differ_killed"]
-        or figures["largest_difference"] > 1
-    )
-    sys.exit(int(bool(wrong)))
+        options.output.write_text(json.dumps(metrics, indent=2) + "\n")
+    differ = metrics["files_that_differ_two"] or metrics["files_that_differ_killed"]
+    sys.exit(int(bool(differ or metrics["largest_difference"] > 1)))
 
 
 if __name__ == "__main__":

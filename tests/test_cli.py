@@ -12,7 +12,7 @@ from PIL import Image
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.sampling import grid, image_generator, sample
-from guided_diffusers.utils import find_scheduler
+from guided_diffusers.utils import find_scheduler, is_hub_id, model_folder
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 
@@ -201,6 +201,20 @@ def test_wrong_arguments(folder: str, tmp_path: Path, arguments: list[str], mess
 def test_unknown_model() -> None:
     with pytest.raises(SystemExit, match="model 'nothing-like-it' is not bundled; allowed"):
         main(["sample", "--model", "nothing-like-it", "--label", "0"])
+
+
+def test_a_model_is_a_bundled_name_a_folder_or_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (Path(model_folder("fashion-mnist")) / "judge" / "config.json").is_file()
+    assert model_folder(tmp_path) == tmp_path and not is_hub_id(tmp_path)
+    assert model_folder("user/model") == "user/model" and is_hub_id("user/model")
+    monkeypatch.chdir(tmp_path)
+    for name in ("fashion-mnist", "user/model"):  # an existing folder comes first
+        Path(name).mkdir(parents=True)
+        assert model_folder(name) == name and not is_hub_id(name)
+    with pytest.raises(ValueError, match="model 'unknown' is not bundled; allowed"):
+        model_folder("unknown")
 
 
 def test_find_scheduler() -> None:

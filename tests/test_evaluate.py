@@ -643,7 +643,7 @@ def test_labels_are_matched_by_name(place: Path, tmp_path: Path) -> None:
 def test_folders_of_ours_are_labels(names: list[str], tmp_path: Path) -> None:
     """Also an only one, those that are called as a split is, and those that are one folder's name."""
     written = Shards(tmp_path, "imagefolder", names, [i % len(names) for i in range(6)], 6, 6)
-    written.write(0, [written.encoded(Image.new("L", (8, 8), 10 * i)) for i in range(6)])
+    written.write(0, [written.encode(Image.new("L", (8, 8), 10 * i)) for i in range(6)])
     written.finish()
     (tmp_path / "manifest.json").write_text('{"complete": true, "num_images": 6}')
     images, labels = stacked(found := open_generated(tmp_path))

@@ -296,10 +296,10 @@ def test_a_term_acts_between_start_and_stop(
 def test_terms_in_a_sum_keep_their_own_intervals() -> None:
     level, x = level_at(0.5), normal(2, 1, 8, 8).float()
     total = Pull(1.0, 0.0, 0.5) + Pull(10.0, 0.3, 1.0)
-    scores = [
-        float((total.at(index, 10, level).score(step_at(level, x, index)) / x).mean())
-        for index in range(10)
-    ]
+    scores = []
+    for index in range(10):
+        active = GuidanceSum([term for term in total.terms() if term.active(index, 10, level)])
+        scores.append(float((active.score(step_at(level, x, index)) / x).mean()))
     assert scores == pytest.approx([-1] * 3 + [-11] * 2 + [-10] * 5)
 
 

@@ -334,7 +334,7 @@ def test_the_program_writes_them_and_the_same_images(folder: str, tmp_path: Path
         and [len(step["log_probabilities"]) for step in content["steps"]] == [5] * 3
     )
     with pytest.raises(
-        SystemExit, match="isn't empty, and images that are there already would not be counted"
+        SystemExit, match="isn't empty, and its images would not be counted"
     ):
         run(
             folder,

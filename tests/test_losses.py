@@ -33,10 +33,6 @@ from guided_diffusers.openai import (
     respaced_timesteps,
 )
 
-with_reference = pytest.mark.skipif(
-    not REFERENCE.exists(), reason=f"no reference numbers at {REFERENCE}"
-)
-
 
 def load(name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(array) for key, array in np.load(REFERENCE / name).items()}
@@ -44,14 +40,14 @@ def load(name: str) -> dict[str, Tensor]:
 
 def described(file: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(case, its arguments) of the arrays "case|what" of a file."""
-    for entry in json.loads((REFERENCE / "index.json").read_text())["arrays"]:
+    for entry in json.loads((REFERENCE / "index.json").read_text()):
         case, _, name = entry["key"].partition("|")
         if entry["file"] == file and name == what:
             yield case, entry["args"]
 
 
 def network(name: str) -> torch.nn.Module:
-    state, args = original(REFERENCE, name)
+    state, args = original(name)
     return pair(name)[0](state, args).double()
 
 
@@ -67,18 +63,16 @@ def relative(got: Tensor, expected: Tensor) -> float:
 # 1. The numbers of the original
 
 
-@with_reference
 def test_noised_images() -> None:
     inputs, reference = load("inputs.npz"), load("training/q_sample.npz")
     eps = torch.cat([inputs["noise"][0], inputs["noise"][1]])
-    for entry in json.loads((REFERENCE / "index.json").read_text())["arrays"]:
+    for entry in json.loads((REFERENCE / "index.json").read_text()):
         if entry["file"] == "training/q_sample.npz":
             process = process_for(entry["args"])
             got = process.noised(inputs["x0"], eps, torch.tensor(entry["args"]["t"]))
             torch.testing.assert_close(got, reference[entry["key"]].to(got), rtol=0, atol=1e-6)
 
 
-@with_reference
 def test_losses_and_gradients() -> None:
     inputs, reference = load("inputs.npz"), load("training/losses.npz")
     x0, eps = inputs["x0"].double(), torch.cat([inputs["noise"][0], inputs["noise"][1]]).double()
@@ -120,7 +114,6 @@ def test_losses_and_gradients() -> None:
         assert max(errors.values()) < 1e-5, case
 
 
-@with_reference
 def test_bits_per_dim(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, reference = load("inputs.npz"), load("training/bpd.npz")
     networks: dict[str, torch.nn.Module] = {}
@@ -151,7 +144,6 @@ def test_bits_per_dim(monkeypatch: pytest.MonkeyPatch) -> None:
         model.double()
 
 
-@with_reference
 def test_likelihood_and_divergence_of_gaussians() -> None:
     reference = load("training/bpd.npz")
     x, mean, log_sigma = (reference[f"dgll|{name}"] for name in ("x", "means", "log_scales"))
@@ -162,7 +154,6 @@ def test_likelihood_and_divergence_of_gaussians() -> None:
     )
 
 
-@with_reference
 @pytest.mark.parametrize(
     ("case", "steps", "history", "uniform"), [("T8_h10", 8, 10, 0.001), ("T5_h3_u05", 5, 3, 0.05)]
 )

@@ -25,16 +25,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
-from guided_diffusers import ClassifierGuidedPipeline
-from guided_diffusers import utils as outputs
+from guided_diffusers import ClassifierGuidedPipeline, utils
+from guided_diffusers.cli_options import launched_processes
 from guided_diffusers.sampling import sample, sample_to_folder, shards
-from guided_diffusers.sampling.commands import team
 from guided_diffusers.sampling.manifest import (
-    commit,
     differences,
     folder_names,
+    hub_commit,
     module_hash,
-    settled,
+    resolve_defaults,
     unique,
     unique_names,
     weights_hash,
@@ -99,6 +98,21 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
 
 
 # The same images
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(make: Make, tmp_path: Path) -> None:
+    """Its records hold [size, CRC-32] of each file."""
+    make("a")
+    expected = files(tmp_path / "a")
+    for record in (tmp_path / "a" / ".shards").iterdir():
+        sizes = json.loads(record.read_text())["files"]
+        old = {name: [size, 123456789] for name, size in sizes.items()}
+        record.write_text(json.dumps({"files": old}))
+    cut(tmp_path / "a" / "boot" / "000009.png")
+    assert make("a").before == 9
+    assert {
+        name: data for name, data in files(tmp_path / "a").items() if ".shards" not in name
+    } == {name: data for name, data in expected.items() if ".shards" not in name}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -322,15 +336,20 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
+FILES = [
+    ("imagefolder", "coat/000004.png"),
+    ("parquet", "data/train-00002-of-00004.parquet"),
+    ("npz", "samples.npz"),
+    ("npz", ".shards/00001.npy"),
+    ("imagefolder", ".shards/00002.json"),
+]
+
+
 @pytest.mark.parametrize(
-    ("format", "name"),
+    ("format", "name", "damage"),
     [
-        ("imagefolder", "coat/000004.png"),
-        ("parquet", "data/train-00002-of-00004.parquet"),
-        ("npz", "samples.npz"),
-        ("npz", ".shards/00001.npy"),
-        ("imagefolder", ".shards/00002.json"),
+        *((*file, damage) for file in FILES for damage in (cut, Path.unlink)),
+        ("imagefolder", ".shards/00002.json", flip_a_bit),
     ],
 )
 def test_a_broken_file_is_made_again(
@@ -353,19 +372,15 @@ def test_a_broken_file_is_made_again(
     monkeypatch.setattr(shards.logger, "warning", said.append)
     made = make("parts", format=format)
     assert files(tmp_path / "parts") == whole
-    if damage is flip_a_bit and name.endswith(".json"):
+    if damage is flip_a_bit:
         return  # it may still be read, as another size or name, or not
     assert made.before == {"samples.npz": 0}.get(name, 7)
     if not (
         damage is Path.unlink and name.endswith(".json")
     ):  # else it looks as if it was never written
-        reason = {
-            cut: "has .* bytes of ",
-            flip_a_bit: "isn't as it was written",
-            Path.unlink: "No such file",
-        }[damage]
+        reason = {cut: "has .* bytes instead of ", Path.unlink: "No such file"}[damage]
         assert len(said) == 1 and re.search(
-            "made again: .*" + ("" if name.endswith(".json") else reason), said[0]
+            "generated again: .*" + ("" if name.endswith(".json") else reason), said[0]
         )
 
 
@@ -425,9 +440,7 @@ def test_a_folder_of_something_else_is_refused(make: Make, tmp_path: Path) -> No
     make("b")
     (tmp_path / "b" / "manifest.json").write_text('{"seed": 0, "num_im')
     before = files(tmp_path / "b")
-    with pytest.raises(
-        ValueError, match="b/manifest.json can't be read .*another folder is allowed"
-    ):
+    with pytest.raises(ValueError, match="b/manifest.json can't be read .*use another folder"):
         make("b")
     assert files(tmp_path / "b") == before
 
@@ -481,14 +494,12 @@ def test_processes_that_do_not_find_each_other_are_refused(
     monkeypatch.setenv(size, "2")
     state = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
-    with pytest.raises(
-        ValueError, match="says that 2 processes were started, and 1 found each other"
-    ):
-        team("cpu")
+    with pytest.raises(ValueError, match="says that 2 processes were started, but 1 connected"):
+        launched_processes("cpu")
     state.num_processes = 2
-    assert team("cpu") is team(None) is state
-    with pytest.raises(ValueError, match="--device cuda: the processes were given cpu"):
-        team("cuda")
+    assert launched_processes("cpu") is launched_processes(None) is state
+    with pytest.raises(ValueError, match="--device cuda: the processes run on cpu"):
+        launched_processes("cuda")
 
 
 def test_several_processes_are_refused_what_is_for_one(
@@ -498,12 +509,15 @@ def test_several_processes_are_refused_what_is_for_one(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments, message in (
-        (["--output", "x.png"], "a picture is made by one process"),
+        (["--output", "x.png"], "2 processes can't make a picture; use a folder, or one process"),
         (
             ["--output", "x", "--diagnostics", "y.json"],
             "--diagnostics y.json: 2 processes were started, .* one process is allowed",
         ),
-        (["--output", "x", "--device", "cuda:1"], "each has its own; cuda is allowed"),
+        (
+            ["--output", "x", "--device", "cuda:1"],
+            "each of several processes has its own device; use --device cuda",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, "--label", "all", *arguments)
@@ -648,7 +662,7 @@ def test_the_manifest_names_the_commit_of_a_model_of_the_hub(
         assert (manifest["model"], manifest["revision"]) == ("user/boots", expected)
     with pytest.raises(SystemExit, match=f"revision is {'b' * 40}, here {'a' * 40}"):
         run("user/boots", "--label", "boot", "--num-images", "1", "--output", "b" * 40)
-    assert commit(folder) is commit("fashion-mnist") is None
+    assert hub_commit(folder) is hub_commit("fashion-mnist") is None
 
 
 def test_differences() -> None:
@@ -666,7 +680,7 @@ def test_progress_is_said_unless_it_is_turned_off(
         "10/10" in said and "image/s" in said and "00:00<" in said and "2/2" not in said
     )  # no bar a batch
     make("a", progress=True)
-    assert "checking" in capsys.readouterr().err
+    assert "10/10" in capsys.readouterr().err
     make("b")
     assert not capsys.readouterr().err
 
@@ -707,14 +721,14 @@ def test_a_run_warns_once_not_once_a_batch(
 
 
 def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> None:
-    outputs.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
-    with pytest.raises(ValueError, match="mine"), outputs.aside(tmp_path / "x.json") as partial:
+    utils.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
+    with pytest.raises(ValueError, match="mine"), utils.aside(tmp_path / "x.json") as partial:
         partial.write_text("half")
         raise ValueError("mine")
     assert files(tmp_path) == {"x.json": b'{\n  "a": [\n    1.0,\n    null\n  ]\n}\n'}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/x.json can't be written"):
-        outputs.write_json({}, tmp_path / "file" / "x.json")
+        utils.write_json({}, tmp_path / "file" / "x.json")
 
 
 def test_a_label_that_is_a_mixture_is_refused(
@@ -747,15 +761,17 @@ def test_the_manifest_has_what_a_call_settled(folder: str) -> None:
     own.register_to_config(
         defaults={**own.config.defaults, "guidance_tolerance": 0.05, "guidance_scale": 4.0}
     )
-    assert settled(own, {})["guidance_tolerance"] == 0.05
-    found = settled(own, {"guidance_every": 4, "guidance_scale": None, "conditional": None})
+    assert resolve_defaults(own, {})["guidance_tolerance"] == 0.05
+    found = resolve_defaults(
+        own, {"guidance_every": 4, "guidance_scale": None, "conditional": None}
+    )
     assert (found["guidance_every"], found["guidance_tolerance"], found["guidance_scale"]) == (
         4,
         None,
         4.0,
     )
     assert found["conditional"] is None
-    assert settled(own, {"guidance_tolerance": 0.1})["guidance_every"] == 1
+    assert resolve_defaults(own, {"guidance_tolerance": 0.1})["guidance_every"] == 1
 
 
 def test_the_program_guides_a_part_of_the_run_and_goes_on_with_any_scheduler(

@@ -21,8 +21,8 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
     speed,
 )
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.guidance import gradient, no_parameter_grad
-from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 
 ONE_LEVEL = {"block_out_channels": (8,), "layers_per_block": 1}
@@ -131,7 +131,7 @@ def test_compiled_once_for_all_steps_labels_scales_and_calls() -> None:
 def test_value_and_gradient_in_one_are_those_apart(kind: str) -> None:
     term, z = terms(3)[kind], a_step(3).sample.double()
     term.module.double()
-    log_p, grad = speed.value_and_gradient(term, z, torch.tensor(412.5), torch.float64)
+    log_p, grad = speed.value_and_gradient(term, z, torch.tensor(412.5))
     torch.testing.assert_close(log_p, term.log_likelihood(z, 412.5))
     torch.testing.assert_close(grad, gradient(lambda z: term.log_likelihood(z, 412.5), z))
 

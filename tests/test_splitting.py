@@ -31,7 +31,7 @@ from guided_diffusers import (
     StepContext,
     noise_levels,
 )
-from guided_diffusers.pipeline import DEFAULTS
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.splitting import GuidanceReuse, step_weights
 
 SCALE, IMAGES = 3.0, 4
@@ -127,12 +127,17 @@ def exact(start: float, first: float, last: float, scale: float) -> torch.Tensor
 @pytest.mark.parametrize("solver", ORDERS)
 def test_orders_of_convergence(solver: str, capsys: pytest.CaptureFixture) -> None:
     """Lie-Trotter has order 1, Strang 2, with every solver; where the solver's own is less, that."""
+    # in 320 steps the errors of DPM-Solver++ are those of its float32 tables, on some processors
+    counts = (80, 160) if solver.startswith("DPM-Solver++") else (80, 320)
     for algorithm, most in (("lie_trotter", 1), ("strang", 2)):
         errors = [
             float((z - true).abs().max())
-            for z, true in (solved(solver, n, algorithm) for n in (80, 320))
+            for z, true in (solved(solver, n, algorithm) for n in counts)
         ]
-        order, wanted = np.log2(errors[0] / errors[1]) / 2, min(most, ORDERS[solver][2])
+        order, wanted = (
+            np.log(errors[0] / errors[1]) / np.log(counts[1] / counts[0]),
+            min(most, ORDERS[solver][2]),
+        )
         with capsys.disabled():
             print(
                 f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error {errors[1]:.1e}",

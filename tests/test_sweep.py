@@ -814,7 +814,7 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
         (["--max-features", "5"], "max_features=5: at least 6"),
         (["--reference", str(few)], "has 4 images; at least 6"),
         (["--reference", str(unlabelled)], "has no labels"),
-        (["--judge", str(tmp_path / "other")], "other classes"),
+        (["--judge", str(tmp_path / "other")], "which the judge"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             main(arguments(model, data, tmp_path / "out", *more))

@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from guided_diffusers import NoiseAwareClassifier
-from guided_diffusers.clip import DECIDED, NoiseAwareCLIP, image_config, last_layer
+from guided_diffusers.clip import MODEL_ARGUMENTS, NoiseAwareCLIP, image_config, last_layer
 from guided_diffusers.learning.data import CaptionedImages, LabelledImages
 
 DEFAULT_TEXT = {
@@ -255,7 +255,7 @@ def make_clip(
         in_channels=data.channels,
         id2label=None,
         label2id=None,
-        **{name: schedule[name] for name in DECIDED if name in schedule},
+        **{name: schedule[name] for name in MODEL_ARGUMENTS if name in schedule},
     )
     try:
         clip = NoiseAwareCLIP(

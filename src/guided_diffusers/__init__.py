@@ -4,6 +4,7 @@ from . import classifier, hub, openai, repository  # noqa: F401 - hub gives the 
 from .attach import guide
 from .classifier import NoiseAwareClassifier
 from .clip import NoiseAwareCLIP
+from .deprecated import register_moved_modules, renamed
 from .guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -18,6 +19,8 @@ from .noise import NoiseLevel, noise_levels
 from .pipeline import ClassifierGuidedPipeline
 
 repository.register((classifier, openai.unet, openai.schedules), (ClassifierGuidedPipeline,))
+register_moved_modules()
+__getattr__ = renamed(__name__, {"ModelGuidance": "AutoGuidance", "Step": "StepContext"})
 
 __all__ = [
     "CLIPGuidance",

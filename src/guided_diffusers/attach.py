@@ -1,10 +1,11 @@
-"""Guide an existing Diffusers pipeline: Stable Diffusion, SDXL, SD 3, DiT, PixArt, DeepFloyd IF, Kandinsky, ...
+"""Guide an existing Diffusers pipeline: Stable Diffusion, SDXL, SD 3, DiT, PixArt, DeepFloyd IF,
+Kandinsky, ...
 
     with guide(stable_diffusion, ClassifierGuidance(classifier, label="sneaker", scale=3.0)):
         image = stable_diffusion("a photo of a shoe").images[0]
 
-A pipeline's loop calls its network, combines the outputs, and passes the result to `scheduler.step`. Guidance corrects it
-on its way into that method; the loop itself is unchanged.
+A pipeline's loop calls its network, combines the outputs, and passes the result to
+`scheduler.step`. Guidance corrects it on its way into that method; the loop itself is unchanged.
 """
 
 from __future__ import annotations
@@ -37,18 +38,21 @@ DECODERS = ("vae", "vqvae", "movq")
 
 @contextmanager
 def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> Iterator[Any]:
-    """Apply the sum of the terms to every call of a Diffusers pipeline; the pipeline is restored on exit.
+    """Apply the sum of the terms to every call of a Diffusers pipeline; the pipeline is restored on
+    exit.
 
-    A term gets the pipeline's own prediction, including its classifier-free guidance. Where no term is active, at scale 0,
-    the images are those of the unguided pipeline, bit for bit. The fractions `start` and `stop` of a term count from where
-    the run begins (img2img: after the skipped steps) to the end of the schedule. Where the network is evaluated again
-    (`through_network`, another network), its other arguments stay as the pipeline passed them. That includes a
-    ControlNet's residuals, so its own Jacobian is left out of the gradient.
+    A term gets the pipeline's own prediction, including its classifier-free guidance. Where no term
+    is active, at scale 0, the images are those of the unguided pipeline, bit for bit. The fractions
+    `start` and `stop` of a term count from where the run begins (img2img: after the skipped steps)
+    to the end of the schedule. Where the network is evaluated again (`through_network`, another
+    network), its other arguments stay as the pipeline passed them. That includes a ControlNet's
+    residuals, so its own Jacobian is left out of the gradient.
 
     Args:
-        pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or `prior`.
-        terms: the guidance. Their `conditions` name arguments that the pipeline passes to its network, nested in the same
-            way: {"added_cond_kwargs": {"text_embeds": ...}}.
+        pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or
+            `prior`.
+        terms: the guidance. Their `conditions` name arguments that the pipeline passes to its
+            network, nested in the same way: {"added_cond_kwargs": {"text_embeds": ...}}.
 
     Raises:
         ValueError: for a pipeline or a term that can't be used, now or at the first step.
@@ -76,7 +80,8 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     decoder = _component(pipeline, DECODERS)
     hook = GuidanceHook(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
     guides = [module for module in total.modules() if module is not denoiser]
-    # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the pipeline
+    # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the
+    # pipeline
     with (
         no_parameter_grad(guides),
         _replaced(scheduler, "step", hook.step),
@@ -101,8 +106,8 @@ def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
 
 @contextmanager
 def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
-    """Context in which an autoencoder that overflows in float16 (Stable Diffusion XL's) computes in float32, as when its
-    pipeline decodes the result."""
+    """Context in which an autoencoder that overflows in float16 (Stable Diffusion XL's) computes in
+    float32, as when its pipeline decodes the result."""
     if decoder is None or decoder.dtype != torch.float16 or not decoder.config.get("force_upcast"):
         yield
         return
@@ -115,7 +120,8 @@ def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Context in which `owner.name(...)` is `method(...)`, with the original's signature, which pipelines inspect."""
+    """Context in which `owner.name(...)` is `method(...)`, with the original's signature, which
+    pipelines inspect."""
 
     @wraps(getattr(owner, name))
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +161,8 @@ class DenoiserCall:
     Attributes:
         arguments: the pipeline's, by name; the first is the network's noisy input.
         conditions: those of the terms that are expected to be active at the step.
-        output, condition_outputs: the network's output for the pipeline, and under each of the conditions.
+        output, condition_outputs: the network's output for the pipeline, and under each of the
+            conditions.
     """
 
     output: torch.Tensor
@@ -184,7 +191,8 @@ class DenoiserCall:
 
 
 class OutputCombination:
-    """How a pipeline made its prediction (B, C, ...) from the network's outputs in the calls since the last step."""
+    """How a pipeline made its prediction (B, C, ...) from the network's outputs in the calls since
+    the last step."""
 
     def __init__(self, calls: Sequence[DenoiserCall], made: torch.Tensor):
         self.calls, self.made = calls, made
@@ -252,7 +260,8 @@ class GuidanceHook:
     def before_call(
         self, module: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        """Extend the batch of the pipeline's call of its network by the conditions of the active terms."""
+        """Extend the batch of the pipeline's call of its network by the conditions of the active
+        terms."""
         if self._predicting:
             return None
         self.forget_previous_run()
@@ -362,7 +371,8 @@ class GuidanceHook:
         x: torch.Tensor,
         network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        """The output for another sample, or of another network, as the pipeline would have made it."""
+        """The output for another sample, or of another network, as the pipeline would have made
+        it."""
         _check_calls(combine.calls)
         scaled, outputs = scale_model_input(self.scheduler, x, timestep), []
         self._predicting = True
@@ -392,7 +402,8 @@ class GuidanceHook:
         """Refuse, at the first guided step, what can't be guided.
 
         Raises:
-            ValueError: for a classifier on another device, or a pipeline whose sample is not the scheduler's.
+            ValueError: for a classifier on another device, or a pipeline whose sample is not the
+                scheduler's.
         """
         check_devices(terms, sample.device)
         if not calls or calls[0].input.shape[2:] != sample.shape[2:]:
@@ -468,8 +479,9 @@ def _concat_batch(rows: int, value: Any, *variants: Any) -> Any:
 
 
 def _is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Whether the batch holds each image twice, as in DiT: two equal halves went into the network, came out different,
-    and go into the step equal, the guided half twice. Two images of one seed and label come out equal."""
+    """Whether the batch holds each image twice, as in DiT: two equal halves went into the network,
+    came out different, and go into the step equal, the guided half twice. Two images of one seed
+    and label come out equal."""
     if len(sample) % 2 or len(call.input) != len(sample):
         return False
     halves = [tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)]
@@ -478,10 +490,11 @@ def _is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) 
 
 
 def combination_weights(outputs: torch.Tensor, made: torch.Tensor) -> list[float]:
-    """w of `made = sum_i w_i part_i`, sum_i w_i = 1: how a pipeline combined the parts of its network's batch.
+    """w of `made = sum_i w_i part_i`, sum_i w_i = 1: how a pipeline combined the parts of its
+    network's batch.
 
-    Classifier-free guidance is made = first + s (second - first), and perturbed-attention guidance has three parts. Solved
-    by least squares.
+    Classifier-free guidance is made = first + s (second - first), and perturbed-attention guidance
+    has three parts. Solved by least squares.
 
     Args:
         outputs: (k B, C or 2C, ...), the network's.

@@ -1,6 +1,8 @@
-"""A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling head.
+"""A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling
+head.
 
-Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
+Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the
+weights.
 """
 
 import json
@@ -45,9 +47,11 @@ class NoiseAwareClassifierOutput(BaseOutput):
 
 
 class AttentionPool2d(nn.Module):
-    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C, H, W) feature map.
+    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C,
+    H, W) feature map.
 
-    Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), section 2.4.
+    Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021),
+    section 2.4.
     """
 
     def __init__(self, size: tuple[int, int], channels: int, head_dim: int, out_features: int):
@@ -72,34 +76,44 @@ class AttentionPool2d(nn.Module):
 
 
 class NoiseAwareClassifier(ModelMixin, ConfigMixin):
-    """Classifier p(y | x_t, t) of noisy images: a UNet's encoder and middle block, then a pooling head.
+    """Classifier p(y | x_t, t) of noisy images: a UNet's encoder and middle block, then a pooling
+    head.
 
-    Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021), section 4. Arguments named as in
-    `UNet2DModel` mean what they mean there. The last layer of the head starts at zero, so that a fresh classifier is
-    uniform and its guidance is off.
+    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. Arguments
+    with names of `UNet2DModel` mean the same as there. The last layer of the head starts at zero,
+    so an untrained classifier is uniform and its guidance is zero.
 
     Args:
-        sample_size: Height and width of the images, an integer if square. Binding with `pool="attention"`, whose
-            positional embedding needs a multiple of 2 ** (levels - 1); the other heads take any size.
+        sample_size: Height and width of the images, an integer if square. Fixed with
+            `pool="attention"`, whose positional embedding needs a multiple of 2 ** (levels - 1);
+            the other heads take any size.
         num_labels: Number of classes.
-        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by `downsample_type`;
-            "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have none, and must agree with it.
-        downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided convolutions).
-        resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised features, as ADM) or
-            "default" (it is added).
-        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is one head.
-        time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None` is
-            `block_out_channels[0]`.
-        pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features), "spatial" and
-            "spatial_v2" (averages of every block's features, then a perceptron of width 2048).
-        problem_type: What the logits are, in `transformers`' words: "single_label_classification" (of a softmax),
-            "multi_label_classification" (each of a sigmoid) or "regression" (the values themselves).
-        id2label, label2id: Class names, either or both. A name that several ids share is in no derived `label2id`.
-        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained
-            with, in `DDPMScheduler`'s words: it says which noise level a `timestep` is. Guidance reads it.
+        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by
+            `downsample_type`; "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have
+            none, and must agree with it.
+        downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided
+            convolutions).
+        resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised
+            features, as ADM) or "default" (it is added).
+        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is
+            one head.
+        time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None`
+            is `block_out_channels[0]`.
+        pool: "attention" (attention pooling as in CLIP), "adaptive" (average of the last features),
+            "spatial" and "spatial_v2" (averages of every block's features, then a perceptron of
+            width 2048).
+        problem_type: What the logits are, as in `transformers`: "single_label_classification" (of a
+            softmax), "multi_label_classification" (each of a sigmoid) or "regression" (the values
+            themselves).
+        id2label, label2id: Class names, either or both. A name that several ids share is in no
+            derived `label2id`.
+        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule
+            of the training, as in `DDPMScheduler`: it maps a `timestep` to its noise level.
+            Guidance reads it.
 
     Raises:
-        ValueError: For unknown or contradictory values; the message names argument, value and what is allowed.
+        ValueError: For unknown or contradictory values; the message names argument, value and what
+            is allowed.
     """
 
     _supports_gradient_checkpointing = True
@@ -132,50 +146,26 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         problem_type: str = "single_label_classification",
     ):
         super().__init__()
-        levels = len(block_out_channels)
+        config = self.config
         size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        if attention_head_dim is None or isinstance(attention_head_dim, int):
-            head_dims = [
-                attention_head_dim if attention_head_dim is not None else c
-                for c in block_out_channels
-            ]
-        else:
-            head_dims = list(attention_head_dim)
-        _check_architecture(self.config, size, head_dims)
-        _check_schedule(self.config)
+        head_dims = _head_dims(attention_head_dim, block_out_channels)
+        _check_architecture(config, size, head_dims)
+        _check_schedule(config)
         id2label, label2id = _matched_labels(num_labels, id2label, label2id)
         self.register_to_config(id2label=id2label, label2id=label2id)
 
         self.size = size
         time_proj_dim = time_proj_dim or block_out_channels[0]
-        shared = {
-            "temb_channels": 4 * time_proj_dim,
-            "dropout": dropout,
-            "resnet_eps": norm_eps,
-            "resnet_act_fn": "silu",
-            "resnet_groups": norm_num_groups,
-            "resnet_time_scale_shift": resnet_time_scale_shift,
-        }
         self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_proj_dim, 4 * time_proj_dim)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            get_down_block(
-                down_block_types[level],
-                num_layers=layers_per_block,
-                in_channels=block_out_channels[max(level - 1, 0)],
-                out_channels=block_out_channels[level],
-                add_downsample=level < levels - 1,
-                downsample_padding=1,
-                downsample_type=downsample_type,
-                attention_head_dim=head_dims[level],
-                **shared,
-            )
-            for level in range(levels)
-        )
-        channels = block_out_channels[-1]
+        options = _block_options(config, 4 * time_proj_dim)
+        self.down_blocks = _down_blocks(config, head_dims, options)
         self.mid_block = UNetMidBlock2D(
-            channels, attention_head_dim=head_dims[-1], attn_groups=norm_num_groups, **shared
+            block_out_channels[-1],
+            attention_head_dim=head_dims[-1],
+            attn_groups=norm_num_groups,
+            **options,
         )
         self.head = _head(self.config, size, head_dims[-1])
         last_layer = self.head[-1].out if pool == "attention" else self.head[-1]
@@ -190,8 +180,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         Args:
             sample: x_t, (B, C, H, W), as the training's forward process left it:
                 sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
-            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional allowed: a number, or
-                a tensor () or (B,).
+            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional
+                allowed: a number, or a tensor () or (B,).
 
         Raises:
             ValueError: If the shape of `sample` or `timestep` doesn't fit.
@@ -239,7 +229,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As any Diffusers model, in safetensors, with the code that loads it where guided-diffusers is missing:
+        """Save as in Diffusers, in safetensors, with the code that loads it without
+        guided-diffusers:
 
             AutoModel.from_pretrained(folder, trust_remote_code=True)
 
@@ -254,16 +245,16 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         )
         if is_main_process:
             self.save_code(Path(save_directory))
-        sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         options = {
             "variant": variant,
             "max_shard_size": max_shard_size,
             **kwargs,
-        }  # a pipeline looks for their names
+        }
         super().save_pretrained(save_directory, is_main_process, **options)
         if push_to_hub and is_main_process:
             self.push_to_hub(
-                sent.pop("repo_id", Path(save_directory).name), variant=variant, **sent
+                push.pop("repo_id", Path(save_directory).name), variant=variant, **push
             )
 
     def save_code(self, folder: Path) -> None:
@@ -273,14 +264,15 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             (folder / file).write_text(text)
 
     def code(self) -> dict[str, str]:
-        """The files, {name: text}, that load the classifier where guided-diffusers isn't installed."""
+        """The files, {name: text}, that load the classifier where guided-diffusers isn't
+        installed."""
         return (
             {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
         )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As any Diffusers model, from a folder or the Hub, safetensors only.
+        """Load as in Diffusers, from a folder or the Hub, safetensors only.
 
         Raises:
             ValueError: For `use_safetensors=False`, or the folder of a model of another class.
@@ -311,12 +303,54 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         )
 
     def to_json_string(self) -> str:
-        """The config, with the class for `AutoModel`, and without the path that the weights are from."""
+        """The config, with the class for `AutoModel`, and without the path that the weights are
+        from."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         if type(self).__module__ == __name__:
             config["auto_map"] = {"AutoModel": f"{FILE}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _head_dims(attention_head_dim: Any, block_out_channels: tuple[int, ...]) -> list[int]:
+    """Channels of an attention head at each level."""
+    if attention_head_dim is None:
+        return list(block_out_channels)
+    if isinstance(attention_head_dim, int):
+        return [attention_head_dim] * len(block_out_channels)
+    return list(attention_head_dim)
+
+
+def _block_options(config: Any, temb_channels: int) -> dict[str, Any]:
+    """What all residual blocks share."""
+    return {
+        "temb_channels": temb_channels,
+        "dropout": config.dropout,
+        "resnet_eps": config.norm_eps,
+        "resnet_act_fn": "silu",
+        "resnet_groups": config.norm_num_groups,
+        "resnet_time_scale_shift": config.resnet_time_scale_shift,
+    }
+
+
+def _down_blocks(config: Any, head_dims: list[int], options: dict[str, Any]) -> nn.ModuleList:
+    """One block a level; all but the last down-sample."""
+    widths = config.block_out_channels
+    blocks = nn.ModuleList()
+    for level, kind in enumerate(config.down_block_types):
+        block = get_down_block(
+            kind,
+            num_layers=config.layers_per_block,
+            in_channels=widths[max(level - 1, 0)],
+            out_channels=widths[level],
+            add_downsample=level < len(widths) - 1,
+            downsample_padding=1,
+            downsample_type=config.downsample_type,
+            attention_head_dim=head_dims[level],
+            **options,
+        )
+        blocks.append(block)
+    return blocks
 
 
 def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
@@ -347,7 +381,7 @@ def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
 
 
 def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]) -> None:
-    """Refuse what the blocks would misread, or fail on later with a message about something else."""
+    """Refuse values that the blocks would misread, or reject later with an unrelated message."""
     channels, types, pool = (
         tuple(config.block_out_channels),
         tuple(config.down_block_types),
@@ -425,7 +459,8 @@ def _check_schedule(config: Any) -> None:
 def _matched_labels(
     num_labels: int, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
 ) -> tuple[dict[int, str] | None, dict[str, int] | None]:
-    """Both directions of the class names, ids as integers in rising order (JSON makes them strings)."""
+    """Both directions of the class names, ids as integers in rising order (JSON makes them
+    strings)."""
     if id2label is None and label2id is None:
         return None, None
     if id2label is None:

@@ -1,4 +1,4 @@
-"""The program `guided-diffusers`."""
+"""The command-line program `guided-diffusers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sweep.commands import add_sweep_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what is wrong with its arguments is said in a line, without a traceback."""
+    """Run a command; invalid arguments and failed operations print a one-line error."""
     parser = argparse.ArgumentParser(
         "guided-diffusers", description="Guidance of diffusion sampling."
     )

@@ -1,9 +1,14 @@
-"""Options that several commands share, each written once."""
+"""Options and start-up that several commands share: options, device, processes."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
 
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
@@ -33,6 +38,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "default": True,
         "help": "draw the plots, which needs matplotlib (default: yes)",
     },
+    "--conditional": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "give the label to a class-conditional denoiser, too; otherwise only guidance "
+        "steers (default: yes, if the denoiser accepts labels)",
+    },
     "--quiet": {"action": "store_true", "help": "no progress bars"},
 }
 
@@ -48,12 +58,63 @@ def add_shared_options(command: argparse.ArgumentParser, *flags: str) -> None:
         add_shared_option(command, flag)
 
 
-def select_device(name: str | None) -> Any:
-    """The `torch.device` called `name`; None: the fastest available."""
+def select_device(name: str | None, processes: PartialState | None = None) -> torch.device:
+    """The device called `name`, or, with several processes, the device of this process.
+
+    Args:
+        name: None: the fastest available device.
+        processes: as from `launched_processes`.
+    """
     import torch
 
+    if processes is not None:
+        return processes.device
     if name is not None:
         return torch.device(name)
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
     return torch.device("cpu")
+
+
+def launched_world_size() -> int:
+    """Number of processes started by a launcher (torch's or MPI's); 1 without a launcher."""
+    from accelerate.utils import get_int_from_env
+
+    return get_int_from_env(
+        ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1
+    )
+
+
+def launched_processes(device: str | None) -> PartialState | None:
+    """The processes started by a launcher, connected with each other; None for a single one.
+
+    Args:
+        device: value of --device.
+
+    Raises:
+        ValueError: for a device with an index, which all processes would use; if the processes
+            can't connect, or run on another device.
+    """
+    started = launched_world_size()
+    if started == 1:
+        return None
+    import torch
+    from accelerate import PartialState
+
+    kind, _, index = (device or "").partition(":")
+    if index:
+        raise ValueError(
+            f"--device {device}: each of several processes has its own device; use --device {kind}"
+        )
+    # processes wait for the slowest one; if one dies, the launcher ends the others
+    state = PartialState(
+        cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30)
+    )
+    if state.num_processes != started:
+        raise ValueError(
+            f"the environment says that {started} processes were started, but "
+            f"{state.num_processes} connected; use torchrun, accelerate launch or mpirun"
+        )
+    if device is not None and state.device.type != device:
+        raise ValueError(f"--device {device}: the processes run on {state.device.type}")
+    return state

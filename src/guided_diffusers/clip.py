@@ -1,7 +1,7 @@
-"""A CLIP whose image encoder reads noisy images: a critic of how well a caption fits what is under the noise.
+"""CLIP for noisy images: similarity of a caption and the image under the noise.
 
-Nichol et al., GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models (2021),
-section 2.3.
+Nichol et al., GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion
+Models (2021), section 2.3.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_SCALE = 100.0  # Radford et al., Learning Transferable Visual Models From Natural Language Supervision, section 2.5
-DECIDED = (
+MAX_SCALE = 100.0  # Radford et al. 2021 (CLIP), section 2.5
+#: arguments of the image encoder that NoiseAwareCLIP determines
+MODEL_ARGUMENTS = (
     "num_labels",
     "id2label",
     "label2id",
@@ -37,50 +38,47 @@ DECIDED = (
     "beta_start",
     "beta_end",
     "trained_betas",
-)  # arguments of the image encoder that its config leaves to the whole model
-CODE_FILE = "guided_diffusers_clip"  # of a repository, for use without this package
-WHERE_FROM = (
-    "is_local",
-    "local_files_only",
-    "name_or_path",
-)  # in a tokenizer's config, where it was loaded from
+)
+CODE_FILE = "guided_diffusers_clip"  # module in a repository, for use without this package
+#: entries of a tokenizer's config that say where it was loaded from
+LOCAL_ENTRIES = ("is_local", "local_files_only", "name_or_path")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 @dataclass
 class NoiseAwareCLIPOutput(BaseOutput):
-    """Output of [`NoiseAwareCLIP`], for B images and N captions.
+    """Output of [`NoiseAwareCLIP`] for B images and N captions, float32.
 
-    `logits_per_image` (B, N) is scale * image_embeds @ text_embeds.T; `image_embeds` (B, D) and `text_embeds` (N, D)
-    have norm 1. All are float32.
+    `logits_per_image` (B, N) is scale * image_embeds @ text_embeds.T; `image_embeds` (B, D) and
+    `text_embeds` (N, D) have norm 1.
     """
 
     logits_per_image: Tensor
-    image_embeds: Tensor = None  # always there; Accelerate rebuilds an output from one dictionary
+    image_embeds: Tensor = None  # a default, since Accelerate rebuilds outputs from a dictionary
     text_embeds: Tensor = None
 
 
 class NoiseAwareCLIP(ModelMixin, ConfigMixin):
-    """Image and text encoder, trained to tell by the inner product which caption belongs to which noisy image.
+    """Image and text encoder, trained to match noisy images with their captions.
 
         f(x_t, t, c) = scale * <image(x_t, t), text(c)>,    |image| = |text| = 1
 
-    At the optimum of the contrastive loss, f = log p(x_t, c) / (p(x_t) p(c)) + const (van den Oord et al.,
-    Representation Learning with Contrastive Predictive Coding, 2018, section 2.3), so that
-    grad_{x_t} f = grad_{x_t} log p(c | x_t): the score shift of guidance by a caption, with no predicted x0 in between.
+    At the optimum of the contrastive loss, f = log p(x_t, c) / (p(x_t) p(c)) + const (van den Oord
+    et al., Representation Learning with Contrastive Predictive Coding, 2018, section 2.3). Then
+    grad_{x_t} f = grad_{x_t} log p(c | x_t), the score of guidance by a caption.
 
     Args:
-        image_config: Arguments of [`NoiseAwareClassifier`], whose logits are the image's embedding. Not among them:
-            `num_labels`, which is the projection's width, what they mean, and the noise schedule, given below.
-        text_config: Arguments of `transformers.CLIPTextConfig`. Its `projection_dim` is D, and its `eos_token_id` must
-            be the tokenizer's: the text's embedding is read there.
-        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule that it was trained
-            with, in `DDPMScheduler`'s words: it says which noise level a `timestep` is. Guidance reads it.
-        tokenizer: What [`~NoiseAwareCLIP.encode_prompts`] reads captions with; it adds bos and eos. It is saved and
-            loaded with the model, in the folder `tokenizer`.
+        image_config: Arguments of [`NoiseAwareClassifier`], whose logits are the image embedding,
+            without those that follow from the others here (`MODEL_ARGUMENTS`).
+        text_config: Arguments of `transformers.CLIPTextConfig`. Its `projection_dim` is D. Its
+            `eos_token_id` must be the tokenizer's: the text embedding is read at that token.
+        num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule
+            of the training, as in `DDPMScheduler`; it defines the noise level of a `timestep`.
+        tokenizer: Tokenizer of [`~NoiseAwareCLIP.encode_prompts`], which adds bos and eos. It is
+            saved with the model in the folder `tokenizer`.
 
     Raises:
-        ValueError: For arguments in `image_config` that don't belong there, and for whatever the encoders refuse.
+        ValueError: For an invalid `image_config`, and as the two encoders.
     """
 
     ignore_for_config = ["tokenizer"]
@@ -100,9 +98,10 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-        if wrong := sorted(set(DECIDED) & image_config.keys()):
+        if invalid := sorted(set(MODEL_ARGUMENTS) & image_config.keys()):
             raise ValueError(
-                f"image_config has {wrong}; allowed: NoiseAwareClassifier's arguments but {DECIDED}"
+                f"image_config has {invalid}; allowed: NoiseAwareClassifier's arguments but "
+                f"{MODEL_ARGUMENTS}"
             )
         text = CLIPTextConfig(**text_config)
         self.image_encoder = NoiseAwareClassifier(
@@ -114,7 +113,9 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             beta_end=beta_end,
             trained_betas=trained_betas,
         )
-        last_layer(self.image_encoder).reset_parameters()  # a classifier's zeros have no direction
+        last_layer(
+            self.image_encoder
+        ).reset_parameters()  # zeros, as a classifier's, have no direction
         self.text_encoder = CLIPTextModelWithProjection(text)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = tokenizer
@@ -128,64 +129,62 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """Embeddings (B, D) of noisy images, float32, of norm 1.
 
         Args:
-            sample: x_t, (B, C, H, W), as the training's forward process left it:
-                sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
-            timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional allowed: a number, or
-                a tensor () or (B,).
+            sample: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, (B, C, H, W), with x0 in
+                [-1, 1].
+            timestep: t in [0, num_train_timesteps - 1] of the config's schedule, possibly
+                fractional: a number, or a tensor () or (B,).
 
         Raises:
-            ValueError: If the shape of `sample` or `timestep` doesn't fit.
+            ValueError: For a `sample` or `timestep` of another shape.
         """
         return F.normalize(self.image_encoder(sample, timestep).logits.float(), dim=1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embeddings (N, D) of captions, float32, of norm 1, from token ids (N, L) padded on the right."""
+        """Embeddings (N, D), float32, of norm 1, of token ids (N, L) padded on the right."""
         return F.normalize(self.text_encoder(input_ids, attention_mask).text_embeds.float(), dim=1)
 
     def encode_prompts(self, prompts: str | list[str]) -> Tensor:
         """Embeddings (N, D) of N prompts, float32, of norm 1.
 
         Raises:
-            ValueError: If the model has no tokenizer, there is no prompt, one is longer than the text encoder reads, or
-                has words that the tokenizer doesn't know, of which nothing could come.
+            ValueError: If the model has no tokenizer; for no prompt, one that is too long, or one
+                with words unknown to the tokenizer.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None:
             raise ValueError(
-                "encode_prompts needs a tokenizer, and this model has none; give NoiseAwareCLIP one, or "
-                "use encode_text"
+                "encode_prompts needs a tokenizer, and this model has none; pass one to "
+                "NoiseAwareCLIP, or use encode_text"
             )
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}; allowed: a string or a list of one or more")
         tokens = self.tokenizer(
             prompts, padding=True, padding_side="right", return_tensors="pt"
         ).to(self.device)
-        length, most = tokens.input_ids.shape[1], self.text_encoder.config.max_position_embeddings
-        if length > most:
+        length, limit = tokens.input_ids.shape[1], self.text_encoder.config.max_position_embeddings
+        if length > limit:
             longest = prompts[int(tokens.attention_mask.sum(1).argmax())]
             raise ValueError(
-                f"prompts has {longest!r} of {length} tokens; up to {most} are allowed"
+                f"prompts has {longest!r} of {length} tokens; up to {limit} are allowed"
             )
         unknown = self.tokenizer.unk_token_id
-        if (
-            unknown != self.text_encoder.config.eos_token_id
-        ):  # which is both in CLIP's own, that knows every word
+        if unknown != self.text_encoder.config.eos_token_id:  # the same in CLIP's own tokenizer
             for prompt, ids in zip(prompts, tokens.input_ids.tolist(), strict=True):
                 if unknown in ids:
-                    spans = self.tokenizer(
-                        prompt, padding=True, return_offsets_mapping=True
-                    ).offset_mapping
-                    words = [
-                        prompt[a:b] for (a, b), i in zip(spans, ids, strict=False) if i == unknown
-                    ]
-                    known = sorted(
-                        self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
-                    )
-                    raise ValueError(
-                        f"prompts has {prompt!r}, and the model never read the words {words}; allowed: "
-                        f"{known}"
-                    )
+                    self._refuse_unknown_words(prompt)
         return self.encode_text(tokens.input_ids, tokens.attention_mask)
+
+    def _refuse_unknown_words(self, prompt: str) -> None:
+        tokens = self.tokenizer(prompt, return_offsets_mapping=True)
+        words = []
+        for (start, end), i in zip(tokens.offset_mapping, tokens.input_ids, strict=True):
+            if i == self.tokenizer.unk_token_id:
+                words.append(prompt[start:end])
+        known = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+        raise ValueError(
+            f"prompts has {prompt!r}, and the model was not trained on the words {words}; allowed: "
+            f"{sorted(known)}"
+        )
 
     def forward(
         self,
@@ -195,18 +194,15 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> NoiseAwareCLIPOutput | tuple[Tensor, Tensor, Tensor]:
-        """The critic f(x_t, t, c) of every image with every caption; arguments as in `encode_image`, `encode_text`."""
-        images, texts = (
-            self.encode_image(sample, timestep),
-            self.encode_text(input_ids, attention_mask),
-        )
-        with torch.autocast(
-            sample.device.type, enabled=False
-        ):  # 8 bits of the cosine are too few to multiply by 100
+        """f(x_t, t, c) of every image and caption; see `encode_image` and `encode_text`."""
+        images = self.encode_image(sample, timestep)
+        texts = self.encode_text(input_ids, attention_mask)
+        # in bfloat16 the cosine would be too coarse to multiply by 100
+        with torch.autocast(sample.device.type, enabled=False):
             logits = self.scale * images @ texts.mT
-        return (
-            NoiseAwareCLIPOutput(logits, images, texts) if return_dict else (logits, images, texts)
-        )
+        if not return_dict:
+            return logits, images, texts
+        return NoiseAwareCLIPOutput(logits, images, texts)
 
     def save_pretrained(
         self,
@@ -217,10 +213,9 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As any Diffusers model, in safetensors, with the tokenizer in the folder `tokenizer`, and the code that loads
-        it where guided-diffusers is missing:
+        """Save the model, its tokenizer, and the code that loads it without this package.
 
-            AutoModel.from_pretrained(folder, trust_remote_code=True)
+        `AutoModel.from_pretrained(folder, trust_remote_code=True)` runs that code.
 
         Raises:
             ValueError: For `safe_serialization=False`.
@@ -230,27 +225,27 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             raise ValueError(
                 "safe_serialization is False; allowed: True, weights are saved as safetensors"
             )
-        sent = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
-        if is_main_process:
-            if self.tokenizer is not None:
-                tokenizer = copy.deepcopy(self.tokenizer)
-                if (
-                    tokenizer.is_fast
-                ):  # it would save how it last padded and cut, which each call says anew
-                    tokenizer.backend_tokenizer.no_padding()
-                    tokenizer.backend_tokenizer.no_truncation()
-                tokenizer.save_pretrained(str(folder / "tokenizer"))
-                path = folder / "tokenizer" / "tokenizer_config.json"
-                config = {
-                    key: value
-                    for key, value in json.loads(path.read_text()).items()
-                    if key not in WHERE_FROM
-                }
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            self.save_code(folder)
-        if push_to_hub and is_main_process:
-            self.push_to_hub(sent.pop("repo_id", folder.name), variant=variant, **sent)
+        if not is_main_process:
+            return
+        if self.tokenizer is not None:
+            self._save_tokenizer(folder / "tokenizer")
+        self.save_code(folder)
+        if push_to_hub:
+            self.push_to_hub(push.pop("repo_id", folder.name), variant=variant, **push)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer.is_fast:  # the padding and truncation of the last call would be saved
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.save_pretrained(str(folder))
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        for name in LOCAL_ENTRIES:
+            config.pop(name, None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""
@@ -259,24 +254,24 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             (folder / file).write_text(text)
 
     def code(self) -> dict[str, str]:
-        """The files, {name: text}, that load the model where guided-diffusers isn't installed."""
+        """Files {name: text} that load the model without this package."""
         if type(self).__module__ != __name__:
             return {}
-        if __name__ == "guided_diffusers.clip":  # else this is such a file
-            from guided_diffusers.standalone import self_contained
+        if __name__ != "guided_diffusers.clip":  # already such a file
+            return {f"{CODE_FILE}.py": Path(__file__).read_text()}
+        from guided_diffusers.standalone import self_contained
 
-            return {f"{CODE_FILE}.py": self_contained(type(self))}
-        return {f"{CODE_FILE}.py": Path(__file__).read_text()}
+        return {f"{CODE_FILE}.py": self_contained(type(self))}
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> NoiseAwareCLIP:
-        """As any Diffusers model, from a folder or the Hub, safetensors only, with the tokenizer where there is one.
+        """Load a model, and its tokenizer if it has one, from a folder or the Hub.
 
         Raises:
-            ValueError: For `use_safetensors=False`, or the folder of a model of another class.
-            OSError: For a file that is missing or broken; the message names it.
+            ValueError: For `use_safetensors=False`, or a model of another class.
+            OSError: For a missing or broken file; the message names it.
         """
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
@@ -287,33 +282,29 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             )
         name = str(pretrained_model_name_or_path)
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
-        source = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-        source["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
+        hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+        hub["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
         if cached_file(
-            name, "tokenizer_config.json", **source, _raise_exceptions_for_missing_entries=False
+            name, "tokenizer_config.json", **hub, _raise_exceptions_for_missing_entries=False
         ):
-            model.tokenizer = AutoTokenizer.from_pretrained(name, **source, trust_remote_code=False)
+            model.tokenizer = AutoTokenizer.from_pretrained(name, **hub, trust_remote_code=False)
         return model
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> NoiseAwareCLIP:
-        """As any Diffusers model.
+        """A model with random weights.
 
         Raises:
             ValueError: For the config of a model of another class.
         """
-        name, names = (
-            config.get("_class_name", cls.__name__),
-            [base.__name__ for base in cls.__mro__],
-        )
-        if name not in names:
+        name = config.get("_class_name", cls.__name__)
+        if name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"_class_name of the config is {name!r}; allowed: {cls.__name__}")
-        return super().from_config(
-            {key: value for key, value in config.items() if key != "auto_map"}, **kwargs
-        )
+        arguments = {key: value for key, value in config.items() if key != "auto_map"}
+        return super().from_config(arguments, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config, with the class for `AutoModel`, and without the path that the weights are from."""
+        """The config, with the class for `AutoModel` and without the path of the weights."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         if type(self).__module__ == __name__:
@@ -322,13 +313,14 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
 
 
 def last_layer(encoder: NoiseAwareClassifier) -> nn.Linear:
+    """The layer that computes the logits."""
     return encoder.head[-1].out if encoder.config.pool == "attention" else encoder.head[-1]
 
 
 def image_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a [`NoiseAwareClassifier`]'s config that is `NoiseAwareCLIP`'s `image_config`."""
+    """`image_config` of [`NoiseAwareCLIP`] from the config of a [`NoiseAwareClassifier`]."""
     return {
         name: value
         for name, value in config.items()
-        if name not in DECIDED and not name.startswith("_")
+        if name not in MODEL_ARGUMENTS and not name.startswith("_")
     }

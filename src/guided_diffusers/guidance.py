@@ -2,8 +2,9 @@
 
     score of p(x_t | y)  =  score of p(x_t)  +  guidance_scale * grad_x log p(y | x_t)
 
-A term of guidance answers one question: at this noisy sample and this noise level, what is added to the score? Terms
-add up (`a + b`), and the sum corrects the network's output in one place (`guider.Guider`).
+A term of guidance answers one question: at this noisy sample and this noise level, what is added to
+the score? Terms add up (`a + b`), and the sum corrects the network's output in one place
+(`guider.Guider`).
 
 To write a term, extend `Guidance` and implement `score(step)`. This one makes images brighter:
 
@@ -12,8 +13,9 @@ To write a term, extend `Guidance` and implement `score(step)`. This one makes i
             brightness = lambda x: step.predict(x).mean(dim=(1, 2, 3))
             return self.scale_at(step) * gradient(brightness, step.sample)
 
-A term that needs the network's prediction under another condition lists the arguments that differ in `conditions`. They
-join the step's one call of the network, and the predicted x0 of each is in `step.condition_x0`.
+A term that needs the network's prediction under another condition lists the arguments that differ
+in `conditions`. They join the step's one call of the network, and the predicted x0 of each is in
+`step.condition_x0`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ import torch
 from .likelihood import Labels, logits_of, make_likelihood
 from .noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
 
-#: sigma / alpha above which a sample is pure noise: zero terminal SNR, the first step of flow matching
+#: sigma / alpha above which a sample is pure noise: zero terminal SNR, the first step of flow
+#: matching
 NO_SIGNAL = 1e4
 Scale = (
     float
@@ -51,15 +54,17 @@ class StepContext:
     Attributes:
         sample: x_t in the scheduler's space, (B, C, H, W), float32 or wider.
         x0: the x0 that the network predicts at `sample`, (B, C, H, W).
-        predict: the predicted x0 as a differentiable function of the sample; each call evaluates the network. With
-            another network as its second argument, that network's prediction under the same conditioning.
+        predict: the predicted x0 as a differentiable function of the sample; each call evaluates
+            the network. With another network as its second argument, that network's prediction
+            under the same conditioning.
         level: the noise level of `sample`.
         index, count: the step is number `index` of `count`, from 0.
         timestep: the scheduler's timestep, for messages.
         condition_x0: the predicted x0 for each of the term's `conditions`.
-        decode: differentiable images in [-1, 1], (B, 3 or 1, H', W'), of an x0; in pixel space the x0 itself.
-        graph: (x, x0) with the autograd graph between them, if a term needs the gradient through the network and the
-            loop could keep the graph of its own call.
+        decode: differentiable images in [-1, 1], (B, 3 or 1, H', W'), of an x0; in pixel space the
+            x0 itself.
+        graph: (x, x0) with the autograd graph between them, if a term needs the gradient through
+            the network and the loop could keep the graph of its own call.
     """
 
     sample: torch.Tensor
@@ -83,21 +88,24 @@ class Guidance(ABC):
     """A term of guidance.
 
     Args:
-        scale: multiplies the term; a number, one an image (B,), or a function of the `NoiseLevel` that returns either.
-            0 is off.
-        start, stop: the term is active while `start <= index / count < stop`; fractions of the run in [0, 1].
-        sigma_interval: (low, high): instead, it is active while low < sigma / alpha <= high, whatever the scheduler
-            (Kynkaanniemi et al. 2024, "Applying guidance in a limited interval improves sample and distribution
-            quality in diffusion models"). None: off.
+        scale: multiplies the term; a number, one an image (B,), or a function of the `NoiseLevel`
+            that returns either. 0 is off.
+        start, stop: the term is active while `start <= index / count < stop`; fractions of the run
+            in [0, 1].
+        sigma_interval: (low, high): instead, it is active while low < sigma / alpha <= high,
+            whatever the scheduler (Kynkaanniemi et al. 2024, "Applying guidance in a limited
+            interval improves sample and distribution quality in diffusion models"). None: off.
 
     Raises:
         ValueError: for other values.
     """
 
-    #: arguments of the network, (B, ...) or (1, ...), under which the term needs its prediction, e.g. class_labels
+    #: arguments of the network, (B, ...) or (1, ...), under which the term needs its prediction,
+    #: e.g. class_labels
     conditions: tuple[Mapping[str, Any], ...] = ()
-    #: whether the term is active where sigma / alpha > NO_SIGNAL. Its score is multiplied by sigma^2 / alpha, up to
-    #: 2^24 there: an exact score falls as alpha, so that stays finite; a learned one destroys the image
+    #: whether the term is active where sigma / alpha > NO_SIGNAL. Its score is multiplied by
+    #: sigma^2 / alpha, up to 2^24 there: an exact score falls as alpha, so that stays finite; a
+    #: learned one destroys the image
     supports_pure_noise = False
     #: whether the term differentiates through the network (`x0_gradient`)
     through_network = False
@@ -122,7 +130,8 @@ class Guidance(ABC):
         """What is added to the score grad log p(sample): (B, C, H, W), the scale included."""
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
-        """Whether the term has an effect at step `index` of `count`; not at scale 0, nor without noise."""
+        """Whether the term has an effect at step `index` of `count`; not at scale 0, nor without
+        noise."""
         if not self._on or level.sigma == 0:
             return False
         if level.sigma > NO_SIGNAL * level.alpha and not self.supports_pure_noise:
@@ -202,12 +211,14 @@ class GuidanceSum(Guidance):
         return tuple(condition for term in self._terms for condition in term.conditions)
 
     def score(self, step: StepContext) -> torch.Tensor:
-        """Sum of the terms' scores; `step.condition_x0` are the predictions for all `conditions`."""
+        """Sum of the terms' scores; `step.condition_x0` are the predictions for all
+        `conditions`."""
         return total_score(self._terms, step)
 
 
 def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
-    """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all, in order."""
+    """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all,
+    in order."""
     if not terms:
         return torch.zeros_like(step.sample)
     scores, remaining = [], step.condition_x0
@@ -222,7 +233,8 @@ def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Gradient of `function(x).sum()`, in the dtype of `x`; works in `torch.no_grad` and `inference_mode`."""
+    """Gradient of `function(x).sum()`, in the dtype of `x`; works in `torch.no_grad` and
+    `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
         return torch.autograd.grad(function(x).sum(), x)[0]
@@ -233,9 +245,9 @@ def x0_gradient(
 ) -> torch.Tensor:
     """Gradient in x_t of `function(x0).sum()` at the predicted x0, (B, C, H, W).
 
-    Through the network it is exact and costs the network's forward and backward pass. Otherwise the Jacobian of x0 is
-    taken as alpha / (alpha^2 + sigma^2), its value for Gaussian data of unit variance, whatever the network predicts;
-    this costs neither.
+    Through the network it is exact and costs the network's forward and backward pass. Otherwise the
+    Jacobian of x0 is taken as alpha / (alpha^2 + sigma^2), its value for Gaussian data of unit
+    variance, whatever the network predicts; this costs neither.
     """
     if through_network and step.graph is not None:
         x, x0 = step.graph
@@ -259,7 +271,8 @@ def rescale_to_score(grad: torch.Tensor, step: StepContext) -> torch.Tensor:
 
 
 def check_eval_mode(module: torch.nn.Module) -> None:
-    """Refuse a network whose output dropout or batch norm would make random, or dependent on the batch.
+    """Refuse a network whose output dropout or batch norm would make random, or dependent on the
+    batch.
 
     Raises:
         ValueError: for a network in training mode with either.
@@ -298,15 +311,17 @@ def no_parameter_grad(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 class NoiseAwareGuidance(Guidance):
     """Guidance by a network that was trained on noised data: adds `scale * grad_x log p(y | x_t)`.
 
-    The network is matched to the step by its noise-to-signal ratio, whatever the scheduler: it is evaluated at
-    z = sample / sqrt(alpha^2 + sigma^2) and the fractional timestep of its own schedule with the same sigma / alpha.
-    The chain rule puts 1 / sqrt(alpha^2 + sigma^2) into the gradient. Above its highest training noise level, the
-    network is evaluated at that level (`TrainedSchedule.extrapolation_scale`).
+    The network is matched to the step by its noise-to-signal ratio, whatever the scheduler: it is
+    evaluated at z = sample / sqrt(alpha^2 + sigma^2) and the fractional timestep of its own
+    schedule with the same sigma / alpha. The chain rule puts 1 / sqrt(alpha^2 + sigma^2) into the
+    gradient. Above its highest training noise level, the network is evaluated at that level
+    (`TrainedSchedule.extrapolation_scale`).
 
     Args:
-        module: its `config` has the noise schedule of its training, as arguments of `DDPMScheduler`.
-        normalize: rescale the gradient of each image to the norm of its score, so that `scale` counts scores; at scale
-            1, guidance is as strong as the diffusion network.
+        module: its `config` has the noise schedule of its training, as arguments of
+            `DDPMScheduler`.
+        normalize: rescale the gradient of each image to the norm of its score, so that `scale`
+            counts scores; at scale 1, guidance is as strong as the diffusion network.
     """
 
     def __init__(
@@ -329,12 +344,14 @@ class NoiseAwareGuidance(Guidance):
 
     @abstractmethod
     def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        """log p(y | z), (B,), up to a constant, at timestep `t` of the network's schedule; z in its dtype."""
+        """log p(y | z), (B,), up to a constant, at timestep `t` of the network's schedule; z in its
+        dtype."""
 
     def network_input(
         self, sample: torch.Tensor, level: NoiseLevel
     ) -> tuple[torch.Tensor, float, float]:
-        """(z, t, norm): the variance-preserving sample z = sample / norm, and its timestep in the network's schedule."""
+        """(z, t, norm): the variance-preserving sample z = sample / norm, and its timestep in the
+        network's schedule."""
         norm = (level.alpha**2 + level.sigma**2) ** 0.5
         return sample / norm, self.schedule.timestep(level), norm
 
@@ -374,30 +391,33 @@ def _select_scale(
 class ClassifierGuidance(NoiseAwareGuidance):
     """Guidance by a noise-aware classifier: adds `scale * sum_y w_y grad_x log p(y | x_t)`.
 
-    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. The likelihood follows from the
-    classifier's `config.problem_type`, as in `transformers`; f are its logits:
+    Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 4. The
+    likelihood follows from the classifier's `config.problem_type`, as in `transformers`; f are its
+    logits:
 
         single_label_classification (the default)    joint f_y - log sum_i exp(marginal f_i)
         multi_label_classification, independent      log sigmoid(f_y)
         regression                                    -(f - target)^2 / (2 std^2)
 
     Args:
-        classifier: `NoiseAwareClassifier`, or any module with `forward(sample, timestep)` that returns `.logits`
-            (B, num_labels) and a `config` with the noise schedule of its training.
-        label: an id, a name of `config.id2label`, a mapping {id or name: weight}, a list of such (one an image), or a
-            tensor of ids. Negative weights steer away.
-        scale: 0 is off; 1 with an exact classifier is the exact conditional model; larger: sharper samples of lower
-            diversity.
+        classifier: `NoiseAwareClassifier`, or any module with `forward(sample, timestep)` that
+            returns `.logits` (B, num_labels) and a `config` with the noise schedule of its
+            training.
+        label: an id, a name of `config.id2label`, a mapping {id or name: weight}, a list of such
+            (one an image), or a tensor of ids. Negative weights steer away.
+        scale: 0 is off; 1 with an exact classifier is the exact conditional model; larger: sharper
+            samples of lower diversity.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
-        target: instead of a label, the value for a regressor's outputs: a number, (num_labels,) or (B, num_labels).
+        target: instead of a label, the value for a regressor's outputs: a number, (num_labels,) or
+            (B, num_labels).
         std: standard deviation of the regressed value given the image, in the target's units.
-        joint_temperature, marginal_temperature: "joint" and "marginal" above (Ma et al. 2024, "Elucidating the design
-            space of classifier-guided diffusion generation", section 4). With both 1 it is the classifier's own
-            p(y | x_t). A marginal below 1 keeps the gradient alive where the classifier is confident; 0 follows the
-            logit alone.
-        softplus: replaces the classifier's `torch.nn.ReLU` modules (not its calls of `F.relu`) by softplus(beta x) /
-            beta with this beta while the gradient is taken, which makes it smooth (the same paper: 3 for a ResNet).
-            None: off.
+        joint_temperature, marginal_temperature: "joint" and "marginal" above (Ma et al. 2024,
+            "Elucidating the design space of classifier-guided diffusion generation", section 4).
+            With both 1 it is the classifier's own p(y | x_t). A marginal below 1 keeps the gradient
+            alive where the classifier is confident; 0 follows the logit alone.
+        softplus: replaces the classifier's `torch.nn.ReLU` modules (not its calls of `F.relu`) by
+            softplus(beta x) / beta with this beta while the gradient is taken, which makes it
+            smooth (the same paper: 3 for a ResNet). None: off.
         normalize: as in `NoiseAwareGuidance`.
 
     Raises:
@@ -466,7 +486,8 @@ def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
 
 @contextmanager
 def relu_as_softplus(module: torch.nn.Module, beta: float | None) -> Iterator[None]:
-    """Context in which the module's ReLU are softplus(beta x) / beta; None: unchanged. Restored on exit."""
+    """Context in which the module's ReLU are softplus(beta x) / beta; None: unchanged. Restored on
+    exit."""
     relus = []
     if beta is not None:
         relus = [(parent, name, getattr(parent, name)) for parent, name in _relus(module)]
@@ -485,22 +506,24 @@ def relu_as_softplus(module: torch.nn.Module, beta: float | None) -> Iterator[No
 class ClassifierFreeGuidance(Guidance):
     """Classifier-free guidance: adds `scale * (score(x_t | c) - score(x_t))`.
 
-    Ho & Salimans 2022, "Classifier-free diffusion guidance", eq. 6, for a network that was trained with its condition
-    dropped at times, so that it knows both. The two predictions come from one call of the network with a batch of twice
-    the size. In terms of the predicted x0:
+    Ho & Salimans 2022, "Classifier-free diffusion guidance", eq. 6, for a network that was trained
+    with its condition dropped at times, so that it knows both. The two predictions come from one
+    call of the network with a batch of twice the size. In terms of the predicted x0:
 
         x0 = x0(c) + scale (x0(c) - x0(null))
 
     Args:
-        null: the condition of no condition: the network's null class label, or a mapping of its arguments, such as
-            {"encoder_hidden_states": (1 or B, tokens, width)} of an empty prompt.
-        scale: 0 is off: the conditional network. In GLIDE, Imagen and Diffusers, `guidance_scale` is 1 + this.
-        rescale: share of the standard deviation of the network's output, an image, that is restored to its value
-            without guidance, 0 (off) to 1 (Lin et al. 2024, "Common diffusion noise schedules and sample steps are
-            flawed", section 3.4).
-        threshold: dynamic thresholding of the guided x0, of data in [-1, 1]: x0 is clipped to [-s, s] and divided by s,
-            the larger of 1 and this quantile of |x0| in the image, in (0, 1] (Saharia et al. 2022, Imagen, section 2.3:
-            0.995). None: off.
+        null: the condition of no condition: the network's null class label, or a mapping of its
+            arguments, such as {"encoder_hidden_states": (1 or B, tokens, width)} of an empty
+            prompt.
+        scale: 0 is off: the conditional network. In GLIDE, Imagen and Diffusers, `guidance_scale`
+            is 1 + this.
+        rescale: share of the standard deviation of the network's output, an image, that is restored
+            to its value without guidance, 0 (off) to 1 (Lin et al. 2024, "Common diffusion noise
+            schedules and sample steps are flawed", section 3.4).
+        threshold: dynamic thresholding of the guided x0, of data in [-1, 1]: x0 is clipped to [-s,
+            s] and divided by s, the larger of 1 and this quantile of |x0| in the image, in (0, 1]
+            (Saharia et al. 2022, Imagen, section 2.3: 0.995). None: off.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
 
     Raises:
@@ -559,11 +582,13 @@ class ClassifierFreeGuidance(Guidance):
 class AutoGuidance(Guidance):
     """Autoguidance: adds `scale * (score of the network - score of a worse network)`.
 
-    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3. The worse network is smaller or
-    less trained and gets the same condition. It costs one call of the worse network.
+    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3. The worse
+    network is smaller or less trained and gets the same condition. It costs one call of the worse
+    network.
 
     Args:
-        network: called as the pipeline's own network is, with the same kind of prediction (epsilon, v, ...).
+        network: called as the pipeline's own network is, with the same kind of prediction (epsilon,
+            v, ...).
         scale: 0 is off; the paper's guidance weight is 1 + this.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
     """
@@ -597,18 +622,22 @@ class AutoGuidance(Guidance):
 class EnergyGuidance(Guidance):
     """Guidance to a low energy: adds `-scale * grad_x E`, as for p(x) exp(-scale E(x)).
 
-    With an energy of the predicted x0 this is universal guidance (Bansal et al. 2023, eq. 6) and, for a measurement,
-    E = |y - A(x0)|^2, diffusion posterior sampling (Chung et al. 2023, eq. 16). Images with a known left half:
+    With an energy of the predicted x0 this is universal guidance (Bansal et al. 2023, eq. 6) and,
+    for a measurement, E = |y - A(x0)|^2, diffusion posterior sampling (Chung et al. 2023, eq. 16).
+    Images with a known left half:
 
         EnergyGuidance(lambda images: ((images - known)[..., :14] ** 2).sum((1, 2, 3)), scale=10)
 
     Args:
         energy: returns one number an image, (B,), for the input that `of` selects.
         scale: 0 is off.
-        of: "image": the predicted x0 as images in [-1, 1], decoded where the model is latent; "x0": the predicted x0 in
-            the model's own space; "sample": energy(x_t, level), the noisy sample, which needs no prediction.
-        through_network: whether the gradient goes through the network, too (`x0_gradient`); for "image" and "x0".
-        normalize: rescale the gradient of each image to the norm of its score, so that `scale` counts scores.
+        of: "image": the predicted x0 as images in [-1, 1], decoded where the model is latent; "x0":
+            the predicted x0 in the model's own space; "sample": energy(x_t, level), the noisy
+            sample, which needs no prediction.
+        through_network: whether the gradient goes through the network, too (`x0_gradient`); for
+            "image" and "x0".
+        normalize: rescale the gradient of each image to the norm of its score, so that `scale`
+            counts scores.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
 
     Raises:

@@ -1,4 +1,5 @@
-"""One guided step, for every loop that makes one: the pipeline's, a foreign pipeline's (`guide`), a Modular block's.
+"""One guided step, for every loop that makes one: the pipeline's, a foreign pipeline's (`guide`), a
+Modular block's.
 
 guider = Guider(scheduler, terms)                       # after set_timesteps
 for index, t in enumerate(timesteps):
@@ -25,7 +26,6 @@ from .noise import clipping_warning, noise_levels, posterior_variance, sampling_
 from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Prediction:
     Attributes:
         output: the network's output, (B, C, ...).
         condition_outputs: its outputs for the evaluated terms' conditions, in their order.
-        predict: (sample[, network]) -> the output for another sample, or of another network; differentiable.
+        predict: (sample[, network]) -> the output for another sample, or of another network;
+            differentiable.
         decode: images in [-1, 1] of an x0; differentiable.
         modules: the networks that `predict` and `decode` run.
         variance: the learned variance, (B, C, ...), for guidance_algorithm="mean".
@@ -54,12 +55,14 @@ class Prediction:
 
 
 class Guider:
-    """Guidance of one run: noise levels, active terms, algorithm, reuse of gradients, the check for NaN.
+    """Guidance of one run: noise levels, active terms, algorithm, reuse of gradients, the check for
+    NaN.
 
     Args:
         scheduler: after `set_timesteps`; it is only read.
         terms: the guidance; a sum counts as its terms. Without terms, predictions stay as they are.
-        algorithm: "output", "mean", "lie_trotter" or "strang", as in the pipeline's `guidance_algorithm`.
+        algorithm: "output", "mean", "lie_trotter" or "strang", as in the pipeline's
+            `guidance_algorithm`.
         eta: the scheduler's, for the last two.
         every, tolerance: when terms are evaluated, as in `GuidanceReuse`.
         first: the step of the schedule that the run starts with.
@@ -286,7 +289,8 @@ class FiniteCheck:
         self._steps: list[tuple[torch.Tensor, torch.dtype, str]] = []
 
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
-        """Record a step: its sample, the score shift and the guided output; on the CPU raise at once."""
+        """Record a step: its sample, the score shift and the guided output; on the CPU raise at
+        once."""
         position = (
             f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
             f"sigma {step.level.sigma:.4g})"
@@ -300,7 +304,8 @@ class FiniteCheck:
         """Check the recorded steps.
 
         Raises:
-            FloatingPointError: for the first that is not finite, naming the step, the timestep and the likely cause.
+            FloatingPointError: for the first that is not finite, naming the step, the timestep and
+                the likely cause.
         """
         for finite, dtype, position in self._steps:
             sample_ok, score_ok, guided_ok = finite.tolist()
@@ -333,7 +338,8 @@ class StepFinder:
     """Finds the step of a denoising loop that this package doesn't control, by its timestep.
 
     Args:
-        scheduler: after `set_timesteps`, and `set_begin_index` where the run starts midway; it is only read.
+        scheduler: after `set_timesteps`, and `set_begin_index` where the run starts midway; it is
+            only read.
         timestep: the run's first, if known.
     """
 

@@ -1,14 +1,13 @@
-"""Guidance through the predicted x0, by networks that know only clean images: any image classifier, CLIP.
+"""Guidance by networks trained on clean images: any image classifier, CLIP.
 
     score  +=  scale * grad_x log p(y | decode(x0(x_t)))
 
-and, beside it, by a CLIP that reads noisy images itself. None of this imports `transformers` before it is used.
+Also guidance by a noise-aware CLIP. `transformers` is imported only where it is used.
 """
 
 from __future__ import annotations
 
 import random
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
@@ -32,6 +31,7 @@ from .guidance import (
 from .likelihood import Label, logits_of, make_likelihood
 from .noise import module_config
 from .preprocess import Preprocess, as_tensor
+from .utils import parameter_dtype
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
@@ -40,71 +40,33 @@ if TYPE_CHECKING:
 Prompt = str | Mapping[str, float]
 
 
-class ImageGuidance(Guidance):
-    """Steer by a network of clean images: adds `scale * grad_x log p(y | decode(x0(x_t)))`.
+class ImageClassifierGuidance(Guidance):
+    """Guidance by an image classifier trained on clean images.
+
+        score += scale * grad_x log p(y | decode(x0))
+
+    The classifier is evaluated on the predicted x0 (Bansal et al. 2023, "Universal guidance for
+    diffusion models", eq. 6). At high noise levels x0 is a blur, unlike its training images: a
+    `start` above 0, or a `sigma_interval`, leaves those steps out.
 
     Args:
-        module: the network; it must be in evaluation mode.
-        through_network: whether the gradient goes through the diffusion network, too (`x0_gradient`): exact, for its
-            forward and backward pass. It then stays among images that the network knows; without, large scales draw
-            what the classifier likes and we see as noise. Of the bundled model a step costs twice as much, and 45 %,
-            85 % and 98 % of the images show the label at scale 1, 4 and 16, instead of 13 %, 33 % and 68 %
-            (`examples/benchmark_x0_gradient.py`).
-        normalize: scale the gradient of each image to the norm of its score, so that `scale` counts scores.
-    """
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        scale: Scale,
-        start: float,
-        stop: float,
-        sigma_interval: tuple[float, float] | None,
-        through_network: bool,
-        normalize: bool,
-    ):
-        super().__init__(scale, start, stop, sigma_interval)
-        check_eval_mode(module)
-        self.module, self.through_network, self.normalize = module, through_network, normalize
-        self.supports_pure_noise = not (through_network or normalize)
-
-    def modules(self) -> tuple[torch.nn.Module, ...]:
-        return (self.module,)
-
-    @abstractmethod
-    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """log p(y | images), (B,), up to a constant, of images (B, C, H, W) in about [-1, 1]."""
-
-    def score(self, step: StepContext) -> torch.Tensor:
-        grad = x0_gradient(
-            lambda x0: self.log_likelihood(step.decode(x0), step), step, self.through_network
-        )
-        return self.scale_at(step) * (rescale_to_score(grad, step) if self.normalize else grad)
-
-    def _in_dtype(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.to(next((p.dtype for p in self.module.parameters()), pixels.dtype))
-
-
-class ImageClassifierGuidance(ImageGuidance):
-    """Steer to what an off-the-shelf image classifier calls the label: adds `scale * grad_x log p(y | decode(x0))`.
-
-    The classifier was trained on clean images and looks at the predicted x0 (universal guidance, Bansal et al. 2023,
-    "Universal guidance for diffusion models", eq. 6). In much noise x0 is a blur that it has never seen: a `start`
-    above 0, or a `sigma_interval`, leaves those steps out.
-
-    Args:
-        classifier: an image classification model of `transformers`, or any module of images (B, C, H, W) that gives
-            `.logits` or the logits (B, num_labels) themselves, in evaluation mode.
-        label, target, std, joint_temperature, marginal_temperature, softplus: as in `ClassifierGuidance`; names are
-            those of `config.id2label`, the kind is `config.problem_type`.
-        scale: 0 is off; 1 takes the classifier's probability of x0 for that of the image.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
-        processor: the model's image processor, or a mapping of its settings, as in `Preprocess`. None: the classifier
-            is given images in [-1, 1], resized to its `config.image_size` where there is one.
-        through_network, normalize: as in `ImageGuidance`.
+        classifier: an image classification model of `transformers`, or any module in evaluation
+            mode that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
+        label, target, std, joint_temperature, marginal_temperature, softplus: as in
+            `ClassifierGuidance`, with `id2label` and `problem_type` of the classifier's config.
+        scale: 0 is off; 1 takes the classifier's probability of x0 as that of the image.
+        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        processor: the model's image processor, or its settings, as in `Preprocess`. None: images
+            in [-1, 1], resized to `config.image_size` if there is one.
+        through_network: whether the gradient also passes through the diffusion network: exact, at
+            the cost of its forward and backward pass. Images then stay realistic; otherwise large
+            scales produce adversarial noise. With the bundled model 45 %, 85 % and 98 % of the
+            images show the label at scale 1, 4 and 16, instead of 13 %, 33 % and 68 %, in twice the
+            time (`examples/benchmark_x0_gradient.py`).
+        normalize: rescale each image's gradient to the norm of its score.
 
     Raises:
-        ValueError: for any other argument, or one without effect for this classifier.
+        ValueError: for an invalid argument, or one without effect for this classifier.
     """
 
     def __init__(
@@ -125,55 +87,65 @@ class ImageClassifierGuidance(ImageGuidance):
         through_network: bool = False,
         normalize: bool = False,
     ):
-        super().__init__(classifier, scale, start, stop, sigma_interval, through_network, normalize)
+        super().__init__(scale, start, stop, sigma_interval)
+        check_eval_mode(classifier)
+        check_softplus(classifier, softplus)
+        self.module, self.softplus = classifier, softplus
+        self.through_network, self.normalize = through_network, normalize
+        self.supports_pure_noise = not (through_network or normalize)
         config = dict(module_config(classifier))
         if config.get("id2label"):
             config.setdefault("num_labels", len(config["id2label"]))  # a property in transformers
         self.likelihood = make_likelihood(
             config, label, target, std, joint_temperature, marginal_temperature
         )
-        check_softplus(classifier, softplus)
-        self.softplus = softplus
         self.preprocess = Preprocess(
             processor, config.get("num_channels"), config.get("image_size")
         )
 
-    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
-        return self.likelihood(logits_of(self.module(self._in_dtype(self.preprocess(images)))))
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return (self.module,)
+
+    def log_likelihood(self, images: torch.Tensor, step: StepContext | None = None) -> torch.Tensor:
+        """log p(y | images) up to a constant, (B,), of images (B, C, H, W) in about [-1, 1]."""
+        pixels = self.preprocess(images)
+        output = self.module(pixels.to(parameter_dtype(self.module, pixels.dtype)))
+        return self.likelihood(logits_of(output))
 
     def score(self, step: StepContext) -> torch.Tensor:
-        with relu_as_softplus(
-            self.module, self.softplus
-        ):  # also while a checkpointed block runs again
-            return super().score(step)
+        # includes the backward pass, in which checkpointed blocks run again
+        with relu_as_softplus(self.module, self.softplus):
+            return image_score(self, step)
 
 
-class CLIPGuidance(ImageGuidance):
-    """Steer to what CLIP finds like a prompt: adds `scale * grad_x f(decode(x0))`,
+class CLIPGuidance(Guidance):
+    """Guidance by CLIP's similarity of the predicted x0 to a prompt.
 
+        score += scale * grad_x f(decode(x0))
         f(image) = exp(logit_scale) sum_i w_i <e(image), e(prompt_i)>,    |e| = 1
 
-    At the optimum of CLIP's contrastive loss f is log p(prompt | image) up to a constant (van den Oord et al. 2018,
-    "Representation learning with contrastive predictive coding", section 2.3), so that scale 1 means what it does for a
-    classifier; a cosine distance of k elsewhere is a scale of k / exp(logit_scale), k / 100 for OpenAI's models.
+    At the optimum of CLIP's contrastive loss, f is log p(prompt | image) up to a constant (van den
+    Oord et al. 2018, "Representation learning with contrastive predictive coding", section 2.3). A
+    scale k of the cosine distance is k / exp(logit_scale) here, k / 100 for OpenAI's models.
 
     Args:
         model: a `transformers.CLIPModel`, in evaluation mode.
-        prompt: a text, {text: weight, ...}, or a list of such, one an image. Negative weights steer away.
+        prompt: a text, {text: weight, ...}, or a list of these, one an image. Negative weights
+            guide away from the text.
         scale: 0 is off.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
-        image_prompt: beside or instead of the text, an image, a tuple of (image, weight) pairs, or a list of such, one
-            an image; PIL, or (1 or 3, H, W) in [-1, 1].
-        processor: a `CLIPProcessor`, an image processor, or a mapping of its settings, as in `Preprocess`. None: the
-            model is given images in [-1, 1], resized to its `image_size`.
-        tokenizer: of the text; None: the processor's own.
-        cutouts: how many random squares of the image are looked at, instead of all of it; f is their mean. 0: off.
-        smallest_cutout: their sides are uniform from this share, in (0, 1], of the image's shorter side to all of it.
-        seed: of the cut-outs, which depend on it and the step's index alone, and are the same for all images.
-        through_network, normalize: as in `ImageGuidance`.
+        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        image_prompt: in addition to the text or instead: an image, a tuple of (image, weight)
+            pairs, or a list of these, one an image; PIL, or (1 or 3, H, W) in [-1, 1].
+        processor: a `CLIPProcessor`, or as in `ImageClassifierGuidance`.
+        tokenizer: tokenizer of the text. None: that of the processor.
+        cutouts: number of random square crops that replace the image; f is their mean. 0: off.
+        smallest_cutout: smallest side of a crop, as a fraction in (0, 1] of the image's shorter
+            side, up to which sides are uniform.
+        seed: seed of the crops, which are the same for all images of a step.
+        through_network, normalize: as in `ImageClassifierGuidance`.
 
     Raises:
-        ValueError: for any other argument, or one without effect.
+        ValueError: for an invalid argument, or one without effect.
     """
 
     def __init__(
@@ -194,110 +166,113 @@ class CLIPGuidance(ImageGuidance):
         through_network: bool = False,
         normalize: bool = False,
     ):
-        super().__init__(model, scale, start, stop, sigma_interval, through_network, normalize)
-        if cutouts < 0 or not 0 < smallest_cutout <= 1:
-            raise ValueError(
-                f"cutouts={cutouts!r}, smallest_cutout={smallest_cutout!r}: 0 or more, and above 0, up to "
-                "1, are allowed"
-            )
-        if not cutouts and (seed, smallest_cutout) != (0, 0.3):
-            raise ValueError(
-                f"seed={seed}, smallest_cutout={smallest_cutout} have no effect without cutouts"
-            )
-        if (prompt is None) and (image_prompt is None):
-            raise ValueError("prompt, image_prompt: at least one is needed")
-        if isinstance(image_prompt, torch.Tensor) and image_prompt.ndim == 4:
-            image_prompt = list(image_prompt)
+        super().__init__(scale, start, stop, sigma_interval)
+        check_eval_mode(model)
+        _check_cutouts(cutouts, smallest_cutout, seed)
+        self.module, self.through_network, self.normalize = model, through_network, normalize
+        self.supports_pure_noise = not (through_network or normalize)
+        self.cutouts, self.smallest_cutout, self.seed = cutouts, smallest_cutout, seed
         from transformers import ProcessorMixin
 
         if isinstance(processor, ProcessorMixin):
             tokenizer, processor = tokenizer or processor.tokenizer, processor.image_processor
-        if prompt is not None and tokenizer is None:
-            raise ValueError(
-                f"tokenizer is needed for prompt={prompt!r}; or give a CLIPProcessor as processor"
-            )
-        self.cutouts, self.smallest_cutout, self.seed, self.tokenizer = (
-            cutouts,
-            smallest_cutout,
-            seed,
-            tokenizer,
-        )
         vision = model.config.vision_config
         self.preprocess = Preprocess(processor, vision.num_channels, vision.image_size)
-        given = [
-            ("prompt", prompt, str, self._embed_texts),
-            ("image_prompt", image_prompt, (Image.Image, torch.Tensor), self._embed_pictures),
-        ]
-        each = [
-            direction(name, value, kinds, embed)
-            for name, value, kinds, embed in given
-            if value is not None
-        ]
-        counts = [len(one) for one in each]
-        if len({*counts} - {1}) > 1:
-            raise ValueError(
-                f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is allowed"
-            )
-        self.direction = sum(each)
+        self.tokenizer = tokenizer
+        self.direction = self._direction(prompt, image_prompt)
+
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return (self.module,)
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        return image_score(self, step)
 
     def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
-        views = self._cut(images, step.index) if self.cutouts else [images]
+        """f(images), (B,), of images (B, C, H, W) in about [-1, 1]."""
+        views = self._crops(images, step.index) if self.cutouts else [images]
         embeds = self._embed(torch.cat([self.preprocess(view) for view in views]))
         mean = embeds.reshape(len(views), len(images), -1).mean(0)
-        return self.module.logit_scale.to(mean.dtype).exp() * along(mean, self.direction, "prompt")
+        scale = self.module.logit_scale.to(mean.dtype).exp()
+        return scale * inner_product(mean, self.direction)
 
-    def _cut(self, images: torch.Tensor, index: int) -> list[torch.Tensor]:
-        """Random squares of the images: of one place and size in all of them."""
-        draw, (height, width) = random.Random(f"cutouts {self.seed} {index}"), images.shape[2:]
-        views = []
+    def _crops(self, images: torch.Tensor, index: int) -> list[torch.Tensor]:
+        """Random square crops, each at the same position of all images."""
+        draw = random.Random(f"cutouts {self.seed} {index}")
+        height, width = images.shape[2:]
+        crops = []
         for _ in range(self.cutouts):
             side = max(1, round(draw.uniform(self.smallest_cutout, 1) * min(height, width)))
             top, left = draw.randint(0, height - side), draw.randint(0, width - side)
-            views.append(images[..., top : top + side, left : left + side])
-        return views
+            crops.append(images[..., top : top + side, left : left + side])
+        return crops
+
+    def _direction(self, prompt: Any, image_prompt: Any) -> torch.Tensor:
+        """Weighted sum of the embeddings of all prompts, (1 or B, D)."""
+        if prompt is None and image_prompt is None:
+            raise ValueError("prompt, image_prompt: at least one is needed")
+        directions = []
+        if prompt is not None:
+            if self.tokenizer is None:
+                raise ValueError(f"tokenizer is needed for prompt={prompt!r}, or a CLIPProcessor")
+            directions.append(prompt_direction("prompt", prompt, str, self._embed_texts))
+        if image_prompt is not None:
+            if isinstance(image_prompt, torch.Tensor) and image_prompt.ndim == 4:
+                image_prompt = list(image_prompt)
+            kinds = (Image.Image, torch.Tensor)
+            directions.append(
+                prompt_direction("image_prompt", image_prompt, kinds, self._embed_images)
+            )
+        counts = [len(direction) for direction in directions]
+        if len({*counts} - {1}) > 1:
+            raise ValueError(
+                f"prompt, image_prompt hold {counts[0]} and {counts[1]}; as many, or one, is "
+                "allowed"
+            )
+        return sum(directions)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        return unit(self.module.get_image_features(self._in_dtype(pixels)).pooler_output)
+        pixels = pixels.to(parameter_dtype(self.module))
+        return unit_norm(self.module.get_image_features(pixels).pooler_output)
 
-    def _embed_pictures(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
-        device = self.module.logit_scale.device
-        tensors = [one if isinstance(one, torch.Tensor) else as_tensor(one) for one in images]
-        return torch.cat([self._embed(self.preprocess(one[None].to(device))) for one in tensors])
+    def _embed_images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
+        device, embeds = self.module.logit_scale.device, []
+        for image in images:
+            tensor = image if isinstance(image, torch.Tensor) else as_tensor(image)
+            embeds.append(self._embed(self.preprocess(tensor[None].to(device))))
+        return torch.cat(embeds)
 
     def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
-        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt").to(
-            self.module.logit_scale.device
-        )
-        length, most = (
-            tokens.input_ids.shape[1],
-            self.module.config.text_config.max_position_embeddings,
-        )
-        if length > most:
-            raise ValueError(f"prompt: the longest has {length} tokens; up to {most} are allowed")
-        return unit(
-            self.module.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
-        )
+        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        tokens = tokens.to(self.module.logit_scale.device)
+        length = tokens.input_ids.shape[1]
+        limit = self.module.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"prompt: the longest has {length} tokens; up to {limit} are allowed")
+        features = self.module.get_text_features(tokens.input_ids, tokens.attention_mask)
+        return unit_norm(features.pooler_output)
 
 
 class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
-    """Steer by a CLIP that reads noisy images: adds `scale * grad_x f(x_t, t)`,
+    """Guidance by a CLIP that was trained on noisy images.
 
+        score += scale * grad_x f(x_t, t)
         f(x_t, t) = exp(logit_scale) sum_i w_i <e(x_t, t), e(prompt_i)>
 
-    Nichol et al. 2021, "GLIDE: Towards photorealistic image generation and editing with text-guided diffusion models",
-    section 2.3. At the contrastive optimum its gradient is grad log p(prompt | x_t), with no predicted x0 in between.
+    Nichol et al. 2021, "GLIDE: Towards photorealistic image generation and editing with text-guided
+    diffusion models", section 2.3. At the optimum of the contrastive loss, the gradient of f is
+    grad log p(prompt | x_t), without a predicted x0.
 
     Args:
-        clip: `NoiseAwareCLIP`, or anything with `encode_image(sample, timestep)` (B, D) and `encode_prompts(texts)`
-            (N, D), both of unit norm, `scale`, the exponential above, and a `config` with the noise schedule that it
-            was trained with.
-        prompt: a text, {text: weight, ...}, or a list of such, one an image. Negative weights steer away.
+        clip: `NoiseAwareCLIP`, or a module with `encode_image(sample, timestep)` (B, D) and
+            `encode_prompts(texts)` (N, D), both of unit norm, `scale`, which is exp(logit_scale),
+            and a `config` with the noise schedule of its training.
+        prompt: as in `CLIPGuidance`.
         scale: 0 is off.
-        start, stop, sigma_interval: when it acts, as in `Guidance`.
+        start, stop, sigma_interval: when the term acts, as in `Guidance`.
         normalize: as in `NoiseAwareGuidance`.
 
     Raises:
-        ValueError: for any other argument.
+        ValueError: for an invalid argument.
     """
 
     def __init__(
@@ -312,54 +287,73 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         normalize: bool = False,
     ):
         super().__init__(clip, scale, start, stop, sigma_interval, normalize)
-        self.direction = direction("prompt", prompt, str, clip.encode_prompts)
+        self.direction = prompt_direction("prompt", prompt, str, clip.encode_prompts)
 
     def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
-        return self.module.scale * along(self.module.encode_image(z, t), self.direction, "prompt")
+        return self.module.scale * inner_product(self.module.encode_image(z, t), self.direction)
 
     def select(self, rows: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
         part = super().select(rows, count)
-        check_direction(self.direction, count, "prompt")
+        check_direction(self.direction, count)
         part.direction = self.direction[rows] if len(self.direction) > 1 else self.direction
         return part
 
 
-def unit(embeds: torch.Tensor) -> torch.Tensor:
-    """Scaled to norm 1, in float32 or wider."""
+def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext) -> torch.Tensor:
+    """The term's score, scale * grad_x log_likelihood(decode(x0)), (B, C, H, W)."""
+    grad = x0_gradient(
+        lambda x0: term.log_likelihood(step.decode(x0), step), step, term.through_network
+    )
+    if term.normalize:
+        grad = rescale_to_score(grad, step)
+    return term.scale_at(step) * grad
+
+
+def unit_norm(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings scaled to norm 1, in float32 or wider."""
     return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-def direction(
+def _check_cutouts(cutouts: int, smallest_cutout: float, seed: int) -> None:
+    if cutouts < 0 or not 0 < smallest_cutout <= 1:
+        raise ValueError(
+            f"cutouts={cutouts!r}, smallest_cutout={smallest_cutout!r}: 0 or more, and above 0, up "
+            "to 1, are allowed"
+        )
+    if not cutouts and (seed, smallest_cutout) != (0, 0.3):
+        raise ValueError(
+            f"seed={seed}, smallest_cutout={smallest_cutout} have no effect without cutouts"
+        )
+
+
+def prompt_direction(
     name: str,
     prompt: Any,
     kinds: type | tuple[type, ...],
     embed: Callable[[list], torch.Tensor],
 ) -> torch.Tensor:
-    """sum_i w_i e(prompt_i), (1 or B, D), of a prompt, a mapping or a tuple of pairs with weights, or a list of such.
+    """Weighted sum of prompt embeddings, sum_i w_i e(prompt_i), (1 or B, D).
+
+    Args:
+        name: name of the argument, for messages.
+        prompt: a prompt, {prompt: weight}, a tuple of (prompt, weight) pairs, or a list of these.
+        kinds: types of a prompt.
+        embed: maps N prompts to embeddings (N, D).
 
     Raises:
-        ValueError: for other prompts, or weights that are no finite numbers.
+        ValueError: for other prompts, or weights that aren't finite.
     """
-    rows = [
-        tuple(one.items())
-        if isinstance(one, Mapping)
-        else one
-        if isinstance(one, tuple)
-        else ((one, 1.0),)
-        for one in (prompt if isinstance(prompt, list) else [prompt])
-    ]
-    for row in rows:
-        if not row or not all(
-            isinstance(pair, tuple)
-            and len(pair) == 2
-            and isinstance(pair[0], kinds)
-            and isinstance(pair[1], Real)
-            and isfinite(pair[1])
-            for pair in row
-        ):
+    rows = []
+    for value in prompt if isinstance(prompt, list) else [prompt]:
+        if isinstance(value, Mapping):
+            value = tuple(value.items())
+        row = value if isinstance(value, tuple) else ((value, 1.0),)
+        if not row or not all(_is_weighted(pair, kinds) for pair in row):
             raise ValueError(
-                f"{name} has {row!r}; one, several with finite weights, or a list of such is allowed"
+                f"{name} has {row!r}; one, several with finite weights, or a list of such is "
+                "allowed"
             )
+        rows.append(row)
     if not rows:
         raise ValueError(f"{name} is an empty list; give at least one")
     with torch.inference_mode(False), torch.no_grad():
@@ -368,18 +362,27 @@ def direction(
         return weights.to(embeds) @ embeds
 
 
-def along(embeds: torch.Tensor, direction: torch.Tensor, name: str) -> torch.Tensor:
+def _is_weighted(pair: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Whether a value is (prompt, finite weight)."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    item, weight = pair
+    return isinstance(item, kinds) and isinstance(weight, Real) and isfinite(weight)
+
+
+def inner_product(embeds: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """<embeds, direction>, (B,).
 
     Raises:
-        ValueError: for a direction an image, of another number of images.
+        ValueError: as `check_direction`.
     """
-    check_direction(direction, len(embeds), name)
+    check_direction(direction, len(embeds))
     return (embeds * direction.to(embeds)).sum(-1)
 
 
-def check_direction(direction: torch.Tensor, count: int, name: str) -> None:
+def check_direction(direction: torch.Tensor, count: int) -> None:
+    """Raise ValueError unless there is one direction, or one for each of `count` images."""
     if len(direction) not in (1, count):
         raise ValueError(
-            f"{name} holds {len(direction)} for {count} images; one, or one an image, is allowed"
+            f"prompt holds {len(direction)} for {count} images; one, or one an image, is allowed"
         )

@@ -1,4 +1,4 @@
-"""Images in and out: of a latent model's autoencoder, of an up-sampling network, as PIL or arrays."""
+"""Images to and from tensors: by an autoencoder, for an up-sampling network, as PIL or arrays."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from torch.utils.checkpoint import checkpoint
 
 
 def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and standard deviation of the latents that an autoencoder sees in images, scaled as `decode` takes them.
+    """Mean and standard deviation of the latents of images, scaled as `decode` takes them.
 
-    A diffusion model is trained on draws mean + std * eps.
+    A diffusion model is trained on samples mean + std * eps.
 
     Args:
         images: (B, 3 or 1, H, W) in [-1, 1].
 
     Returns:
-        Both (B, C, h, w); for an autoencoder without a posterior, as `VQModel`, its latents and None.
+        Both (B, C, h, w); for an autoencoder without a posterior, as `VQModel`, its latents and
+        None.
 
     Raises:
         ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
     """
     factor, offset = _scaling(vae, images)
-    found = vae.encode(images.to(vae.dtype))[0]
-    if isinstance(found, torch.Tensor):
-        return (found - offset) * factor, None
-    return (found.mean - offset) * factor, found.std * factor
+    posterior = vae.encode(images.to(vae.dtype))[0]
+    if isinstance(posterior, torch.Tensor):
+        return (posterior - offset) * factor, None
+    return (posterior.mean - offset) * factor, posterior.std * factor
 
 
 def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], (B, 3 or 1, H', W'), of a diffusion model's latents (B, C, H, W).
 
-    Undoes the scaling of the autoencoder's config first. Where a gradient is wanted, one image is decoded at a time and
-    again in the backward pass, so that memory holds the activations of one image.
+    The scaling of the autoencoder's config is undone first. If a gradient is needed, one image is
+    decoded at a time, and again in the backward pass, so that memory holds the activations of one
+    image.
 
     Raises:
         ValueError: for an autoencoder in float16 that overflows there (`force_upcast`).
@@ -51,7 +53,8 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 def _scaling(
     vae: torch.nn.Module, like: torch.Tensor
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """(factor, offset) by its config: the diffusion model's latents are (z - offset) * factor of the autoencoder's z.
+    """(factor, offset) of the config: latents of the diffusion model are (z - offset) * factor of
+    the autoencoder's z.
 
     Raises:
         ValueError: as `check_precision`.
@@ -81,19 +84,20 @@ def check_precision(vae: torch.nn.Module) -> None:
 
 
 def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
-    """`function(latents)`; where a gradient is wanted, image by image, each computed again in the backward pass."""
+    """`function(latents)`; if a gradient is needed, image by image, each computed again in the
+    backward pass."""
     if not (torch.is_grad_enabled() and latents.requires_grad):
         return function(latents)
-    return torch.cat([checkpoint(function, one, use_reentrant=False) for one in latents.split(1)])
+    return torch.cat([checkpoint(function, z, use_reentrant=False) for z in latents.split(1)])
 
 
 def low_resolution(
     image: Image.Image | Sequence[Image.Image] | torch.Tensor, channels: int
 ) -> torch.Tensor:
-    """What an up-sampling network is given beside the sample, (1 or B, C, h, w) in [-1, 1].
+    """Low-resolution images for an up-sampling network, (1 or B, C, h, w) in [-1, 1].
 
     Args:
-        image: PIL, or a tensor of that form.
+        image: PIL, one or several, or a tensor of that form.
         channels: of the network's input, 2C.
 
     Raises:
@@ -102,7 +106,9 @@ def low_resolution(
     if not isinstance(image, torch.Tensor):
         images = [image] if isinstance(image, Image.Image) else image
         mode = "L" if channels == 2 else "RGB"
-        arrays = [np.atleast_3d(np.asarray(one.convert(mode), np.float32)) for one in images]
+        arrays = [
+            np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) for picture in images
+        ]
         image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
     if image.ndim != 4 or 2 * image.shape[1] != channels:
         raise ValueError(
@@ -113,14 +119,14 @@ def low_resolution(
 
 
 def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
-    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B, C, h, w) enlarged
-    bilinearly."""
+    """An up-sampling network's input (B, 2C, H, W): `sample` (B, C, H, W), then `low_res` (1 or B,
+    C, h, w) enlarged bilinearly."""
     enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
 
 
 def convert(images: torch.Tensor, output_type: str) -> Any:
-    """Images (B, C, H, W) in [-1, 1] in the form asked for: "pil", "np" (B, H, W, C) or "pt", both in [0, 1]."""
+    """Images (B, C, H, W) in [-1, 1] as "pil", "np" (B, H, W, C) or "pt", both in [0, 1]."""
     images = (images.float() / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

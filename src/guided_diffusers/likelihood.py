@@ -1,4 +1,5 @@
-"""log p(y | x) from a network's outputs: class labels, several labels at once, or a regressor's target."""
+"""log p(y | x) from a network's outputs: class labels, several labels at once, or a regressor's
+target."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ class LabelLikelihood:
 
 
 class TargetLikelihood:
-    """Outputs f (B, num_labels) -> -(f - target)^2 / (2 std^2), summed, (B,): Gaussian up to a constant."""
+    """Outputs f (B, num_labels) -> -(f - target)^2 / (2 std^2), summed, (B,): Gaussian up to a
+    constant."""
 
     def __init__(self, target: torch.Tensor, std: float):
         self.target, self.std = target, std
@@ -169,8 +171,8 @@ def parse_labels(
         num_labels: ids run below it; None: not checked.
 
     Raises:
-        ValueError: for an unknown name or id, a name of several ids, or anything that is no label; the message
-            says what is allowed.
+        ValueError: for an unknown name or id, a name of several ids, or anything that is no label;
+            the message says what is allowed.
     """
     if isinstance(label, torch.Tensor):
         if label.ndim > 1 or label.is_floating_point() or label.dtype == torch.bool:

@@ -1,14 +1,16 @@
 """A block of Modular Diffusers: classifier guidance in the loop of any modular pipeline of images.
 
-Diffusers' guiders combine predictions and never see the sample; a block between the denoiser and the scheduler does:
+Diffusers' guiders combine predictions and never see the sample; a block between the denoiser and
+the scheduler does:
 
     blocks = StableDiffusionXLAutoBlocks().get_workflow("text2image")
-    blocks.sub_blocks["denoise.denoise"].sub_blocks.insert("guidance", ClassifierGuidanceBlock(), 2)  # after "denoiser"
-    pipeline = blocks.init_pipeline(...)
-    pipeline.update_components(classifier=classifier)
-    pipeline(prompt="a photo of a shoe", label="sneaker", guidance_scale=3.0, output="images")
+    blocks.sub_blocks["denoise.denoise"].sub_blocks.insert("guidance", ClassifierGuidanceBlock(), 2)
+    # after "denoiser" pipeline = blocks.init_pipeline(...)
+    pipeline.update_components(classifier=classifier) pipeline(prompt="a photo of a shoe",
+    label="sneaker", guidance_scale=3.0, output="images")
 
-Inputs, and scale 0, are those of `ClassifierGuidance`. `guide` works on a modular pipeline, too, with every term.
+Inputs, and scale 0, are those of `ClassifierGuidance`. `guide` works on a modular pipeline, too,
+with every term.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .noise import split_variance
 class ClassifierGuidanceBlock(ModularPipelineBlocks):
     """Correct a step's `noise_pred` by `guidance_scale * grad log p(label | latents)`.
 
-    Its place is in the denoising loop, after the denoiser, whose `noise_pred`, and `latents`, it reads.
+    Its place is in the denoising loop, after the denoiser, whose `noise_pred`, and `latents`, it
+    reads.
     """
 
     @property

@@ -63,12 +63,14 @@ OUT_OF_REACH = {
     "BlockRefinementScheduler": _DISCRETE,
     "EntropyBoundScheduler": _DISCRETE,
 }
-#: alpha = 0 (zero terminal SNR, the first step of flow matching) becomes what Diffusers' sigma-based schedulers use
+#: alpha = 0 (zero terminal SNR, the first step of flow matching) becomes what Diffusers'
+#: sigma-based schedulers use
 SMALLEST_ALPHA = 2.0**-24
 
 
 def is_instance_by_name(scheduler: SchedulerMixin, names: Collection[str]) -> str | None:
-    """Name of the scheduler's class, or of a class that it extends, that is in `names`; None if there is none."""
+    """Name of the scheduler's class, or of a class that it extends, that is in `names`; None if
+    there is none."""
     return next((cls.__name__ for cls in type(scheduler).__mro__ if cls.__name__ in names), None)
 
 
@@ -99,7 +101,8 @@ def check_supported(scheduler: SchedulerMixin) -> None:
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """One step's `sample = alpha * x0 + sigma * eps` and `x0_pred = a * sample + b * output`, as floats."""
+    """One step's `sample = alpha * x0 + sigma * eps` and `x0_pred = a * sample + b * output`, as
+    floats."""
 
     alpha: float
     sigma: float
@@ -107,7 +110,8 @@ class NoiseLevel:
     b: float
 
     def x0(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Predicted x0 of a network's output, in the sample's dtype (a small difference at high noise)."""
+        """Predicted x0 of a network's output, in the sample's dtype (a small difference at high
+        noise)."""
         return self.a * sample + self.b * output.to(sample.dtype)
 
     def output(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
@@ -122,18 +126,22 @@ class NoiseLevel:
         return self.output(sample, self.x0(sample, output).clamp(-1, 1)).to(output.dtype)
 
     def score(self, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """Score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie's formula)."""
+        """Score grad log p(sample) that predicts `x0`: (alpha x0 - sample) / sigma^2 (Tweedie's
+        formula)."""
         return (self.alpha * x0 - sample) / self.sigma**2
 
     def score_shift(self, x0_shift: torch.Tensor) -> torch.Tensor:
-        """Change of the score when the predicted x0 changes by `x0_shift`: alpha / sigma^2 x0_shift."""
+        """Change of the score when the predicted x0 changes by `x0_shift`: alpha / sigma^2
+        x0_shift."""
         return self.alpha / self.sigma**2 * x0_shift
 
     def corrected(self, output: torch.Tensor, score_shift: torch.Tensor) -> torch.Tensor:
-        """Network output whose score is larger by `score_shift`: `output + (sigma^2 / alpha) / b * score_shift`.
+        """Network output whose score is larger by `score_shift`: `output + (sigma^2 / alpha) / b *
+        score_shift`.
 
-        By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a network that
-        predicts epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol 2021.
+        By Tweedie's formula a score shift g moves the predicted x0 by sigma^2 / alpha * g. For a
+        network that predicts epsilon this is `output - sigma * g`, Algorithm 2 of Dhariwal & Nichol
+        2021.
         """
         if (
             self.sigma == 0 or self.b == 0
@@ -152,10 +160,10 @@ def x0_coefficients(
     """(a, b) of `x0_pred = a * sample + b * output`: the one table of what networks predict.
 
     Args:
-        prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho 2022) |
-            flow (noise - data) | data_flow (data - noise) | score | edm_epsilon, edm_v_prediction (Karras et al.
-            2022, Table 1) | consistency (Song et al. 2023, eq. 5, as in Diffusers) | trigflow (Lu & Song 2024,
-            eq. 3).
+        prediction: epsilon | sample | v_prediction (of the variance-preserving input, Salimans & Ho
+            2022) | flow (noise - data) | data_flow (data - noise) | score | edm_epsilon,
+            edm_v_prediction (Karras et al. 2022, Table 1) | consistency (Song et al. 2023, eq. 5,
+            as in Diffusers) | trigflow (Lu & Song 2024, eq. 3).
         sigma_data, sigma_min: constants of the last four.
 
     Raises:
@@ -226,13 +234,15 @@ def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:
 
 
 def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
-    """Noise level of each of `sampling_timesteps`, read once after `set_timesteps` so that no step waits for it.
+    """Noise level of each of `sampling_timesteps`, read once after `set_timesteps` so that no step
+    waits for it.
 
-    Leaves the scheduler at its first step (`set_begin_index(0)`; without it, Diffusers' schedulers start at the
-    second of two equal first timesteps).
+    Leaves the scheduler at its first step (`set_begin_index(0)`; without it, Diffusers' schedulers
+    start at the second of two equal first timesteps).
 
     Raises:
-        ValueError: for a scheduler that can't be guided, or custom timesteps that have no noise level.
+        ValueError: for a scheduler that can't be guided, or custom timesteps that have no noise
+            level.
     """
     prediction = prediction_type(scheduler)
     constants = {
@@ -303,16 +313,18 @@ def starting_sigma(scheduler: SchedulerMixin) -> Any:
 def scale_model_input(
     scheduler: SchedulerMixin, sample: torch.Tensor, timestep: Any
 ) -> torch.Tensor:
-    """Network input of a sample, by the scheduler's `scale_model_input` if it has one (flow matching has none)."""
+    """Network input of a sample, by the scheduler's `scale_model_input` if it has one (flow
+    matching has none)."""
     scale = getattr(scheduler, "scale_model_input", None)
     return sample if scale is None else scale(sample, timestep)
 
 
 def clipping_warning(scheduler: SchedulerMixin) -> str | None:
-    """Warning about a scheduler that clips or thresholds the predicted x0 but keeps the noise of the unclipped one.
+    """Warning about a scheduler that clips or thresholds the predicted x0 but keeps the noise of
+    the unclipped one.
 
-    Guidance moves x0 out of [-1, 1] at high noise. x0 and eps then become inconsistent, which degrades guided
-    samples. None for all other schedulers.
+    Guidance moves x0 out of [-1, 1] at high noise. x0 and eps then become inconsistent, which
+    degrades guided samples. None for all other schedulers.
     """
     name = type(scheduler).__name__
     if name in ("DDIMScheduler", "DDIMParallelScheduler") and (
@@ -403,7 +415,8 @@ def reads_variance(scheduler: SchedulerMixin) -> bool:
 
 
 def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Network output (B, C or 2C, ...) as (prediction, learned variance or None), C = `channels` of the sample.
+    """Network output (B, C or 2C, ...) as (prediction, learned variance or None), C = `channels` of
+    the sample.
 
     Raises:
         ValueError: for any other number of channels.
@@ -420,17 +433,20 @@ def split_variance(output: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
 
 
 def has_posterior_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step is ancestral, N(mean, Sigma), so that guidance can shift its mean."""
+    """Whether the scheduler's step is ancestral, N(mean, Sigma), so that guidance can shift its
+    mean."""
     return bool(is_instance_by_name(scheduler, DDPM))
 
 
 def step_variances(alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(beta_t, small_t) of the steps t -> s of a DDPM process, from alpha_bar of its rising timesteps, in float64:
+    """(beta_t, small_t) of the steps t -> s of a DDPM process, from alpha_bar of its rising
+    timesteps, in float64:
 
         beta_t = 1 - abar_t / abar_s,    small_t = beta_t (1 - abar_s) / (1 - abar_t),    the posterior's variance
 
-    The step to the data, abar_s = 1, draws no noise. Its small_t would be 0 and gets the value of the step before,
-    so that it has a logarithm, as in the code of Dhariwal & Nichol 2021 (`DDPMScheduler` has 1e-20).
+    The step to the data, abar_s = 1, draws no noise. Its small_t would be 0 and gets the value of
+    the step before, so that it has a logarithm, as in the code of Dhariwal & Nichol 2021
+    (`DDPMScheduler` has 1e-20).
     """
     alpha_bar = alpha_bar.double()
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
@@ -474,7 +490,8 @@ def posterior_variance(
     index: int,
     learned: torch.Tensor | None,
 ) -> float | torch.Tensor:
-    """Sigma of DDPM's step number `index`, which guidance_algorithm="mean" multiplies the score shift by."""
+    """Sigma of DDPM's step number `index`, which guidance_algorithm="mean" multiplies the score
+    shift by."""
     to_data, variance_type = index + 1 == len(timesteps), scheduler.config.variance_type
     if variance_type == "learned":
         return learned
@@ -489,7 +506,8 @@ def posterior_variance(
 
 
 def module_config(module: torch.nn.Module | None) -> Mapping[str, Any]:
-    """The module's `config` as a mapping, whether that is a mapping or an object; empty if there is none."""
+    """The module's `config` as a mapping, whether that is a mapping or an object; empty if there is
+    none."""
     config = getattr(module, "config", None)
     if isinstance(config, Mapping):
         return config
@@ -515,10 +533,12 @@ def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
 
 
 class TrainedSchedule:
-    """The variance-preserving schedule that a classifier was trained with: z_t = alpha_t x0 + sigma_t eps.
+    """The variance-preserving schedule that a classifier was trained with: z_t = alpha_t x0 +
+    sigma_t eps.
 
     Args:
-        config: `num_train_timesteps`, `beta_schedule`, `beta_start`, `beta_end`, `trained_betas` of `DDPMScheduler`.
+        config: `num_train_timesteps`, `beta_schedule`, `beta_start`, `beta_end`, `trained_betas` of
+            `DDPMScheduler`.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -530,7 +550,8 @@ class TrainedSchedule:
         self.log_ratio = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
 
     def timestep(self, level: NoiseLevel) -> float:
-        """Fractional t with the `sigma_t / alpha_t` of `level`, clamped to the noise levels of the training."""
+        """Fractional t with the `sigma_t / alpha_t` of `level`, clamped to the noise levels of the
+        training."""
         if level.sigma == 0:
             return 0.0
         log_ratio = np.log(level.sigma / level.alpha)
@@ -540,17 +561,20 @@ class TrainedSchedule:
         )  # as exact as schedulers' float32 tables
 
     def extrapolation_scale(self, level: NoiseLevel) -> float:
-        """Factor of a score: 1, or less where `level` is noisier than the highest training noise level.
+        """Factor of a score: 1, or less where `level` is noisier than the highest training noise
+        level.
 
-        Above that level the classifier is evaluated at it, (alpha_T, sigma_T), and the shift of the predicted x0,
-        sigma^2 / alpha * score, is kept constant: an exact classifier's converges as the noise grows.
+        Above that level the classifier is evaluated at it, (alpha_T, sigma_T), and the shift of the
+        predicted x0, sigma^2 / alpha * score, is kept constant: an exact classifier's converges as
+        the noise grows.
         """
         if level.sigma == 0:
             return 1.0
         ratio, last = level.sigma / level.alpha, np.exp(self.log_ratio[-1])
         if np.log(ratio) - self.log_ratio[-1] <= 1e-4:  # within the rounding of float32 tables
             return 1.0
-        # s^2 / sqrt(1 + s^2) is sigma^2 / alpha of the variance-preserving sample, divided by sqrt(alpha^2 + sigma^2)
+        # s^2 / sqrt(1 + s^2) is sigma^2 / alpha of the variance-preserving sample, divided by
+        # sqrt(alpha^2 + sigma^2)
         return float(
             last * last / sqrt(1 + last * last) / (ratio * ratio / sqrt(1 + ratio * ratio))
         )

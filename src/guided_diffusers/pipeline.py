@@ -1,4 +1,5 @@
-"""`ClassifierGuidedPipeline`: images of a label from any network, scheduler and noise-aware classifier."""
+"""`ClassifierGuidedPipeline`: images of a label from any network, scheduler and noise-aware
+classifier."""
 
 from __future__ import annotations
 
@@ -22,22 +23,18 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .arguments import DEFAULTS, Condition, resolve_arguments
 from .classifier import NoiseAwareClassifier
 from .guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
     Guidance,
-    GuidanceSum,
     no_parameter_grad,
 )
-from .guider import ALGORITHMS, Guider, Prediction
-from .images import check_precision, convert, decode, join_low_resolution, low_resolution
-from .likelihood import MULTI, SINGLE, Labels, parse_labels
+from .guider import Guider, Prediction
+from .images import convert, decode, join_low_resolution
+from .likelihood import Labels
 from .noise import (
     NoiseLevel,
-    has_posterior_variance,
     module_config,
-    prediction_type,
     reads_variance,
     sampling_timesteps,
     scale_model_input,
@@ -48,17 +45,6 @@ from .noise import (
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
 
-DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_start": 0.0,
-    "guidance_stop": 1.0,
-    "classifier_free_scale": 0.0,
-    "num_inference_steps": 50,
-    "guidance_algorithm": "output",
-    "guidance_every": 1,
-    "guidance_tolerance": None,
-}
-
 
 @dataclass
 class GuidedImageOutput(ImagePipelineOutput):
@@ -67,37 +53,22 @@ class GuidedImageOutput(ImagePipelineOutput):
     guidance_evaluations: float = 0.0
 
 
-@dataclass
-class Condition:
-    """What the network of a call is conditioned on.
-
-    Attributes:
-        class_labels: (B,); None for an unconditional network.
-        low_res: low-resolution images of an up-sampling network, (1 or B, C, h, w); None for any other.
-        clip_x0: whether its predicted x0 is clipped to [-1, 1].
-    """
-
-    class_labels: torch.Tensor | None
-    low_res: torch.Tensor | None
-    clip_x0: bool
-
-
 class ClassifierGuidedPipeline(DiffusionPipeline):
     """Generate images of a label by guiding a diffusion network with a noise-aware classifier.
 
     Args:
-        unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[, class_labels]) -> `.sample`. It
-            predicts what the scheduler's `prediction_type` says.
+        unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[,
+            class_labels]) -> `.sample`. It predicts what the scheduler's `prediction_type` says.
         scheduler: any Diffusers scheduler of continuous samples.
-        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the noise schedule of its
-            training in its `config`; None: the network alone.
-        vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its config; network and
-            classifier then work on its latents. None: they work on pixels.
+        classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the
+            noise schedule of its training in its `config`; None: the network alone.
+        vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its
+            config; network and classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, if there is no classifier that has them.
-        defaults: values of the call's arguments that are left at `None`, saved with the pipeline. By default
-            guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
-            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and guidance_tolerance=None; a value of
-            None is that default.
+        defaults: values of the call's arguments that are left at `None`, saved with the pipeline.
+            By default guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0,
+            classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
+            guidance_every=1 and guidance_tolerance=None; a value of None is that default.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -152,17 +123,20 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> ClassifierGuidedPipeline:
-        """Load a pipeline from a folder or the Hub, as in Diffusers, with this package's code and safetensors only.
+        """Load a pipeline from a folder or the Hub, as in Diffusers, with this package's code and
+        safetensors only.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id; also of a network alone, such as google/ddpm-cat-256.
+            pretrained_model_name_or_path: a folder or a Hub id; also of a network alone, such as
+                google/ddpm-cat-256.
             subfolder: the pipeline's folder within it. None: its root.
-            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components that replace the
-                saved ones, such as `classifier=...`. Code in the repository runs only with `trust_remote_code=True`.
+            kwargs: `revision`, `variant`, `dtype`, `token`, `local_files_only`, ..., and components
+                that replace the saved ones, such as `classifier=...`. Code in the repository runs
+                only with `trust_remote_code=True`.
 
         Raises:
-            ValueError: for weights that aren't safetensors, or a model_index.json with classes that are no models, or
-                with code of its own.
+            ValueError: for weights that aren't safetensors, or a model_index.json with classes that
+                are no models, or with code of its own.
             OSError: for a file that is missing or broken; the message names it.
         """
         load = super().from_pretrained
@@ -177,7 +151,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as in Diffusers, in safetensors, with the code that loads the pipeline without guided-diffusers.
+        """Save as in Diffusers, in safetensors, with the code that loads the pipeline without
+        guided-diffusers.
 
         Raises:
             ValueError: for `safe_serialization=False`.
@@ -193,11 +168,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             self.push_to_hub(repo_id, variant=variant, **kwargs)
 
     def save_code(self, folder: Path) -> None:
-        """Write `code` into the pipeline's folder, whose configs then name it and no path of this machine."""
+        """Write `code` into the pipeline's folder, whose configs then name it and no path of this
+        machine."""
         save_pipeline_code(self, folder)
 
     def code(self) -> dict[str, str]:
-        """The files, {path: text}, that load the pipeline where guided-diffusers isn't installed."""
+        """The files, {path: text}, that load the pipeline where guided-diffusers isn't
+        installed."""
         return pipeline_code(self)
 
     # ------------------------------------------------------------ properties
@@ -223,15 +200,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return module_config(self.unet).get("norm_type") == "ada_norm_zero"
 
     @property
-    def _num_class_embeds(self) -> int | None:
-        """Number of class embeddings of the network; None without. A DiT's config leaves out that of its null label."""
+    def num_class_embeds(self) -> int | None:
+        """Number of class embeddings of the network; None without. A DiT's config leaves out that
+        of its null label."""
         config = module_config(self.unet)
         return config["num_embeds_ada_norm"] + 1 if self._is_dit else config.get("num_class_embeds")
 
     @property
-    def _null_label(self) -> int | None:
+    def null_label(self) -> int | None:
         """The network's null label, after the last label; None if it wasn't trained with one."""
-        embeddings = self._num_class_embeds
+        embeddings = self.num_class_embeds
         return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
 
     # ------------------------------------------------------------ sampling
@@ -264,45 +242,58 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guidance_every: int | None = None,
         guidance_tolerance: float | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
-        """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has them.
+        """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
+        them.
 
         Args:
-            label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of ids. None: no label.
+            label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of
+                ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: scale of the classifier's gradient; a number, or one a label or an image. 0: off; 1: exact if
-                the classifier is; larger: sharper images of lower diversity.
-            guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the classifier guides.
+            guidance_scale: scale of the classifier's gradient; a number, or one a label or an
+                image. 0: off; 1: exact if the classifier is; larger: sharper images of lower
+                diversity.
+            guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
+                classifier guides.
             num_inference_steps: number of scheduler steps.
-            timesteps, sigmas: custom ones instead of `num_inference_steps`, if the scheduler accepts them.
+            timesteps, sigmas: custom ones instead of `num_inference_steps`, if the scheduler
+                accepts them.
             eta: noise of DDIM-like schedulers, 0 (none) to 1 (as DDPM).
-            conditional: whether a class-conditional network gets the label, too. None: if it has class embeddings and
-                the label is a single one; mixtures are left to the classifier. False: it gets its null label (id
-                `num_labels`), as for dropped labels in training.
+            conditional: whether a class-conditional network gets the label, too. None: if it has
+                class embeddings and the label is a single one; mixtures are left to the classifier.
+                False: it gets its null label (id `num_labels`), as for dropped labels in training.
             generator: one, or one an image; with the latter an image is the same in any batch.
-            latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by default.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the final sample.
-            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a tuple (images,).
-            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step; returns a dictionary
-                whose "latents", if any, replace the sample.
-            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the scheduler),
-                "score_shift" (what guidance adds to the score), "sample" (before the step) and "x0" (predicted from it).
-            guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal & Nichol 2021, for every
-                scheduler); "mean" shifts the mean of a DDPM step by variance * gradient (Algorithm 1); "lie_trotter" and
-                "strang" apply guidance beside the scheduler's step (`OperatorSplitting`). A default of "mean" is
-                "output" with schedulers without a DDPM step.
-            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, with any scheduler
-                (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips the guided x0.
+            latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by
+                default.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
+                final sample.
+            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a
+                tuple (images,).
+            callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step;
+                returns a dictionary whose "latents", if any, replace the sample.
+            callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the
+                scheduler), "score_shift" (what guidance adds to the score), "sample" (before the
+                step) and "x0" (predicted from it).
+            guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal &
+                Nichol 2021, for every scheduler); "mean" shifts the mean of a DDPM step by variance
+                * gradient (Algorithm 1); "lie_trotter" and "strang" apply guidance beside the
+                scheduler's step (`OperatorSplitting`). A default of "mean" is "output" with
+                schedulers without a DDPM step.
+            clip_x0: clip the x0 that the network predicts to [-1, 1] before guidance moves it, with
+                any scheduler (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips
+                the guided x0.
             guidance: one or more terms that are added to the classifier's.
-            image: low-resolution images for an up-sampling network (its input has twice the sample's channels), one or
-                one an image: PIL, or (B, C, h, w) in [-1, 1].
-            classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network with a null label;
-                a number, or one a label or an image. 0: off; Diffusers' `guidance_scale` is 1 + this. The default
-                applies only where the network gets a label.
-            guidance_every: evaluate the terms at every k-th step at which they are active, and extrapolate between
-                (`GuidanceReuse`). 1: at every step.
-            guidance_tolerance: instead, evaluate an image's classifier only when the estimated extrapolation error
-                exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at every step while another kind of term is
-                active. The default applies unless `guidance_every` is given.
+            image: low-resolution images for an up-sampling network (its input has twice the
+                sample's channels), one or one an image: PIL, or (B, C, h, w) in [-1, 1].
+            classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
+                with a null label; a number, or one a label or an image. 0: off; Diffusers'
+                `guidance_scale` is 1 + this. The default applies only where the network gets a
+                label.
+            guidance_every: evaluate the terms at every k-th step at which they are active, and
+                extrapolate between (`GuidanceReuse`). 1: at every step.
+            guidance_tolerance: instead, evaluate an image's classifier only when the estimated
+                extrapolation error exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at
+                every step while another kind of term is active. The default applies unless
+                `guidance_every` is given.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -311,31 +302,35 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         # 1. Arguments
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        algorithm, reuse, interval = self._resolve_guidance(
-            guidance_algorithm, guidance_every, guidance_tolerance, guidance_start, guidance_stop
-        )
-        self._check_call(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        mixtures = self._resolve_labels(label, num_images_per_label)
-        condition = Condition(None, self._low_resolution(image, device), clip_x0)
-        batch_size = _batch_size(mixtures, num_images_per_label, latents, condition.low_res)
-        condition.class_labels = self._class_labels(mixtures, batch_size, conditional, device)
-        terms = self._label_terms(
-            mixtures,
+        arguments = resolve_arguments(
+            self,
+            label,
             num_images_per_label,
-            guidance_scale,
-            classifier_free_scale,
-            interval,
-            condition,
+            guidance_scale=guidance_scale,
+            classifier_free_scale=classifier_free_scale,
+            interval=(guidance_start, guidance_stop),
+            conditional=conditional,
+            guidance=guidance,
+            guidance_algorithm=guidance_algorithm,
+            guidance_every=guidance_every,
+            guidance_tolerance=guidance_tolerance,
+            latents=latents,
+            image=image,
+            clip_x0=clip_x0,
+            output_type=output_type,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        terms += self._extra_terms(guidance, condition)
+        batch_size, condition = arguments.batch_size, arguments.condition
+        terms, device = arguments.terms, self._execution_device
 
         # 2. The schedule and the starting noise
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
         latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
-        guider = Guider(self.scheduler, terms, algorithm=algorithm, eta=eta, **reuse)
+        guider = Guider(
+            self.scheduler, terms, algorithm=arguments.algorithm, eta=eta, **arguments.reuse
+        )
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
 
@@ -368,216 +363,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return GuidedImageOutput(images, guider.evaluations / batch_size)
-
-    # ------------------------------------------------------------ arguments of a call
-
-    def _resolve_guidance(
-        self,
-        algorithm: str | None,
-        every: int | None,
-        tolerance: float | None,
-        start: float | None,
-        stop: float | None,
-    ) -> tuple[str, dict[str, Any], tuple[float, float]]:
-        """(guidance_algorithm, {every, tolerance}, (start, stop)), with the defaults for None."""
-        prediction_type(self.scheduler)  # first: it refuses schedulers that can't be guided
-        defaults, ancestral = self.config.defaults, has_posterior_variance(self.scheduler)
-        if algorithm is None:
-            algorithm = defaults["guidance_algorithm"]
-            if algorithm == "mean" and not ancestral:
-                algorithm = "output"
-        if algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"guidance_algorithm={algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed"
-            )
-        if algorithm == "mean" and not ancestral:
-            raise ValueError(
-                "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-                f"{type(self.scheduler).__name__} the others are allowed"
-            )
-        start = defaults["guidance_start"] if start is None else start
-        stop = defaults["guidance_stop"] if stop is None else stop
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(
-                f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed"
-            )
-        if every is None and tolerance is None:
-            every, tolerance = defaults["guidance_every"], defaults["guidance_tolerance"]
-        reuse = {"every": 1 if every is None else every, "tolerance": tolerance}
-        return algorithm, reuse, (start, stop)
-
-    def _check_call(
-        self, num_images_per_label: int, output_type: str, tensor_inputs: Sequence[str]
-    ) -> None:
-        """Validate arguments before any computation."""
-        if self.vae is not None and output_type != "latent":
-            check_precision(self.vae)
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(
-                f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed"
-            )
-        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
-                f"{self._callback_tensor_inputs}"
-            )
-
-    def _low_resolution(self, image: Any, device: torch.device) -> torch.Tensor | None:
-        if image is None:
-            return None
-        return low_resolution(image, self.unet.config.in_channels).to(device, self.dtype)
-
-    def _resolve_labels(self, label: Labels | None, per_label: int) -> list[dict[int, float]]:
-        """{id: weight} of each image; empty without a label."""
-        if label is None:
-            return []
-        names = module_config(self.classifier).get("id2label") or self.config.id2label
-        mixtures = parse_labels(label, names, self.num_labels)
-        return [mixture for mixture in mixtures for _ in range(per_label)]
-
-    def _class_labels(
-        self,
-        mixtures: list[dict[int, float]],
-        batch_size: int,
-        conditional: bool | None,
-        device: torch.device,
-    ) -> torch.Tensor | None:
-        """Class labels for the network, (B,); None for an unconditional one."""
-        embeddings, null = self._num_class_embeds, self._null_label
-        if embeddings is None:
-            if conditional:
-                raise ValueError(
-                    "conditional=True needs a network with class embeddings; this one is unconditional"
-                )
-            if mixtures and self.classifier is None:
-                raise ValueError(
-                    "label has no effect: the network is unconditional and there is no classifier"
-                )
-            return None
-        ids = []
-        for mixture in mixtures or [{}] * batch_size:
-            is_single = len(mixture) == 1 and list(mixture.values()) == [1.0]
-            if is_single and conditional is not False:
-                ids.extend(mixture)
-            elif conditional:
-                raise ValueError(
-                    f"conditional=True: the network can't be conditioned on {mixture or 'no label'}; "
-                    "use None or False"
-                )
-            elif null is None:
-                raise ValueError(
-                    f"conditional={conditional}, label={mixture or None}: the network has no null label "
-                    f"({embeddings} class embeddings, {self.num_labels} known labels), so it needs one "
-                    "label an image"
-                )
-            else:
-                ids.append(null)
-        if max(ids) >= embeddings:
-            raise ValueError(
-                f"label {max(ids)} is unknown to the network; ids 0 to {embeddings - 1} are allowed"
-            )
-        return torch.tensor(ids, device=device)
-
-    def _label_terms(
-        self,
-        mixtures: list[dict[int, float]],
-        per_label: int,
-        scale: Any,
-        free_scale: Any,
-        interval: tuple[float, float],
-        condition: Condition,
-    ) -> list[Guidance]:
-        """Classifier and classifier-free guidance to the labels; none at scale 0."""
-        if not mixtures:
-            if _is_on(scale) or _is_on(free_scale):
-                raise ValueError(
-                    f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to steer to"
-                )
-            return []
-        class_labels, null = condition.class_labels, self._null_label
-        hidden = null is not None and bool((class_labels == null).any())
-        if free_scale is None and hidden:
-            free_scale = 0.0  # the default is for labels that the network gets
-        scale = self._scale("guidance_scale", scale, len(mixtures), per_label)
-        free_scale = self._scale("classifier_free_scale", free_scale, len(mixtures), per_label)
-        terms: list[Guidance] = []
-        if scale.any():
-            self._check_classifier(scale)
-            terms.append(ClassifierGuidance(self.classifier, mixtures, scale, *interval))
-        if free_scale.any():
-            if class_labels is None or null is None:
-                raise ValueError(
-                    f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network with "
-                    "a null label, one class embedding more than labels"
-                )
-            if hidden:
-                raise ValueError(
-                    f"classifier_free_scale={free_scale.tolist()} needs a network that gets a label; "
-                    "mixtures and conditional=False hide it"
-                )
-            terms.append(ClassifierFreeGuidance(null, free_scale))
-        return terms
-
-    def _check_classifier(self, scale: torch.Tensor) -> None:
-        if self.classifier is None:
-            raise ValueError(
-                f"guidance_scale={scale.tolist()} needs a classifier, and the pipeline has none: pass "
-                "classifier=... when loading it, or guidance_scale=0 to use the network alone"
-            )
-        kind = module_config(self.classifier).get("problem_type") or SINGLE
-        if kind not in (SINGLE, MULTI):
-            raise ValueError(
-                f"classifier: problem_type={kind!r} has no labels; {SINGLE} and {MULTI} are allowed, or "
-                "guidance=ClassifierGuidance(classifier, target=...)"
-            )
-
-    def _scale(self, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
-        """The scale as a tensor, () or one an image."""
-        scale = self.config.defaults[name] if scale is None else scale
-        scale = torch.as_tensor(scale, dtype=torch.float32)
-        if scale.ndim == 1 and len(scale) * per_label == images:
-            scale = scale.repeat_interleave(per_label)
-        if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
-            raise ValueError(
-                f"{name} has shape {tuple(scale.shape)}; a number, or one a label or an image "
-                f"({images // per_label} or {images}), is allowed"
-            )
-        return scale
-
-    def _extra_terms(
-        self, guidance: Guidance | Sequence[Guidance] | None, condition: Condition
-    ) -> list[Guidance]:
-        """The terms of the call's `guidance`, whose conditions must be class labels that the network knows."""
-        given = (guidance,) if isinstance(guidance, Guidance) else tuple(guidance or ())
-        if not all(isinstance(term, Guidance) for term in given):
-            raise ValueError(
-                f"guidance: {[type(term).__name__ for term in given]}; a term of guidance, a sum or a list "
-                "of them is allowed"
-            )
-        terms, class_labels = GuidanceSum(given), condition.class_labels
-        if terms.conditions and class_labels is None:
-            raise ValueError(
-                "guidance: a term has conditions, class labels, and the network has no class embeddings"
-            )
-        for extra in terms.conditions:
-            if unknown := extra.keys() - {"class_labels"}:
-                raise ValueError(
-                    f"guidance: a term has conditions {sorted(unknown)}; the network takes ['class_labels']"
-                )
-            labels = extra.get("class_labels", class_labels)
-            if labels.ndim != 1 or len(labels) not in (1, len(class_labels)):
-                raise ValueError(
-                    f"guidance: a condition class_labels has shape {tuple(labels.shape)}; one row, or one "
-                    f"for each of {len(class_labels)} images, of shape () is allowed"
-                )
-            if not 0 <= int(labels.max()) < self._num_class_embeds:
-                raise ValueError(
-                    f"guidance: a condition has the class label {int(labels.max())}; 0 to "
-                    f"{self._num_class_embeds - 1} are allowed"
-                )
-        return list(terms.terms())
 
     # ------------------------------------------------------------ schedule and noise
 
@@ -658,7 +443,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         terms: Sequence[Guidance],
         condition: Condition,
     ) -> Prediction:
-        """The network's prediction at a step, with its autograd graph if a term goes through the network."""
+        """The network's prediction at a step, with its autograd graph if a term goes through the
+        network."""
         networks = [module for module in (self.unet, self.vae) if module is not None]
         class_labels = [condition.class_labels]
         for term in terms:
@@ -696,7 +482,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         condition: Condition,
         network: torch.nn.Module | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """One call of the network: its outputs for each of the class labels, and its learned variance for the first."""
+        """One call of the network: its outputs for each of the class labels, and its learned
+        variance for the first."""
         batch_size, channels = sample.shape[:2]
         x = scale_model_input(self.scheduler, sample.to(self.dtype), t)
         if condition.low_res is not None:
@@ -723,23 +510,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
-
-
-def _batch_size(
-    mixtures: Sequence[Any],
-    num_images_per_label: int,
-    latents: torch.Tensor | None,
-    low_res: torch.Tensor | None,
-) -> int:
-    """Number of images: of the labels, else of the latents or the low-resolution images."""
-    if mixtures:
-        return len(mixtures)
-    given = low_res if latents is None else latents
-    return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
-
-
-def _is_on(scale: Any) -> bool:
-    return scale is not None and bool(torch.as_tensor(scale).any())
 
 
 def _callback_tensors(

@@ -1,4 +1,4 @@
-"""What a network's own image processor does to images, differentiably."""
+"""Differentiable preprocessing of images, as a network's image processor does it."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ from PIL import Image
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-FLAGS = {
+#: switch of each step -> the setting of the step
+SWITCHES = {
     "do_resize": "size",
     "do_center_crop": "crop_size",
     "do_rescale": "rescale_factor",
     "do_normalize": "image_mean",
 }
-SETTINGS = {*FLAGS, *FLAGS.values(), "image_std", "resample", "crop_pct"}
+SETTINGS = {*SWITCHES, *SWITCHES.values(), "image_std", "resample", "crop_pct"}
+#: settings without effect unless the other one is set
+DEPENDENT = {"image_std": "image_mean", "resample": "size", "crop_pct": "size"}
+CLASS_KEYS = {"image_processor_type", "feature_extractor_type"}  # in a transformers config
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
 
 
 class Preprocess:
-    """Images in [-1, 1], (B, 1 or 3, H, W), as a network's own image processor prepares them, differentiably.
+    """Preprocess images in [-1, 1], (B, 1 or 3, H, W), as an image processor, differentiably.
 
-        u = 127.5 (image + 1);  resize (antialiased, as Pillow);  crop in the middle;  (rescale_factor u - mean) / std
+        u = 127.5 (image + 1);  resize (antialiased, as Pillow);  centre crop;
+        (rescale_factor u - image_mean) / image_std
 
-    Nothing is rounded or clipped, so the gradient lives on where the predicted x0 leaves [-1, 1].
+    Nothing is rounded or clipped, so the gradient doesn't vanish where x0 leaves [-1, 1].
 
     Args:
-        processor: a `transformers` image processor, or its config, or a mapping of one's own with some of size
-            ({"height", "width"} or {"shortest_edge"}), resample (2 bilinear, 3 bicubic), crop_size ({"height",
-            "width"}), crop_pct (as ConvNext: below 384 pixels, resize to size / crop_pct and crop), rescale_factor,
-            image_mean, image_std. A step without its setting, or with do_resize, do_center_crop, do_rescale or
-            do_normalize False, is left out. None: images stay in [-1, 1] and are resized to `size`.
-        channels: of the network: grey is repeated to 3, RGB becomes luma for 1. None: as many as image_mean has.
-        size: height and width, where there is no processor. None: as they are.
+        processor: a `transformers` image processor, its config, or a mapping with any of size
+            ({"height", "width"} or {"shortest_edge"}), resample (2: bilinear, 3: bicubic),
+            crop_size ({"height", "width"}), crop_pct (ConvNext: below 384 pixels, resize to
+            size / crop_pct, then crop), rescale_factor, image_mean, image_std. A step without its
+            setting, or with do_resize, do_center_crop, do_rescale or do_normalize False, is left
+            out. None: images stay in [-1, 1] and are resized to `size`.
+        channels: channels of the network: grey is repeated to 3, RGB becomes luma for 1. None: as
+            many as image_mean has.
+        size: height and width if there is no processor. None: no resizing.
 
     Raises:
-        ValueError: for settings unknown here, or a processor that does something else with a test image.
+        ValueError: for an unknown setting, or a processor that treats a test image differently.
     """
 
     def __init__(
@@ -51,81 +58,37 @@ class Preprocess:
         channels: int | None = None,
         size: int | Sequence[int] | None = None,
     ):
-        if (
-            isinstance(processor, Mapping)
-            and {"image_processor_type", "feature_extractor_type"} & processor.keys()
-        ):
-            processor = _processor_of(processor)
-        if processor is None:
-            height, width = (size, size) if isinstance(size, int) else size or (None, None)
-            config = {
-                "rescale_factor": 1 / 255,
-                "image_mean": 0.5,
-                "image_std": 0.5,
-                "size": {"height": height, "width": width} if height else None,
-            }
-        elif isinstance(processor, Mapping):
-            if unknown := sorted(processor.keys() - SETTINGS):
-                raise ValueError(
-                    f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself"
-                )
-            config = dict(processor)
-            for name, needed in (
-                ("image_std", "image_mean"),
-                ("resample", "size"),
-                ("crop_pct", "size"),
-            ):
-                if config.get(name) is not None and config.get(needed) is None:
-                    raise ValueError(
-                        f"processor: {name}={config[name]!r} has no effect without {needed}"
-                    )
-            if config.get("crop_pct") is not None and "height" in config["size"]:
-                raise ValueError(
-                    f"processor: crop_pct={config['crop_pct']!r} has no effect with "
-                    f"size={config['size']!r}, only with shortest_edge"
-                )
+        if isinstance(processor, Mapping) and CLASS_KEYS & processor.keys():
+            processor = _processor_from_config(processor)
+        if processor is None:  # keeps [-1, 1]
+            processor = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5}
+            if size:
+                height, width = (size, size) if isinstance(size, int) else size
+                processor["size"] = {"height": height, "width": width}
+        if isinstance(processor, Mapping):
+            settings = dict(processor)
+            _check_mapping(settings)
         else:
-            config = processor.to_dict()
-            config.update({flag: bool(getattr(processor, flag, False)) for flag in FLAGS})
-        for flag, setting in FLAGS.items():
-            if config.get(flag) is False:
-                config[setting] = None
+            switches = {name: bool(getattr(processor, name, False)) for name in SWITCHES}
+            settings = processor.to_dict() | switches
+        for switch, name in SWITCHES.items():
+            if settings.get(switch) is False:
+                settings[name] = None
+        mean = settings.get("image_mean")
+        self.channels = channels or (len(mean) if isinstance(mean, Sequence) else None)
+        _check_settings(settings, self.channels)
         self.size, self.crop, self.crop_pct = (
-            config.get(name) for name in ("size", "crop_size", "crop_pct")
+            settings.get(name) for name in ("size", "crop_size", "crop_pct")
         )
         self.factor, self.mean, self.std = (
-            config.get(name) for name in ("rescale_factor", "image_mean", "image_std")
+            settings.get(name) for name in ("rescale_factor", "image_mean", "image_std")
         )
-        if (resample := config.get("resample", 2)) not in MODES:
-            raise ValueError(
-                f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed"
-            )
-        self.mode = MODES[resample]
-        forms = [{"height", "width"}, {"shortest_edge"}]
-        for name, value, allowed in (
-            ("size", self.size, forms),
-            ("crop_size", self.crop, forms[:1]),
-        ):
-            if value is not None and (not isinstance(value, Mapping) or set(value) not in allowed):
-                raise ValueError(
-                    f"processor: {name}={value!r}; {{height, width}}"
-                    + " or {shortest_edge}" * (name == "size")
-                    + " is allowed"
-                )
-        self.channels = channels or (len(self.mean) if isinstance(self.mean, Sequence) else None)
-        if self.channels not in (None, 1, 3):
-            raise ValueError(f"channels={self.channels}: 1 and 3 are allowed")
-        for value in (self.mean, self.std) if self.mean is not None else ():
-            if not isinstance(value, Real) and (value is None or len(value) != self.channels):
-                raise ValueError(
-                    f"processor: image_mean={self.mean!r}, image_std={self.std!r}; a number, or one for "
-                    f"each of the network's {self.channels} channels, is allowed"
-                )
-        if processor is not None and not isinstance(processor, Mapping):
-            self._check(processor)
+        self.mode = MODES[settings.get("resample", 2)]
+        if not isinstance(processor, Mapping):
+            self._compare(processor)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """What the network is given, (B, C, h, w), in float32 or wider."""
+        """The network's input, (B, C, h, w), in float32 or wider."""
         u = 127.5 * (images.to(torch.promote_types(images.dtype, torch.float32)) + 1)
         if u.shape[1] not in (1, 3):
             raise ValueError(f"images have {u.shape[1]} channels; 1 (grey) and 3 (RGB) are allowed")
@@ -135,19 +98,21 @@ class Preprocess:
             size, crop = self._target(*u.shape[2:])
             if size != tuple(u.shape[2:]):
                 u = F.interpolate(u, size, mode=self.mode, align_corners=False, antialias=True)
-            u = _centre(u, *crop) if crop else u
+            if crop:
+                u = _centre_crop(u, *crop)
         if self.crop is not None:
-            u = _centre(u, self.crop["height"], self.crop["width"])
+            u = _centre_crop(u, self.crop["height"], self.crop["width"])
         if self.channels == 3:
             u = u.expand(-1, 3, -1, -1)
-        u = u if self.factor is None else self.factor * u
+        if self.factor is not None:
+            u = self.factor * u
         if self.mean is None:
             return u
         mean, std = (u.new_tensor(value).reshape(1, -1, 1, 1) for value in (self.mean, self.std))
         return (u - mean) / std
 
     def _target(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """The size to resize to, and what to crop from it at once."""
+        """Size to resize to, and the size to crop to right after it (None: no crop)."""
         if "height" in self.size:
             return (self.size["height"], self.size["width"]), None
         edge, crop = self.size["shortest_edge"], None
@@ -158,24 +123,27 @@ class Preprocess:
         short, long = min(height, width), int(edge * max(height, width) / min(height, width))
         return ((edge, long) if height == short else (long, edge)), crop
 
-    def _check(self, processor: BaseImageProcessor) -> None:
-        """Some processors do more than their config says (LeViT's size, EfficientNet's normalisation)."""
+    def _compare(self, processor: BaseImageProcessor) -> None:
+        """Raise ValueError if the result for a test image isn't that of the processor.
+
+        Some processors do more than their settings say (LeViT's size, EfficientNet's mean).
+        """
         crop = self.crop or {"height": 0, "width": 0}
         height, width = max(90, crop["height"]), max(120, crop["width"])
         wave = np.cos(np.linspace(0, 9, height))[:, None] * np.sin(np.linspace(0, 11, width))
         array = np.stack([128 + 60 * wave, 128 - 50 * wave, 90 + 40 * wave], -1).astype(np.uint8)
         image = Image.fromarray(array).convert("L" if self.channels == 1 else "RGB")
-        theirs = torch.tensor(np.ascontiguousarray(processor(image)["pixel_values"][0]))
-        ours = self(as_tensor(image)[None])[0]
+        expected = torch.tensor(np.ascontiguousarray(processor(image)["pixel_values"][0]))
+        actual = self(as_tensor(image)[None])[0]
         tolerance = 3 * (self.factor or 1) / (1 if self.mean is None else np.min(self.std))
-        if theirs.shape != ours.shape or (theirs - ours).abs().max() > tolerance:
+        if expected.shape != actual.shape or (expected - actual).abs().max() > tolerance:
             raise ValueError(
-                f"processor: {type(processor).__name__} does something that isn't in {sorted(SETTINGS)}; "
-                "give a mapping of these"
+                f"processor: {type(processor).__name__} does something that isn't in "
+                f"{sorted(SETTINGS)}; use a mapping of these"
             )
 
 
-def _processor_of(config: Mapping[str, Any]) -> BaseImageProcessor:
+def _processor_from_config(config: Mapping[str, Any]) -> BaseImageProcessor:
     import transformers
 
     name = config.get("image_processor_type") or config["feature_extractor_type"]
@@ -185,18 +153,64 @@ def _processor_of(config: Mapping[str, Any]) -> BaseImageProcessor:
     return getattr(transformers, name).from_dict(dict(config))
 
 
-def _centre(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _check_mapping(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for unknown settings and for those without effect."""
+    if unknown := sorted(settings.keys() - SETTINGS):
+        raise ValueError(
+            f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself"
+        )
+    for name, needed in DEPENDENT.items():
+        if settings.get(name) is not None and settings.get(needed) is None:
+            raise ValueError(f"processor: {name}={settings[name]!r} has no effect without {needed}")
+    if settings.get("crop_pct") is not None and "height" in settings["size"]:
+        raise ValueError(
+            f"processor: crop_pct={settings['crop_pct']!r} has no effect with "
+            f"size={settings['size']!r}, only with shortest_edge"
+        )
+
+
+def _check_settings(settings: Mapping[str, Any], channels: int | None) -> None:
+    """Raise ValueError for values that aren't allowed."""
+    resample, size, crop = (settings.get(name) for name in ("resample", "size", "crop_size"))
+    if "resample" in settings and resample not in MODES:
+        raise ValueError(
+            f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed"
+        )
+    if size is not None and not _has_keys(size, {"height", "width"}, {"shortest_edge"}):
+        raise ValueError(
+            f"processor: size={size!r}; {{height, width}} or {{shortest_edge}} is allowed"
+        )
+    if crop is not None and not _has_keys(crop, {"height", "width"}):
+        raise ValueError(f"processor: crop_size={crop!r}; {{height, width}} is allowed")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels={channels}: 1 and 3 are allowed")
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if mean is None:
+        return
+    for value in (mean, std):
+        if not isinstance(value, Real) and (value is None or len(value) != channels):
+            raise ValueError(
+                f"processor: image_mean={mean!r}, image_std={std!r}; a number, or one for each of "
+                f"the network's {channels} channels, is allowed"
+            )
+
+
+def _has_keys(value: Any, *allowed: set[str]) -> bool:
+    return isinstance(value, Mapping) and set(value) in allowed
+
+
+def _centre_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if height > images.shape[2] or width > images.shape[3]:
         raise ValueError(
             f"processor: crop_size ({height}, {width}) is larger than the resized images "
-            f"{tuple(images.shape[2:])}; as large at most is allowed"
+            f"{tuple(images.shape[2:])}; at most their size is allowed"
         )
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
-    """(1 or 3, H, W) in [-1, 1] of a PIL image."""
+    """A PIL image as a tensor (1 or 3, H, W) in [-1, 1]."""
     grey = image.mode in ("1", "L", "LA")
     array = np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB"), np.float32))
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1

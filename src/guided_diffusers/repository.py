@@ -1,9 +1,8 @@
 """Code beside a saved pipeline's weights that loads it anywhere, and checks of a folder to load.
 
     model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
-    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package, in one file
-    (`standalone`) classifier/guided_diffusers_classifier.py, ...      the same for each component
-    that is this package's
+    pipeline.py         ClassifierGuidedPipeline and all that it needs, in one file (`standalone`)
+    classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
 own, where `register` put them, and no code of the repository runs. Without the package it takes the

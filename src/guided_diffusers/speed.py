@@ -1,4 +1,5 @@
-"""Faster guided steps: autocast, channels_last, torch.compile and chunked gradients, undone on exit.
+"""Faster guided steps: autocast, channels_last, torch.compile and chunked gradients, undone on
+exit.
 
     with optimize(pipeline, images=50_000) as chosen:
         print(chosen)                                  # what is on and what is off, with reasons
@@ -26,7 +27,8 @@ from .utils import parameter_dtype
 
 Backend = str | Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights dominates
+#: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights
+#: dominates
 MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
 #: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
 #: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
@@ -227,8 +229,8 @@ def optimize(
 
     By default: autocast of network and classifier to bfloat16 (outputs and gradient stay float32)
     where the device computes in it, on a CPU for large enough batches; with it `channels_last` on
-    CUDA; and `torch.compile` from `MIN_COMPILE_EVALUATIONS` on. Images change only by rounding. Call
-    it before offloading.
+    CUDA; and `torch.compile` from `MIN_COMPILE_EVALUATIONS` on. Images change only by rounding.
+    Call it before offloading.
 
     Args:
         images: number of images to be sampled in all. None: unknown, nothing is compiled.

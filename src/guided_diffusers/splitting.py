@@ -1,7 +1,7 @@
 """Operator splitting of guidance and scheduler, and reuse of guidance between steps.
 
-In z = x / alpha and s = sigma / alpha, with eps the network's prediction and e = sigma grad_x log p(y | x) what guidance
-subtracts from it, the guided path without noise is
+In z = x / alpha and s = sigma / alpha, with eps the network's prediction and e = sigma grad_x log
+p(y | x) what guidance subtracts from it, the guided path without noise is
 
     dz/ds = eps(z, s) - e(z, s)
 
@@ -9,8 +9,8 @@ It is split as z = y + c:
 
     dy/ds = eps(y + c, s)  by the scheduler,        dc/ds = -e(y + c, s)  by this module.
 
-The scheduler gets y and eps only. Nothing that it extrapolates, corrects or stores contains guidance, so any scheduler of
-any order can be used.
+The scheduler gets y and eps only. Nothing that it extrapolates, corrects or stores contains
+guidance, so any scheduler of any order can be used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from diffusers import SchedulerMixin
 from .guidance import Guidance, NoiseAwareGuidance, StepContext, total_score
 from .noise import NoiseLevel, noise_levels, sampling_timesteps, scale_model_input, step_fn
 
-#: s_n / s_{n+1} above which guidance at a step's end is not used for the whole step; with 4, strang diverged in 5 steps
-#: at scale 10 (`examples/benchmarks/quality_cost.py --part solvers`)
+#: s_n / s_{n+1} above which guidance at a step's end is not used for the whole step; with 4, strang
+#: diverged in 5 steps at scale 10 (`examples/benchmarks/quality_cost.py --part solvers`)
 MAX_STRANG_RATIO = 2.0
-#: s_n / s_{n+1} above which Heun's corrector, (s_n / s_{n+1} - 1) / 2 > 1, removes more than was added
+#: s_n / s_{n+1} above which Heun's corrector, (s_n / s_{n+1} - 1) / 2 > 1, removes more than was
+#: added
 MAX_HEUN_RATIO = 3.0
 #: how much longer an interval between two evaluations may be than the previous one, in log s
 MAX_GROWTH = 2.0
@@ -42,16 +43,18 @@ class OperatorSplitting:
         lie_trotter    c_{n+1} = c_n + w_n e_n                         order 1
         strang         c_{n+1} = c_n + w_n (e_n + e_{n+1}) / 2         order 2, or the scheduler's if that is 1
 
-    with w_n = s_n - s_{n+1} without noise, and as in `step_weights` with noise. These are the splittings of Wizadwongsa &
-    Suwajanakorn 2023, "Accelerating guided diffusion sampling with splitting numerical methods", except that both parts
-    of a step start at one sample, at which network and terms are evaluated once. A multi-step scheduler's history is
-    therefore of the guided path, and any term can be used. e_{n+1} is evaluated where c_n + w_n e_n leads. Where guidance
-    starts or stops within the run, strang does so half a step earlier.
+    with w_n = s_n - s_{n+1} without noise, and as in `step_weights` with noise. These are the
+    splittings of Wizadwongsa & Suwajanakorn 2023, "Accelerating guided diffusion sampling with
+    splitting numerical methods", except that both parts of a step start at one sample, at which
+    network and terms are evaluated once. A multi-step scheduler's history is therefore of the
+    guided path, and any term can be used. e_{n+1} is evaluated where c_n + w_n e_n leads. Where
+    guidance starts or stops within the run, strang does so half a step earlier.
 
-    In very few steps, s falls too far in one step for this. Above `MAX_STRANG_RATIO`, e_{n+1} says little about the whole
-    step, and strang does the step as lie_trotter. Above `MAX_HEUN_RATIO`, a scheduler that evaluates the network twice in
-    a step, as Heun, gets c_n until the step ends: to the network at s_{n+1}, what was just added is noise, and Heun would
-    remove it (s_n / s_{n+1} - 1) / 2 times over.
+    In very few steps, s falls too far in one step for this. Above `MAX_STRANG_RATIO`, e_{n+1} says
+    little about the whole step, and strang does the step as lie_trotter. Above `MAX_HEUN_RATIO`, a
+    scheduler that evaluates the network twice in a step, as Heun, gets c_n until the step ends: to
+    the network at s_{n+1}, what was just added is noise, and Heun would remove it (s_n / s_{n+1} -
+    1) / 2 times over.
 
     Args:
         algorithm: "lie_trotter" or "strang".
@@ -60,7 +63,8 @@ class OperatorSplitting:
         eta: as in the pipeline's call.
 
     Raises:
-        ValueError: for a scheduler that clips or thresholds x0: it would clip a sample without its guidance.
+        ValueError: for a scheduler that clips or thresholds x0: it would clip a sample without its
+            guidance.
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class OperatorSplitting:
         self._previous: tuple[float | torch.Tensor, float, torch.Tensor] | None = None
 
     def _find_steep_steps(self, order: int) -> None:
-        """Note the steps in which s falls beyond the limits; `order`: evaluations a step, as Diffusers counts."""
+        """Note the steps in which s falls beyond the limits; `order`: evaluations a step, as
+        Diffusers counts."""
         s = [*(level.sigma / level.alpha for level in self.levels), 0.0]
         count = len(self.levels)
         self.steep, self.hidden = [], []
@@ -100,7 +105,8 @@ class OperatorSplitting:
             self.hidden.append(second_follows and start > MAX_HEUN_RATIO * end)
 
     def needs_guidance(self, index: int) -> bool:
-        """Whether guidance evaluated here changes the result: not in Heun's corrector, except for Strang's half."""
+        """Whether guidance evaluated here changes the result: not in Heun's corrector, except for
+        Strang's half."""
         return self.weights[index] != 0 or (self._previous is not None and self._previous[1] != 0)
 
     def split(
@@ -141,12 +147,13 @@ class OperatorSplitting:
 def step_weights(
     scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], eta: float = 0.0
 ) -> list[float]:
-    """w of each step: s (1 - r); shifting the predicted eps by -e, and so x0 by s e, shifts the next z by w e.
+    """w of each step: s (1 - r); shifting the predicted eps by -e, and so x0 by s e, shifts the
+    next z by w e.
 
-    r is the factor that the scheduler applies to a z with x0 = 0: s' / s without noise, and (s' / s)^2 with all of it, as
-    DDPM. It is measured in a run with one huge number, beside which the noise is nothing. Where a step forgets that number
-    (a consistency model's x0, with new noise), r is 0. A weight below 1e-4 s, of a step that only corrects the previous
-    one, is 0.
+    r is the factor that the scheduler applies to a z with x0 = 0: s' / s without noise, and (s' /
+    s)^2 with all of it, as DDPM. It is measured in a run with one huge number, beside which the
+    noise is nothing. Where a step forgets that number (a consistency model's x0, with new noise), r
+    is 0. A weight below 1e-4 s, of a step that only corrects the previous one, is 0.
     """
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
     for name, value in vars(probe).items():
@@ -173,22 +180,24 @@ def step_weights(
 class GuidanceReuse:
     """Decides when guidance is evaluated, and extrapolates it otherwise.
 
-    Stored is e = sigma * g, by which guidance shifts the predicted eps: from step to step it changes less than the score
-    (by 1/sigma) or the predicted x0 (by sigma). Between evaluations it is extrapolated linearly in log s from the last
-    two (after one, it is constant):
+    Stored is e = sigma * g, by which guidance shifts the predicted eps: from step to step it
+    changes less than the score (by 1/sigma) or the predicted x0 (by sigma). Between evaluations it
+    is extrapolated linearly in log s from the last two (after one, it is constant):
 
         e(s) = e_1 + (e_1 - e_0) log(s / s_1) / log(s_1 / s_0)
 
-    Dinh et al. 2024, "Compress guidance in conditional diffusion sampling", evaluate at every k-th step.
+    Dinh et al. 2024, "Compress guidance in conditional diffusion sampling", evaluate at every k-th
+    step.
 
     Args:
         levels: of the run's steps.
         every: evaluate at every k-th of the steps at which guidance is active.
-        tolerance: instead, evaluate an image's terms only when the estimated extrapolation error exceeds this, in the
-            units of x0, as root mean square over its values. The estimate is the sum over the steps since of
-            (s - s') log(s_1 / s) rms(e_1 - e_0) / log(s_0 / s_1). It is used for at most `MAX_GROWTH` log(s_0 / s_1),
-            since in pure noise nothing changes yet. The errors of several intervals may add up or cancel. If any active
-            term isn't a `NoiseAwareGuidance`, all terms are evaluated at every step.
+        tolerance: instead, evaluate an image's terms only when the estimated extrapolation error
+            exceeds this, in the units of x0, as root mean square over its values. The estimate is
+            the sum over the steps since of (s - s') log(s_1 / s) rms(e_1 - e_0) / log(s_0 / s_1).
+            It is used for at most `MAX_GROWTH` log(s_0 / s_1), since in pure noise nothing changes
+            yet. The errors of several intervals may add up or cancel. If any active term isn't a
+            `NoiseAwareGuidance`, all terms are evaluated at every step.
 
     Raises:
         ValueError: for other values.
@@ -246,7 +255,8 @@ class GuidanceReuse:
         distance = self._log_s - self.log_s[index]
         change = torch.where(distance > 0, self._slope_rms * distance, 0.0)
         self._error += change * self.lengths[index]
-        # 1e-9: an interval that grew by exactly MAX_GROWTH counts, whatever the rounding of its logarithms
+        # 1e-9: an interval that grew by exactly MAX_GROWTH counts, whatever the rounding of its
+        # logarithms
         unknown = self._slope_rms.isinf() | (distance > self._reach - 1e-9)
         return everything[(self._error > self.tolerance) | unknown]
 

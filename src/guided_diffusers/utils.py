@@ -1,4 +1,7 @@
-"""Helpers that several rooms share: atomic writes, Markdown tables, models and schedulers by name."""
+"""Helpers of several modules: atomic writes, JSON, Markdown, models by name, random numbers.
+
+Diffusers and the pipeline are imported where they are used, so that this module loads quickly.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,28 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-import torch
-from diffusers import SchedulerMixin
+from . import bundled
 
-from .guidance import no_parameter_grad
-from .noise import OUT_OF_REACH
-from .pipeline import ClassifierGuidedPipeline
+if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
+
+    from .pipeline import ClassifierGuidedPipeline
+
+
+# Files
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Within, a temporary name beside `path`; what was written there is then moved into place, after an error removed.
+    """Context manager for an atomic write: yields a temporary path, moved to `path` on exit.
+
+    After an error the temporary file is removed, and `path` is as before.
 
     Raises:
-        OSError: naming `path`, for a disk that is full, or anything else that keeps it from being written.
+        OSError: naming `path`, if it can't be written, such as on a full disk.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -39,18 +47,18 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """As `aside`."""
+    """Write a file atomically (see `aside`)."""
     with aside(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(content: Any, path: Path) -> None:
-    """As `aside`; numbers that are NaN or infinite become null."""
+    """Write a JSON file atomically (see `aside`); NaN and infinity become null."""
     write_bytes((json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode(), path)
 
 
 def finite(content: Any) -> Any:
-    """What JSON holds, as `write_json` writes it: None for a number that is NaN or infinite."""
+    """Nested mappings and sequences with None in place of NaN and infinity, for JSON."""
     if isinstance(content, Mapping):
         return {name: finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -58,9 +66,17 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table that ends in a newline."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
 def require_matplotlib() -> None:
-    """Raises:
-    ImportError: where matplotlib is missing, saying what to install.
+    """Check that matplotlib is installed.
+
+    Raises:
+        ImportError: if it is missing; the message says how to install it.
     """
     try:
         import matplotlib  # noqa: F401
@@ -70,62 +86,91 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def load_pipeline(model: str, revision: str | None = None) -> ClassifierGuidedPipeline:
-    """A bundled pipeline by its name, else a folder or a Hub id, of which `revision` is a branch, tag or commit.
+# Models
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether a model is given as a Hub id: it contains "/", and no such path exists."""
+    return "/" in str(model) and not Path(model).exists()
+
+
+def model_folder(model: str | Path) -> str | Path:
+    """Folder of a bundled model, given its name; an existing path or a Hub id is returned as it is.
 
     Raises:
-        ValueError: for a revision of what is not on the Hub, or what `from_pretrained` refuses.
+        ValueError: for a name without "/" that is neither a path nor a bundled model.
     """
-    local = Path(model).exists()
-    if revision is not None and ("/" not in model or local):
+    if is_hub_id(model) or Path(model).exists():
+        return model
+    return bundled.folder(str(model))
+
+
+def load_pipeline(model: str | Path, revision: str | None = None) -> ClassifierGuidedPipeline:
+    """Load a pipeline.
+
+    Args:
+        model: name of a bundled model, a folder or a Hub id.
+        revision: branch, tag or commit of a model on the Hub. None: main.
+
+    Raises:
+        ValueError: for a revision of a model that isn't on the Hub; as `from_pretrained`.
+    """
+    from .pipeline import ClassifierGuidedPipeline
+
+    if revision is not None and not is_hub_id(model):
         raise ValueError(
             f"--revision {revision}: only a model of the Hub has revisions, and {model} is none"
         )
-    if "/" not in model and not local:
-        return ClassifierGuidedPipeline.from_bundled(model)
-    return ClassifierGuidedPipeline.from_pretrained(
-        model, **({"revision": revision} if revision else {})
-    )
+    arguments = {} if revision is None else {"revision": revision}
+    return ClassifierGuidedPipeline.from_pretrained(model_folder(model), **arguments)
 
 
 def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
-    """The scheduler called `name`, for the network that `scheduler` is for.
+    """A scheduler of the class called `name`, with the config of `scheduler`.
 
     Raises:
-        ValueError: if there is none, or it is for networks of another kind.
+        ValueError: for an unknown name, or a class that isn't compatible.
     """
-    found = find_scheduler(name)
-    fitting = {cls.__name__ for cls in (type(scheduler), *scheduler.compatibles)}
-    if found.__name__ not in fitting:
+    cls = find_scheduler(name)
+    compatible = {known.__name__ for known in (type(scheduler), *scheduler.compatibles)}
+    if cls.__name__ not in compatible:
         raise ValueError(
-            f"--scheduler {name}: {found.__name__} doesn't fit the model, whose "
-            f"{type(scheduler).__name__} can be exchanged for {', '.join(sorted(fitting))}"
+            f"--scheduler {name}: {cls.__name__} doesn't fit the model, whose "
+            f"{type(scheduler).__name__} can be exchanged for {', '.join(sorted(compatible))}"
         )
-    return found.from_config(scheduler.config)
+    return cls.from_config(scheduler.config)
 
 
 def find_scheduler(name: str) -> type[SchedulerMixin]:
-    """A scheduler class of Diffusers by its name, or the part of it before `Scheduler`, `Discrete` or `Multistep`.
+    """A scheduler class of Diffusers by its name.
+
+    Args:
+        name: name of the class, in any case, also without "Scheduler", "DiscreteScheduler" or
+            "MultistepScheduler" at its end.
 
     Raises:
-        ValueError: if there is none; the message lists them.
+        ValueError: for an unknown name, or a scheduler that can't be guided; the message lists the
+            names.
     """
+    import diffusers
+
+    from .noise import OUT_OF_REACH
+
+    classes = [
+        cls
+        for cls in dir(diffusers.schedulers)
+        if cls.endswith("Scheduler") and not cls.startswith("Flax") and cls not in OUT_OF_REACH
+    ]
     known = {}
-    for cls in sorted(dir(diffusers.schedulers), key=len, reverse=True):
-        if cls.endswith("Scheduler") and not cls.startswith("Flax") and cls not in OUT_OF_REACH:
-            short = cls.removesuffix("Scheduler")
-            for alias in (
-                cls,
-                short,
-                short.removesuffix("Discrete"),
-                short.removesuffix("Multistep"),
-            ):
-                known[alias.lower()] = cls
+    for cls in sorted(classes, key=len, reverse=True):  # the shortest name wins
+        for ending in ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler"):
+            known[cls.removesuffix(ending).lower()] = cls
     if name.lower() not in known:
-        raise ValueError(
-            f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(set(known.values())))}"
-        )
+        raise ValueError(f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(classes))}")
     return getattr(diffusers, known[name.lower()])
+
+
+# Modules and tensors
 
 
 @contextmanager
@@ -134,6 +179,8 @@ def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
 
     Both are restored on exit. None stands for a module that isn't used.
     """
+    from .guidance import no_parameter_grad
+
     present = [module for module in modules if module is not None]
     training = [part for module in present for part in module.modules() if part.training]
     try:
@@ -146,12 +193,19 @@ def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
             part.training = True
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, a line a row, ending in a newline."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """CPU generator of image `index`; every pair (seed, index) has a separate random stream."""
+    import numpy as np
+    import torch
+
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
 
 
-def parameter_dtype(module: torch.nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype of the module's first parameter, `default` where it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), default)
+def parameter_dtype(module: torch.nn.Module, default: torch.dtype | None = None) -> torch.dtype:
+    """Dtype of the module's first parameter; `default` (None: float32) if it has none."""
+    import torch
+
+    for parameter in module.parameters():
+        return parameter.dtype
+    return torch.float32 if default is None else default

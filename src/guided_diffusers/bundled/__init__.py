@@ -1,16 +1,16 @@
-"""Small trained models that are part of the package, each a folder with a pipeline, a judge and their figures."""
+"""Small trained models that come with the package: a pipeline, a judge and their metrics."""
 
 from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """The folder of a bundled model: a pipeline, and in `judge` a classifier of clean images that never guides.
+    """Folder of a bundled model: a pipeline, and in `judge` a classifier not used for guidance.
 
     Raises:
-        ValueError: for a name that is not bundled.
+        ValueError: for an unknown name.
     """
-    here = Path(__file__).parent
-    known = sorted(path.parent.name for path in here.glob("*/model_index.json"))
-    if name not in known:
-        raise ValueError(f"model {name!r} is not bundled; allowed: {known}")
-    return here / name
+    root = Path(__file__).parent
+    names = sorted(path.parent.name for path in root.glob("*/model_index.json"))
+    if name not in names:
+        raise ValueError(f"model {name!r} is not bundled; allowed: {names}")
+    return root / name

@@ -24,6 +24,7 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
+from ..deprecated import renamed
 from ..noise import module_config, schedule_config
 from ..utils import evaluating, load_pipeline, write_json
 from .consistency import config_mismatches, range_mismatch
@@ -281,3 +282,6 @@ def inspect(
         "unet": None if unet is None else str(unet),
     }
     return replace(diagnosis, mismatches=(*notes, *diagnosis.mismatches), settings=settings)
+
+
+__getattr__ = renamed(__name__, {"Place": "EvalLevel"})

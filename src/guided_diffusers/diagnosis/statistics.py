@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..guidance import ClassifierGuidance, StepContext, logits_of
 from ..images import encode
 from ..noise import NoiseLevel, TrainedSchedule, schedule_config
-from ..sampling import image_generator
+from ..utils import image_generator
 from .levels import EvalLevel, Reference
 from .metrics import level_metrics, mean_and_error
 from .verdict import status

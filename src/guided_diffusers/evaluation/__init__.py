@@ -17,6 +17,7 @@ judge, measures how often they show their label; neither may be the classifier t
 processes of `accelerate launch` share the images.
 """
 
+from ..deprecated import renamed
 from .dataset_images import DatasetImages, ParquetImages
 from .evaluation import Evaluation, evaluate
 from .images import Images, open_generated, open_real
@@ -57,3 +58,13 @@ __all__ = [
     "wrap_classifier",
     "wrap_module",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Rows": "DatasetImages",
+        "of_classifier": "wrap_classifier",
+        "of_module": "wrap_module",
+        "inception": "load_inception",
+    },
+)

@@ -11,8 +11,12 @@ import diffusers
 import transformers
 from accelerate import PartialState
 
-from ..cli_options import add_shared_option, add_shared_options, select_device
-from ..sampling.commands import team
+from ..cli_options import (
+    add_shared_option,
+    add_shared_options,
+    launched_processes,
+    select_device,
+)
 from ..utils import load_pipeline, require_matplotlib
 from .bits import image_shape, measure_bits_per_dim
 from .evaluation import Evaluation, evaluate
@@ -117,14 +121,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ValueError("IMAGES are needed, or --bits-per-dim and --model")
     if options.picture:
         require_matplotlib()  # before the work, not after it
-    processes = team(options.device)
+    processes = launched_processes(options.device)
     is_main = processes is None or processes.is_main_process
     if options.quiet or not is_main:
         options.quiet = True
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    device = select_device(options.device) if processes is None else processes.device
+    device = select_device(options.device, processes)
     evaluation = Evaluation() if options.images is None else _evaluate(options, device)
     if options.bits_per_dim:
         _add_bits(evaluation, options, device)

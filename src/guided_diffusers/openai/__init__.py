@@ -1,17 +1,21 @@
-"""OpenAI's guided-diffusion (Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021) in Diffusers.
+"""OpenAI's guided-diffusion: its checkpoints and samplers in Diffusers.
+
+Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021).
 
     convert_checkpoint("256x256_diffusion_uncond.pt", "adm", "256x256_classifier.pt")
-    ClassifierGuidedPipeline.from_pretrained("adm")(207)      # 250 ancestral steps, Algorithm 1, guidance scale 10
+    ClassifierGuidedPipeline.from_pretrained("adm")(207)  # 250 ancestral steps, guidance scale 10
 
-Largest difference from the original's final images over its 21 reference runs (tests/test_openai_sampling.py), in
-float32 and in float64:
+Largest difference from the original's final images over its 21 recorded runs, in float32 and in
+float64 (tests/test_openai_sampling.py):
 
-    ancestral, `guidance_algorithm="mean"`       DDPMScheduler 4e-5, 2e-5       ADMDDPMScheduler 4e-5, 4e-8
-    DDIM, `clip_x0=True, clip_sample=False`      DDIMScheduler 8e-6, 3e-6       ADMDDIMScheduler 3e-5, 6e-12
+    ancestral, `guidance_algorithm="mean"`    DDPMScheduler 4e-5, 2e-5  ADMDDPMScheduler 4e-5, 4e-8
+    DDIM, `clip_x0=True, clip_sample=False`   DDIMScheduler 8e-6, 3e-6  ADMDDIMScheduler 3e-5, 6e-12
 
-DDIMScheduler can't take "linspace" steps (differences of 0.1 to 7), nor clip x0 before guidance but not after it, which
-is what `clip_x0` is for. With a cosine schedule and clipping, the original's own float32 is up to 2e-3 from its float64
-in the first steps, and so are we. In the last step, which draws no noise, Algorithm 1 takes the original's variance.
+`DDIMScheduler` has no "linspace" steps (differences of 0.1 to 7) and can't clip x0 before guidance
+without clipping it again afterwards; the pipeline's `clip_x0` does that. With a cosine schedule and
+clipping, the original's float32 differs by up to 2e-3 from its float64 in the first steps, and so
+does this package's. In the last step, which draws no noise, `guidance_algorithm="mean"` uses the
+original's variance.
 """
 
 from ..images import join_low_resolution

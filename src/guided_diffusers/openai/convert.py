@@ -1,4 +1,4 @@
-"""guided-diffusion's checkpoint files -> a folder for `ClassifierGuidedPipeline.from_pretrained`."""
+"""guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
 import argparse
 import json
@@ -16,60 +16,64 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..classifier import NoiseAwareClassifier
+from ..cli_options import add_shared_option
 from ..pipeline import ClassifierGuidedPipeline
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
 from .presets import PRESETS, find_preset
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-PROCESS = {
-    "diffusion_steps",
-    "noise_schedule",
-    "sigma_small",
-    "predict_xstart",
-    "rescale_timesteps",
-    "timestep_respacing",
-}
+# Flags of the diffusion process, which UNet and classifier share
+PROCESS_FLAGS = set(
+    "diffusion_steps noise_schedule sigma_small predict_xstart rescale_timesteps "
+    "timestep_respacing".split()
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
-    """The scheduler of the original's flags `diffusion_steps`, `noise_schedule`, `learn_sigma`, `sigma_small`,
-    `predict_xstart` and `timestep_respacing` (of which only "ddim" counts: it decides the spacing).
+    """The scheduler for the original's flags.
 
-    `DDPMScheduler` follows the original to 5e-5 (its tables are in float32). For its numbers to the last digit, and for
-    its DDIM, make the others of it:
+    These are `diffusion_steps`, `noise_schedule`, `learn_sigma`, `sigma_small`, `predict_xstart`
+    and `timestep_respacing`, of which only the prefix "ddim" counts: it decides the spacing.
+    `DDPMScheduler` agrees with the original to 5e-5 (its tables are in float32). Schedulers with
+    float64 tables, and with the original's DDIM, can be created from it:
 
         ADMDDPMScheduler.from_config(scheduler.config)
-        ADMDDIMScheduler.from_config(scheduler.config, clip_sample=False)    # and pipeline(..., clip_x0=True)
+        ADMDDIMScheduler.from_config(scheduler.config, clip_sample=False)  # with clip_x0=True
 
     Raises:
-        ValueError: for `rescale_timesteps` with other than 1000 steps: networks are told the timestep itself.
+        ValueError: For `rescale_timesteps` with other than 1000 steps, because our pipelines pass
+            timesteps to networks unscaled.
     """
     if config.get("rescale_timesteps") and config.get("diffusion_steps", 1000) != 1000:
         raise ValueError(
-            f"rescale_timesteps is True with {config['diffusion_steps']} diffusion_steps; only 1000, "
-            "where it changes nothing, are supported"
+            f"rescale_timesteps is True with {config['diffusion_steps']} diffusion_steps; only "
+            "1000, where it changes nothing, are supported"
         )
-    fixed = "fixed_small" if config.get("sigma_small") else "fixed_large"
+    variance_type = "fixed_small" if config.get("sigma_small") else "fixed_large"
+    if config.get("learn_sigma"):
+        variance_type = "learned_range"
+    ddim = str(config.get("timestep_respacing", "")).startswith("ddim")
     return DDPMScheduler(
         **noise_schedule(config),
-        variance_type="learned_range" if config.get("learn_sigma") else fixed,
+        variance_type=variance_type,
         prediction_type="sample" if config.get("predict_xstart") else "epsilon",
-        timestep_spacing="leading"
-        if str(config.get("timestep_respacing", "")).startswith("ddim")
-        else "linspace",
+        timestep_spacing="leading" if ddim else "linspace",
         clip_sample=True,
     )
 
 
 def load_state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pt` or `.safetensors` file; a `.pt` stays on disk until a tensor is used. Runs no code of it.
+    """The tensors of a `.pt` or `.safetensors` file, loaded without running code from it.
+
+    The tensors of a `.pt` are mapped: they stay on disk until they are used.
 
     Raises:
-        ValueError: if the file is missing, damaged, or holds anything but tensors by name.
+        ValueError: If the file is missing, damaged, or holds anything but named tensors.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file")
+        raise ValueError(f"{file} does not exist")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -80,12 +84,11 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or truncated: {error}") from error
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in state_dict.values()
-    ):
+    flat = isinstance(state_dict, dict) and all(isinstance(t, Tensor) for t in state_dict.values())
+    if not flat:
         raise ValueError(
-            f"{file} holds no tensors by name but {type(state_dict).__name__}; the original's are flat "
-            "state dicts"
+            f"{file} holds no tensors by name but {type(state_dict).__name__}; the original's are "
+            "flat state dicts"
         )
     return state_dict
 
@@ -101,176 +104,174 @@ def convert_checkpoint(
 ) -> None:
     """Write a pipeline folder from the original's files.
 
-    It takes at most twice the networks' memory. The folder appears when it is complete.
+    Uses at most twice the networks' memory. The folder appears when it is complete.
 
     Args:
-        unet, classifier: files of `load_state_dict`.
-        output: a folder that doesn't exist yet.
-        preset: of `find_preset`; without `config` by default the file name of `unet`.
-        config: instead of a preset the original's flags, of network, classifier and diffusion process in one, or
-            {"unet": ..., "classifier": ...} with either's in one of the forms of `convert_unet`; `classifier_scale` and
-            `timestep_respacing` become the pipeline's defaults.
-        dtype: of the weights; by default the file's.
+        unet, classifier: Checkpoint files, .pt or .safetensors.
+        output: Folder to write; it must not exist.
+        preset: Name for `find_preset`. By default, without `config`, the file name of `unet`.
+        config: The original's flags, instead of a preset: those of UNet, classifier and diffusion
+            process in one mapping, or {"unet": ..., "classifier": ...}, each in a form of
+            `convert_unet`. `classifier_scale` and `timestep_respacing` become defaults of the
+            pipeline.
+        dtype: Of the weights; by default the file's.
 
     Raises:
-        ValueError: for files that can't be read, don't fit the preset or config, or don't fit each other.
+        ValueError: For files that can't be read, that don't fit the preset or config, or that
+            don't fit each other.
     """
     unet, output = Path(unet), Path(output)
     if output.exists():
         raise ValueError(f"output {output} exists already; give another folder, or remove it")
-    if preset is not None and config is not None:
-        raise ValueError("preset and config: only one is allowed")
-    source = "the config"
-    if config is None:
-        chosen, source = find_preset(preset or unet.name), f"preset {preset or unet.stem!r}"
-        config = {
-            "classifier_scale": chosen.guidance_scale,
-            "timestep_respacing": str(chosen.num_inference_steps),
-            **chosen.config,
-        }
-    flags, classifier_flags = _flags(config)
-    defaults = {
-        "guidance_algorithm": "mean",
-        "guidance_scale": 0.0,
-        **_default_steps(flags.get("timestep_respacing")),
-    }
+    config, source = _config_and_source(unet, preset, config)
+    unet_flags, classifier_flags = _split_flags(config)
+    defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
+    defaults |= _default_steps(unet_flags.get("timestep_respacing"))
 
     with tqdm(total=3, unit="step", disable=not progress) as bar:
         bar.set_description(f"convert {unet.name}")
-        network, guide = _converted(_convert_network, unet, flags, source, dtype), None
-        learn_sigma = network.config.out_channels == 2 * flags.get("in_channels", 3)
-        scheduler = convert_scheduler({**flags, "learn_sigma": learn_sigma})
+        denoiser = _convert_file(_convert_denoiser, unet, unet_flags, source, dtype)
+        learn_sigma = denoiser.config.out_channels == 2 * unet_flags.get("in_channels", 3)
+        scheduler = convert_scheduler({**unet_flags, "learn_sigma": learn_sigma})
         bar.update()
+        guide = None
         if classifier is not None:
             classifier = Path(classifier)
             bar.set_description(f"convert {classifier.name}")
-            guide = _converted(convert_classifier, classifier, classifier_flags, source, dtype)
-            _check_pair(network, guide, unet, classifier)
+            guide = _convert_file(convert_classifier, classifier, classifier_flags, source, dtype)
+            _check_compatible(denoiser, guide, unet, classifier)
             defaults["guidance_scale"] = float(config.get("classifier_scale", 1.0))
         bar.update()
         bar.set_description(f"save {output}")
-        partial = output.with_name(f".{output.name}.partial")
-        try:
-            ClassifierGuidedPipeline(network, scheduler, guide, defaults=defaults).save_pretrained(
-                partial
-            )
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        pipeline = ClassifierGuidedPipeline(denoiser, scheduler, guide, defaults=defaults)
+        _save_atomically(pipeline, output)
         bar.update()
 
 
-def _flags(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags of the network and of the classifier, each with those of the diffusion process."""
-    flat = {
-        name: value
-        for name, value in config.items()
-        if name not in ("classifier_scale", "unet", "classifier")
+def _config_and_source(
+    unet: Path, preset: str | None, config: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], str]:
+    """The flags of a conversion, and where they come from, for error messages."""
+    if config is not None:
+        if preset is not None:
+            raise ValueError("preset and config: only one is allowed")
+        return config, "the config"
+    published = find_preset(preset or unet.name)
+    config = {
+        "classifier_scale": published.guidance_scale,
+        "timestep_respacing": str(published.num_inference_steps),
+        **published.config,
     }
-    process = {name: value for name, value in flat.items() if name in PROCESS}
-    network = config.get(
-        "unet", {name: value for name, value in flat.items() if not name.startswith("classifier_")}
-    )
-    classifier = config.get(
-        "classifier",
-        {
-            name: value
-            for name, value in flat.items()
-            if name.startswith("classifier_") or name in ("image_size", "large_size")
-        },
-    )
-    process |= {name: value for name, value in network.items() if name in PROCESS}
-    return {**network, **process}, {**classifier, **process}
+    return config, f"preset {preset or unet.stem!r}"
 
 
-def _convert_network(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> UNet2DModel:
-    first = state_dict.get("input_blocks.0.0.weight")
-    doubled = first is not None and first.shape[1] == 2 * flags.get("in_channels", first.shape[1])
-    return (convert_super_resolution if "large_size" in flags or doubled else convert_unet)(
-        state_dict, flags
-    )
+def _split_flags(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags of UNet and classifier, each with those of the diffusion process."""
+    unet: dict[str, Any] = {}
+    classifier: dict[str, Any] = {}
+    process: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("classifier_scale", "unet", "classifier"):
+            continue
+        if name in PROCESS_FLAGS:
+            process[name] = value
+        if name.startswith("classifier_"):
+            classifier[name] = value
+        else:
+            unet[name] = value
+        if name in ("image_size", "large_size"):
+            classifier[name] = value
+    unet = config.get("unet", unet)
+    process |= {name: value for name, value in unet.items() if name in PROCESS_FLAGS}
+    return {**unet, **process}, {**config.get("classifier", classifier), **process}
 
 
 def _default_steps(respacing: str | None) -> dict[str, int]:
-    """{"num_inference_steps": N} of "N" and "ddimN"."""
+    """The pipeline's default `num_inference_steps` for the respacing "N" or "ddimN"."""
     if not respacing:
         return {}
     count = str(respacing).removeprefix("ddim")
     if not count.isdigit():
         raise ValueError(
-            f"timestep_respacing is {respacing!r}; one number can be a pipeline's default: leave it out, "
-            "and pass timesteps=respaced_timesteps(...) in the call"
+            f"timestep_respacing is {respacing!r}; one number can be a pipeline's default: leave "
+            "it out, and pass timesteps=respaced_timesteps(...) in the call"
         )
     return {"num_inference_steps": int(count)}
 
 
-def _converted(
+def _convert_file(
     convert: Callable[..., Model],
     file: Path,
-    config: Mapping[str, Any],
+    flags: Mapping[str, Any],
     source: str,
     dtype: torch.dtype | None,
 ) -> Model:
-    """The model of a file, whose tensors are let go when this returns."""
+    """The model of a file, whose tensors are released on return."""
     state_dict = load_state_dict(file)
     if dtype is not None:
         state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
     try:
-        return convert(state_dict, config)
+        return convert(state_dict, flags)
     except ValueError as error:
         raise ValueError(f"{file} doesn't fit {source}: {error}") from error
 
 
-def _check_pair(
-    unet: torch.nn.Module, classifier: torch.nn.Module, unet_file: Path, classifier_file: Path
+def _convert_denoiser(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> UNet2DModel:
+    """A UNet or an up-sampler, which has a flag of its own and twice the input channels."""
+    upsampler = "large_size" in flags
+    weight = state_dict.get("input_blocks.0.0.weight")
+    if weight is not None and "in_channels" in flags:
+        upsampler |= weight.shape[1] == 2 * flags["in_channels"]
+    return (convert_super_resolution if upsampler else convert_unet)(state_dict, flags)
+
+
+def _check_compatible(
+    unet: UNet2DModel, classifier: NoiseAwareClassifier, unet_file: Path, classifier_file: Path
 ) -> None:
-    size, other = unet.config.sample_size, classifier.config.sample_size
-    if size != other:
+    size, classifier_size = unet.config.sample_size, classifier.config.sample_size
+    if size != classifier_size:
         raise ValueError(
-            f"{classifier_file} is for images of {other} x {other}, {unet_file} for {size} x {size}"
+            f"{classifier_file} is for images of {classifier_size} x {classifier_size}, "
+            f"{unet_file} for {size} x {size}"
         )
-    count, classes = classifier.config.num_labels, unet.config.num_class_embeds
-    if classes not in (None, count):
-        raise ValueError(f"{classifier_file} has {count} classes, {unet_file} has {classes}")
+    num_labels, num_classes = classifier.config.num_labels, unet.config.num_class_embeds
+    if num_classes not in (None, num_labels):
+        raise ValueError(
+            f"{classifier_file} has {num_labels} classes, {unet_file} has {num_classes}"
+        )
+
+
+def _save_atomically(pipeline: ClassifierGuidedPipeline, output: Path) -> None:
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        pipeline.save_pretrained(partial)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def add_convert_command(commands: Any) -> None:
     """Add `convert` to the subparsers of the program `guided-diffusers`."""
     command = commands.add_parser(
         "convert",
-        help="OpenAI's guided-diffusion checkpoints to a pipeline folder",
-        description="Convert OpenAI's guided-diffusion checkpoints to a folder that "
-        "ClassifierGuidedPipeline.from_pretrained reads. No code in the files is run.",
+        help="convert OpenAI's guided-diffusion checkpoints to a pipeline folder",
+        description="Convert OpenAI's guided-diffusion checkpoints to a folder for "
+        "ClassifierGuidedPipeline.from_pretrained. No code in the files is run.",
     )
     command.set_defaults(run=run_convert)
     option = command.add_argument
-    option(
-        "--unet", type=Path, required=True, metavar="FILE", help="the network, .pt or .safetensors"
-    )
-    option(
-        "--classifier",
-        type=Path,
-        metavar="FILE",
-        help="the classifier, .pt or .safetensors (default: none)",
-    )
-    option(
-        "--preset",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)} (default: by the name of the network's file)",
-    )
+    option("--unet", type=Path, required=True, metavar="FILE", help="UNet, .pt or .safetensors")
+    option("--classifier", type=Path, metavar="FILE", help="classifier file (default: none)")
+    names = ", ".join(PRESETS)
+    option("--preset", metavar="NAME", help=f"{names} (default: by the UNet's file name)")
     option("--config", type=Path, metavar="JSON", help="the original's flags, instead of a preset")
-    option(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="a folder that doesn't exist yet",
-    )
-    option("--dtype", choices=DTYPES, help="of the weights (default: the file's)")
-    option("--quiet", action="store_true", help="no progress bar")
+    option("--output", type=Path, required=True, metavar="FOLDER", help="folder, not yet existing")
+    option("--dtype", choices=DTYPES, help="data type of the weights (default: the file's)")
+    add_shared_option(command, "--quiet", help="no progress bar")
 
 
 def run_convert(options: argparse.Namespace) -> None:
+    """Run the command `convert`."""
     config = None
     if options.config is not None:
         try:
@@ -284,8 +285,7 @@ def run_convert(options: argparse.Namespace) -> None:
         options.preset,
         config,
         DTYPES.get(options.dtype),
-        not options.quiet,
+        progress=not options.quiet,
     )
-    print(
-        f"{options.output} is ready: ClassifierGuidedPipeline.from_pretrained({str(options.output)!r})"
-    )
+    load_command = f"ClassifierGuidedPipeline.from_pretrained({str(options.output)!r})"
+    print(f"{options.output} is ready: {load_command}")

@@ -1,6 +1,6 @@
-"""guided-diffusion's noise schedules as Diffusers schedulers: its respacing, its DDIM, tables in float64.
+"""guided-diffusion's samplers as Diffusers schedulers: its timesteps, its DDIM, tables in float64.
 
-Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
+Imports only torch, numpy and diffusers, because this file is saved on the Hub beside the weights.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    SchedulerMixin,  # noqa: F401 - a pipeline's from_pretrained looks for it in the module that the class is from
+    SchedulerMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,62 +22,73 @@ MAX_BETA = 0.999
 
 
 def respaced_timesteps(num_train_timesteps: int, respacing: int | str | Sequence[int]) -> list[int]:
-    """The timesteps that a shorter run keeps, falling, as the original's `timestep_respacing` says it.
+    """Timesteps of a run with fewer steps, descending, for the original's `timestep_respacing`.
 
     Args:
         num_train_timesteps: T; timesteps are 0 to T - 1.
-        respacing: "ddimN": every k-th timestep from 0, for the smallest k that keeps exactly N. Otherwise counts, "250"
-            or "10,15,20" or integers: T is cut into as many equal parts, and of each so many are kept, evenly spread
-            from its first to its last. "" keeps all.
+        respacing: "ddimN": every k-th timestep from 0, with the smallest k that gives exactly N.
+            Otherwise numbers of steps, as "250", "10,15,20" or integers: T is divided into as many
+            equal sections, and each gets its number of steps, evenly spaced from its first to its
+            last timestep. "": all timesteps.
 
     Raises:
-        ValueError: if a part is shorter than its count, or no k keeps N.
+        ValueError: If a section has fewer timesteps than steps, or if no k gives N.
     """
     if isinstance(respacing, str) and respacing.startswith("ddim"):
-        count = int(respacing.removeprefix("ddim"))
-        for stride in range(1, num_train_timesteps + 1):
-            if len(range(0, num_train_timesteps, stride)) == count:
-                return list(range(0, num_train_timesteps, stride))[::-1]
-        raise ValueError(
-            f"respacing {respacing!r}: no stride keeps exactly {count} of {num_train_timesteps} timesteps"
-        )
-    if isinstance(respacing, str):
-        respacing = (
-            [int(count) for count in respacing.split(",")] if respacing else num_train_timesteps
-        )
-    counts = [respacing] if isinstance(respacing, int) else list(respacing)
-    shorter, longer = divmod(num_train_timesteps, len(counts))
-    kept, start = [], 0
-    for part, count in enumerate(counts):
-        size = shorter + (part < longer)
+        return _strided_timesteps(num_train_timesteps, int(respacing.removeprefix("ddim")))
+    if respacing == "":
+        counts = [num_train_timesteps]
+    elif isinstance(respacing, str):
+        counts = [int(count) for count in respacing.split(",")]
+    else:
+        counts = [respacing] if isinstance(respacing, int) else list(respacing)
+
+    base_size, longer_sections = divmod(num_train_timesteps, len(counts))
+    timesteps: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = base_size + (section < longer_sections)
         if not 1 <= count <= size:
             raise ValueError(
-                f"respacing {respacing!r}: {count} of a part of {size} timesteps; 1 to {size} are allowed"
+                f"respacing {respacing!r}: {count} of a part of {size} timesteps; "
+                f"1 to {size} are allowed"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(
-            count
-        ):  # adds up, as the original does: i * stride may round to another integer
-            kept.append(start + round(position))
+        for _ in range(count):  # a sum as in the original: i * stride may round differently
+            timesteps.append(start + round(position))
             position += stride
         start += size
-    return kept[::-1]
+    return timesteps[::-1]
 
 
-class _OriginalTables:
-    """What the two schedulers share: betas and their products in float64, and the original's timesteps."""
+def _strided_timesteps(num_train_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_train_timesteps + 1):
+        timesteps = range(0, num_train_timesteps, stride)
+        if len(timesteps) == count:
+            return list(reversed(timesteps))
+    raise ValueError(
+        f"respacing 'ddim{count}': no stride keeps exactly {count} of {num_train_timesteps} "
+        "timesteps"
+    )
 
-    def _widen(self, **fixed: Any) -> None:
-        for name, value in fixed.items():
+
+class _Float64Tables:
+    """Betas and their products in float64, and the original's timesteps, for both schedulers."""
+
+    allows_inversion = False  # with ascending timesteps
+
+    def _set_tables(self, **required: Any) -> None:
+        """Replace the float32 tables; `required` are the only config values that are supported."""
+        for name, value in required.items():
             if self.config[name] != value:
                 raise ValueError(
                     f"{name} is {self.config[name]!r}; {type(self).__name__} allows only {value!r}"
                 )
         if self.config.timestep_spacing not in ("linspace", "leading"):
             raise ValueError(
-                f"timestep_spacing is {self.config.timestep_spacing!r}; 'linspace' (respacing \"N\") and "
-                "'leading' (\"ddimN\") are allowed"
+                f"timestep_spacing is {self.config.timestep_spacing!r}; 'linspace' "
+                '(respacing "N") and \'leading\' ("ddimN") are allowed'
             )
         self.betas = torch.from_numpy(_betas(self.config))
         self.alphas = 1 - self.betas
@@ -89,90 +100,90 @@ class _OriginalTables:
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Take N timesteps as `respaced_timesteps` gives them, "N" or with `timestep_spacing="leading"` "ddimN", or
-        these `timesteps`.
+        """Set `timesteps`, or those of `respaced_timesteps` for N = `num_inference_steps`.
+
+        The respacing is "N", or "ddimN" with `timestep_spacing="leading"`.
 
         Raises:
-            ValueError: unless one of the two is given and fits.
+            ValueError: If none or both are passed, or for unsorted or impossible timesteps.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("one of num_inference_steps and timesteps is needed")
         total = self.config.num_train_timesteps
         if timesteps is None:
-            linspace = self.config.timestep_spacing == "linspace"
-            timesteps = respaced_timesteps(
-                total, num_inference_steps if linspace else f"ddim{num_inference_steps}"
-            )
+            leading = self.config.timestep_spacing == "leading"
+            respacing = f"ddim{num_inference_steps}" if leading else num_inference_steps
+            timesteps = respaced_timesteps(total, respacing)
         timesteps = [int(t) for t in timesteps]
-        if (
-            not timesteps
-            or not 0 <= min(timesteps) <= max(timesteps) < total
-            or not self._ordered(timesteps)
-        ):
+        ascending = sorted(set(timesteps))
+        ordered = timesteps == ascending[::-1] or (self.allows_inversion and timesteps == ascending)
+        if not timesteps or not ordered or ascending[0] < 0 or ascending[-1] >= total:
             raise ValueError(
-                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order are allowed"
+                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order "
+                "are allowed"
             )
         self.num_inference_steps, self.custom_timesteps = len(timesteps), True
         self.timesteps = torch.tensor(timesteps, device=device)
 
-    def _ordered(self, timesteps: list[int]) -> bool:
-        return all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
 
+class ADMDDPMScheduler(_Float64Tables, DDPMScheduler):
+    """`DDPMScheduler` with the original's numbers: float64 tables, and its rounding of timesteps.
 
-class ADMDDPMScheduler(_OriginalTables, DDPMScheduler):
-    """`DDPMScheduler` with the original's numbers: float64 tables, and its rounding of the timesteps.
-
-    Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021). `DDPMScheduler`'s float32 tables are up to
-    5e-4 off in 1 - alpha_bar; its "linspace" rounds other timesteps for 278 of the N below 1000 (none of 10, 25, 50,
-    100, 250, 1000). Arguments are `DDPMScheduler`'s; `timestep_spacing` "linspace" or "leading". The original:
-    `variance_type="learned_range"`, `timestep_spacing="linspace"`.
+    Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021). `DDPMScheduler`'s
+    float32 tables have errors of up to 5e-4 in 1 - alpha_bar; its "linspace" rounds other timesteps
+    for 278 of the N below 1000 (none of 10, 25, 50, 100, 250, 1000). Arguments are
+    `DDPMScheduler`'s; `timestep_spacing` is "linspace" or "leading". The original uses
+    `variance_type="learned_range"` and `timestep_spacing="linspace"`.
 
     Raises:
-        ValueError: for settings that the original lacks.
+        ValueError: For settings that the original doesn't have.
     """
 
     @wraps(DDPMScheduler.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._widen(steps_offset=0, rescale_betas_zero_snr=False)
+        self._set_tables(steps_offset=0, rescale_betas_zero_snr=False)
 
 
-class ADMDDIMScheduler(_OriginalTables, DDIMScheduler):
-    """DDIM as the original has it, for any timesteps, and backwards.
+class ADMDDIMScheduler(_Float64Tables, DDIMScheduler):
+    """The original's DDIM, for any timesteps and in both directions.
 
-    From t to the next of the timesteps, s (Song et al., Denoising Diffusion Implicit Models, 2021, eq. 12 and 16):
+    From t to the next timestep s (Song et al., Denoising Diffusion Implicit Models, 2021, eq. 12
+    and 16):
 
         x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - std^2) eps + std noise
         eps = (x_t - sqrt(abar_t) x0) / sqrt(1 - abar_t)
         std = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)
 
-    with abar_s = 1 after the last. What `DDIMScheduler` does otherwise: its s is t - T // N, which is no timestep of
-    "linspace"; its eps is not that of the clipped x0; its tables are in float32. With guidance, let the pipeline clip,
-    so that x0 is clipped before it and not after: `clip_sample=False` here and `pipeline(..., clip_x0=True)`.
+    with abar_s = 1 after the last timestep. `DDIMScheduler` differs: its s is t - T // N, which is
+    no timestep of "linspace"; its eps is not recomputed from the clipped x0; its tables are in
+    float32. With guidance, let the pipeline clip x0 before guidance instead of the scheduler after
+    it: `clip_sample=False` here and `pipeline(..., clip_x0=True)`.
 
-    **Inversion**: with rising timesteps each step goes to the noisier, the last to abar_s = 0, pure noise. An image as
-    the `latents` becomes the noise that falling timesteps turn back into it, about.
+    **Inversion**: with ascending timesteps each step adds noise, and the last goes to abar_s = 0,
+    pure noise. Passing an image as `latents` gives noise that descending timesteps turn back into
+    approximately that image.
 
-    Arguments are `DDIMScheduler`'s: `timestep_spacing` "linspace" or "leading", `prediction_type` "epsilon" or
-    "sample".
+    Arguments are `DDIMScheduler`'s: `timestep_spacing` is "linspace" or "leading",
+    `prediction_type` "epsilon" or "sample".
 
     Raises:
-        ValueError: for settings that the original lacks.
+        ValueError: For settings that the original doesn't have.
     """
+
+    allows_inversion = True
 
     @wraps(DDIMScheduler.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.config.prediction_type not in ("epsilon", "sample"):
             raise ValueError(
-                f"prediction_type is {self.config.prediction_type!r}; 'epsilon' and 'sample' are allowed"
+                f"prediction_type is {self.config.prediction_type!r}; "
+                "'epsilon' and 'sample' are allowed"
             )
-        self._widen(
+        self._set_tables(
             steps_offset=0, rescale_betas_zero_snr=False, set_alpha_to_one=True, thresholding=False
         )
-
-    def _ordered(self, timesteps: list[int]) -> bool:
-        return super()._ordered(timesteps) or super()._ordered(timesteps[::-1])
 
     def step(
         self,
@@ -184,22 +195,23 @@ class ADMDDIMScheduler(_OriginalTables, DDIMScheduler):
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple:
-        """The next sample and the x0 it comes from; arguments as for `DDIMScheduler.step`.
+        """The next sample and its predicted x0; arguments as for `DDIMScheduler.step`.
 
         Raises:
-            ValueError: for noise (`eta` not 0) in an inversion.
+            ValueError: For noise (`eta` not 0) in an inversion.
         """
         timesteps = self.timesteps.tolist()
-        index = timesteps.index(int(timestep))
-        rising = len(timesteps) > 1 and timesteps[0] < timesteps[1]
-        if rising and eta:
+        inversion = len(timesteps) > 1 and timesteps[0] < timesteps[1]
+        if inversion and eta:
             raise ValueError(
                 f"eta={eta}: an inversion (rising timesteps) has no noise; only 0 is allowed"
             )
+        index = timesteps.index(int(timestep))
         abar_t = float(self.alphas_cumprod[timesteps[index]])
-        abar_s = float(not rising)
         if index + 1 < len(timesteps):
             abar_s = float(self.alphas_cumprod[timesteps[index + 1]])
+        else:
+            abar_s = 0.0 if inversion else 1.0
 
         x0 = model_output
         if self.config.prediction_type == "epsilon":
@@ -207,28 +219,28 @@ class ADMDDIMScheduler(_OriginalTables, DDIMScheduler):
         if self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         eps = (sample - abar_t**0.5 * x0) / (1 - abar_t) ** 0.5
-        std = 0.0 if rising else eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)) ** 0.5
-        moved = abar_s**0.5 * x0 + (1 - abar_s - std**2) ** 0.5 * eps
+        std = 0.0
+        if eta:
+            std = eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)) ** 0.5
+        x_s = abar_s**0.5 * x0 + (1 - abar_s - std**2) ** 0.5 * eps
         if std:
             if variance_noise is None:
-                variance_noise = randn_tensor(moved.shape, generator, moved.device, moved.dtype)
-            moved = moved + std * variance_noise
-        return DDIMSchedulerOutput(moved, x0) if return_dict else (moved, x0)
+                variance_noise = randn_tensor(x_s.shape, generator, x_s.device, x_s.dtype)
+            x_s = x_s + std * variance_noise
+        return DDIMSchedulerOutput(x_s, x0) if return_dict else (x_s, x0)
 
 
 def _betas(config: Any) -> np.ndarray:
-    """beta_t in float64 of a config in `DDPMScheduler`'s words."""
+    """beta_t in float64 for a config of `DDPMScheduler`."""
     steps = config.num_train_timesteps
     if config.trained_betas is not None:
         return np.asarray(config.trained_betas, np.float64)
-    match config.beta_schedule:
-        case "linear":
-            return np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
-        case (
-            "squaredcos_cap_v2"
-        ):  # abar(t) = cos^2((t / T + 0.008) / 1.008 pi / 2), Nichol & Dhariwal 2021, eq. 17
-            abar = [cos((t / steps + 0.008) / 1.008 * pi / 2) ** 2 for t in range(steps + 1)]
-            return np.array([min(1 - abar[t + 1] / abar[t], MAX_BETA) for t in range(steps)])
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64)
+    if config.beta_schedule == "squaredcos_cap_v2":
+        # abar(t) = cos^2((t / T + 0.008) / 1.008 pi / 2), Nichol & Dhariwal 2021, eq. 17
+        abar = [cos((t / steps + 0.008) / 1.008 * pi / 2) ** 2 for t in range(steps + 1)]
+        return np.array([min(1 - abar[t + 1] / abar[t], MAX_BETA) for t in range(steps)])
     raise ValueError(
         f"beta_schedule is {config.beta_schedule!r}; 'linear' and 'squaredcos_cap_v2' are allowed"
     )

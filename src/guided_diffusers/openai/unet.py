@@ -1,37 +1,40 @@
-"""`UNet2DModel` with the freedoms of guided-diffusion's UNet that its config lacks.
+"""`UNet2DModel` with the options of guided-diffusion's UNet that its config lacks.
 
-Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the weights.
+Imports only torch and diffusers, because this file is saved on the Hub beside the weights.
 """
 
 import inspect
 
 from diffusers import (
-    ModelMixin,  # noqa: F401 - a pipeline's from_pretrained looks for it in the module that the class is from
+    ModelMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
     UNet2DModel,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from torch import nn
+
+HeadDim = int | tuple[int, ...] | None
 
 
 class ADMUNet2DModel(UNet2DModel):
-    """`UNet2DModel` whose attention heads may differ by level, and whose sinusoid is as wide as one likes.
+    """`UNet2DModel` with attention heads that differ by level and a timestep sinusoid of any width.
 
-    For a fixed number of heads over several widths (the published 128x128 model and the 64 -> 256 up-sampler) and for a
-    first channel multiplier other than 1 (512x512). The defaults are in ADM's manner (Dhariwal & Nichol, Diffusion
-    Models Beat GANs on Image Synthesis, 2021); all arguments but these three are `UNet2DModel`'s.
+    Needed for a fixed number of heads at several widths (the published 128x128 model and the
+    64 -> 256 up-sampler) and for a first channel multiplier other than 1 (512x512). The defaults
+    follow ADM (Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021). All
+    arguments but these three are `UNet2DModel`'s.
 
     Args:
-        attention_head_dim: Channels of a head, for all levels or one a level of `block_out_channels`; `None` is one
-            head. The middle block has the last level's.
-        up_attention_head_dim: The same for the up-sampling half, also in the order of `block_out_channels`; `None` is
-            `attention_head_dim`.
-        time_proj_dim: Width of the timestep's sinusoid; `None` is `block_out_channels[0]`. The time embedding is
-            four times as wide unless `time_embedding_dim` is given.
+        attention_head_dim: Channels per head: one integer, or one for each level of
+            `block_out_channels`; `None`: a single head. The middle block uses the last level's.
+        up_attention_head_dim: The same for the up-sampling half, also in the order of
+            `block_out_channels`; `None`: `attention_head_dim`.
+        time_proj_dim: Width of the timestep's sinusoid; `None`: `block_out_channels[0]`. The time
+            embedding is four times as wide unless `time_embedding_dim` is set.
 
     Raises:
-        ValueError: If a head width doesn't divide its level's width, or `time_proj_dim` has no sinusoid to widen.
+        ValueError: If a head's channels don't divide its level's, or if `time_proj_dim` is set for
+            a time embedding without a sinusoid.
     """
 
     @register_to_config
@@ -56,7 +59,7 @@ class ADMUNet2DModel(UNet2DModel):
         upsample_type: str = "resnet",
         dropout: float = 0.0,
         act_fn: str = "silu",
-        attention_head_dim: int | tuple[int, ...] | None = 64,
+        attention_head_dim: HeadDim = 64,
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = 32,
         norm_eps: float = 1e-5,
@@ -65,65 +68,71 @@ class ADMUNet2DModel(UNet2DModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
-        up_attention_head_dim: int | tuple[int, ...] | None = None,
+        up_attention_head_dim: HeadDim = None,
         time_proj_dim: int | None = None,
     ):
-        # One head everywhere at first: the number of heads changes no weight's shape.
-        names = [
-            name for name in inspect.signature(UNet2DModel.__init__).parameters if name != "self"
-        ]
-        time_embedding_dim = time_embedding_dim or 4 * (time_proj_dim or block_out_channels[0])
-        changed = {"attention_head_dim": None, "time_embedding_dim": time_embedding_dim}
-        super().__init__(**{name: self.config[name] for name in names} | changed)
+        names = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
+        settings = {name: self.config[name] for name in names}
+        settings["time_embedding_dim"] = time_embedding_dim or 4 * (
+            time_proj_dim or block_out_channels[0]
+        )
+        settings["attention_head_dim"] = None  # the number of heads changes no weight's shape
+        super().__init__(**settings)
         self.register_to_config(attention_head_dim=attention_head_dim)
-
         if time_proj_dim is not None:
-            if time_embedding_type != "positional" or class_embed_type == "timestep":
-                given = (time_embedding_type, class_embed_type)
-                raise ValueError(
-                    f"time_proj_dim is {time_proj_dim}, but (time_embedding_type, class_embed_type) is {given}; "
-                    "allowed: ('positional', None or 'identity')."
-                )
-            self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
-            self.time_embedding = TimestepEmbedding(time_proj_dim, time_embedding_dim)
+            self._replace_sinusoid()
+        self._set_heads()
 
-        up_attention_head_dim = (
-            attention_head_dim if up_attention_head_dim is None else up_attention_head_dim
-        )
-        down = head_dims(attention_head_dim, block_out_channels)
-        up = head_dims(up_attention_head_dim, block_out_channels)[::-1]
-        mid = [] if self.mid_block is None else [(self.mid_block, down[-1])]
-        for block, head_dim in [
+    def _replace_sinusoid(self) -> None:
+        config = self.config
+        if config.time_embedding_type != "positional" or config.class_embed_type == "timestep":
+            raise ValueError(
+                f"time_proj_dim is {config.time_proj_dim}, but (time_embedding_type, "
+                f"class_embed_type) is {(config.time_embedding_type, config.class_embed_type)}; "
+                "allowed: ('positional', None or 'identity')."
+            )
+        width = config.time_proj_dim
+        self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimestepEmbedding(width, config.time_embedding_dim)
+
+    def _set_heads(self) -> None:
+        config, widths = self.config, self.config.block_out_channels
+        down = head_dims(config.attention_head_dim, widths)
+        up = down
+        if config.up_attention_head_dim is not None:
+            up = head_dims(config.up_attention_head_dim, widths)
+        blocks = [
             *zip(self.down_blocks, down, strict=True),
-            *mid,
-            *zip(self.up_blocks, up, strict=True),
-        ]:
-            _set_head_dim(block, head_dim)
+            *zip(self.up_blocks, reversed(up), strict=True),
+        ]
+        if self.mid_block is not None:
+            blocks.append((self.mid_block, down[-1]))
+        for block, head_dim in blocks:
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    _set_head_dim(module, head_dim)
 
 
-def head_dims(head_dim: int | tuple[int, ...] | None, widths: tuple[int, ...]) -> list[int]:
-    """`attention_head_dim` for each level."""
-    dims = (
-        list(widths)
-        if head_dim is None
-        else [head_dim] * len(widths)
-        if isinstance(head_dim, int)
-        else list(head_dim)
-    )
-    if len(dims) != len(widths):
+def head_dims(head_dim: HeadDim, widths: tuple[int, ...]) -> list[int]:
+    """`attention_head_dim` of each level; `widths`: the levels' channels."""
+    if head_dim is None:
+        return list(widths)
+    if isinstance(head_dim, int):
+        return [head_dim] * len(widths)
+    if len(head_dim) != len(widths):
         raise ValueError(
-            f"attention_head_dim is {head_dim!r}; allowed: None, one integer, or {len(widths)} of them."
+            f"attention_head_dim is {head_dim!r}; allowed: None, one integer, or "
+            f"{len(widths)} of them."
         )
-    return dims
+    return list(head_dim)
 
 
-def _set_head_dim(block: nn.Module, head_dim: int) -> None:
-    for attention in block.modules():
-        if isinstance(attention, Attention):
-            width = attention.inner_dim
-            if head_dim < 1 or width % head_dim:
-                raise ValueError(
-                    f"attention_head_dim has {head_dim}; allowed: a divisor of its level's {width} channels."
-                )
-            attention.heads = attention.sliceable_head_dim = width // head_dim
-            attention.scale = head_dim**-0.5
+def _set_head_dim(attention: Attention, head_dim: int) -> None:
+    width = attention.inner_dim
+    if head_dim < 1 or width % head_dim:
+        raise ValueError(
+            f"attention_head_dim has {head_dim}; allowed: a divisor of its level's {width} "
+            "channels."
+        )
+    attention.heads = attention.sliceable_head_dim = width // head_dim
+    attention.scale = head_dim**-0.5

@@ -1,42 +1,38 @@
-"""Batches of images whose labels and noise depend on the seed and the image's number alone."""
+"""Batches of images whose labels and noise depend only on the seed and the image's index."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
+from tqdm.auto import tqdm
 
+from ..guider import logger as guider_logger
 from ..likelihood import Label
 from ..pipeline import ClassifierGuidedPipeline
+from ..utils import image_generator
 
 
-class Once(logging.Filter):
-    """A context in which the pipeline says the same warning once, however many batches there are."""
+class WarnOnce(logging.Filter):
+    """Context manager in which guidance logs a message only once, also if reentered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
-        self._logger = logging.getLogger(ClassifierGuidedPipeline.__module__)
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        new = (message := record.getMessage()) not in self._said
-        self._said.add(message)
-        return new
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
 
     def __enter__(self) -> None:
-        self._logger.addFilter(self)
+        guider_logger.addFilter(self)
 
     def __exit__(self, *_: object) -> None:
-        self._logger.removeFilter(self)
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of image `index` of the images of a seed; no two (seed, index) share a stream."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+        guider_logger.removeFilter(self)
 
 
 def sample(
@@ -47,23 +43,51 @@ def sample(
     indices: Sequence[int] | None = None,
     **call: Any,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Batches of (their indices, their images), image i with label `labels[i % len(labels)]`.
+    """Yield batches (indices, images); image i has label `labels[i % len(labels)]`.
 
-    An image's label and all its noise, a stochastic scheduler's too, depend on the seed and i alone. In a batch of
-    another size a network's sums are rounded otherwise: images then differ as float numbers do, and in a few pixels
-    after rounding to 8 bits.
+    The label and all noise of image i, also that of a stochastic scheduler, depend only on the
+    seed and i. With another batch size the network rounds differently: images differ by
+    floating-point error, and in a few pixels after rounding to 8 bits.
 
     Args:
         labels: ids, names or mixtures.
-        indices: which images to make; by default one a label, 0 to len(labels) - 1.
-        call: further arguments of the pipeline's call, such as `guidance_scale` and `output_type`.
+        indices: indices of the images to generate. None: 0 to len(labels) - 1.
+        call: further arguments of the pipeline's call, such as `guidance_scale`, `output_type`.
     """
-    indices, once = range(len(labels)) if indices is None else indices, Once()
+    if indices is None:
+        indices = range(len(labels))
+    warn_once = WarnOnce()
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
         generators = [image_generator(seed, i) for i in batch]
-        with once:
-            images = pipeline(
-                [labels[i % len(labels)] for i in batch], generator=generators, **call
-            ).images
+        batch_labels = [labels[i % len(labels)] for i in batch]
+        with warn_once:
+            images = pipeline(batch_labels, generator=generators, **call).images
         yield batch, images
+
+
+@contextmanager
+def progress_bars(
+    pipeline: ClassifierGuidedPipeline,
+    num_images: int,
+    batch_size: int,
+    show: bool,
+    initial: int = 0,
+) -> Iterator[tqdm]:
+    """Context manager: a bar of images to update; for a single batch, the pipeline's bar of steps.
+
+    The pipeline's progress bar settings are restored on exit.
+
+    Args:
+        show: False hides both bars.
+        initial: number of images that exist already.
+    """
+    settings = getattr(pipeline, "_progress_bar_config", {})
+    show_steps = show and num_images <= batch_size
+    hide_images = show_steps or not show
+    pipeline.set_progress_bar_config(**{**settings, "disable": not show_steps, "unit": "step"})
+    try:
+        with tqdm(total=num_images, initial=initial, unit="image", disable=hide_images) as bar:
+            yield bar
+    finally:
+        pipeline.set_progress_bar_config(**settings)

@@ -5,49 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline import ALGORITHMS
+from ..arguments import ALGORITHMS, DEFAULTS
+from ..cli_options import (
+    add_shared_option,
+    add_shared_options,
+    launched_processes,
+    launched_world_size,
+    select_device,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..pipeline import ClassifierGuidedPipeline
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-OF_THE_CALL = (
-    "guidance_scale",
-    "guidance_start",
-    "guidance_stop",
-    "classifier_free_scale",
-    "num_inference_steps",
-    "guidance_algorithm",
-    "guidance_every",
-    "guidance_tolerance",
-)
+PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_sample_command(commands: Any) -> None:
     command = commands.add_parser(
         "sample",
         help="images of labels",
-        description="Generate images of one or more labels: one picture with a row a label, or a folder of any number "
-        "of images. A folder's run goes on where it was when it is started again, and is shared among the "
-        "processes of `accelerate launch -m guided_diffusers sample ...`.",
+        description="Generate images of one or more labels: one picture with a row per label, or a "
+        "folder of any number of images. An interrupted run into a folder is resumed when it is "
+        "started again, and `accelerate launch -m guided_diffusers sample ...` divides it among "
+        "processes.",
     )
     command.set_defaults(run=run_sample)
+    add_shared_options(command, "--model", "--revision")
     option = command.add_argument
-    option(
-        "--model",
-        default="fashion-mnist",
-        help="a bundled model, a pipeline folder or a Hub id (default: %(default)s)",
-    )
-    option(
-        "--revision",
-        help="of a model of the Hub: a branch, a tag or a commit (default: the newest)",
-    )
     option(
         "--label",
         nargs="+",
@@ -55,104 +44,91 @@ def add_sample_command(commands: Any) -> None:
         metavar="LABEL",
         help="names or ids; `all`: every label of the model",
     )
+    option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
+    option(
+        "--scheduler",
+        help="a Diffusers scheduler: ddim, ddpm, euler, unipc, DPMSolverMultistepScheduler, ... "
+        "(default: set by the model)",
+    )
+    add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
+    add_shared_option(
+        command,
+        "--seed",
+        help="random seed; image i depends only on the seed and i (default: %(default)s)",
+    )
+    _add_call_options(command)
+    _add_output_options(command)
+
+
+def _add_call_options(command: argparse.ArgumentParser) -> None:
+    """Arguments of the pipeline's call; options left out are missing in the parsed options."""
+    option = command.add_argument_group(
+        "sampling",
+        "Options left out have the model's defaults.",
+        argument_default=argparse.SUPPRESS,
+    ).add_argument
     option(
         "--guidance-scale",
         type=float,
-        default=argparse.SUPPRESS,
-        help="how strongly the classifier steers; 0: off, 1: exact, more: sharper and less varied (default: the "
-        "model's own)",
+        help="strength of the classifier; 0: off, 1: exact, more: sharper and less varied",
     )
-    for name, what in (("start", "from"), ("stop", "until")):
+    for end in ("start", "stop"):
         option(
-            f"--guidance-{name}",
+            f"--guidance-{end}",
             type=float,
             metavar="FRACTION",
-            default=argparse.SUPPRESS,
-            help=f"{what} which fraction of the run the classifier steers, in [0, 1] (default: the model's own)",
+            help=f"fraction of the run at which guidance {end}s, in [0, 1]",
         )
     option(
         "--classifier-free-scale",
         type=float,
-        default=argparse.SUPPRESS,
-        help="how strongly a network that knows the labels and a null label steers by itself; 0: off (default: the "
-        "model's own)",
+        help="strength of classifier-free guidance, for a network with a null label; 0: off",
     )
     option(
         "--guidance-algorithm",
         choices=ALGORITHMS,
-        default=argparse.SUPPRESS,
-        help="how guidance enters a step: in the network's output, in the mean of a DDPM step, or as a part beside "
-        "the scheduler's (default: the model's own)",
+        help="how guidance enters a step: through the network's output, through the mean of a DDPM "
+        "step, or by operator splitting",
     )
-    option(
-        "--guidance-every",
-        type=int,
-        metavar="K",
-        default=argparse.SUPPRESS,
-        help="ask the classifier at every k-th step (default: the model's own)",
-    )
+    option("--guidance-every", type=int, metavar="K", help="evaluate the classifier every K steps")
     option(
         "--guidance-tolerance",
         type=float,
         metavar="T",
-        default=argparse.SUPPRESS,
-        help="instead, ask it again where its gradient turned so far that the image would be off by more, in units "
-        "of [-1, 1] (default: the model's own)",
+        help="instead, evaluate it only when the estimated error of the image exceeds T, in units "
+        "of [-1, 1]",
     )
-    option(
-        "--num-images",
-        type=int,
-        help="images in all, shared by the labels in turn (default: 10 a label)",
-    )
-    option(
-        "--num-inference-steps",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="scheduler steps (default: the model's own)",
-    )
-    option(
-        "--scheduler",
-        help="a Diffusers scheduler: ddim, ddpm, euler, unipc, DPMSolverMultistepScheduler, ... "
-        "(default: the model's own)",
-    )
-    option(
-        "--conditional",
-        action=argparse.BooleanOptionalAction,
-        help="whether a class-conditional network gets the label, too (default: yes, where it can)",
-    )
-    option(
-        "--seed",
-        type=int,
-        default=0,
-        help="image i depends on the seed and i alone (default: %(default)s)",
-    )
-    option("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
+    option("--num-inference-steps", type=int, help="scheduler steps")
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument_group("output").add_argument
     option(
         "--output",
         type=Path,
         default=Path("samples.png"),
-        help=f"a picture ({', '.join(PICTURES)}) of all images, or a folder (default: %(default)s)",
+        help=f"one picture ({', '.join(PICTURE_FORMATS)}) of all images, or a folder "
+        "(default: %(default)s)",
     )
     option(
         "--format",
         choices=("imagefolder", "parquet", "npz"),
-        help="of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz (arr_0, RGB, and the "
-        "labels as arr_1) as evaluators read it (default: imagefolder)",
+        help="of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
+        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)",
     )
     option(
         "--shard-size",
         type=int,
-        help="of a folder: images that are written together; what is lost at most where a process is killed "
+        help="of a folder: images written together; a process that is killed loses at most these "
         "(default: 256, or --batch-size if that is more)",
     )
     option(
         "--diagnostics",
         type=Path,
         metavar="FILE",
-        help="what guidance did at each step, as figures (.json) or curves (.png); the images stay the same",
+        help="what guidance did at each step, as metrics (.json) or curves (.png); the images "
+        "stay the same",
     )
-    option("--quiet", action="store_true", help="no progress bar")
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -160,211 +136,171 @@ def run_sample(options: argparse.Namespace) -> None:
 
     from ..utils import exchanged, load_pipeline
 
-    check(options)
-    processes = team(options.device)
-    main = processes is None or processes.is_main_process
-    options.quiet = options.quiet or not main
+    check_options(options)
+    processes = launched_processes(options.device)
+    is_main = processes is None or processes.is_main_process
+    options.quiet = options.quiet or not is_main
     if options.quiet:
         disable_progress_bar()
-    pipeline = load_pipeline(options.model, options.revision).to(
-        device_of(options.device, processes)
-    )
+    pipeline = load_pipeline(options.model, options.revision)
+    pipeline.to(select_device(options.device, processes))
     if options.scheduler:
         pipeline.scheduler = exchanged(pipeline.scheduler, options.scheduler)
-    labels = labels_of(options.label, pipeline)
-    count = options.num_images or 10 * len(labels)
-    call = {name: value for name, value in vars(options).items() if name in OF_THE_CALL}
+    labels = parse_label_options(options.label, pipeline)
+    options.num_images = options.num_images or 10 * len(labels)
+    call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
     call["conditional"] = options.conditional
-    record = None
+    diagnostics = None
     if options.diagnostics:
         from ..diagnosis.steps import GuidanceDiagnostics
 
-        record = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
+        diagnostics = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
 
-    if options.output.suffix.lower() in PICTURES:
-        said = make_picture(pipeline, labels, count, call, options)
+    if is_picture(options.output):
+        timing = make_picture(pipeline, labels, call, options)
     else:
-        said = make_folder(pipeline, labels, count, call, options, processes)
-    if record is not None:
-        record.save(options.diagnostics)
+        timing = make_folder(pipeline, labels, call, options, processes)
+
+    if diagnostics is not None:
+        diagnostics.save(options.diagnostics)
     if processes is not None:
         processes.destroy_process_group()
-    if main:
-        names = pipeline.config.id2label or {}
-        shown = ", ".join(str(names.get(label, label)) for label in labels)
-        scale = f"guidance scale {call['guidance_scale']:g}, " if "guidance_scale" in call else ""
-        print(
-            f"{count} images of {shown} ({scale}{type(pipeline.scheduler).__name__}, seed {options.seed}) {said}: "
-            f"{options.output}"
-        )
+    if is_main:
+        id2label = pipeline.config.id2label or {}
+        names = ", ".join(str(id2label.get(label, label)) for label in labels)
+        settings = f"{type(pipeline.scheduler).__name__}, seed {options.seed}"
+        if "guidance_scale" in call:
+            settings = f"guidance scale {call['guidance_scale']:g}, {settings}"
+        print(f"{options.num_images} images of {names} ({settings}) {timing}: {options.output}")
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse options before the work.
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_FORMATS
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Check the options before any computation.
 
     Raises:
-        ValueError: for a number below 1, or what doesn't go with a picture, a folder or several processes.
-        ImportError: for curves without matplotlib.
+        ValueError: for a number below 1; for options that have no effect on a picture or a folder,
+            or that several processes don't allow.
+        ImportError: for --diagnostics curves without matplotlib.
     """
     for name in ("batch_size", "num_images", "shard_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
-    several, picture = world_size() > 1, options.output.suffix.lower() in PICTURES
+    world_size = launched_world_size()
     for name in ("format", "shard_size"):
-        if picture and getattr(options, name) is not None:
+        value = getattr(options, name)
+        if value is not None and is_picture(options.output):
             raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: --output {options.output} is a "
-                "picture; it is for a folder"
+                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use "
+                "a folder"
             )
-    if picture and several:
+    if world_size > 1 and is_picture(options.output):
         raise ValueError(
-            f"--output {options.output}: a picture is made by one process; several make a folder"
+            f"--output {options.output}: {world_size} processes can't make a picture; use a "
+            "folder, or one process"
         )
     if options.diagnostics:
-        from ..diagnosis.steps import check_output
-
-        check_output(options.diagnostics)
-        if several:
-            raise ValueError(
-                f"--diagnostics {options.diagnostics}: {world_size()} processes were started, each of "
-                "which sees a share of the images; one process is allowed"
-            )
+        _check_diagnostics(options, world_size)
 
 
-def world_size() -> int:
-    """How many processes a launcher says it started, torch's or one of MPI; 1 without."""
-    from accelerate.utils import get_int_from_env
+def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
+    from ..diagnosis.steps import check_output
 
-    return get_int_from_env(
-        ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1
-    )
+    check_output(options.diagnostics)
+    if world_size > 1:
+        raise ValueError(
+            f"--diagnostics {options.diagnostics}: {world_size} processes were started, each with "
+            "a part of the images; one process is allowed"
+        )
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise ValueError(
+            f"--diagnostics: {options.output} isn't empty, and its images would not be counted; "
+            "use a new folder"
+        )
 
 
-def team(device: str | None) -> PartialState | None:
-    """The processes that a launcher started, where there are several.
+def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
+    """Ids of the values of --label.
 
     Raises:
-        ValueError: for a device with a number, which they would all use; for processes that don't find each other, or
-            have another device.
+        ValueError: for an unknown label, or for `all` with an unknown number of labels.
     """
-    if (started := world_size()) == 1:
-        return None
-    import torch
-    from accelerate import PartialState
+    from .folder import label_ids
 
-    if ":" in (device or ""):
-        raise ValueError(
-            f"--device {device}: with several processes each has its own; {device.partition(':')[0]} is "
-            "allowed"
-        )
-    # they wait for the slowest; where one died, the launcher ends the others
-    state = PartialState(
-        cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30)
-    )
-    if state.num_processes != started:
-        raise ValueError(
-            f"the environment says that {started} processes were started, and {state.num_processes} found "
-            "each other; start them with torchrun, accelerate launch or mpirun"
-        )
-    if device is not None and state.device.type != device:
-        raise ValueError(f"--device {device}: the processes were given {state.device.type}")
-    return state
-
-
-def device_of(device: str | None, processes: PartialState | None) -> Any:
-    import torch
-
-    if processes is not None:
-        return processes.device
-    fastest = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.device(device or fastest)
-
-
-def labels_of(given: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
-    """The ids of the labels of the command line.
-
-    Raises:
-        ValueError: for an unknown one, or `all` where it isn't known how many there are.
-    """
-    from .scale import label_ids
-
-    if given == ["all"]:
+    if values == ["all"]:
         if not pipeline.num_labels:
-            raise ValueError(
-                "--label all: the model doesn't say how many labels it has; give their ids"
-            )
+            raise ValueError("--label all: the model's number of labels is unknown; use their ids")
         return list(range(pipeline.num_labels))
     names = (pipeline.config.id2label or {}).values()
-    return label_ids(
-        pipeline, [int(one) if one.isdigit() and one not in names else one for one in given]
-    )
+    labels: list[int | str] = []
+    for value in values:
+        is_id = value.isdigit() and value not in names
+        labels.append(int(value) if is_id else value)
+    return label_ids(pipeline, labels)
 
 
 def make_picture(
     pipeline: ClassifierGuidedPipeline,
     labels: list[int],
-    count: int,
     call: dict[str, Any],
     options: argparse.Namespace,
 ) -> str:
-    """One picture with a row a label."""
-    from tqdm.auto import tqdm
-
-    from .batches import sample
+    """Save one picture with a row per label; return the duration as text."""
+    from .batches import progress_bars, sample
     from .pictures import grid, save_image
 
-    images, began = {}, time.perf_counter()
-    one_batch = count <= options.batch_size  # then the steps are worth a bar, else the images
-    pipeline.set_progress_bar_config(disable=options.quiet or not one_batch, unit="step")
-    with tqdm(total=count, unit="image", disable=options.quiet or one_batch) as bar:
-        for indices, batch in sample(
-            pipeline, labels, options.seed, options.batch_size, range(count), **call
-        ):
-            images.update(zip(indices, batch, strict=True))
+    start, count, images = time.perf_counter(), options.num_images, []
+    batches = sample(pipeline, labels, options.seed, options.batch_size, range(count), **call)
+    with progress_bars(pipeline, count, options.batch_size, show=not options.quiet) as bar:
+        for _, batch in batches:
+            images += batch
             bar.update(len(batch))
-    seconds = time.perf_counter() - began
-    in_rows = [images[i] for row in range(len(labels)) for i in range(row, count, len(labels))]
-    id2label = pipeline.config.id2label or {}
-    names = [id2label.get(label, str(label)) for label in labels]
-    save_image(grid(in_rows, names if count % len(labels) == 0 else None), options.output)
+    seconds = time.perf_counter() - start
+    by_label = [image for row in range(len(labels)) for image in images[row :: len(labels)]]
+    names = None
+    if count % len(labels) == 0:
+        id2label = pipeline.config.id2label or {}
+        names = [id2label.get(label, str(label)) for label in labels]
+    save_image(grid(by_label, names), options.output)
     return f"in {seconds:.1f} s"
 
 
 def make_folder(
     pipeline: ClassifierGuidedPipeline,
     labels: list[int],
-    count: int,
     call: dict[str, Any],
     options: argparse.Namespace,
     processes: PartialState | None,
 ) -> str:
-    """Any number of images, or those of them that aren't there yet."""
-    from .manifest import commit
-    from .scale import sample_to_folder
+    """Generate the missing images of a folder; return the duration and speed as text."""
+    from .folder import sample_to_folder
+    from .manifest import hub_commit
 
-    if options.diagnostics and options.output.exists() and any(options.output.iterdir()):
-        raise ValueError(
-            f"--diagnostics: {options.output} isn't empty, and images that are there already would not be "
-            "counted; a new folder is allowed"
-        )
-    made = sample_to_folder(
+    result = sample_to_folder(
         pipeline,
         labels,
         options.output,
-        count,
+        options.num_images,
         seed=options.seed,
         batch_size=options.batch_size,
         shard_size=options.shard_size or max(256, options.batch_size),
         format=options.format or "imagefolder",
         model=options.model,
-        revision=commit(options.model, options.revision),
+        revision=hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,
         **call,
     )
-    if made.before:
-        print(f"{made.before} of {count} images were there", file=sys.stderr)
-    rate = f", {(count - made.before) / made.seconds:.1f} images/s" if count > made.before else ""
-    shared = f" by {processes.num_processes} processes" if processes is not None else ""
-    return f"in {made.seconds:.1f} s{rate}{shared}"
+    if result.before:
+        print(f"{result.before} of {result.images} images existed", file=sys.stderr)
+    timing = f"in {result.seconds:.1f} s"
+    generated = result.images - result.before
+    if generated:
+        timing += f", {generated / result.seconds:.1f} images/s"
+    if processes is not None:
+        timing += f" by {processes.num_processes} processes"
+    return timing

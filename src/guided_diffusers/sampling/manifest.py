@@ -1,4 +1,4 @@
-"""What made a run's images: settings, the model's revision, versions; and whether a folder is of the same run."""
+"""Manifest of a folder of images: settings, model revision and versions of the run that made it."""
 
 from __future__ import annotations
 
@@ -16,181 +16,180 @@ import torch
 from diffusers import SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 
+from ..arguments import DEFAULTS
 from ..noise import module_config
-from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
-from ..utils import finite, write_json
+from ..pipeline import ClassifierGuidedPipeline
+from ..utils import finite, is_hub_id, write_json
 
-NAME = "manifest.json"
-NO_SETTINGS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}  # those that look on
+MANIFEST = "manifest.json"
+#: arguments of the pipeline's call that don't change the images
+OBSERVERS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 LIBRARIES = ("guided-diffusers", "torch", "diffusers", "numpy", "pillow", "pyarrow")
 
 
-def all_settings(
+def run_settings(
     pipeline: ClassifierGuidedPipeline,
     model: str | None,
     revision: str | None,
-    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`settings`, and what of the pipeline and this machine has a say in the images, as JSON."""
-    found = {
+    """All that determines the images, as JSON: `arguments`, the pipeline, device and versions."""
+    classifier = pipeline.classifier
+    settings = {
         "model": model or type(pipeline).__name__,
         "revision": revision or weights_hash(pipeline),
-        "classifier": None if pipeline.classifier is None else module_hash(pipeline.classifier),
-        **{name: value for name, value in settings.items() if name not in NO_SETTINGS},
+        "classifier": None if classifier is None else module_hash(classifier),
+        **{name: value for name, value in arguments.items() if name not in OBSERVERS},
         "scheduler": scheduler_settings(pipeline.scheduler),
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    return json.loads(json.dumps(finite(found), default=lambda value: type(value).__name__))
+    return json.loads(json.dumps(finite(settings), default=lambda value: type(value).__name__))
 
 
 def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Its class and that class's own options, without those that another class left in the config."""
-    takes = inspect.signature(type(scheduler).__init__).parameters
-    return {
-        "class": type(scheduler).__name__,
-        **{name: value for name, value in scheduler.config.items() if name in takes},
-    }
+    """Class and options of a scheduler, without options that its class doesn't have."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    options = {name: value for name, value in scheduler.config.items() if name in parameters}
+    return {"class": type(scheduler).__name__, **options}
 
 
-def settled(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments, with the pipeline's own where it says nothing."""
-    own = dict(pipeline.config.defaults)
-    if any(
-        call.get(name) is not None for name in ("guidance_every", "guidance_tolerance")
-    ):  # one turns the other off
-        own |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
-    return own | {
-        name: value for name, value in call.items() if value is not None or name not in own
+def resolve_defaults(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, where those left out or None have the pipeline's defaults."""
+    defaults = dict(pipeline.config.defaults)
+    exclusive = ("guidance_every", "guidance_tolerance")  # one turns off the other's default
+    if any(call.get(name) is not None for name in exclusive):
+        defaults |= {name: DEFAULTS[name] for name in exclusive}
+    set_arguments = {
+        name: value for name, value in call.items() if value is not None or name not in defaults
     }
+    return defaults | set_arguments
+
+
+def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Differences of nested mappings: (name, first value, second value), None where missing."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys((*first, *second)):
+            path = f"{name}.{key}" if name else str(key)
+            yield from differences(first.get(key), second.get(key), path)
+    elif first != second:
+        yield name, first, second
 
 
 def weights_hash(pipeline: ClassifierGuidedPipeline) -> str:
-    """SHA-256 of all networks' classes, configs and weights."""
+    """SHA-256 of the classes, configs and weights of all networks."""
     digest = hashlib.sha256()
     for name, module in sorted(pipeline.components.items()):
-        if isinstance(module, torch.nn.Module):
-            config = {
-                key: value
-                for key, value in module_config(module).items()
-                if not str(key).startswith("_")
-            }
-            digest.update(
-                json.dumps(
-                    [name, type(module).__name__, config], sort_keys=True, default=str
-                ).encode()
-            )
-            add_weights(digest, module)
+        if not isinstance(module, torch.nn.Module):
+            continue
+        config = module_config(module).items()
+        public = {key: value for key, value in config if not str(key).startswith("_")}
+        description = [name, type(module).__name__, public]
+        digest.update(json.dumps(description, sort_keys=True, default=str).encode())
+        add_weights(digest, module)
     return f"sha256:{digest.hexdigest()}"
 
 
 def module_hash(module: torch.nn.Module) -> str:
-    """SHA-256 of a network's weights alone, wherever they lie and whatever it is called."""
-    add_weights(digest := hashlib.sha256(), module)
+    """SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    add_weights(digest, module)
     return f"sha256:{digest.hexdigest()}"
 
 
 def add_weights(digest: Any, module: torch.nn.Module) -> None:
-    """Tell a digest of `hashlib` of all weights: their names, types, shapes and numbers."""
+    """Update a `hashlib` digest with the names, dtypes, shapes and values of all weights."""
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def commit(model: str, revision: str | None = None) -> str | None:
-    """The Hub's commit hash of a model that was just loaded from there; None for a folder, or a bundled model."""
-    if "/" not in model or Path(model).exists():
+def hub_commit(model: str, revision: str | None = None) -> str | None:
+    """Commit of a model just loaded from the Hub; None for a folder or a bundled model."""
+    if not is_hub_id(model):
         return None
-    found = try_to_load_from_cache(model, "model_index.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    path = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
-def begin(folder: Path, settings: Mapping[str, Any], written: bool = False) -> None:
-    """Write a new folder's manifest, or see that it is of these settings; remove what killed runs left half-written.
+def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
+    """Write the manifest of a new folder, or check that an existing one has these settings.
+
+    Temporary files of killed runs are removed.
 
     Args:
-        written: another process did; only see that it is the same.
+        created: another process has already opened the folder; only check its manifest.
 
     Raises:
-        ValueError: for a folder of other settings, naming them, one that is no run's, or a manifest that can't be read.
+        ValueError: for a folder with other settings, with other content, or with a broken manifest.
     """
-    path = folder / NAME
+    path = folder / MANIFEST
     if not path.exists():
-        if written:
+        if created:
             raise ValueError(
-                f"{folder} isn't the same for all processes: {path} was just written, and isn't here; "
-                "several machines need a folder that all of them see"
+                f"{folder}: the main process wrote {path}, but this process doesn't see it; use a "
+                "folder that all machines share"
             )
-        if folder.exists() and (
-            not folder.is_dir() or [one for one in folder.iterdir() if not _half_written(one)]
-        ):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_partial, folder.iterdir()))):
             raise ValueError(
-                f"{folder} is in use and has no {NAME}, so it is of no run that could go on; a new or "
-                "empty folder is allowed"
+                f"{folder} is in use and has no {MANIFEST}, so it can't be resumed; use a new or "
+                "empty folder"
             )
         write_manifest(folder, settings, complete=False)
     try:
-        before = json.loads(path.read_text())
-        before.pop("complete")
+        manifest = json.loads(path.read_text())
+        manifest.pop("complete")
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} can't be read ({error!r}), so it isn't known what made the images there; another "
-            "folder is allowed"
+            f"{path} can't be read ({error!r}), so the run can't be resumed; use another folder"
         ) from error
-    different = {
-        name: f"{name} is {one}, here {other}" for name, one, other in differences(before, settings)
-    }
-    if different.keys() - {"model"}:  # its revision says what it is, its path may be another
+    different = {}
+    for name, before, now in differences(manifest, settings):
+        different[name] = f"{name} is {before}, here {now}"
+    if different.keys() - {"model"}:  # the revision identifies the model, wherever it is stored
         raise ValueError(
-            f"{path} is of a run with other settings, which can't go on with these: "
-            f"{'; '.join(different.values())}. Use the same, or another folder"
+            f"{path} is of a run with other settings: {'; '.join(different.values())}. Use the "
+            "same settings, or another folder"
         )
-    if not written:
-        for partial in filter(_half_written, folder.rglob(".*.partial")):
+    if not created:
+        for partial in filter(_is_partial, folder.rglob(".*.partial")):
             partial.unlink(missing_ok=True)
 
 
-def write_manifest(folder: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write the settings, and whether all images are there."""
-    write_json({**settings, "complete": complete}, folder / NAME)
-
-
-def _half_written(path: Path) -> bool:
+def _is_partial(path: Path) -> bool:
+    """Whether a path is a temporary file of `aside`."""
     return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
 
 
-def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, its value, its other value) of all that differs in nested mappings; None where there is none."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for key in dict.fromkeys((*one, *other)):
-            yield from differences(
-                one.get(key), other.get(key), f"{name}.{key}" if name else str(key)
-            )
-    elif one != other:
-        yield name, one, other
+def write_manifest(folder: Path, settings: Mapping[str, Any], complete: bool) -> None:
+    """Write the settings, and whether all images exist."""
+    write_json({**settings, "complete": complete}, folder / MANIFEST)
 
 
 def unique_names(id2label: Mapping[Any, str] | None, count: int) -> list[str]:
-    """The names of the labels 0 to count - 1, by default their ids; a name of several gets its id behind it."""
-    known = {int(i): str(name) for i, name in (id2label or {}).items()}
-    return unique([known.get(i, str(i)) for i in range(count)])
+    """Names of the labels 0 to count - 1; unnamed ones get their id, ambiguous ones a suffix."""
+    names = {int(i): str(name) for i, name in (id2label or {}).items()}
+    return unique([names.get(i, str(i)) for i in range(count)])
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """The names as folders, all apart, also where capitals are as small letters."""
+    """Unique folder names of labels, also on file systems that ignore case."""
     return unique([as_folder(name) for name in names], str.casefold)
 
 
 def as_folder(name: str) -> str:
-    """A name without what a folder's mustn't have."""
+    """A name in which characters that a folder name can't have are replaced by "-"."""
     return re.sub(r"^\.|[/\\\0]", "-", name) or "-"
 
 
-def unique(names: Sequence[str], seen_as: Callable[[str], str] = str) -> list[str]:
-    """The names, of which those that several have get their number behind them, until all are apart."""
-    while max((counts := Counter(map(seen_as, names))).values(), default=1) > 1:
-        names = [
-            f"{name} {i}" if counts[seen_as(name)] > 1 else name for i, name in enumerate(names)
-        ]
-    return list(names)
+def unique(names: Sequence[str], key: Callable[[str], str] = str) -> list[str]:
+    """Names in which duplicates, compared by `key`, get their position as a suffix."""
+    names = list(names)
+    while True:
+        counts = Counter(map(key, names))
+        duplicates = [i for i, name in enumerate(names) if counts[key(name)] > 1]
+        if not duplicates:
+            return names
+        for i in duplicates:
+            names[i] = f"{names[i]} {i}"

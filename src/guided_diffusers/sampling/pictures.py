@@ -1,4 +1,4 @@
-"""Images as one picture."""
+"""Several images as one picture."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from ..utils import aside
 def grid(
     images: Sequence[Image.Image], names: Sequence[str] | None = None, smallest: int = 84
 ) -> Image.Image:
-    """One picture: a row a name with its images in order, or, with at most one name, a square.
+    """A grid of images: one row per name, or, with at most one name, nearly a square.
 
     Args:
-        images: of one size, the images of a name next to each other, equally many a name.
-        names: of the rows, written in front.
-        smallest: images narrower than this many pixels are enlarged by a whole factor.
+        images: images of one size, ordered by row, equally many for every name.
+        names: labels of the rows, written on the left.
+        smallest: images narrower than this are enlarged by an integer factor, pixels.
     """
     factor = max(1, round(smallest / images[0].width))
-    size = (images[0].width * factor, images[0].height * factor)
-    rows = len(names) if names and len(names) > 1 else _rows(len(images))
-    columns, margin = ceil(len(images) / rows), 0
-    font = ImageFont.load_default(max(10, size[1] // 5))
+    width, height = images[0].width * factor, images[0].height * factor
+    rows, margin, row_names = _rows(len(images)), 0, []
+    font = ImageFont.load_default(max(10, height // 5))
     if names and len(names) > 1:
+        rows, row_names = len(names), names
         margin = 12 + ceil(max(font.getlength(name) for name in names))
-    picture = Image.new("RGB", (margin + columns * size[0], rows * size[1]), "white")
+    columns = ceil(len(images) / rows)
+    picture = Image.new("RGB", (margin + columns * width, rows * height), "white")
     for i, image in enumerate(images):
-        place = (margin + i % columns * size[0], i // columns * size[1])
-        picture.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST), place)
-    for row, name in enumerate(names if margin else []):
-        ImageDraw.Draw(picture).text((6, (row + 0.5) * size[1]), name, "black", font, "lm")
+        row, column = divmod(i, columns)
+        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (margin + column * width, row * height))
+    for row, name in enumerate(row_names):
+        ImageDraw.Draw(picture).text((6, (row + 0.5) * height), name, "black", font, "lm")
     return picture
 
 
 def _rows(count: int) -> int:
-    """Of a rectangle without holes that is no longer than five times its height, else of a square."""
-    whole = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
-    return whole if count <= 5 * whole**2 else round(sqrt(count))
+    """Rows of a full rectangle at most five times as wide as high, or else of a square."""
+    divisor = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
+    return divisor if count <= 5 * divisor**2 else round(sqrt(count))
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write under a temporary name, then move into place."""
+    """Save an image in the format of the path's extension, atomically."""
     with aside(path) as partial:
         image.save(partial, Image.registered_extensions()[path.suffix.lower()])

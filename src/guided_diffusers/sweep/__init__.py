@@ -19,6 +19,7 @@ Modules, each importing only earlier ones: settings, metrics, store, schedulers,
 plots, report, run, commands.
 """
 
+from ..deprecated import renamed
 from .metrics import Result
 from .report import write_report
 from .run import measure_points, sweep
@@ -39,3 +40,5 @@ __all__ = [
     "verdict_of",
     "write_report",
 ]
+
+__getattr__ = renamed(__name__, {"Point": "SweepSetting", "points": "sweep_grid"})

@@ -7,8 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from ..cli_options import add_shared_option, select_device
-from ..pipeline import ALGORITHMS
+from ..arguments import ALGORITHMS
+from ..cli_options import add_shared_option, launched_processes, select_device
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -81,11 +81,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "images per setting, labels in turn (default: %(default)s)",
     },
-    "--conditional": {
-        "action": argparse.BooleanOptionalAction,
-        "help": "give the label to a class-conditional denoiser; otherwise only guidance steers "
-        "(default: yes, if the denoiser accepts labels)",
-    },
     "--dtype": {
         "choices": ("float32", "bfloat16", "float16"),
         "default": "float32",
@@ -131,6 +126,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {  # with what differs from `cli_opt
     "--seed": {"help": "image i depends only on the seed and i (default: %(default)s)"},
     "--batch-size": {"default": 50},
     "--device": {},
+    "--conditional": {},
     "--quiet": {},
 }
 
@@ -157,17 +153,16 @@ def run_sweep(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
     from ..evaluation import default_features, load_network
-    from ..sampling.commands import team
     from ..utils import load_pipeline, require_matplotlib
     from .run import sweep
 
     require_matplotlib()  # before the computation
-    processes = team(options.device)
+    processes = launched_processes(options.device)
     main = processes is None or processes.is_main_process
     if options.quiet or not main:
         disable_progress_bar()
         disable_transformers_bar()
-    device = select_device(options.device) if processes is None else processes.device
+    device = select_device(options.device, processes)
     pipeline = load_pipeline(options.model, options.revision).to(device)
     features = load_network(options.features or default_features({"model": options.model}), device)
     judge = None

@@ -133,7 +133,7 @@ class PointEvaluator:
         judge_classes = self.judge.classes if self.judge else None
         labelled = self.summary_settings.classes > 0
         return Summary(
-            self.real.width, self.num_images, self.summary_settings, judge_classes, labelled
+            self.real.width, self.options.num_images, self.summary_settings, judge_classes, labelled
         )
 
     def _sample(

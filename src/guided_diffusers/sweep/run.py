@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..arguments import DEFAULTS
 from ..evaluation import (
     COVERAGE_K,
     Bootstrap,
@@ -23,8 +24,8 @@ from ..evaluation import (
     open_real,
     summarise,
 )
-from ..pipeline import DEFAULTS, ClassifierGuidedPipeline
-from ..sampling.batches import Once
+from ..pipeline import ClassifierGuidedPipeline
+from ..sampling.batches import WarnOnce
 from ..sampling.manifest import module_hash, weights_hash
 from ..utils import require_matplotlib
 from .measure import MeasureOptions, PointEvaluator, quiet_copy
@@ -357,7 +358,7 @@ def fill(
     bar = tqdm(
         total=len(settings) * count, initial=finished * count, unit="image", disable=not progress
     )
-    with Once(), bar:
+    with WarnOnce(), bar:
         if finished and progress:
             bar.write(f"{finished} of {len(settings)} settings are already measured")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..pipeline import ALGORITHMS
+from ..arguments import ALGORITHMS
 
 
 class Curve(NamedTuple):

@@ -15,6 +15,7 @@ from means of squares, its kernel distance keeps the features of all images, and
 merged by hand.
 """
 
+from ...deprecated import renamed
 from .accumulator import Accumulator, gather
 from .bootstrap import bootstrap_weights, confidence_interval
 from .classification import ClassScore, ConfusionMatrix
@@ -42,3 +43,17 @@ __all__ = [
     "kernel_distance",
     "precision_recall",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Answers": "ConfusionMatrix",
+        "Kept": "FeatureSample",
+        "Nearest": "NearestImages",
+        "frechet_resampled": "bootstrap_frechet_distances",
+        "hashed": "hash_indices",
+        "interval": "confidence_interval",
+        "memberships": "count_in_balls",
+        "resamples": "bootstrap_weights",
+    },
+)
