@@ -262,7 +262,7 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
         "label_list": listed(labels),
         "label": label,
         "size": "x".join(map(str, size if isinstance(size, (list, tuple)) else (size, size))),
-        "unit": "pixels" if pipeline.vae is None else "latents",
+        "latent": pipeline.vae is not None,
         "has_classifier": pipeline.classifier is not None,
         "has_example": (folder / "example.png").exists(),
         "components_table": markdown_table(["component", "class", "parameters"], components),
