@@ -1,8 +1,7 @@
-"""What a saved pipeline holds beside its weights: code that loads it anywhere, and the classes that
-it may name.
+"""Code beside a saved pipeline's weights that loads it anywhere, and checks of a folder to load.
 
     model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
-    pipeline.py         ClassifierGuidedPipeline and all that it needs of this package (`standalone`)
+    pipeline.py         ClassifierGuidedPipeline and all that it needs, in one file (`standalone`)
     classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
@@ -31,15 +30,16 @@ from huggingface_hub.errors import HfHubHTTPError
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
-    "a model or scheduler of diffusers, transformers, guided_diffusers or a module that you "
-    "imported"
+    "a model or scheduler of diffusers, transformers, guided_diffusers or an imported module"
 )
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> None:
-    """Let Diffusers find the components of these modules, also under the names of folders that were
-    saved before there were repositories, and let `DiffusionPipeline` find these pipelines."""
+    """Let Diffusers find these modules' components, and `DiffusionPipeline` these pipelines.
+
+    The modules are also registered under their full names, which older folders have.
+    """
     for module in modules:
         setattr(diffusers.pipelines, module.__name__.replace(".", "_"), module)
         setattr(diffusers.pipelines, module.__name__, module)
@@ -57,8 +57,7 @@ def load_pipeline(
     subfolder: str | None,
     **kwargs: Any,
 ) -> Any:
-    """`from_pretrained` of a pipeline's class, with a subfolder, safetensors only; the folder is
-    checked first.
+    """`from_pretrained` of a pipeline's class from a checked folder, safetensors only.
 
     Raises:
         ValueError: as `check_index`, or for `use_safetensors=False`.
@@ -105,8 +104,7 @@ def _local_folder(
 
 
 def check_index(folder: Path, components: Collection[str]) -> None:
-    """Refuse the model_index.json of a pipeline with code of its own, or whose components' classes
-    are no models.
+    """Refuse a model_index.json with code of its own, or with classes that are not models.
 
     Raises:
         ValueError: naming the entry and what is allowed.
@@ -150,8 +148,7 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
 
 @contextmanager
 def _without_layer_listing() -> Iterator[None]:
-    """Context in which Diffusers doesn't print every layer of a component that is passed instead of
-    a saved one."""
+    """Context in which Diffusers doesn't print every layer of a component that is passed."""
 
     def keep(record: LogRecord) -> bool:
         return not record.getMessage().startswith("You have passed a non-standard module")
@@ -176,8 +173,7 @@ def save_pipeline(
 
 
 def save_pipeline_code(pipeline: Any, folder: Path) -> None:
-    """Write a pipeline's code into its folder, whose configs then name it and no path of this
-    machine."""
+    """Write a pipeline's code into its folder, and its names into the configs there."""
     code = pipeline.code()
     for file, text in code.items():
         (folder / file).write_text(text)
@@ -206,11 +202,8 @@ def pipeline_code(pipeline: Any) -> dict[str, str]:
 
 
 def _code_of(cls: type) -> str | None:
-    """The file that defines a class where guided-diffusers isn't installed; None for another
-    package's class."""
-    if (
-        cls.__module__ == __name__
-    ):  # in such a file, this function and the pipeline are in one module
+    """Text of a self-contained file that defines a class; None for another package's class."""
+    if cls.__module__ == __name__:  # a self-contained file, which has this function, too
         return globals()["__source__"]
     package = cls.__module__.partition(".")[0]
     if package == "diffusers_modules":  # it was loaded from such a file

@@ -1,7 +1,8 @@
-"""One file with a class of this package and every module that it needs: the code that travels with a model's weights.
+"""Self-contained code: one file with a class of this package and every module that it needs.
 
-As in SQLite's amalgamation, the modules are concatenated in the order of their imports. Relative imports are dropped and
-all others moved to the top; nothing else changes. One file is what Diffusers' loader of custom code handles best.
+As in SQLite's amalgamation, the modules are concatenated in the order of their imports. Relative
+imports are dropped and all others moved to the top; nothing else changes. One file is what
+Diffusers' loader of custom code handles best.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -16,48 +18,48 @@ from diffusers import DiffusionPipeline
 PACKAGE = __name__.partition(".")[0]
 HEADER = '''"""`{name}` in one file, for use without the package guided-diffusers (Apache-2.0).
 
-Concatenated from the package's modules by its `standalone.self_contained`; change those, not this file.
+Concatenated from the package's modules by `standalone.self_contained`; change those, not this file.
 """
 
 from __future__ import annotations
 
 '''
-#: the classifier's class is in a file of its own, beside its weights; the pipeline only names it in annotations
+#: the classifier has a file of its own, beside its weights; the pipeline has it in annotations only
 STAND_INS = {f"{PACKAGE}.classifier": "NoiseAwareClassifier = torch.nn.Module\n"}
-FOOTER = """
-
-__source__ = Path(__file__).read_text()  # Diffusers overwrites the file with the next local pipeline
-# Diffusers runs every local pipeline.py in one module; the next one's names go into this copy, not among these
+FOOTER = """\
+# Diffusers copies every local pipeline.py to one file, and runs it in one module. So the text is
+# kept here, and the next pipeline's names go into a copy of this module.
+__source__ = Path(__file__).read_text()
 sys.modules[__name__] = module = type(sys)(__name__)
 module.__dict__.update(globals())
 """
-Import = tuple[str, str]  # (module, name imported from it, or "" for the module itself)
+MAX_LINE_LENGTH = 100
+Imports = dict[str, set[str]]  # module -> what is imported from it, "" being the module itself
 
 
 def self_contained(cls: type) -> str:
     """Text of a file that defines a class of this package without importing the package."""
-    stand_ins = STAND_INS if issubclass(cls, DiffusionPipeline) else {}
+    is_pipeline = issubclass(cls, DiffusionPipeline)
+    stand_ins = STAND_INS if is_pipeline else {}
     modules = _import_order(cls.__module__, stand_ins)
     if len(modules) == 1:
         return _read(modules[0])
-    imports, bodies = set(), list(stand_ins.values())
+    imports: Imports = {"sys": {""}, "pathlib": {"Path"}} if is_pipeline else {}
+    bodies = list(stand_ins.values())
     for module in modules:
-        body, module_imports = _split(module)
-        bodies.append(body)
-        imports |= module_imports
-    footer = FOOTER if issubclass(cls, DiffusionPipeline) else ""
-    if footer:
-        imports |= {("sys", ""), ("pathlib", "Path")}
+        bodies.append(_body(module, imports))
+    if is_pipeline:
+        bodies.append(FOOTER)
     header = HEADER.format(name=cls.__name__) + _import_lines(imports)
-    return header + "\n\n" + "\n\n".join(bodies) + footer
+    return header + "\n" + "\n\n".join(bodies)
 
 
 def _read(module: str) -> str:
     return Path(importlib.util.find_spec(module).origin).read_text()
 
 
-def _import_order(module: str, left_out: dict[str, str]) -> list[str]:
-    """The module and those of this package that it imports, each after the ones that it imports itself."""
+def _import_order(module: str, left_out: Collection[str]) -> list[str]:
+    """The module and the package's modules that it needs, each after those that it imports."""
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -73,33 +75,45 @@ def _import_order(module: str, left_out: dict[str, str]) -> list[str]:
     return order
 
 
-def _split(module: str) -> tuple[str, set[Import]]:
-    """(text of the module without its docstring and imports, its absolute imports)."""
+def _body(module: str, imports: Imports) -> str:
+    """Text of a module without its docstring and imports; `imports` gets the absolute imports."""
     text = _read(module)
-    tree, lines, imports = ast.parse(text), text.splitlines(keepends=True), set()
+    tree, lines = ast.parse(text), text.splitlines(keepends=True)
+    removed = tree.body[:1] if ast.get_docstring(tree) is not None else []
     for node in tree.body:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                imports.add((f"{alias.name} as {alias.asname}" if alias.asname else alias.name, ""))
+                imports.setdefault(ast.unparse(alias), set()).add("")
         elif isinstance(node, ast.ImportFrom):
             if not node.level and node.module != "__future__":
-                imports |= {(node.module, alias.name) for alias in node.names}
-        elif node is not tree.body[0] or ast.get_docstring(tree) is None:
+                imports.setdefault(node.module, set()).update(map(ast.unparse, node.names))
+        else:
             continue
+        removed.append(node)
+    for node in removed:
         for number in range(node.lineno - 1, node.end_lineno):
             lines[number] = ""
-    return "".join(lines).strip() + "\n", imports
+    return "".join(lines).strip() + "\n"
 
 
-def _import_lines(imports: set[Import]) -> str:
-    """Import statements, the standard library's first."""
-    sections: tuple[list[str], list[str]] = ([], [])
-    for module, name in sorted(imports, key=lambda each: (each[1] != "", each[0].lower())):
-        section = sections[module.partition(".")[0].split()[0] not in sys.stdlib_module_names]
-        line = f"import {module}" if not name else f"from {module} import ("
-        if not name:
-            section.append(line)
-        elif line not in section:
-            names = sorted(n for m, n in imports if m == module and n)
-            section += [line, *(f"    {n}," for n in names), ")"]
-    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+def _import_lines(imports: Imports) -> str:
+    """Import statements as ruff sorts them: standard library first, `import` before `from`."""
+    modules, names = ([], []), ([], [])
+    for module in sorted(imports, key=str.lower):
+        third_party = module.partition(".")[0].partition(" ")[0] not in sys.stdlib_module_names
+        if "" in imports[module]:
+            modules[third_party].append(f"import {module}\n")
+        if imported := sorted(imports[module] - {""}, key=_isort_key):
+            line = f"from {module} import {', '.join(imported)}\n"
+            if len(line) > MAX_LINE_LENGTH + 1:
+                line = f"from {module} import (\n    " + ",\n    ".join(imported) + ",\n)\n"
+            names[third_party].append(line)
+    sections = ["".join([*modules[i], *names[i]]) for i in (False, True)]
+    return "\n".join(section for section in sections if section)
+
+
+def _isort_key(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest, in alphabetical order."""
+    if name.isupper() and len(name) > 1:
+        return 0, name
+    return (1 if name[0].isupper() else 2), name

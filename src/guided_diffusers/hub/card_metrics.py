@@ -1,0 +1,167 @@
+"""Metrics in the JSON files of a model's folder, as rows for plots and sections of the model card.
+
+The folder's `metrics` are {name: content}: each JSON file's content under the file's name, and
+figures.json's entries under their own names. Training writes `held_out` and `guided-diffusers
+inspect` writes `levels`, one row a noise level. Rows with `agreement` or `frechet_distance` measure
+guided images.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..diagnosis import COLUMNS
+from ..utils import markdown_table
+
+Row = dict[str, Any]
+Metrics = Mapping[str, Any]
+
+MAX_ROWS = 20
+MAX_UNFOLDED_ROWS = 3
+#: metrics of guided images, and the titles of their plots
+GUIDED_METRICS = {
+    "agreement": "judge accuracy",
+    "frechet_distance": "Frechet distance (lower is better)",
+    "recall": "recall",
+}
+OLD_NAMES = {"judge_agreement": "agreement"}
+#: entries that are not shown as numbers
+HIDDEN = ("made_of", "options", "command", "verdict", "settings", "mismatches")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """{name: content} of the metrics in a folder's JSON files."""
+    metrics: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.json")):
+        is_config = path.name in ("model_index.json", "config.json") or ".index." in path.name
+        if not is_config:
+            metrics[path.stem] = json.loads(path.read_text())
+    return {**metrics.pop("figures", {}), **metrics}
+
+
+def training_options(metrics: Metrics) -> dict[str, Row]:
+    """{name: options} of all metrics that a training wrote."""
+    options = {}
+    for name, entry in metrics.items():
+        if isinstance(entry, dict) and isinstance(entry.get("options"), dict):
+            options[name] = entry["options"]
+    return options
+
+
+def is_rows(value: Any) -> bool:
+    """Whether it is a list of dictionaries, not an empty one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def level_rows(metrics: Metrics) -> dict[str, list[Row]]:
+    """{name: rows} of all metrics with one row a noise level, in order of the timestep."""
+    by_name = {}
+    for name, entry in metrics.items():
+        rows = (entry.get("held_out") or entry.get("levels")) if isinstance(entry, dict) else None
+        if is_rows(rows) and all("timestep" in row for row in rows):
+            by_name[name] = sorted(rows, key=lambda row: row["timestep"])
+    return by_name
+
+
+def guided_rows(metrics: Metrics) -> dict[str, list[Row]]:
+    """{name: rows} of all metrics of guided images; a row's `guidance` describes the guidance."""
+    by_name = {}
+    for name, entry in metrics.items():
+        if not isinstance(entry, dict):
+            continue
+        named = [{"guidance": key, **row} for key, row in entry.items() if isinstance(row, dict)]
+        for rows in (entry.get("rows"), named):
+            rows = [_guided_row(row) for row in rows] if is_rows(rows) else []
+            if rows and all(GUIDED_METRICS.keys() & row.keys() for row in rows):
+                by_name[name] = rows
+    return by_name
+
+
+def _guided_row(row: Row) -> Row:
+    row = {OLD_NAMES.get(key, key): value for key, value in row.items()}
+    scale = row.get("guidance_scale", row.get("scale"))
+    if scale is None:
+        description = "guided"
+    else:
+        description = f"scale {scale:g}" if scale else "unguided"
+    return {"guidance": description, **row}
+
+
+def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Variables of the card's sections, one an entry of the metrics, guided images first.
+
+    Args:
+        pictures: {name: file} of the entries' plots.
+    """
+    guided = guided_rows(metrics)
+    names = [name for name, entry in metrics.items() if isinstance(entry, dict)]
+    variables = []
+    for name in sorted(names, key=lambda name: name not in guided):
+        entry, tables = metrics[name], []
+        for key, rows in {"rows": guided[name]}.items() if name in guided else entry.items():
+            if key not in HIDDEN and is_rows(rows):
+                folded = name not in guided and len(rows) > MAX_UNFOLDED_ROWS
+                tables.append((table_title(key, rows), rows_table(rows), folded))
+        variables.append(
+            {
+                "title": words(name),
+                "guided": name in guided,
+                "entry": entry,
+                "scalars": ", ".join(scalars(entry)),
+                "picture": pictures.get(name),
+                "tables": tables,
+            }
+        )
+    return variables
+
+
+def scalars(entry: Mapping[str, Any]) -> list[str]:
+    """The single numbers and texts of an entry, as "name: value"."""
+    texts, hidden = [], set(HIDDEN)
+    if "held_out" in entry:  # a training's, of which the template shows these in a sentence
+        hidden |= {"step", "images"}
+    for key, value in entry.items():
+        if key not in hidden and isinstance(value, (int, float, str)):
+            texts.append(f"{words(key)}: {cell(value)}")
+    return texts
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table, without nested values; at most `MAX_ROWS`."""
+    columns = list(rows[0])
+    if "sigma_over_alpha" in rows[0]:  # a diagnosis, which has many
+        columns = [column for _, column, _ in COLUMNS if column in rows[0]]
+    columns = [c for c in columns if c not in HIDDEN and not isinstance(rows[0][c], (list, dict))]
+    cells = []
+    for row in rows[:MAX_ROWS]:
+        cells.append([cell(row.get(column)) for column in columns])
+    return markdown_table([words(column) for column in columns], cells)
+
+
+def table_title(key: str, rows: Sequence[Row]) -> str:
+    if key in ("held_out", "levels", "rows"):
+        return "All metrics"
+    return f"{words(key)}: {len(rows)} rows"
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def cell(value: Any) -> str:
+    """A value in a Markdown table."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return re.sub(r"([|<>])", r"\\\1", str(value))

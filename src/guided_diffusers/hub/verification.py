@@ -1,0 +1,78 @@
+"""Checks a collected folder before it is published."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from . import verify_standalone
+from .files import check_files, safetensors_header
+from .staging import Model, model_class
+
+TIMEOUT_S = 1800  # of the clean process, in seconds
+#: environment variables whose names contain one of these are not passed to it
+SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "KEY")
+
+
+def check(folder: Path, model: Model | None = None, variant: str | None = None) -> None:
+    """Refuse files that must not be published, and an output that differs without this package.
+
+    Args:
+        model: the model of the folder. None: it is loaded.
+
+    Raises:
+        ValueError: naming the problem.
+        OSError: for a broken file of weights; the message names it.
+    """
+    for path in folder.rglob("*.safetensors"):
+        safetensors_header(path)
+    model = model or model_class(folder).from_pretrained(folder, variant=variant)
+    check_files(folder, model.code())
+    actual = _standalone_output(folder, variant)
+    expected = verify_standalone.reference_output(model)
+    if not torch.equal(expected, actual):
+        same_shape = expected.shape == actual.shape
+        largest = (expected - actual).abs().max().item() if same_shape else float("nan")
+        raise ValueError(
+            f"{folder}: the output differs when loaded without guided-diffusers; the largest "
+            f"difference is {largest:.3g}"
+        )
+
+
+def _standalone_output(folder: Path, variant: str | None) -> torch.Tensor:
+    """`reference_output` of the folder in a clean process without this package."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "output.safetensors"
+        environment = {}
+        for name, value in os.environ.items():
+            if not any(word in name for word in SECRET_VARIABLES):
+                environment[name] = value
+        environment["HF_HOME"] = directory
+        environment["HF_MODULES_CACHE"] = str(Path(directory) / "modules")
+        environment["HF_HUB_OFFLINE"] = "1"
+        arguments = [folder.resolve(), variant or "", str(torch.get_num_threads()), output]
+        try:
+            run = subprocess.run(
+                [sys.executable, verify_standalone.__file__, *arguments],
+                env=environment,
+                cwd=directory,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"{folder}: no output within {TIMEOUT_S} seconds when loaded without "
+                "guided-diffusers"
+            ) from error
+        if run.returncode:
+            raise ValueError(
+                f"{folder} can't be loaded without guided-diffusers: {run.stderr.strip()[-2000:]}"
+            )
+        return load_file(output)["output"]
