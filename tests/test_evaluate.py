@@ -743,7 +743,7 @@ def test_only_features_of_inception_make_an_fid(
     """With a stand-in for torch-fidelity's class, which needs 90 MB of weights."""
     images = open_real(str(place / "real"), (1, 8, 8))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"pip install 'guided-diffusers\[inception\]'"):
+    with pytest.raises(ImportError, match=r"pip install torch-fidelity"):
         load_network("inception")
 
     class Published(torch.nn.Module):

@@ -82,7 +82,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "curves need matplotlib: pip install 'guided-diffusers[plots]'"
+            "plots need matplotlib: pip install matplotlib"
         ) from error
 
 

@@ -197,7 +197,7 @@ def load_inception(weights: str | Path | None = None) -> Network:
         from torch_fidelity import feature_extractor_inceptionv3 as published
     except ImportError as error:
         raise ImportError(
-            "features 'inception' need torch-fidelity: pip install 'guided-diffusers[inception]'"
+            "features 'inception' need torch-fidelity: pip install torch-fidelity"
         ) from error
     if weights is None:
         url = published.URL_INCEPTION_V3
