@@ -211,7 +211,7 @@ def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
     spacing = {"timestep_spacing": "trailing"}
     if options.learned_variance:  # which DDIM doesn't support
         return scheduler, DDPMScheduler.from_config(scheduler.config, **spacing)
-    # Clipping x0 without changing eps spoils guided samples.
+    # Clipping x0 without changing eps degrades guided samples.
     return scheduler, DDIMScheduler.from_config(scheduler.config, **spacing, clip_sample=False)
 
 

@@ -1,4 +1,8 @@
-"""Guidance of diffusion sampling for every Diffusers scheduler, network and pipeline."""
+"""Guidance of diffusion sampling for Diffusers' schedulers, networks and pipelines.
+
+The core, to read first: noise, guidance, guider, pipeline. Beside it: attach (`guide`) and modular.
+Rooms of tools: sampling, evaluation, sweep, diagnosis, hub, openai, learning (training).
+"""
 
 from . import classifier, hub, openai, repository  # noqa: F401 - hub gives the models push_to_hub
 from .attach import guide
@@ -13,6 +17,7 @@ from .guidance import (
     Guidance,
     StepContext,
     gradient,
+    x0_gradient,
 )
 from .image_guidance import CLIPGuidance, ImageClassifierGuidance, NoiseAwareCLIPGuidance
 from .noise import NoiseLevel, noise_levels
@@ -39,4 +44,5 @@ __all__ = [
     "gradient",
     "guide",
     "noise_levels",
+    "x0_gradient",
 ]

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from .guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, GuidanceSum
+from .guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    GuidanceSum,
+    check_devices,
+)
 from .images import check_precision, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .noise import has_posterior_variance, module_config, prediction_type
@@ -51,15 +57,13 @@ class CallArguments:
         batch_size: number of images.
         condition: of the network.
         terms: the guidance, without what is off.
-        algorithm: the guidance_algorithm.
-        reuse: `every` and `tolerance` of `GuidanceReuse`.
+        guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
     """
 
     batch_size: int
     condition: Condition
     terms: list[Guidance]
-    algorithm: str
-    reuse: dict[str, Any]
+    guider_options: dict[str, Any]
 
 
 def resolve_arguments(
@@ -87,12 +91,13 @@ def resolve_arguments(
         pipeline: the `ClassifierGuidedPipeline`.
         interval: guidance_start and guidance_stop.
         tensor_inputs: callback_on_step_end_tensor_inputs.
-        The others are those of the call.
+
+    The other arguments are those of the call.
 
     Raises:
         ValueError: naming the argument, the value and what is allowed.
     """
-    algorithm, reuse, interval = _resolve_guidance(
+    guider_options, interval = _resolve_guidance(
         pipeline, guidance_algorithm, guidance_every, guidance_tolerance, *interval
     )
     _check_call(pipeline, num_images_per_label, output_type, tensor_inputs)
@@ -108,7 +113,8 @@ def resolve_arguments(
     scales = guidance_scale, classifier_free_scale
     terms = _label_terms(pipeline, mixtures, num_images_per_label, *scales, interval, condition)
     terms += _extra_terms(pipeline, guidance, condition)
-    return CallArguments(batch_size, condition, terms, algorithm, reuse)
+    check_devices(terms, device)
+    return CallArguments(batch_size, condition, terms, guider_options)
 
 
 def _resolve_guidance(
@@ -118,8 +124,8 @@ def _resolve_guidance(
     tolerance: float | None,
     start: float | None,
     stop: float | None,
-) -> tuple[str, dict[str, Any], tuple[float, float]]:
-    """(guidance_algorithm, {every, tolerance}, (start, stop)), with the defaults for None."""
+) -> tuple[dict[str, Any], tuple[float, float]]:
+    """({algorithm, every, tolerance}, (start, stop)), with the defaults for None."""
     prediction_type(pipeline.scheduler)  # first: it refuses schedulers that can't be guided
     defaults, ancestral = pipeline.config.defaults, has_posterior_variance(pipeline.scheduler)
     if algorithm is None:
@@ -143,8 +149,8 @@ def _resolve_guidance(
         )
     if every is None and tolerance is None:
         every, tolerance = defaults["guidance_every"], defaults["guidance_tolerance"]
-    reuse = {"every": 1 if every is None else every, "tolerance": tolerance}
-    return algorithm, reuse, (start, stop)
+    every = 1 if every is None else every
+    return {"algorithm": algorithm, "every": every, "tolerance": tolerance}, (start, stop)
 
 
 def _check_call(

@@ -23,8 +23,8 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
-from .guidance import Guidance, GuidanceSum, no_parameter_grad
-from .guider import Guider, Prediction, StepFinder, as_number, check_devices
+from .guidance import Guidance, GuidanceSum, check_devices, no_parameter_grad
+from .guider import Guider, Prediction, StepFinder, as_number
 from .images import decode, one_by_one
 from .noise import prediction_type, scale_model_input, split_variance
 

@@ -9,9 +9,11 @@ the score? Terms add up (`a + b`), and the sum corrects the network's output in 
 To write a term, extend `Guidance` and implement `score(step)`. This one makes images brighter:
 
     class Brighter(Guidance):
+        through_network = True  # the loop then keeps the autograd graph of its own call
+
         def score(self, step: StepContext) -> torch.Tensor:
-            brightness = lambda x: step.predict(x).mean(dim=(1, 2, 3))
-            return self.scale_at(step) * gradient(brightness, step.sample)
+            brightness = lambda x0: x0.mean(dim=(1, 2, 3))
+            return self.scale_at(step) * x0_gradient(brightness, step, through_network=True)
 
 A term that needs the network's prediction under another condition lists the arguments that differ
 in `conditions`. They join the step's one call of the network, and the predicted x0 of each is in
@@ -229,6 +231,23 @@ def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
     return sum(scores[1:], scores[0])
 
 
+def check_devices(terms: Sequence[Guidance], device: torch.device) -> None:
+    """Refuse a term's network that is on another device than the samples.
+
+    Raises:
+        ValueError: naming the network and both devices.
+    """
+    for module in GuidanceSum(terms).modules():
+        devices = {p.device for p in module.parameters()}
+        if (
+            devices and device not in devices and not hasattr(module, "_hf_hook")
+        ):  # accelerate moves it
+            raise ValueError(
+                f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the "
+                f"pipeline's samples are on {device}; move it there"
+            )
+
+
 # ---------------------------------------------------------------- gradients
 
 
@@ -405,8 +424,9 @@ class ClassifierGuidance(NoiseAwareGuidance):
             training.
         label: an id, a name of `config.id2label`, a mapping {id or name: weight}, a list of such
             (one an image), or a tensor of ids. Negative weights steer away.
-        scale: 0 is off; 1 with an exact classifier is the exact conditional model; larger: sharper
-            samples of lower diversity.
+        scale: 0 is off. 1 samples p(x | y) if the classifier is exact and the network is
+            unconditional, or gets no label. Larger: sharper samples of lower diversity, but not
+            p(x) p(y | x)^scale.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
         target: instead of a label, the value for a regressor's outputs: a number, (num_labels,) or
             (B, num_labels).
@@ -516,8 +536,8 @@ class ClassifierFreeGuidance(Guidance):
         null: the condition of no condition: the network's null class label, or a mapping of its
             arguments, such as {"encoder_hidden_states": (1 or B, tokens, width)} of an empty
             prompt.
-        scale: 0 is off: the conditional network. In GLIDE, Imagen and Diffusers, `guidance_scale`
-            is 1 + this.
+        scale: 0 is off: the conditional network. It is Diffusers' `guidance_scale` (also GLIDE's and
+            Imagen's) less 1: for `guidance_scale=7.5` pass 6.5.
         rescale: share of the standard deviation of the network's output, an image, that is restored
             to its value without guidance, 0 (off) to 1 (Lin et al. 2024, "Common diffusion noise
             schedules and sample steps are flawed", section 3.4).
@@ -622,9 +642,10 @@ class AutoGuidance(Guidance):
 class EnergyGuidance(Guidance):
     """Guidance to a low energy: adds `-scale * grad_x E`, as for p(x) exp(-scale E(x)).
 
-    With an energy of the predicted x0 this is universal guidance (Bansal et al. 2023, eq. 6) and,
-    for a measurement, E = |y - A(x0)|^2, diffusion posterior sampling (Chung et al. 2023, eq. 16).
-    Images with a known left half:
+    With `through_network=True` and an energy of the predicted x0 this is universal guidance (Bansal
+    et al. 2023, eq. 6) and, for a measurement, E = |y - A(x0)|^2, diffusion posterior sampling
+    (Chung et al. 2023, eq. 16). The default approximates the network's Jacobian by a number
+    (`x0_gradient`), which is cheaper. Images with a known left half:
 
         EnergyGuidance(lambda images: ((images - known)[..., :14] ** 2).sum((1, 2, 3)), scale=10)
 

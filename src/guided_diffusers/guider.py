@@ -1,12 +1,14 @@
-"""One guided step, for every loop that makes one: the pipeline's, a foreign pipeline's (`guide`), a
-Modular block's.
+"""One guided step for every loop: the pipeline's, another pipeline's (`guide`), a Modular block's.
 
-guider = Guider(scheduler, terms)                       # after set_timesteps
-for index, t in enumerate(timesteps):
-    terms = guider.start_step(index, batch_size)        # to evaluate, with their conditions
-    prediction = Prediction(...)                        # whoever owns the loop calls the network
-    output, x = guider.correct(sample, prediction)      # what the scheduler gets
-    sample = guider.finish_step(scheduler.step(output, t, x))
+    guider = Guider(scheduler, terms)                     # after set_timesteps
+    for index, t in enumerate(timesteps):
+        terms = guider.start_step(index, batch_size)      # the terms to evaluate
+        prediction = Prediction(...)                      # the owner of the loop calls the network,
+                                                          # also under the terms' conditions
+        output, x = guider.correct(sample, prediction)    # the scheduler's input
+        sample = guider.finish_step(scheduler.step(output, t, x))
+
+Not to be confused with `diffusers.guiders`, which combine predictions and never see the sample.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Prediction:
             differentiable.
         decode: images in [-1, 1] of an x0; differentiable.
         modules: the networks that `predict` and `decode` run.
-        variance: the learned variance, (B, C, ...), for guidance_algorithm="mean".
+        variance: the learned variance, (B, C, ...), which guidance_algorithm="mean" needs.
         graph_input: the sample, if `output` has the autograd graph from it.
         repeats: how many times `output` and the sample hold the images.
     """
@@ -103,6 +105,7 @@ class Guider:
         self.index = first
         self.evaluations = 0
         self._active: list[Guidance] = []
+        self._evaluated: list[Guidance] = []
         self._images: torch.Tensor | None = None  # that are evaluated at this step; None: all
         self._mean_shift: torch.Tensor | None = None
         self._check = FiniteCheck(_guide_dtype(self.terms))
@@ -143,7 +146,8 @@ class Guider:
 
         Args:
             sample: (B, C, ...).
-            prediction: of the network at `sample`; its autograd graph is released.
+            prediction: of the network at `sample`; its output is detached in place, which releases
+                the autograd graph.
 
         Raises:
             FloatingPointError: for guidance that is not finite.
@@ -260,23 +264,6 @@ def _guide_dtype(terms: Sequence[Guidance]) -> torch.dtype:
     return torch.float32
 
 
-def check_devices(terms: Sequence[Guidance], device: torch.device) -> None:
-    """Refuse a term's network that is on another device than the samples.
-
-    Raises:
-        ValueError: naming the network and both devices.
-    """
-    for module in GuidanceSum(terms).modules():
-        devices = {p.device for p in module.parameters()}
-        if (
-            devices and device not in devices and not hasattr(module, "_hf_hook")
-        ):  # accelerate moves it
-            raise ValueError(
-                f"guidance: {type(module).__name__} is on {sorted(map(str, devices))}, the "
-                f"pipeline's samples are on {device}; move it there"
-            )
-
-
 class FiniteCheck:
     """Refuses non-finite guidance; on an accelerator, without a wait, when the run ends.
 
@@ -355,7 +342,8 @@ class StepFinder:
         self.last = self.first - 1
 
     def next(self, number: float | None) -> int:
-        """The next step of the schedule at this timestep; without one, the next step of all."""
+        """The first step after the last one at this timestep; else the first with it (a repeated
+        run); else the next step of all."""
         matching = [i for i, timestep in enumerate(self.timesteps) if timestep == number]
         for index in matching:
             if index > self.last:

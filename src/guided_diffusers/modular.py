@@ -4,13 +4,14 @@ Diffusers' guiders combine predictions and never see the sample; a block between
 the scheduler does:
 
     blocks = StableDiffusionXLAutoBlocks().get_workflow("text2image")
-    blocks.sub_blocks["denoise.denoise"].sub_blocks.insert("guidance", ClassifierGuidanceBlock(), 2)
-    # after "denoiser" pipeline = blocks.init_pipeline(...)
-    pipeline.update_components(classifier=classifier) pipeline(prompt="a photo of a shoe",
-    label="sneaker", guidance_scale=3.0, output="images")
+    denoise = blocks.sub_blocks["denoise.denoise"].sub_blocks
+    denoise.insert("guidance", ClassifierGuidanceBlock(), 2)  # after "denoiser"
+    pipeline = blocks.init_pipeline(...)
+    pipeline.update_components(classifier=classifier)
+    pipeline(prompt="a photo of a shoe", label="sneaker", guidance_scale=3.0, output="images")
 
-Inputs, and scale 0, are those of `ClassifierGuidance`. `guide` works on a modular pipeline, too,
-with every term.
+`label` and `guidance_scale` are `ClassifierGuidance`'s `label` and `scale`. `guide` applies every
+kind of guidance to a modular pipeline, too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
-from .guidance import ClassifierGuidance, no_parameter_grad
-from .guider import Guider, Prediction, StepFinder, check_devices
+from .guidance import ClassifierGuidance, check_devices, no_parameter_grad
+from .guider import Guider, Prediction, StepFinder
 from .noise import split_variance
 
 

@@ -3,7 +3,7 @@
     sample  = alpha * x0 + sigma * eps     in the scheduler's own space (variance preserving, flow, ...)
     x0_pred = a * sample + b * output      one table of (a, b) for everything that networks predict
 
-The rest of the package uses these two lines and never asks which scheduler runs.
+Terms of guidance use these two lines only. What depends on the scheduler's class is in this module.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def clipping_warning(scheduler: SchedulerMixin) -> str | None:
         scheduler.config.clip_sample or scheduler.config.thresholding
     ):
         return (
-            f"{name} clips x0 but not the noise that goes with it, which spoils guided samples: "
+            f"{name} clips x0 but not the noise that goes with it, which degrades guided samples: "
             "use clip_sample=False in its config"
         )
     return None
@@ -354,8 +354,9 @@ def step_fn(
     """
     timesteps = sampling_timesteps(scheduler)
     accepted = inspect.signature(scheduler.step).parameters
-    if not 0 <= eta <= ("eta" in accepted):
-        allowed = "0 to 1" if "eta" in accepted else "only 0"
+    largest = 1 if "eta" in accepted else 0
+    if not 0 <= eta <= largest:
+        allowed = "0 to 1" if largest else "only 0"
         raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {allowed}")
     options = {
         name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted

@@ -59,7 +59,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     Args:
         unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[,
             class_labels]) -> `.sample`. It predicts what the scheduler's `prediction_type` says.
-        scheduler: any Diffusers scheduler of continuous samples.
+        scheduler: a Diffusers scheduler of continuous samples, except `noise.OUT_OF_REACH`.
         classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the
             noise schedule of its training in its `config`; None: the network alone.
         vae: the autoencoder of a latent model, `AutoencoderKL` or similar, with its scaling in its
@@ -249,9 +249,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of
                 ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: scale of the classifier's gradient; a number, or one a label or an
-                image. 0: off; 1: exact if the classifier is; larger: sharper images of lower
-                diversity.
+            guidance_scale: scale of the classifier's gradient; a number, or one a label or an image.
+                (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
+                the classifier is, and the network doesn't get the label. Larger: sharper images of
+                lower diversity. A class-conditional network that gets the label is sharpened by any
+                scale above 0.
             guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
                 classifier guides.
             num_inference_steps: number of scheduler steps.
@@ -271,8 +273,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step;
                 returns a dictionary whose "latents", if any, replace the sample.
             callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the
-                scheduler), "score_shift" (what guidance adds to the score), "sample" (before the
-                step) and "x0" (predicted from it).
+                scheduler), "score_shift" (what guidance adds to the score; None without
+                guidance), "sample" (before the step) and "x0" (predicted for it, without guidance).
             guidance_algorithm: "output" corrects the network's output (Algorithm 2 of Dhariwal &
                 Nichol 2021, for every scheduler); "mean" shifts the mean of a DDPM step by variance
                 * gradient (Algorithm 1); "lie_trotter" and "strang" apply guidance beside the
@@ -285,9 +287,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             image: low-resolution images for an up-sampling network (its input has twice the
                 sample's channels), one or one an image: PIL, or (B, C, h, w) in [-1, 1].
             classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
-                with a null label; a number, or one a label or an image. 0: off; Diffusers'
-                `guidance_scale` is 1 + this. The default applies only where the network gets a
-                label.
+                with a null label; a number, or one a label or an image. 0: off. It is Diffusers'
+                `guidance_scale` less 1: for 7.5 pass 6.5. The default applies only where the network
+                gets a label.
             guidance_every: evaluate the terms at every k-th step at which they are active, and
                 extrapolate between (`GuidanceReuse`). 1: at every step.
             guidance_tolerance: instead, evaluate an image's classifier only when the estimated
@@ -320,17 +322,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        batch_size, condition = arguments.batch_size, arguments.condition
-        terms, device = arguments.terms, self._execution_device
+        batch_size, condition, terms = arguments.batch_size, arguments.condition, arguments.terms
+        device = self._execution_device
 
         # 2. The schedule and the starting noise
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
         latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
-        guider = Guider(
-            self.scheduler, terms, algorithm=arguments.algorithm, eta=eta, **arguments.reuse
-        )
+        guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
 
@@ -347,10 +347,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 sample, latents = latents, guider.finish_step(scheduler_step(output, index, x))
 
                 if callback_on_step_end is not None:
-                    tensors = _callback_tensors(
-                        callback_on_step_end_tensor_inputs,
-                        *(latents, output, guider.score_shift, sample, level, prediction.output),
-                    )
+                    tensors = {
+                        "latents": latents,
+                        "model_output": output,
+                        "score_shift": guider.score_shift,
+                        **_sample_and_x0(sample, prediction, level),
+                    }
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors) or {}
                     latents = changed.get("latents", latents)
                 bar.update()
@@ -498,7 +501,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         t = t.expand(len(x)) if self._is_dit else t  # a DiT takes no timestep without a dimension
         output = (network or self.unet)(x, t, **kwargs, return_dict=False)[0]
         prediction, variance = split_variance(output, channels)
-        if variance is None and reads_variance(self.scheduler):
+        if variance is None and network is None and reads_variance(self.scheduler):
             raise ValueError(
                 f"scheduler: variance_type={self.scheduler.config.variance_type!r} needs a "
                 f"network with a learned variance, {2 * channels} channels; this one has "
@@ -514,23 +517,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents if self.vae is None else decode(self.vae, latents)
 
 
-def _callback_tensors(
-    names: Sequence[str],
-    latents: torch.Tensor,
-    model_output: torch.Tensor,
-    score_shift: torch.Tensor | None,
-    sample: torch.Tensor,
-    level: NoiseLevel,
-    output: torch.Tensor,
-) -> dict[str, torch.Tensor | None]:
-    """The tensors for a callback, by name; `output` is the network's, without guidance."""
+def _sample_and_x0(
+    sample: torch.Tensor, prediction: Prediction, level: NoiseLevel
+) -> dict[str, torch.Tensor]:
+    """What a callback gets of the network's prediction: the sample, and the x0 without guidance."""
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
-    tensors = {
-        "latents": latents,
-        "model_output": model_output,
-        "score_shift": score_shift,
-        "sample": sample,
-    }
-    if "x0" in names:
-        tensors["x0"] = level.x0(sample, output)
-    return {name: tensors[name] for name in names}
+    return {"sample": sample, "x0": level.x0(sample, prediction.output)}

@@ -159,7 +159,7 @@ def step_weights(
     for name, value in vars(probe).items():
         if isinstance(value, torch.Tensor):
             setattr(probe, name, value.cpu())
-    noise_levels(probe)
+    noise_levels(probe)  # sets it to its first step
     step = step_fn(probe, generator, eta, 1)
     huge, weights = torch.full((1, 1, 1, 1), 1e20, dtype=torch.float64), []
     x = huge

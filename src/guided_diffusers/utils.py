@@ -81,9 +81,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install matplotlib"
-        ) from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
 
 # Models
