@@ -85,18 +85,15 @@ class Store:
 
         The operating system releases the lock if the process is killed.
         """
-        folder = self.folder.parent / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{setting.name}.lock")
+        path = self.folder.parent / ".locks" / f"{setting.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(path).acquire(timeout=0)
         except Timeout:
             yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        else:
+            with lock:
+                yield True
 
     def fill(
         self,
