@@ -23,11 +23,12 @@ def interval(text: str) -> tuple[float, float]:
         ) from error
 
 
+SCHEDULERS = "ddim, ddpm, euler, dpmsolver++, dpmsolver++3m, sde-dpmsolver++"
 LISTS: dict[str, tuple[Callable[[str], Any], str, Any, str]] = {  # type, metavar, default, help
-    "--scales": (float, "SCALE", [0, 1, 2, 3, 5, 8, 10], "guidance scales; 0 is always measured"),
-    "--schedulers": (str, "NAME", None, "ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ..."),
+    "--scales": (float, "SCALE", [0, 1, 2, 3, 5, 8, 10], "guidance scales; 0 (off) is included"),
+    "--schedulers": (str, "NAME", None, f"{SCHEDULERS}, ..."),
     "--steps": (int, "N", None, "numbers of scheduler steps"),
-    "--intervals": (interval, "START:STOP", None, "guided parts of the run; 0:1: all of it"),
+    "--intervals": (interval, "START:STOP", None, "guided parts of the run, in [0, 1]; 0:1: all"),
     "--algorithms": (str, "NAME", None, f"guidance algorithms: {', '.join(ALGORITHMS)}"),
     "--every": (int, "K", [], "evaluate the classifier at every K-th step"),
     "--tolerances": (
@@ -43,25 +44,22 @@ NUMBERS = {
     "--bootstrap": (100, "resamples for the 95%% intervals"),
     "--max-features": (2000, "images sampled for metrics that need features of single images"),
 }
-SHARED_OPTIONS: dict[str, dict[str, Any]] = {  # with what differs from `cli_options`
+SHARED_FLAGS = (
+    "--model --revision --split --image-column --label-column --features --judge --seed "
+    "--batch-size --device --conditional --quiet"
+).split()
+CHANGES: dict[str, dict[str, Any]] = {  # of shared options
     "--model": {
         "help": "a bundled model, a pipeline folder or a Hub id; must have a classifier "
         "(default: %(default)s)"
     },
-    "--revision": {},
     "--split": {"help": "split of the real images (default: validation, test or train)"},
-    "--image-column": {},
-    "--label-column": {},
-    "--features": {},
     "--judge": {
         "help": f"{SHARED['--judge']['help']} (default: the network of --features, if it is a "
         "classifier)"
     },
     "--seed": {"help": "image i depends only on the seed and i (default: %(default)s)"},
     "--batch-size": {"default": 50},
-    "--device": {},
-    "--conditional": {},
-    "--quiet": {},
 }
 
 
@@ -93,8 +91,8 @@ def add_sweep_command(commands: Any) -> None:
     text = "new folder, or one with results under the same options, which the report then includes"
     folder = {"type": Path, "default": Path("sweep"), "metavar": "FOLDER"}
     option("--output", **folder, help=f"{text} (default: %(default)s)")
-    for flag, changes in SHARED_OPTIONS.items():
-        add_shared_option(command, flag, **changes)
+    for flag in SHARED_FLAGS:
+        add_shared_option(command, flag, **CHANGES.get(flag, {}))
 
 
 def run_sweep(options: argparse.Namespace) -> None:

@@ -42,11 +42,7 @@ MINIMA = {"num_images": 10, "batch_size": 1, "bootstrap": 2, "max_features": COV
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How every setting of a sweep is measured; arguments as of `sweep`.
-
-    Raises:
-        ValueError: for a number that is too small or an unknown dtype.
-    """
+    """How every setting of a sweep is measured; arguments as of `sweep`."""
 
     num_images: int
     seed: int
@@ -67,13 +63,8 @@ class MeasureOptions:
 class PointEvaluator:
     """Measures the settings of a sweep on the same labels, seeds and networks.
 
-    Creating it matches the labels and summarises the real images, once for all settings.
-
-    Args:
-        cache: folder for the summary of the real images.
-
-    Raises:
-        ValueError: for a judge or real images without the pipeline's labels.
+    Creating it summarises the real images, in the folder `cache`. It raises a ValueError for a
+    judge or real images without the pipeline's labels.
     """
 
     def __init__(
@@ -95,29 +86,21 @@ class PointEvaluator:
         self.common_ids = [-1] * len(names)
         if classes:
             self.common_ids = [label if ids is None else ids[label] for label in self.labels]
-        sizes = (options.max_features, options.bootstrap)
-        self.settings = Settings(
-            classes, ids, *sizes, seed=options.seed, judge_labels=judge is not None
-        )
+        seed, sizes = options.seed, (options.max_features, options.bootstrap)
+        self.settings = Settings(classes, ids, *sizes, seed=seed, judge_labels=judge is not None)
+        real_settings = replace(self.settings, ids=real_ids)
+        keywords = {"batch_size": options.batch_size, "progress": progress, "cache": cache}
         self.real = summarise(
-            real,
-            features,
-            self.scorer,
-            replace(self.settings, ids=real_ids),
-            batch_size=options.batch_size,
-            title="real images",
-            progress=progress,
-            cache=cache,
+            real, features, self.scorer, real_settings, title="real images", **keywords
         )
-        self.bootstrap = Bootstrap(options.bootstrap, seed=options.seed, progress=progress)
+        self.bootstrap = Bootstrap(options.bootstrap, seed=seed, progress=progress)
 
     def measure(
         self, setting: SweepSetting, folder: Path, on_batch: Callable[[int], object]
     ) -> Result:
         """The result of a setting; writes its first images to `folder`.
 
-        Args:
-            on_batch: called with the number of images of each batch.
+        `on_batch` is called with the number of images of each batch.
         """
         scheduler = scheduler_for(self.pipeline.scheduler, setting.scheduler)
         pipeline = quiet_copy(self.pipeline, scheduler)
@@ -137,10 +120,9 @@ class PointEvaluator:
                 self._update(summary, indices, pixels / 127.5 - 1)
                 on_batch(len(indices))
         strip = torch.cat(first_images, dim=2).to(torch.uint8).permute(1, 2, 0).numpy()
+        strip = strip[:, :, 0] if strip.shape[2] == 1 else strip
         picture = f"{setting.name}.png"
-        save_image(
-            Image.fromarray(strip.squeeze(2) if strip.shape[2] == 1 else strip), folder / picture
-        )
+        save_image(Image.fromarray(strip), folder / picture)
         metrics = compare(summary, self.real, self.bootstrap, self.features.is_inception)
         cost = {
             "network_evaluations": sum(network_batches) / count,
@@ -193,11 +175,9 @@ def quiet_copy(
     pipeline: ClassifierGuidedPipeline, scheduler: SchedulerMixin
 ) -> ClassifierGuidedPipeline:
     """A pipeline of the same networks with another scheduler and without a progress bar."""
-    copy = type(pipeline)(
-        **{**pipeline.components, "scheduler": scheduler},
-        id2label=pipeline.config.id2label,
-        defaults=dict(pipeline.config.defaults),
-    )
+    components = {**pipeline.components, "scheduler": scheduler}
+    defaults = dict(pipeline.config.defaults)
+    copy = type(pipeline)(**components, id2label=pipeline.config.id2label, defaults=defaults)
     copy.set_progress_bar_config(disable=True)
     return copy
 

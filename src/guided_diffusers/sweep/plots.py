@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,8 @@ def _subplots(rows: int, columns: int, height: float, **share: Any) -> tuple[Fig
 
 
 def _by_scheduler(results: Sequence[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.setting.scheduler, []).append(result)
-    return groups
+    groups = groupby(results, key=lambda result: result.setting.scheduler)  # they are sorted
+    return {scheduler: list(selected) for scheduler, selected in groups}
 
 
 def _line_styles(results: Sequence[Result]) -> dict[tuple[int, str], dict[str, Any]]:
@@ -108,7 +107,8 @@ def _plot_quality_diversity(results: Sequence[Result], verdict: Verdict) -> Figu
             points = [(result.value(diversity), result.value(quality)) for result in along]
             style = styles[curve.steps, curve.variant]
             axis.plot(*zip(*points, strict=True), **style)
-            axis.scatter(*points[0], 36, "white", edgecolors=style["color"], zorder=3)
+            ring = {"edgecolors": style["color"], "linewidths": 1.4, "zorder": 3}
+            axis.scatter(*points[0], 36, "white", **ring)
             if i not in (0, len(curves) - 1):  # labels of all curves would overlap
                 continue
             offset, align = ((-5, -9), "right") if i == 0 else ((5, 4), "left")
@@ -116,9 +116,10 @@ def _plot_quality_diversity(results: Sequence[Result], verdict: Verdict) -> Figu
                 axis.annotate(result.setting.scale_text, point, offset, ha=align, **LABEL)
         for result in selected:
             if result.setting == verdict.best:
-                star = {"edgecolors": "white", "label": f"lowest {METRICS[FRECHET].title}"}
+                star = {"marker": "*", "edgecolors": "white", "zorder": 5}
+                star["label"] = f"lowest {METRICS[FRECHET].title}"
                 point = (result.value(diversity), result.value(quality))
-                axis.scatter(*point, 196, SERIES[1], "*", zorder=5, **star)
+                axis.scatter(*point, 196, SERIES[1], **star)
         axis.set(title=scheduler, xlabel=_axis_label(diversity))
         axis.margins(0.1)
         _format_ticks(axis, quality)

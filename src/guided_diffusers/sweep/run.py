@@ -93,28 +93,22 @@ def sweep(
     require_matplotlib()
     defaults = pipeline.config.defaults
     if schedulers is None:
-        names = [scheduler_name(pipeline.scheduler)]
-    else:
-        names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
+        schedulers = [scheduler_name(pipeline.scheduler)]
+    names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
     if intervals is None:
         intervals = [(defaults["guidance_start"], defaults["guidance_stop"])]
-    settings = sweep_grid(
-        scales,
-        names,
-        steps or [defaults["num_inference_steps"]],
-        intervals,
-        algorithms or (None,),
-        every,
-        tolerances,
-    )
+    steps = steps or [defaults["num_inference_steps"]]
+    algorithms = algorithms or (None,)
+    settings = sweep_grid(scales, names, steps, intervals, algorithms, every, tolerances)
     source = (reference, split, image_column, label_column)
-    numbers = (num_images, seed, batch_size)
-    options = MeasureOptions(*numbers, conditional, dtype, bootstrap, max_features)
+    options = MeasureOptions(
+        num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
+    )
     store = _measure(pipeline, settings, source, output, features, judge, options, model, progress)
     default_scale = float(defaults["guidance_scale"])
     if not PartialState().is_main_process:
         return verdict_of(store.all(), default_scale)
-    label_names = list(dict(sorted(class_names(pipeline).items())).values())
+    label_names = [name for _, name in sorted(class_names(pipeline).items())]
     columns = [label_names[i % len(label_names)] for i in range(min(PICTURES, num_images))]
     return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
 
@@ -149,8 +143,9 @@ def measure_points(
         ValueError, OSError: as `sweep`.
     """
     source = (reference, split, image_column, label_column)
-    numbers = (num_images, seed, batch_size)
-    options = MeasureOptions(*numbers, conditional, dtype, bootstrap, max_features)
+    options = MeasureOptions(
+        num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
+    )
     return _measure(pipeline, settings, source, output, features, judge, options, model, progress)
 
 
@@ -234,33 +229,24 @@ def open_reference(
 def image_shape(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
     """(C, H, W) of the pipeline's images, from one that it generates."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    image = quiet_copy(pipeline, scheduler)(
-        [0],
-        guidance_scale=0.0,
-        num_inference_steps=2,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(0),
-    ).images
-    return tuple(image.shape[1:])
+    call = {"guidance_scale": 0.0, "num_inference_steps": 2, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(0)
+    images = quiet_copy(pipeline, scheduler)([0], generator=generator, **call).images
+    return tuple(images.shape[1:])
 
 
 def pipeline_protocol(pipeline: ClassifierGuidedPipeline) -> dict[str, Any]:
     """What of the pipeline results depend on, apart from the arguments of a setting."""
-    config = {
-        name: value
-        for name, value in pipeline.scheduler.config.items()
-        if not name.startswith("_")  # includes options that only other scheduler classes read
-    }
+    # the config includes options that only other scheduler classes read
+    scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+    scheduler = {name: value for name, value in scheduler.items() if not name.startswith("_")}
     defaults = {}
     for name, value in pipeline.config.defaults.items():
         reuse = name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name]
         if reuse or name in ("classifier_free_scale", "guidance_algorithm"):
             defaults[name] = value
-    return {
-        "weights": weights_hash(pipeline),
-        "own_scheduler": {"class": type(pipeline.scheduler).__name__, **config},
-        "defaults": defaults,
-    }
+    hashed = weights_hash(pipeline)
+    return {"weights": hashed, "own_scheduler": scheduler, "defaults": defaults}
 
 
 def fingerprint(images: Images, count: int = 16) -> str:

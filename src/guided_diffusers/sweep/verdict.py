@@ -58,11 +58,8 @@ def verdict_of(results: Sequence[Result], default_scale: float | None = None) ->
     most_accurate = max([best, *close], key=_accuracy)  # the best in case of a tie
     front, harmful = pareto_front(results), find_harm(results)
     findings, warnings = _judge_default_scale(results, harmful, default_scale)
-    findings = [
-        *_best_findings(results, best, most_accurate),
-        *findings,
-        _front_finding(results, front),
-    ]
+    findings = [*_best_findings(results, best, most_accurate), *findings]
+    findings.append(_front_finding(results, front))
     return Verdict(
         best.setting,
         most_accurate.setting,
