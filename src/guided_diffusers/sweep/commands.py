@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..arguments import ALGORITHMS
-from ..cli_options import add_shared_option, launched_processes, select_device
+from ..cli_options import SHARED, add_shared_option, launched_processes, select_device
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -22,112 +23,43 @@ def interval(text: str) -> tuple[float, float]:
         ) from error
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--reference": {
-        "required": True,
-        "metavar": "NAME_OR_FOLDER",
-        "help": "labelled real images: a Hub dataset, an image folder or a folder of Parquet files",
-    },
-    "--scales": {
-        "type": float,
-        "nargs": "+",
-        "default": [0, 1, 2, 3, 5, 8, 10],
-        "metavar": "SCALE",
-        "help": "guidance scales; 0, no guidance, is always measured (default: 0 1 2 3 5 8 10)",
-    },
-    "--schedulers": {
-        "nargs": "+",
-        "metavar": "NAME",
-        "help": "ddim, dpmsolver++, dpmsolver++3m, sde-dpmsolver++, ddpm, euler, ... "
-        "(default: the model's)",
-    },
-    "--steps": {
-        "type": int,
-        "nargs": "+",
-        "metavar": "N",
-        "help": "numbers of scheduler steps (default: the model's)",
-    },
-    "--intervals": {
-        "nargs": "+",
-        "type": interval,
-        "metavar": "START:STOP",
-        "help": "guided parts of the run, fractions in [0, 1]; "
-        "0:1: all of it (default: the model's)",
-    },
-    "--algorithms": {
-        "nargs": "+",
-        "choices": ALGORITHMS,
-        "metavar": "NAME",
-        "help": f"guidance algorithms: {', '.join(ALGORITHMS)} (default: the model's)",
-    },
-    "--every": {
-        "type": int,
-        "nargs": "+",
-        "default": [],
-        "metavar": "K",
-        "help": "evaluate the classifier at every K-th step (default: the model's)",
-    },
-    "--tolerances": {
-        "type": float,
-        "nargs": "+",
-        "default": [],
-        "metavar": "T",
-        "help": "evaluate the classifier again when the estimated extrapolation error exceeds T, "
-        "in units of x0; an alternative to --every, not combined with it",
-    },
-    "--num-images": {
-        "type": int,
-        "default": 1000,
-        "metavar": "N",
-        "help": "images per setting, labels in turn (default: %(default)s)",
-    },
-    "--dtype": {
-        "choices": ("float32", "bfloat16", "float16"),
-        "default": "float32",
-        "help": "autocast dtype of the denoiser; sampler and classifier are not affected "
-        "(default: %(default)s)",
-    },
-    "--bootstrap": {
-        "type": int,
-        "default": 100,
-        "metavar": "N",
-        "help": "resamples for the 95%% intervals (default: %(default)s)",
-    },
-    "--max-features": {
-        "type": int,
-        "default": 2000,
-        "metavar": "N",
-        "help": "size of the sample of images for metrics that need features of single images "
-        "(default: %(default)s)",
-    },
-    "--output": {
-        "type": Path,
-        "default": Path("sweep"),
-        "metavar": "FOLDER",
-        "help": "new folder, or one with results under the same options, which the report then "
-        "includes (default: %(default)s)",
-    },
+SCHEDULERS = "ddim, ddpm, euler, dpmsolver++, dpmsolver++3m, sde-dpmsolver++"
+LISTS: dict[str, tuple[Callable[[str], Any], str, Any, str]] = {  # type, metavar, default, help
+    "--scales": (float, "SCALE", [0, 1, 2, 3, 5, 8, 10], "guidance scales; 0 (off) is included"),
+    "--schedulers": (str, "NAME", None, f"{SCHEDULERS}, ..."),
+    "--steps": (int, "N", None, "numbers of scheduler steps"),
+    "--intervals": (interval, "START:STOP", None, "guided parts of the run, in [0, 1]; 0:1: all"),
+    "--algorithms": (str, "NAME", None, f"guidance algorithms: {', '.join(ALGORITHMS)}"),
+    "--every": (int, "K", [], "evaluate the classifier at every K-th step"),
+    "--tolerances": (
+        float,
+        "T",
+        [],
+        "evaluate the classifier again when the estimated extrapolation error exceeds T, in units "
+        "of x0; an alternative to --every, not combined with it",
+    ),
 }
-SHARED_OPTIONS: dict[str, dict[str, Any]] = {  # with what differs from `cli_options`
+NUMBERS = {
+    "--num-images": (1000, "images per setting, labels in turn"),
+    "--bootstrap": (100, "resamples for the 95%% intervals"),
+    "--max-features": (2000, "images sampled for metrics that need features of single images"),
+}
+SHARED_FLAGS = (
+    "--model --revision --split --image-column --label-column --features --judge --seed "
+    "--batch-size --device --conditional --quiet"
+).split()
+CHANGES: dict[str, dict[str, Any]] = {  # of shared options
     "--model": {
         "help": "a bundled model, a pipeline folder or a Hub id; must have a classifier "
         "(default: %(default)s)"
     },
-    "--revision": {},
     "--split": {"help": "split of the real images (default: validation, test or train)"},
-    "--image-column": {},
-    "--label-column": {},
-    "--features": {},
     "--judge": {
-        "help": "a classifier of clean images with the same labels that was never used for "
-        "guidance: as --features; `none`: no judge (default: the network of --features, if it is "
-        "a classifier)"
+        "help": f"{SHARED['--judge']['help']} (default: the network of --features, if it is a "
+        "classifier)"
     },
     "--seed": {"help": "image i depends only on the seed and i (default: %(default)s)"},
     "--batch-size": {"default": 50},
-    "--device": {},
-    "--conditional": {},
-    "--quiet": {},
 }
 
 
@@ -142,10 +74,25 @@ def add_sweep_command(commands: Any) -> None:
         "guided_diffusers sweep ...`, share the settings.",
     )
     command.set_defaults(run=run_sweep)
-    for flag, definition in OPTIONS.items():
-        command.add_argument(flag, **definition)
-    for flag, changes in SHARED_OPTIONS.items():
-        add_shared_option(command, flag, **changes)
+    option = command.add_argument
+    text = "labelled real images: a Hub dataset, an image folder or a folder of Parquet files"
+    option("--reference", required=True, metavar="NAME_OR_FOLDER", help=text)
+    for flag, (kind, metavar, default, text) in LISTS.items():
+        shown = " ".join(map(str, default or [])) or "the model's"
+        choices = ALGORITHMS if flag == "--algorithms" else None
+        keywords = {"type": kind, "default": default, "metavar": metavar, "choices": choices}
+        option(flag, nargs="+", help=f"{text} (default: {shown})", **keywords)
+    for flag, (default, text) in NUMBERS.items():
+        text = f"{text} (default: %(default)s)"
+        option(flag, type=int, default=default, metavar="N", help=text)
+    text = "autocast dtype of the denoiser; sampler and classifier are not affected"
+    dtypes = ("float32", "bfloat16", "float16")
+    option("--dtype", choices=dtypes, default="float32", help=f"{text} (default: %(default)s)")
+    text = "new folder, or one with results under the same options, which the report then includes"
+    folder = {"type": Path, "default": Path("sweep"), "metavar": "FOLDER"}
+    option("--output", **folder, help=f"{text} (default: %(default)s)")
+    for flag in SHARED_FLAGS:
+        add_shared_option(command, flag, **CHANGES.get(flag, {}))
 
 
 def run_sweep(options: argparse.Namespace) -> None:
@@ -175,15 +122,8 @@ def run_sweep(options: argparse.Namespace) -> None:
         for name, parameter in inspect.signature(sweep).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name != "progress"
     }
-    verdict = sweep(
-        pipeline,
-        options.reference,
-        options.output,
-        features,
-        judge,
-        progress=main and not options.quiet,
-        **keywords,
-    )
+    keywords["progress"] = main and not options.quiet
+    verdict = sweep(pipeline, options.reference, options.output, features, judge, **keywords)
     if main:
         print(f"{verdict}\n{options.output / 'report.html'}")
     if processes is not None:

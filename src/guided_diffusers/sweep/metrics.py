@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,6 @@ from .settings import Curve, SweepSetting
 
 FRECHET, ACCURACY = "frechet_distance", "top_1"
 PICTURES = 10  # images of each setting that are kept
-COSTS = ("network_evaluations", "classifier_evaluations", "seconds")
 
 
 class Metric(NamedTuple):
@@ -63,12 +63,8 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Everything except the setting."""
-        return {
-            "figures": self.metrics,
-            "cost": self.cost,
-            "pictures": self.pictures,
-            "per_class": self.per_class,
-        }
+        names = ("cost", "pictures", "per_class")
+        return {"figures": self.metrics} | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_json(cls, setting: SweepSetting, content: Mapping[str, Any]) -> Result:
@@ -79,7 +75,7 @@ class Result:
         """
         per_class = tuple(content["per_class"])
         result = cls(setting, content["figures"], content["cost"], content["pictures"], per_class)
-        for value in (result.value(FRECHET), *(result.cost[name] for name in COSTS)):
+        for value in (result.value(FRECHET), *result.evaluations, result.seconds):
             if not isinstance(value, (int, float)):
                 raise TypeError(f"{value!r} is not a number")
         return result
@@ -103,9 +99,7 @@ class Result:
 
     def interval_text(self, name: str) -> str:
         """A metric's interval as text, such as "0.9 to 1.1"; "" where there is none."""
-        if name not in self.metrics:
-            return ""
-        low, high = self.interval(name)
+        low, high = self.interval(name) if name in self.metrics else (0, 0)
         return f"{METRICS[name].text(low)} to {METRICS[name].text(high)}" if low < high else ""
 
     def full_text(self, name: str) -> str:
@@ -128,31 +122,15 @@ class Result:
         return self.cost["seconds"]
 
 
-def sort_results(results: Iterable[Result]) -> list[Result]:
-    """Results by scheduler, steps, variant and scale."""
-
-    def key(result: Result) -> tuple[Any, ...]:
-        return (*result.setting.curve, result.setting.guidance_scale)
-
-    return sorted(results, key=key)
-
-
 def group_by_curve(results: Sequence[Result]) -> dict[Curve, list[Result]]:
-    """{curve: its results by scale, starting with the unguided baseline}."""
-    ordered = sort_results(results)
-    curves: dict[Curve, list[Result]] = {}
-    for result in ordered:
+    """{curve: its results, starting with the unguided baseline}; `results` are sorted by scale."""
+    curves: dict[Curve, list[Result]] = defaultdict(list)
+    for result in results:
         if result.setting.guidance_scale:
-            curves.setdefault(result.setting.curve, []).append(result)
-    for baseline in ordered:
+            curves[result.setting.curve].append(result)
+    for baseline in results:
         if baseline.setting.guidance_scale == 0:
             unguided = baseline.setting.curve
-            matching = [curve for curve in curves if curve[:2] == unguided[:2]]
-            for curve in matching or [unguided]:
-                curves.setdefault(curve, []).insert(0, baseline)
-    return curves
-
-
-def measured_metrics(results: Sequence[Result]) -> list[str]:
-    """Names of the metrics that at least one result has."""
-    return [name for name in METRICS if any(name in result.metrics for result in results)]
+            for curve in [c for c in curves if c[:2] == unguided[:2]] or [unguided]:
+                curves[curve].insert(0, baseline)
+    return dict(curves)

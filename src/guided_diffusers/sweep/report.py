@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,10 @@ from PIL import Image
 
 from ..sampling import grid, save_image
 from ..utils import write_bytes, write_json
-from .metrics import (
-    ACCURACY,
-    FRECHET,
-    METRICS,
-    PICTURES,
-    Result,
-    group_by_curve,
-    measured_metrics,
-    sort_results,
-)
+from .metrics import ACCURACY, FRECHET, METRICS, PICTURES, Result, group_by_curve
 from .plots import draw
-from .settings import Curve, format_number, format_scales
-from .verdict import Verdict, at_scale, verdict_of
+from .settings import Curve, format_scales
+from .verdict import Verdict, verdict_of
 
 MAX_HEIGHT = 112  # pixels of an image on the page
 MAX_WARNINGS = 5  # warnings that are shown at once
@@ -52,55 +44,42 @@ def write_report(
     Raises:
         ImportError: if matplotlib is missing.
     """
-    results = sort_results(results)
+    results = sorted(results, key=lambda r: (*r.setting.curve, r.setting.guidance_scale))
     verdict = verdict_of(results, default_scale)
-    strips = find_strips(results, folder)
+    strips: Strips = {}
+    for curve, along in group_by_curve(results).items():
+        paths = [folder / "points" / (result.pictures or "") for result in along]
+        rows = [pair for pair in zip(along, paths, strict=True) if pair[1].is_file()]
+        if rows:
+            strips[curve] = rows
+    at_default = [r for r in results if default_scale and r.setting.guidance_scale == default_scale]
     context = {
         "results": results,
         "verdict": verdict,
         "protocol": protocol,
         "model": protocol.get("model", "the model"),
         "description": describe_protocol(protocol, results),
-        "at_default_scale": at_scale(results, default_scale) if default_scale else [],
-        "metrics": measured_metrics(results),
+        "at_default_scale": at_default,
+        "metrics": [name for name in METRICS if any(name in r.metrics for r in results)],
         "curves": summarize_curves(results, verdict),
         "plots": draw(results, verdict, folder),
         "grids": draw_grids(strips, folder, min(PICTURES, protocol["num_images"])),
         "strips": strips,
         "labels": labels,
     }
-    write_json(to_json(results, verdict, protocol), folder / "sweep.json")
+    verdict_json = {
+        "text": str(verdict).splitlines(),
+        "best": asdict(verdict.best),
+        "sharpest": asdict(verdict.most_accurate),
+        "front": [asdict(setting) for setting in verdict.front],
+    }
+    points = [{"point": asdict(result.setting), **result.to_json()} for result in results]
+    content = {"verdict": verdict_json, "settings": protocol, "points": points}
+    write_json(content, folder / "sweep.json")
     for name in ("report.md", "report.html"):
         text = _environment(folder).get_template(f"{name}.j2").render(context)
         write_bytes(text.encode(), folder / name)
     return verdict
-
-
-def to_json(
-    results: Sequence[Result], verdict: Verdict, protocol: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Content of sweep.json."""
-    return {
-        "verdict": {
-            "text": str(verdict).splitlines(),
-            "best": asdict(verdict.best),
-            "sharpest": asdict(verdict.most_accurate),
-            "front": [asdict(setting) for setting in verdict.front],
-        },
-        "settings": protocol,
-        "points": [{"point": asdict(result.setting), **result.to_json()} for result in results],
-    }
-
-
-def find_strips(results: Sequence[Result], folder: Path) -> Strips:
-    """{curve: (result, file of its first images in a row)}, of the files that exist."""
-    strips: Strips = {}
-    for curve, along in group_by_curve(results).items():
-        for result in along:
-            path = folder / "points" / (result.pictures or "")
-            if path.is_file():
-                strips.setdefault(curve, []).append((result, path))
-    return strips
 
 
 def draw_grids(strips: Strips, folder: Path, columns: int) -> dict[Curve, str]:
@@ -117,7 +96,7 @@ def draw_grids(strips: Strips, folder: Path, columns: int) -> dict[Curve, str]:
             width = strip.width // columns
             for i in range(columns):
                 images.append(strip.crop((i * width, 0, (i + 1) * width, strip.height)))
-        names = [f"scale {format_number(result.setting.guidance_scale)}" for result, _ in rows]
+        names = [f"scale {result.setting.scale_text}" for result, _ in rows]
         files[curve] = f"images-{curve.name}.png"
         save_image(grid(images, names, smallest=56), folder / files[curve])
     return files
@@ -128,14 +107,10 @@ def summarize_curves(results: Sequence[Result], verdict: Verdict) -> list[dict[s
     rows = []
     for curve, along in group_by_curve(results).items():
         harmful = [r.setting.guidance_scale for r in along if r.setting in verdict.harmful]
-        rows.append(
-            {
-                "curve": curve,
-                "baseline": along[0] if along[0].setting.guidance_scale == 0 else None,
-                "best": min(along, key=lambda result: result.value(FRECHET)),
-                "harmful": format_scales(harmful),
-            }
-        )
+        baseline = along[0] if along[0].setting.guidance_scale == 0 else None
+        best = min(along, key=lambda result: result.value(FRECHET))
+        row = {"curve": curve, "baseline": baseline, "best": best}
+        rows.append({**row, "harmful": format_scales(harmful)})
     return rows
 
 
@@ -146,21 +121,21 @@ def describe_protocol(protocol: Mapping[str, Any], results: Sequence[Result]) ->
     if judge != features:
         judge_name = judge["network"] if judge else "none"
         networks = f"features: {features['network']}, judge: {judge_name}"
+    conditional = {
+        None: [],
+        True: ["the denoiser gets the label"],
+        False: ["the denoiser does not get the label, so that only guidance steers"],
+    }
+    devices = ", ".join(sorted({result.cost["device"] for result in results}))
     parts = [
         f"{protocol['num_images']:,} images per setting, labels in turn, the same seeds in each",
         f"compared with {reference['images']:,} images of {reference['name']} "
         f"({reference['split']})",
         networks,
         f"denoiser in {protocol['dtype']}",
+        *conditional[protocol["conditional"]],
+        f"{results[0].cost['clock']} time on {devices}",
     ]
-    if protocol["conditional"] is not None:
-        parts.append(
-            "the denoiser gets the label"
-            if protocol["conditional"]
-            else "the denoiser does not get the label, so that only guidance steers"
-        )
-    devices = ", ".join(sorted({result.cost["device"] for result in results}))
-    parts.append(f"{results[0].cost['clock']} time on {devices}")
     return f"{'; '.join(parts)}."
 
 
@@ -187,37 +162,25 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
     environment.filters |= {
         "cell": lambda text: str(text).replace("|", r"\|"),
         "embed": lambda name: data_uri(folder / name),
-        "embed_strip": strip_data_uri,
-        "number": format_number,
-        "pretty_json": lambda content: json.dumps(content, indent=2),
+        "embed_strip": partial(data_uri, max_height=MAX_HEIGHT),
+        "number": "{:.12g}".format,
+        "pretty_json": partial(json.dumps, indent=2),
         "width": lambda name: Image.open(folder / name).width,
     }
-    environment.globals |= {
-        "ACCURACY": ACCURACY,
-        "FRECHET": FRECHET,
-        "MAX_WARNINGS": MAX_WARNINGS,
-        "METRICS": METRICS,
-        "marks": marks,
-    }
+    environment.globals |= {"ACCURACY": ACCURACY, "FRECHET": FRECHET, "METRICS": METRICS}
+    environment.globals |= {"MAX_WARNINGS": MAX_WARNINGS, "marks": marks}
     return environment
 
 
-def data_uri(path: Path) -> str:
-    """A PNG file as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def strip_data_uri(path: Path) -> str:
-    """A strip of images as a data URI; large images are scaled down."""
-    strip = Image.open(path)
-    if strip.height <= MAX_HEIGHT:
-        return data_uri(path)
-    size = (round(strip.width * MAX_HEIGHT / strip.height), MAX_HEIGHT)
-    content = io.BytesIO()
-    small = strip.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.save(content, "WEBP", quality=88)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+def data_uri(path: Path, max_height: int | None = None) -> str:
+    """A PNG file as a data URI; an image higher than `max_height` pixels is scaled down."""
+    content, kind, image = path.read_bytes(), "png", Image.open(path)
+    if max_height is not None and image.height > max_height:
+        size = (round(image.width * max_height / image.height), max_height)
+        small, buffer = image.convert("RGB").resize(size, Image.Resampling.LANCZOS), io.BytesIO()
+        small.save(buffer, "WEBP", quality=88)
+        content, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -14,20 +13,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..arguments import DEFAULTS
-from ..evaluation import (
-    COVERAGE_K,
-    Bootstrap,
-    Images,
-    Network,
-    Settings,
-    common_labels,
-    open_real,
-    summarise,
-)
+from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, weights_hash
 from ..utils import require_matplotlib
-from .measure import MeasureOptions, PointEvaluator, quiet_copy
+from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
 from .schedulers import scheduler_for, scheduler_name
@@ -103,44 +93,22 @@ def sweep(
     require_matplotlib()
     defaults = pipeline.config.defaults
     if schedulers is None:
-        names = [scheduler_name(pipeline.scheduler)]
-    else:
-        names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
+        schedulers = [scheduler_name(pipeline.scheduler)]
+    names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
     if intervals is None:
         intervals = [(defaults["guidance_start"], defaults["guidance_stop"])]
-    settings = sweep_grid(
-        scales,
-        names,
-        steps or [defaults["num_inference_steps"]],
-        intervals,
-        algorithms or (None,),
-        every,
-        tolerances,
+    steps = steps or [defaults["num_inference_steps"]]
+    algorithms = algorithms or (None,)
+    settings = sweep_grid(scales, names, steps, intervals, algorithms, every, tolerances)
+    source = (reference, split, image_column, label_column)
+    options = MeasureOptions(
+        num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
     )
-    store = measure_points(
-        pipeline,
-        settings,
-        reference,
-        output,
-        features,
-        judge,
-        num_images=num_images,
-        seed=seed,
-        batch_size=batch_size,
-        conditional=conditional,
-        dtype=dtype,
-        bootstrap=bootstrap,
-        max_features=max_features,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        model=model,
-        progress=progress,
-    )
+    store = _measure(pipeline, settings, source, output, features, judge, options, model, progress)
     default_scale = float(defaults["guidance_scale"])
     if not PartialState().is_main_process:
         return verdict_of(store.all(), default_scale)
-    label_names = list(dict(sorted(class_names(pipeline).items())).values())
+    label_names = [name for _, name in sorted(class_names(pipeline).items())]
     columns = [label_names[i % len(label_names)] for i in range(min(PICTURES, num_images))]
     return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
 
@@ -174,46 +142,61 @@ def measure_points(
     Raises:
         ValueError, OSError: as `sweep`.
     """
-    # 1. Validate the arguments and the folder before any computation.
+    source = (reference, split, image_column, label_column)
     options = MeasureOptions(
         num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
     )
+    return _measure(pipeline, settings, source, output, features, judge, options, model, progress)
+
+
+def _measure(
+    pipeline: ClassifierGuidedPipeline,
+    settings: Sequence[SweepSetting],
+    source: tuple[str, str | None, str | None, str | None],
+    output: str | Path,
+    features: Network,
+    judge: Network | None,
+    options: MeasureOptions,
+    model: str | None,
+    progress: bool,
+) -> Store:
+    """Measure the settings that the folder lacks, with a progress bar over all images."""
     check_networks(pipeline, features, judge)
-    real = open_reference(pipeline, reference, split, image_column, label_column)
-    name = model or type(pipeline).__name__
+    real = open_reference(pipeline, *source)
+    reference = {"name": source[0], "split": real.description["split"], "images": len(real)}
     protocol = {
-        "model": name,
+        "model": model or type(pipeline).__name__,
         **pipeline_protocol(pipeline),
-        "reference": {
-            "name": reference,
-            "split": real.description["split"],
-            "images": len(real),
-            "digest": fingerprint(real),
-        },
+        "reference": {**reference, "digest": fingerprint(real)},
         "features": {"network": features.name, "weights": features.digest()},
         "judge": judge and {"network": judge.name, "weights": judge.digest()},
         "device": pipeline.device.type,
         **asdict(options),
     }
     store = Store(output, protocol)
-    store.all()
-
-    # 2. Summarise the real images, then measure.
+    store.all()  # refuses results of another protocol before any computation
     show = progress and PartialState().is_main_process
     cache = Path(output) / ".real"
-    evaluator = prepare_evaluator(pipeline, real, features, judge, options, cache, show)
-    fill(store, settings, evaluator, show)
+    evaluator = PointEvaluator(pipeline, real, features, judge, options, cache, show)
+    finished = sum(store.read(store.path(setting)) is not None for setting in settings)
+    total, initial = len(settings) * options.num_images, finished * options.num_images
+    bar = tqdm(total=total, initial=initial, unit="image", disable=not show)
+    with WarnOnce(), bar:
+        if finished and show:
+            bar.write(f"{finished} of {len(settings)} settings are already measured")
+
+        def measure(setting: SweepSetting) -> Result:
+            bar.set_description(setting.name)
+            return evaluator.measure(setting, store.folder, bar.update)
+
+        store.fill(settings, measure)
     return store
 
 
 def check_networks(
     pipeline: ClassifierGuidedPipeline, features: Network, judge: Network | None
 ) -> None:
-    """Check that there is a classifier, and that no other network has its weights.
-
-    Raises:
-        ValueError: otherwise.
-    """
+    """Raise a ValueError without a classifier, or if another network has its weights."""
     if pipeline.classifier is None or not class_names(pipeline):
         raise ValueError(
             "pipeline: it has no classifier or its labels are unknown; both are needed"
@@ -228,66 +211,42 @@ def check_networks(
 
 
 def open_reference(
-    pipeline: ClassifierGuidedPipeline,
-    reference: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
+    pipeline: ClassifierGuidedPipeline, reference: str, *split_and_columns: str | None
 ) -> Images:
-    """The labelled real images, in the shape of the pipeline's images.
-
-    Raises:
-        ValueError: if they cannot be read, have no labels or are too few.
-    """
+    """The labelled real images, as of `open_real`; ValueError without labels, or for too few."""
     with PartialState().main_process_first():  # the main process prepares the dataset's files
-        real = open_real(reference, image_shape(pipeline), split, image_column, label_column)
-    if not real.labelled:
-        raise ValueError(
-            f"reference: {reference} has no labels; name their column with label_column"
-        )
-    if len(real) <= COVERAGE_K:
-        raise ValueError(
-            f"reference: {reference} has {len(real)} images; at least {COVERAGE_K + 1} are needed"
-        )
+        real = open_real(reference, image_shape(pipeline), *split_and_columns)
+    too_few = f"{len(real)} images; at least {COVERAGE_K + 1} are needed"
+    for is_valid, problem in (
+        (real.labelled, "no labels; name their column with label_column"),
+        (len(real) > COVERAGE_K, too_few),
+    ):
+        if not is_valid:
+            raise ValueError(f"reference: {reference} has {problem}")
     return real
 
 
 def image_shape(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
     """(C, H, W) of the pipeline's images, from one that it generates."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    image = quiet_copy(pipeline, scheduler)(
-        [0],
-        guidance_scale=0.0,
-        num_inference_steps=2,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(0),
-    ).images
-    return tuple(image.shape[1:])
-
-
-def class_names(pipeline: ClassifierGuidedPipeline) -> dict[int, str]:
-    """{label id: name}; ids without a name have themselves as name."""
-    names = pipeline.config.id2label or {i: i for i in range(pipeline.num_labels or 0)}
-    return {int(i): str(name) for i, name in names.items()}
+    call = {"guidance_scale": 0.0, "num_inference_steps": 2, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(0)
+    images = quiet_copy(pipeline, scheduler)([0], generator=generator, **call).images
+    return tuple(images.shape[1:])
 
 
 def pipeline_protocol(pipeline: ClassifierGuidedPipeline) -> dict[str, Any]:
     """What of the pipeline results depend on, apart from the arguments of a setting."""
-    config = {
-        name: value
-        for name, value in pipeline.scheduler.config.items()
-        if not name.startswith("_")  # includes options that only other scheduler classes read
-    }
+    # the config includes options that only other scheduler classes read
+    scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+    scheduler = {name: value for name, value in scheduler.items() if not name.startswith("_")}
     defaults = {}
     for name, value in pipeline.config.defaults.items():
         reuse = name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name]
         if reuse or name in ("classifier_free_scale", "guidance_algorithm"):
             defaults[name] = value
-    return {
-        "weights": weights_hash(pipeline),
-        "own_scheduler": {"class": type(pipeline.scheduler).__name__, **config},
-        "defaults": defaults,
-    }
+    hashed = weights_hash(pipeline)
+    return {"weights": hashed, "own_scheduler": scheduler, "defaults": defaults}
 
 
 def fingerprint(images: Images, count: int = 16) -> str:
@@ -297,72 +256,3 @@ def fingerprint(images: Images, count: int = 16) -> str:
         pixels, label = next(iter(images.read(i, i + 1)))
         digest.update(pixels.numpy().tobytes() + str(label).encode())
     return digest.hexdigest()[:16]
-
-
-def prepare_evaluator(
-    pipeline: ClassifierGuidedPipeline,
-    real: Images,
-    features: Network,
-    judge: Network | None,
-    options: MeasureOptions,
-    cache: Path,
-    progress: bool,
-) -> PointEvaluator:
-    """Match the labels and summarise the real images, once for all settings.
-
-    Raises:
-        ValueError: for a judge or real images without the pipeline's labels.
-    """
-    names = class_names(pipeline)
-    generated = SimpleNamespace(labelled=True, names=names)
-    common_names, classes, ids, real_ids, _ = common_labels(generated, real, judge)
-    scorer = judge or (features if features.is_inception else None)
-    summary_settings = Settings(
-        classes,
-        ids,
-        options.max_features,
-        options.bootstrap,
-        seed=options.seed,
-        judge_labels=judge is not None,
-    )
-    real_summary = summarise(
-        real,
-        features,
-        scorer,
-        replace(summary_settings, ids=real_ids),
-        batch_size=options.batch_size,
-        title="real images",
-        progress=progress,
-        cache=cache,
-    )
-    return PointEvaluator(
-        pipeline,
-        sorted(names),
-        features,
-        scorer,
-        real_summary,
-        summary_settings,
-        common_names,
-        Bootstrap(options.bootstrap, seed=options.seed, progress=progress),
-        options,
-    )
-
-
-def fill(
-    store: Store, settings: Sequence[SweepSetting], evaluator: PointEvaluator, progress: bool
-) -> None:
-    """Measure what the store lacks, with a progress bar over all images."""
-    finished = sum(store.read(store.path(setting)) is not None for setting in settings)
-    count = evaluator.options.num_images
-    bar = tqdm(
-        total=len(settings) * count, initial=finished * count, unit="image", disable=not progress
-    )
-    with WarnOnce(), bar:
-        if finished and progress:
-            bar.write(f"{finished} of {len(settings)} settings are already measured")
-
-        def measure(setting: SweepSetting) -> Result:
-            bar.set_description(setting.name)
-            return evaluator.measure(setting, store.folder, bar.update)
-
-        store.fill(settings, measure)

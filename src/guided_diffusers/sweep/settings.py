@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Curve(NamedTuple):
     @property
     def name(self) -> str:
         """The curve as part of a file name."""
-        return f"{self.scheduler}-{self.steps}-steps{_file_suffix(self.variant)}"
+        return _join_words(f"{self.scheduler}-{self.steps}-steps", self.variant)
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,26 @@ class SweepSetting:
     @property
     def name(self) -> str:
         """Name of the setting's files, without suffix."""
-        scale, suffix = format_number(self.guidance_scale), _file_suffix(self.variant)
-        return f"{self.scheduler}-{self.num_inference_steps}-steps-scale-{scale}{suffix}"
+        stem = f"{self.scheduler}-{self.num_inference_steps}-steps-scale-{self.scale_text}"
+        return _join_words(stem, self.variant)
 
     @property
     def variant(self) -> str:
         """When and how guidance acts, such as "from 0.2 to 1, strang"; "" for the defaults."""
         parts = []
         if (self.guidance_start, self.guidance_stop) != (0, 1):
-            start, stop = format_number(self.guidance_start), format_number(self.guidance_stop)
-            parts.append(f"from {start} to {stop}")
+            parts.append(f"from {self.guidance_start:.12g} to {self.guidance_stop:.12g}")
         if self.guidance_algorithm is not None:
             parts.append(self.guidance_algorithm)
         if self.guidance_every is not None:
             parts.append(f"every {self.guidance_every}")
         if self.guidance_tolerance is not None:
-            parts.append(f"tolerance {format_number(self.guidance_tolerance)}")
+            parts.append(f"tolerance {self.guidance_tolerance:.12g}")
         return ", ".join(parts)
+
+    @property
+    def scale_text(self) -> str:
+        return f"{self.guidance_scale:.12g}"
 
     @property
     def curve(self) -> Curve:
@@ -89,24 +92,19 @@ class SweepSetting:
     @property
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
-        values = asdict(self)
-        del values["scheduler"]
-        return {name: value for name, value in values.items() if value is not None}
+        items = asdict(self).items()
+        return {name: value for name, value in items if name != "scheduler" and value is not None}
 
     def __str__(self) -> str:
-        return f"{self.curve}, scale {format_number(self.guidance_scale)}"
+        return f"{self.curve}, scale {self.scale_text}"
 
 
-def _file_suffix(variant: str) -> str:
-    return "-" + variant.replace(", ", "-").replace(" ", "-") if variant else ""
-
-
-def format_number(value: float) -> str:
-    return f"{value:.12g}"
+def _join_words(stem: str, variant: str) -> str:
+    return "-".join([stem, *variant.replace(",", "").split()])
 
 
 def format_scales(scales: Iterable[float]) -> str:
-    return ", ".join(map(format_number, scales))
+    return ", ".join(f"{scale:.12g}" for scale in scales)
 
 
 def sweep_grid(
@@ -130,19 +128,18 @@ def sweep_grid(
         list(dict.fromkeys(values))
         for values in (scales, schedulers, steps, intervals, algorithms, every, tolerances)
     )
-    _check_values("scales", scales, lambda s: 0 <= s < math.inf, "0 (off) or a positive number")
-    _check_values("steps", steps, _is_positive_integer, "integers from 1")
-    _check_values("every", every, _is_positive_integer, "integers from 1")
-    _check_values("tolerances", tolerances, lambda t: 0 < t < math.inf, "positive numbers")
-    allowed_algorithms = ", ".join(ALGORITHMS)
-    _check_values(
-        "algorithms", algorithms, lambda a: a is None or a in ALGORITHMS, allowed_algorithms
-    )
-    for start, stop in intervals:
-        if not 0 <= start < stop <= 1:
-            raise ValueError(
-                f"intervals: {start:g}:{stop:g} is not allowed; use 0 <= start < stop <= 1"
-            )
+    for name, values, is_allowed, allowed in (
+        ("scales", scales, lambda s: 0 <= s < math.inf, "0 (off) or a positive number"),
+        ("steps", steps, _is_positive_integer, "integers from 1"),
+        ("every", every, _is_positive_integer, "integers from 1"),
+        ("tolerances", tolerances, lambda t: 0 < t < math.inf, "positive numbers"),
+        ("algorithms", algorithms, lambda a: a in (None, *ALGORITHMS), ", ".join(ALGORITHMS)),
+        ("intervals", intervals, lambda i: 0 <= i[0] < i[1] <= 1, "0 <= start < stop <= 1"),
+    ):
+        for value in values:
+            if not is_allowed(value):
+                text = "{:g}:{:g}".format(*value) if name == "intervals" else value
+                raise ValueError(f"{name}: {text} is not allowed; use {allowed}")
     if not (schedulers and steps and intervals and algorithms):
         raise ValueError(
             f"schedulers={schedulers}, steps={steps}, intervals={intervals}, "
@@ -151,25 +148,14 @@ def sweep_grid(
     reuse: list[dict[str, Any]] = [{"guidance_every": int(k)} for k in every]
     reuse += [{"guidance_tolerance": float(tolerance)} for tolerance in tolerances]
     guided_scales = [float(scale) for scale in sorted(scales) if scale > 0]
+    guided = list(product(intervals, algorithms, reuse or [{}], guided_scales))
     settings = []
     for count, scheduler in product(sorted(steps), schedulers):
         settings.append(SweepSetting(scheduler, int(count), 0.0))
-        for interval, algorithm, reuse_option, scale in product(
-            intervals, algorithms, reuse or [{}], guided_scales
-        ):
-            start, stop = map(float, interval)
-            settings.append(
-                SweepSetting(scheduler, int(count), scale, start, stop, algorithm, **reuse_option)
-            )
+        for interval, algorithm, options, scale in guided:
+            values = (scale, *map(float, interval), algorithm)
+            settings.append(SweepSetting(scheduler, int(count), *values, **options))
     return settings
-
-
-def _check_values(
-    name: str, values: Iterable[Any], is_allowed: Callable[[Any], bool], allowed: str
-) -> None:
-    for value in values:
-        if not is_allowed(value):
-            raise ValueError(f"{name}: {value} is not allowed; use {allowed}")
 
 
 def _is_positive_integer(value: float) -> bool:

@@ -57,11 +57,8 @@ class Store:
                 )
             self._unreadable.add(path)
             return None
-        changes = [
-            f"{name} was {old}, is {new}"
-            for name, old, new in differences(protocol, self.protocol)
-            if name not in MAY_DIFFER
-        ]
+        changed = differences(protocol, self.protocol)
+        changes = [f"{n} was {old}, is {new}" for n, old, new in changed if n not in MAY_DIFFER]
         if changes:
             raise ValueError(
                 f"{path} was measured with other settings ({'; '.join(changes)}); the results of a "
@@ -81,22 +78,16 @@ class Store:
 
     @contextmanager
     def claim(self, setting: SweepSetting) -> Iterator[bool]:
-        """Within, whether this process has the setting's lock.
-
-        The operating system releases the lock if the process is killed.
-        """
-        folder = self.folder.parent / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{setting.name}.lock")
+        """Within, whether this process has the setting's lock; a killed process loses it."""
+        path = self.folder.parent / ".locks" / f"{setting.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(path).acquire(timeout=0)
         except Timeout:
             yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        else:
+            with lock:
+                yield True
 
     def fill(
         self,
