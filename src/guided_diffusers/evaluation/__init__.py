@@ -20,7 +20,7 @@ processes of `accelerate launch` share the images.
 from ..deprecated import renamed
 from .dataset_images import DatasetImages, ParquetImages
 from .evaluation import Evaluation, evaluate
-from .images import Images, open_generated, open_real
+from .images import Images, NpzImages, open_generated, open_real
 from .labels import common_labels
 from .networks import (
     Network,
@@ -30,7 +30,6 @@ from .networks import (
     wrap_classifier,
     wrap_module,
 )
-from .npz_images import NpzImages
 from .results import COVERAGE_K, Bootstrap, by_class, compare
 from .summary import Settings, Summary, summarise
 

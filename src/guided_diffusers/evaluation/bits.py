@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
 from ..utils import evaluating
-from .dataset_images import Shape
 from .images import Images
 from .labels import has_names, match_labels
 from .metrics import Accumulator, gather
@@ -26,7 +25,7 @@ TERMS = ("bound", "x0_mse", "eps_mse")
 
 
 class BoundTerms(Accumulator):
-    """Sums of the terms at T timesteps, (3, T), and of the prior; the bits of each image (N,)."""
+    """Sums of the terms at T timesteps (3, T) and of the prior; the bits of each image (N,)."""
 
     sums = ("terms", "prior", "totals")
 
@@ -36,38 +35,24 @@ class BoundTerms(Accumulator):
         self.totals = torch.zeros(count, dtype=torch.float64)
 
     def update(self, indices: list[int], bits: Mapping[str, Tensor]) -> None:
-        """Add what `bits_per_dim` returns for the images with these indices."""
+        """Add the result of `bits_per_dim` for the images with these indices."""
         self.terms += torch.stack([bits[name].cpu().double().sum(0) for name in TERMS])
         self.prior += bits["prior"].cpu().double().sum()
         self.totals[indices] = bits["total"].cpu().double()
 
 
 def noise_process(pipeline: ClassifierGuidedPipeline) -> Process:
-    """The noise process that a pipeline's network was trained with.
-
-    Raises:
-        ValueError: for a latent model, or a scheduler without betas.
-    """
+    """The noise process of training; raises ValueError for a latent model or without betas."""
     scheduler, config = pipeline.scheduler, module_config(pipeline.unet)
     if pipeline.vae is not None:
         raise ValueError("bits_per_dim: the model is a latent one; a model of pixels is needed")
     if getattr(scheduler, "betas", None) is None:
-        raise ValueError(
-            f"bits_per_dim: {type(scheduler).__name__} has no betas; a scheduler with betas is "
-            "needed"
-        )
+        name = type(scheduler).__name__
+        raise ValueError(f"bits_per_dim: {name} has no betas; a scheduler with betas is needed")
     learned = config["out_channels"] == 2 * config["in_channels"]
-    variance_type = scheduler.config.get("variance_type")
-    variance_type = variance_type or ("learned_range" if learned else "fixed_small")
+    default = "learned_range" if learned else "fixed_small"
+    variance_type = scheduler.config.get("variance_type") or default
     return Process(DDPMScheduler.from_config(scheduler.config, variance_type=variance_type))
-
-
-def image_shape(pipeline: ClassifierGuidedPipeline) -> Shape:
-    """(C, H, W) of the network's images."""
-    config = module_config(pipeline.unet)
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
 
 
 def measure_bits_per_dim(
@@ -75,47 +60,30 @@ def measure_bits_per_dim(
     images: Images,
     count: int,
     bootstrap: Bootstrap,
-    batch_size: int = 64,
-    progress: bool = True,
+    batch_size: int,
+    progress: bool,
 ) -> dict[str, Any]:
-    """The variational bound on -log2 p(x0) a dimension, of held-out images given their labels.
+    """The variational bound on -log2 p(x0) a dimension, of `count` held-out images, evenly spaced,
+    given their labels; the noise depends on the seed and the image's index. It has the fields
 
-        total = sum_t bound_t + prior;    the noise depends on the seed and the image's index
+        total = sum_t bound_t + prior
 
-    The network is evaluated at every timestep for each batch. Several processes share the images.
-
-    Args:
-        images: of the network's shape.
-        count: how many to use, evenly spaced.
-        bootstrap: its interval is that of the mean over images.
-
-    Returns:
-        `total` (a metric), `prior`, `terms` (for each timestep its `bound`, `x0_mse` and
-        `eps_mse`), and `images`, their number.
-
-    Raises:
-        ValueError: as `noise_process`; for a `count` above the number of images, or labels unknown
-            to the network.
+    (a metric), `prior`, `terms` (`bound`, `x0_mse` and `eps_mse` of each timestep), and `images`.
     """
     if not 1 <= count <= len(images):
-        raise ValueError(
-            f"bits_per_dim={count}: 1 to {len(images)}, the images there are, is allowed"
-        )
-    process, state = noise_process(pipeline), PartialState()
-    ids = _network_ids(pipeline, images)
+        raise ValueError(f"bits_per_dim={count}: 1 to {len(images)} real images are allowed")
+    process, state, ids = noise_process(pipeline), PartialState(), _network_ids(pipeline, images)
     sums, device = BoundTerms(len(process), count), pipeline.device
     share = range(count)[state.process_index :: state.num_processes]
     with evaluating(pipeline.unet), progress_bar(len(share), "bits per dimension", progress) as bar:
         for start in range(0, len(share), batch_size):
             indices = list(share[start : start + batch_size])
             rows = [i * len(images) // count for i in indices]
-            items = [next(images.read(row, row + 1)) for row in rows]
-            labels = None
-            if ids is not None:
-                labels = _class_labels([label for _, label in items], ids).to(device)
-            pixels = torch.stack([image for image, _ in items]).to(device)
+            pixels, labels = zip(*(next(images.read(row, row + 1)) for row in rows), strict=True)
+            class_labels = None if ids is None else _class_labels(labels, ids).to(device)
+            x0 = torch.stack(pixels).to(device)
             noise = [image_generator(bootstrap.seed, i) for i in indices]
-            bits = bits_per_dim(pipeline.unet, process, pixels, labels, generator=noise)
+            bits = bits_per_dim(pipeline.unet, process, x0, class_labels, generator=noise)
             sums.update(indices, bits)
             bar.update(len(indices))
     gather([sums])
@@ -141,7 +109,7 @@ def _network_ids(pipeline: ClassifierGuidedPipeline, images: Images) -> Mapping[
     return {i: i for i in range(pipeline.num_labels or num_class_embeds)}
 
 
-def _class_labels(labels: list[int], ids: Mapping[int, int]) -> Tensor:
+def _class_labels(labels: Sequence[int], ids: Mapping[int, int]) -> Tensor:
     unknown = sorted(set(labels) - ids.keys())
     if unknown:
         raise ValueError(

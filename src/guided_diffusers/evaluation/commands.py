@@ -11,17 +11,13 @@ import diffusers
 import transformers
 from accelerate import PartialState
 
-from ..cli_options import (
-    add_shared_option,
-    add_shared_options,
-    launched_processes,
-    select_device,
-)
+from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
+from ..noise import module_config
 from ..utils import load_pipeline, require_matplotlib
-from .bits import image_shape, measure_bits_per_dim
+from .bits import measure_bits_per_dim
 from .evaluation import Evaluation, evaluate
 from .images import Images, open_generated, open_real
-from .networks import Network, default_features, load_network
+from .networks import default_features, load_network
 from .results import Bootstrap
 
 EVALUATE_OPTIONS = (  # arguments of `evaluate` with the names of the options
@@ -39,54 +35,22 @@ def add_evaluate_command(commands: Any) -> None:
         "The processes of `accelerate launch -m guided_diffusers evaluate ...` share the images.",
     )
     command.set_defaults(run=run_evaluate)
-    _add_image_options(command)
-    _add_metric_options(command)
-    option, folder = command.add_argument, {"type": Path, "metavar": "FOLDER"}
-    default = Path("evaluation")
-    option("--output", **folder, default=default, help="output folder (default: %(default)s)")
-    option(
-        "--cache", **folder, help="keep the summary of the real images there for later evaluations"
-    )
-    add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
-
-
-def _add_image_options(command: argparse.ArgumentParser) -> None:
-    option = command.add_argument
-    option(
-        "images",
-        nargs="?",
-        metavar="IMAGES",
-        help="a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled "
-        "dataset; optional with --bits-per-dim",
-    )
-    option("--images-split", metavar="SPLIT", help="split of IMAGES, if they are a dataset")
-    option(
-        "--dataset",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="real images: a Hub name, an image folder or a folder of Parquet files",
-    )
-    add_shared_option(
-        command, "--split", help="split of the real images (default: validation, test or train)"
-    )
-    option(
-        "--training-split",
-        metavar="SPLIT",
-        help="split that the model was trained on, to find the nearest training images; `none`: "
-        "skip them (default: train, unless that is --split)",
-    )
-    add_shared_options(command, "--image-column", "--label-column")
-
-
-def _add_metric_options(command: argparse.ArgumentParser) -> None:
-    option = command.add_argument
-    add_shared_options(command, "--features", "--seed")
-    add_shared_option(
-        command,
-        "--judge",
-        help="a classifier of the same labels that was never used for guidance: as --features; "
-        "`none`: no judge (default: the network of --features, if it is a classifier)",
-    )
+    option, split, folder = command.add_argument, "SPLIT", {"type": Path, "metavar": "FOLDER"}
+    text = "a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled "
+    text += "dataset; optional with --bits-per-dim"
+    option("images", nargs="?", metavar="IMAGES", help=text)
+    option("--images-split", metavar=split, help="split of IMAGES, if they are a dataset")
+    text = "real images: a Hub name, an image folder or a folder of Parquet files"
+    option("--dataset", required=True, metavar="NAME_OR_FOLDER", help=text)
+    text = "split of the real images (default: validation, test or train)"
+    add_shared_option(command, "--split", help=text)
+    text = "split that the model was trained on, to find the nearest training images; `none`: "
+    text += "skip them (default: train, unless that is --split)"
+    option("--training-split", metavar=split, help=text)
+    add_shared_options(command, "--image-column", "--label-column", "--features", "--seed")
+    text = "a classifier of the same labels that was never used for guidance: as --features; "
+    text += "`none`: no judge (default: the network of --features, if it is a classifier)"
+    add_shared_option(command, "--judge", help=text)
     numbers = {
         "--max-features": (10_000, "sampled images, for metrics that need features image by image"),
         "--nearest": (1000, "images whose nearest training image is searched"),
@@ -96,20 +60,18 @@ def _add_metric_options(command: argparse.ArgumentParser) -> None:
     for flag, (default, text) in numbers.items():
         text = f"number of {text} (default: %(default)s)"
         option(flag, type=int, default=default, metavar="N", help=text)
-    option(
-        "--confidence",
-        type=float,
-        default=0.95,
-        help="level of the intervals (default: %(default)s)",
-    )
+    text = "level of the intervals (default: %(default)s)"
+    option("--confidence", type=float, default=0.95, help=text)
     text = "for --bits-per-dim: a bundled model, a pipeline folder or a Hub id"
     add_shared_option(command, "--model", default=None, help=text)
-    option(
-        "--per-class",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Frechet distance of each class (default: yes)",
-    )
+    yes_no = argparse.BooleanOptionalAction
+    text = "Frechet distance of each class (default: yes)"
+    option("--per-class", action=yes_no, default=True, help=text)
+    text = "output folder (default: %(default)s)"
+    option("--output", **folder, default=Path("evaluation"), help=text)
+    text = "keep the summary of the real images there for later evaluations"
+    option("--cache", **folder, help=text)
+    add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -146,11 +108,16 @@ def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
         generated = open_generated(options.images, options.images_split, *columns)
         real = open_real(options.dataset, generated.shape, options.split, *columns)
         training = _open_training(options, generated, real)
-    features, judge = _load_networks(options, generated, device)
+    name = options.features or default_features(generated.description.get("manifest"))
+    features, judge = load_network(name, device), None
+    if options.judge in (None, options.features):
+        is_judge = features.classes is not None and not features.is_inception and generated.labelled
+        judge = features if options.judge or is_judge else None
+    elif options.judge != "none":
+        judge = load_network(options.judge, device)
     settings = {name: getattr(options, name) for name in EVALUATE_OPTIONS}
-    return evaluate(
-        generated, real, features, judge, training, progress=not options.quiet, **settings
-    )
+    settings["progress"] = not options.quiet
+    return evaluate(generated, real, features, judge, training, **settings)
 
 
 def _open_training(options: argparse.Namespace, generated: Images, real: Images) -> Images | None:
@@ -170,33 +137,17 @@ def _open_training(options: argparse.Namespace, generated: Images, real: Images)
         return None  # no split `train`
 
 
-def _load_networks(
-    options: argparse.Namespace, generated: Images, device: Any
-) -> tuple[Network, Network | None]:
-    """The feature network and the judge."""
-    name = options.features or default_features(generated.description.get("manifest"))
-    features = load_network(name, device)
-    if options.judge == "none":
-        return features, None
-    if options.judge not in (None, options.features):
-        return features, load_network(options.judge, device)
-    is_judge = features.classes is not None and not features.is_inception and generated.labelled
-    return features, features if options.judge or is_judge else None
-
-
 def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) -> None:
     """Add the bits per dimension of --model on the real images."""
     pipeline = load_pipeline(options.model).to(device)
-    shape, columns = image_shape(pipeline), (options.image_column, options.label_column)
+    config, columns = module_config(pipeline.unet), (options.image_column, options.label_column)
+    size = config["sample_size"]
+    shape = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
     with PartialState().main_process_first():
         real = open_real(options.dataset, shape, options.split, *columns)
+    bootstrap = Bootstrap(options.bootstrap, options.confidence, options.seed)
     evaluation.bits = measure_bits_per_dim(
-        pipeline,
-        real,
-        options.bits_per_dim,
-        Bootstrap(options.bootstrap, options.confidence, options.seed),
-        options.batch_size,
-        progress=not options.quiet,
+        pipeline, real, options.bits_per_dim, bootstrap, options.batch_size, not options.quiet
     )
     for name in ("seed", "bootstrap", "confidence"):
         evaluation.settings.setdefault(name, getattr(options, name))

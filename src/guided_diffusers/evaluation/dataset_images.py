@@ -61,15 +61,8 @@ class DatasetImages:
 
 
 class NativeSizeImages(DatasetImages):
-    """Images of a dataset in their own size: squares, of the size of `shape` or of the first one.
-
-    Args:
-        names: of the labels, by id. Default: as in the dataset.
-        shape: (C, H, W).
-
-    Raises:
-        ValueError: for images that can't be read, or of other sizes.
-    """
+    """Images of a dataset in their own size: squares, of the size of `shape` (C, H, W) or of the
+    first one. `names` replaces the dataset's label names by id."""
 
     def __init__(
         self,
@@ -85,9 +78,8 @@ class NativeSizeImages(DatasetImages):
         channels, height, width = shape or (None, *self._size(0)[::-1])
         if width != height:
             raise ValueError(f"images: they are {width} by {height} pixels; they must be square")
-        data = LabelledImages(
-            dataset, image_column, label_column, width, channels=channels, labels=names
-        )
+        columns = (image_column, label_column)
+        data = LabelledImages(dataset, *columns, width, channels=channels, labels=names)
         super().__init__(data, data.id2label, data.label_column is not None)
 
     def _size(self, i: int) -> tuple[int, int]:
@@ -95,10 +87,8 @@ class NativeSizeImages(DatasetImages):
         try:
             return Image.open(io.BytesIO(raw["bytes"]) if raw["bytes"] else raw["path"]).size
         except (OSError, TypeError) as error:
-            file = f" ({raw['path']})" if raw and raw["path"] else ""
-            raise ValueError(
-                f"images: the image of row {i}{file} can't be read: {error}"
-            ) from error
+            row = f"row {i} ({raw['path']})" if raw and raw["path"] else f"row {i}"
+            raise ValueError(f"images: the image of {row} can't be read: {error}") from error
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         for i in range(start, stop):
@@ -112,7 +102,7 @@ class NativeSizeImages(DatasetImages):
 
 
 class RowGroup(NamedTuple):
-    """A row group of a Parquet file, its number, its first row in the file, and its rows."""
+    """A row group of a Parquet file: its number, its first row in the file, its count of rows."""
 
     file: Path
     number: int
@@ -145,10 +135,13 @@ class ParquetImages:
         self.names, self.shape, self.labelled = first.names, first.shape, first.labelled
         self.description: dict[str, Any] = {}
         column = first.items.label_column
-        if self.labelled and not isinstance(
-            first.items.dataset.features[column], datasets.ClassLabel
-        ):
-            self.names = _label_names(files, column)
+        feature = first.items.dataset.features[column] if self.labelled else None
+        if self.labelled and not isinstance(feature, datasets.ClassLabel):
+            table = pyarrow.parquet.read_table(files, columns=[column])  # labels of all files
+            values = sorted(table[column].unique().to_pylist())
+            self.names = dict(enumerate(values))
+            if not isinstance(values[0], str):
+                self.names = {i: str(i) for i in range(values[-1] + 1)}
 
     def _open(self, group: RowGroup) -> NativeSizeImages:
         try:
@@ -187,17 +180,6 @@ def _row_groups(file: Path) -> Iterator[RowGroup]:
         if count:
             yield RowGroup(file, number, first_row, count)
         first_row += count
-
-
-def _label_names(files: Sequence[Path], column: str) -> dict[int, str]:
-    """Names of all labels in the files: strings, or integers from 0."""
-    values: set[Any] = set()
-    for file in files:
-        labels = pyarrow.parquet.read_table(file, columns=[column])[column]
-        values |= set(labels.unique().to_pylist())
-    if all(isinstance(value, str) for value in values):
-        return dict(enumerate(sorted(values)))
-    return {i: str(i) for i in range(max(values) + 1)}
 
 
 @contextmanager

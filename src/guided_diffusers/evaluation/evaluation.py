@@ -19,6 +19,8 @@ from .report import draw_bits, draw_confusion, draw_pairs, metrics_table
 from .results import COVERAGE_K, PRECISION_K, Bootstrap, Metric, by_class, compare
 from .summary import Settings, Summary, summarise
 
+PAIR_FIELDS = ("generated", "training", "distance")  # in evaluation.json
+
 
 @dataclass
 class Evaluation:
@@ -26,8 +28,7 @@ class Evaluation:
 
     Attributes:
         metrics: {name: {"value", "interval" (or None), "better" ("less", "more", or "real": close
-            to the real images'), "images": how many are used, "real": the same metric of the real
-            images, "name": its title}}.
+            to the real images'), "images": number used, "real": of the real images, "name"}}.
         per_class: for each class "label", "name", "images", and the metrics "frechet_distance",
             "top_1" and "top_5".
         confusion: counts [label][class predicted by the judge].
@@ -52,12 +53,8 @@ class Evaluation:
 
     def save(self, folder: str | Path, picture: bool = True) -> None:
         """Write `evaluation.json`, and where they apply `confusion.png`, `nearest.png` and
-        `bits_per_dim.png`, each atomically.
-
-        Raises:
-            ImportError: for pictures without matplotlib.
-            OSError: for a full disk.
-        """
+        `bits_per_dim.png`, each atomically. Raises ImportError for pictures without matplotlib,
+        OSError for a full disk."""
         folder = Path(folder)
         content = {
             "figures": self.metrics,
@@ -66,10 +63,7 @@ class Evaluation:
             "classes": self.classes,
             "bits_per_dimension": self.bits,
             "notes": self.notes,
-            "nearest": [
-                {"generated": pair.generated, "training": pair.training, "distance": pair.distance}
-                for pair in self.pairs
-            ],
+            "nearest": [{name: getattr(pair, name) for name in PAIR_FIELDS} for pair in self.pairs],
             "settings": self.settings,
         }
         write_json(content, folder / "evaluation.json")
@@ -102,10 +96,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare generated images with real ones.
 
-    Frechet distance, accuracy and class score use all images. Metrics that need the features image
-    by image (kernel distance, precision, recall, density, coverage, diversity, intervals of Frechet
-    distances) use a sample of `max_features`, so memory doesn't grow with the number of images.
-    With several processes all get the result.
+    Frechet distance, accuracy and class score use all images; the other metrics, and the intervals
+    of Frechet distances, a sample of `max_features`, so memory doesn't grow with the number of
+    images. With several processes all get the result.
 
     Args:
         generated, real: of one shape; from `open_generated`, `open_real`, or `DatasetImages` of
@@ -127,33 +120,24 @@ def evaluate(
             classes.
         FloatingPointError: for features that aren't finite.
     """
-    options: dict[str, Any] = {
-        "max_features": max_features,
-        "nearest": nearest,
-        "bootstrap": bootstrap,
-        "confidence": confidence,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
+    options = {"max_features": max_features, "nearest": nearest, "bootstrap": bootstrap}
+    options |= {"confidence": confidence, "seed": seed, "batch_size": batch_size}
     _check(generated, real, judge, options)
     labels = common_labels(generated, real, judge)
     classifier = judge or (features if features.is_inception else None)
-    judged = judge is not None
-    settings = Settings(
-        labels.count, labels.generated_ids, max_features, bootstrap, per_class, judged, seed
-    )
+    judged, ids = judge is not None, labels.generated_ids
+    settings = Settings(labels.count, ids, max_features, bootstrap, per_class, judged, seed)
     work = {"batch_size": batch_size, "progress": progress}
     summary = summarise(generated, features, classifier, settings, title="generated images", **work)
     settings = replace(settings, ids=labels.real_ids)
-    folder = None if cache is None else Path(cache)
-    real_summary = summarise(
-        real, features, classifier, settings, title="real images", cache=folder, **work
-    )
+    kept = work | {"cache": None if cache is None else Path(cache)}
+    real_summary = summarise(real, features, classifier, settings, title="real images", **kept)
     resampler = Bootstrap(bootstrap, confidence, seed, progress and PartialState().is_main_process)
+    images = {"images": generated, "real": real, "training": training}
     result = Evaluation(
         compare(summary, real_summary, resampler, features.is_inception),
         by_class(summary, real_summary, labels.names, resampler),
-        settings=_settings(generated, real, training, features, judge, summary.width) | options,
+        settings=_settings(images, features, judge, summary.width) | options,
         notes=labels.notes
         + _notes_on_guidance(generated.description.get("manifest", {}), features, judge)
         + _notes_on_samples(summary, real_summary, per_class),
@@ -172,24 +156,17 @@ def evaluate(
 
 
 def _settings(
-    generated: Images,
-    real: Images,
-    training: Images | None,
-    features: Network,
-    judge: Network | None,
-    width: int,
+    images: Mapping[str, Images | None], features: Network, judge: Network | None, width: int
 ) -> dict[str, Any]:
     """What was compared, as JSON."""
-    settings: dict[str, Any] = {}
-    for name, images in (("images", generated), ("real", real), ("training", training)):
-        settings[name] = None
-        if images is not None:
-            settings[name] = {**images.description, "count": len(images)}
-    return {
-        **settings,
+    sources: dict[str, Any] = dict.fromkeys(images)
+    for name, part in images.items():
+        if part is not None:
+            sources[name] = part.description | {"count": len(part)}
+    return sources | {
         "features": {"network": features.name, "width": width, "weights": features.digest()},
         "judge": judge and {"network": judge.name, "weights": judge.digest()},
-        "shape": list(generated.shape),
+        "shape": list(images["images"].shape),
         "precision_k": PRECISION_K,
         "coverage_k": COVERAGE_K,
         "processes": PartialState().num_processes,
@@ -203,37 +180,32 @@ def _check(
     for name, least in smallest.items():
         if options[name] < least:
             raise ValueError(f"{name}={options[name]}: at least {least} is allowed")
-    if not 0 < options["confidence"] < 1:
-        raise ValueError(f"confidence={options['confidence']}: a number between 0 and 1 is allowed")
     for name, images in (("generated", generated), ("real", real)):
         if len(images) <= COVERAGE_K:
             raise ValueError(f"{len(images)} {name} images: at least {COVERAGE_K + 1} are needed")
+    if not 0 < options["confidence"] < 1:
+        raise ValueError(f"confidence={options['confidence']}: a number between 0 and 1 is allowed")
     if generated.shape != real.shape:
-        raise ValueError(
-            f"the generated images have the shape {generated.shape}, the real ones {real.shape}; "
-            "they must have one shape"
-        )
+        shapes = f"generated images have the shape {generated.shape}, the real ones {real.shape}"
+        raise ValueError(f"the {shapes}; they must have one shape")
     if judge is not None and judge.classes is None:
         raise ValueError(f"judge: {judge.name} is no classifier")
     if judge is not None and not generated.labelled:
-        raise ValueError(
-            "judge: the generated images have no labels; name their column, or use no judge"
-        )
+        no_labels = "the generated images have no labels; name their column, or use no judge"
+        raise ValueError(f"judge: {no_labels}")
 
 
 def _notes_on_guidance(
     manifest: Mapping[str, Any], features: Network, judge: Network | None
 ) -> list[str]:
     """Notes where the judge or the feature network is the classifier that guided the images."""
-    scale = manifest.get("guidance_scale")
-    scales = scale if isinstance(scale, list) else [scale]
-    if not manifest.get("classifier") or not any(scales):
-        return []
-    networks = {"judge": judge}
+    scale, notes = manifest.get("guidance_scale"), []
+    if not manifest.get("classifier") or not any(scale if isinstance(scale, list) else [scale]):
+        return notes
+    roles = [("judge", judge)]
     if judge is not features:
-        networks["network of the features"] = features
-    notes = []
-    for role, network in networks.items():
+        roles.append(("network of the features", features))
+    for role, network in roles:
         if network is not None and module_hash(network.module) == manifest["classifier"]:
             notes.append(
                 f"the {role}, {network.name}, has the weights of the classifier that guided the "
@@ -243,31 +215,23 @@ def _notes_on_guidance(
 
 
 def _notes_on_samples(generated: Summary, real: Summary, per_class: bool) -> list[str]:
-    notes = []
-    width, labels = generated.width, []
+    """Notes on numbers of images and labels that limit what the metrics tell."""
+    width, labels, notes = generated.width, [], []
     for name, summary in (("generated", generated), ("real", real)):
-        sampled = len(summary.sample.labels)
+        count, sampled = summary.count, len(summary.sample.labels)
         labels.append(set(summary.sample.labels.tolist()) - {-1})
-        if summary.count <= width:
-            notes.append(
-                f"{summary.count} {name} images for {width} features: the covariance is singular, "
-                "which increases the Frechet distance; compare it only at equal numbers of images"
-            )
-        if sampled < summary.count:
-            notes.append(
-                f"metrics that need features image by image use a sample of {sampled} of the "
-                f"{summary.count} {name} images"
-            )
+        text = f"{count} {name} images for {width} features: the covariance is singular, which "
+        text += "increases the Frechet distance; compare it only at equal numbers of images"
+        notes.append((count <= width, text))
+        text = (
+            f"metrics that need features image by image use a sample of {sampled} of the {count} "
+        )
+        notes.append((sampled < count, text + f"{name} images"))
     generated_labels, real_labels = labels
-    if per_class and generated_labels and not generated.has_class_moments:
-        notes.append(
-            f"Frechet distances of classes are skipped: the covariances of {width} features would "
-            "take more than 1 GiB"
-        )
-    missing = real_labels - generated_labels
-    if generated_labels and missing:
-        notes.append(
-            f"{len(missing)} of the real images' {len(real_labels)} classes were not generated, "
-            "which worsens distances, recall and coverage"
-        )
-    return notes
+    missing, labelled = real_labels - generated_labels, bool(generated_labels)
+    text = f"Frechet distances of classes are skipped: the covariances of {width} features would "
+    skipped = per_class and labelled and not generated.has_class_moments
+    notes.append((skipped, text + "take more than 1 GiB"))
+    text = f"{len(missing)} of the real images' {len(real_labels)} classes were not generated, "
+    notes.append((labelled and missing, text + "which worsens distances, recall and coverage"))
+    return [note for applies, note in notes if applies]

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 import pyarrow
 import torch
 
 from ..learning.data import LabelledImages, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
-from .npz_images import NpzImages
 
+NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Images(Protocol):
-    """Images of one shape.
+    """Images of one shape."""
 
-    Attributes:
-        shape: (C, H, W).
-        names: of the labels by id; {} without names.
-        labelled: whether the images have labels.
-        description: where they come from, as JSON.
-    """
-
-    shape: Shape
-    names: dict[int, str]
-    labelled: bool
-    description: dict[str, Any]
+    shape: Shape  #: (C, H, W)
+    names: dict[int, str]  #: of the labels by id; {} without names
+    labelled: bool  #: whether the images have labels
+    description: dict[str, Any]  #: where they come from, as JSON
 
     def __len__(self) -> int: ...
 
@@ -65,13 +62,31 @@ def open_generated(
     folder = Path(path).expanduser()
     if folder.suffix == ".npz":
         return NpzImages(folder)
-    manifest = read_manifest(folder)
+    manifest = _read_manifest(folder)
     if not manifest.get("complete", True):
         raise ValueError(
             f"images: {folder} is incomplete according to its manifest; start `guided-diffusers "
             "sample` again to finish it"
         )
-    images = _open_folder(folder, str(path), split, image_column, label_column, bool(manifest))
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            files.setdefault(file.suffix.lower(), []).append(file)
+    if len(files.get(".npz", [])) == 1:
+        images = NpzImages(files[".npz"][0])
+    elif ".parquet" in files and split is None:
+        images = ParquetImages(files[".parquet"], image_column, label_column)
+    else:
+        load = partial(load_splits, str(path))
+        if split is None and IMAGE_SUFFIXES & files.keys():
+            load = partial(datasets.load_dataset, "imagefolder", data_dir=str(folder))
+            if manifest:  # each folder is a label, even a single one, or one named like a split
+                load = partial(load, data_files={"train": "**"}, drop_labels=False)
+        splits = _load("images", path, load)
+        if split is None and len(splits) > 1:
+            raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one of them")
+        dataset = _select_split(splits, split or next(iter(splits)), "images")
+        images = NativeSizeImages(dataset, image_column, label_column)
     expected = manifest.get("num_images", len(images))
     if len(images) != expected:
         raise ValueError(f"images: {folder} has {len(images)} images, its manifest says {expected}")
@@ -79,36 +94,6 @@ def open_generated(
     if manifest:
         images.description["manifest"] = manifest
     return images
-
-
-def _open_folder(
-    folder: Path,
-    name: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    sampled: bool,
-) -> Images:
-    """`open_generated` by the kinds of files in the folder; `sampled`: it has our manifest."""
-    files: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*")):
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            files.setdefault(file.suffix.lower(), []).append(file)
-    if len(files.get(".npz", [])) == 1:
-        return NpzImages(files[".npz"][0])
-    if ".parquet" in files and split is None:
-        return ParquetImages(files[".parquet"], image_column, label_column)
-    if split is None and IMAGE_SUFFIXES & files.keys():
-        options: dict[str, Any] = {"data_dir": str(folder)}
-        if sampled:  # each folder is a label, even a single one, or one named like a split
-            options |= {"data_files": {"train": "**"}, "drop_labels": False}
-        splits = _load("images", name, lambda: datasets.load_dataset("imagefolder", **options))
-    else:
-        splits = _load("images", name, lambda: load_splits(name))
-    if split is None and len(splits) > 1:
-        raise ValueError(f"images: {name} has the splits {sorted(splits)}; name one of them")
-    dataset = _select_split(splits, split or next(iter(splits)), "images")
-    return NativeSizeImages(dataset, image_column, label_column)
 
 
 def open_real(
@@ -124,7 +109,7 @@ def open_real(
     Raises:
         ValueError: for an unknown split, or colour images where the generated ones are grey.
     """
-    splits = _load("dataset", dataset, lambda: load_splits(dataset))
+    splits = _load("dataset", dataset, partial(load_splits, dataset))
     if not split:
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     rows = _select_split(splits, split, "dataset")
@@ -138,20 +123,16 @@ def open_real(
     if data.channels < shape[0]:
         data = LabelledImages(rows, image_column, label_column, channels=shape[0], **options)
     images = DatasetImages(data, data.id2label, data.label_column is not None)
-    images.description = {
-        "dataset": dataset,
-        "split": split,
-        "resolution": shape[1],
-        "fingerprint": rows._fingerprint,
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-    }
+    images.description = {"dataset": dataset, "split": split, "resolution": shape[1]}
+    images.description |= {"fingerprint": rows._fingerprint}
+    images.description |= {"image_column": data.image_column, "label_column": data.label_column}
     return images
 
 
 def _load(
-    argument: str, name: str, load: Callable[[], datasets.DatasetDict]
+    argument: str, name: str | Path, load: Callable[[], datasets.DatasetDict]
 ) -> datasets.DatasetDict:
+    """Datasets of all splits; `argument` and `name` are for the message of a ValueError."""
     try:
         return load()
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
@@ -166,12 +147,8 @@ def _select_split(
     return splits[split]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `guided-diffusers sample`; {} without one.
-
-    Raises:
-        ValueError: if it can't be read.
-    """
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `guided-diffusers sample`; {} without one."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}
@@ -179,3 +156,79 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"images: {path} can't be read: {error}") from error
+
+
+class NpzImages:
+    """An .npz file with arr_0, (N, H, H, 1 or 3) uint8, and for labels arr_1, (N,) ids.
+
+    One image at a time is in memory.
+
+    Raises:
+        ValueError: for a file that is truncated, damaged, or holds other arrays.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.names = path, {}
+        self.description: dict[str, Any] = {"path": str(path)}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._labels = _npz_labels(archive)
+                with archive.open("arr_0.npy") as member:
+                    shape, fortran, dtype = _npy_header(member)
+                    num_bytes = archive.getinfo("arr_0.npy").file_size - member.tell()
+        except NPZ_ERRORS as error:
+            raise ValueError(
+                f"images: {path} can't be read; it is truncated, or no .npz with arr_0 ({error})"
+            ) from error
+        square = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
+        if not square or dtype != np.uint8 or fortran:
+            raise ValueError(
+                f"images: arr_0 of {path} is {shape} {dtype}; (N, H, H, 1 or 3) uint8 in C order "
+                "is allowed"
+            )
+        self._count, self.shape = shape[0], (shape[3], shape[1], shape[2])
+        self._image_bytes = int(np.prod(shape[1:]))
+        if num_bytes != self._count * self._image_bytes:
+            raise ValueError(f"images: arr_0 of {path} is {shape} but has {num_bytes} bytes")
+        self.labelled = self._labels is not None
+        if self.labelled and self._labels.shape != (self._count,):
+            raise ValueError(
+                f"images: {path} has {self._count} images and labels of shape "
+                f"{self._labels.shape}; one label an image is needed"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        channels, height, width = self.shape
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                _npy_header(member)
+                member.seek(start * self._image_bytes, 1)
+                for i in range(start, stop):
+                    raw = member.read(self._image_bytes)
+                    if len(raw) < self._image_bytes:
+                        raise EOFError(f"image {i} is truncated")
+                    pixels = torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.float32))
+                    image = pixels.reshape(height, width, channels).permute(2, 0, 1) / 127.5 - 1
+                    yield image, int(self._labels[i]) if self.labelled else -1
+        except NPZ_ERRORS as error:
+            raise ValueError(f"images: {self.path} can't be read: {error}") from error
+
+
+def _npy_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype; moves `member` to the first byte of the data."""
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
+def _npz_labels(archive: zipfile.ZipFile) -> np.ndarray | None:
+    if "arr_1.npy" not in archive.namelist():
+        return None
+    with archive.open("arr_1.npy") as member:
+        labels = np.lib.format.read_array(member, allow_pickle=False)
+    if labels.dtype.kind not in "iu" or labels.size and labels.min() < 0:
+        raise ValueError(f"arr_1 holds {labels.dtype}; ids from 0 are allowed")
+    return labels

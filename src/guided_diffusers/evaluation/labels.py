@@ -13,19 +13,15 @@ from .networks import Network
 class CommonLabels(NamedTuple):
     """Labels that generated images, real images and judge share.
 
-    Attributes:
-        names: by common id.
-        count: number of labels.
-        generated_ids, real_ids: {id of the images' labels: common id}; None: the ids are the same;
-            {}: the images have no labels, or others.
-        notes: for the reader of the evaluation.
+    Ids are {id of the images' labels: common id}; None: they are the same; {}: the images have no
+    labels, or others.
     """
 
-    names: dict[int, str]
-    count: int
+    names: dict[int, str]  # by common id
+    count: int  # number of labels
     generated_ids: Mapping[int, int] | None
     real_ids: Mapping[int, int] | None
-    notes: list[str]
+    notes: list[str]  # for the reader of the evaluation
 
 
 def common_labels(generated: Images, real: Images, judge: Network | None) -> CommonLabels:
@@ -40,12 +36,11 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> Com
         note = "the generated images have no labels, so per-class metrics are skipped"
         return CommonLabels({}, 0, None, {}, [note])
     notes: list[str] = []
+    reference, title = generated, "the generated images"
     if judge is not None:
-        reference, title, count = judge, f"the judge {judge.name}", judge.classes
+        reference, title = judge, f"the judge {judge.name}"
     elif real.labelled:
-        reference, title, count = real, "the real images' dataset", len(real.names)
-    else:
-        reference, title, count = generated, "the generated images", len(generated.names)
+        reference, title = real, "the real images' dataset"
 
     def ids(images: Images, whose: str) -> dict[int, int] | None:
         if has_names(images.names) and has_names(reference.names):
@@ -61,13 +56,14 @@ def common_labels(generated: Images, real: Images, judge: Network | None) -> Com
             raise
         raise ValueError(f"{error}; a judge of the same classes is needed") from error
     real_ids: Mapping[int, int] | None = {}
-    if real.labelled:
+    if not real.labelled:
+        notes.append("the real images have no labels, so their per-class metrics are skipped")
+    else:
         try:
             real_ids = ids(real, "the real images")
         except ValueError as error:
             notes.append(f"{error}; the labels of the real images are ignored")
-    else:
-        notes.append("the real images have no labels, so their per-class metrics are skipped")
+    count = len(reference.names) if judge is None else judge.classes
     return CommonLabels(dict(reference.names), count, generated_ids, real_ids, notes)
 
 
@@ -79,17 +75,8 @@ def has_names(names: Mapping[int, str]) -> bool:
 def match_labels(
     names: Mapping[int, str], reference: Mapping[int, str], whose: str, reference_title: str
 ) -> dict[int, int]:
-    """{id: id in `reference`} of labels with the same name, as it is or as a folder name of
-    `guided-diffusers sample`.
-
-    If several labels of `reference` have a name, a label keeps its id if it is one of theirs.
-
-    Args:
-        whose, reference_title: what messages call the two.
-
-    Raises:
-        ValueError: for names that `reference` lacks.
-    """
+    """{id: id in `reference`} of labels with the same name, or this as a folder name; of several,
+    the one with the same id. A ValueError says which names of `whose` labels are missing."""
     unique = unique_names(reference, max(reference, default=-1) + 1)
     folders = folder_names(unique)
     by_name = {name: i for i, name in reference.items()}

@@ -19,18 +19,12 @@ SAME_IMAGE = 1e-4  # relative distance of the features of one image in different
 
 @dataclass(frozen=True)
 class Pair:
-    """A generated image and its nearest training image.
+    """A generated image and its nearest training image."""
 
-    Attributes:
-        generated, training: their indices.
-        distance: in the features.
-        images: both, (C, H, W) in [-1, 1].
-    """
-
-    generated: int
-    training: int
-    distance: float
-    images: tuple[Tensor, Tensor] = field(repr=False)
+    generated: int  # index
+    training: int  # index
+    distance: float  # of the features
+    images: tuple[Tensor, Tensor] = field(repr=False)  # both, (C, H, W) in [-1, 1]
 
 
 def nearest_pairs(
@@ -43,25 +37,14 @@ def nearest_pairs(
     batch_size: int,
     progress: bool,
 ) -> tuple[list[Pair], tuple[Tensor, Tensor]]:
-    """The generated images nearest to training images, and distances to the nearest training image.
-
-    Args:
-        count: how many generated and how many held-out real images of the samples are used.
-
-    Returns:
-        The pairs; the distances of generated (N,) and of held-out images (M,), 0 for a training
-        image.
-
-    Raises:
-        ValueError: for training images of another shape.
-    """
+    """The generated images nearest to training images, and the distances of `count` generated and
+    `count` held-out images to their nearest training image (0 for a training image)."""
     if training.shape != generated.shape:
         raise ValueError(
             f"the training images have the shape {training.shape}, the generated ones "
             f"{generated.shape}; one shape is needed"
         )
-    sample = summary.sample
-    queries = sample.features[:count], real_summary.sample.features[:count]
+    queries = [part.sample.features[:count] for part in (summary, real_summary)]
     nearest = NearestImages(torch.cat(queries))
     batches = iterate_features(training, features, None, batch_size, "training images", progress)
     for indices, _, vectors, _ in batches:
@@ -71,7 +54,7 @@ def nearest_pairs(
     distances = torch.where(is_same, 0.0, nearest.distance).split([len(rows) for rows in queries])
     pairs = []
     for i in distances[0].argsort(stable=True)[:NUM_PAIRS].tolist():
-        first, second = int(sample.indices[i]), int(nearest.index[i])
+        first, second = int(summary.sample.indices[i]), int(nearest.index[i])
         images = (read_image(generated, first), read_image(training, second))
         pairs.append(Pair(first, second, float(distances[0][i]), images))
     return pairs, distances
@@ -80,19 +63,12 @@ def nearest_pairs(
 def memorisation(
     generated: Tensor, held_out: Tensor, bootstrap: Bootstrap
 ) -> tuple[dict[str, Metric], list[str]]:
-    """How much closer generated images are to their nearest training image than held-out ones.
+    """Metrics and notes of the distances to the nearest training image, (N,) and (M,) float64.
 
-    `nearest_ratio` is the ratio of the medians: near 1 for a model that has learned the
+    `nearest_ratio` is the ratio of their medians: near 1 for a model that has learned the
     distribution, near 0 for one that copies; left out where most held-out images are training
     images. `memorised` is the share of generated images at most as far as the nearest hundredth of
-    the held-out images; where these are training images, the share of generated images that are
-    training images as well.
-
-    Args:
-        generated, held_out: distances to the nearest training image, (N,) and (M,), float64.
-
-    Returns:
-        The metrics, and notes for their reader.
+    the held-out images; where these are training images, the share that are training images too.
     """
     notes = []
     for name, distances in (("generated", generated), ("held-out", held_out)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,18 @@ class Network:
     """A network that gives features and, if it is a classifier, logits of images.
 
     Called with images (B, 1 or 3, H, W) in [-1, 1], it returns float32 features (B, D) and logits
-    (B, K) or None.
-
-    Attributes:
-        name: what the report calls it.
-        module: the network.
-        forward_fn: images -> (features (B, D), logits (B, K) or None).
-        names: of the classes by id; {} without names.
-        classes: K; None if it is no classifier.
+    (B, K) or None, as `forward_fn` does.
     """
 
-    name: str
+    name: str  #: what the report calls it
     module: nn.Module
     forward_fn: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    names: dict[int, str] = field(default_factory=dict)
-    classes: int | None = None
+    names: dict[int, str] = field(default_factory=dict)  #: of the classes by id, or {}
+    classes: int | None = None  #: K; None if it is no classifier
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Raises:
-        ValueError: for features of another shape than (B, D).
-        FloatingPointError: for features or logits that are NaN or infinite.
-        """
+        """Features and logits; raises ValueError for features of another shape than (B, D), and
+        FloatingPointError for NaN or infinity."""
         device = next(self.module.parameters(), images).device
         features, logits = self.forward_fn(images.to(device))
         if features.ndim != 2 or len(features) != len(images):
@@ -53,12 +45,10 @@ class Network:
                 f"features: {self.name} returns {tuple(features.shape)} for {len(images)} images; "
                 "(B, D) is allowed"
             )
-        for values in (features, logits):
-            if values is not None and not values.isfinite().all():
-                raise FloatingPointError(
-                    f"{self.name} returns features or logits that aren't finite"
-                )
-        return features.float(), None if logits is None else logits.float()
+        logits = None if logits is None else logits.float()
+        if not features.isfinite().all() or not (logits is None or logits.isfinite().all()):
+            raise FloatingPointError(f"{self.name} returns features or logits that aren't finite")
+        return features.float(), logits
 
     @property
     def is_inception(self) -> bool:
@@ -84,26 +74,21 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
         ImportError: without torch-fidelity, with the package to install.
         OSError: for files that are missing or broken.
     """
-    name = str(name)
+    name, config = str(name), {}
     if name == INCEPTION:
         network = load_inception()
     elif "/" not in name and not Path(name).exists():
         judge = NoiseAwareClassifier.from_pretrained(bundled.folder(name) / "judge")
         network = wrap_classifier(judge, f"{name}/judge")
-    elif _is_noise_aware(name):
-        network = wrap_classifier(NoiseAwareClassifier.from_pretrained(name), name)
     else:
-        network = _load_transformers_network(name)
+        with suppress(OSError, ValueError):  # of another kind of network
+            config = NoiseAwareClassifier.load_config(name)
+        if config.get("_class_name") == NoiseAwareClassifier.__name__:
+            network = wrap_classifier(NoiseAwareClassifier.from_pretrained(name), name)
+        else:
+            network = _load_transformers_network(name)
     network.module.to(device).eval()
     return network
-
-
-def _is_noise_aware(name: str) -> bool:
-    try:
-        config: Any = NoiseAwareClassifier.load_config(name)
-    except (OSError, ValueError):
-        return False
-    return config.get("_class_name") == NoiseAwareClassifier.__name__
 
 
 def _load_transformers_network(name: str) -> Network:
@@ -118,10 +103,8 @@ def _load_transformers_network(name: str) -> Network:
     model = transformers.AutoModel.from_pretrained(name)
 
     def forward(images: Tensor) -> tuple[Tensor, None]:
-        if hasattr(config, "vision_config"):
-            output = model.get_image_features(preprocess(images))
-        else:
-            output = model(preprocess(images))
+        apply = model.get_image_features if hasattr(config, "vision_config") else model
+        output = apply(preprocess(images))
         if isinstance(output, Tensor):
             return output, None
         pooled = output.get("pooler_output")
@@ -172,14 +155,10 @@ def wrap_classifier(
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         inputs: list[Tensor] = []
-        handle = linear[-1].register_forward_pre_hook(
-            lambda _, args: inputs.append(args[0].flatten(1))
-        )
-        try:
+        hook = linear[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        with hook:  # removes itself
             logits = logits_of(logits_fn(images))
-        finally:
-            handle.remove()
-        return inputs[0], logits
+        return inputs[0].flatten(1), logits
 
     return Network(name or type(model).__name__, model, forward, names, classes)
 
@@ -211,8 +190,7 @@ def load_inception(weights: str | Path | None = None) -> Network:
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        features, logits = model(pixels.expand(-1, 3, -1, -1))
-        return features, logits
+        return tuple(model(pixels.expand(-1, 3, -1, -1)))
 
     return Network(INCEPTION, model, forward, classes=1008)
 

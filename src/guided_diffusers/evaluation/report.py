@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,9 @@ from ..utils import aside, require_matplotlib
 from .memorisation import Pair
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BETTER = {
-    "less": "less is better",
-    "more": "more is better",
-    "real": "near the real images' is better",
-}
+BETTER = {"less": "less", "more": "more", "real": "near the real images'"}
 MAX_NAMED_CLASSES = 60  # of a confusion matrix; more names don't fit
 MAX_NUMBERED_CLASSES = 20  # whose shares are written in the cells
 
@@ -35,7 +31,7 @@ def metrics_table(
     for name, metric in metrics.items():
         title = metric.get("name", name.replace("_", " "))
         real = f"{metric['real']:.4g}" if "real" in metric else ""
-        rows.append([title, *_cells(metric), real, BETTER[metric["better"]]])
+        rows.append([title, *_cells(metric), real, f"{BETTER[metric['better']]} is better"])
     if bits is not None:
         note = f"of {bits['images']} real images; less is better"
         rows.append(["bits per dimension", *_cells(bits["total"]), "", note])
@@ -43,10 +39,9 @@ def metrics_table(
     names = ("frechet_distance", "top_1", "top_5")
     columns = [name for name in names if any(row.get(name) for row in per_class)]
     if columns:
-        header = ["class", "images"]
+        rows = [["class", "images"]]
         for name in columns:
-            header += [name.replace("_", " "), "interval"]
-        rows = [header]
+            rows[0] += [name.replace("_", " "), "interval"]
         for row in per_class:
             cells = [cell for name in columns for cell in _cells(row.get(name))]
             rows.append([row["name"], str(row["images"]), *cells])
@@ -72,19 +67,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A matplotlib figure of this size in inches.
-
-    Raises:
-        ImportError: without matplotlib, with the package to install.
-    """
+@contextmanager
+def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A matplotlib figure of this size in inches, which is saved at the end."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: Figure, path: Path) -> None:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     with aside(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -96,58 +86,49 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     shares = matrix[labels] / matrix[labels].sum(1, keepdim=True)
     named = len(names) <= MAX_NAMED_CLASSES
     size = max(4.0, 0.45 * len(names)) if named else 10.0
-    figure = new_figure(size + 2, size * max(len(labels), 4) / len(names) + 2)
-    axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=axes, label="share of the label's images")
-    axes.set(xlabel="class predicted by the judge", ylabel="label")
-    if named:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(labels)), [names[label] for label in labels])
-    if len(names) <= MAX_NUMBERED_CLASSES:
-        _write_shares(axes, shares.tolist())
-    save_figure(figure, path)
-
-
-def _write_shares(axes: Axes, shares: Sequence[Sequence[float]]) -> None:
-    style = {"ha": "center", "va": "center", "fontsize": "x-small"}
-    for i, row in enumerate(shares):
-        for j, share in enumerate(row):
-            if share >= 0.005:
-                axes.text(j, i, f"{share:.0%}", color="white" if share > 0.5 else "black", **style)
+    with new_figure(path, size + 2, size * max(len(labels), 4) / len(names) + 2) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        figure.colorbar(image, ax=axes, label="share of the label's images")
+        axes.set(xlabel="class predicted by the judge", ylabel="label")
+        if named:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(labels)), [names[label] for label in labels])
+        style = {"ha": "center", "va": "center", "fontsize": "x-small"}
+        if len(names) <= MAX_NUMBERED_CLASSES:
+            for i, j in (shares >= 0.005).nonzero().tolist():
+                color = "white" if shares[i, j] > 0.5 else "black"
+                axes.text(j, i, f"{float(shares[i, j]):.0%}", color=color, **style)
 
 
 def draw_pairs(pairs: Sequence[Pair], path: Path) -> None:
     """Plot generated images above their nearest training images, with their distances."""
-    figure = new_figure(len(pairs) + 0.4, 2.6)
-    grid = figure.subplots(2, len(pairs), squeeze=False)
-    for pair, column in zip(pairs, grid.T, strict=True):
-        for image, axes in zip(pair.images, column, strict=True):
-            pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-            axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        column[1].set_xlabel(f"{pair.distance:.3g}")
-    grid[0, 0].set_ylabel("generated")
-    grid[1, 0].set_ylabel("training")
-    figure.supxlabel("distance of the features", fontsize="medium")
-    save_figure(figure, path)
+    style = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": "nearest"}
+    with new_figure(path, len(pairs) + 0.4, 2.6) as figure:
+        grid = figure.subplots(2, len(pairs), squeeze=False)
+        for pair, column in zip(pairs, grid.T, strict=True):
+            for image, axes in zip(pair.images, column, strict=True):
+                pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                axes.imshow(pixels.permute(1, 2, 0).numpy(), **style)
+                axes.set(xticks=[], yticks=[])
+            column[1].set_xlabel(f"{pair.distance:.3g}")
+        grid[0, 0].set_ylabel("generated")
+        grid[1, 0].set_ylabel("training")
+        figure.supxlabel("distance of the features", fontsize="medium")
 
 
 def draw_bits(terms: Sequence[Mapping[str, float]], path: Path) -> None:
     """Plot the terms of the variational bound, and the errors, against the timestep."""
-    figure = new_figure(11, 3.4)
     titles = {
         "bound": "term of the bound (bits per dimension)",
         "x0_mse": "squared error of x0",
         "eps_mse": "squared error of the noise",
     }
     timesteps = [row["timestep"] for row in terms]
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        values = [row[name] for row in terms]
-        axes.plot(timesteps, values, marker="." if len(terms) < 50 else "")
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("timestep")
-        if min(values) > 0:
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    with new_figure(path, 11, 3.4) as figure:
+        for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+            values = [row[name] for row in terms]
+            axes.plot(timesteps, values, marker="." if len(terms) < 50 else "")
+            axes.set_title(title, fontsize="medium")
+            axes.set(xlabel="timestep", yscale="log" if min(values) > 0 else "linear")
+            axes.grid(alpha=0.3)

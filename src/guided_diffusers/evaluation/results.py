@@ -29,19 +29,12 @@ Metric = dict[str, Any]  # as of `Evaluation.metrics`
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Makes metrics with bootstrap intervals.
+    """Makes metrics with bootstrap intervals."""
 
-    Attributes:
-        count: number of resamples; 0: no intervals.
-        confidence: of the intervals, in (0, 1).
-        seed: of the resamples.
-        progress: whether to show progress bars.
-    """
-
-    count: int = 100
-    confidence: float = 0.95
-    seed: int = 0
-    progress: bool = False
+    count: int = 100  #: number of resamples; 0: no intervals
+    confidence: float = 0.95  #: of the intervals, in (0, 1)
+    seed: int = 0  #: of the resamples
+    progress: bool = False  #: whether to show progress bars
 
     def weights(self, rows: int, draws: int | None = None) -> Tensor:
         """As of `bootstrap_weights`, (count, rows)."""
@@ -55,13 +48,8 @@ class Bootstrap:
         self, real: Moments, features: Tensor, draws: int, title: str = ""
     ) -> Tensor:
         """Frechet distances of resamples of `draws` images, from sampled features (n, D)."""
-        weights = tqdm(
-            self.weights(len(features), draws),
-            desc=f"Frechet distance{title}, resampled",
-            leave=False,
-            delay=1,
-            disable=not self.progress,
-        )
+        weights, title = self.weights(len(features), draws), f"Frechet distance{title}, resampled"
+        weights = tqdm(weights, title, leave=False, delay=1, disable=not self.progress)
         return bootstrap_frechet_distances(real.compute(), features, weights)
 
     def metric(
@@ -73,12 +61,8 @@ class Bootstrap:
         high: float = INF,
         **fields: Any,
     ) -> Metric:
-        """A metric in [low, high] with the interval of its replicates (count,).
-
-        Args:
-            better: "less", "more", or "real" (close to the real images').
-            fields: further fields of the metric.
-        """
+        """A metric in [low, high] with the interval of its replicates (count,); `better`: "less",
+        "more", or "real" (close to the real images')."""
         ends = None
         if replicates is not None and len(replicates):
             ends = list(confidence_interval(value, replicates, self.confidence, low, high))
@@ -120,27 +104,19 @@ def compare(
 def _distances(
     generated: Summary, real: Summary, bootstrap: Bootstrap, inception: bool
 ) -> dict[str, Metric]:
+    """The Frechet and the kernel distance."""
     features, real_features = generated.sample.features, real.sample.features
     moments, real_moments = generated.overall_moments(), real.overall_moments()
-    frechet = bootstrap.metric(
-        frechet_distance(real_moments, moments),
-        bootstrap.frechet_distances(real_moments, features, generated.count),
-        "less",
-        0.0,
-        name="FID" if inception else "Frechet distance",
-        images=generated.count,
-        real_images=real.count,
-    )
+    distance = frechet_distance(real_moments, moments)
+    replicates = bootstrap.frechet_distances(real_moments, features, generated.count)
+    fields = {"name": "FID" if inception else "Frechet distance"}
+    fields |= {"images": generated.count, "real_images": real.count}
+    frechet = bootstrap.metric(distance, replicates, "less", 0.0, **fields)
     weights = bootstrap.weights_with_original(len(features))
     distances = kernel_distance(real_features, features, weights)
-    kernel = bootstrap.metric(
-        float(distances[0]),
-        distances[1:],
-        "less",
-        name="KID, of all pairs" if inception else "kernel distance",
-        images=len(features),
-        real_images=len(real_features),
-    )
+    fields = {"name": "KID, of all pairs" if inception else "kernel distance"}
+    fields |= {"images": len(features), "real_images": len(real_features)}
+    kernel = bootstrap.metric(float(distances[0]), distances[1:], "less", **fields)
     return {"frechet_distance": frechet, "kernel_distance": kernel}
 
 
@@ -173,10 +149,9 @@ def _diversity(generated: Summary, real: Summary, bootstrap: Bootstrap) -> dict[
         reference = float(class_diversity(real_features[shared], real_labels[shared]))
         metric["real"] = reference
         if reference > 0:
-            value, replicates = float(diversity[0]) / reference, diversity[1:] / reference
-            metrics["relative_diversity"] = bootstrap.metric(
-                value, replicates, "real", 0.0, real=1.0, images=count
-            )
+            ratio, fields = diversity / reference, {"real": 1.0, "images": count}
+            metric = bootstrap.metric(float(ratio[0]), ratio[1:], "real", 0.0, **fields)
+            metrics["relative_diversity"] = metric
     return metrics
 
 
@@ -198,8 +173,8 @@ def _accuracies(
         metrics[name] = bootstrap.proportion(count, total)
     if real.confusion is not None:
         total, *correct = (column[label].sum() for column in real.confusion.compute())
-        for name, count in zip(names, correct, strict=False):
-            if total > 0:
+        if total > 0:
+            for name, count in zip(names, correct, strict=False):
                 metrics[name]["real"] = float(count / total)
     return metrics
 
@@ -212,30 +187,20 @@ def _class_score(
     name = "class score"
     if inception and generated.confusion is None:
         name = "Inception score, of all images at once"
-    scores = generated.class_score.compute()
-    metric = bootstrap.metric(
-        float(scores[0]),
-        scores[1:],
-        "more",
-        1.0,
-        name=name,
-        images=generated.count,
-        real=float(real.class_score.compute()[0]),
-    )
-    return {"class_score": metric}
+    scores, real_score = generated.class_score.compute(), float(real.class_score.compute()[0])
+    fields = {"name": name, "images": generated.count, "real": real_score}
+    return {"class_score": bootstrap.metric(float(scores[0]), scores[1:], "more", 1.0, **fields)}
 
 
 def by_class(
     generated: Summary, real: Summary, names: Mapping[int, str], bootstrap: Bootstrap
 ) -> list[Metric]:
     """A row for each generated class: its images, Frechet distance and the judge's accuracy."""
+    counts, rows = torch.zeros(0), []
     if generated.confusion is not None:
         counts = generated.confusion.compute()[0]
     elif generated.has_class_moments:
         counts = generated.moments.count
-    else:
-        return []
-    rows = []
     for label in counts.nonzero().flatten().tolist():
         name = names.get(label, str(label))
         row: Metric = {"label": label, "name": name, "images": int(counts[label])}

@@ -29,56 +29,41 @@ OLD_STATE_NAMES = {"counts": "confusion", "top5_correct": "among"}  # in caches 
 class Settings:
     """What a pass collects.
 
-    Attributes:
-        classes: number K of common labels; 0: none.
-        ids: {id of the images' labels: common id}; None: they are the same; {}: they don't match,
-            and labels are ignored.
-        max_features: size of the sample of images whose features are kept.
-        resamples: for the class score's interval.
-        per_class: whether to keep moments of each class.
-        judge_labels: whether the judge's logits are of the common labels, to measure its accuracy.
+    `ids` is {id of the images' labels: common id}; None: they are the same; {}: labels are ignored.
     """
 
-    classes: int = 0
+    classes: int = 0  #: number K of common labels; 0: none
     ids: Mapping[int, int] | None = None
-    max_features: int = 10_000
-    resamples: int = 100
-    per_class: bool = True
-    judge_labels: bool = True
+    max_features: int = 10_000  #: size of the sample of images whose features are kept
+    resamples: int = 100  #: for the class score's interval
+    per_class: bool = True  #: whether to keep moments of each class
+    judge_labels: bool = True  #: whether the judge's logits are of the common labels
     seed: int = 0
 
 
 class Summary:
-    """Accumulators of one set of images.
+    """Accumulators of one set of images: `moments` (of each class if `has_class_moments`), `sample`
+    of the features, and the judge's `confusion` (None without judge or labels) and `class_score`.
 
     Args:
         width, count: of the features, and of the images.
         judge_classes: of the judge; None without a judge.
         labelled: whether the images have labels.
-
-    Attributes:
-        moments: of each class if `has_class_moments`, else overall.
-        sample: a sample of the features.
-        confusion: of the judge; None without judge or labels.
-        class_score: of the judge; None without a judge.
     """
 
     def __init__(
         self, width: int, count: int, settings: Settings, judge_classes: int | None, labelled: bool
     ):
         self.width, self.count = width, count
-        self.has_class_moments = (
-            settings.per_class
-            and labelled
-            and 0 < settings.classes * width**2 <= MAX_COVARIANCE_NUMBERS
-        )
+        covariance_numbers = settings.classes * width**2 if settings.per_class and labelled else 0
+        self.has_class_moments = 0 < covariance_numbers <= MAX_COVARIANCE_NUMBERS
         self.moments = Moments(width, settings.classes if self.has_class_moments else 1)
         self.sample = FeatureSample(width, count, settings.max_features, settings.seed)
         self.confusion, self.class_score = None, None
-        if judge_classes and labelled and settings.judge_labels:
-            self.confusion = ConfusionMatrix(judge_classes)
         if judge_classes:
             self.class_score = ClassScore(judge_classes, settings.resamples, settings.seed)
+            if labelled and settings.judge_labels:
+                self.confusion = ConfusionMatrix(judge_classes)
 
     def accumulators(self) -> list[Accumulator]:
         parts = (self.moments, self.sample, self.confusion, self.class_score)
@@ -110,11 +95,9 @@ class Summary:
     def load(self, path: Path) -> None:
         tensors = load_file(path)
         for i, accumulator in enumerate(self.accumulators()):
-            state = {}
             for name in accumulator.sums:
                 old_key = f"{i}.{OLD_STATE_NAMES.get(name, name)}"
-                state[name] = tensors.get(old_key, tensors.get(f"{i}.{name}"))
-            accumulator.restore(state)
+                setattr(accumulator, name, tensors.get(old_key, tensors.get(f"{i}.{name}")))
 
 
 def progress_bar(total: int, title: str, shown: bool) -> tqdm:
@@ -133,8 +116,8 @@ def iterate_features(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Batches of this process's share of the images: indices, labels, features, judge's logits."""
     state = PartialState()
-    first = len(images) * state.process_index // state.num_processes
-    last = len(images) * (state.process_index + 1) // state.num_processes
+    ranks = (state.process_index, state.process_index + 1)
+    first, last = (len(images) * rank // state.num_processes for rank in ranks)
     reader = images.read(first, last)
     with (
         torch.no_grad(),
@@ -142,17 +125,16 @@ def iterate_features(
         progress_bar(last - first, title, progress) as bar,
     ):
         for start in range(first, last, batch_size):
-            size = min(batch_size, last - start)
-            items = list(islice(reader, size))
-            if len(items) < size:
+            indices = torch.arange(start, min(start + batch_size, last))
+            items = list(islice(reader, len(indices)))
+            if len(items) < len(indices):
                 raise ValueError(f"{title}: only {start + len(items)} of {len(images)} can be read")
-            pixels = torch.stack([image for image, _ in items])
-            vectors, logits = features(pixels)
+            pixels, labels = zip(*items, strict=True)
+            vectors, logits = features(torch.stack(pixels))
             if judge is not features:
-                logits = None if judge is None else judge(pixels)[1]
-            labels = torch.tensor([label for _, label in items])
-            yield torch.arange(start, start + len(items)), labels, vectors, logits
-            bar.update(len(items))
+                logits = None if judge is None else judge(torch.stack(pixels))[1]
+            yield indices, torch.tensor(labels), vectors, logits
+            bar.update(len(indices))
 
 
 def summarise(
@@ -184,10 +166,9 @@ def summarise(
     path = None if cache is None else _cache_path(cache, images, features, judge, settings)
     is_main = PartialState().is_main_process
     cached = broadcast_object_list([path is not None and path.exists()])[0]
-    if cached:
-        if is_main:
-            summary.load(path)
-    else:
+    if cached and is_main:
+        summary.load(path)
+    if not cached:
         batches = iterate_features(images, features, judge, batch_size, title, progress)
         for indices, labels, vectors, logits in batches:
             labels = _common_ids(labels, settings, labelled, title)
@@ -216,11 +197,7 @@ def _common_ids(labels: Tensor, settings: Settings, labelled: bool, title: str) 
 def _cache_path(
     cache: Path, images: Images, features: Network, judge: Network | None, settings: Settings
 ) -> Path:
-    """The file of a summary of the same images, networks and settings.
-
-    Raises:
-        ValueError: for images without a fingerprint.
-    """
+    """The file of a summary of the same images, networks and settings."""
     if "fingerprint" not in images.description:
         raise ValueError("cache: only summaries of datasets can be kept")
     fields = {**vars(settings), "ids": settings.ids and sorted(settings.ids.items())}

@@ -1,8 +1,7 @@
 """Distances between generated and real images, in the features of a network.
 
-An accumulator adds up batches in any order. Accumulators of disjoint parts can be merged, with the
-same result as one pass up to rounding, and none grows with the number of images. Functions of
-features alone are exact, in float64 and computed in blocks.
+Accumulators add up batches in any order, can be merged with the same result up to rounding, and
+don't grow with the number of images. Functions of features are in float64, computed in blocks.
 
     moments, sample = Moments(width), FeatureSample(width, 50_000, size=10_000, seed=0)
     for indices, labels, features in batches:
@@ -11,18 +10,22 @@ features alone are exact, in float64 and computed in blocks.
     frechet_distance(real_moments, moments), kernel_distance(real_sample.features, sample.features)
 
 torchmetrics isn't used (the tests compare with it): its Frechet distance subtracts squares of means
-from means of squares, its kernel distance keeps the features of all images, and neither can be
-merged by hand.
+from means of squares, its kernel distance keeps all features, and neither can be merged.
 """
 
 from ...deprecated import renamed
-from .accumulator import Accumulator, gather
+from .accumulator import Accumulator, FeatureSample, gather, hash_indices
 from .bootstrap import bootstrap_weights, confidence_interval
 from .classification import ClassScore, ConfusionMatrix
-from .feature_sample import FeatureSample, hash_indices
 from .frechet import Moments, bootstrap_frechet_distances, frechet_distance
-from .neighbours import NearestImages, count_in_balls, density_coverage, precision_recall
-from .pairwise import class_diversity, kernel_distance
+from .pairwise import (
+    NearestImages,
+    class_diversity,
+    count_in_balls,
+    density_coverage,
+    kernel_distance,
+    precision_recall,
+)
 
 __all__ = [
     "Accumulator",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .feature_sample import hash_indices
+from .accumulator import hash_indices
 
+INF = float("inf")
 # P(w <= k) of w ~ Poisson(1)
 POISSON = np.cumsum([1 / np.e / np.prod(np.arange(1.0, k + 1)) for k in range(20)])
 
 
-def bootstrap_weights(rows: int, count: int, seed: int, draws: int | None = None) -> torch.Tensor:
+def bootstrap_weights(rows: int, count: int, seed: int, draws: int | None = None) -> Tensor:
     """How often each image occurs in each resample, (count, rows) float64.
 
     Efron, Bootstrap methods: another look at the jackknife (1979).
@@ -27,11 +29,9 @@ def bootstrap_weights(rows: int, count: int, seed: int, draws: int | None = None
     return torch.from_numpy(counts).double()
 
 
-def poisson_weights(seed: int, indices: torch.Tensor, count: int) -> torch.Tensor:
-    """Poisson(1) weight of each image in each of `count` resamples, (count, B).
-
-    Depends on the seed and the image's index alone: the bootstrap of a stream (Chamandy et al.,
-    Estimating uncertainty for massive data streams, 2012).
+def poisson_weights(seed: int, indices: Tensor, count: int) -> Tensor:
+    """Poisson(1) weight of each image in each of `count` resamples, (count, B), by seed and index:
+    a stream's bootstrap (Chamandy et al., Estimating uncertainty for massive data streams, 2012).
     """
     rows = np.arange(count, dtype=np.uint64)[:, None] << np.uint64(44)
     hashes = hash_indices(seed, indices.numpy().astype(np.uint64)[None] ^ rows)
@@ -40,11 +40,7 @@ def poisson_weights(seed: int, indices: torch.Tensor, count: int) -> torch.Tenso
 
 
 def confidence_interval(
-    value: float,
-    replicates: torch.Tensor,
-    confidence: float = 0.95,
-    low: float = -float("inf"),
-    high: float = float("inf"),
+    value: float, replicates: Tensor, confidence: float = 0.95, low: float = -INF, high: float = INF
 ) -> tuple[float, float]:
     """Percentiles of a metric's replicates (R,), shifted to have the mean `value`, in [low, high].
 

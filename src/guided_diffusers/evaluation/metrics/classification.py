@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .accumulator import Accumulator
 from .bootstrap import poisson_weights
@@ -21,7 +22,7 @@ class ConfusionMatrix(Accumulator):
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)
         self.top5_correct = torch.zeros(classes, dtype=torch.int64)
 
-    def update(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
+    def update(self, labels: Tensor, logits: Tensor) -> None:
         """Add images with labels (B,) and logits (B, K)."""
         classes, logits = len(self.top5_correct), logits.cpu()
         cells = labels * classes + logits.argmax(1)
@@ -30,7 +31,7 @@ class ConfusionMatrix(Accumulator):
         correct = (top5 == labels[:, None]).any(1)
         self.top5_correct += torch.bincount(labels[correct], minlength=classes)
 
-    def compute(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each label (K,): its images, how many are classified correctly, and in the top 5."""
         return self.counts.sum(1), self.counts.diagonal(), self.top5_correct
 
@@ -54,7 +55,7 @@ class ClassScore(Accumulator):
         self.probability = torch.zeros(1 + resamples, classes, dtype=torch.float64)
         self.negative_entropy = torch.zeros(1 + resamples, dtype=torch.float64)
 
-    def update(self, indices: torch.Tensor, logits: torch.Tensor) -> None:
+    def update(self, indices: Tensor, logits: Tensor) -> None:
         """Add images with indices (B,) and logits (B, K)."""
         log_p = logits.cpu().double().log_softmax(1)
         once = torch.ones(1, len(log_p), dtype=torch.float64)
@@ -63,7 +64,7 @@ class ClassScore(Accumulator):
         self.probability += weights @ log_p.exp()
         self.negative_entropy += weights @ torch.special.entr(log_p.exp()).sum(1).neg()
 
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> Tensor:
         """The score and those of the resamples, (1 + resamples,)."""
         marginal = self.probability / self.count[:, None]
         return (self.negative_entropy / self.count + torch.special.entr(marginal).sum(1)).exp()

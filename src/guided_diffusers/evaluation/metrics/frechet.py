@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .accumulator import Accumulator
 
-MeanAndCovariance = tuple[torch.Tensor, torch.Tensor]  # (D,), (D, D) float64
+MeanAndCovariance = tuple[Tensor, Tensor]  # (D,), (D, D) float64
 
 
 class Moments(Accumulator):
@@ -34,7 +35,7 @@ class Moments(Accumulator):
         self.mean = torch.zeros(classes, width, dtype=torch.float64)
         self.scatter = torch.zeros(classes, width, width, dtype=torch.float64)
 
-    def update(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None = None) -> None:
         """Add features (B, D) of images with class ids (B,); without ids all are of class 0."""
         features = features.cpu().double()
         if labels is None:
@@ -44,7 +45,7 @@ class Moments(Accumulator):
             mean = x.mean(0)
             self._add(label, len(x), mean, (x - mean).T @ (x - mean))
 
-    def _add(self, label: int, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+    def _add(self, label: int, count: int, mean: Tensor, scatter: Tensor) -> None:
         if count == 0:
             return
         before = int(self.count[label])
@@ -61,8 +62,7 @@ class Moments(Accumulator):
     def select(self, label: int) -> Moments:
         """Moments of one class."""
         result = Moments(self.mean.shape[1])
-        for name, value in self.state().items():
-            setattr(result, name, value[label : label + 1])
+        result.restore({name: value[label : label + 1] for name, value in self.state().items()})
         return result
 
     def pooled(self) -> Moments:
@@ -84,7 +84,7 @@ class Moments(Accumulator):
         return self.mean[label], self.scatter[label] / (count - 1)
 
 
-def frechet_distance(a: torch.Tensor | Moments, b: torch.Tensor | Moments) -> float:
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """The squared Frechet distance between two sets of features (N, D) and (M, D):
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)),    A and B the covariances
@@ -103,7 +103,7 @@ def frechet_distance(a: torch.Tensor | Moments, b: torch.Tensor | Moments) -> fl
     return gaussian_frechet_distance(mean_a, cov_a, mean_b, cov_b)
 
 
-def _mean_and_covariance(x: torch.Tensor | Moments) -> MeanAndCovariance:
+def _mean_and_covariance(x: Tensor | Moments) -> MeanAndCovariance:
     if isinstance(x, Moments):
         return x.compute()
     if len(x) < 2:
@@ -112,11 +112,7 @@ def _mean_and_covariance(x: torch.Tensor | Moments) -> MeanAndCovariance:
 
 
 def gaussian_frechet_distance(
-    mean_a: torch.Tensor,
-    cov_a: torch.Tensor,
-    mean_b: torch.Tensor,
-    cov_b: torch.Tensor,
-    root_a: torch.Tensor | None = None,
+    mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_a: Tensor | None = None
 ) -> float:
     """`frechet_distance` of means (D,) and covariances (D, D); `root_a` is A^(1/2) if known."""
     root = _matrix_root(cov_a) if root_a is None else root_a
@@ -125,14 +121,14 @@ def gaussian_frechet_distance(
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
-def _matrix_root(matrix: torch.Tensor) -> torch.Tensor:
+def _matrix_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def bootstrap_frechet_distances(
-    real: MeanAndCovariance, features: torch.Tensor, weights: Iterable[torch.Tensor]
-) -> torch.Tensor:
+    real: MeanAndCovariance, features: Tensor, weights: Iterable[Tensor]
+) -> Tensor:
     """The Frechet distance of each resample, (R,) float64.
 
     Args:
@@ -153,16 +149,10 @@ def bootstrap_frechet_distances(
 
 
 def _distances_by_gram_matrix(
-    real: MeanAndCovariance, features: torch.Tensor, weights: Iterable[torch.Tensor]
-) -> torch.Tensor:
-    """`bootstrap_frechet_distances` with matrices (n, n) instead of (D, D), for n < D.
-
-    With B = X^T X, X the centred rows of a resample,
-
-        tr (A^(1/2) B A^(1/2))^(1/2) = tr (X A X^T)^(1/2),
-
-    and X A X^T follows from one Gram matrix for all resamples by centring it.
-    """
+    real: MeanAndCovariance, features: Tensor, weights: Iterable[Tensor]
+) -> Tensor:
+    """`bootstrap_frechet_distances` by one (n, n) matrix X A X^T, for n < D: with X the centred rows
+    of a resample and B = X^T X, tr (A^(1/2) B A^(1/2))^(1/2) = tr (X A X^T)^(1/2)."""
     mean, covariance = real
     x, distances = features - mean, []
     gram, squares = x @ covariance @ x.T, x.square().sum(1)
