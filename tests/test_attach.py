@@ -1379,3 +1379,19 @@ def test_a_compiled_network() -> None:
     assert calls == [4, 2] * len(ours)  # with the null label; the spy's own
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one["next"], other["next"])
+
+
+def test_after_guidance_that_was_not_finite_the_next_run_is_its_own() -> None:
+    """Within one block: the error of a run is raised once, not at the next one's first call."""
+    pipeline, call = PIPELINES["DDIM"]()
+    factor = [float("nan")]
+
+    class Sometimes(Spy):
+        def score(self, step: StepContext) -> torch.Tensor:
+            return factor[0] * super().score(step)
+
+    with guide(pipeline, Sometimes(0.1)):
+        with pytest.raises(FloatingPointError, match="not finite at step 0"):
+            pipeline(**deepcopy(call))
+        factor[0] = 1.0
+        pipeline(**deepcopy(call))

@@ -323,11 +323,12 @@ def _extra_terms(
                 f"guidance: a condition class_labels has shape {tuple(labels.shape)}; one row, or "
                 f"one for each of {len(class_labels)} images, of shape () is allowed"
             )
-        if not 0 <= int(labels.max()) < pipeline.num_class_embeds:
-            raise ValueError(
-                f"guidance: a condition has the class label {int(labels.max())}; 0 to "
-                f"{pipeline.num_class_embeds - 1} are allowed"
-            )
+        for label in (int(labels.min()), int(labels.max())):
+            if not 0 <= label < pipeline.num_class_embeds:
+                raise ValueError(
+                    f"guidance: a condition has the class label {label}; 0 to "
+                    f"{pipeline.num_class_embeds - 1} are allowed"
+                )
     return list(terms.terms())
 
 

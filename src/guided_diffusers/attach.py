@@ -248,7 +248,6 @@ class GuidanceHook:
     def forget_previous_run(self) -> None:
         """Drop the state of a run when another one begins, even if it was broken off."""
         if self._timesteps is not self.scheduler.timesteps:
-            self.finish_run()
             self.guider = self.finder = self.repeats = None
             self._calls, self._timesteps = [], self.scheduler.timesteps
 
@@ -331,7 +330,7 @@ class GuidanceHook:
             self.check_first_step(terms, calls, timestep, sample)
             self.repeats = 2 if len(calls) == 1 and _is_doubled(calls[0], output, sample) else 1
         conditions = GuidanceSum(terms).conditions
-        if any(call.conditions != conditions for call in calls):
+        if any(_differ(call.conditions, conditions) for call in calls):
             expected = self.guider.timesteps[self.guider.index]
             raise ValueError(
                 f"timestep: the network got another than the scheduler's {expected:g}, so which "
@@ -443,6 +442,11 @@ def _check_calls(calls: Sequence[DenoiserCall]) -> None:
             "batch, so the network can't be evaluated again: use through_network=False, no "
             "conditions and no other network"
         )
+
+
+def _differ(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are conditions of different terms; they hold tensors, which `!=` would compare."""
+    return len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True))
 
 
 def _has_rows(value: Any, rows: int) -> bool:

@@ -67,10 +67,11 @@ class Guider:
             `guidance_algorithm`.
         eta: the scheduler's, for the last two.
         every, tolerance: when terms are evaluated, as in `GuidanceReuse`.
-        first: the step of the schedule that the run starts with.
+        first: the step of the schedule that the run starts with, such as in img2img.
 
     Attributes:
         levels, timesteps: noise level and timestep of each step of the schedule.
+        index: this step's number in the schedule; terms count from the run's `first` step.
         score_shift: what guidance added to the score at this step, (B, C, ...); None: nothing.
         evaluations: how many times terms were evaluated, summed over the images.
 
@@ -100,7 +101,7 @@ class Guider:
         if self.terms and algorithm in ("lie_trotter", "strang"):
             self.splitting = OperatorSplitting(algorithm, scheduler, self.levels, eta)
         if every != 1 or tolerance is not None:
-            self.reuse = GuidanceReuse(self.levels, every, tolerance)
+            self.reuse = GuidanceReuse(self.levels[first:], every, tolerance)
         self._warning = clipping_warning(scheduler)  # until it is logged
         self.index = first
         self.evaluations = 0
@@ -134,7 +135,8 @@ class Guider:
             self._active = []
         self._evaluated = self._active
         if self.reuse is not None and self._active:
-            self._images = self.reuse.images_to_evaluate(index, batch_size, self._active)
+            position = index - self.first
+            self._images = self.reuse.images_to_evaluate(position, batch_size, self._active)
             if self._images is not None and not len(self._images):
                 self._evaluated = []
         return self._evaluated
@@ -294,14 +296,14 @@ class FiniteCheck:
             FloatingPointError: for the first that is not finite, naming the step, the timestep and
                 the likely cause.
         """
-        for finite, dtype, position in self._steps:
+        steps, self._steps = self._steps, []
+        for finite, dtype, position in steps:
             sample_ok, score_ok, guided_ok = finite.tolist()
             if not (sample_ok and score_ok and guided_ok):
                 cause = self._likely_cause(sample_ok, score_ok, dtype)
                 raise FloatingPointError(
                     f"the guidance is not finite at {position}; likely cause: {cause}"
                 )
-        self._steps.clear()
 
     def _likely_cause(self, sample_ok: bool, score_ok: bool, output_dtype: torch.dtype) -> str:
         if not sample_ok:

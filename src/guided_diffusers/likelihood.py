@@ -62,7 +62,8 @@ class LabelLikelihood:
                 "allowed"
             )
         rows = [[label.get(i, 0.0) for i in range(logits.shape[1])] for label in self.labels]
-        return torch.tensor(rows, device=logits.device)
+        with torch.inference_mode(False):  # kept, and then used where gradients are taken
+            return torch.tensor(rows, device=logits.device)
 
     def select(self, images: slice | list[int]) -> LabelLikelihood:
         """The likelihood of some of the images."""

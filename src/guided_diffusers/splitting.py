@@ -25,7 +25,14 @@ import torch
 from diffusers import SchedulerMixin
 
 from .guidance import Guidance, NoiseAwareGuidance, StepContext, total_score
-from .noise import NoiseLevel, noise_levels, sampling_timesteps, scale_model_input, step_fn
+from .noise import (
+    NoiseLevel,
+    noise_levels,
+    reads_variance,
+    sampling_timesteps,
+    scale_model_input,
+    step_fn,
+)
 
 #: s_n / s_{n+1} above which guidance at a step's end is not used for the whole step; with 4, strang
 #: diverged in 5 steps at scale 10 (`examples/benchmarks/quality_cost.py --part solvers`)
@@ -74,7 +81,7 @@ class OperatorSplitting:
         levels: Sequence[NoiseLevel],
         eta: float,
     ):
-        for name in ("clip_sample", "thresholding"):
+        for name in ("clip_sample", "thresholding", "clip_denoised"):
             if scheduler.config.get(name):
                 raise ValueError(
                     f"guidance_algorithm={algorithm!r}: {type(scheduler).__name__} has "
@@ -166,7 +173,10 @@ def step_weights(
     for index, (level, t) in enumerate(zip(levels, sampling_timesteps(probe), strict=True)):
         scale_model_input(probe, x, t)  # some schedulers warn without it
         zero = torch.zeros_like(x)
-        next_x = step(level.output(x, zero) if level.b else zero, index, x).double()
+        output = level.output(x, zero) if level.b else zero
+        if reads_variance(probe):
+            output = torch.cat([output, zero], dim=1)
+        next_x = step(output, index, x).double()
         next_alpha = levels[index + 1].alpha if index + 1 < len(levels) else 1.0
         r = float(next_x / next_alpha) / float(x / level.alpha)
         if abs(r) < 1e-5:
