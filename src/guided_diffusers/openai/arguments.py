@@ -45,21 +45,23 @@ def check(ok: bool, message: str) -> None:
 
 
 def complete_arguments(
-    state_dict: Weights, config: Mapping[str, Any], super_resolution: bool = False
+    state_dict: Weights, config: Mapping[str, Any], kind: str = "unet"
 ) -> Arguments:
-    """The constructor's arguments: those that the tensors determine, the rest from `config`.
+    """The arguments of a `kind` ("unet", "upsampler", "classifier") from its tensors and `config`.
 
     Raises a ValueError for unknown names, contradictions, and settings that neither of them has.
     """
     configured = _constructor_arguments(config)
-    _parse_lists(configured, UPSAMPLER_CHANNEL_MULT if super_resolution else CHANNEL_MULT)
+    _parse_lists(configured, UPSAMPLER_CHANNEL_MULT if kind == "upsampler" else CHANNEL_MULT)
     class_cond = configured.pop("class_cond", None)
     read = _read_arguments(state_dict, configured.get("num_res_blocks"))
-    if super_resolution:
-        channels = read["in_channels"]
-        check(
-            channels % 2 == 0, f"in_channels is {channels} in the tensors; an up-sampler's is even."
-        )
+    other = "classifier (no 'output_blocks'); use convert_classifier"
+    if kind == "classifier":
+        other = "UNet ('output_blocks'); use convert_unet"
+    check((kind == "classifier") == ("pool" in read), f"These are the tensors of a {other}.")
+    if kind == "upsampler":
+        channels, odd = read["in_channels"], read["in_channels"] % 2
+        check(not odd, f"in_channels is {channels} in the tensors; an up-sampler's is even.")
         read["in_channels"] //= 2
     _check_agreement(configured, read, class_cond)
     args = DEFAULTS | configured | read
@@ -124,11 +126,11 @@ def _constructor_arguments(config: Mapping[str, Any]) -> Arguments:
 
 
 def _parse_lists(args: Arguments, default_mult: Mapping[int, tuple[float, ...]]) -> None:
-    """Replace the scripts' strings: resolutions are image sizes, an empty `channel_mult` default."""
+    """Replace the scripts' strings, in which resolutions are image sizes, by lists."""
     size, resolutions = args.get("image_size"), args.get("attention_resolutions")
     if isinstance(resolutions, str):
-        needed = f"attention_resolutions is {resolutions!r}, which needs image_size."
-        check("image_size" in args, needed)
+        known, needed = "image_size" in args, "which needs image_size"
+        check(known, f"attention_resolutions is {resolutions!r}, {needed}.")
         args["attention_resolutions"] = [size // int(part) for part in resolutions.split(",")]
     mult = args.pop("channel_mult", None)
     if mult == "":
@@ -151,11 +153,9 @@ def _read_arguments(state_dict: Weights, num_res_blocks: int | None) -> Argument
     count = max(_indices(state_dict, "input_blocks")) + 1
     read, downsampler = _read_downsamplers(state_dict, count)
     depth = _read_depth(state_dict, downsampler, num_res_blocks)
-    check(
-        depth >= 1 and count % (depth + 1) == 0,
-        f"num_res_blocks is {depth}, but the tensors have {count} input blocks, no multiple of it "
-        "plus 1.",
-    )
+    fits = depth >= 1 and count % (depth + 1) == 0
+    multiple = f"{count} input blocks, no multiple of it plus 1"
+    check(fits, f"num_res_blocks is {depth}, but the tensors have {multiple}.")
     blocks = [f"input_blocks.{i}" for i in range(1, count, depth + 1)]  # first of each level
     if len(blocks) > 1:
         read.setdefault("resblock_updown", True)
@@ -178,13 +178,10 @@ def _read_arguments(state_dict: Weights, num_res_blocks: int | None) -> Argument
 
 
 def _read_downsamplers(state_dict: Weights, count: int) -> tuple[Arguments, int | None]:
-    """What down-samples between the levels, and the index of the first such of `count` blocks.
-
-    Average pooling has no tensors. Residual blocks look like any other: ({}, None).
-    """
+    """What down-samples, and its first block's index; ({}, None): residual blocks, or nothing."""
     indices = _indices(state_dict, "input_blocks")
     convolutions = [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in state_dict]
-    poolings = [i for i in range(count) if i not in indices]
+    poolings = [i for i in range(count) if i not in indices]  # have no tensors
     if poolings:
         periodic = list(range(poolings[0], count, poolings[0]))
         missing = [f"input_blocks.{i}" for i in poolings]
@@ -251,10 +248,9 @@ def _check_agreement(configured: Arguments, read: Arguments, class_cond: bool | 
             agrees = value == read.get(name, value)
         check(agrees, f"{name} is {value!r} in the config but {read.get(name)!r} in the tensors.")
     classes = read.get("num_classes")
-    check(
-        class_cond is None or class_cond == (classes is not None),
-        f"class_cond is {class_cond} in the config but num_classes is {classes} in the tensors.",
-    )
+    agrees = class_cond is None or class_cond == (classes is not None)
+    contradiction = f"in the config but num_classes is {classes} in the tensors"
+    check(agrees, f"class_cond is {class_cond} {contradiction}.")
 
 
 def _check_complete(args: Arguments) -> None:
@@ -262,16 +258,12 @@ def _check_complete(args: Arguments) -> None:
     check("image_size" in args, "image_size can't be read off these tensors; give it in config.")
     size, reduction = args["image_size"], 2 ** (len(args["channel_mult"]) - 1)
     # The original's average pooling drops a last odd row, which our convolution keeps.
-    check(
-        args["conv_resample"] or size % reduction == 0,
-        f"image_size is {size}; allowed with average pooling: multiples of {reduction}.",
-    )
-    by_width = args["num_head_channels"] != -1
-    check(
-        by_width or "num_heads" in args,
-        "Attention heads can't be read off the tensors; give num_heads or num_head_channels.",
-    )
-    check(
-        by_width or args.get("pool") != "attention",
-        "num_head_channels is -1 or missing; pool='attention' needs the channels of a head.",
-    )
+    fits = args["conv_resample"] or size % reduction == 0
+    allowed = f"allowed with average pooling: multiples of {reduction}"
+    check(fits, f"image_size is {size}; {allowed}.")
+    if args["num_head_channels"] == -1:
+        allowed = "give num_heads or num_head_channels"
+        check("num_heads" in args, f"Attention heads can't be read off the tensors; {allowed}.")
+        needed = "pool='attention' needs the channels of a head"
+        attends = args.get("pool") == "attention"
+        check(not attends, f"num_head_channels is -1 or missing; {needed}.")

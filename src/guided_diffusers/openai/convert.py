@@ -45,11 +45,8 @@ def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
             timesteps to networks unscaled.
     """
     steps = config.get("diffusion_steps", 1000)
-    check(
-        steps == 1000 or not config.get("rescale_timesteps"),
-        f"rescale_timesteps is True with {steps} diffusion_steps; only 1000, where it changes "
-        "nothing, are supported",
-    )
+    unscaled = steps == 1000 or not config.get("rescale_timesteps")
+    check(unscaled, f"rescale_timesteps is True with {steps} diffusion_steps; allowed: 1000")
     variance_type = "fixed_small" if config.get("sigma_small") else "fixed_large"
     if config.get("learn_sigma"):
         variance_type = "learned_range"
@@ -77,9 +74,8 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state_dict = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is refused: no checkpoint, or holds code, which is never run. {error}"
-        ) from error
+        reason = "no checkpoint, or holds code, which is never run"
+        raise ValueError(f"{file} is refused: {reason}. {error}") from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or truncated: {error}") from error
     flat = isinstance(state_dict, dict) and all(isinstance(t, Tensor) for t in state_dict.values())
@@ -178,11 +174,11 @@ def _default_steps(respacing: str | None) -> dict[str, int]:
     if not respacing:
         return {}
     count = str(respacing).removeprefix("ddim")
-    check(
-        count.isdigit(),
-        f"timestep_respacing is {respacing!r}; one number can be a pipeline's default: leave it "
-        "out, and pass timesteps=respaced_timesteps(...) in the call",
+    allowed = (
+        "one number can be a pipeline's default: leave it out, and pass "
+        "timesteps=respaced_timesteps(...) in the call"
     )
+    check(count.isdigit(), f"timestep_respacing is {respacing!r}; {allowed}")
     return {"num_inference_steps": int(count)}
 
 

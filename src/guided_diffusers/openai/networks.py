@@ -1,7 +1,7 @@
 """guided-diffusion's networks as Diffusers models, and back: the same weights under other names."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -22,12 +22,8 @@ from .arguments import (
 from .tensors import load_original, resamples_without_convolution, to_original
 from .unet import ADMUNet2DModel, HeadDim, head_dims
 
-Network = TypeVar("Network", UNet2DModel, NoiseAwareClassifier)
-
-UP_BLOCK_TYPES = {
-    "conv": ("UpBlock2D", "AttnUpBlock2D"),
-    "resnet": ("ResnetUpsampleBlock2D", "AttnUpBlock2D"),
-}
+UP_BLOCK_TYPES = {"conv": ("UpBlock2D", "AttnUpBlock2D")}
+UP_BLOCK_TYPES |= {"resnet": ("ResnetUpsampleBlock2D", "AttnUpBlock2D")}
 NORM = {"norm_num_groups": 32, "norm_eps": 1e-5}
 # Options of UNet2DModel that are fixed in guided-diffusion
 UNET_CONSTANTS = NORM | {"attn_norm_num_groups": 32, "act_fn": "silu", "class_embed_type": None}
@@ -56,7 +52,7 @@ def convert_unet(state_dict: Weights, config: Mapping[str, Any]) -> UNet2DModel:
         ValueError: For unknown arguments, arguments that contradict the tensors, and missing or
             unexpected tensors.
     """
-    return _build_unet(state_dict, complete_arguments(state_dict, config))
+    return _load(state_dict, complete_arguments(state_dict, config))
 
 
 def convert_super_resolution(state_dict: Weights, config: Mapping[str, Any]) -> UNet2DModel:
@@ -64,8 +60,8 @@ def convert_super_resolution(state_dict: Weights, config: Mapping[str, Any]) -> 
 
     The model's input is [`join_low_resolution`]`(sample, low_res)`.
     """
-    args = complete_arguments(state_dict, config, super_resolution=True)
-    return _build_unet(state_dict, args | {"in_channels": 2 * args["in_channels"]})
+    args = complete_arguments(state_dict, config, "upsampler")
+    return _load(state_dict, args | {"in_channels": 2 * args["in_channels"]})
 
 
 def convert_classifier(state_dict: Weights, config: Mapping[str, Any]) -> NoiseAwareClassifier:
@@ -75,16 +71,8 @@ def convert_classifier(state_dict: Weights, config: Mapping[str, Any]) -> NoiseA
     `noise_schedule` ("linear" or "cosine") and `diffusion_steps` in `config` become part of the
     classifier's config.
     """
-    args = complete_arguments(state_dict, config)
-    check("pool" in args, "These are the tensors of a UNet ('output_blocks'); use convert_unet.")
-    settings = _shared_config(args) | noise_schedule(config)
-    settings |= {
-        "num_labels": args["out_channels"],
-        "pool": args["pool"],
-        "time_proj_dim": args["model_channels"],
-        "attention_head_dim": _head_dim(args),
-    }
-    return _build(NoiseAwareClassifier, settings, state_dict, args)
+    args = complete_arguments(state_dict, config, "classifier")
+    return _load(state_dict, args, noise_schedule(config))
 
 
 def export_unet(model: UNet2DModel) -> tuple[State, Arguments]:
@@ -120,6 +108,7 @@ def noise_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     check(known, f"noise_schedule is {name!r}; allowed: 'linear' or 'cosine'.")
     if name == "cosine":
         return {"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2"}
+    # The original's linear schedule goes from 0.1 / T to 20 / T.
     betas = {"beta_start": 0.0001 * 1000 / steps, "beta_end": 0.02 * 1000 / steps}
     return {"num_train_timesteps": steps, "beta_schedule": "linear", **betas}
 
@@ -127,17 +116,14 @@ def noise_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
 # 1. The original's arguments -> our models
 
 
-def _build_unet(state_dict: Weights, args: Arguments) -> UNet2DModel:
-    other = "These are the tensors of a classifier (no 'output_blocks'); use convert_classifier."
-    check("pool" not in args, other)
-    config = _unet_config(args)
-    model_class = ADMUNet2DModel if "time_proj_dim" in config else UNet2DModel
-    return _build(model_class, config, state_dict, args)
-
-
-def _build(
-    model_class: type[Network], config: dict[str, Any], state_dict: Weights, args: Arguments
-) -> Network:
+def _load(state_dict: Weights, args: Arguments, schedule: Arguments | None = None) -> Any:
+    """A model with these arguments and tensors; `schedule`: a classifier's noise schedule."""
+    config = _model_config(args) | (schedule or {})
+    model_class = UNet2DModel
+    if "pool" in args:
+        model_class = NoiseAwareClassifier
+    elif "time_proj_dim" in config:
+        model_class = ADMUNet2DModel
     with torch.device("meta"):
         model = model_class(**config)
     load_original(model, state_dict, args)
@@ -145,41 +131,40 @@ def _build(
     return model.eval()
 
 
-def _unet_config(args: Arguments) -> dict[str, Any]:
-    """The config of a `UNet2DModel`, or with `time_proj_dim` that of an `ADMUNet2DModel`."""
-    config = UNET_CONSTANTS | _shared_config(args)
-    kind = config["downsample_type"]
-    head_dim, up_head_dim = _head_dim(args), _head_dim(args, up=True)
-    up_types = [UP_BLOCK_TYPES[kind][attended] for attended in reversed(has_attention(args))]
+def _model_config(args: Arguments) -> dict[str, Any]:
+    """Config of a classifier, a `UNet2DModel`, or with `time_proj_dim` an `ADMUNet2DModel`."""
+    model_channels, head_dim = args["model_channels"], _head_dim(args)
+    attended = has_attention(args)
+    kind = "resnet" if args["resblock_updown"] else "conv"
+    down_types = [DOWN_BLOCK_TYPES[kind][attends] for attends in attended]
+    config = (NORM if "pool" in args else UNET_CONSTANTS) | {
+        "sample_size": args["image_size"],
+        "in_channels": args["in_channels"],
+        "block_out_channels": tuple(widths(args)),
+        "down_block_types": tuple(down_types),
+        "layers_per_block": args["num_res_blocks"],
+        "downsample_type": kind,
+        "resnet_time_scale_shift": "scale_shift" if args["use_scale_shift_norm"] else "default",
+        "dropout": args["dropout"],
+        "attention_head_dim": head_dim,
+    }
+    if "pool" in args:
+        config |= {"num_labels": args["out_channels"], "pool": args["pool"]}
+        return config | {"time_proj_dim": model_channels}
+    up_types = [UP_BLOCK_TYPES[kind][attends] for attends in reversed(attended)]
     config |= {
         "out_channels": args["out_channels"],
         "num_class_embeds": args["num_classes"],
         "up_block_types": tuple(up_types),
         "upsample_type": kind,
-        "time_embedding_dim": 4 * args["model_channels"],
-        "attention_head_dim": head_dim,
+        "time_embedding_dim": 4 * model_channels,
     }
+    up_head_dim = _head_dim(args, up=True)
     same_heads = isinstance(head_dim, int) and up_head_dim == head_dim
-    if not same_heads or args["model_channels"] != config["block_out_channels"][0]:
-        config["time_proj_dim"] = args["model_channels"]
+    if not same_heads or model_channels != config["block_out_channels"][0]:
+        config["time_proj_dim"] = model_channels
         config["up_attention_head_dim"] = None if up_head_dim == head_dim else up_head_dim
     return config
-
-
-def _shared_config(args: Arguments) -> dict[str, Any]:
-    """The config that UNet and classifier have in common."""
-    kind = "resnet" if args["resblock_updown"] else "conv"
-    block_types = [DOWN_BLOCK_TYPES[kind][attended] for attended in has_attention(args)]
-    return NORM | {
-        "sample_size": args["image_size"],
-        "in_channels": args["in_channels"],
-        "block_out_channels": tuple(widths(args)),
-        "down_block_types": tuple(block_types),
-        "layers_per_block": args["num_res_blocks"],
-        "downsample_type": kind,
-        "resnet_time_scale_shift": "scale_shift" if args["use_scale_shift_norm"] else "default",
-        "dropout": args["dropout"],
-    }
 
 
 def _head_dim(args: Arguments, up: bool = False) -> HeadDim:
@@ -228,7 +213,7 @@ def _original_arguments(model: UNet2DModel | NoiseAwareClassifier) -> Arguments:
     down = head_dims(config.attention_head_dim, widths)
     up = head_dims(config.get("up_attention_head_dim") or config.attention_head_dim, widths)
     args |= _head_arguments(down, up, args)
-    _check_config(config, _shared_config(args) if "pool" in args else _unet_config(args))
+    _check_config(config, _model_config(args))
     return args
 
 

@@ -10,20 +10,14 @@ from .arguments import Arguments, State, Weights, check, has_attention, num_head
 
 
 class Pair(NamedTuple):
-    """A tensor of the original and its counterpart in Diffusers, or a layer with weight and bias.
-
-    Attributes:
-        original, ours: The names.
-        kind: "same"; "transposed"; "conv1d" or "conv2d", where the original has a convolution of
-            size 1 and we a linear layer; "qkv", where the original has one tensor and we three
-            (`ours` has {} in the place of q, k, v).
-        heads: Number of attention heads, for "qkv".
-    """
+    """A tensor of the original and its counterpart, or a layer with weight and bias."""
 
     original: str
     ours: str
+    # or "transposed"; "conv1d" or "conv2d": a convolution of size 1 there, a linear layer here;
+    # "qkv": one tensor there, three here (`ours` has {} in the place of q, k, v)
     kind: str = "same"
-    heads: int = 1
+    heads: int = 1  # for "qkv"
 
 
 RESNET = {
@@ -58,9 +52,8 @@ def load_original(model: nn.Module, state_dict: Weights, args: Arguments) -> Non
         f"{len(unexpected)} superfluous {unexpected[:4]}.",
     )
     for name, shape in expected.items():
-        received = tuple(state_dict[name].shape)
-        message = f"{name} has shape {received}; the arguments {args} need {shape}."
-        check(received == shape, message)
+        got = tuple(state_dict[name].shape)
+        check(got == shape, f"{name} has shape {got}; the arguments {args} need {shape}.")
     ours: State = {}
     for pair in _pairs(model, args):
         ours |= _to_ours(pair, state_dict[pair.original], args["use_new_attention_order"])

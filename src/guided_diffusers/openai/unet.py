@@ -82,11 +82,11 @@ class ADMUNet2DModel(UNet2DModel):
             kinds = (time_embedding_type, class_embed_type)
             if kinds[0] != "positional" or kinds[1] == "timestep":
                 raise ValueError(
-                    f"time_proj_dim is {time_proj_dim}, but (time_embedding_type, class_embed_type) "
-                    f"is {kinds}; allowed: ('positional', None or 'identity')."
+                    f"time_proj_dim is {time_proj_dim}, but (time_embedding_type, "
+                    f"class_embed_type) is {kinds}; allowed: ('positional', None or 'identity')."
                 )
-            self.time_proj = Timesteps(width, flip_sin_to_cos, freq_shift)
-            self.time_embedding = TimestepEmbedding(width, settings["time_embedding_dim"])
+            self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
+            self.time_embedding = TimestepEmbedding(time_proj_dim, settings["time_embedding_dim"])
         self._set_heads()
 
     def _set_heads(self) -> None:
@@ -97,16 +97,12 @@ class ADMUNet2DModel(UNet2DModel):
             up = head_dims(config.up_attention_head_dim, widths)
         blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
         for block, head_dim in zip(blocks, [*down, *up[::-1], down[-1]], strict=True):
-            attentions = [] if block is None else block.modules()
-            for attention in attentions:
-                if not isinstance(attention, Attention):
-                    continue
+            modules = [] if block is None else block.modules()
+            for attention in (module for module in modules if isinstance(module, Attention)):
                 channels = attention.inner_dim
                 if head_dim < 1 or channels % head_dim:
-                    raise ValueError(
-                        f"attention_head_dim has {head_dim}; allowed: a divisor of its level's "
-                        f"{channels} channels."
-                    )
+                    allowed = f"a divisor of its level's {channels} channels"
+                    raise ValueError(f"attention_head_dim has {head_dim}; allowed: {allowed}.")
                 attention.heads = attention.sliceable_head_dim = channels // head_dim
                 attention.scale = head_dim**-0.5
 
