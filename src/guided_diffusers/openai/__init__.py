@@ -32,23 +32,8 @@ from .presets import PRESETS, Preset, find_preset
 from .schedules import ADMDDIMScheduler, ADMDDPMScheduler, respaced_timesteps
 from .unet import ADMUNet2DModel
 
-__all__ = [
-    "ADMDDIMScheduler",
-    "ADMDDPMScheduler",
-    "ADMUNet2DModel",
-    "PRESETS",
-    "Preset",
-    "add_convert_command",
-    "convert_checkpoint",
-    "convert_classifier",
-    "convert_scheduler",
-    "convert_super_resolution",
-    "convert_unet",
-    "export_classifier",
-    "export_super_resolution",
-    "export_unet",
-    "find_preset",
-    "join_low_resolution",
-    "load_state_dict",
-    "respaced_timesteps",
-]
+__all__ = ["PRESETS", "Preset", "find_preset", "convert_checkpoint", "load_state_dict"]
+__all__ += ["convert_unet", "convert_super_resolution", "convert_classifier", "convert_scheduler"]
+__all__ += ["export_unet", "export_super_resolution", "export_classifier", "join_low_resolution"]
+__all__ += ["ADMUNet2DModel", "ADMDDPMScheduler", "ADMDDIMScheduler", "respaced_timesteps"]
+__all__ += ["add_convert_command"]

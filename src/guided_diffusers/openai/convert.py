@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -19,15 +19,13 @@ from tqdm.auto import tqdm
 from ..classifier import NoiseAwareClassifier
 from ..cli_options import add_shared_option
 from ..pipeline import ClassifierGuidedPipeline
+from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
 from .presets import PRESETS, find_preset
 
-Model = TypeVar("Model", bound=torch.nn.Module)
 # Flags of the diffusion process, which UNet and classifier share
-PROCESS_FLAGS = set(
-    "diffusion_steps noise_schedule sigma_small predict_xstart rescale_timesteps "
-    "timestep_respacing".split()
-)
+PROCESS_FLAGS = {"diffusion_steps", "noise_schedule", "sigma_small", "predict_xstart"}
+PROCESS_FLAGS |= {"rescale_timesteps", "timestep_respacing"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,11 +44,9 @@ def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
         ValueError: For `rescale_timesteps` with other than 1000 steps, because our pipelines pass
             timesteps to networks unscaled.
     """
-    if config.get("rescale_timesteps") and config.get("diffusion_steps", 1000) != 1000:
-        raise ValueError(
-            f"rescale_timesteps is True with {config['diffusion_steps']} diffusion_steps; only "
-            "1000, where it changes nothing, are supported"
-        )
+    steps = config.get("diffusion_steps", 1000)
+    unscaled = steps == 1000 or not config.get("rescale_timesteps")
+    check(unscaled, f"rescale_timesteps is True with {steps} diffusion_steps; allowed: 1000")
     variance_type = "fixed_small" if config.get("sigma_small") else "fixed_large"
     if config.get("learn_sigma"):
         variance_type = "learned_range"
@@ -72,24 +68,19 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is missing, damaged, or holds anything but named tensors.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist")
+    check(file.is_file(), f"{file} does not exist")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         state_dict = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is refused: no checkpoint, or holds code, which is never run. {error}"
-        ) from error
+        reason = "no checkpoint, or holds code, which is never run"
+        raise ValueError(f"{file} is refused: {reason}. {error}") from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or truncated: {error}") from error
     flat = isinstance(state_dict, dict) and all(isinstance(t, Tensor) for t in state_dict.values())
-    if not flat:
-        raise ValueError(
-            f"{file} holds no tensors by name but {type(state_dict).__name__}; the original's are "
-            "flat state dicts"
-        )
+    kind = type(state_dict).__name__
+    check(flat, f"{file} holds no tensors by name but {kind}; the original's are flat state dicts")
     return state_dict
 
 
@@ -121,9 +112,17 @@ def convert_checkpoint(
             don't fit each other.
     """
     unet, output = Path(unet), Path(output)
-    if output.exists():
-        raise ValueError(f"output {output} exists already; give another folder, or remove it")
-    config, source = _config_and_source(unet, preset, config)
+    check(not output.exists(), f"output {output} exists already; give another folder, or remove it")
+    check(preset is None or config is None, "preset and config: only one is allowed")
+    source = "the config"
+    if config is None:
+        published = find_preset(preset or unet.name)
+        source = f"preset {preset or unet.stem!r}"
+        config = {
+            "classifier_scale": published.guidance_scale,
+            "timestep_respacing": str(published.num_inference_steps),
+            **published.config,
+        }
     unet_flags, classifier_flags = _split_flags(config)
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
     defaults |= _default_steps(unet_flags.get("timestep_respacing"))
@@ -144,46 +143,30 @@ def convert_checkpoint(
         bar.update()
         bar.set_description(f"save {output}")
         pipeline = ClassifierGuidedPipeline(denoiser, scheduler, guide, defaults=defaults)
-        _save_atomically(pipeline, output)
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            pipeline.save_pretrained(partial)
+            partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         bar.update()
-
-
-def _config_and_source(
-    unet: Path, preset: str | None, config: Mapping[str, Any] | None
-) -> tuple[Mapping[str, Any], str]:
-    """The flags of a conversion, and where they come from, for error messages."""
-    if config is not None:
-        if preset is not None:
-            raise ValueError("preset and config: only one is allowed")
-        return config, "the config"
-    published = find_preset(preset or unet.name)
-    config = {
-        "classifier_scale": published.guidance_scale,
-        "timestep_respacing": str(published.num_inference_steps),
-        **published.config,
-    }
-    return config, f"preset {preset or unet.stem!r}"
 
 
 def _split_flags(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags of UNet and classifier, each with those of the diffusion process."""
     unet: dict[str, Any] = {}
     classifier: dict[str, Any] = {}
-    process: dict[str, Any] = {}
     for name, value in config.items():
-        if name in ("classifier_scale", "unet", "classifier"):
-            continue
-        if name in PROCESS_FLAGS:
-            process[name] = value
         if name.startswith("classifier_"):
             classifier[name] = value
-        else:
+        elif name not in ("unet", "classifier"):
             unet[name] = value
         if name in ("image_size", "large_size"):
             classifier[name] = value
-    unet = config.get("unet", unet)
-    process |= {name: value for name, value in unet.items() if name in PROCESS_FLAGS}
-    return {**unet, **process}, {**config.get("classifier", classifier), **process}
+    classifier.pop("classifier_scale", None)
+    unet, classifier = config.get("unet", unet), config.get("classifier", classifier)
+    process = {n: value for n, value in {**config, **unet}.items() if n in PROCESS_FLAGS}
+    return {**unet, **process}, {**classifier, **process}
 
 
 def _default_steps(respacing: str | None) -> dict[str, int]:
@@ -191,21 +174,17 @@ def _default_steps(respacing: str | None) -> dict[str, int]:
     if not respacing:
         return {}
     count = str(respacing).removeprefix("ddim")
-    if not count.isdigit():
-        raise ValueError(
-            f"timestep_respacing is {respacing!r}; one number can be a pipeline's default: leave "
-            "it out, and pass timesteps=respaced_timesteps(...) in the call"
-        )
+    allowed = (
+        "one number can be a pipeline's default: leave it out, and pass "
+        "timesteps=respaced_timesteps(...) in the call"
+    )
+    check(count.isdigit(), f"timestep_respacing is {respacing!r}; {allowed}")
     return {"num_inference_steps": int(count)}
 
 
 def _convert_file(
-    convert: Callable[..., Model],
-    file: Path,
-    flags: Mapping[str, Any],
-    source: str,
-    dtype: torch.dtype | None,
-) -> Model:
+    convert: Callable, file: Path, flags: Mapping[str, Any], source: str, dtype: torch.dtype | None
+) -> Any:
     """The model of a file, whose tensors are released on return."""
     state_dict = load_state_dict(file)
     if dtype is not None:
@@ -228,26 +207,12 @@ def _convert_denoiser(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]
 def _check_compatible(
     unet: UNet2DModel, classifier: NoiseAwareClassifier, unet_file: Path, classifier_file: Path
 ) -> None:
-    size, classifier_size = unet.config.sample_size, classifier.config.sample_size
-    if size != classifier_size:
-        raise ValueError(
-            f"{classifier_file} is for images of {classifier_size} x {classifier_size}, "
-            f"{unet_file} for {size} x {size}"
-        )
-    num_labels, num_classes = classifier.config.num_labels, unet.config.num_class_embeds
-    if num_classes not in (None, num_labels):
-        raise ValueError(
-            f"{classifier_file} has {num_labels} classes, {unet_file} has {num_classes}"
-        )
-
-
-def _save_atomically(pipeline: ClassifierGuidedPipeline, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        pipeline.save_pretrained(partial)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    size, guide_size = unet.config.sample_size, classifier.config.sample_size
+    sizes = f"images of {guide_size} x {guide_size}, {unet_file} for {size} x {size}"
+    check(size == guide_size, f"{classifier_file} is for {sizes}")
+    labels, classes = classifier.config.num_labels, unet.config.num_class_embeds
+    fits = classes in (None, labels)
+    check(fits, f"{classifier_file} has {labels} classes, {unet_file} has {classes}")
 
 
 def add_convert_command(commands: Any) -> None:
@@ -278,14 +243,8 @@ def run_convert(options: argparse.Namespace) -> None:
             config = json.loads(options.config.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"--config {options.config} is no JSON: {error}") from error
-    convert_checkpoint(
-        options.unet,
-        options.output,
-        options.classifier,
-        options.preset,
-        config,
-        DTYPES.get(options.dtype),
-        progress=not options.quiet,
-    )
-    load_command = f"ClassifierGuidedPipeline.from_pretrained({str(options.output)!r})"
-    print(f"{options.output} is ready: {load_command}")
+    unet, output, classifier = options.unet, options.output, options.classifier
+    dtype, progress = DTYPES.get(options.dtype), not options.quiet
+    convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)
+    load_command = f"ClassifierGuidedPipeline.from_pretrained({str(output)!r})"
+    print(f"{output} is ready: {load_command}")

@@ -9,45 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ADM = {
-    "attention_resolutions": "32,16,8",
-    "class_cond": True,
-    "diffusion_steps": 1000,
-    "learn_sigma": True,
-    "noise_schedule": "linear",
-    "num_channels": 256,
-    "num_head_channels": 64,
-    "num_res_blocks": 2,
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-}
-CLASSIFIER = {
-    "classifier_attention_resolutions": "32,16,8",
-    "classifier_depth": 2,
-    "classifier_width": 128,
-    "classifier_pool": "attention",
-    "classifier_resblock_updown": True,
-    "classifier_use_scale_shift_norm": True,
-}
-GUIDED_ADM = ADM | CLASSIFIER
-ADM_64 = GUIDED_ADM | {
-    "image_size": 64,
-    "num_channels": 192,
-    "num_res_blocks": 3,
-    "dropout": 0.1,
-    "noise_schedule": "cosine",
-    "use_new_attention_order": True,
-    "classifier_depth": 4,
-}
+SWITCHES = ("class_cond", "learn_sigma", "resblock_updown", "use_scale_shift_norm")
+ADM = dict.fromkeys(SWITCHES, True) | {"attention_resolutions": "32,16,8", "num_res_blocks": 2}
+ADM |= {"num_channels": 256, "num_head_channels": 64}
+ADM |= {"noise_schedule": "linear", "diffusion_steps": 1000}
+GUIDED_ADM = ADM | {"classifier_resblock_updown": True, "classifier_use_scale_shift_norm": True}
+GUIDED_ADM |= {"classifier_width": 128, "classifier_depth": 2, "classifier_pool": "attention"}
+GUIDED_ADM |= {"classifier_attention_resolutions": "32,16,8"}
+ADM_64 = GUIDED_ADM | {"num_channels": 192, "num_res_blocks": 3, "classifier_depth": 4}
+ADM_64 |= {"dropout": 0.1, "noise_schedule": "cosine", "use_new_attention_order": True}
 FOUR_HEADS = {"num_heads": 4, "num_head_channels": -1}
 UPSAMPLER = GUIDED_ADM | {"num_channels": 192}
 UPSAMPLER_256 = UPSAMPLER | FOUR_HEADS | {"large_size": 256, "small_size": 64}
-UPSAMPLER_512 = UPSAMPLER | {
-    "large_size": 512,
-    "small_size": 128,
-    "attention_resolutions": "32,16",
-}
+UPSAMPLER_512 = UPSAMPLER | {"large_size": 512, "small_size": 128, "attention_resolutions": "32,16"}
 LSUN = ADM | {"class_cond": False, "dropout": 0.1, "image_size": 256}
+LSUN_NO_DROPOUT = LSUN | {"dropout": 0.0}
 
 
 @dataclass(frozen=True)
@@ -69,11 +45,9 @@ class Preset:
     num_inference_steps: int = 250
 
 
-def _imagenet(
-    size: int, config: Mapping[str, Any], guidance_scale: float = 1.0, suffix: str = ""
-) -> Preset:
+def _imagenet(size: int, config: dict[str, Any], scale: float = 1.0, suffix: str = "") -> Preset:
     unet, classifier = f"{size}x{size}_diffusion{suffix}", f"{size}x{size}_classifier"
-    return Preset(unet, {**config, "image_size": size}, classifier, guidance_scale)
+    return Preset(unet, config | {"image_size": size}, classifier, scale)
 
 
 PRESETS = {
@@ -87,9 +61,7 @@ PRESETS = {
     "lsun-bedroom": Preset("lsun_bedroom", LSUN, num_inference_steps=1000),
     "lsun-cat": Preset("lsun_cat", LSUN, num_inference_steps=1000),
     "lsun-horse": Preset("lsun_horse", LSUN, num_inference_steps=1000),
-    "lsun-horse-nodropout": Preset(
-        "lsun_horse_nodropout", LSUN | {"dropout": 0.0}, num_inference_steps=1000
-    ),
+    "lsun-horse-nodropout": Preset("lsun_horse_nodropout", LSUN_NO_DROPOUT, None, 1.0, 1000),
 }
 
 
@@ -104,7 +76,6 @@ def find_preset(name: str) -> Preset:
     for preset_name, preset in PRESETS.items():
         if name == preset_name or Path(name).stem == preset.unet:
             return preset
-    raise ValueError(
-        f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}, or the published file names "
-        f"{', '.join(preset.unet for preset in PRESETS.values())}"
-    )
+    files = ", ".join(preset.unet for preset in PRESETS.values())
+    allowed = f"{', '.join(PRESETS)}, or the published file names {files}"
+    raise ValueError(f"preset {name!r} is unknown; allowed: {allowed}")

@@ -18,8 +18,6 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-MAX_BETA = 0.999
-
 
 def respaced_timesteps(num_train_timesteps: int, respacing: int | str | Sequence[int]) -> list[int]:
     """Timesteps of a run with fewer steps, descending, for the original's `timestep_respacing`.
@@ -34,25 +32,25 @@ def respaced_timesteps(num_train_timesteps: int, respacing: int | str | Sequence
     Raises:
         ValueError: If a section has fewer timesteps than steps, or if no k gives N.
     """
+    total, timesteps = num_train_timesteps, []
     if isinstance(respacing, str) and respacing.startswith("ddim"):
-        return _strided_timesteps(num_train_timesteps, int(respacing.removeprefix("ddim")))
-    if respacing == "":
-        counts = [num_train_timesteps]
-    elif isinstance(respacing, str):
-        counts = [int(count) for count in respacing.split(",")]
+        count = int(respacing.removeprefix("ddim"))
+        for stride in range(1, total + 1):
+            if len(range(0, total, stride)) == count:
+                return list(range(0, total, stride))[::-1]
+        message = f"no stride keeps exactly {count} of {total} timesteps"
+        raise ValueError(f"respacing {respacing!r}: {message}")
+    if isinstance(respacing, str):
+        counts = [int(count) for count in (respacing or str(total)).split(",")]
     else:
         counts = [respacing] if isinstance(respacing, int) else list(respacing)
 
-    base_size, longer_sections = divmod(num_train_timesteps, len(counts))
-    timesteps: list[int] = []
-    start = 0
+    start, (base_size, longer_sections) = 0, divmod(total, len(counts))
     for section, count in enumerate(counts):
         size = base_size + (section < longer_sections)
         if not 1 <= count <= size:
-            raise ValueError(
-                f"respacing {respacing!r}: {count} of a part of {size} timesteps; "
-                f"1 to {size} are allowed"
-            )
+            part = f"{count} of a part of {size} timesteps"
+            raise ValueError(f"respacing {respacing!r}: {part}; 1 to {size} are allowed")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):  # a sum as in the original: i * stride may round differently
@@ -62,34 +60,19 @@ def respaced_timesteps(num_train_timesteps: int, respacing: int | str | Sequence
     return timesteps[::-1]
 
 
-def _strided_timesteps(num_train_timesteps: int, count: int) -> list[int]:
-    for stride in range(1, num_train_timesteps + 1):
-        timesteps = range(0, num_train_timesteps, stride)
-        if len(timesteps) == count:
-            return list(reversed(timesteps))
-    raise ValueError(
-        f"respacing 'ddim{count}': no stride keeps exactly {count} of {num_train_timesteps} "
-        "timesteps"
-    )
-
-
 class _Float64Tables:
     """Betas and their products in float64, and the original's timesteps, for both schedulers."""
 
+    _allowed: dict[str, tuple] = {"steps_offset": (0,), "rescale_betas_zero_snr": (False,)}
+    _allowed |= {"timestep_spacing": ("linspace", "leading")}  # respacing "N" and "ddimN"
     allows_inversion = False  # with ascending timesteps
 
-    def _set_tables(self, **required: Any) -> None:
-        """Replace the float32 tables; `required` are the only config values that are supported."""
-        for name, value in required.items():
-            if self.config[name] != value:
-                raise ValueError(
-                    f"{name} is {self.config[name]!r}; {type(self).__name__} allows only {value!r}"
-                )
-        if self.config.timestep_spacing not in ("linspace", "leading"):
-            raise ValueError(
-                f"timestep_spacing is {self.config.timestep_spacing!r}; 'linspace' "
-                '(respacing "N") and \'leading\' ("ddimN") are allowed'
-            )
+    def _set_tables(self) -> None:
+        for name, allowed in self._allowed.items():
+            value = self.config[name]
+            if value not in allowed:
+                kind = type(self).__name__
+                raise ValueError(f"{name} is {value!r}; {kind} allows only {allowed}")
         self.betas = torch.from_numpy(_betas(self.config))
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, 0)
@@ -118,10 +101,8 @@ class _Float64Tables:
         ascending = sorted(set(timesteps))
         ordered = timesteps == ascending[::-1] or (self.allows_inversion and timesteps == ascending)
         if not timesteps or not ordered or ascending[0] < 0 or ascending[-1] >= total:
-            raise ValueError(
-                f"timesteps is {timesteps}; different ones from 0 to {total - 1} in order "
-                "are allowed"
-            )
+            order = f"different ones from 0 to {total - 1} in order"
+            raise ValueError(f"timesteps is {timesteps}; {order} are allowed")
         self.num_inference_steps, self.custom_timesteps = len(timesteps), True
         self.timesteps = torch.tensor(timesteps, device=device)
 
@@ -142,7 +123,7 @@ class ADMDDPMScheduler(_Float64Tables, DDPMScheduler):
     @wraps(DDPMScheduler.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._set_tables(steps_offset=0, rescale_betas_zero_snr=False)
+        self._set_tables()
 
 
 class ADMDDIMScheduler(_Float64Tables, DDIMScheduler):
@@ -171,19 +152,14 @@ class ADMDDIMScheduler(_Float64Tables, DDIMScheduler):
         ValueError: For settings that the original doesn't have.
     """
 
+    _allowed = _Float64Tables._allowed | {"prediction_type": ("epsilon", "sample")}
+    _allowed |= {"set_alpha_to_one": (True,), "thresholding": (False,)}
     allows_inversion = True
 
     @wraps(DDIMScheduler.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.config.prediction_type not in ("epsilon", "sample"):
-            raise ValueError(
-                f"prediction_type is {self.config.prediction_type!r}; "
-                "'epsilon' and 'sample' are allowed"
-            )
-        self._set_tables(
-            steps_offset=0, rescale_betas_zero_snr=False, set_alpha_to_one=True, thresholding=False
-        )
+        self._set_tables()
 
     def step(
         self,
@@ -203,15 +179,12 @@ class ADMDDIMScheduler(_Float64Tables, DDIMScheduler):
         timesteps = self.timesteps.tolist()
         inversion = len(timesteps) > 1 and timesteps[0] < timesteps[1]
         if inversion and eta:
-            raise ValueError(
-                f"eta={eta}: an inversion (rising timesteps) has no noise; only 0 is allowed"
-            )
-        index = timesteps.index(int(timestep))
-        abar_t = float(self.alphas_cumprod[timesteps[index]])
-        if index + 1 < len(timesteps):
-            abar_s = float(self.alphas_cumprod[timesteps[index + 1]])
-        else:
-            abar_s = 0.0 if inversion else 1.0
+            message = "an inversion (rising timesteps) has no noise; only 0 is allowed"
+            raise ValueError(f"eta={eta}: {message}")
+        following = timesteps.index(int(timestep)) + 1
+        abar_t, abar_s = float(self.alphas_cumprod[int(timestep)]), 0.0 if inversion else 1.0
+        if following < len(timesteps):
+            abar_s = float(self.alphas_cumprod[timesteps[following]])
 
         x0 = model_output
         if self.config.prediction_type == "epsilon":
@@ -240,7 +213,6 @@ def _betas(config: Any) -> np.ndarray:
     if config.beta_schedule == "squaredcos_cap_v2":
         # abar(t) = cos^2((t / T + 0.008) / 1.008 pi / 2), Nichol & Dhariwal 2021, eq. 17
         abar = [cos((t / steps + 0.008) / 1.008 * pi / 2) ** 2 for t in range(steps + 1)]
-        return np.array([min(1 - abar[t + 1] / abar[t], MAX_BETA) for t in range(steps)])
-    raise ValueError(
-        f"beta_schedule is {config.beta_schedule!r}; 'linear' and 'squaredcos_cap_v2' are allowed"
-    )
+        return np.array([min(1 - abar[t + 1] / abar[t], 0.999) for t in range(steps)])
+    allowed = "'linear' and 'squaredcos_cap_v2' are allowed"
+    raise ValueError(f"beta_schedule is {config.beta_schedule!r}; {allowed}")

@@ -73,44 +73,38 @@ class ADMUNet2DModel(UNet2DModel):
     ):
         names = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
         settings = {name: self.config[name] for name in names}
-        settings["time_embedding_dim"] = time_embedding_dim or 4 * (
-            time_proj_dim or block_out_channels[0]
-        )
+        width = time_proj_dim or block_out_channels[0]
+        settings["time_embedding_dim"] = time_embedding_dim or 4 * width
         settings["attention_head_dim"] = None  # the number of heads changes no weight's shape
         super().__init__(**settings)
         self.register_to_config(attention_head_dim=attention_head_dim)
         if time_proj_dim is not None:
-            self._replace_sinusoid()
+            kinds = (time_embedding_type, class_embed_type)
+            if kinds[0] != "positional" or kinds[1] == "timestep":
+                raise ValueError(
+                    f"time_proj_dim is {time_proj_dim}, but (time_embedding_type, "
+                    f"class_embed_type) is {kinds}; allowed: ('positional', None or 'identity')."
+                )
+            self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
+            self.time_embedding = TimestepEmbedding(time_proj_dim, settings["time_embedding_dim"])
         self._set_heads()
 
-    def _replace_sinusoid(self) -> None:
-        config = self.config
-        if config.time_embedding_type != "positional" or config.class_embed_type == "timestep":
-            raise ValueError(
-                f"time_proj_dim is {config.time_proj_dim}, but (time_embedding_type, "
-                f"class_embed_type) is {(config.time_embedding_type, config.class_embed_type)}; "
-                "allowed: ('positional', None or 'identity')."
-            )
-        width = config.time_proj_dim
-        self.time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
-        self.time_embedding = TimestepEmbedding(width, config.time_embedding_dim)
-
     def _set_heads(self) -> None:
+        """Give each attention the number of heads for its level's channels per head."""
         config, widths = self.config, self.config.block_out_channels
-        down = head_dims(config.attention_head_dim, widths)
-        up = down
+        down = up = head_dims(config.attention_head_dim, widths)
         if config.up_attention_head_dim is not None:
             up = head_dims(config.up_attention_head_dim, widths)
-        blocks = [
-            *zip(self.down_blocks, down, strict=True),
-            *zip(self.up_blocks, reversed(up), strict=True),
-        ]
-        if self.mid_block is not None:
-            blocks.append((self.mid_block, down[-1]))
-        for block, head_dim in blocks:
-            for module in block.modules():
-                if isinstance(module, Attention):
-                    _set_head_dim(module, head_dim)
+        blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
+        for block, head_dim in zip(blocks, [*down, *up[::-1], down[-1]], strict=True):
+            modules = [] if block is None else block.modules()
+            for attention in (module for module in modules if isinstance(module, Attention)):
+                channels = attention.inner_dim
+                if head_dim < 1 or channels % head_dim:
+                    allowed = f"a divisor of its level's {channels} channels"
+                    raise ValueError(f"attention_head_dim has {head_dim}; allowed: {allowed}.")
+                attention.heads = attention.sliceable_head_dim = channels // head_dim
+                attention.scale = head_dim**-0.5
 
 
 def head_dims(head_dim: HeadDim, widths: tuple[int, ...]) -> list[int]:
@@ -120,19 +114,6 @@ def head_dims(head_dim: HeadDim, widths: tuple[int, ...]) -> list[int]:
     if isinstance(head_dim, int):
         return [head_dim] * len(widths)
     if len(head_dim) != len(widths):
-        raise ValueError(
-            f"attention_head_dim is {head_dim!r}; allowed: None, one integer, or "
-            f"{len(widths)} of them."
-        )
+        allowed = f"None, one integer, or {len(widths)} of them"
+        raise ValueError(f"attention_head_dim is {head_dim!r}; allowed: {allowed}.")
     return list(head_dim)
-
-
-def _set_head_dim(attention: Attention, head_dim: int) -> None:
-    width = attention.inner_dim
-    if head_dim < 1 or width % head_dim:
-        raise ValueError(
-            f"attention_head_dim has {head_dim}; allowed: a divisor of its level's {width} "
-            "channels."
-        )
-    attention.heads = attention.sliceable_head_dim = width // head_dim
-    attention.scale = head_dim**-0.5
