@@ -35,11 +35,7 @@ PIXELS_PER_BATCH = 2**21  # when encoding
 
 
 def load_vae(path: str | None) -> Autoencoder | None:
-    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or an autoencoder's folder.
-
-    Raises:
-        ValueError: if there is none, or it is of another kind.
-    """
+    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or an autoencoder's folder."""
     if path is None:
         return None
     for subfolder in ("vae", "vqvae", None):
@@ -50,14 +46,13 @@ def load_vae(path: str | None) -> Autoencoder | None:
             reason = error
     else:
         raise ValueError(f"--vae {path}: {reason}") from reason
-    if not isinstance(vae, Autoencoder):
-        raise ValueError(
-            f"--vae {path} holds a {type(vae).__name__}; AutoencoderKL and VQModel are allowed"
-        )
-    if vae.config.in_channels not in (1, 3):
-        raise ValueError(
-            f"--vae {path} encodes {vae.config.in_channels} channels; 1 and 3 are allowed"
-        )
+    name, channels = type(vae).__name__, vae.config.get("in_channels")
+    for ok, message in (
+        (isinstance(vae, Autoencoder), f"holds a {name}; AutoencoderKL and VQModel are allowed"),
+        (channels in (1, 3), f"encodes {channels} channels; 1 and 3 are allowed"),
+    ):
+        if not ok:
+            raise ValueError(f"--vae {path} {message}")
     return vae.requires_grad_(False)
 
 
@@ -65,16 +60,9 @@ class LatentImages(torch.utils.data.Dataset):
     """Items of `LabelledImages` whose "pixel_values" are latents (C, h, w), scaled for the denoiser.
 
     An item's key is its index, which then is the seed, or `(index, seed)`: the seed decides whether
-    it is mirrored, and the sample of the autoencoder's posterior, if it has one. `write_latents`
-    must be called first.
-
-    Args:
-        images: not augmented.
-        root: folder of all caches.
-        random_flip: mirror with probability 1/2; mirror images are encoded, too.
-
-    Raises:
-        ValueError: if the images' resolution isn't a multiple of the autoencoder's scale.
+    it is mirrored, and the sample of the autoencoder's posterior, if it has one. `images` aren't
+    augmented; with `random_flip`, mirror images are encoded, too. `root` is the folder of all
+    caches. `write_latents` must be called first.
     """
 
     def __init__(
@@ -131,16 +119,10 @@ def open_cached(path: Path) -> safe_open:
 def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> str:
     """A hash of all that decides the content of a cache."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    settings = {
-        "images": images.dataset._fingerprint,
-        "image_column": images.image_column,
-        "shard": IMAGES_PER_FILE,
-        "resolution": images.resolution,
-        "channels": images.channels,
-        "center_crop": images.center_crop,
-        "random_flip": random_flip,
-        "vae": [type(vae).__name__, config],
-    }
+    names = ("image_column", "resolution", "channels", "center_crop")
+    settings = {name: getattr(images, name) for name in names}
+    settings |= {"images": images.dataset._fingerprint, "shard": IMAGES_PER_FILE}
+    settings |= {"random_flip": random_flip, "vae": [type(vae).__name__, config]}
     digest = sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(save(vae.state_dict()))
     return digest.hexdigest()[:32]
@@ -156,13 +138,8 @@ def write_latents(
 ) -> None:
     """Encode the images that aren't cached yet; each process writes its share of the files.
 
-    Args:
-        vae: None: nothing to do.
-        workers: DataLoader processes that read images.
-
-    Raises:
-        FloatingPointError: if a latent is NaN or infinite.
-        ValueError: if a process doesn't see the files of the others.
+    Raises `FloatingPointError` if a latent is NaN or infinite, and `ValueError` if a process doesn't
+    see the files of the others.
     """
     if vae is None:
         return
