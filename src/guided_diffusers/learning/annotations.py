@@ -35,10 +35,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.images, self._by_label = images, captions
         if captions is not None:
             if not images.id2label:
-                raise ValueError(
-                    "captions: captions by label need labels, and the dataset has no column of "
-                    "class ids"
-                )
+                reason = "captions by label need labels, and the dataset has no column of class ids"
+                raise ValueError(f"captions: {reason}")
             if missing := [name for i, name in images.id2label.items() if not captions.get(i)]:
                 raise ValueError(f"captions: there are none for the labels {missing}")
             return

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, split_variance, x0_coefficients
@@ -42,8 +42,8 @@ class ClassifierLoss:
     min_timestep: int
     max_timestep: int
     problem_type: str = SINGLE
-    class_weights: torch.Tensor | None = None  # as those of `label_losses`
-    variance: torch.Tensor | None = None
+    class_weights: Tensor | None = None  # as those of `label_losses`
+    variance: Tensor | None = None
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0  # a of Beta(a, a), from which the shares of `mixup` are drawn; 0: off
     robust_epsilon: float = 0.0  # radius of `worst_case`; 0: off
@@ -52,17 +52,37 @@ class ClassifierLoss:
     score_weight: float = 0.0
     sampler: LossSecondMomentSampler | None = None  # counts from `min_timestep`; None: uniform
 
-    def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
+    def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> Tensor:
         x0, y = batch["pixel_values"], batch["label"]
         steps = self.max_timestep + 1 - self.min_timestep
         k, weight = draw_steps(draws, steps, self.sampler)
         t, eps = self.min_timestep + k, draws.randn(*x0.shape[1:])
         if self.mixup_alpha:
             x0, y = mixup(x0, soft_labels(y, self.num_labels), self.mixup_shares(draws))
-        losses = self.per_image(model, self.scheduler.add_noise(x0, eps, t), t, y, eps)
+        x_t, score_losses = self.scheduler.add_noise(x0, eps, t), 0.0
+
+        def of_logits(logits: Tensor) -> Tensor:
+            options = (self.problem_type, self.class_weights, self.label_smoothing, self.variance)
+            return label_losses(logits, y, *options)
+
+        def of_images(x: Tensor) -> Tensor:
+            return of_logits(model(x, t).logits)
+
+        if self.score is not None:
+            with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative
+                logits = model(x_t.requires_grad_(), t).logits
+            sigma = (1 - self.scheduler.alphas_cumprod.to(x_t.device)[t]).sqrt()
+            log_p = log_likelihood(logits, y, self.problem_type)
+            score_losses = score_matching_losses(log_p, x_t, eps, sigma, self.score(x_t, t))
+        if self.score is None or self.robust_epsilon:
+            x_t = worst_case(of_images, x_t, self.robust_epsilon, self.robust_steps)
+            losses = of_images(x_t)
+        else:
+            losses = of_logits(logits)
+        losses = losses + self.score_weight * score_losses
         return weighted_mean(losses, k, weight, self.sampler, self.accelerator)
 
-    def mixup_shares(self, draws: StepRandom) -> torch.Tensor:
+    def mixup_shares(self, draws: StepRandom) -> Tensor:
         """Shares from Beta(mixup_alpha, mixup_alpha), (B,).
 
         Drawn by NumPy, since torch draws from this distribution with its global generator only.
@@ -70,39 +90,6 @@ class ClassifierLoss:
         seed = torch.randint(2**62, (), generator=draws.generator).item()
         shares = np.random.default_rng(seed).beta(self.mixup_alpha, self.mixup_alpha, draws.total)
         return draws.local(torch.from_numpy(shares).float())
-
-    def per_image(
-        self,
-        model: torch.nn.Module,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        eps: torch.Tensor,
-    ) -> torch.Tensor:
-        """The loss of each image, (B,)."""
-        of_logits = partial(
-            label_losses,
-            y=y,
-            problem_type=self.problem_type,
-            class_weights=self.class_weights,
-            label_smoothing=self.label_smoothing,
-            variance=self.variance,
-        )
-
-        def of_images(x: torch.Tensor) -> torch.Tensor:
-            return of_logits(model(x, t).logits)
-
-        matching = 0.0
-        if self.score is not None:
-            with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative
-                logits = model(x_t.requires_grad_(), t).logits
-            sigma = (1 - self.scheduler.alphas_cumprod.to(x_t.device)[t]).sqrt()
-            log_p = log_likelihood(logits, y, self.problem_type)
-            matching = score_matching_losses(log_p, x_t, eps, sigma, self.score(x_t, t))
-            if not self.robust_epsilon:
-                return of_logits(logits) + self.score_weight * matching
-        losses = of_images(worst_case(of_images, x_t, self.robust_epsilon, self.robust_steps))
-        return losses + self.score_weight * matching
 
 
 class ScoreModel:
@@ -153,7 +140,7 @@ class ScoreModel:
         self.tables = torch.tensor([timesteps, c_x, c_out], dtype=torch.float64).float()
 
     @torch.no_grad()
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(alpha x0_pred - x_t) / sigma^2 at the classifier's timesteps (B,), in float32."""
         self.unet.to(x_t.device)
         timestep, c_x, c_out = self.tables.to(x_t.device)[:, t]
@@ -172,31 +159,29 @@ def check_score_model(
     is_known = prediction in ("epsilon", "sample", "v_prediction")
     actual = (unet.in_channels, unet.sample_size or data.resolution)
     expected = (data.channels, data.resolution)
-    checks = (
-        (
-            is_known and scheduler.get("beta_schedule"),
+    refusal = None
+    if not is_known or not scheduler.get("beta_schedule"):
+        refusal = (
             f": its {scheduler.get('_class_name')} has prediction_type {prediction!r}; a "
-            "variance-preserving model of epsilon, sample or v_prediction is allowed",
-        ),
-        (
-            embeddings is None or pipeline.num_labels == embeddings - 1,
+            "variance-preserving model of epsilon, sample or v_prediction is allowed"
+        )
+    elif embeddings is not None and pipeline.num_labels != embeddings - 1:
+        refusal = (
             f": of {embeddings} class embeddings and {pipeline.num_labels} labels none is a null "
-            "label; an unconditional model, or one with a null label, is allowed",
-        ),
-        (
-            actual == expected,
+            "label; an unconditional model, or one with a null label, is allowed"
+        )
+    elif actual != expected:
+        refusal = (
             f" is for {actual[0]} channels of size {actual[1]}; {data.channels} of size "
-            f"{data.resolution} are allowed with this data",
-        ),
-    )
-    for ok, message in checks:
-        if not ok:
-            raise ValueError(f"--score_model {path}{message}")
+            f"{data.resolution} are allowed with this data"
+        )
+    if refusal:
+        raise ValueError(f"--score_model {path}{refusal}")
 
 
 def parse_class_weights(
     text: str | None, data: Images | TargetedImages, problem_type: str
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """Class weights (num_labels,) from --class_weights: `balanced`, numbers, or a JSON file."""
     if text is None:
         return None

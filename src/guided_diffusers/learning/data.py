@@ -73,14 +73,9 @@ def is_pattern(name: str) -> bool:
 def find_column(
     dataset: Dataset | IterableDataset, name: str | None, argument: str, feature_type: type
 ) -> str:
-    """The column called `name`; by default the first with features of a type.
-
-    Raises:
-        ValueError: naming `argument`, if there is none.
-    """
-    matching = [
-        column for column, feature in dataset.features.items() if isinstance(feature, feature_type)
-    ]
+    """The column called `name`, by default the first with features of a type, or a `ValueError`."""
+    features = dataset.features.items()
+    matching = [column for column, feature in features if isinstance(feature, feature_type)]
     if name is None and matching:
         return matching[0]
     if name not in dataset.column_names:

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -86,7 +87,6 @@ class LatentImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def label(self, index: int) -> int:
-        """The label of a row, without reading its latents."""
         return self.images.label(index)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
@@ -99,15 +99,6 @@ class LatentImages(torch.utils.data.Dataset):
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
             latents = latents + file.get_slice("std")[row, view] * eps
         return {"pixel_values": latents, "label": self.images.label(index)}
-
-    def encode_views(self, vae: Autoencoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`mean` and, with a posterior, `std`, on the CPU: (B, V, C, h, w), V = 2 with mirror images."""
-        views = [pixels, pixels.flip(-1)] if self.random_flip else [pixels]
-        means, stds = zip(*(encode(vae, view) for view in views), strict=True)
-        latents = {"mean": torch.stack(means, dim=1).cpu()}
-        if stds[0] is not None:
-            latents["std"] = torch.stack(stds, dim=1).cpu()
-        return latents
 
 
 @cache
@@ -165,15 +156,11 @@ def write_split(
         if not files[k].exists():
             rows = torch.arange(k * IMAGES_PER_FILE, min((k + 1) * IMAGES_PER_FILE, len(data)))
             batches[k] = [batch.tolist() for batch in rows.split(batch_size)]
-    order = [batch for of_file in batches.values() for batch in of_file]
-    loader = DataLoader(data.images, batch_sampler=order, num_workers=workers)
-    bar = tqdm(
-        total=sum(map(len, order)),
-        desc="latents of this process",
-        unit="image",
-        disable=not (progress and accelerator.is_main_process and batches),
-    )
-    pixels = iter(loader)
+    order = list(chain.from_iterable(batches.values()))
+    pixels = iter(DataLoader(data.images, batch_sampler=order, num_workers=workers))
+    is_shown = progress and accelerator.is_main_process and batches
+    total, title = sum(map(len, order)), "latents of this process"
+    bar = tqdm(total=total, desc=title, unit="image", disable=not is_shown)
     # In lockstep, so that no process waits longer for another than a collective operation may take.
     for start in range(0, len(files), world):
         if (k := start + rank) in batches:
@@ -195,13 +182,17 @@ def write_file(
     count: int,
     bar: tqdm,
 ) -> None:
-    """Encode the next `count` batches into a file, written aside and moved into place."""
-    parts = []
+    """Encode the next `count` batches into a file of (images, 1, or 2 with mirror images, C, h, w)."""
+    parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
     for _ in range(count):
-        pixels = next(batches)["pixel_values"]
-        parts.append(data.encode_views(vae, pixels.to(vae.device)))
+        pixels = next(batches)["pixel_values"].to(vae.device)
+        views = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
+        encoded = [encode(vae, view) for view in views]
+        for name, latents in zip(parts, zip(*encoded, strict=True), strict=True):
+            if latents[0] is not None:  # without a posterior there is no `std`
+                parts[name].append(torch.stack(latents, dim=1).cpu())
         bar.update(len(pixels))
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = {name: torch.cat(latents) for name, latents in parts.items() if latents}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise FloatingPointError(f"--vae: latents for {file} are NaN or infinite")
     partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")

@@ -28,8 +28,6 @@ AnyItem = TypeVar("AnyItem")
 DEFAULT_WINDOW = 1000  # rows that are shuffled together
 ROWS_PER_READ = 50
 START = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
-
-
 Item = tuple[tuple[list[Row], int], int]  # ((rows, i), seed)
 
 
@@ -107,13 +105,10 @@ class StreamedImages(ImageRows):
         return self._item((rows[j] for j in order), seed)
 
     def _all_label_names(self) -> dict[int, str]:
-        feature, labels = None, self.labels
-        if self.label_column is not None:
-            feature = self.dataset.features[self.label_column]
+        feature, labels = self.dataset.features.get(self.label_column), self.labels
         if labels is not None and (feature is None or isinstance(feature, ClassLabel)):
-            if feature is None:
-                reason = "has no column of labels (--label_column)"
-            else:
+            reason = "has no column of labels (--label_column)"
+            if feature is not None:
                 reason = f"names its own: {feature.names}"
             raise ValueError(
                 f"--labels {list(labels.values())}: not allowed, since the dataset {reason}"

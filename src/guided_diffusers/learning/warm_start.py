@@ -12,16 +12,9 @@ from .prepare import SCHEDULE
 
 # Config entries that `UNet2DModel` and `NoiseAwareClassifier` share.
 ARCHITECTURE = (
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "downsample_type",
-    "norm_num_groups",
-    "resnet_time_scale_shift",
-    "attention_head_dim",
-    "norm_eps",
-    "dropout",
-)
+    "block_out_channels layers_per_block down_block_types downsample_type norm_num_groups "
+    "resnet_time_scale_shift attention_head_dim norm_eps dropout"
+).split()
 MODELS = {"NoiseAwareClassifier": NoiseAwareClassifier, "UNet2DModel": UNet2DModel}
 NOT_ARCHITECTURE = (*SCHEDULE, "num_labels", "id2label", "label2id", "problem_type")
 
