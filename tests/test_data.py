@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -30,10 +31,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def split(images: list[np.ndarray], labels: list | None = None, feature: object = None) -> Dataset:
     """A split of the images, with a column `y` of labels of that feature."""
-    rows, features = (
-        {"picture": [PILImage.fromarray(image) for image in images]},
-        {"picture": Image()},
-    )
+    rows = {"picture": [PILImage.fromarray(image) for image in images]}
+    features = {"picture": Image()}
     if labels is not None:
         rows, features = {**rows, "y": labels}, {**features, "y": feature}
     return Dataset.from_dict(rows, features=Features(features))
@@ -58,18 +57,14 @@ def test_pixels_span_minus_one_to_one() -> None:
 def test_channels() -> None:
     grey, colour = RAMP, np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
     assert LabelledImages(split([grey]), resolution=8)[0]["pixel_values"].shape == (1, 8, 8)
-    torch.testing.assert_close(
-        LabelledImages(split([colour]), resolution=8)[0]["pixel_values"], scaled(colour)
-    )
+    pixels = LabelledImages(split([colour]), resolution=8)[0]["pixel_values"]
+    torch.testing.assert_close(pixels, scaled(colour))
     # one grey image first doesn't make a coloured split grey
     mixed = LabelledImages(split([grey, colour]), resolution=8)
     assert mixed.channels == 3
     torch.testing.assert_close(mixed[0]["pixel_values"], scaled(np.stack([grey] * 3, axis=2)))
-    assert LabelledImages(split([colour]), resolution=8, channels=1)[0]["pixel_values"].shape == (
-        1,
-        8,
-        8,
-    )
+    converted = LabelledImages(split([colour]), resolution=8, channels=1)
+    assert converted[0]["pixel_values"].shape == (1, 8, 8)
 
 
 def test_sixteen_bit_images_keep_their_range() -> None:
@@ -91,9 +86,8 @@ def test_resizes_the_shorter_side_and_crops_the_longer() -> None:
         lefts.add(left)
     assert lefts == set(range(25))  # every place, the two ends included
     smaller = LabelledImages(split([wide]), resolution=4, center_crop=True)[0]["pixel_values"]
-    expected = (
-        PILImage.fromarray(wide).resize((16, 4), PILImage.Resampling.BICUBIC).crop((6, 0, 10, 4))
-    )
+    resized = PILImage.fromarray(wide).resize((16, 4), PILImage.Resampling.BICUBIC)
+    expected = resized.crop((6, 0, 10, 4))
     torch.testing.assert_close(smaller, scaled(np.asarray(expected)))
 
 
@@ -110,11 +104,10 @@ def test_flip_is_of_half_the_images() -> None:
 
 def test_shift_repeats_the_edge_and_reaches_all_places() -> None:
     data = LabelledImages(split([RAMP]), resolution=8, random_shift=2)
-    places = {
-        (y, x): scaled(np.pad(RAMP, 2, mode="edge")[y : y + 8, x : x + 8])
-        for y in range(5)
-        for x in range(5)
-    }
+    padded = np.pad(RAMP, 2, mode="edge")
+    places = {}
+    for y, x in itertools.product(range(5), repeat=2):
+        places[y, x] = scaled(padded[y : y + 8, x : x + 8])
     seen = set()
     for seed in range(300):
         pixels = data[0, seed]["pixel_values"]
@@ -150,63 +143,45 @@ def test_labels_without_a_column() -> None:
     assert LabelledImages(split([RAMP]), resolution=8).id2label == {}
     # integers could be anything: they are labels only if asked for
     assert LabelledImages(split([RAMP], [4], Value("int64")), resolution=8).id2label == {}
-    assert LabelledImages(
-        split([RAMP], [0], ClassLabel(names=["a", "b"])), resolution=8
-    ).id2label == {0: "a", 1: "b"}
+    named = split([RAMP], [0], ClassLabel(names=["a", "b"]))
+    assert LabelledImages(named, resolution=8).id2label == {0: "a", 1: "b"}
 
 
 def test_another_splits_labels_keep_their_ids() -> None:
-    train = LabelledImages(
-        split([RAMP] * 2, ["cat", "dog"], Value("string")), label_column="y", resolution=8
-    )
-    held_out = LabelledImages(
-        split([RAMP], ["dog"], Value("string")),
-        label_column="y",
-        resolution=8,
-        labels=train.id2label,
-    )
-    assert held_out[0]["label"] == 1
-    unknown = LabelledImages(
-        split([RAMP], ["cow"], Value("string")), label_column="y", labels=train.id2label
-    )
-    with pytest.raises(
-        ValueError, match=r"label 'cow' of row 0 is none of the 2 labels \['cat', 'dog'\]"
-    ):
+    text, options = Value("string"), {"label_column": "y", "resolution": 8}
+    train = LabelledImages(split([RAMP] * 2, ["cat", "dog"], text), **options)
+    options["labels"] = train.id2label
+    assert LabelledImages(split([RAMP], ["dog"], text), **options)[0]["label"] == 1
+    unknown = LabelledImages(split([RAMP], ["cow"], text), **options)
+    message = r"label 'cow' of row 0 is none of the 2 labels \['cat', 'dog'\]"
+    with pytest.raises(ValueError, match=message):
         _ = unknown[0]
     with pytest.raises(ValueError, match="label_column='y' has the labels .*, the other split"):
         LabelledImages(split([RAMP], [0], ClassLabel(names=["dog", "cat"])), labels=train.id2label)
+
+
+LABEL_Y = {"label_column": "y"}
+PLAIN, COLUMNS = split([RAMP]), r"the dataset has the columns \['picture'\]"
 
 
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
         (split([]), {}, "no rows"),
-        (
-            split([RAMP]),
-            {"image_column": "foto"},
-            r"image_column='foto': the dataset has the columns \['picture'\]",
-        ),
-        (
-            split([RAMP]),
-            {"label_column": "foto"},
-            r"label_column='foto': the dataset has the columns \['picture'\]",
-        ),
+        (PLAIN, {"image_column": "foto"}, f"image_column='foto': {COLUMNS}"),
+        (PLAIN, {"label_column": "foto"}, f"label_column='foto': {COLUMNS}"),
         (
             split([RAMP], [1], Value("int64")),
             {"image_column": "y"},
             "image_column='y' holds Value.*not images",
         ),
-        (
-            split([RAMP], [-1], Value("int64")),
-            {"label_column": "y"},
-            "label_column='y' holds Value.*from -1 on",
-        ),
+        (split([RAMP], [-1], Value("int64")), LABEL_Y, "label_column='y' holds Value.*from -1 on"),
         (
             split([RAMP], [1.5], Value("float32")),
-            {"label_column": "y"},
+            LABEL_Y,
             "label_column='y' holds Value.*from 1.5 on",
         ),
-        (split([RAMP] * 2, ["a", None], Value("string")), {"label_column": "y"}, "in every row"),
+        (split([RAMP] * 2, ["a", None], Value("string")), LABEL_Y, "in every row"),
         (
             Dataset.from_dict({"y": [1]}),
             {},
@@ -228,9 +203,8 @@ def test_a_hidden_label_is_named() -> None:
 def test_bytes_of_files_are_images_where_named(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     PILImage.fromarray(RAMP).save(buffer, "PNG")
-    plain = Dataset.from_dict(
-        {"png": [buffer.getvalue()], "file": [{"bytes": buffer.getvalue(), "path": None}]}
-    )
+    columns = {"png": [buffer.getvalue()], "file": [{"bytes": buffer.getvalue(), "path": None}]}
+    plain = Dataset.from_dict(columns)
     for column in ("png", "file"):
         data = LabelledImages(plain, image_column=column, resolution=8)
         torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
@@ -248,9 +222,8 @@ def test_image_folder_and_parquet_folder(tmp_path: Path) -> None:
     assert test[0]["label"] == 1
 
     (tmp_path / "parquet").mkdir()
-    split([RAMP], [1], ClassLabel(names=["cat", "dog"])).to_parquet(
-        tmp_path / "parquet" / "train-0.parquet"
-    )
+    named = split([RAMP], [1], ClassLabel(names=["cat", "dog"]))
+    named.to_parquet(tmp_path / "parquet" / "train-0.parquet")
     data = LabelledImages(load_splits(str(tmp_path / "parquet"))["train"], resolution=8)
     assert data.id2label == {0: "cat", 1: "dog"}
     torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
@@ -268,20 +241,19 @@ def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
     streamed = load_splits(str(tmp_path / "*.parquet"), streaming=True)
     assert [*streamed] == ["train"] and [row["y"] for row in streamed["train"]] == [0, 1, 2]
     (tmp_path / "notes.txt").write_text("no images")
-    for pattern, found in (
-        ("*.*", r"4 files of the kinds \['.parquet', '.txt'\]"),
-        ("*.tar", "0 files"),
-    ):
-        with pytest.raises(ValueError, match=f"matches {found}.*'.tar', '.parquet'"):
+    found = {"*.*": r"4 files of the kinds \['.parquet', '.txt'\]", "*.tar": "0 files"}
+    for pattern, files in found.items():
+        with pytest.raises(ValueError, match=f"matches {files}.*'.tar', '.parquet'"):
             load_splits(str(tmp_path / pattern))
 
 
 def test_rows_of_streams_have_names() -> None:
-    assert [row_name(number) for number in (7, SHARD_STRIDE, 3 * SHARD_STRIDE + 7)] == [
-        "row 7",
-        "row 0 of shard 0",
-        "row 7 of shard 2",
-    ]
+    numbers = {
+        7: "row 7",
+        SHARD_STRIDE: "row 0 of shard 0",
+        3 * SHARD_STRIDE + 7: "row 7 of shard 2",
+    }
+    assert {number: row_name(number) for number in numbers} == numbers
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
@@ -293,11 +265,8 @@ def test_prepare_fashion_mnist(
     (tmp_path / "idx").mkdir()
     for prefix in ("train", "t10k"):
         for stem, array in ((f"{prefix}-images-idx3", images), (f"{prefix}-labels-idx1", labels)):
-            content = (
-                bytes([0, 0, 8, array.ndim])
-                + np.array(array.shape, ">u4").tobytes()
-                + array.tobytes()
-            )
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            content = header + array.tobytes()
             path = tmp_path / "idx" / f"{stem}-ubyte{'.gz' if gzipped else ''}"
             path.write_bytes(gzip.compress(content) if gzipped else content)
     command = ["prepare", "--source", str(tmp_path / "idx"), "--output", str(tmp_path / "data")]
@@ -307,19 +276,15 @@ def test_prepare_fashion_mnist(
     splits = load_splits(str(tmp_path / "data"))
     assert sorted(splits) == ["test", "train"]
     data = LabelledImages(splits["train"], resolution=28)
-    assert [data.id2label[data[i]["label"]] for i in range(3)] == [
-        "ankle boot",
-        "t-shirt",
-        "sneaker",
-    ]
+    names = [data.id2label[data[i]["label"]] for i in range(3)]
+    assert names == ["ankle boot", "t-shirt", "sneaker"]
     for i in range(3):
         torch.testing.assert_close(data[i]["pixel_values"], scaled(images[i]))
 
     with pytest.raises(SystemExit, match="exists already"):
         prepare_fashion_mnist.main()
-    monkeypatch.setattr(
-        sys, "argv", [*command[:-1], str(tmp_path / "other"), "--source", str(tmp_path)]
-    )
+    command = [*command[:-1], str(tmp_path / "other"), "--source", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="train-images-idx3-ubyte.* dataset-fashion-mnist"):
         prepare_fashion_mnist.main()
 

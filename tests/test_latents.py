@@ -66,13 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for name, config in (("unet", UNET), ("classifier", CLASSIFIER)):
         (root / f"{name}.json").write_text(json.dumps(config))
     make_vae().save_pretrained(root / "vae")
-    return SimpleNamespace(
-        root=root,
-        folder=root / "folder",
-        vae=root / "vae",
-        unet=root / "unet.json",
-        classifier=root / "classifier.json",
-    )
+    files = {"unet": root / "unet.json", "classifier": root / "classifier.json"}
+    return SimpleNamespace(root=root, folder=root / "folder", vae=root / "vae", **files)
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +79,8 @@ def small_shards(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def images(place: SimpleNamespace) -> LabelledImages:
-    return LabelledImages(
-        datasets.load_dataset(str(place.folder))["train"], resolution=16, center_crop=True
-    )
+    train = datasets.load_dataset(str(place.folder))["train"]
+    return LabelledImages(train, resolution=16, center_crop=True)
 
 
 @pytest.fixture
@@ -131,16 +125,14 @@ class Counted:
 def write(
     data: latents.LatentImages, vae: torch.nn.Module, workers: int = 0, progress: bool = False
 ) -> latents.LatentImages:
-    latents.write_latents(
-        Accelerator(cpu=True), vae, data, None, workers=workers, progress=progress
-    )
+    accelerator = Accelerator(cpu=True)
+    latents.write_latents(accelerator, vae, data, None, workers=workers, progress=progress)
     return data
 
 
 def cached(root: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        str(path.relative_to(root)): load_file(path) for path in sorted(root.rglob("*.safetensors"))
-    }
+    paths = sorted(root.rglob("*.safetensors"))
+    return {str(path.relative_to(root)): load_file(path) for path in paths}
 
 
 # How latents are scaled
@@ -154,7 +146,7 @@ def cached(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         {
             "scaling_factor": 0.5,
             "latents_mean": [0.1, -0.2, 0.3, 0.4],
-            "latents_std": [1.0, 2.0, 3.0, 0.5],
+            "latents_std": [1.0, 2, 3, 0.5],
         },
     ],
 )
@@ -165,9 +157,8 @@ def test_encode_is_the_inverse_of_decode(config: dict[str, object]) -> None:
     assert mean.shape == std.shape == (2, 4, 8, 8)
     torch.testing.assert_close(decode(vae, mean), vae.decode(posterior.mean).sample)
     eps = torch.randn_like(mean)  # a draw, too, and so std
-    torch.testing.assert_close(
-        decode(vae, mean + std * eps), vae.decode(posterior.mean + posterior.std * eps).sample
-    )
+    expected = vae.decode(posterior.mean + posterior.std * eps).sample
+    torch.testing.assert_close(decode(vae, mean + std * eps), expected)
 
 
 def test_scaled_latents_have_unit_variance_where_the_config_says_so() -> None:
@@ -230,9 +221,8 @@ def test_a_cache_is_used_again(
     counted, vae = Counted(monkeypatch), make_vae()
     first = write(latents.LatentImages(images, vae, tmp_path), vae, progress=True)
     assert counted.images == 30 and "30/30" in capfd.readouterr().err
-    second = write(
-        latents.LatentImages(images, make_vae(), tmp_path), vae, workers=1, progress=True
-    )
+    again = latents.LatentImages(images, make_vae(), tmp_path)
+    second = write(again, vae, workers=1, progress=True)
     assert "/30" not in capfd.readouterr().err
     assert counted.images == 30 and torch.equal(first[3]["pixel_values"], second[3]["pixel_values"])
     write(latents.LatentImages(images, vae, tmp_path, random_flip=True), vae, workers=1)
@@ -314,15 +304,13 @@ def test_guided_pictures_of_a_latent_model(
 ) -> None:
     counted = Counted(monkeypatch)
     shared = "--vae {vae} --random_flip --latents_cache " + str(tmp_path / "latents")
-    folder = train(
-        "unet", shared + " --class_conditional --sample_images 3 --validation_steps 2", "unet"
-    )
+    line = shared + " --class_conditional --sample_images 3 --validation_steps 2"
+    folder = train("unet", line, "unet")
     assert counted.images == 2 * 30 + 6
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     assert (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels) == (8, 4)
-    assert pipeline.scheduler.config.clip_sample is False and isinstance(
-        pipeline.vae, AutoencoderKL
-    )
+    assert pipeline.scheduler.config.clip_sample is False
+    assert isinstance(pipeline.vae, AutoencoderKL)
     assert PILImage.open(folder / "samples-2.png").size == (16, 48)
 
     source = shared.replace("{vae}", str(folder)) + f" --scheduler {folder}"  # the pipeline's own
@@ -335,16 +323,11 @@ def test_guided_pictures_of_a_latent_model(
         ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, classifier, pipeline.vae),
     ):
         made.set_progress_bar_config(disable=True)
-        pictures = [
-            made(
-                ["red", 0],
-                guidance_scale=scale,
-                num_inference_steps=3,
-                output_type="pt",
-                generator=torch.Generator().manual_seed(0),
-            ).images
-            for scale in (0.0, 500.0)
-        ]
+        pictures = []
+        for scale in (0.0, 500.0):
+            options = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": scale}
+            generator = torch.Generator().manual_seed(0)
+            pictures.append(made(["red", 0], generator=generator, **options).images)
         assert pictures[0].shape == (2, 3, 16, 16) and pictures[0].std() > 0
         assert (pictures[0] - pictures[1]).abs().max() > 1e-3
 
@@ -356,26 +339,22 @@ def test_training_sees_the_drawn_latents(
     folder = train("classifier", "--vae {vae}")
     model = NoiseAwareClassifier.from_pretrained(folder).eval()
     vae = AutoencoderKL.from_pretrained(place.vae)
-    held_out = LabelledImages(
-        datasets.load_dataset(str(place.folder))["test"], resolution=16, center_crop=True
-    )
+    test = datasets.load_dataset(str(place.folder))["test"]
+    held_out = LabelledImages(test, resolution=16, center_crop=True)
     x0, labels = [], []
     for i in (0, 1, 3, 4):  # four of six, evenly spread
         mean, std = encode(vae, held_out[i]["pixel_values"][None])
-        x0.append(
-            mean + std * torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(i))
-        )
+        generator = torch.Generator().manual_seed(i)
+        x0.append(mean + std * torch.randn(mean.shape[1:], generator=generator))
         labels.append(held_out[i]["label"])
     row = json.loads((folder / "metrics.json").read_text())["held_out"][5]
-    eps = torch.stack(
-        [torch.randn(4, 8, 8, generator=generator_for(0, 3, i, 5)) for i in (0, 1, 3, 4)]
-    )
+    generators = [generator_for(0, 3, i, 5) for i in (0, 1, 3, 4)]
+    eps = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
     t = torch.full((4,), row["timestep"])
     with torch.no_grad():
         logits = model(DDPMScheduler(1000).add_noise(torch.cat(x0), eps, t), t).logits
-    assert row["cross_entropy"] == pytest.approx(
-        F.cross_entropy(logits, torch.tensor(labels)).item(), abs=2e-5
-    )
+    expected = F.cross_entropy(logits, torch.tensor(labels)).item()
+    assert row["cross_entropy"] == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path]) -> None:
@@ -384,9 +363,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path]) -
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-4")
     shutil.rmtree(parts / "latents")
-    train(
-        "classifier", line + " --resume_from_checkpoint latest --dataloader_num_workers 1", "parts"
-    )
+    line += " --resume_from_checkpoint latest --dataloader_num_workers 1"
+    train("classifier", line, "parts")
     one, other = (load_file(next(path.glob("*.safetensors"))) for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -402,17 +380,13 @@ def test_two_processes_write_the_same_cache(images: LabelledImages, tmp_path: Pa
     own.mkdir()
     torch.multiprocessing.spawn(write_share, (free_port(), two, vae, own), nprocs=2, daemon=True)
     assert sorted(path.name for path in own.iterdir()) == ["0 of 2", "1 of 2"]
-    assert [json.loads(path.read_text()) for path in sorted(own.iterdir())] == [
-        [0, 2],
-        [1, 3],
-    ]  # of four files
+    shares = [json.loads(path.read_text()) for path in sorted(own.iterdir())]
+    assert shares == [[0, 2], [1, 3]]  # of four files
     first, second = cached(tmp_path / "one"), cached(tmp_path / "two")
     assert first.keys() == second.keys() and len(first) == 4
-    assert all(
-        torch.equal(first[path][name], second[path][name])
-        for path in first
-        for name in ("mean", "std")
-    )
+    for path, tensors in first.items():
+        assert tensors.keys() == {"mean", "std"}
+        assert all(torch.equal(tensors[name], second[path][name]) for name in tensors)
     assert {path.suffix for path in two.files[0].parent.iterdir()} == {".safetensors"}
 
 
@@ -423,13 +397,8 @@ def write_share(
 
     The process is a fresh one: one that is forked from this one waits for the threads that stayed in it for ever.
     """
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     latents.IMAGES_PER_FILE, latents.PIXELS_PER_BATCH = 8, 4 * 16**2
     written, write_file = [], latents.write_file
 

@@ -81,32 +81,27 @@ def test_losses_and_gradients() -> None:
     print("\nlosses of the original, largest relative differences (float64)")
     for case, args in described("training/losses.npz", "loss_f64"):
         diffusion, name = args["diffusion"], args["model"]
-        objective = (
-            "bound"
-            if diffusion.get("use_kl")
-            else "simple"
-            if not diffusion.get("learn_sigma")
-            else "hybrid_rescaled"
-            if diffusion.get("rescale_learned_sigmas")
-            else "hybrid"
-        )
+        if diffusion.get("use_kl"):
+            objective = "bound"
+        elif not diffusion.get("learn_sigma"):
+            objective = "simple"
+        else:
+            objective = "hybrid_rescaled" if diffusion.get("rescale_learned_sigmas") else "hybrid"
         model = networks.setdefault(name, network(name))
         process, k = process_for(diffusion), torch.tensor(args["t"])
         x_t = process.noised(x0, eps, k)
         if name == "sr":
-            x_t = join_low_resolution(
-                x_t, torch.nn.functional.interpolate(x0, scale_factor=0.5, mode="area")
-            )
+            small = torch.nn.functional.interpolate(x0, scale_factor=0.5, mode="area")
+            x_t = join_low_resolution(x_t, small)
         labels = inputs["y4"] if model.config.num_class_embeds else None
         model.zero_grad()
         output = model(x_t, process.timesteps[k], class_labels=labels).sample
         got = diffusion_loss(process, output, x0, eps, k, objective)
         got["loss"].mean().backward()
-        errors = {
-            what: relative(got[what], reference[f"{case}|{what}_f64"])
-            for what in ("loss", "mse", "vb")
-            if f"{case}|{what}_f64" in reference
-        }
+        errors = {}
+        for what in ("loss", "mse", "vb"):
+            if (key := f"{case}|{what}_f64") in reference:
+                errors[what] = relative(got[what], reference[key])
         for layer, ours in (("out.2", "conv_out"), ("input_blocks.0.0", "conv_in")):
             expected = reference[f"{case}|grad|{layer}.weight"]
             grad = model.get_submodule(ours).weight.grad
@@ -129,13 +124,8 @@ def test_bits_per_dim(monkeypatch: pytest.MonkeyPatch) -> None:
             got = bits_per_dim(
                 model.to(dtype), process, inputs["x0"][:2], labels, clip=args["clip_denoised"]
             )
-            names = {
-                "total": "total_bpd",
-                "prior": "prior_bpd",
-                "bound": "vb",
-                "x0_mse": "xstart_mse",
-                "eps_mse": "mse",
-            }
+            names = {"total": "total_bpd", "prior": "prior_bpd", "bound": "vb"}
+            names |= {"x0_mse": "xstart_mse", "eps_mse": "mse"}
             errors = {}
             for ours, theirs in names.items():
                 value = got[ours].flip(1) if got[ours].ndim > 1 else got[ours]
@@ -149,10 +139,8 @@ def test_likelihood_and_divergence_of_gaussians() -> None:
     reference = load("training/bpd.npz")
     x, mean, log_sigma = (reference[f"dgll|{name}"] for name in ("x", "means", "log_scales"))
     assert relative(discretized_log_likelihood(x, mean, log_sigma), reference["dgll|out"]) < 1e-9
-    assert (
-        relative(normal_kl(mean, 2 * log_sigma, x, reference["kl|logvar2"]), reference["kl|out"])
-        < 1e-9
-    )
+    kl = normal_kl(mean, 2 * log_sigma, x, reference["kl|logvar2"])
+    assert relative(kl, reference["kl|out"]) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -170,18 +158,15 @@ def test_second_moment_sampler(case: str, steps: int, history: int, uniform: flo
     assert relative(rows[-1], reference[f"{case}|final_p"]) < 1e-9
     k, weight = sampler.sample(20_000, torch.Generator().manual_seed(0))
     drawn = reference[f"{case}|sample_t"]
-    assert (
-        relative(1 / (steps * rows[-1][drawn]), reference[f"{case}|sample_weight"].double()) < 1e-6
-    )
+    expected = reference[f"{case}|sample_weight"].double()
+    assert relative(1 / (steps * rows[-1][drawn]), expected) < 1e-6
     torch.testing.assert_close(weight, (1 / (steps * rows[-1][k])).float())
     assert (torch.bincount(k, minlength=steps) / 20_000 - rows[-1]).abs().max() < 0.015
     again = LossSecondMomentSampler(steps, history, uniform)
     again.load_state_dict(sampler.state_dict())
     assert torch.equal(again.probabilities(), rows[-1])
-    assert torch.equal(
-        again.sample(50, torch.Generator().manual_seed(1))[0],
-        sampler.sample(50, torch.Generator().manual_seed(1))[0],
-    )
+    one, other = (x.sample(50, torch.Generator().manual_seed(1))[0] for x in (again, sampler))
+    assert torch.equal(one, other)
 
 
 # 2. What they must be
@@ -204,9 +189,8 @@ def test_steps_and_variances_of_a_shorter_process_compose() -> None:
     """x_s drawn from q(x_s | x_t, x0) with x_t from q(x_t | x0) has the moments of q(x_s | x0)."""
     process = Process(DDPMScheduler(variance_type="fixed_small"), range(0, 1000, 40))
     k, like = torch.arange(1, len(process)), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    alpha, sigma, c_0, c_t, small = (
-        x.flatten() for x in process.at(k, like, "alpha", "sigma", "c_0", "c_t", "small")
-    )
+    names = ("alpha", "sigma", "c_0", "c_t", "small")
+    alpha, sigma, c_0, c_t, small = (x.flatten() for x in process.at(k, like, *names))
     alpha_s, sigma_s = (x.flatten() for x in process.at(k - 1, like, "alpha", "sigma"))
     torch.testing.assert_close(c_0 + c_t * alpha, alpha_s)
     torch.testing.assert_close((c_t * sigma).square() + small, sigma_s.square())
@@ -216,9 +200,8 @@ def test_discretized_likelihood_is_a_distribution() -> None:
     """Its 256 masses add up to 1, and are the Gaussian's up to the tanh approximation."""
     x = torch.linspace(-1, 1, 256, dtype=torch.float64)
     for mean, sigma in ((0.1, 0.05), (-0.97, 0.3)):
-        got = discretized_log_likelihood(
-            x, torch.tensor(mean), torch.tensor(sigma).double().log()
-        ).exp()
+        log_sigma = torch.tensor(sigma).double().log()
+        got = discretized_log_likelihood(x, torch.tensor(mean), log_sigma).exp()
         edges = np.concatenate([[-np.inf], (x[1:] - 1 / 255).numpy(), [np.inf]])
         assert abs(got.sum().item() - 1) < 1e-6
         np.testing.assert_allclose(got.numpy(), np.diff(norm.cdf(edges, mean, sigma)), atol=4e-4)
@@ -227,32 +210,17 @@ def test_discretized_likelihood_is_a_distribution() -> None:
 def test_hybrid_teaches_the_mean_by_mse_alone() -> None:
     process = Process(DDPMScheduler(variance_type="learned_range"))
     generator = torch.Generator().manual_seed(0)
-    x0, eps = (
-        torch.rand(2, 1, 4, 4, generator=generator) * 2 - 1,
-        torch.randn(2, 1, 4, 4, generator=generator),
-    )
-    output, k = (
-        torch.randn(2, 2, 4, 4, generator=generator, requires_grad=True),
-        torch.tensor([3, 700]),
-    )
+    x0 = torch.rand(2, 1, 4, 4, generator=generator) * 2 - 1
+    eps = torch.randn(2, 1, 4, 4, generator=generator)
+    output = torch.randn(2, 2, 4, 4, generator=generator, requires_grad=True)
+    k = torch.tensor([3, 700])
     terms = diffusion_loss(process, output, x0, eps, k, "hybrid")
     (grad,) = torch.autograd.grad(terms["vb"].sum(), output, retain_graph=True)
     assert not grad[:, :1].any() and grad[:, 1:].any()
-    rescaled = diffusion_loss(
-        Process(DDPMScheduler(variance_type="learned_range"), range(0, 1000, 2)),
-        output,
-        x0,
-        eps,
-        k // 2,
-        "hybrid_rescaled",
-    )
-    half = diffusion_loss(
-        Process(DDPMScheduler(variance_type="learned_range"), range(0, 1000, 2)),
-        output,
-        x0,
-        eps,
-        k // 2,
-        "hybrid",
+    shorter = Process(DDPMScheduler(variance_type="learned_range"), range(0, 1000, 2))
+    rescaled, half = (
+        diffusion_loss(shorter, output, x0, eps, k // 2, objective)
+        for objective in ("hybrid_rescaled", "hybrid")
     )
     torch.testing.assert_close(rescaled["vb"], half["vb"] / 2)
 
@@ -274,37 +242,27 @@ def test_objectives_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_network_is_trained_to_know_its_variance(train: Callable[..., Path], place: Any) -> None:
-    folder = train(
-        "unet",
-        "--objective hybrid_rescaled --ddpm_num_steps 5 --max_train_steps 2 --bits_per_dim_images 3",
-    )
+    line = "--objective hybrid_rescaled --ddpm_num_steps 5 --max_train_steps 2 "
+    folder = train("unet", line + "--bits_per_dim_images 3")
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    assert (
-        pipeline.scheduler.config.variance_type == "learned_range"
-        and pipeline.unet.config.out_channels == 2
-    )
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline.unet.config.out_channels == 2
     assert pipeline(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
     held_out = LabelledImages(load_splits(place.folder)["test"], resolution=8, center_crop=True)
     images = torch.stack([held_out[i]["pixel_values"] for i in (0, 4, 8)])
     noise = [generator_for(0, 4, i) for i in range(3)]
-    got = (
-        bits_per_dim(pipeline.unet, Process(pipeline.scheduler), images, generator=noise)["total"]
-        .mean()
-        .item()
-    )
-    assert json.loads((folder / "metrics.json").read_text())["bits_per_dim"] == pytest.approx(
-        got, rel=1e-5
-    )
+    bits = bits_per_dim(pipeline.unet, Process(pipeline.scheduler), images, generator=noise)
+    expected = pytest.approx(bits["total"].mean().item(), rel=1e-5)
+    assert json.loads((folder / "metrics.json").read_text())["bits_per_dim"] == expected
 
 
 def test_the_samplers_history_is_part_of_a_checkpoint(train: Callable[..., Path]) -> None:
     line = "--objective bound --timestep_sampler second_moment --ddpm_num_steps 2 --checkpointing_steps 8"
     whole = train("unet", f"{line} --max_train_steps 10", "whole")
     train("unet", f"{line} --max_train_steps 8", "resumed")
-    resumed = train(
-        "unet", f"{line} --max_train_steps 10 --resume_from_checkpoint latest", "resumed"
-    )
+    line += " --max_train_steps 10 --resume_from_checkpoint latest"
+    resumed = train("unet", line, "resumed")
     state = torch.load(whole / "checkpoint-8" / "custom_checkpoint_0.pkl", weights_only=True)
     sampler = LossSecondMomentSampler(2)
     sampler.load_state_dict(state)

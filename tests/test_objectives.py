@@ -35,13 +35,8 @@ from guided_diffusers.learning.losses import (
     min_snr_weights,
 )
 
-DIT = {
-    "_class_name": "DiTTransformer2DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "patch_size": 2,
-}
+DIT = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 2}
+DIT |= {"attention_head_dim": 8, "num_layers": 2, "patch_size": 2}
 train_unet = load_script("train_unet")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
@@ -64,11 +59,8 @@ def sampled(pipeline: ClassifierGuidedPipeline, *labels: Any, **options: Any) ->
 
 
 def draws_of(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-1, 1),
-        torch.randn(shape, generator=generator, dtype=torch.float64),
-    )
+    options = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+    return torch.randn(shape, **options).clamp(-1, 1), torch.randn(shape, **options)
 
 
 # Min-SNR weights
@@ -87,17 +79,13 @@ def test_min_snr_weights_are_the_papers(gamma: float) -> None:
     predicted_x0 = draws_of((6, 1, 4, 4), seed=1)[0]
     alpha, sigma = (level.sqrt()[:, None, None, None] for level in (alpha_bar, 1 - alpha_bar))
     predicted_eps = (alpha * x0 + sigma * eps - alpha * predicted_x0) / sigma
-    outputs = {
-        "sample": predicted_x0,
-        "epsilon": predicted_eps,
-        "v_prediction": alpha * predicted_eps - sigma * predicted_x0,
-    }
+    predicted_v = alpha * predicted_eps - sigma * predicted_x0
+    outputs = {"sample": predicted_x0, "epsilon": predicted_eps, "v_prediction": predicted_v}
     x0_loss = least * (predicted_x0 - x0).square().mean(dim=(1, 2, 3))
     for prediction in PREDICTIONS:
         process = Process(DDPMScheduler(prediction_type=prediction))
-        torch.testing.assert_close(
-            min_snr_weights(process, k, x0, gamma), expected[prediction], rtol=1e-9, atol=0
-        )
+        weight = min_snr_weights(process, k, x0, gamma)
+        torch.testing.assert_close(weight, expected[prediction], rtol=1e-9, atol=0)
         got = diffusion_loss(process, outputs[prediction], x0, eps, k, "simple", snr_gamma=gamma)
         torch.testing.assert_close(got["loss"], x0_loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(got["loss"], expected[prediction] * got["mse"])
@@ -108,9 +96,8 @@ def test_min_snr_leaves_the_learned_variance_alone() -> None:
     (x0, eps), output = draws_of((2, 1, 4, 4)), draws_of((2, 2, 4, 4), seed=1)[1]
     plain = diffusion_loss(process, output, x0, eps, k, "hybrid")
     got = diffusion_loss(process, output, x0, eps, k, "hybrid", snr_gamma=5.0)
-    torch.testing.assert_close(
-        got["loss"], min_snr_weights(process, k, x0) * plain["mse"] + plain["vb"]
-    )
+    weighted = min_snr_weights(process, k, x0) * plain["mse"]
+    torch.testing.assert_close(got["loss"], weighted + plain["vb"])
 
 
 # Zero terminal SNR
@@ -121,24 +108,19 @@ def test_the_last_timestep_is_noise_alone(schedule: str) -> None:
     x0, eps = draws_of((2, 1, 4, 4))
     k = torch.tensor([999, 999])
     for prediction, target in (("v_prediction", -x0), ("sample", x0)):
-        scheduler = DDPMScheduler(
-            beta_schedule=schedule, prediction_type=prediction, rescale_betas_zero_snr=True
-        )
-        process = Process(scheduler)
+        settings = {"beta_schedule": schedule, "prediction_type": prediction}
+        process = Process(DDPMScheduler(**settings, rescale_betas_zero_snr=True))
         betas = rescale_zero_terminal_snr(DDPMScheduler(beta_schedule=schedule).betas)
-        (alpha,) = process.at(torch.arange(1000), x0, "alpha")
-        torch.testing.assert_close(
-            alpha.flatten(), torch.cumprod(1 - betas.double(), 0).sqrt(), rtol=1e-12, atol=0
-        )
+        expected = torch.cumprod(1 - betas.double(), 0).sqrt()
+        alpha = process.at(torch.arange(1000), x0, "alpha")[0].flatten()
+        torch.testing.assert_close(alpha, expected, rtol=1e-12, atol=0)
         assert alpha[-1] == 0 and (alpha[:-1] > 0).all()
-        assert torch.equal(process.noised(x0, eps, k), eps) and torch.equal(
-            process.target(x0, eps, k), target
-        )
+        assert torch.equal(process.noised(x0, eps, k), eps)
+        assert torch.equal(process.target(x0, eps, k), target)
         assert torch.equal(process.denoised(target, eps, k), x0)
         assert not diffusion_loss(process, target, x0, eps, k)["loss"].any()
-    with pytest.raises(
-        ValueError, match="prediction_type 'epsilon': .*zero terminal SNR.*v_prediction and sample"
-    ):
+    message = "prediction_type 'epsilon': .*zero terminal SNR.*v_prediction and sample"
+    with pytest.raises(ValueError, match=message):
         Process(DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=True))
 
 
@@ -148,12 +130,8 @@ def test_bits_of_noise_alone() -> None:
         6, prediction_type="v_prediction", variance_type="fixed_small", rescale_betas_zero_snr=True
     )
     network = UNet2DModel(**UNET, sample_size=8, in_channels=1, out_channels=1).eval()
-    bits = bits_per_dim(
-        network,
-        Process(scheduler),
-        torch.zeros(2, 1, 8, 8),
-        generator=torch.Generator().manual_seed(0),
-    )
+    x0, generator = torch.zeros(2, 1, 8, 8), torch.Generator().manual_seed(0)
+    bits = bits_per_dim(network, Process(scheduler), x0, generator=generator)
     assert not bits["prior"].any() and all(term.isfinite().all() for term in bits.values())
 
 
@@ -167,21 +145,14 @@ def test_a_step_from_noise_alone_is_the_mean(mixture: Mixture) -> None:
     noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     pipeline = ClassifierGuidedPipeline(unet, scheduler, OracleClassifier(mixture))
     mean = (mixture.prior[:, None, None, None] * mixture.means).sum(0)
-    images = sampled(pipeline, num_images_per_label=3, num_inference_steps=1, latents=noise)
+    options = {"num_images_per_label": 3, "num_inference_steps": 1, "latents": noise}
+    images = sampled(pipeline, **options)
     torch.testing.assert_close(images, mean.expand_as(images), rtol=0, atol=1e-5)
     for label in range(2):
-        images = sampled(
-            pipeline,
-            label,
-            num_images_per_label=3,
-            num_inference_steps=1,
-            latents=noise,
-            guidance_scale=1.0,
-        )
+        images = sampled(pipeline, label, **options, guidance_scale=1.0)
         # the classifier was never trained on noise alone: at its noisiest level alpha is 0.0064
-        torch.testing.assert_close(
-            images, mixture.means[label].expand_as(images), rtol=0, atol=0.02
-        )
+        expected = mixture.means[label].expand_as(images)
+        torch.testing.assert_close(images, expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +164,10 @@ def test_a_step_from_noise_alone_is_the_mean(mixture: Mixture) -> None:
     ],
 )
 def test_the_saved_scheduler_starts_at_noise_alone(
-    train: Callable[..., Path],
-    line: str,
-    scheduler: type,
+    train: Callable[..., Path], line: str, scheduler: type
 ) -> None:
-    folder = train(
-        "unet", f"--rescale_betas_zero_snr --max_train_steps 2 --ddpm_num_steps 40 {line}"
-    )
+    line = f"--rescale_betas_zero_snr --max_train_steps 2 --ddpm_num_steps 40 {line}"
+    folder = train("unet", line)
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     saved = pipeline.scheduler
     assert type(saved) is scheduler and saved.config.rescale_betas_zero_snr
@@ -209,9 +177,8 @@ def test_the_saved_scheduler_starts_at_noise_alone(
     assert saved.timesteps.tolist() == [39, 29, 19, 9]
     images = sampled(pipeline, num_inference_steps=4)
     assert images.isfinite().all()
-    assert torch.equal(
-        images, sampled(ClassifierGuidedPipeline.from_pretrained(folder), num_inference_steps=4)
-    )
+    again = ClassifierGuidedPipeline.from_pretrained(folder)
+    assert torch.equal(images, sampled(again, num_inference_steps=4))
     rows = json.loads((folder / "metrics.json").read_text())["held_out"]
     assert len(rows) == 10 and all(0 < row["loss"] < 100 for row in rows)
 
@@ -224,12 +191,8 @@ def test_flow_is_the_schedulers(shift: float) -> None:
     """x_s and the timesteps that the network is told are those of `FlowMatchEulerDiscreteScheduler`."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     process = FlowProcess(scheduler)
-    torch.testing.assert_close(
-        process.timesteps(torch.arange(1, 1001).double() / 1000).flip(0),
-        scheduler.timesteps.double(),
-        rtol=1e-6,
-        atol=0,
-    )
+    timesteps = process.timesteps(torch.arange(1, 1001).double() / 1000).flip(0)
+    torch.testing.assert_close(timesteps, scheduler.timesteps.double(), rtol=1e-6, atol=0)
     x0, eps = (part.float() for part in draws_of((4, 1, 4, 4)))
     t = scheduler.timesteps[[0, 300, 700, 999]]
     torch.testing.assert_close(process.noised(x0, eps, t), scheduler.scale_noise(x0, t, eps))
@@ -245,9 +208,8 @@ def test_the_exact_velocity_has_the_smallest_loss(mixture: Mixture) -> None:
     """v(x) = (x - E[x0 | x]) / s. Of Gaussian data its loss is std^2 / ((1 - s)^2 std^2 + s^2)."""
     generator = torch.Generator().manual_seed(0)
     count, process = 20_000, FlowProcess(FlowMatchEulerDiscreteScheduler())
-    noise, eps = (
-        torch.randn(count, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
+    shape = (2, count, 1, 4, 4)
+    noise, eps = torch.randn(shape, generator=generator, dtype=torch.float64)
     label = (torch.rand(count, generator=generator) < mixture.prior[1]).long()
     for t in (50.0, 300.0, 600.0, 950.0, 1000.0):
         s, timesteps = t / 1000, torch.full((count,), t)
@@ -256,31 +218,27 @@ def test_the_exact_velocity_has_the_smallest_loss(mixture: Mixture) -> None:
             x = process.noised(x0, eps, timesteps)
             exact = (x - mixture.denoised(x, 1 - s, s, told)) / s
 
-            def loss(
-                velocity: Tensor, x0: Tensor = x0, timesteps: Tensor = timesteps
-            ) -> tuple[float, float]:
-                each = diffusion_loss(process, velocity, x0, eps, timesteps)["loss"]
+            def loss(velocity: Tensor, *batch: Tensor) -> tuple[float, float]:
+                each = diffusion_loss(process, velocity, *batch)["loss"]
                 return each.mean().item(), each.std().item() / sqrt(count)
 
-            least, error = loss(exact)
+            batch = (x0, eps, timesteps)
+            least, error = loss(exact, *batch)
             if told == 0:
                 closed = mixture.std**2 / (((1 - s) * mixture.std) ** 2 + s**2)
                 assert abs(least - closed) < 4 * error
-            late = (
-                x - mixture.denoised(x, 1.05 - s, s - 0.05 + 1e-9, told)
-            ) / s  # of another timestep
+            # of another timestep
+            late = (x - mixture.denoised(x, 1.05 - s, s - 0.05 + 1e-9, told)) / s
             for other in (1.05 * exact, 0.95 * exact, exact + 0.1, -exact, late):
-                assert loss(other)[0] > least
+                assert loss(other, *batch)[0] > least
 
 
 def test_figures_of_flow_are_of_the_saved_model(train: Callable[..., Path], place: Any) -> None:
     """The held-out loss at ten s, worked out from the saved folder alone."""
     folder = train("unet", "--objective flow_matching --max_train_steps 3")
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
-    assert (
-        type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
-        and pipeline.scheduler.config.shift == 1
-    )
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert pipeline.scheduler.config.shift == 1
     data = LabelledImages(load_splits(place.folder)["test"], resolution=8, center_crop=True)
     numbers = range(0, 12, 2)
     x0 = torch.stack([data[i]["pixel_values"] for i in numbers])
@@ -288,9 +246,8 @@ def test_figures_of_flow_are_of_the_saved_model(train: Callable[..., Path], plac
     assert [row["timestep"] for row in rows] == list(range(49, 1000, 100))
     for k, row in enumerate(rows):
         s = row["timestep"] / 1000
-        eps = torch.stack(
-            [torch.randn(1, 8, 8, generator=generator_for(0, 3, i, k)) for i in numbers]
-        )
+        generators = [generator_for(0, 3, i, k) for i in numbers]
+        eps = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators])
         with torch.no_grad():
             output = pipeline.unet((1 - s) * x0 + s * eps, 1000 * s).sample
         assert row["loss"] == pytest.approx((output - (eps - x0)).square().mean().item(), abs=2e-5)
@@ -301,9 +258,8 @@ def test_a_classifier_of_diffusion_guides_a_flow(
 ) -> None:
     """A trained folder and a classifier of a variance-preserving schedule; and the exact ones, to the conditional."""
     flow = train("unet", "--objective flow_matching --flow_shift 3 --max_train_steps 2", "flow")
-    classifier = NoiseAwareClassifier.from_pretrained(
-        train("classifier", "--max_train_steps 4", "classifier")
-    )
+    trained = train("classifier", "--max_train_steps 4", "classifier")
+    classifier = NoiseAwareClassifier.from_pretrained(trained)
     pipeline = ClassifierGuidedPipeline.from_pretrained(flow, classifier=classifier)
     assert pipeline.scheduler.config.shift == 3
     unguided = sampled(ClassifierGuidedPipeline.from_pretrained(flow))
@@ -316,12 +272,8 @@ def test_a_classifier_of_diffusion_guides_a_flow(
     unet, told = (OracleUNet(mixture, "flow", Clock("flow"), label) for label in (None, 1))
     noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     options = {"latents": noise, "num_images_per_label": 4, "num_inference_steps": 20}
-    got = sampled(
-        ClassifierGuidedPipeline(unet, scheduler, OracleClassifier(mixture)),
-        1,
-        guidance_scale=1.0,
-        **options,
-    )
+    guided = ClassifierGuidedPipeline(unet, scheduler, OracleClassifier(mixture))
+    got = sampled(guided, 1, guidance_scale=1.0, **options)
     expected = sampled(ClassifierGuidedPipeline(told, scheduler), **options)
     torch.testing.assert_close(got, expected, rtol=0, atol=0.01)
 
@@ -348,24 +300,25 @@ def by_hand(
     return model.state_dict()
 
 
+def logit_normal(generator: torch.Generator) -> Tensor:
+    return torch.randn(4, generator=generator).sigmoid()
+
+
+def shifted(generator: torch.Generator) -> Tensor:
+    u = logit_normal(generator)
+    return u * 3 / (1 + 2 * u)
+
+
 @pytest.mark.parametrize(
     ("line", "law"),
     [
-        ("", lambda generator: torch.randn(4, generator=generator).sigmoid()),
-        (
-            "--flow_timestep_sampling logit_normal --flow_shift 3",
-            lambda generator: (
-                (u := torch.randn(4, generator=generator).sigmoid()) * 3 / (1 + 2 * u)
-            ),
-        ),
+        ("", logit_normal),
+        ("--flow_timestep_sampling logit_normal --flow_shift 3", shifted),
         ("--flow_timestep_sampling uniform", lambda generator: torch.rand(4, generator=generator)),
     ],
 )
 def test_flow_training_is_the_plain_loop(
-    train: Callable[..., Path],
-    place: Any,
-    line: str,
-    law: Callable[[torch.Generator], Tensor],
+    train: Callable[..., Path], place: Any, line: str, law: Callable[[torch.Generator], Tensor]
 ) -> None:
     def loss(model: UNet2DModel, x0: Tensor, generator: torch.Generator) -> Tensor:
         s = law(generator)
@@ -373,10 +326,8 @@ def test_flow_training_is_the_plain_loop(
         at = s[:, None, None, None]
         return (model((1 - at) * x0 + at * eps, 1000 * s).sample - (eps - x0)).square().mean()
 
-    folder = train(
-        "unet",
-        f"--objective flow_matching --no_use_ema --adam_epsilon 1e-3 --max_train_steps 3 {line}",
-    )
+    line = f"--objective flow_matching --no_use_ema --adam_epsilon 1e-3 --max_train_steps 3 {line}"
+    folder = train("unet", line)
     assert apart(weights(folder), by_hand(place, loss)) < 1e-6
 
 
@@ -389,10 +340,7 @@ def test_flow_training_is_the_plain_loop(
     ],
 )
 def test_training_with_betas_is_the_plain_loop(
-    train: Callable[..., Path],
-    place: Any,
-    line: str,
-    gamma: float | None,
+    train: Callable[..., Path], place: Any, line: str, gamma: float | None
 ) -> None:
     steps, zero = (3 if "num_steps" in line else 1000), "zero" in line
     betas = DDPMScheduler(steps).betas
@@ -403,9 +351,8 @@ def test_training_with_betas_is_the_plain_loop(
         t = torch.randint(steps, (4,), generator=generator)
         drawn.extend(t.tolist())
         eps = torch.randn(4, 1, 8, 8, generator=generator)
-        alpha, sigma = (
-            part[t].sqrt().float()[:, None, None, None] for part in (alpha_bar, 1 - alpha_bar)
-        )
+        levels = (alpha_bar, 1 - alpha_bar)
+        alpha, sigma = (part[t].sqrt().float()[:, None, None, None] for part in levels)
         wanted = eps if "epsilon" in line else alpha * eps - sigma * x0
         each = (model(alpha * x0 + sigma * eps, t).sample - wanted).square().mean(dim=(1, 2, 3))
         if gamma is not None:
@@ -429,56 +376,36 @@ def test_training_with_betas_is_the_plain_loop(
 )
 def test_resumed_equals_uninterrupted(train: Callable[..., Path], dit: Path, line: str) -> None:
     """Bit for bit; and what is saved is loaded as it is and samples alike."""
-    line = (
-        line.format(dit=dit)
-        + " --checkpointing_steps 2 --checkpoints_total_limit 0 --max_train_steps 4"
-    )
-    line += " --validation_samples 2"
+    line = line.format(dit=dit) + " --checkpointing_steps 2 --checkpoints_total_limit 0 "
+    line += "--max_train_steps 4 --validation_samples 2"
     whole = train("unet", line, "whole")
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-4")
     train("unet", line + " --resume_from_checkpoint latest", "parts")
     assert apart(weights(whole), weights(parts)) == 0
     label = ["c"] if "class" in line else []
-    images, again = (
-        sampled(ClassifierGuidedPipeline.from_pretrained(folder), *label)
-        for folder in (whole, parts)
-    )
+    pipelines = map(ClassifierGuidedPipeline.from_pretrained, (whole, parts))
+    images, again = (sampled(pipeline, *label) for pipeline in pipelines)
     assert images.shape == (1, 1, 8, 8) and images.isfinite().all() and torch.equal(images, again)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("{flow} --prediction_type epsilon", "--prediction_type epsilon with {flow}"),
+        ("{flow} --rescale_betas_zero_snr", "--rescale_betas_zero_snr True with {flow}"),
+        ("{flow} --snr_gamma 5", "--snr_gamma 5.0 with {flow}: simple, hybrid, hyb"),
         (
-            "--objective flow_matching --prediction_type epsilon",
-            "--prediction_type epsilon with --objective flow_matching",
-        ),
-        (
-            "--objective flow_matching --rescale_betas_zero_snr",
-            "--rescale_betas_zero_snr True with --objective flow_match",
-        ),
-        (
-            "--objective flow_matching --snr_gamma 5",
-            "--snr_gamma 5.0 with --objective flow_matching: simple, hybrid, hyb",
-        ),
-        (
-            "--objective flow_matching --timestep_sampler second_moment",
+            "{flow} --timestep_sampler second_moment",
             "--timestep_sampler second_moment with --objective",
         ),
-        (
-            "--objective flow_matching --ddpm_num_steps 10",
-            "--ddpm_num_steps 10 with --objective flow_matching: simple",
-        ),
+        ("{flow} --ddpm_num_steps 10", "--ddpm_num_steps 10 with {flow}: simple"),
         ("--flow_shift 3", "--flow_shift 3.0 with --objective simple: flow_matching is allowed"),
         (
             "--flow_timestep_sampling uniform --objective hybrid",
             "--flow_timestep_sampling uniform with --objective hybrid",
         ),
-        (
-            "--objective flow_matching --flow_shift 0",
-            "--flow_shift 0.0: a finite number above 0 is allowed",
-        ),
+        ("{flow} --flow_shift 0", "--flow_shift 0.0: a finite number above 0 is allowed"),
         ("--snr_gamma nan", "--snr_gamma nan: a finite number above 0 is allowed"),
         (
             "--snr_gamma 5 --objective bound",
@@ -492,27 +419,21 @@ def test_resumed_equals_uninterrupted(train: Callable[..., Path], dit: Path, lin
             "--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5",
             "--snr_gamma 5.0 with --rescale_betas_zero_snr .*only one of the two is allowed",
         ),
+        ("{dit}", "--model_config_name_or_path .*dit.json: a DiT.* with --class_conditional"),
         (
-            "--model_config_name_or_path {dit}",
-            "--model_config_name_or_path .*dit.json: a DiT.* with --class_conditional",
-        ),
-        (
-            "--model_config_name_or_path {dit} --class_conditional --resolution 9",
+            "{dit} --class_conditional --resolution 9",
             "--resolution 9: the multiples of 2 are allowed for a network of patches of 2",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    train: Callable[..., Path],
-    dit: Path,
-    line: str,
-    message: str,
-    capsys: pytest.CaptureFixture,
+    train: Callable[..., Path], dit: Path, line: str, message: str, capsys: pytest.CaptureFixture
 ) -> None:
+    options = {"dit": f"--model_config_name_or_path {dit}", "flow": "--objective flow_matching"}
     with pytest.raises(SystemExit) as end:
-        train("unet", line.format(dit=dit), "refused")
+        train("unet", line.format(**options), "refused")
     said = capsys.readouterr().err + str(end.value)
-    assert re.search(message, said), said
+    assert re.search(message.format(**options), said), said
     assert not (dit.parent / "refused").exists()
 
 
@@ -520,18 +441,15 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_a_transformer_becomes_a_pipeline(train: Callable[..., Path], dit: Path) -> None:
-    folder = train(
-        "unet",
-        f"--class_conditional --model_config_name_or_path {dit} --max_train_steps 6 "
-        "--sample_images 20 --prediction_type v_prediction --validation_samples 2",
-    )
+    line = f"--class_conditional --model_config_name_or_path {dit} --max_train_steps 6 "
+    line += "--sample_images 20 --prediction_type v_prediction --validation_samples 2"
+    folder = train("unet", line)
     assert (folder / "samples-6.png").exists()
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     model = pipeline.unet
     assert type(model) is DiTTransformer2DModel and model.config.num_embeds_ada_norm == 10
-    classifier = NoiseAwareClassifier.from_pretrained(
-        train("classifier", "--max_train_steps 2", "classifier")
-    )
+    trained = train("classifier", "--max_train_steps 2", "classifier")
+    classifier = NoiseAwareClassifier.from_pretrained(trained)
     images = {scale: sampled(pipeline, "c", classifier_free_scale=scale) for scale in (0.0, 50.0)}
     assert not torch.equal(images[0.0], images[50.0])
     guided = ClassifierGuidedPipeline.from_pretrained(folder, classifier=classifier)
@@ -545,10 +463,8 @@ def test_a_transformer_becomes_a_pipeline(train: Callable[..., Path], dit: Path)
     for told, label in (
         ([3, 7], {"label": [3, 7]}),
         ([10, 10], {}),
-        ([10, 10], {"label": [3, 7], "conditional": False}),
+        ([10, 10], {"label": [3, 7], "conditional": False, "guidance_scale": 0.0}),
     ):
-        if label.get("conditional") is False:
-            label["guidance_scale"] = 0.0
         got = sampled(pipeline, num_inference_steps=1, latents=noise, **label)
         scheduler.set_timesteps(1)
         t = scheduler.timesteps[0]
@@ -561,21 +477,18 @@ def test_the_config_of_the_transformer() -> None:
     """DiT-S/2 for Fashion-MNIST; its blocks are 33 million weights, and each has a timestep's embedding of its own."""
     config = json.loads((TRAINING / "configs" / "dit_small.json").read_text())
     assert config.pop("_class_name") == DiTTransformer2DModel.__name__
+    shape = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10}
     with torch.device("meta"):
-        model = DiTTransformer2DModel(
-            **config, sample_size=28, in_channels=1, out_channels=1, num_embeds_ada_norm=10
-        )
+        model = DiTTransformer2DModel(**config, **shape)
     assert 30e6 < sum(parameter.numel() for parameter in model.parameters()) < 40e6
 
 
 def test_a_transformer_knows_its_variance(
     train: Callable[..., Path], dit: Path, place: Any
 ) -> None:
-    folder = train(
-        "unet",
-        f"--class_conditional --model_config_name_or_path {dit} --max_train_steps 2 --objective "
-        "hybrid --ddpm_num_steps 5 --bits_per_dim_images 3",
-    )
+    line = f"--class_conditional --model_config_name_or_path {dit} --max_train_steps 2 "
+    line += "--objective hybrid --ddpm_num_steps 5 --bits_per_dim_images 3"
+    folder = train("unet", line)
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     scheduler = pipeline.scheduler.config
     assert pipeline.unet.config.out_channels == 2
@@ -585,9 +498,7 @@ def test_a_transformer_knows_its_variance(
 
 
 def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
-    train: Callable[..., Path],
-    dit: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Callable[..., Path], dit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of the labels' embeddings move where the labels were told: the null label's if all are dropped, else not."""
     started = {}
@@ -598,17 +509,15 @@ def test_a_transformer_starts_at_zero_and_drops_no_label_itself(
         started.update(
             {name: weight.detach().clone() for name, weight in model.state_dict().items()}
         )
+        x, labels = torch.randn(2, 1, 8, 8), torch.zeros(2).long()
         with torch.no_grad():
-            output = model.train()(
-                torch.randn(2, 1, 8, 8), torch.ones(2), class_labels=torch.zeros(2).long()
-            ).sample
+            output = model.train()(x, torch.ones(2), class_labels=labels).sample
         assert not output.any()
         return model
 
     monkeypatch.setattr(train_unet, "make_denoiser", made)
-    line = (
-        f"--class_conditional --model_config_name_or_path {dit} --no_use_ema --adam_weight_decay 0 "
-    )
+    line = f"--class_conditional --model_config_name_or_path {dit} --no_use_ema "
+    line += "--adam_weight_decay 0 "
     line += "--max_train_steps 12 --learning_rate 1e-2 --validation_samples 1 --label_dropout "
     for share in ("1.0", "0.0"):
         final = weights(train("unet", line + share, share))

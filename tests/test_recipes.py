@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.learning import warm_start
 from guided_diffusers.learning.annotations import TargetedImages
-from guided_diffusers.learning.batches import StepRandom
+from guided_diffusers.learning.batches import StepRandom, collate
 from guided_diffusers.learning.classifier_losses import (
     METRICS,
     MULTI,
@@ -47,6 +48,7 @@ train_classifier = load_script("train_classifier")
 ClassifierOptions, make_loss = train_classifier.ClassifierOptions, train_classifier.make_loss
 
 ALPHA, SIGMA = 0.6, 0.8
+DLSM = {"dlsm_weight": 1.0, "score_model": "x"}
 VARIANCE = (ALPHA * 0.3) ** 2 + SIGMA**2  # of x_t given the class
 
 
@@ -55,13 +57,8 @@ class Net(nn.Module):
 
     def __init__(self, outputs: int = 2, width: int = 48):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(17, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, outputs),
-        ).double()
+        layers = [nn.Linear(17, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Linear(width, outputs)).double()
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | float = SIGMA) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x), 1)
@@ -73,10 +70,9 @@ def drawn(
 ) -> SimpleNamespace:
     """Labels, images, noise, and the noisy images."""
     y = torch.multinomial(mixture.prior, count, True, generator=generator)
-    x0 = mixture.means[y] + mixture.std * torch.randn(
-        count, *SHAPE, generator=generator, dtype=torch.float64
-    )
-    eps = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    options = {"generator": generator, "dtype": torch.float64}
+    x0 = mixture.means[y] + mixture.std * torch.randn(count, *SHAPE, **options)
+    eps = torch.randn(count, *SHAPE, **options)
     return SimpleNamespace(y=y, x0=x0, eps=eps, x_t=alpha * x0 + sigma * eps)
 
 
@@ -118,7 +114,7 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def test_label_smoothing_learns_the_smoothed_posterior(mixture: Mixture) -> None:
     net = learned(
-        mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, label_smoothing=0.3)
+        mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, SINGLE, None, 0.3)
     )
     x = held_out(mixture).x_t
     with torch.no_grad():
@@ -128,18 +124,12 @@ def test_label_smoothing_learns_the_smoothed_posterior(mixture: Mixture) -> None
 
 def test_class_weights_learn_the_posterior_of_a_weighted_prior(mixture: Mixture) -> None:
     weight = torch.tensor([5.0, 0.5], dtype=torch.float64)
-    net = learned(
-        mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, class_weights=weight)
-    )
+    net = learned(mixture, lambda net, data, _: label_losses(net(data.x_t), data.y, SINGLE, weight))
     x = held_out(mixture).x_t
     with torch.no_grad():
         found, exact = net(x).softmax(dim=1), posterior(mixture, x)
-    assert (
-        distance(found, F.normalize(exact * weight, p=1, dim=1))
-        < 0.04
-        < 0.1
-        < distance(found, exact)
-    )
+    weighted = F.normalize(exact * weight, p=1, dim=1)
+    assert distance(found, weighted) < 0.04 < 0.1 < distance(found, exact)
 
 
 def test_mixup_learns_the_expected_share(mixture: Mixture) -> None:
@@ -157,11 +147,9 @@ def test_mixup_learns_the_expected_share(mixture: Mixture) -> None:
         for i in range(2):
             for j in range(2):
                 mean = ALPHA * (share * mixture.means[i] + (1 - share) * mixture.means[j])
-                log_p.append(
-                    (mixture.prior[i] * mixture.prior[j]).log()
-                    - 8 * variance.log()
-                    - (x - mean).flatten(1).square().sum(1) / (2 * variance)
-                )
+                prior = (mixture.prior[i] * mixture.prior[j]).log()
+                squares = (x - mean).flatten(1).square().sum(1)
+                log_p.append(prior - 8 * variance.log() - squares / (2 * variance))
                 one.append(share * i + (1 - share) * j)
     exact = (torch.stack(log_p).softmax(dim=0) * torch.stack(one)[:, None]).sum(dim=0)
     with torch.no_grad():
@@ -191,16 +179,13 @@ def test_regression_learns_the_posterior_mean(mixture: Mixture) -> None:
         return torch.stack([data.x0[:, 0, 0, 0], data.y.double()], dim=1) * scale
 
     variance = target(held_out(mixture)).var(dim=0)
-    net = learned(
-        mixture,
-        lambda net, data, _: label_losses(
-            net(data.x_t) * scale, target(data), REGRESSION, variance=variance
-        ),
-    )
-    x = held_out(mixture).x_t
-    exact = torch.stack(
-        [mixture.denoised(x, ALPHA, SIGMA, None)[:, 0, 0, 0], posterior(mixture, x)[:, 1]], dim=1
-    )
+
+    def loss(net: nn.Module, data: SimpleNamespace, _: torch.Generator) -> torch.Tensor:
+        return label_losses(net(data.x_t) * scale, target(data), REGRESSION, variance=variance)
+
+    net, x = learned(mixture, loss), held_out(mixture).x_t
+    pixel = mixture.denoised(x, ALPHA, SIGMA, None)[:, 0, 0, 0]
+    exact = torch.stack([pixel, posterior(mixture, x)[:, 1]], dim=1)
     with torch.no_grad():
         assert distance(net(x), exact) < 0.08 < 0.3 < distance(exact.mean(0), exact)
 
@@ -208,13 +193,11 @@ def test_regression_learns_the_posterior_mean(mixture: Mixture) -> None:
 def test_balanced_weights_are_those_of_a_uniform_prior() -> None:
     counts = torch.tensor([10, 30, 60])
     weight = balanced_weights(counts, 100)
-    torch.testing.assert_close(
-        weight * counts, torch.full((3,), 100 / 3)
-    )  # each class has a third of the loss
+    # each class has a third of the loss
+    torch.testing.assert_close(weight * counts, torch.full((3,), 100 / 3))
     torch.testing.assert_close(balanced_weights(counts, 100, MULTI) * counts, 100.0 - counts)
-    with pytest.raises(
-        ValueError, match=r"counts=\[0, 3\] of 3 images: at least one image of every label"
-    ):
+    message = r"counts=\[0, 3\] of 3 images: at least one image of every label"
+    with pytest.raises(ValueError, match=message):
         balanced_weights(torch.tensor([0, 3]), 3)
     with pytest.raises(ValueError, match="and one without"):
         balanced_weights(torch.tensor([1, 3]), 3, MULTI)
@@ -226,14 +209,11 @@ def test_losses_by_hand() -> None:
     by_hand = -(torch.log(p[0, 0]) + torch.log(1 - p[0, 1]) + torch.log(p[0, 2]))
     torch.testing.assert_close(label_losses(f, y, MULTI), by_hand[None] / 3)
     torch.testing.assert_close(log_likelihood(f, y, MULTI), -by_hand[None])
-    torch.testing.assert_close(
-        label_losses(f, y, MULTI, label_smoothing=1.0), F.softplus(f).mean(1) - f.mean(1) / 2
-    )
+    smooth = label_losses(f, y, MULTI, label_smoothing=1.0)
+    torch.testing.assert_close(smooth, F.softplus(f).mean(1) - f.mean(1) / 2)
     torch.testing.assert_close(log_likelihood(f, torch.tensor([2])), f.log_softmax(1)[:, 2])
-    torch.testing.assert_close(
-        label_losses(f, y, REGRESSION, variance=torch.tensor([1.0, 2.0, 4.0])),
-        torch.tensor([(0 + 4 / 2 + 0.25 / 4) / 3]),
-    )
+    squares = label_losses(f, y, REGRESSION, variance=torch.tensor([1.0, 2.0, 4.0]))
+    torch.testing.assert_close(squares, torch.tensor([(0 + 4 / 2 + 0.25 / 4) / 3]))
     for kind, more in (
         (REGRESSION, {"label_smoothing": 0.1}),
         (REGRESSION, {"class_weights": y[0]}),
@@ -307,20 +287,15 @@ def test_score_matching_makes_the_gradient_right(mixture: Mixture) -> None:
             losses = label_losses(logits, data.y)
             if weight:
                 score = -unet(x.detach(), t).sample / sigma
-                losses = losses + weight * score_matching_losses(
-                    log_likelihood(logits, data.y),
-                    x,
-                    data.eps,
-                    torch.full((128,), sigma, dtype=torch.float64),
-                    score,
-                )
+                sigmas = torch.full((128,), sigma, dtype=torch.float64)
+                log_p = log_likelihood(logits, data.y)
+                losses = losses + weight * score_matching_losses(log_p, x, data.eps, sigmas, score)
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
             schedule.step()
-        errors.append(
-            [gradient_error(mixture, net, part) for part in (levels, levels[2:3], levels[3:])]
-        )
+        parts = (levels, levels[2:3], levels[3:])
+        errors.append([gradient_error(mixture, net, part) for part in parts])
     plain, matched = errors
     assert matched[0] < 0.75 * plain[0] and all(matched[k] < 0.5 * plain[k] for k in (1, 2)), errors
 
@@ -332,12 +307,10 @@ def test_the_exact_gradient_is_the_best_for_score_matching(mixture: Mixture) -> 
     log_joint = mixture.log_joint(x, ALPHA, SIGMA)
     (score,) = torch.autograd.grad(log_joint.logsumexp(dim=1).sum(), x, retain_graph=True)
     # log_joint lacks the -|x|^2 / 2v that its classes share
-    losses = [
-        score_matching_losses(scale * log_likelihood(log_joint, data.y), x, data.eps, sigma, score)
-        .mean()
-        .item()
-        for scale in (0.8, 1.0, 1.2)
-    ]
+    losses = []
+    for scale in (0.8, 1.0, 1.2):
+        log_p = scale * log_likelihood(log_joint, data.y)
+        losses.append(score_matching_losses(log_p, x, data.eps, sigma, score).mean().item())
     assert losses[1] < min(losses[0], losses[2])
     denoised = mixture.denoised(x, ALPHA, SIGMA, 0), mixture.denoised(x, ALPHA, SIGMA, 1)
     mean = torch.stack(denoised)[data.y, torch.arange(4000)]
@@ -350,10 +323,9 @@ def test_the_exact_gradient_is_the_best_for_score_matching(mixture: Mixture) -> 
 
 def test_the_worst_case_of_a_linear_classifier() -> None:
     """It is radius * -w / |w|: exact after any number of steps, and no weight gets a gradient."""
-    w = torch.randn(
-        1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
-    x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    w = torch.randn(1, 16, dtype=torch.float64, generator=first).requires_grad_()
+    x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=second)
     for steps in (1, 4):
         found = worst_case(lambda x: F.softplus(-(x.flatten(1) @ w[0])), x, 0.7, steps)
         torch.testing.assert_close(found, x - 0.7 * (w / w.norm()).detach().reshape(1, *SHAPE))
@@ -367,15 +339,13 @@ def test_robust_training_makes_it_less_sensitive(mixture: Mixture) -> None:
     radius, data = 1.0, held_out(mixture, 1000)
 
     def loss(net: nn.Module, data: SimpleNamespace, radius: float) -> torch.Tensor:
-        return label_losses(
-            net(worst_case(lambda x: label_losses(net(x), data.y), data.x_t, radius, 3)), data.y
-        )
+        attacked = worst_case(lambda x: label_losses(net(x), data.y), data.x_t, radius, 3)
+        return label_losses(net(attacked), data.y)
 
     norms, worst, plain = [], [], []
     for trained_on in (0.0, radius):
-        net = learned(
-            mixture, lambda net, data, _, r=trained_on: loss(net, data, r), steps=200, count=128
-        )
+        robust = partial(loss, radius=trained_on)
+        net = learned(mixture, lambda net, data, _, f=robust: f(net, data), steps=200, count=128)
         x = data.x_t.requires_grad_()
         (grad,) = torch.autograd.grad(label_losses(net(x), data.y).sum(), x)
         norms.append(grad.flatten(1).norm(dim=1).mean().item())
@@ -414,33 +384,21 @@ def digits(count: int = 24) -> Dataset:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    images = [
-        PILImage.fromarray(image) for image in (loaded.images[:count] * 255 / 16).astype(np.uint8)
-    ]
+    images = (loaded.images[:count] * 255 / 16).astype(np.uint8)
     labels = loaded.target[:count].tolist()
     ids = [[i for i, divisor in enumerate((2, 3, 5)) if label % divisor == 0] for label in labels]
-    rows = {
-        "image": images,
-        "class": labels,
-        "ids": ids,
-        "integers": ids,
-        "names": [[f"by {i}" for i in row] for row in ids],
-        "vector": [[int(i in row) for i in range(3)] for row in ids],
-        "number": [label / 4 for label in labels],
-        "pair": [[label / 4, 1 - label] for label in labels],
+    columns = {
+        "image": (Image(), [PILImage.fromarray(image) for image in images]),
+        "class": (ClassLabel(names=NAMES), labels),
+        "ids": (List(ClassLabel(names=["a", "b", "c"])), ids),
+        "integers": (List(Value("int64")), ids),
+        "names": (List(Value("string")), [[f"by {i}" for i in row] for row in ids]),
+        "vector": (List(Value("int64")), [[int(i in row) for i in range(3)] for row in ids]),
+        "number": (Value("float32"), [label / 4 for label in labels]),
+        "pair": (List(Value("float32")), [[label / 4, 1 - label] for label in labels]),
     }
-    features = Features(
-        {
-            "image": Image(),
-            "class": ClassLabel(names=NAMES),
-            "ids": List(ClassLabel(names=["a", "b", "c"])),
-            "integers": List(Value("int64")),
-            "names": List(Value("string")),
-            "vector": List(Value("int64")),
-            "number": Value("float32"),
-            "pair": List(Value("float32")),
-        }
-    )
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    rows = {name: values for name, (_, values) in columns.items()}
     return Dataset.from_dict(rows, features=features)
 
 
@@ -453,22 +411,17 @@ def test_label_columns() -> None:
         assert torch.equal(found.targets(), vectors) and torch.equal(found[5]["label"], vectors[5])
         assert torch.equal(found[(5, 1)]["pixel_values"], images[(5, 1)]["pixel_values"])
         names[column] = list(found.id2label.values())
-    assert names == {
-        "ids": ["a", "b", "c"],
-        "integers": ["0", "1", "2"],
-        "names": ["by 0", "by 1", "by 2"],
-        "vector": ["0", "1", "2"],
-    }
+    numbers, by = ["0", "1", "2"], ["by 0", "by 1", "by 2"]
+    expected = {"ids": ["a", "b", "c"], "integers": numbers, "names": by, "vector": numbers}
+    assert names == expected
     for column, width in (("number", 1), ("pair", 2)):
         found = TargetedImages(images, column, REGRESSION)
-        assert (found.num_labels, found.id2label) == (width, {}) and found[3]["label"].shape == (
-            width,
-        )
+        assert (found.num_labels, found.id2label) == (width, {})
+        assert found[3]["label"].shape == (width,)
         assert torch.equal(found.targets(), torch.tensor(data[column][:]).reshape(-1, width))
     few = LabelledImages(data.select([1]), label_column="class", resolution=8)  # 1 has no divisor
-    assert TargetedImages(
-        few, "names", MULTI, {0: "by 0", 1: "by 1", 2: "by 2"}
-    ).targets().tolist() == [[0, 0, 0]]
+    found = TargetedImages(few, "names", MULTI, dict(enumerate(by)))
+    assert found.targets().tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -500,48 +453,34 @@ def test_labels_of_another_split_are_refused() -> None:
 # The script's loss is the formula
 
 
+def draws_for(batch_size: int, rank: int = 0, world: int = 1) -> StepRandom:
+    generator = torch.Generator().manual_seed(3)
+    return StepRandom(generator, batch_size, rank, world, torch.device("cpu"))
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """A recipe of these options on eight digits, a classifier with random weights, and a batch."""
 
     def make(data: LabelledImages | TargetedImages | None = None, **more: Any) -> SimpleNamespace:
-        options = ClassifierOptions(
-            train_data_dir="digits", resolution=8, train_batch_size=8, cpu=True, **more
-        )
+        more = {"resolution": 8, "train_batch_size": 8, "cpu": True, **more}
+        options = ClassifierOptions(train_data_dir="digits", **more)
         data = data or LabelledImages(digits(), label_column="class", resolution=8)
         torch.manual_seed(0)
-        model = NoiseAwareClassifier(
-            **CLASSIFIER,
-            sample_size=8,
-            in_channels=1,
-            problem_type=options.problem_type,
-            num_labels=len(data.id2label) or data.num_labels,
-        ).eval()
+        settings = {**CLASSIFIER, "sample_size": 8, "in_channels": 1}
+        settings |= {"num_labels": len(data.id2label) or data.num_labels}
+        model = NoiseAwareClassifier(**settings, problem_type=options.problem_type).eval()
         nn.init.normal_(model.head[-1].out.weight, std=0.5)
         scheduler = DDPMScheduler(1000)
         recipe = make_loss(options, Accelerator(cpu=True), scheduler, 999, data)
-        items = [data[i] for i in range(8)]
-        batch = {
-            name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]
-        }
-        again, draws = (
-            StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
-            for _ in range(2)
-        )
-        t, eps = (
-            options.min_timestep + again.randint(1000 - options.min_timestep),
-            again.randn(1, 8, 8),
-        )
+        batch = collate([data[i] for i in range(8)])
+        x0, first = batch["pixel_values"], options.min_timestep
+        again, draws = draws_for(8), draws_for(8)
+        t, eps = first + again.randint(1000 - first), again.randn(1, 8, 8)
         return SimpleNamespace(
-            loss=recipe(model, batch, draws),
-            model=model,
-            x0=batch["pixel_values"],
-            y=batch["label"],
-            t=t,
-            eps=eps,
-            scheduler=scheduler,
-            recipe=recipe,
-            x_t=scheduler.add_noise(batch["pixel_values"], eps, t),
+            **{"loss": recipe(model, batch, draws), "model": model, "recipe": recipe},
+            **{"x0": x0, "y": batch["label"], "t": t, "eps": eps},
+            **{"scheduler": scheduler, "x_t": scheduler.add_noise(x0, eps, t)},
         )
 
     return make
@@ -551,9 +490,8 @@ def test_the_loss_is_the_formula(made: Callable[..., SimpleNamespace], tmp_path:
     plain = made()
     logits = plain.model(plain.x_t, plain.t).logits
     torch.testing.assert_close(plain.loss, F.cross_entropy(logits, plain.y))
-    torch.testing.assert_close(
-        made(label_smoothing=0.2).loss, F.cross_entropy(logits, plain.y, label_smoothing=0.2)
-    )
+    smooth = F.cross_entropy(logits, plain.y, label_smoothing=0.2)
+    torch.testing.assert_close(made(label_smoothing=0.2).loss, smooth)
     counts = torch.bincount(torch.tensor(digits()["class"][:]), minlength=10)
     (tmp_path / "weights.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
     for given, weight in (
@@ -565,19 +503,14 @@ def test_the_loss_is_the_formula(made: Callable[..., SimpleNamespace], tmp_path:
         torch.testing.assert_close(made(class_weights=given).loss, expected)
     late = made(min_timestep=900)
     assert late.t.min() >= 900
-    torch.testing.assert_close(
-        late.loss, F.cross_entropy(late.model(late.x_t, late.t).logits, late.y)
-    )
-    robust = worst_case(
-        lambda x: F.cross_entropy(plain.model(x, plain.t).logits, plain.y, reduction="none"),
-        plain.x_t,
-        0.5,
-        2,
-    )
+    expected = F.cross_entropy(late.model(late.x_t, late.t).logits, late.y)
+    torch.testing.assert_close(late.loss, expected)
+
+    def losses(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(plain.model(x, plain.t).logits, plain.y, reduction="none")
+
     loss = made(robust_epsilon=0.5, robust_steps=2)
-    torch.testing.assert_close(
-        loss.loss, F.cross_entropy(plain.model(robust, plain.t).logits, plain.y)
-    )
+    torch.testing.assert_close(loss.loss, losses(worst_case(losses, plain.x_t, 0.5, 2)).mean())
     assert loss.loss > plain.loss and made(robust_epsilon=0.5).loss != loss.loss
     assert all(parameter.grad is None for parameter in loss.model.parameters())
 
@@ -585,26 +518,16 @@ def test_the_loss_is_the_formula(made: Callable[..., SimpleNamespace], tmp_path:
 def test_mixed_images_are_those_of_their_neighbours(made: Callable[..., SimpleNamespace]) -> None:
     """As the formula says; two processes mix what one does."""
     mixed = made(mixup=0.4)
-    halves = [
-        mixed.recipe.mixup_shares(
-            StepRandom(torch.Generator().manual_seed(3), 4, rank, 2, torch.device("cpu"))
-        )
-        for rank in range(2)
-    ]
-    whole = mixed.recipe.mixup_shares(
-        StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
-    )
+    halves = [mixed.recipe.mixup_shares(draws_for(4, rank, 2)) for rank in range(2)]
+    whole = mixed.recipe.mixup_shares(draws_for(8))
     assert torch.equal(torch.cat(halves), whole) and whole.min() >= 0 and whole.max() <= 1
-    fresh = StepRandom(torch.Generator().manual_seed(3), 8, 0, 1, torch.device("cpu"))
+    fresh = draws_for(8)
     fresh.randint(1000), fresh.randn(1, 8, 8)
     share = mixed.recipe.mixup_shares(fresh)
-    swapped = [1, 0, 3, 2, 5, 4, 7, 6]
-    x0 = (
-        share[:, None, None, None] * mixed.x0 + (1 - share)[:, None, None, None] * mixed.x0[swapped]
-    )
-    log_p = mixed.model(
-        mixed.scheduler.add_noise(x0, mixed.eps, mixed.t), mixed.t
-    ).logits.log_softmax(1)
+    swapped, shares = [1, 0, 3, 2, 5, 4, 7, 6], share[:, None, None, None]
+    x0 = shares * mixed.x0 + (1 - shares) * mixed.x0[swapped]
+    x_t = mixed.scheduler.add_noise(x0, mixed.eps, mixed.t)
+    log_p = mixed.model(x_t, mixed.t).logits.log_softmax(1)
     rows = torch.arange(8)
     expected = -(share * log_p[rows, mixed.y] + (1 - share) * log_p[rows, mixed.y[swapped]]).mean()
     torch.testing.assert_close(mixed.loss, expected)
@@ -616,15 +539,19 @@ def test_score_matching_asks_the_diffusion_model(
 ) -> None:
     """With its null label, at its own timestep of that noise; the gradient's weights get one, too."""
     torch.manual_seed(1)
-    unet = UNet2DModel(
-        **UNET, sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11
-    ).eval()
+    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 11}
+    unet = UNet2DModel(**UNET, **shape).eval()
     for module in unet.modules():  # the last layers are not zero
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.1)
-    own = DDPMScheduler(1000, prediction_type=prediction)
-    pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=own, id2label=dict(enumerate(NAMES)))
-    pipeline.save_pretrained(tmp_path / "score")
+
+    def save(name: str, steps: int) -> DDPMScheduler:
+        own, labels = DDPMScheduler(steps, prediction_type=prediction), dict(enumerate(NAMES))
+        pipeline = ClassifierGuidedPipeline(unet=unet, scheduler=own, id2label=labels)
+        pipeline.save_pretrained(tmp_path / name)
+        return own
+
+    own = save("score", 1000)
     plain, found = made(), made(dlsm_weight=2.0, score_model=str(tmp_path / "score"))
     alpha_bar = own.alphas_cumprod[plain.t][:, None, None, None]
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -639,12 +566,8 @@ def test_score_matching_asks_the_diffusion_model(
     torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
     found.loss.backward()
     assert all(parameter.grad is not None for parameter in found.model.parameters())
+    save("short", 500)
     with pytest.raises(ValueError, match="--score_model .*knows no noise as of timestep 999"):
-        own = DDPMScheduler(500, prediction_type=prediction)
-        pipeline = ClassifierGuidedPipeline(
-            unet=unet, scheduler=own, id2label=dict(enumerate(NAMES))
-        )
-        pipeline.save_pretrained(tmp_path / "short")
         made(dlsm_weight=2.0, score_model=str(tmp_path / "short"))
 
 
@@ -655,10 +578,10 @@ def test_other_heads_losses(made: Callable[..., SimpleNamespace]) -> None:
     logits = found.model(found.x_t, found.t).logits
     torch.testing.assert_close(found.loss, F.binary_cross_entropy_with_logits(logits, found.y))
     count = several.targets().sum(0)
-    torch.testing.assert_close(
-        made(several, problem_type=MULTI, class_weights="balanced").loss,
-        F.binary_cross_entropy_with_logits(logits, found.y, pos_weight=(24 - count) / count),
-    )
+    weight = (24 - count) / count
+    expected = F.binary_cross_entropy_with_logits(logits, found.y, pos_weight=weight)
+    balanced = made(several, problem_type=MULTI, class_weights="balanced")
+    torch.testing.assert_close(balanced.loss, expected)
     numbers = TargetedImages(images, "pair", REGRESSION)
     found = made(numbers, problem_type=REGRESSION)
     variance = numbers.targets().var(dim=0, unbiased=False)
@@ -672,17 +595,13 @@ def test_other_heads_losses(made: Callable[..., SimpleNamespace]) -> None:
 def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
     """It does in the classifier what it does in the UNet: the middle block's output is the same."""
     shape = {"sample_size": 8, "in_channels": 1}
-    for number, more in enumerate(
-        (
-            {},
-            {
-                "resnet_time_scale_shift": "scale_shift",
-                "downsample_type": "resnet",
-                "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-                "attn_norm_num_groups": 4,
-            },
-        )
-    ):
+    resnet = {
+        "resnet_time_scale_shift": "scale_shift",
+        "downsample_type": "resnet",
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        "attn_norm_num_groups": 4,
+    }
+    for number, more in enumerate(({}, resnet)):
         torch.manual_seed(0)
         unet = UNet2DModel(**{**UNET, **shape, **more}, out_channels=1, num_class_embeds=3)
         folder = tmp_path / str(number)
@@ -691,19 +610,14 @@ def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
         model = NoiseAwareClassifier(**warm_start.classifier_config(start), **shape, num_labels=3)
         said = warm_start.copy_weights(model, start, str(folder))
         body = [name for name in model.state_dict() if not name.startswith("head.")]
-        assert said.startswith(
-            f"starts from {folder}: {len(body)} of {len(model.state_dict())} parameters"
-        )
-        hidden = []
-        for network, extra in (
-            (unet.eval(), {"class_labels": torch.zeros(2, dtype=torch.long)}),
-            (model.eval(), {}),
-        ):
+        count = f"{len(body)} of {len(model.state_dict())} parameters"
+        assert said.startswith(f"starts from {folder}: {count}")
+        unet.class_embedding.weight.data.zero_()
+        hidden, labels = [], torch.zeros(2, dtype=torch.long)
+        for network, extra in ((unet.eval(), {"class_labels": labels}), (model.eval(), {})):
             network.mid_block.register_forward_hook(
                 lambda module, args, output, to=hidden: to.append(output)
             )
-            if extra:
-                unet.class_embedding.weight.data.zero_()
             network(torch.ones(2, 1, 8, 8), torch.tensor([3.0, 700.0]), **extra)
         torch.testing.assert_close(*hidden)
 
@@ -711,38 +625,24 @@ def test_the_encoder_of_a_unet(tmp_path: Path) -> None:
 def test_a_classifier_with_other_labels(tmp_path: Path) -> None:
     """All but the last layer, and its architecture and noise schedule; with the same labels, all."""
     schedule = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear"}
-    first = NoiseAwareClassifier(
-        **CLASSIFIER,
-        **schedule,
-        sample_size=8,
-        in_channels=1,
-        num_labels=3,
-        id2label={0: "a", 1: "b", 2: "c"},
-    )
+    shape = {"sample_size": 8, "in_channels": 1, "num_labels": 3}
+    labels = {"id2label": {0: "a", 1: "b", 2: "c"}}
+    first = NoiseAwareClassifier(**CLASSIFIER, **schedule, **shape, **labels)
     nn.init.normal_(first.head[-1].out.weight)
     first.save_pretrained(tmp_path)
     start = warm_start.load_initial_model(str(tmp_path))
     taken = warm_start.initial_schedule(start)
     assert (taken.config.num_train_timesteps, taken.config.beta_schedule) == (40, "scaled_linear")
     assert warm_start.initial_schedule(None) is None
-    for names, other in (
-        ("abc", []),
-        ("abd", ["head.2.out.weight", "head.2.out.bias"]),
-        ("abcd", ["head.2.out.weight", "head.2.out.bias"]),
-    ):
-        model = NoiseAwareClassifier(
-            **{**warm_start.classifier_config(start), "num_labels": len(names)},
-            id2label=dict(enumerate(names)),
-        )
-        said = warm_start.copy_weights(model, start, str(tmp_path))
-        assert (
-            f": {len(first.state_dict()) - len(other)} of {len(first.state_dict())} parameters"
-            in said
-        )
+    last = ["head.2.out.weight", "head.2.out.bias"]
+    for names, other in (("abc", []), ("abd", last), ("abcd", last)):
+        config = {**warm_start.classifier_config(start), "num_labels": len(names)}
+        model = NoiseAwareClassifier(**config, id2label=dict(enumerate(names)))
+        said, state = warm_start.copy_weights(model, start, str(tmp_path)), first.state_dict()
+        assert f": {len(state) - len(other)} of {len(state)} parameters" in said
         for name, value in model.state_dict().items():
-            assert torch.equal(
-                value, torch.zeros_like(value) if name in other else first.state_dict()[name]
-            )
+            expected = torch.zeros_like(value) if name in other else state[name]
+            assert torch.equal(value, expected)
 
 
 # The script
@@ -763,22 +663,14 @@ def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [(MULTI, "names", {"label": "by 1"}), (REGRESSION, "pair", {"target": [1.0, -3.0]})],
 )
 def test_other_heads_become_models_that_guide(
-    train: Callable[..., Path],
-    tagged: Path,
-    kind: str,
-    column: str,
-    guided: dict[str, Any],
+    train: Callable[..., Path], tagged: Path, kind: str, column: str, guided: dict[str, Any]
 ) -> None:
-    folder = train(
-        "classifier",
-        f"--max_train_steps 2 --problem_type {kind} --label_column {column}",
-        data=f"--train_data_dir {tagged}",
-    )
+    line = f"--max_train_steps 2 --problem_type {kind} --label_column {column}"
+    folder = train("classifier", line, data=f"--train_data_dir {tagged}")
     model = NoiseAwareClassifier.from_pretrained(folder)
     assert model.config.problem_type == kind
-    assert model.config.id2label == (
-        None if kind == REGRESSION else {0: "by 0", 1: "by 1", 2: "by 2"}
-    )
+    names = None if kind == REGRESSION else {0: "by 0", 1: "by 1", 2: "by 2"}
+    assert model.config.id2label == names
     rows = json.loads((folder / "metrics.json").read_text())["held_out"]
     assert {*METRICS[kind]} <= rows[0].keys()
     assert all(math.isfinite(row[name]) for row in rows for name in METRICS[kind])
@@ -813,18 +705,9 @@ def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> No
         ({"robust_steps": 3}, "--robust_steps 3: 1 or more is allowed, with --robust_epsilon"),
         ({"dlsm_weight": 1.0}, "--dlsm_weight 1.0 and --score_model None need each other"),
         ({"score_model": "x"}, "--dlsm_weight 0.0 and --score_model x need each other"),
-        (
-            {"dlsm_weight": 1.0, "score_model": "x", "mixup": 1.0},
-            "--dlsm_weight 1.0: with --mixup 1.0",
-        ),
-        (
-            {"dlsm_weight": 1.0, "score_model": "x", "problem_type": REGRESSION},
-            "--dlsm_weight 1.0: .*regression",
-        ),
-        (
-            {"dlsm_weight": 1.0, "score_model": "x", "gradient_checkpointing": True},
-            "--dlsm_weight 1.0 differentiates twice",
-        ),
+        ({**DLSM, "mixup": 1.0}, "--dlsm_weight 1.0: with --mixup 1.0"),
+        ({**DLSM, "problem_type": REGRESSION}, "--dlsm_weight 1.0: .*regression"),
+        ({**DLSM, "gradient_checkpointing": True}, "--dlsm_weight 1.0 differentiates twice"),
         (
             {"label_smoothing": 0.1, "problem_type": REGRESSION},
             "--label_smoothing 0.1: none and 0 are allowed",
@@ -855,9 +738,8 @@ def test_what_does_not_fit_is_named(
 def test_a_start_that_is_none_is_named(tmp_path: Path) -> None:
     DDPMScheduler().save_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(
-        ValueError, match="--init_from .*AutoencoderKL; NoiseAwareClassifier and UNet2DModel are"
-    ):
+    message = "--init_from .*AutoencoderKL; NoiseAwareClassifier and UNet2DModel are"
+    with pytest.raises(ValueError, match=message):
         warm_start.load_initial_model(str(tmp_path))
     with pytest.raises(ValueError, match="--init_from nowhere: "):
         warm_start.load_initial_model("nowhere")

@@ -50,6 +50,16 @@ train_clip = load_script("train_clip")
 SIZES = (9, 5, 11, 7, 8, 8)  # rows a shard, 48 in all
 
 
+ALL = ",".join(NAMES)
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+
+
+def write_parquet(path: Path, images: list[bytes], labels: list[int], **settings: int) -> None:
+    rows = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    path.parent.mkdir(exist_ok=True)
+    Dataset.from_dict(rows, features=FEATURES).to_parquet(path, **settings)
+
+
 def png(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     PILImage.fromarray(array).save(content, "png")
@@ -65,39 +75,24 @@ def shards(place: SimpleNamespace) -> SimpleNamespace:
     digits, root = load_digits(), place.root
     images = [png(image) for image in (digits.images[:60] * 255 / 16).astype(np.uint8)]
     labels = digits.target[:60].tolist()
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    for name in ("shards", "tars"):
-        (root / name).mkdir()
+    (root / "tars").mkdir()
     files = [f"train-{k:02d}" for k in range(6)] + ["test-00"]
     for name, start, size in zip(files, np.cumsum([0, *SIZES]), (*SIZES, 12), strict=True):
         part = slice(start, start + size)
-        rows = {
-            "image": [{"bytes": image, "path": None} for image in images[part]],
-            "label": labels[part],
-        }
-        Dataset.from_dict(rows, features=features).to_parquet(
-            root / "shards" / f"{name}.parquet", batch_size=4
-        )
+        path = root / "shards" / f"{name}.parquet"
+        write_parquet(path, images[part], labels[part], batch_size=4)
         with tarfile.open(root / "tars" / f"{name}.tar", "w") as file:
             for i in range(start, start + size):
-                fields = {
-                    "png": images[i],
-                    "cls": str(labels[i]).encode(),
-                    "json": json.dumps(
-                        {"name": NAMES[labels[i]], "of": {"number": labels[i]}}
-                    ).encode(),
-                }
+                names = {"name": NAMES[labels[i]], "of": {"number": labels[i]}}
+                fields = {"png": images[i], "cls": str(labels[i]), "json": json.dumps(names)}
                 for ending, content in fields.items():
+                    content = content if isinstance(content, bytes) else content.encode()
                     member = tarfile.TarInfo(f"{i:05d}.{ending}")
                     member.size = len(content)
                     file.addfile(member, io.BytesIO(content))
-    return SimpleNamespace(
-        parquet=root / "shards",
-        tars=root / "tars",
-        images=images,
-        labels=labels,
-        option=f"--train_data_dir {root / 'shards'}",
-    )
+    option = f"--train_data_dir {root / 'shards'}"
+    paths = {"parquet": root / "shards", "tars": root / "tars"}
+    return SimpleNamespace(**paths, images=images, labels=labels, option=option)
 
 
 def stream(path: Path, **settings: object) -> StreamedImages:
@@ -143,9 +138,8 @@ def test_each_image_once_an_epoch_in_total(shards: SimpleNamespace, kind: str, w
     source = stream(vars(shards)[kind])
     parts = [epochs(source, 3, rank=rank, world=world) for rank in range(world)]
     for epoch in range(3):
-        assert Counter(image for part in parts for image in part[epoch]) == Counter(
-            shards.images[:48]
-        )
+        images = Counter(image for part in parts for image in part[epoch])
+        assert images == Counter(shards.images[:48])
     lengths = {len(part[0]) for part in parts}
     assert lengths == {12} if world == 4 else len(lengths) > 1 or world == 1
 
@@ -158,35 +152,27 @@ def test_the_order_depends_on_seed_and_epoch(shards: SimpleNamespace) -> None:
     starts = {shards.images[start]: k for k, start in enumerate(np.cumsum([0, *SIZES[:-1]]))}
     plain = [
         [starts[image] for image in epoch if image in starts]
-        for epoch in epochs(source, 2, window=1)
+        for epoch in (*epochs(source, 2, window=1), *epochs(source, 1, seed=1, window=1))
     ]
-    assert sorted(plain[0]) == list(range(6)) and plain[0] != plain[1]  # shards in another order
-    assert plain[0] != [
-        starts[image] for image in epochs(source, 1, seed=1, window=1)[0] if image in starts
-    ]
+    assert sorted(plain[0]) == list(range(6))
+    assert plain[0] != plain[1] and plain[0] != plain[2]  # shards in another order
     # without a window, a shard's images stay in a row; with one, they move within it, and no further
     for kept, moved in zip(epochs(source, 2, window=1), (one, two), strict=True):
         first = shards.images.index(kept[0])
         assert [shards.images.index(image) for image in kept[:5]] == list(range(first, first + 5))
-        assert (
-            all(sorted(kept[k : k + 5]) == sorted(moved[k : k + 5]) for k in range(0, 48, 5))
-            and kept != moved
-        )
-        orders = {
-            tuple(kept[k : k + 5].index(image) for image in moved[k : k + 5])
-            for k in range(0, 45, 5)
-        }
+        assert kept != moved
+        assert all(sorted(kept[k : k + 5]) == sorted(moved[k : k + 5]) for k in range(0, 48, 5))
+        orders = set()
+        for k in range(0, 45, 5):
+            orders.add(tuple(kept[k : k + 5].index(image) for image in moved[k : k + 5]))
         assert len(orders) > 5  # each window's own
 
 
 def test_seeds_are_those_of_positions_over_all_processes(shards: SimpleNamespace) -> None:
     source = stream(shards.parquet)
     for rank in range(2):
-        found = [
-            seed
-            for items in batches(source, 3, rank, 2, seed=7, size=4)
-            for *_, seed in read(items)
-        ]
+        rows = batches(source, 3, rank, 2, seed=7, size=4)
+        found = [seed for items in rows for *_, seed in read(items)]
         assert found == [7 * 1_000_003 + 8 * k + 4 * rank + i for k in range(3) for i in range(4)]
 
 
@@ -235,9 +221,8 @@ def test_only_two_windows_are_in_memory(
             most = max(most, sum(type(thing) is Row for thing in gc.get_objects()))
     finally:
         gc.unfreeze()
-    assert (
-        len(seen) >= 120 and 6 <= most <= 2 * 6 + 2 * 2 + 1
-    )  # two windows, a batch, the one before, the next row
+    # two windows, a batch, the one before, the next row
+    assert len(seen) >= 120 and 6 <= most <= 2 * 6 + 2 * 2 + 1
 
 
 def test_a_process_without_a_row_ends(shards: SimpleNamespace) -> None:
@@ -250,32 +235,22 @@ def test_a_process_without_a_row_ends(shards: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "tars", "folder"])
 def test_items_are_those_of_labelled_images(
-    shards: SimpleNamespace,
-    place: SimpleNamespace,
-    kind: str,
+    shards: SimpleNamespace, place: SimpleNamespace, kind: str
 ) -> None:
     path = place.folder if kind == "folder" else vars(shards)[kind]
-    settings = {
-        "random_flip": True,
-        "random_shift": 1,
-        **({"label_column": "cls"} if kind == "tars" else {}),
-    }
-    plain = LabelledImages(load_splits(str(path))["train"], resolution=6, **settings)
-    source = StreamedImages(
-        load_splits(str(path), streaming=True)["train"],
-        resolution=6,
-        **settings,
-        labels=dict(enumerate(map(str, range(10)))) if kind == "tars" else None,
-    )
+    settings = {"random_flip": True, "random_shift": 1, "resolution": 6}
+    settings |= {"label_column": "cls"} if kind == "tars" else {}
+    plain = LabelledImages(load_splits(str(path))["train"], **settings)
+    labels = dict(enumerate(map(str, range(10)))) if kind == "tars" else None
+    split = load_splits(str(path), streaming=True)["train"]
+    source = StreamedImages(split, **settings, labels=labels)
     assert (source.id2label, source.channels) == (plain.id2label, plain.channels)
     rows = list(source.rows())
     assert len(rows) == len(plain) == 48
     for i in range(0, 48, 5):
         one, other = source[(rows, i), i + 100], plain[i, i + 100]
-        assert (
-            torch.equal(one["pixel_values"], other["pixel_values"])
-            and one["label"] == other["label"]
-        )
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert one["label"] == other["label"]
 
 
 def test_a_folders_images_are_shuffled_all_together(place: SimpleNamespace) -> None:
@@ -285,16 +260,15 @@ def test_a_folders_images_are_shuffled_all_together(place: SimpleNamespace) -> N
     whole = [rows[i].label for items in batches(source, 48, window=1) for (rows, i), _ in items]
     assert whole != sorted(whole) and len(set(whole[:12])) >= 5
     held_out = source.in_memory(12, source.id2label)
-    assert [held_out[i]["label"] for i in range(12)] == [
-        row.label for row in list(source.rows())[::4]
-    ]
+    expected = [row.label for row in list(source.rows())[::4]]
+    assert [held_out[i]["label"] for i in range(12)] == expected
 
 
 @pytest.mark.parametrize(
     ("column", "labels", "names"),
     [
         ("cls", "10", [str(i) for i in range(10)]),
-        ("cls", ",".join(NAMES), NAMES),
+        ("cls", ALL, NAMES),
         ("json.name", "{names}", NAMES),
         ("json.of.number", "{names}", NAMES),
     ],
@@ -308,17 +282,13 @@ def test_labels_that_are_told(
     assert source.id2label == dict(enumerate(names))
     rows = list(source.rows())
     assert [source[(rows, i), 0]["label"] for i in range(48)] == shards.labels[:48]
-    held_out = StreamedImages(
-        load_splits(str(shards.tars), streaming=True)["test"],
-        label_column=column,
-        resolution=8,
-        labels=told,
-    ).in_memory(5, told)
+    test = load_splits(str(shards.tars), streaming=True)["test"]
+    held_out = StreamedImages(test, label_column=column, resolution=8, labels=told)
+    held_out = held_out.in_memory(5, told)
     assert [held_out[i]["label"] for i in range(len(held_out))] == shards.labels[48:53]  # the first
     few = stream(shards.tars, label_column=column, labels={0: names[0], 1: names[1]})
-    with pytest.raises(
-        ValueError, match=r"label '?\w'? of row 2 of shard 0 is none of the 2 labels"
-    ):
+    message = r"label '?\w'? of row 2 of shard 0 is none of the 2 labels"
+    with pytest.raises(ValueError, match=message):
         few[(rows, 2), 0]
 
 
@@ -326,9 +296,8 @@ def test_corrupt_images(shards: SimpleNamespace) -> None:
     """Named by row and shard; where they're to be skipped another of the batch takes the place, with its own label."""
     rows = list(islice(stream(shards.parquet).rows(), 8))
     rows[3] = rows[3]._replace(image={"bytes": b"no image", "path": "x.png"})
-    with pytest.raises(
-        ValueError, match=r"the image of row 3 of shard 0 \(x.png\) can't be read: "
-    ):
+    message = r"the image of row 3 of shard 0 \(x.png\) can't be read: "
+    with pytest.raises(ValueError, match=message):
         _ = stream(shards.parquet)[(rows, 3), 0]
     plain, skipping = stream(shards.parquet), stream(shards.parquet, skip_corrupt_images=True)
     taken = set()
@@ -342,9 +311,8 @@ def test_corrupt_images(shards: SimpleNamespace) -> None:
         taken.add(i)
     assert len(taken) == 7
     assert skipping[(rows, 2), 0]["corrupt"] == -1
-    with pytest.raises(
-        ValueError, match="row 3 of shard 0 can't be read, nor those of 1 rows drawn instead"
-    ):
+    message = "row 3 of shard 0 can't be read, nor those of 1 rows drawn instead"
+    with pytest.raises(ValueError, match=message):
         _ = skipping[([rows[3]] * 2, 0), 0]
 
 
@@ -356,21 +324,13 @@ def test_corrupt_images(shards: SimpleNamespace) -> None:
     [
         ("classifier", "--train_data_dir {root}/shards", ""),
         ("unet", "--dataset_name {root}/shards", "--class_conditional"),
-        (
-            "classifier",
-            "--train_data_dir {root}/tars",
-            "--label_column json.name --labels " + ",".join(NAMES),
-        ),
+        ("classifier", "--train_data_dir {root}/tars", "--label_column json.name --labels " + ALL),
         ("unet", "--train_data_dir '{root}/tars/train-*.tar'", ""),
         ("classifier", "--train_data_dir {folder}", "--skip_corrupt_images"),
     ],
 )
 def test_trains(
-    train: Callable[..., Path],
-    shards: SimpleNamespace,
-    script: str,
-    data: str,
-    line: str,
+    train: Callable[..., Path], shards: SimpleNamespace, script: str, data: str, line: str
 ) -> None:
     folder = train(script, f"--streaming --max_train_steps 3 {line}", data=data)
     assert weights(folder)
@@ -383,29 +343,18 @@ def test_trains(
 
 
 def test_figures_are_of_the_first_held_out_images(
-    train: Callable[..., Path],
-    shards: SimpleNamespace,
-    tmp_path: Path,
+    train: Callable[..., Path], shards: SimpleNamespace, tmp_path: Path
 ) -> None:
     """A run that reads these alone, all in memory, finds the same of the same network."""
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    (tmp_path / "first").mkdir()
     for name, part in (("train", slice(0, 48)), ("test", slice(48, 54))):
-        rows = {
-            "image": [{"bytes": image, "path": None} for image in shards.images[part]],
-            "label": shards.labels[part],
-        }
-        Dataset.from_dict(rows, features=features).to_parquet(
-            tmp_path / "first" / f"{name}.parquet"
-        )
+        path = tmp_path / "first" / f"{name}.parquet"
+        write_parquet(path, shards.images[part], shards.labels[part])
     line = "--max_train_steps 1 --learning_rate 0"  # the weights it starts with
-    figures = [
-        json.loads((folder / "metrics.json").read_text())
-        for folder in (
-            train("classifier", line + " --streaming", "one", shards.option),
-            train("classifier", line, "other", f"--train_data_dir {tmp_path / 'first'}"),
-        )
-    ]
+    folders = (
+        train("classifier", line + " --streaming", "one", shards.option),
+        train("classifier", line, "other", f"--train_data_dir {tmp_path / 'first'}"),
+    )
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert figures[0] == figures[1]
 
 
@@ -441,9 +390,8 @@ def test_resumed_equals_uninterrupted(
     train("classifier", line + " --resume_from_checkpoint latest", "parts", data)
     one, other = whole / "checkpoint-14", parts / "checkpoint-14"
     assert apart(weights(whole), weights(parts)) == 0 and apart(shadow(one), shadow(other)) == 0
-    first, second = (
-        torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in (one, other)
-    )
+    files = (path / "optimizer.bin" for path in (one, other))
+    first, second = (torch.load(file, weights_only=True)["state"] for file in files)
     assert all(torch.equal(first[i][name], second[i][name]) for i in first for name in first[i])
     assert positions(one) == positions(other) and positions(one)[0]["epoch"] >= 1
 
@@ -465,23 +413,12 @@ def test_two_processes(place: SimpleNamespace, shards: SimpleNamespace, tmp_path
         f"{place.classifier} --max_train_steps 14 --checkpointing_steps 7 --output_dir "
     ).split()
     script = str(TRAINING / "train_classifier.py")
-    launched(
-        tmp_path,
-        place,
-        [
-            ({}, [script, *line, str(tmp_path / "whole")]),
-            (
-                {},
-                [
-                    script,
-                    *line,
-                    str(tmp_path / "parts"),
-                    "--resume_from_checkpoint",
-                    str(tmp_path / "whole" / "checkpoint-7"),
-                ],
-            ),
-        ],
-    )
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-7")]
+    commands = [
+        ({}, [script, *line, str(tmp_path / "whole")]),
+        ({}, [script, *line, str(tmp_path / "parts"), *resume]),
+    ]
+    launched(tmp_path, place, commands)
     assert apart(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
     source, found = stream(shards.parquet), positions(tmp_path / "whole" / "checkpoint-14")
     for rank in range(2):
@@ -496,11 +433,8 @@ def test_another_kind_of_stream_does_not_go_on(
     line = "--max_train_steps 2 --checkpointing_steps 2 --resume_from_checkpoint latest "
     train("classifier", line + "--streaming", data=shards.option)
     for other in ("--streaming --shuffle_buffer 5", ""):
-        with pytest.raises(
-            SystemExit,
-            match="of another run: .*images '6 shards streamed to 1 processes, 1000 "
-            "shuffled together', here",
-        ):
+        images = "'6 shards streamed to 1 processes, 1000 shuffled together'"
+        with pytest.raises(SystemExit, match=f"of another run: .*images {images}, here"):
             train("classifier", line + other, data=shards.option)
 
 
@@ -511,91 +445,50 @@ def test_corrupt_images_in_a_run(
     capfd: pytest.CaptureFixture,
 ) -> None:
     """Three epochs with one such image; the batch that has it differs from epoch to epoch."""
-    (tmp_path / "broken").mkdir()
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     for k in range(2):
-        rows = {
-            "image": [
-                {
-                    "bytes": b"no image" if (k, i) == (1, 5) else shards.images[8 * k + i],
-                    "path": None,
-                }
-                for i in range(8)
-            ],
-            "label": shards.labels[8 * k : 8 * k + 8],
-        }
-        Dataset.from_dict(rows, features=features).to_parquet(
-            tmp_path / "broken" / f"train-{k}.parquet"
-        )
+        part = slice(8 * k, 8 * k + 8)
+        images = shards.images[part]
+        if k == 1:
+            images[5] = b"no image"
+        write_parquet(tmp_path / "broken" / f"train-{k}.parquet", images, shards.labels[part])
     data, line = f"--train_data_dir {tmp_path / 'broken'}", "--streaming --max_train_steps 12"
-    with pytest.raises(
-        SystemExit, match="the image of row 5 of shard 1 can't be read: "
-    ):  # of the first sixteen
+    # of the first sixteen
+    with pytest.raises(SystemExit, match="the image of row 5 of shard 1 can't be read: "):
         train("classifier", line, "ends", data)
-    whole = train(
-        "classifier",
-        line + " --skip_corrupt_images --checkpointing_steps 5 --checkpoints_total_limit 0",
-        "whole",
-        data,
-    )
-    said = capfd.readouterr()
-    assert (
-        said.err.count("the image of row 5 of shard 1 can't be read: another takes its place") == 1
-    )
-    assert (
-        "3 times another image took the place of one that can't be read, in rows ['row 5 of shard 1']"
-        in said.out
-    )
+    line += " --skip_corrupt_images"
+    whole_line = line + " --checkpointing_steps 5 --checkpoints_total_limit 0"
+    whole = train("classifier", whole_line, "whole", data)
+    said, place = capfd.readouterr(), "row 5 of shard 1"
+    assert said.err.count(f"the image of {place} can't be read: another takes its place") == 1
+    message = f"3 times another image took the place of one that can't be read, in rows ['{place}']"
+    assert message in said.out
     parts = shutil.copytree(whole, whole.with_name("parts"))
     shutil.rmtree(parts / "checkpoint-10")
-    train(
-        "classifier", line + " --skip_corrupt_images --resume_from_checkpoint latest", "parts", data
-    )
+    train("classifier", line + " --resume_from_checkpoint latest", "parts", data)
     assert apart(weights(whole), weights(parts)) == 0
 
 
 def test_clip_by_label(
-    shards: SimpleNamespace,
-    place: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    shards: SimpleNamespace, place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Goes on as the uninterrupted run."""
-    (tmp_path / "captions.json").write_text(
-        json.dumps({"train": {name: [f"a {name}", f"{name}."] for name in NAMES}})
-    )
-    (tmp_path / "text.json").write_text(
-        json.dumps(
-            {
-                "hidden_size": 8,
-                "intermediate_size": 8,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 8,
-                "projection_dim": 4,
-            }
-        )
-    )
+    captions = {"train": {name: [f"a {name}", f"{name}."] for name in NAMES}}
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 8, "projection_dim": 4}
+    for name, content in (("captions", captions), ("text", config)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     line = (
         f"{TINY} {shards.option} --cpu --streaming --captions {tmp_path / 'captions.json'} --text_config "
         f"{tmp_path / 'text.json'} --model_config_name_or_path {place.classifier} --max_train_steps 4 "
         "--checkpointing_steps 2 --output_dir "
     ).split()
-    for more in (
-        [str(tmp_path / "whole")],
-        [
-            str(tmp_path / "parts"),
-            "--resume_from_checkpoint",
-            str(tmp_path / "whole" / "checkpoint-2"),
-        ],
-    ):
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
+    for more in ([str(tmp_path / "whole")], [str(tmp_path / "parts"), *resume]):
         monkeypatch.setattr(sys, "argv", ["train_clip.py", *line, *more])
         reset_accelerate()
         train_clip.main()
-    one, other = (
-        load_file(tmp_path / name / "checkpoint-4" / "model.safetensors")
-        for name in ("whole", "parts")
-    )
+    file = "checkpoint-4/model.safetensors"
+    one, other = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
     assert apart(one, other) == 0
 
 
@@ -605,95 +498,44 @@ def test_clip_by_label(
 @pytest.mark.parametrize(
     ("data", "line", "message"),
     [
-        ("{root}/shards", "", "--streaming needs --max_train_steps"),
+        ("shards", "--vae x --center_crop", "--vae x .*--streaming can't"),
+        ("shards", "--cache_images", "--cache_images .*--streaming none"),
+        ("shards", "--shuffle_buffer 0", "--shuffle_buffer 0: 1 or more"),
         (
-            "{root}/shards",
-            "--max_train_steps 1 --vae x --center_crop",
-            "--vae x .*--streaming can't",
-        ),
-        (
-            "{root}/shards",
-            "--max_train_steps 1 --cache_images",
-            "--cache_images .*--streaming none",
-        ),
-        (
-            "{root}/shards",
-            "--max_train_steps 1 --shuffle_buffer 0",
-            "--shuffle_buffer 0: 1 or more",
-        ),
-        (
-            "{root}/shards",
-            "--max_train_steps 1 --skip_corrupt_images --train_batch_size 1",
+            "shards",
+            "--skip_corrupt_images --train_batch_size 1",
             "--train_batch_size 1: with --streaming and --skip_corrupt_images 2 or more",
         ),
+        ("shards", "--class_weights balanced", "--class_weights balanced .*--streaming"),
         (
-            "{root}/shards",
-            "--max_train_steps 1 --class_weights balanced",
-            "--class_weights balanced .*--streaming",
-        ),
-        (
-            "{root}/shards",
-            "--max_train_steps 1 --problem_type regression --label_column label",
+            "shards",
+            "--problem_type regression --label_column label",
             "--problem_type regression .*--streaming",
         ),
+        ("shards", "--train_split night", "--train_split night: the dataset has"),
+        ("shards", "--image_column foto", r"image_column='foto': .*\['image', 'label'\]"),
         (
-            "{root}/shards",
-            "--max_train_steps 1 --train_split night",
-            "--train_split night: the dataset has",
+            "shards",
+            "--labels cat,dog",
+            r"--labels \['cat', 'dog'\]: not allowed, since the dataset names its own: .*'a'",
+        ),
+        ("tars", "", "--label_column None: 0 labels found.*'cls'"),
+        (
+            "tars",
+            "--labels 10",
+            "--labels .*: not allowed, since the dataset has no column of labels",
         ),
         (
-            "{root}/shards",
-            "--max_train_steps 1 --image_column foto",
-            r"image_column='foto': .*\['image', 'label'\]",
-        ),
-        (
-            "{root}/shards",
-            "--max_train_steps 1 --labels cat,dog",
-            r"--labels \['cat', 'dog'\]: not allowed, since the "
-            "dataset names its own: .*'a'",
-        ),
-        ("{root}/tars", "--max_train_steps 1", "--label_column None: 0 labels found.*'cls'"),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --labels 10",
-            r"--labels .*: not allowed, since the dataset has no column of "
-            "labels",
-        ),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --label_column cls",
+            "tars",
+            "--label_column cls",
             r"--label_column cls holds Value\('int64'\), .*with --labels, are allowed",
         ),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --label_column json.none",
-            "label_column='json.none': .*'json'",
-        ),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --label_column cls --labels a,a",
-            "--labels a,a: different names",
-        ),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --label_column cls --labels 0",
-            "--labels 0: different names",
-        ),
-        (
-            "{root}/tars",
-            "--max_train_steps 1 --label_column cls --labels {classifier}",
-            "--labels .*json: different names",
-        ),
-        (
-            "{root}/*.md",
-            "--max_train_steps 1",
-            "--train_data_dir .*md: dataset: .* matches 0 files",
-        ),
-        (
-            "{root}/*",
-            "--max_train_steps 1",
-            "--train_data_dir .*: dataset: .* matches .* of the kinds .*json",
-        ),
+        ("tars", "--label_column json.none", "label_column='json.none': .*'json'"),
+        ("tars", "--label_column cls --labels a,a", "--labels a,a: different names"),
+        ("tars", "--label_column cls --labels 0", "--labels 0: different names"),
+        ("tars", "--label_column cls --labels {classifier}", "--labels .*json: different names"),
+        ("*.md", "", "--train_data_dir .*md: dataset: .* matches 0 files"),
+        ("*", "", "--train_data_dir .*: dataset: .* matches .* of the kinds .*json"),
     ],
 )
 def test_wrong_options_are_named(
@@ -705,22 +547,28 @@ def test_wrong_options_are_named(
     line: str,
     message: str,
 ) -> None:
+    line, data = f"--streaming --max_train_steps 1 {line}", f"--train_data_dir '{{root}}/{data}'"
     with pytest.raises(SystemExit) as end:
-        train("classifier", "--streaming " + line, "refused", data=f"--train_data_dir '{data}'")
+        train("classifier", line, "refused", data=data)
     said = capsys.readouterr().err + str(end.value)
     assert re.search(message, said, re.DOTALL), said
     assert end.value.code not in (None, 0) and not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize("option", ["--shuffle_buffer 5", "--labels 10"])
-def test_options_of_streams_need_a_stream(
-    train: Callable[..., Path],
-    capsys: pytest.CaptureFixture,
-    option: str,
+@pytest.mark.parametrize(
+    ("option", "needed"),
+    [
+        ("--shuffle_buffer 5", "--streaming"),
+        ("--labels 10", "--streaming"),
+        ("--streaming", "--max_train_steps"),
+    ],
+)
+def test_options_that_need_another(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture, option: str, needed: str
 ) -> None:
     with pytest.raises(SystemExit):
         train("classifier", option)
-    assert f"{option} needs --streaming" in capsys.readouterr().err
+    assert f"{option} needs {needed}" in capsys.readouterr().err
 
 
 def test_captions_of_a_column_are_refused() -> None:

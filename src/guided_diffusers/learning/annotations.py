@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,16 +17,8 @@ from .data import LabelledImages, find_column
 class CaptionedImages(torch.utils.data.Dataset):
     """Items of `LabelledImages` with a "caption", drawn from those of the row or of its label.
 
-    An item's key is its index, which then is the seed, or `(index, seed)`.
-
-    Args:
-        images: the images and labels.
-        caption_column: a column of strings or of lists of strings in the images' dataset.
-        captions: instead of a column, captions by label id.
-
-    Raises:
-        ValueError: if both or neither are given, the column is missing or holds something else, or
-            a label has no caption.
+    An item's key is its index, which then is the seed, or `(index, seed)`. The captions are either a
+    column of strings or of lists of strings in the images' dataset, or a mapping by label id.
     """
 
     def __init__(
@@ -42,10 +35,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.images, self._by_label = images, captions
         if captions is not None:
             if not images.id2label:
-                raise ValueError(
-                    "captions: captions by label need labels, and the dataset has no column of "
-                    "class ids"
-                )
+                reason = "captions by label need labels, and the dataset has no column of class ids"
+                raise ValueError(f"captions: {reason}")
             if missing := [name for i, name in images.id2label.items() if not captions.get(i)]:
                 raise ValueError(f"captions: there are none for the labels {missing}")
             return
@@ -83,11 +74,8 @@ class CaptionedImages(torch.utils.data.Dataset):
     def captions(self) -> Iterator[str]:
         """All captions that an item may get."""
         if self._by_label is not None:
-            for captions in self._by_label.values():
-                yield from captions
-            return
-        for index in range(len(self)):
-            yield from self._captions(index)
+            return chain.from_iterable(self._by_label.values())
+        return chain.from_iterable(map(self._captions, range(len(self))))
 
 
 class TargetedImages(torch.utils.data.Dataset):
@@ -97,16 +85,11 @@ class TargetedImages(torch.utils.data.Dataset):
 
     Args:
         images: `LabelledImages` or `LatentImages`, whose own label is replaced.
-        label_column: a column of the images' dataset.
         problem_type: its kind, in `transformers`' words. "multi_label_classification": lists of ids
             or names, or, if all rows have the same number, two or more, of zeros and ones, a vector
             of a 0 or 1 for each label. "regression": numbers, or lists of the same number of them;
             `id2label` then is empty.
         labels: label names of another split, where ids must mean the same.
-
-    Raises:
-        ValueError: if the column is missing or holds something else; when an item is read, if its
-            label is invalid.
     """
 
     def __init__(
@@ -117,10 +100,7 @@ class TargetedImages(torch.utils.data.Dataset):
         labels: Mapping[int, str] | None = None,
     ):
         if problem_type not in (MULTI, REGRESSION):
-            raise ValueError(
-                f"problem_type={problem_type!r}: multi_label_classification and regression are "
-                "allowed"
-            )
+            raise ValueError(f"problem_type={problem_type!r}: {MULTI} and {REGRESSION} are allowed")
         if label_column not in images.dataset.column_names:
             raise ValueError(
                 f"label_column={label_column!r}: {problem_type} needs one of the dataset's columns "
@@ -148,19 +128,21 @@ class TargetedImages(torch.utils.data.Dataset):
         feature = self._rows.features[self.label_column]
         # `datasets` has two kinds of lists.
         element = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        lengths, values = set(), set()
+        lengths, values, names = set(), set(), None
         for value in self._values() if element is not None else ():
             lengths.add(None if value is None else len(value))
             values.update(value or ())
+        length = (lengths.pop() or 0) if len(lengths) == 1 else 0
         if isinstance(element, ClassLabel):
-            names = dict(enumerate(element.names))
-        else:
-            length = lengths.pop() if len(lengths) == 1 else None
-            expected = length if labels is None else len(labels)
-            self._vectors = (length or 0) > 1 and values <= {0, 1} and length == expected
-            names = self._names_of_values(
-                values, length, element is not None and labels is not None
-            )
+            names = element.names
+        elif length > 1 and values <= {0, 1} and (labels is None or length == len(labels)):
+            self._vectors, names = True, map(str, range(length))
+        elif not values:
+            names = None if element is None or labels is None else []
+        elif all(isinstance(value, str) for value in values):
+            names = sorted(values)
+        elif all(type(value) is int and value >= 0 for value in values):
+            names = map(str, range(max(values) + 1))
         if names is None:
             examples = sorted(map(repr, values))[:5]
             raise ValueError(
@@ -168,26 +150,13 @@ class TargetedImages(torch.utils.data.Dataset):
                 f"{examples}; lists of class ids, of integers from 0 or of strings, or vectors of "
                 "zeros and ones are allowed"
             )
+        names = dict(enumerate(names))
         if labels is not None and not set(names.values()) <= set(labels.values()):
             raise ValueError(
                 f"label_column={self.label_column!r} has the labels {names}, the other split "
                 f"{labels}"
             )
-        return dict(names if labels is None else labels)
-
-    def _names_of_values(
-        self, values: set[object], length: int | None, may_be_empty: bool
-    ) -> dict[int, str] | None:
-        """Label names of all values in the column's lists; None if these can't be labels."""
-        if self._vectors:
-            return {i: str(i) for i in range(length)}
-        if not values:
-            return {} if may_be_empty else None
-        if all(isinstance(value, str) for value in values):
-            return dict(enumerate(sorted(values)))
-        if all(type(value) is int and value >= 0 for value in values):
-            return {i: str(i) for i in range(max(values) + 1)}
-        return None
+        return names if labels is None else dict(labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -208,12 +177,15 @@ class TargetedImages(torch.utils.data.Dataset):
     def _label(self, value: object, index: int) -> torch.Tensor:
         values = list(value) if isinstance(value, list) else [value]
         if self.problem_type == REGRESSION or self._vectors:
-            valid = len(values) == self.num_labels and all(map(self._is_valid_number, values))
-            if not valid:
+            if self._vectors:
+                kind, valid = "zeros and ones", all(x in (0, 1) for x in values)
+            else:
+                kind = "finite numbers"
+                valid = all(isinstance(x, (int, float)) and np.isfinite(x) for x in values)
+            if len(values) != self.num_labels or not valid:
                 raise ValueError(
                     f"label {value!r} of row {index} of label_column={self.label_column!r}: "
-                    f"{self.num_labels} {'zeros and ones' if self._vectors else 'finite numbers'} "
-                    "are allowed"
+                    f"{self.num_labels} {kind} are allowed"
                 )
             return torch.tensor(values, dtype=torch.float32)
         ids = [self._ids.get(name, name) if isinstance(name, str) else name for name in values]
@@ -225,8 +197,3 @@ class TargetedImages(torch.utils.data.Dataset):
         label = torch.zeros(self.num_labels)
         label[ids] = 1.0
         return label
-
-    def _is_valid_number(self, value: object) -> bool:
-        if self._vectors:
-            return value in (0, 1)
-        return isinstance(value, (int, float)) and bool(np.isfinite(value))

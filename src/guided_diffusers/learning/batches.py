@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def generator_for(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by a tuple of small numbers, e.g. (seed, purpose, step).
-
-    Different tuples give different streams of random numbers.
-    """
+    """A CPU generator with a stream of its own for a tuple of small numbers, e.g. (seed, step)."""
     state = 0
     for number in numbers:
         state = (state * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -36,8 +34,7 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
 
     Args:
         length: n, the number of images.
-        batch_size: B, of this process.
-        rank, world: number of this process, and of all processes.
+        batch_size, rank: B and number of this process; `world`: number of all processes.
         first, last: the batches first <= k < last; any first costs the same.
     """
 
@@ -65,29 +62,27 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
             yield items
 
 
+@dataclass
 class StepRandom:
-    """Random numbers of one batch over all processes; the methods return this process's rows.
+    """Random numbers of a batch of B images in each of `world` processes: this process's rows.
 
-    Args:
-        generator: of the whole batch, in the same state in all processes.
-        batch_size: B, of each process.
+    `generator` is of the whole batch, in the same state in all processes.
     """
 
-    def __init__(
-        self,
-        generator: torch.Generator,
-        batch_size: int,
-        rank: int,
-        world: int,
-        device: torch.device,
-    ):
-        self.generator, self.device = generator, device
-        self.total = batch_size * world
-        self.rows = slice(rank * batch_size, (rank + 1) * batch_size)
+    generator: torch.Generator
+    batch_size: int
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def total(self) -> int:
+        return self.batch_size * self.world
 
     def local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's rows of values (B * world, ...), on the device."""
-        return values[self.rows].to(self.device)
+        start = self.rank * self.batch_size
+        return values[start : start + self.batch_size].to(self.device)
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers, (B, *shape)."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .losses import per_image
+
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 REGRESSION = "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
@@ -47,16 +49,12 @@ def label_losses(
     It is smallest at p(q | x_t), up to w, and at E[y | x_t].
 
     Args:
-        logits, y, problem_type: f, y and their kind.
         class_weights: w, (K,); None: all 1. Not for regression.
         label_smoothing: s, the probability that is distributed over all labels (Szegedy et al. 2016,
             "Rethinking the inception architecture for computer vision", section 7); 0: off. Not for
             regression.
         variance: (K,), of the numbers to regress, so that the mean loss is 1 - R^2; None: all 1. For
             regression only.
-
-    Raises:
-        ValueError: for an unknown `problem_type`, or an argument without effect on this one.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type not in PROBLEM_TYPES:
@@ -68,26 +66,20 @@ def label_losses(
         )
     if problem_type != REGRESSION and variance is not None:
         raise ValueError(f"variance={variance} has no effect on {problem_type}; leave it None")
-    class_weights = None if class_weights is None else class_weights.to(wide)
+    if problem_type == REGRESSION:
+        scale = 1.0 if variance is None else variance.to(wide)
+        return ((wide - y).square() / scale).mean(dim=1)
+    w, s = None if class_weights is None else class_weights.to(wide), label_smoothing
     if problem_type == SINGLE:
         y = y if y.ndim == 1 else y.to(wide.dtype)
-        return F.cross_entropy(
-            wide, y, class_weights, reduction="none", label_smoothing=label_smoothing
-        )
-    if problem_type == MULTI:
-        q = (1 - label_smoothing) * y.to(wide.dtype) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(
-            wide, q, pos_weight=class_weights, reduction="none"
-        ).mean(dim=1)
-    return ((wide - y).square() / (1.0 if variance is None else variance.to(wide))).mean(dim=1)
+        return F.cross_entropy(wide, y, w, reduction="none", label_smoothing=s)
+    q = (1 - s) * y.to(wide.dtype) + s / 2
+    losses = F.binary_cross_entropy_with_logits(wide, q, pos_weight=w, reduction="none")
+    return losses.mean(dim=1)
 
 
 def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Tensor:
-    """log p(y | x_t), (B,), of a single- or multi-label classifier.
-
-    Raises:
-        ValueError: for regression, whose outputs don't determine p(y | x_t).
-    """
+    """log p(y | x_t), (B,); regression's outputs don't determine it (`ValueError`)."""
     if problem_type == REGRESSION:
         raise ValueError(f"problem_type={problem_type!r}: {SINGLE} and {MULTI} have a likelihood")
     terms = 1 if problem_type == SINGLE else logits.shape[1]
@@ -100,22 +92,16 @@ def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) ->
         single_label_classification   N / (K N_k): equal shares of the loss; the mean weight is 1
         multi_label_classification    (N - N_k) / N_k: equal weight of positives and negatives
 
-    Args:
-        counts: N_k, (K,), number of images of each label.
-        images: N.
-
-    Raises:
-        ValueError: if a label has no images, or with several labels per image all of them.
+    counts: N_k, (K,), images of each label, at least one; of N `images`.
     """
-    counts = counts.double()
-    if (counts <= 0).any() or problem_type == MULTI and (counts >= images).any():
+    counts, several = counts.double(), problem_type == MULTI
+    if (counts <= 0).any() or several and (counts >= images).any():
         raise ValueError(
             f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
-            f"needed{', and one without' if problem_type == MULTI else ''}"
+            f"needed{', and one without' if several else ''}"
         )
-    if problem_type == SINGLE:
-        return (images / (len(counts) * counts)).float()
-    return ((images - counts) / counts).float()
+    weights = (images - counts) / counts if several else images / (len(counts) * counts)
+    return weights.float()
 
 
 def soft_labels(y: Tensor, num_labels: int) -> Tensor:
@@ -130,22 +116,15 @@ def mixup(x0: Tensor, y: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
     Zhang et al. 2018, "mixup: Beyond empirical risk minimization".
 
-    Args:
-        x0: (B, ...), B even. With neighbours, unlike a permutation, the result doesn't depend on the
-            number of processes.
-        y: (B, K), as `soft_labels` gives it.
-        share: (B,), from Beta(a, a).
-
-    Raises:
-        ValueError: for an odd B.
+    B is even, y (B, K), as `soft_labels` gives it, and share (B,) from Beta(a, a). With neighbours,
+    unlike a permutation, the result doesn't depend on the number of processes.
     """
     if len(x0) % 2:
         raise ValueError(f"x0 has {len(x0)} images; an even number can be mixed by twos")
     j = torch.arange(len(x0), device=x0.device) ^ 1
-    return tuple(
-        torch.lerp(part[j], part, share.to(part).reshape(-1, *[1] * (part.ndim - 1)))
-        for part in (x0, y)
-    )
+    share = share.reshape(-1, 1)
+    y = torch.lerp(y[j], y, share.to(y))
+    return torch.lerp(x0[j], x0, per_image(share.to(x0), x0)), y
 
 
 def worst_case(
@@ -159,15 +138,13 @@ def worst_case(
     from delta = 0, with steps of 2.5 radius / steps along the normalized gradient.
 
     Args:
-        losses: x_t -> (B,).
-        x_t: (B, ...).
+        losses: x_t (B, ...) -> (B,).
         radius: of each image's delta, in units of x_t; 0: off.
-        steps: number of gradient steps.
     """
-    shape = (-1, *[1] * (x_t.ndim - 1))
 
     def norm(x: Tensor) -> Tensor:
-        return x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny).reshape(shape)
+        norms = x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+        return per_image(norms, x)
 
     x_t = x_t.detach()
     delta = torch.zeros_like(x_t)
@@ -198,14 +175,12 @@ def score_matching_losses(
         log_p: log p(y | x_t), (B,), computed from an `x_t` that requires a gradient, within
             `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`: the other attention kernels have no
             second derivative.
-        x_t: (B, ...), of the images with the labels y.
-        eps: its noise.
-        sigma: (B,).
+        eps, sigma: noise (B, ...) of x_t, and its level (B,).
         score: s(x_t), of an unconditional diffusion model.
     """
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(log_p.sum(), x_t, create_graph=True)
-    sigma = sigma.reshape(-1, *[1] * (x_t.ndim - 1))
+    sigma = per_image(sigma, x_t)
     return (sigma * (grad + score) + eps).square().flatten(1).mean(dim=1)
 
 
@@ -224,7 +199,7 @@ def held_out_scores(
     its labels among all that score at least as high; 1 for an image without labels.
 
     Args:
-        logits, y, problem_type: as in `label_losses`, y without shares.
+        y: as in `label_losses`, without shares.
         variance: (K,), of the training labels, for R^2. For regression only.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from glob import glob
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
@@ -74,14 +73,9 @@ def is_pattern(name: str) -> bool:
 def find_column(
     dataset: Dataset | IterableDataset, name: str | None, argument: str, feature_type: type
 ) -> str:
-    """The column called `name`; by default the first with features of a type.
-
-    Raises:
-        ValueError: naming `argument`, if there is none.
-    """
-    matching = [
-        column for column, feature in dataset.features.items() if isinstance(feature, feature_type)
-    ]
+    """The column called `name`, by default the first with features of a type, or a `ValueError`."""
+    features = dataset.features.items()
+    matching = [column for column, feature in features if isinstance(feature, feature_type)]
     if name is None and matching:
         return matching[0]
     if name not in dataset.column_names:
@@ -100,62 +94,61 @@ def row_name(number: int) -> str:
     return f"row {number % SHARD_STRIDE} of shard {number // SHARD_STRIDE - 1}"
 
 
+class Row(NamedTuple):
+    """A row's number (see `row_name`), undecoded image ("path" or "bytes"), and label as stored."""
+
+    number: int
+    image: dict[str, Any]
+    label: object
+
+
+@dataclass(eq=False, repr=False)
 class ImageRows(torch.utils.data.Dataset):
-    """Base class: turns rows into items {"pixel_values": (C, H, W) in [-1, 1], "label": int}.
+    """Base class: turns rows into items; `LabelledImages` documents the arguments and errors."""
 
-    A subclass implements `_open`, `_path` and `_number`, sets `channels` (1 or 3) and calls
-    `_set_labels`. `LabelledImages` documents the arguments and errors.
-    """
+    dataset: Dataset | IterableDataset
+    image_column: str | None = None
+    label_column: str | None = None
+    resolution: int = 64
+    center_crop: bool = False
+    random_flip: bool = False
+    random_shift: int = 0
+    channels: int | None = None
+    labels: dict[int, str] | None = None
+    skip_corrupt_images: bool = False
 
-    channels: int
-
-    def __init__(
-        self,
-        dataset: Dataset | IterableDataset,
-        image_column: str | None,
-        label_column: str | None,
-        resolution: int,
-        center_crop: bool,
-        random_flip: bool,
-        random_shift: int,
-        skip_corrupt_images: bool,
-    ):
-        self.resolution, self.center_crop = resolution, center_crop
-        self.random_flip, self.random_shift = random_flip, random_shift
-        self.skip_corrupt_images = skip_corrupt_images
-        self.image_column = find_column(dataset, image_column, "image_column", Image)
-        feature = dataset.features[self.image_column]
-        self._bytes = feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature
-        if not self._bytes and not isinstance(feature, Image):
+    def __post_init__(self) -> None:
+        names, features = self.dataset.column_names, self.dataset.features
+        self.image_column = find_column(self.dataset, self.image_column, "image_column", Image)
+        feature, columns = features[self.image_column], [self.image_column]
+        if feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature:
+            feature = Image()
+            self.dataset = self.dataset.cast_column(self.image_column, feature)
+        if not isinstance(feature, Image):
             raise ValueError(
                 f"image_column={self.image_column!r} holds {feature}, not images; the dataset has "
-                f"the columns {dataset.column_names}"
+                f"the columns {names}"
             )
-        self.columns, self.label_column = [self.image_column], None
-        features = dataset.features.values()
-        if label_column or any(isinstance(feature, ClassLabel) for feature in features):
-            self.label_column = find_column(dataset, label_column, "label_column", ClassLabel)
-            self.columns.append(self.label_column)
+        column = self.label_column or None
+        if column or any(isinstance(value, ClassLabel) for value in features.values()):
+            column = find_column(self.dataset, column, "label_column", ClassLabel)
+            columns.append(column)
+        self.label_column = column
+        self._decoder = Image(mode=feature.mode)
+        undecoded = Image(mode=feature.mode, decode=False)
+        self._rows = self.dataset.select_columns(columns).cast_column(self.image_column, undecoded)
+        self.id2label = self._all_label_names()
+        self._ids = {name: i for i, name in self.id2label.items()}
 
-    def _open(self, row: Any) -> tuple[PILImage.Image | None, object]:
-        """A row's image, which needn't be decoded yet, and its label as it is stored."""
+    def _all_label_names(self) -> dict[int, str]:
+        """Label names by id, of any column of labels."""
         raise NotImplementedError
 
-    def _path(self, row: Any) -> str | None:
-        """The file of a row's image, if it is known."""
-        raise NotImplementedError
-
-    def _number(self, row: Any) -> int:
-        """The number of a row, as `row_name` takes it."""
-        raise NotImplementedError
-
-    def _label_names(
-        self, features: Features, labels: Mapping[int, str] | None
-    ) -> dict[int, str] | None:
+    def _label_names(self) -> dict[int, str] | None:
         """Label names by id; None if only the dataset's values tell them."""
         if self.label_column is None:
             return {}
-        feature = features[self.label_column]
+        feature, labels = self.dataset.features[self.label_column], self.labels
         if isinstance(feature, ClassLabel):
             names = dict(enumerate(feature.names))
             if labels not in (None, names):
@@ -165,37 +158,35 @@ class ImageRows(torch.utils.data.Dataset):
                 )
             return names
         dtype = feature.dtype if isinstance(feature, Value) else ""
-        return labels if labels is not None and ("int" in dtype or dtype == "string") else None
+        return labels if "int" in dtype or dtype == "string" else None
 
-    def _set_labels(self, names: dict[int, str]) -> None:
-        self.id2label, self._ids = names, {name: i for i, name in names.items()}
-
-    def _item(self, rows: Iterable[Any], seed: int) -> dict[str, torch.Tensor | int]:
+    def _item(self, keys: Iterable[Any], seed: int) -> dict[str, torch.Tensor | int]:
         """The item of the first row; with `skip_corrupt_images` of the first that can be read."""
-        image, label, row, corrupt = self._first_readable(rows)
-        draw = random.Random(seed)
-        image = self._crop(image, draw)
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(
-            *image.size[::-1], self.channels
-        )
+        image, label, row, corrupt = self._first_readable(keys)
+        draw, size, (width, height) = random.Random(seed), self.resolution, image.size
+        if self.center_crop:
+            left, top = (width - size) // 2, (height - size) // 2
+        else:
+            left, top = draw.randint(0, width - size), draw.randint(0, height - size)
+        image = image.crop((left, top, left + size, top + size))
+        pixels = np.asarray(image, dtype=np.float32).reshape(size, size, self.channels)
         if self.random_flip and draw.random() < 0.5:
-            pixels = pixels.flip(1)
+            pixels = pixels[:, ::-1]
         if reach := self.random_shift:
             left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
-            padded = np.pad(pixels.numpy(), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            pixels = torch.from_numpy(padded)[
-                top : top + self.resolution, left : left + self.resolution
-            ]
-        item = {"pixel_values": pixels.permute(2, 0, 1) / 127.5 - 1.0, "label": label}
+            pixels = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+            pixels = pixels[top : top + size, left : left + size]
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 127.5 - 1.0
+        item = {"pixel_values": pixels, "label": label}
         return item | {"row": row, "corrupt": corrupt} if self.skip_corrupt_images else item
 
-    def _first_readable(self, rows: Iterable[Any]) -> tuple[PILImage.Image, int, int, int]:
+    def _first_readable(self, keys: Iterable[Any]) -> tuple[PILImage.Image, int, int, int]:
         """Image, label, number of its row, and that of the first row if it is another, else -1."""
         tried: list[int] = []
-        for row in rows:
-            tried.append(self._number(row))
+        for key in keys:
+            tried.append(key if isinstance(key, int) else key.number)
             try:
-                return *self._image(row), tried[-1], tried[0] if len(tried) > 1 else -1
+                return *self._image(key), tried[-1], tried[0] if len(tried) > 1 else -1
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
@@ -204,30 +195,17 @@ class ImageRows(torch.utils.data.Dataset):
             "drawn instead"
         )
 
-    def _image(self, row: Any) -> tuple[PILImage.Image, int]:
-        """A row's image, its shorter side resized, and its label's id."""
-        image, label = self._decode(row)
-        return self._resize(image), self._label(label, self._number(row))
-
-    def _resize(self, image: PILImage.Image) -> PILImage.Image:
-        """The image as grey or RGB, its shorter side resized to `resolution`."""
+    def _image(self, row: Row) -> tuple[PILImage.Image, int]:
+        """A row's image, grey or RGB, its shorter side resized, and its label's id."""
+        image = self._decode(row)
         if image.mode in SIXTEEN_BIT_MODES:  # Pillow's convert would clip at 255
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if self.channels == 1 else "RGB")
-        size, (width, height) = self.resolution, image.size
-        if min(width, height) == size:
-            return image
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        return image.resize((width, height), PILImage.Resampling.BICUBIC)
-
-    def _crop(self, image: PILImage.Image, draw: random.Random) -> PILImage.Image:
-        size, (width, height) = self.resolution, image.size
-        if self.center_crop:
-            left, top = (width - size) // 2, (height - size) // 2
-        else:
-            left, top = draw.randint(0, width - size), draw.randint(0, height - size)
-        return image.crop((left, top, left + size, top + size))
+        size, shorter = self.resolution, min(image.size)
+        if shorter != size:
+            width, height = (max(size, round(side * (size / shorter))) for side in image.size)
+            image = image.resize((width, height), PILImage.Resampling.BICUBIC)
+        return image, self._label(row.label, row.number)
 
     def _label(self, label: object, number: int) -> int:
         if self.label_column is None:
@@ -240,35 +218,32 @@ class ImageRows(torch.utils.data.Dataset):
             )
         return int(label)
 
-    def _guess_channels(self, rows: Iterable[Any]) -> int:
+    def _guess_channels(self, rows: Iterable[Row]) -> int:
         """1 if the images of all rows that can be read are grey, else 3."""
         modes = set()
         for row in rows:
             try:
-                modes.add(self._decode(row)[0].mode)
+                modes.add(self._decode(row).mode)
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
         return 1 if modes and modes <= GREY_MODES else 3
 
-    def _decode(self, row: Any) -> tuple[PILImage.Image, object]:
-        """A row's image, decoded, and its label, both as they are stored.
-
-        Raises:
-            CorruptImage: if the image can't be read.
-        """
+    def _decode(self, row: Row) -> PILImage.Image:
+        """A row's image as it is stored, or a `CorruptImage` error."""
         try:
-            image, label = self._open(row)
-            if image is None:
+            if not row.image:
                 raise ValueError("there is none")
+            image = self._decoder.decode_example(row.image)
             image.load()
-            return image, label
+            return image
         except DECODING_ERRORS as error:
-            path = self._path(row)
-            name = row_name(self._number(row)) + (f" ({path})" if path else "")
+            path = row.image.get("path")
+            name = row_name(row.number) + (f" ({path})" if path else "")
             raise CorruptImage(f"the image of {name} can't be read: {error}") from error
 
 
+@dataclass(eq=False, repr=False)
 class LabelledImages(ImageRows):
     """Items of one split, {"pixel_values": (C, H, W) float32 in [-1, 1], "label": int}.
 
@@ -286,64 +261,37 @@ class LabelledImages(ImageRows):
         random_shift: shift by up to this many pixels, the edge repeated; 0: off.
         channels: 1 (grey) or 3 (RGB); by default 1 if sixteen images, evenly spread, are all grey.
         labels: label names of another split, where ids must mean the same.
-        cache_images: keep decoded and resized images in the memory of the process that read them.
         skip_corrupt_images: replace an image that can't be read by that of another row, with its
             label, which the seed and the index alone decide. Items then also have "row", the number
             of the row that was read, and "corrupt", that of the row that couldn't be read, or -1.
+        cache_images: keep decoded and resized images in the memory of the process that read them.
 
     Raises:
         ValueError: if a column is missing or holds something else, or the labels differ from
             `labels`; when an item is read, if its image or label is invalid.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        resolution: int = 64,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        random_shift: int = 0,
-        channels: int | None = None,
-        labels: dict[int, str] | None = None,
-        cache_images: bool = False,
-        skip_corrupt_images: bool = False,
-    ):
-        if len(dataset) == 0:
+    cache_images: bool = False
+
+    def __post_init__(self) -> None:
+        if (count := len(self.dataset)) == 0:
             raise ValueError("dataset: the split has no rows")
-        super().__init__(
-            dataset,
-            image_column,
-            label_column,
-            resolution,
-            center_crop,
-            random_flip,
-            random_shift,
-            skip_corrupt_images,
-        )
-        self._cache: dict[int, tuple[PILImage.Image, int]] | None = {} if cache_images else None
-        self.dataset = dataset.cast_column(self.image_column, Image()) if self._bytes else dataset
-        self._rows = self.dataset.select_columns(self.columns)
-        self._labels = dataset.select_columns([self.label_column]) if self.label_column else None
-        count = len(dataset)
-        sample = sorted({count * i // 16 for i in range(16)})
-        self.channels = channels or self._guess_channels(sample)
-        names = self._label_names(dataset.features, labels)
-        self._set_labels(self._names_of_values() if names is None else names)
+        super().__post_init__()
+        self._cache: dict[int, tuple[PILImage.Image, int]] = {}
+        self._labels = self._rows.select_columns([self.label_column]) if self.label_column else None
+        if not self.channels:
+            sample = sorted({count * i // 16 for i in range(16)})
+            self.channels = self._guess_channels(map(self._row, sample))
 
-    def _open(self, row: int) -> tuple[PILImage.Image | None, object]:
-        values = self._rows[row]
-        return values[self.image_column], values.get(self.label_column)
+    def _row(self, index: int) -> Row:
+        values = self._rows[index]
+        return Row(index, values[self.image_column] or {}, values.get(self.label_column))
 
-    def _path(self, row: int) -> str | None:
-        undecoded = self._rows.cast_column(self.image_column, Image(decode=False))
-        return (undecoded[row][self.image_column] or {}).get("path")
-
-    def _names_of_values(self) -> dict[int, str]:
-        """Names of a column of integers or strings, from its values."""
-        feature = self._labels.features[self.label_column]
-        values = self._labels.unique(self.label_column)
+    def _all_label_names(self) -> dict[int, str]:
+        if (names := self._label_names()) is not None:
+            return names
+        feature = self._rows.features[self.label_column]
+        values = self._rows.unique(self.label_column)
         dtype = feature.dtype if isinstance(feature, Value) else ""
         if dtype == "string" and None not in values:
             return dict(enumerate(sorted(values)))
@@ -359,23 +307,22 @@ class LabelledImages(ImageRows):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
         index, seed = item if isinstance(item, tuple) else (item, 0)
-        return self._item(chain([index], self._replacements(index, seed)), seed)
+        return self._item(self._candidates(index, seed), seed)
 
-    def _replacements(self, index: int, seed: int) -> Iterator[int]:
-        """Rows to read in place of one that can't be read."""
+    def _candidates(self, index: int, seed: int) -> Iterator[int]:
+        """A row, and those to read in its place if it can't be read."""
+        yield index
         draw = random.Random(f"instead {index} {seed}")
         for _ in range(MAX_ATTEMPTS - 1):
             yield draw.randrange(len(self))
 
-    def _number(self, row: int) -> int:
-        return row
-
-    def _image(self, row: int) -> tuple[PILImage.Image, int]:
-        if self._cache is None:
-            return super()._image(row)
-        if row not in self._cache:
-            self._cache[row] = super()._image(row)
-        return self._cache[row]
+    def _image(self, index: int) -> tuple[PILImage.Image, int]:
+        if index in self._cache:
+            return self._cache[index]
+        result = super()._image(self._row(index))
+        if self.cache_images:
+            self._cache[index] = result
+        return result
 
     def label(self, index: int) -> int:
         """The label of a row, without reading its image."""

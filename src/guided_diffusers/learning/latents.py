@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,11 +36,7 @@ PIXELS_PER_BATCH = 2**21  # when encoding
 
 
 def load_vae(path: str | None) -> Autoencoder | None:
-    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or an autoencoder's folder.
-
-    Raises:
-        ValueError: if there is none, or it is of another kind.
-    """
+    """The autoencoder of --vae in float32: a pipeline's `vae` or `vqvae`, or an autoencoder's folder."""
     if path is None:
         return None
     for subfolder in ("vae", "vqvae", None):
@@ -50,14 +47,13 @@ def load_vae(path: str | None) -> Autoencoder | None:
             reason = error
     else:
         raise ValueError(f"--vae {path}: {reason}") from reason
-    if not isinstance(vae, Autoencoder):
-        raise ValueError(
-            f"--vae {path} holds a {type(vae).__name__}; AutoencoderKL and VQModel are allowed"
-        )
-    if vae.config.in_channels not in (1, 3):
-        raise ValueError(
-            f"--vae {path} encodes {vae.config.in_channels} channels; 1 and 3 are allowed"
-        )
+    name, channels = type(vae).__name__, vae.config.get("in_channels")
+    for ok, message in (
+        (isinstance(vae, Autoencoder), f"holds a {name}; AutoencoderKL and VQModel are allowed"),
+        (channels in (1, 3), f"encodes {channels} channels; 1 and 3 are allowed"),
+    ):
+        if not ok:
+            raise ValueError(f"--vae {path} {message}")
     return vae.requires_grad_(False)
 
 
@@ -65,16 +61,9 @@ class LatentImages(torch.utils.data.Dataset):
     """Items of `LabelledImages` whose "pixel_values" are latents (C, h, w), scaled for the denoiser.
 
     An item's key is its index, which then is the seed, or `(index, seed)`: the seed decides whether
-    it is mirrored, and the sample of the autoencoder's posterior, if it has one. `write_latents`
-    must be called first.
-
-    Args:
-        images: not augmented.
-        root: folder of all caches.
-        random_flip: mirror with probability 1/2; mirror images are encoded, too.
-
-    Raises:
-        ValueError: if the images' resolution isn't a multiple of the autoencoder's scale.
+    it is mirrored, and the sample of the autoencoder's posterior, if it has one. `images` aren't
+    augmented; with `random_flip`, mirror images are encoded, too. `root` is the folder of all
+    caches. `write_latents` must be called first.
     """
 
     def __init__(
@@ -98,7 +87,6 @@ class LatentImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def label(self, index: int) -> int:
-        """The label of a row, without reading its latents."""
         return self.images.label(index)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, torch.Tensor | int]:
@@ -112,15 +100,6 @@ class LatentImages(torch.utils.data.Dataset):
             latents = latents + file.get_slice("std")[row, view] * eps
         return {"pixel_values": latents, "label": self.images.label(index)}
 
-    def encode_views(self, vae: Autoencoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`mean` and, with a posterior, `std`, on the CPU: (B, V, C, h, w), V = 2 with mirror images."""
-        views = [pixels, pixels.flip(-1)] if self.random_flip else [pixels]
-        means, stds = zip(*(encode(vae, view) for view in views), strict=True)
-        latents = {"mean": torch.stack(means, dim=1).cpu()}
-        if stds[0] is not None:
-            latents["std"] = torch.stack(stds, dim=1).cpu()
-        return latents
-
 
 @cache
 def open_cached(path: Path) -> safe_open:
@@ -131,16 +110,10 @@ def open_cached(path: Path) -> safe_open:
 def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> str:
     """A hash of all that decides the content of a cache."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    settings = {
-        "images": images.dataset._fingerprint,
-        "image_column": images.image_column,
-        "shard": IMAGES_PER_FILE,
-        "resolution": images.resolution,
-        "channels": images.channels,
-        "center_crop": images.center_crop,
-        "random_flip": random_flip,
-        "vae": [type(vae).__name__, config],
-    }
+    names = ("image_column", "resolution", "channels", "center_crop")
+    settings = {name: getattr(images, name) for name in names}
+    settings |= {"images": images.dataset._fingerprint, "shard": IMAGES_PER_FILE}
+    settings |= {"random_flip": random_flip, "vae": [type(vae).__name__, config]}
     digest = sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(save(vae.state_dict()))
     return digest.hexdigest()[:32]
@@ -156,13 +129,8 @@ def write_latents(
 ) -> None:
     """Encode the images that aren't cached yet; each process writes its share of the files.
 
-    Args:
-        vae: None: nothing to do.
-        workers: DataLoader processes that read images.
-
-    Raises:
-        FloatingPointError: if a latent is NaN or infinite.
-        ValueError: if a process doesn't see the files of the others.
+    Raises `FloatingPointError` if a latent is NaN or infinite, and `ValueError` if a process doesn't
+    see the files of the others.
     """
     if vae is None:
         return
@@ -188,15 +156,11 @@ def write_split(
         if not files[k].exists():
             rows = torch.arange(k * IMAGES_PER_FILE, min((k + 1) * IMAGES_PER_FILE, len(data)))
             batches[k] = [batch.tolist() for batch in rows.split(batch_size)]
-    order = [batch for of_file in batches.values() for batch in of_file]
-    loader = DataLoader(data.images, batch_sampler=order, num_workers=workers)
-    bar = tqdm(
-        total=sum(map(len, order)),
-        desc="latents of this process",
-        unit="image",
-        disable=not (progress and accelerator.is_main_process and batches),
-    )
-    pixels = iter(loader)
+    order = list(chain.from_iterable(batches.values()))
+    pixels = iter(DataLoader(data.images, batch_sampler=order, num_workers=workers))
+    is_shown = progress and accelerator.is_main_process and batches
+    total, title = sum(map(len, order)), "latents of this process"
+    bar = tqdm(total=total, desc=title, unit="image", disable=not is_shown)
     # In lockstep, so that no process waits longer for another than a collective operation may take.
     for start in range(0, len(files), world):
         if (k := start + rank) in batches:
@@ -218,13 +182,17 @@ def write_file(
     count: int,
     bar: tqdm,
 ) -> None:
-    """Encode the next `count` batches into a file, written aside and moved into place."""
-    parts = []
+    """Encode the next `count` batches into a file of (images, 1, or 2 with mirror images, C, h, w)."""
+    parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
     for _ in range(count):
-        pixels = next(batches)["pixel_values"]
-        parts.append(data.encode_views(vae, pixels.to(vae.device)))
+        pixels = next(batches)["pixel_values"].to(vae.device)
+        views = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
+        encoded = [encode(vae, view) for view in views]
+        for name, latents in zip(parts, zip(*encoded, strict=True), strict=True):
+            if latents[0] is not None:  # without a posterior there is no `std`
+                parts[name].append(torch.stack(latents, dim=1).cpu())
         bar.update(len(pixels))
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = {name: torch.cat(latents) for name, latents in parts.items() if latents}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise FloatingPointError(f"--vae: latents for {file} are NaN or infinite")
     partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")

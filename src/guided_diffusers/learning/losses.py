@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import log, pi, sqrt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 Objective = Literal["simple", "hybrid", "hybrid_rescaled", "bound"]
 HALF_BIN = 1 / 255  # of a pixel value in [-1, 1]
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B,) as (B, 1, ..., 1), to be broadcast over `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 class Process:
@@ -61,21 +66,14 @@ class Process:
                 "(rescale_betas_zero_snr), where eps doesn't determine x0; v_prediction and sample "
                 "are allowed"
             )
-        coefficients = []
-        for level in zip(alpha.tolist(), sigma.tolist(), strict=True):
-            coefficients.append(x0_coefficients(self.prediction_type, *level))
+        levels = zip(alpha.tolist(), sigma.tolist(), strict=True)
+        coefficients = [x0_coefficients(self.prediction_type, *level) for level in levels]
         a, b = torch.tensor(coefficients, dtype=torch.float64).T
-        self._tables = {
-            "alpha": alpha,
-            "sigma": sigma,
-            "snr": alpha_bar / (1 - alpha_bar),
-            "a": a,
-            "b": b,
-            "beta": beta,
-            "small": small,
-            "c_0": before.sqrt() * beta / (1 - alpha_bar),
-            "c_t": (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar),
-        }
+        c_0 = before.sqrt() * beta / (1 - alpha_bar)
+        c_t = (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar)
+        self._tables = {"alpha": alpha, "sigma": sigma, "snr": alpha_bar / (1 - alpha_bar)}
+        self._tables |= {"a": a, "b": b, "beta": beta, "small": small, "c_0": c_0, "c_t": c_t}
+        # A copy per dtype and device, so that no training step waits for it.
         self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
@@ -83,14 +81,12 @@ class Process:
 
     def at(self, k: Tensor, like: Tensor, *names: str) -> list[Tensor]:
         """Coefficients of the steps k (B,), in the dtype of `like` and broadcast over its shape."""
-        k, shape = k.to(like.device), (-1, *[1] * (like.ndim - 1))
-        return [self._table(name, like.dtype, like.device)[k].reshape(shape) for name in names]
-
-    def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A coefficient of all steps; a copy per device, so that no training step waits for it."""
-        if (key := (name, dtype, device)) not in self._placed:
-            self._placed[key] = self._tables[name].to(dtype).to(device)
-        return self._placed[key]
+        k, values = k.to(like.device), []
+        for name in names:
+            if (key := (name, like.dtype, like.device)) not in self._placed:
+                self._placed[key] = self._tables[name].to(like.dtype).to(like.device)
+            values.append(per_image(self._placed[key][k], like))
+        return values
 
     def noised(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps."""
@@ -118,9 +114,8 @@ class Process:
     def log_variance(self, learned: Tensor | None, like: Tensor, k: Tensor) -> Tensor:
         """Log variance of p(x_s | x_t); `learned` is the second half of the model's output."""
         beta, small = self.at(k, like, "beta", "small")
-        return log_variance(
-            self.variance_type, beta, small, (k == 0).to(like.device).reshape(beta.shape), learned
-        )
+        first = per_image((k == 0).to(like.device), like)
+        return log_variance(self.variance_type, beta, small, first, learned)
 
 
 class FlowProcess:
@@ -149,7 +144,7 @@ class FlowProcess:
 
     def noised(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """x_s."""
-        s = (timesteps.to(x0) / self.steps).reshape(-1, *[1] * (x0.ndim - 1))
+        s = per_image(timesteps.to(x0) / self.steps, x0)
         return (1 - s) * x0 + s * eps
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
@@ -193,26 +188,20 @@ def diffusion_loss(
     Raises:
         ValueError: if the output's channels or the process don't fit the objective, or it is unknown.
     """
-    if isinstance(process, FlowProcess) and (objective != "simple" or snr_gamma is not None):
-        raise ValueError(
-            f"objective {objective!r}, snr_gamma {snr_gamma}: flow matching allows 'simple' and None"
-        )
     prediction, learned = split_variance(output, x0.shape[1])
-    hybrid = objective in ("hybrid", "hybrid_rescaled")
-    if objective not in ("simple", "bound") and not hybrid:
-        raise ValueError(
-            f"objective {objective!r}: simple, hybrid, hybrid_rescaled and bound are allowed"
-        )
-    if objective != "bound" and hybrid != (learned is not None):
-        raise ValueError(
-            f"objective {objective!r}: the model has {'a' if learned is not None else 'no'} learned "
-            "variance; simple is for models without, hybrid for those with"
-        )
+    hybrid, kind = objective in ("hybrid", "hybrid_rescaled"), "no" if learned is None else "a"
+    refusal = None
+    if isinstance(process, FlowProcess) and (objective != "simple" or snr_gamma is not None):
+        refusal = f", snr_gamma {snr_gamma}: flow matching allows 'simple' and None"
+    elif objective not in get_args(Objective):
+        refusal = ": simple, hybrid, hybrid_rescaled and bound are allowed"
+    elif objective == "bound" and snr_gamma is not None:
+        refusal = f" has no mse to weight; snr_gamma {snr_gamma}: None is allowed"
+    elif objective != "bound" and hybrid != (learned is not None):
+        refusal = f": the model has {kind} learned variance, which hybrid needs and simple excludes"
+    if refusal:
+        raise ValueError(f"objective {objective!r}{refusal}")
     if objective == "bound":
-        if snr_gamma is not None:
-            raise ValueError(
-                f"snr_gamma {snr_gamma}: objective 'bound' has no mse to weight; None is allowed"
-            )
         vb = variational_bound(process, output, x0, process.noised(x0, eps, k), k)
         return {"loss": len(process) * vb, "vb": vb}
     mse = (process.target(x0, eps, k) - prediction).square().mean(dim=(1, 2, 3))
@@ -240,7 +229,7 @@ def variational_bound(
     (small,) = process.at(k, x_t, "small")
     kl = normal_kl(process.mean(x0, x_t, k), small.log(), predicted, log_sigma2)
     decoder = -discretized_log_likelihood(x0, predicted, 0.5 * log_sigma2)
-    first = (k == 0).to(x0.device).reshape(small.shape)
+    first = per_image((k == 0).to(x0.device), x0)
     return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / log(2)
 
 
@@ -260,14 +249,14 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Te
     Ho et al., eq. 13. The distribution function is approximated by tanh, as in GELU's paper and the
     published code.
     """
-    upper = _normal_cdf((x - mean + HALF_BIN) * (-log_sigma).exp())
-    lower = _normal_cdf((x - mean - HALF_BIN) * (-log_sigma).exp())
+
+    def normal_cdf(x: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
+
+    upper = normal_cdf((x - mean + HALF_BIN) * (-log_sigma).exp())
+    lower = normal_cdf((x - mean - HALF_BIN) * (-log_sigma).exp())
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
 
 
 @torch.no_grad()
@@ -312,17 +301,15 @@ def bits_per_dim(
         output = network(x_t.to(dtype), t, **labels).sample.to(wide)
         predicted = process.denoised(split_variance(output, x0.shape[1])[0], x_t, k, clip)
         alpha, sigma = process.at(k, x_t, "alpha", "sigma")
+        eps_error = (x_t - alpha * predicted) / sigma - eps
         columns["bound"].append(variational_bound(process, output, wide, x_t, k, clip))
         columns["x0_mse"].append((predicted - wide).square().mean(dim=(1, 2, 3)))
-        columns["eps_mse"].append(
-            ((x_t - alpha * predicted) / sigma - eps).square().mean(dim=(1, 2, 3))
-        )
+        columns["eps_mse"].append(eps_error.square().mean(dim=(1, 2, 3)))
     result = {name: torch.stack(terms[::-1], dim=1) for name, terms in columns.items()}
     alpha, sigma = process.at(torch.full((len(x0),), len(process) - 1), wide, "alpha", "sigma")
     zero = torch.zeros_like(wide)
-    result["prior"] = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(
-        dim=(1, 2, 3)
-    ) / log(2)
+    prior = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(dim=(1, 2, 3))
+    result["prior"] = prior / log(2)
     return result | {"total": result["bound"].sum(dim=1) + result["prior"]}
 
 
@@ -362,10 +349,9 @@ class LossSecondMomentSampler:
         for step, loss in zip(k.tolist(), losses.tolist(), strict=True):
             if self._counts[step] == self._losses.shape[1]:
                 self._losses[step] = self._losses[step].roll(-1)
-                self._losses[step, -1] = loss
             else:
-                self._losses[step, self._counts[step]] = loss
                 self._counts[step] += 1
+            self._losses[step, self._counts[step] - 1] = loss
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"losses": self._losses, "counts": self._counts}
@@ -377,8 +363,7 @@ class LossSecondMomentSampler:
 def draw_steps(
     draws: StepRandom, steps: int, sampler: LossSecondMomentSampler | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Steps k (B,) of this process's images, and their importance weights; without a sampler uniform
-    steps and None."""
+    """Steps k (B,) of this process's images, and importance weights; without a sampler uniform, None."""
     if sampler is None:
         return draws.randint(steps), None
     k, weight = sampler.sample(draws.total, draws.generator)

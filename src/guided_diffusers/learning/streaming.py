@@ -12,100 +12,48 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from PIL import Image as PILImage
 from torch.utils.data import Sampler
 
 from .batches import item_seed
-from .data import SHARD_STRIDE, ImageRows, LabelledImages
+from .data import SHARD_STRIDE, ImageRows, LabelledImages, Row
 
 AnyItem = TypeVar("AnyItem")
 DEFAULT_WINDOW = 1000  # rows that are shuffled together
 ROWS_PER_READ = 50
 START = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
-
-
-class Row(NamedTuple):
-    """A row of a stream.
-
-    Attributes:
-        number: see `row_name`.
-        image: "path" and, unless it is a file's, "bytes".
-        label: as the dataset stores it.
-    """
-
-    number: int
-    image: dict[str, Any]
-    label: object
-
-
 Item = tuple[tuple[list[Row], int], int]  # ((rows, i), seed)
 
 
 class StreamedImages(ImageRows):
     """Items of a split that is never in memory completely; arguments as those of `LabelledImages`.
 
-    An item's key is `((rows, i), seed)`, as `StreamedBatches` makes it: it is that of row i, and
-    with `skip_corrupt_images`, if its image can't be read, that of another of these rows, which the
-    seed decides.
-
-    Args:
-        channels: by default 1 if the first sixteen images are all grey.
-        label_column: may be a field of a column of JSON, e.g. "json.label".
-        labels: names by id, of a column of integers or strings.
-
-    Raises:
-        ValueError: if a column is missing or holds something else, or label names are missing.
+    The item of the key `((rows, i), seed)` of `StreamedBatches` is that of row i; with
+    `skip_corrupt_images`, if its image can't be read, that of another of these rows, which the seed
+    decides. By default `channels` is 1 if the first sixteen images are all grey. `label_column` may
+    be a field of a column of JSON, e.g. "json.label"; `labels` names integers or strings by id.
     """
 
-    def __init__(
-        self,
-        dataset: IterableDataset,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        resolution: int = 64,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        random_shift: int = 0,
-        channels: int | None = None,
-        labels: dict[int, str] | None = None,
-        skip_corrupt_images: bool = False,
-    ):
-        if dataset.features is None:
+    def __post_init__(self) -> None:
+        if self.dataset.features is None:
             raise ValueError(
                 "--streaming: the dataset has no column types; Parquet files, tar files "
                 "(WebDataset) and image folders have"
             )
-        dataset = with_json_field(dataset.decode(False), label_column)
-        super().__init__(
-            dataset,
-            image_column,
-            label_column,
-            resolution,
-            center_crop,
-            random_flip,
-            random_shift,
-            skip_corrupt_images,
-        )
-        self.dataset, self._decoder = dataset, Image()
-        self._rows = dataset.select_columns(self.columns).cast_column(
-            self.image_column, Image(decode=False)
-        )
-        self._set_labels(self._known_label_names(labels))
+        self.dataset = with_json_field(self.dataset.decode(False), self.label_column)
+        super().__post_init__()
+        self.num_shards = self._rows.num_shards
         first = list(islice(self.rows(), 16))
         if not first:
             raise ValueError("dataset: the split has no rows")
         self.of_files = all(row.image.get("path") and not row.image.get("bytes") for row in first)
-        self.channels = channels or self._guess_channels(first)
-
-    @property
-    def num_shards(self) -> int:
-        return self._rows.num_shards
+        self.channels = self.channels or self._guess_channels(first)
 
     def kind(self, window: int | None, processes: int) -> str:
         """Description of the order that positions refer to; a resumed run must have the same."""
@@ -117,9 +65,8 @@ class StreamedImages(ImageRows):
         part = self._rows.shard(num_shards=self.num_shards, index=shard)
         number = (shard + 1) * SHARD_STRIDE + first
         for rows in (part.skip(first) if first else part).iter(ROWS_PER_READ):
-            images = rows[self.image_column]
-            labels = [None] * len(images) if self.label_column is None else rows[self.label_column]
-            for image, label in zip(images, labels, strict=True):
+            labels = rows.get(self.label_column, [None] * len(rows[self.image_column]))
+            for image, label in zip(rows[self.image_column], labels, strict=True):
                 yield Row(number, image or {}, label)
                 number += 1
 
@@ -153,31 +100,20 @@ class StreamedImages(ImageRows):
         (rows, i), seed = item
         order = [i]
         if self.skip_corrupt_images:
-            others = [*range(i), *range(i + 1, len(rows))]
+            others = [j for j in range(len(rows)) if j != i]
             order += random.Random(f"instead {seed}").sample(others, len(others))
         return self._item((rows[j] for j in order), seed)
 
-    def _open(self, row: Row) -> tuple[PILImage.Image | None, object]:
-        image = self._decoder.decode_example(row.image) if row.image else None
-        return image, row.label
-
-    def _path(self, row: Row) -> str | None:
-        return row.image.get("path")
-
-    def _number(self, row: Row) -> int:
-        return row.number
-
-    def _known_label_names(self, labels: dict[int, str] | None) -> dict[int, str]:
-        feature = None if self.label_column is None else self.dataset.features[self.label_column]
+    def _all_label_names(self) -> dict[int, str]:
+        feature, labels = self.dataset.features.get(self.label_column), self.labels
         if labels is not None and (feature is None or isinstance(feature, ClassLabel)):
-            if feature is None:
-                reason = "has no column of labels (--label_column)"
-            else:
+            reason = "has no column of labels (--label_column)"
+            if feature is not None:
                 reason = f"names its own: {feature.names}"
             raise ValueError(
                 f"--labels {list(labels.values())}: not allowed, since the dataset {reason}"
             )
-        if (names := self._label_names(self.dataset.features, labels)) is None:
+        if (names := self._label_names()) is None:
             raise ValueError(
                 f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
                 "advance: a column of class ids, and one of integers from 0 or strings with "
@@ -207,11 +143,7 @@ def with_json_field(dataset: IterableDataset, column: str | None) -> IterableDat
 
 
 def parse_labels(text: str | None) -> dict[int, str] | None:
-    """Label names by id from --labels: names, a JSON file with a list of names, or their number.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Label names by id from --labels: names, a JSON file with a list of names, or their number."""
     if text is None:
         return None
     try:
@@ -232,6 +164,7 @@ def parse_labels(text: str | None) -> dict[int, str] | None:
     return dict(enumerate(names))
 
 
+@dataclass(eq=False)
 class StreamedBatches(Sampler[list[Item]]):
     """Batches of `((rows, i), seed)` for `StreamedImages`: epochs, each in another order.
 
@@ -241,31 +174,27 @@ class StreamedBatches(Sampler[list[Item]]):
     into windows, the last one of an epoch shorter, and permuted within each by (seed, epoch,
     window). An image folder's rows, which hold names and no images, are one window.
 
-    The seeds are those of `ShuffledBatches`. `position` tells where the stream is, independent of
-    what was read ahead; resuming there only skips the shard's rows before it, without decoding.
+    The other arguments and the seeds are those of `ShuffledBatches`.
 
     Args:
         window: rows that are shuffled together; None: 1000.
-        batch_size, seed, rank, world, first, last: as for `ShuffledBatches`.
-        position: of a `StreamedBatches` before batch `first`; None: the start.
+        start: `position` before batch `first`, independent of what was read ahead; None: the start
+            of the data. Resuming only skips the shard's rows before it, without decoding.
     """
 
-    def __init__(
-        self,
-        source: StreamedImages,
-        window: int | None,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world: int,
-        first: int,
-        last: int,
-        position: dict[str, int] | None = None,
-    ):
-        self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.window = None if source.of_files else window or DEFAULT_WINDOW
-        self.rank, self.world, self.first, self.last = rank, world, first, last
-        self.start = dict(START if position is None else position)
+    source: StreamedImages
+    window: int | None
+    batch_size: int
+    seed: int
+    rank: int
+    world: int
+    first: int
+    last: int
+    start: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.window = None if self.source.of_files else self.window or DEFAULT_WINDOW
+        self.start = dict(self.start or START)
         # For every window in use: the number of rows before it, and the position of its start.
         self._windows_in_use: deque[tuple[int, dict[str, int]]] = deque()
 
@@ -280,10 +209,7 @@ class StreamedBatches(Sampler[list[Item]]):
             yield [((chosen, i), item_seed(self.seed, start + i)) for i in range(self.batch_size)]
 
     def position(self, batch: int) -> dict[str, int]:
-        """Where the stream is before `batch`: one that was read, or the next one.
-
-        Earlier positions are forgotten.
-        """
+        """Where the stream is before `batch`: one that was read, or the next; forgets earlier ones."""
         rows_read = (batch - self.first) * self.batch_size
         while len(self._windows_in_use) > 1 and self._windows_in_use[1][0] < rows_read:
             self._windows_in_use.popleft()

@@ -12,42 +12,30 @@ from .prepare import SCHEDULE
 
 # Config entries that `UNet2DModel` and `NoiseAwareClassifier` share.
 ARCHITECTURE = (
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "downsample_type",
-    "norm_num_groups",
-    "resnet_time_scale_shift",
-    "attention_head_dim",
-    "norm_eps",
-    "dropout",
-)
+    "block_out_channels layers_per_block down_block_types downsample_type norm_num_groups "
+    "resnet_time_scale_shift attention_head_dim norm_eps dropout"
+).split()
+MODELS = {"NoiseAwareClassifier": NoiseAwareClassifier, "UNet2DModel": UNet2DModel}
 NOT_ARCHITECTURE = (*SCHEDULE, "num_labels", "id2label", "label2id", "problem_type")
 
 
 def load_initial_model(path: str | None) -> NoiseAwareClassifier | UNet2DModel | None:
-    """The model of --init_from in float32: a folder or Hub id of the model or of its pipeline.
-
-    Raises:
-        ValueError: if there is none of these classes.
-    """
+    """The model of --init_from in float32: a folder or Hub id of the model or of its pipeline."""
     if path is None:
         return None
     for subfolder in (None, "classifier", "unet"):
         try:
-            config = UNet2DModel.load_config(path, subfolder=subfolder)
+            name = UNet2DModel.load_config(path, subfolder=subfolder).get("_class_name")
         except OSError as error:
             reason = error
             continue
-        for model_class in (NoiseAwareClassifier, UNet2DModel):
-            if config.get("_class_name") == model_class.__name__:
-                try:
-                    return model_class.from_pretrained(
-                        path, subfolder=subfolder, torch_dtype=torch.float32
-                    )
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"--init_from {path}: {error}") from error
-        reason = f"it holds a {config.get('_class_name')}"
+        if model_class := MODELS.get(name):
+            try:
+                dtype = torch.float32
+                return model_class.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--init_from {path}: {error}") from error
+        reason = f"it holds a {name}"
     raise ValueError(
         f"--init_from {path}: {reason}; NoiseAwareClassifier and UNet2DModel are allowed"
     )
@@ -71,13 +59,7 @@ def copy_weights(model: NoiseAwareClassifier, initial: ModelMixin, path: str) ->
     """Copy the parameters of the same name and shape into a classifier; returns what was copied.
 
     Of a UNet these are the encoder and the middle block; of a classifier all, except the last layer
-    if its labels differ.
-
-    Args:
-        path: that of --init_from, for messages.
-
-    Raises:
-        ValueError: if there are none.
+    if its labels differ. `path` is named in messages.
     """
     target, source = model.state_dict(), initial.state_dict()
     names = [name for name in target if name in source and source[name].shape == target[name].shape]
