@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
 
 from .guidance import ClassifierGuidance, NoiseAwareGuidance, gradient
 from .likelihood import logits_of
@@ -27,8 +28,7 @@ from .utils import parameter_dtype
 
 Backend = str | Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights
-#: dominates
+#: smallest batch at which autocast is faster on a CPU; below, casting the weights dominates
 MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
 #: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
 #: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
@@ -43,9 +43,8 @@ def computing_in(
 
     Args:
         dtype: float32, bfloat16 or float16; float32 is off.
-        compile: a backend of `torch.compile`, such as "inductor". The network is compiled at its
-            next call, and again for another batch size, but not for another timestep, if that is
-            a tensor. None: off.
+        compile: a backend of `torch.compile`, such as "inductor", which compiles at the next call
+            and for another batch size, but not for another timestep tensor. None: off.
 
     Raises:
         ValueError: for another dtype, or a network that is already offloaded.
@@ -94,12 +93,10 @@ def gradients_in(
 
     Args:
         classifier: of a `NoiseAwareGuidance`: `ClassifierGuidance` or `NoiseAwareCLIPGuidance`.
-        dtype: of autocast; float32 is off.
-        compile: a backend of `torch.compile`: log p(y | x_t) and its gradient become one compiled
-            function. It is compiled again for a larger batch, but not for another step; smaller
-            batches run eagerly. None: off.
-        chunk_size: images per forward and backward pass, which bounds the memory of activations.
-            None: all.
+        dtype: of autocast: float32 (off), bfloat16 or float16.
+        compile: a backend of `torch.compile` for log p(y | x_t) with its gradient. A larger batch
+            is compiled again; smaller ones run eagerly. None: off.
+        chunk_size: images per forward and backward pass, which bounds the memory. None: all.
 
     Raises:
         ValueError: for another dtype, or a chunk_size below 1.
@@ -136,12 +133,14 @@ class InputGradient:
         self.num_labels: int | None = module_config(classifier).get("num_labels")
         self.largest_batch = 0
 
-    def __call__(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
+    def __call__(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         size = self.chunk_size or len(z)
         with torch.inference_mode(False), torch.no_grad():
             z = z.clone() if z.is_inference() else z.detach()
             with _autocast(z.device, self.dtype):
-                self._check_labels(term, z)
+                if isinstance(term, ClassifierGuidance):  # checks and caches the batch's labels
+                    self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
+                    term.likelihood(z.new_zeros(len(z), self.num_labels))
                 if size >= len(z):
                     return self._gradient(term, z, t)
                 chunks = []
@@ -150,7 +149,7 @@ class InputGradient:
                     chunks.append(self._gradient(term.select(images, len(z)), z[images], t))
                 return torch.cat(chunks)
 
-    def _gradient(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
+    def _gradient(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         self.largest_batch = max(self.largest_batch, len(z))
         # every new size would be compiled anew: of a last batch, or with `guidance_tolerance`;
         # and so would the modules that softplus replaces at every step
@@ -161,23 +160,11 @@ class InputGradient:
         timestep = torch.full((), t, dtype=torch.float32, device=z.device)
         return self.compiled(term, z, timestep)[1]
 
-    def _check_labels(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
-        """Make the term check and cache its labels for the whole batch, before it is chunked."""
-        if isinstance(term, ClassifierGuidance):
-            self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
-            term.likelihood(z.new_zeros(len(z), self.num_labels))
 
+def value_and_gradient(term: NoiseAwareGuidance, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(y | z) of a term, (B,), and its gradient by z, at timestep t, (), of its schedule."""
 
-def value_and_gradient(
-    term: NoiseAwareGuidance, z: torch.Tensor, t: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(y | z) of a term, (B,), and its gradient by z, (B, C, H, W).
-
-    Args:
-        t: timestep of the classifier's own schedule, ().
-    """
-
-    def total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
         log_p = term.log_probability(z, t)
         return log_p.sum(), log_p
 
@@ -197,9 +184,8 @@ class Optimized(ExitStack):
         self.on: dict[str, str] = {}
         self.off: dict[str, str] = {}
 
-    def choose(self, name: str, choice: tuple[bool, str]) -> bool:
-        """Note a choice (is it on, reason); returns whether it is on."""
-        is_on, reason = choice
+    def choose(self, name: str, is_on: bool, reason: str) -> bool:
+        """Note a choice with its reason; returns whether it is on."""
         (self.on if is_on else self.off)[name] = reason
         return is_on
 
@@ -263,37 +249,33 @@ def optimize(
         for name in ("unet", "classifier"):
             if (module := getattr(pipeline, name)) is None:
                 continue
-            batch = batch_size
-            if name == "classifier" and chunk_size is not None:
-                batch = min(batch_size, chunk_size)
-            choice = _use_autocast(name, module, device, batch, dtype)
+            chunk = chunk_size if name == "classifier" else None
+            choice = _use_autocast(
+                name, module, device, min(batch_size, chunk or batch_size), dtype
+            )
             autocast_dtype, compute_dtype = torch.float32, parameter_dtype(module)
-            if chosen.choose(f"{name}, autocast", choice):
+            if chosen.choose(f"{name}, autocast", *choice):
                 autocast_dtype = compute_dtype = dtype or torch.bfloat16
             choice = _use_channels_last(device, compute_dtype, channels_last)
-            if chosen.choose(f"{name}, channels_last", choice):
-                chosen.enter_context(in_channels_last(module))
+            if chosen.choose(f"{name}, channels_last", *choice):
+                module.to(memory_format=torch.channels_last)
+                chosen.callback(module.to, memory_format=torch.contiguous_format)
             choice = _use_compile(pipeline, name, compute_dtype, images, steps, compile)
-            used_backend = backend if chosen.choose(f"{name}, torch.compile", choice) else None
+            used_backend = backend if chosen.choose(f"{name}, torch.compile", *choice) else None
             if name == "unet":
                 chosen.enter_context(computing_in(module, autocast_dtype, used_backend))
             else:
-                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk_size))
+                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk))
     except BaseException:
         chosen.undo()
         raise
     if chunk_size is not None:
-        reason = f"{chunk_size} images at a time, as requested"
-        chosen.choose("gradient in chunks", (True, reason))
+        chosen.on["gradient in chunks"] = f"{chunk_size} images at a time, as requested"
     return chosen
 
 
 def _use_autocast(
-    name: str,
-    module: torch.nn.Module,
-    device: torch.device,
-    batch: int,
-    requested: torch.dtype | None,
+    name: str, module: torch.nn.Module, device: torch.device, batch: int, requested: Any
 ) -> tuple[bool, str]:
     weights = parameter_dtype(module)
     if requested is not None:
@@ -326,16 +308,6 @@ def _use_channels_last(
     if dtype == torch.float32:
         return False, "not faster in float32"
     return True, "faster convolutions in half precision"
-
-
-@contextmanager
-def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
-    """Within, weights of convolutions are stored as (out, H, W, in), with the same values."""
-    module.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        module.to(memory_format=torch.contiguous_format)
 
 
 def _use_compile(

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 from ..deprecated import renamed
 from ..noise import module_config, schedule_config
 from ..utils import evaluating, load_pipeline, write_json
-from .consistency import config_mismatches, range_mismatch
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, load_held_out, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration
+from .mismatches import config_mismatches, measured_mismatches
 from .report import BASELINES, COLUMNS, CURVES, plot, table
 from .statistics import Item, LevelStatistics, batches
 from .steps import GuidanceDiagnostics, check_output
@@ -88,18 +88,13 @@ class Diagnosis:
         Raises:
             ImportError: if a picture is requested and matplotlib is missing.
         """
-        folder = Path(folder)
-        content = {
-            "verdict": asdict(self.verdict),
-            "mismatches": self.mismatches,
-            "levels": self.levels,
-            "settings": self.settings,
-        }
-        write_json(content, folder / "diagnosis.json")
+        names = ("verdict", "mismatches", "levels", "settings")
+        content = asdict(self)
+        write_json({name: content[name] for name in names}, Path(folder) / "diagnosis.json")
         if picture:
             title = f"{self.settings['model']}: {self.verdict.summary}"
             cosine = f"cosine to {self.settings['cosine_to']}"
-            plot(self.levels, folder / "diagnosis.png", title, cosine)
+            plot(self.levels, Path(folder) / "diagnosis.png", title, cosine)
 
 
 def diagnose(
@@ -140,12 +135,24 @@ def diagnose(
         ValueError: for invalid arguments, or labels that the classifier doesn't have.
         FloatingPointError: if its logits are NaN or infinite.
     """
-    if unet is not None and scheduler is None:
-        raise ValueError("unet: its scheduler is needed, too")
-    sizes = {"images": images, "gradient_images": gradient_images, "batch_size": batch_size}
-    num_labels = _check_arguments(classifier, data, sizes)
+    num_labels, kind = (module_config(classifier).get(n) for n in ("num_labels", "problem_type"))
+    kind, count = kind or SINGLE_LABEL, num_labels or 0
+    for valid, message in (
+        (unet is None or scheduler is not None, "unet: its scheduler is needed, too"),
+        (
+            kind == SINGLE_LABEL and count >= 2,
+            f"classifier: problem_type={kind!r}, num_labels={num_labels}; only a single-label "
+            "classifier with at least two labels can be diagnosed",
+        ),
+        (images >= 1, f"images={images}: at least 1 is allowed"),
+        (gradient_images >= 1, f"gradient_images={gradient_images}: at least 1 is allowed"),
+        (batch_size >= 1, f"batch_size={batch_size}: at least 1 is allowed"),
+        (len(data) > 0, "data: there are no images"),
+    ):
+        if not valid:
+            raise ValueError(message)
     run = default_run(classifier) if scheduler is None else SamplingRun(scheduler)
-    eval_levels, log_prior = run.eval_levels(levels), label_log_frequencies(data, num_labels)
+    eval_levels, log_prior = run.eval_levels(levels), _label_log_frequencies(data, count)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)[:images].tolist()
     image_shape = torch.as_tensor(data[order[0]]["pixel_values"]).shape
@@ -156,63 +163,28 @@ def diagnose(
         cosine_to = "the network's own"
         reference = network_reference(unet, run, null_label=num_labels)
 
-    with (
-        torch.no_grad(),
-        evaluating(classifier, unet, vae),
-        tqdm(total=len(order), unit="image", disable=not progress) as bar,
-    ):
-        statistics = LevelStatistics(
-            classifier, eval_levels, reference, gradient_images, seed, finite_differences
-        )
+    statistics = LevelStatistics(
+        classifier, eval_levels, reference, gradient_images, seed, finite_differences
+    )
+    bar = tqdm(total=len(order), unit="image", disable=not progress)
+    with torch.no_grad(), evaluating(classifier, unet, vae), bar:
         for indices, x0, label in batches(data, order, batch_size, vae, seed, statistics.device):
             statistics.add(indices, x0, label)
             bar.update(len(indices))
 
     rows = statistics.rows(log_prior)
-    mismatches += _gradient_mismatch(rows)
-    if vae is None:
-        mismatches += range_mismatch(statistics.low, statistics.high)
+    mismatches += measured_mismatches(rows, statistics.value_range if vae is None else None)
     verdict = assess(rows, *statistics.logits_and_label(), run, reference is not None)
-    settings = {
-        "model": type(classifier).__name__,
-        "images": len(order),
-        "gradient_images": min(gradient_images, len(order)),
-        "levels": levels,
-        "seed": seed,
-        "bins": BINS,
-        "scheduler": type(run.scheduler).__name__,
-        "schedule": "own" if scheduler is None else "given",
-        "cosine_to": cosine_to,
-        "classifier_schedule": dict(schedule_config(classifier)),
-    }
+    settings = {"model": type(classifier).__name__, "images": len(order)}
+    settings |= {"gradient_images": min(gradient_images, len(order)), "levels": levels}
+    settings |= {"seed": seed, "bins": BINS, "scheduler": type(run.scheduler).__name__}
+    settings |= {"schedule": "own" if scheduler is None else "given", "cosine_to": cosine_to}
+    settings["classifier_schedule"] = dict(schedule_config(classifier))
     return Diagnosis(tuple(rows), verdict, tuple(mismatches), settings)
 
 
-def _check_arguments(
-    classifier: torch.nn.Module, data: Sequence[Item], sizes: dict[str, int]
-) -> int:
-    """Number of labels; raises ValueError for invalid arguments."""
-    config = module_config(classifier)
-    num_labels, kind = config.get("num_labels"), config.get("problem_type") or SINGLE_LABEL
-    if kind != SINGLE_LABEL or not num_labels or num_labels < 2:
-        raise ValueError(
-            f"classifier: problem_type={kind!r}, num_labels={num_labels}; only a single-label "
-            "classifier with at least two labels can be diagnosed"
-        )
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is allowed")
-    if len(data) == 0:
-        raise ValueError("data: there are no images")
-    return num_labels
-
-
-def label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor:
-    """Log frequencies of all labels of the data, (K,); without reading images where possible.
-
-    Raises:
-        ValueError: for a label that the classifier doesn't have.
-    """
+def _label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor:
+    """Log frequencies of all labels of the data, (K,); without reading images where possible."""
     read_label = getattr(data, "label", None) or (lambda i: int(data[i]["label"]))
     counts = Counter(read_label(i) for i in range(len(data)))
     unknown = sorted(label for label in counts if not 0 <= label < num_labels)
@@ -223,16 +195,6 @@ def label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor
         )
     frequencies = torch.tensor([counts[i] for i in range(num_labels)], dtype=torch.float64)
     return (frequencies / len(data)).log()
-
-
-def _gradient_mismatch(rows: Sequence[dict[str, Any]]) -> list[str]:
-    error = max(row.get("finite_difference_error", 0.0) for row in rows)
-    if error <= 0.01:
-        return []
-    return [
-        f"the gradient differs from finite differences by {error:.1%}: its precision is too low, "
-        "or part of the classifier is detached from the graph"
-    ]
 
 
 def inspect(
@@ -269,22 +231,17 @@ def inspect(
     if pipeline is not None:
         parts = {name: getattr(pipeline, name) for name in ("scheduler", "unet", "vae")}
     vae = parts.get("vae")
-    resolution, channels = image_format(classifier, vae)
-    data, split = load_held_out(dataset, split, image_column, label_column, resolution, channels)
+    data, split = load_held_out(
+        dataset, split, image_column, label_column, *image_format(classifier, vae)
+    )
     data, notes = match_labels(data, module_config(classifier).get("id2label"))
     if split == "train":
         notes.append("the split is 'train': metrics on training images don't hold for other images")
-    for module in (classifier, parts.get("unet"), vae):
-        if module is not None:
-            module.to(device)
+    for module in filter(None, (classifier, parts.get("unet"), vae)):
+        module.to(device)
     diagnosis = diagnose(classifier, data, **parts, **options)
-    settings = {
-        **diagnosis.settings,
-        "model": str(model),
-        "dataset": str(dataset),
-        "split": split,
-        "unet": None if unet is None else str(unet),
-    }
+    settings = diagnosis.settings | {"model": str(model), "dataset": str(dataset), "split": split}
+    settings["unet"] = None if unet is None else str(unet)
     return replace(diagnosis, mismatches=(*notes, *diagnosis.mismatches), settings=settings)
 
 

@@ -37,25 +37,13 @@ def add_sample_command(commands: Any) -> None:
     command.set_defaults(run=run_sample)
     add_shared_options(command, "--model", "--revision")
     option = command.add_argument
-    option(
-        "--label",
-        nargs="+",
-        required=True,
-        metavar="LABEL",
-        help="names or ids; `all`: every label of the model",
-    )
+    help = "names or ids; `all`: every label of the model"
+    option("--label", nargs="+", required=True, metavar="LABEL", help=help)
     option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
-    option(
-        "--scheduler",
-        help="a Diffusers scheduler: ddim, ddpm, euler, unipc, DPMSolverMultistepScheduler, ... "
-        "(default: set by the model)",
-    )
+    option("--scheduler", help="of Diffusers: ddim, ddpm, euler, unipc, ... (default: the model's)")
     add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
-    add_shared_option(
-        command,
-        "--seed",
-        help="random seed; image i depends only on the seed and i (default: %(default)s)",
-    )
+    help = "random seed; image i depends only on the seed and i (default: %(default)s)"
+    add_shared_option(command, "--seed", help=help)
     _add_call_options(command)
     _add_output_options(command)
 
@@ -67,49 +55,30 @@ def _add_call_options(command: argparse.ArgumentParser) -> None:
         "Options left out have the model's defaults.",
         argument_default=argparse.SUPPRESS,
     ).add_argument
-    option(
-        "--guidance-scale",
-        type=float,
-        help="strength of the classifier; 0: off, 1: exact, more: sharper and less varied",
-    )
-    for end in ("start", "stop"):
-        option(
-            f"--guidance-{end}",
-            type=float,
-            metavar="FRACTION",
-            help=f"fraction of the run at which guidance {end}s, in [0, 1]",
-        )
-    option(
-        "--classifier-free-scale",
-        type=float,
-        help="strength of classifier-free guidance, for a network with a null label; 0: off",
-    )
-    option(
-        "--guidance-algorithm",
-        choices=ALGORITHMS,
-        help="how guidance enters a step: through the network's output, through the mean of a DDPM "
-        "step, or by operator splitting",
-    )
-    option("--guidance-every", type=int, metavar="K", help="evaluate the classifier every K steps")
-    option(
-        "--guidance-tolerance",
-        type=float,
-        metavar="T",
-        help="instead, evaluate it only when the estimated error of the image exceeds T, in units "
-        "of [-1, 1]",
-    )
+    for name, kind, metavar, help in (
+        (
+            "scale",
+            float,
+            "SCALE",
+            "of the classifier; 0: off, 1: exact, more: sharper, less varied",
+        ),
+        ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
+        ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
+        ("every", int, "K", "evaluate the classifier every K steps"),
+        ("tolerance", float, "T", "or only for estimated errors above T, in units of [-1, 1]"),
+    ):
+        option(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
+    help = "of classifier-free guidance, for a network with a null label; 0: off"
+    option("--classifier-free-scale", type=float, metavar="SCALE", help=help)
+    help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
+    option("--guidance-algorithm", choices=ALGORITHMS, help=help)
     option("--num-inference-steps", type=int, help="scheduler steps")
 
 
 def _add_output_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument_group("output").add_argument
-    option(
-        "--output",
-        type=Path,
-        default=Path("samples.png"),
-        help=f"one picture ({', '.join(PICTURE_FORMATS)}) of all images, or a folder "
-        "(default: %(default)s)",
-    )
+    help = f"a picture ({', '.join(PICTURE_FORMATS)}) or a folder (default: %(default)s)"
+    option("--output", type=Path, default=Path("samples.png"), help=help)
     option(
         "--format",
         choices=("imagefolder", "parquet", "npz"),
@@ -122,13 +91,8 @@ def _add_output_options(command: argparse.ArgumentParser) -> None:
         help="of a folder: images written together; a process that is killed loses at most these "
         "(default: 256, or --batch-size if that is more)",
     )
-    option(
-        "--diagnostics",
-        type=Path,
-        metavar="FILE",
-        help="what guidance did at each step, as metrics (.json) or curves (.png); the images "
-        "stay the same",
-    )
+    help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
+    option("--diagnostics", type=Path, metavar="FILE", help=help)
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -179,35 +143,25 @@ def is_picture(path: Path) -> bool:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Check the options before any computation.
-
-    Raises:
-        ValueError: for a number below 1; for options that have no effect on a picture or a folder,
-            or that several processes don't allow.
-        ImportError: for --diagnostics curves without matplotlib.
-    """
+    """Check the options before any computation."""
+    world_size, output = launched_world_size(), options.output
     for name in ("batch_size", "num_images", "shard_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
-    world_size = launched_world_size()
     for name in ("format", "shard_size"):
         value = getattr(options, name)
-        if value is not None and is_picture(options.output):
+        if value is not None and is_picture(output):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use "
-                "a folder"
+                f"--{name.replace('_', '-')} {value}: --output {output} is a picture; use a folder"
             )
-    if world_size > 1 and is_picture(options.output):
+    if world_size > 1 and is_picture(output):
         raise ValueError(
-            f"--output {options.output}: {world_size} processes can't make a picture; use a "
-            "folder, or one process"
+            f"--output {output}: {world_size} processes can't make a picture; use a folder, or one "
+            "process"
         )
-    if options.diagnostics:
-        _check_diagnostics(options, world_size)
-
-
-def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
+    if not options.diagnostics:
+        return
     from ..diagnosis import check_output
 
     check_output(options.diagnostics)
@@ -216,19 +170,15 @@ def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
             f"--diagnostics {options.diagnostics}: {world_size} processes were started, each with "
             "a part of the images; one process is allowed"
         )
-    if options.output.is_dir() and any(options.output.iterdir()):
+    if output.is_dir() and any(output.iterdir()):
         raise ValueError(
-            f"--diagnostics: {options.output} isn't empty, and its images would not be counted; "
-            "use a new folder"
+            f"--diagnostics: {output} isn't empty, and its images would not be counted; use a new "
+            "folder"
         )
 
 
 def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
-    """Ids of the values of --label.
-
-    Raises:
-        ValueError: for an unknown label, or for `all` with an unknown number of labels.
-    """
+    """Ids of the values of --label."""
     from .folder import label_ids
 
     if values == ["all"]:
@@ -236,11 +186,8 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
             raise ValueError("--label all: the model's number of labels is unknown; use their ids")
         return list(range(pipeline.num_labels))
     names = (pipeline.config.id2label or {}).values()
-    labels: list[int | str] = []
-    for value in values:
-        is_id = value.isdigit() and value not in names
-        labels.append(int(value) if is_id else value)
-    return label_ids(pipeline, labels)
+    ids = {value: int(value) for value in values if value.isdigit() and value not in names}
+    return label_ids(pipeline, [ids.get(value, value) for value in values])
 
 
 def make_picture(

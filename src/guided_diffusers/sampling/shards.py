@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from diffusers.utils.logging import get_logger
@@ -22,20 +22,12 @@ ARCHIVE = "samples"  # name of the npz file that joins all shards, and of its re
 
 
 class Shards:
-    """The shards of a run.
-
-    Args:
-        names: names of all labels, by id.
-        labels: ids; image i has `labels[i % len(labels)]`.
-
-    Raises:
-        ValueError: for an unknown format.
-    """
+    """The shards of a run: `names` of all labels by id; image i has `labels[i % len(labels)]`."""
 
     def __init__(
         self,
         folder: Path,
-        format: Literal["imagefolder", "parquet", "npz"],
+        format: str,
         names: Sequence[str],
         labels: Sequence[int],
         num_images: int,
@@ -69,19 +61,12 @@ class Shards:
         return buffer.getvalue()
 
     def write(self, shard: int, content: Sequence[bytes | np.ndarray]) -> None:
-        """Write the files of a shard, then its record.
-
-        Args:
-            content: the encoded images of the shard.
-
-        Raises:
-            OSError: if a file can't be written, such as on a full disk.
-        """
+        """Write the files of a shard, given its encoded images, then its record."""
         sizes = {}
         for name, data in self._files(shard, content):
             write_bytes(data, self.folder / name)
             sizes[name] = len(data)
-        self._write_record(shard, sizes)
+        write_json({"files": sizes}, self._record(shard))
 
     def _files(self, shard: int, content: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
         """Path in the folder and content of each file of a shard."""
@@ -98,11 +83,7 @@ class Shards:
             yield f".shards/{shard:05d}.npy", buffer.getvalue()
 
     def _record(self, shard: int | str) -> Path:
-        name = f"{shard:05d}" if isinstance(shard, int) else shard
-        return self.records / f"{name}.json"
-
-    def _write_record(self, shard: int | str, sizes: dict[str, int]) -> None:
-        write_json({"files": sizes}, self._record(shard))
+        return self.records / f"{shard:0>5}.json"
 
     def num_recorded_images(self) -> int:
         """Number of images in finished shards, of all processes."""
@@ -122,8 +103,7 @@ class Shards:
             return False
         try:
             for name, size in json.loads(record.read_text())["files"].items():
-                if isinstance(size, list):  # earlier versions: [size, CRC-32]
-                    size = size[0]
+                size = size[0] if isinstance(size, list) else size  # earlier: [size, CRC-32]
                 actual = (self.folder / name).stat().st_size
                 if actual != size:
                     raise ValueError(f"{self.folder / name} has {actual} bytes instead of {size}")
@@ -134,18 +114,14 @@ class Shards:
         return True
 
     def finish(self) -> None:
-        """With format npz, join all shards to one file and remove them.
-
-        Raises:
-            OSError: if the file can't be written; the shards stay.
-        """
+        """With format npz, join all shards to one file and remove them."""
         if self.format != "npz":
             return
         if not self._record(ARCHIVE).exists():
             path = self.folder / f"{ARCHIVE}.npz"
             with aside(path) as partial:
                 self._join(partial)
-            self._write_record(ARCHIVE, {path.name: path.stat().st_size})
+            write_json({"files": {path.name: path.stat().st_size}}, self._record(ARCHIVE))
         for shard in range(len(self)):
             self._record(shard).unlink(missing_ok=True)
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)
