@@ -262,18 +262,14 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         hub["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
-        hub_file = {**hub, "_raise_exceptions_for_missing_entries": False}
-        if cached_file(name, "tokenizer_config.json", **hub_file):
+        optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(name, "tokenizer_config.json", **optional):
             model.tokenizer = AutoTokenizer.from_pretrained(name, **hub, trust_remote_code=False)
         return model
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> NoiseAwareCLIP:
-        """A model with random weights.
-
-        Raises:
-            ValueError: For the config of a model of another class.
-        """
+        """A model with random weights; ValueError for the config of a model of another class."""
         name = config.get("_class_name", cls.__name__)
         if name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"_class_name of the config is {name!r}; allowed: {cls.__name__}")

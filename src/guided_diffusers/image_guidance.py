@@ -55,15 +55,12 @@ class ImageClassifierGuidance(Guidance):
             mode that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
         label, target, std, joint_temperature, marginal_temperature, softplus: as in
             `ClassifierGuidance`, with `id2label` and `problem_type` of the classifier's config.
-        scale: 0 is off; 1 takes the classifier's probability of x0 as that of the image.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
         processor: the model's image processor, or its settings, as in `Preprocess`. None: images
             in [-1, 1], resized to `config.image_size` if there is one.
         through_network: whether the gradient also passes through the diffusion network: exact, at
             the cost of its forward and backward pass. Images then stay realistic; otherwise large
-            scales produce adversarial noise. With the bundled model 45 %, 85 % and 98 % of the
-            images show the label at scale 1, 4 and 16, instead of 13 %, 33 % and 68 %, in twice the
-            time (`examples/benchmark_x0_gradient.py`).
+            scales produce adversarial noise (`examples/benchmark_x0_gradient.py`).
         normalize: rescale each image's gradient to the norm of its score.
 
     Raises:
@@ -133,8 +130,7 @@ class CLIPGuidance(Guidance):
         model: a `transformers.CLIPModel`, in evaluation mode.
         prompt: a text, {text: weight, ...}, or a list of these, one an image. Negative weights
             guide away from the text.
-        scale: 0 is off.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
         image_prompt: in addition to the text or instead: an image, a tuple of (image, weight)
             pairs, or a list of these, one an image; PIL, or (1 or 3, H, W) in [-1, 1].
         processor: a `CLIPProcessor`, or as in `ImageClassifierGuidance`.
@@ -235,11 +231,9 @@ class CLIPGuidance(Guidance):
         return unit_norm(self.module.get_image_features(pixels).pooler_output)
 
     def _embed_images(self, images: list[Image.Image | Tensor]) -> Tensor:
-        device, embeds = self.module.logit_scale.device, []
-        for image in images:
-            tensor = image if isinstance(image, Tensor) else as_tensor(image)
-            embeds.append(self._embed(self.preprocess(tensor[None].to(device))))
-        return torch.cat(embeds)
+        device = self.module.logit_scale.device
+        tensors = [image if isinstance(image, Tensor) else as_tensor(image) for image in images]
+        return torch.cat([self._embed(self.preprocess(x[None].to(device))) for x in tensors])
 
     def _embed_texts(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
@@ -266,10 +260,7 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         clip: `NoiseAwareCLIP`, or a module with `encode_image(sample, timestep)` (B, D) and
             `encode_prompts(texts)` (N, D), both of unit norm, `scale`, which is exp(logit_scale),
             and a `config` with the noise schedule of its training.
-        prompt: as in `CLIPGuidance`.
-        scale: 0 is off.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
-        normalize: as in `NoiseAwareGuidance`.
+        prompt: as in `CLIPGuidance`. The others are as in `NoiseAwareGuidance`; scale 0 is off.
 
     Raises:
         ValueError: for an invalid argument.

@@ -25,6 +25,7 @@ SWITCHES = {
 SETTINGS = {*SWITCHES, *SWITCHES.values(), "image_std", "resample", "crop_pct"}
 #: settings without effect unless the other one is set
 DEPENDENT = {"image_std": "image_mean", "resample": "size", "crop_pct": "size"}
+PAIR = {"height", "width"}
 CLASS_KEYS = {"image_processor_type", "feature_extractor_type"}  # in a transformers config
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
@@ -169,38 +170,26 @@ def _settings(processor: Any, size: int | Sequence[int] | None) -> dict[str, Any
 
 
 def _check_settings(settings: Mapping[str, Any], channels: int | None) -> None:
-    resample, size, crop = (settings.get(name) for name in ("resample", "size", "crop_size"))
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, Real) or (value is not None and len(value) == channels)
-
-    for valid, message in (
-        (
-            "resample" not in settings or resample in MODES,
-            f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed",
-        ),
-        (
-            size is None or _has_keys(size, {"height", "width"}, {"shortest_edge"}),
-            f"processor: size={size!r}; {{height, width}} or {{shortest_edge}} is allowed",
-        ),
-        (
-            crop is None or _has_keys(crop, {"height", "width"}),
-            f"processor: crop_size={crop!r}; {{height, width}} is allowed",
-        ),
-        (channels in (None, 1, 3), f"channels={channels}: 1 and 3 are allowed"),
-        (
-            mean is None or (fits(mean) and fits(std)),
-            f"processor: image_mean={mean!r}, image_std={std!r}; a number, or one for each of the "
-            f"network's {channels} channels, is allowed",
-        ),
+    size, crop, mean, std = map(settings.get, ("size", "crop_size", "image_mean", "image_std"))
+    for name, valid, allowed in (
+        ("resample", settings.get("resample", 2) in MODES, "2 (bilinear) and 3 (bicubic) are"),
+        ("size", _has_keys(size, PAIR, {"shortest_edge"}), "{height, width} or {shortest_edge} is"),
+        ("crop_size", _has_keys(crop, PAIR), "{height, width} is"),
     ):
         if not valid:
-            raise ValueError(message)
+            raise ValueError(f"processor: {name}={settings[name]!r}; {allowed} allowed")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels={channels}: 1 and 3 are allowed")
+    for value in () if mean is None else (mean, std):
+        if not isinstance(value, Real) and (value is None or len(value) != channels):
+            raise ValueError(
+                f"processor: image_mean={mean!r}, image_std={std!r}; a number, or one for each of "
+                f"the network's {channels} channels, is allowed"
+            )
 
 
 def _has_keys(value: Any, *allowed: set[str]) -> bool:
-    return isinstance(value, Mapping) and set(value) in allowed
+    return value is None or (isinstance(value, Mapping) and set(value) in allowed)
 
 
 def _centre_crop(images: Tensor, height: int, width: int) -> Tensor:

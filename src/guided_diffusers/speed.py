@@ -1,5 +1,4 @@
-"""Faster guided steps: autocast, channels_last, torch.compile and chunked gradients, undone on
-exit.
+"""Faster guided steps: autocast, channels_last, torch.compile, chunked gradients; undone on exit.
 
     with optimize(pipeline, images=50_000) as chosen:
         print(chosen)                                  # what is on and what is off, with reasons
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -107,7 +107,9 @@ def gradients_in(
             f"chunk_size={chunk_size}: at least 1, or None for all images at once, is allowed"
         )
     original = vars(classifier).get("input_gradient")
-    classifier.input_gradient = InputGradient(classifier, dtype, compile, chunk_size)
+    compiled = compile and torch.compile(value_and_gradient, backend=compile)
+    num_labels = module_config(classifier).get("num_labels")
+    classifier.input_gradient = InputGradient(dtype, compiled, chunk_size, num_labels)
     try:
         yield
     finally:
@@ -117,21 +119,15 @@ def gradients_in(
             classifier.input_gradient = original
 
 
+@dataclass
 class InputGradient:
-    """(term, z, t) -> gradient of the term's log p(y | z) by z; arguments as of `gradients_in`."""
+    """(term, z, t) -> gradient of the term's log p(y | z) by z."""
 
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        dtype: torch.dtype,
-        compile: Backend | None,
-        chunk_size: int | None,
-    ):
-        self.dtype, self.chunk_size, self.compiled = dtype, chunk_size, None
-        if compile is not None:
-            self.compiled = torch.compile(value_and_gradient, backend=compile)
-        self.num_labels: int | None = module_config(classifier).get("num_labels")
-        self.largest_batch = 0
+    dtype: torch.dtype
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None
+    chunk_size: int | None
+    num_labels: int | None
+    largest_batch: int = 0
 
     def __call__(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         size = self.chunk_size or len(z)
@@ -143,11 +139,9 @@ class InputGradient:
                     term.likelihood(z.new_zeros(len(z), self.num_labels))
                 if size >= len(z):
                     return self._gradient(term, z, t)
-                chunks = []
-                for start in range(0, len(z), size):
-                    images = slice(start, start + size)
-                    chunks.append(self._gradient(term.select(images, len(z)), z[images], t))
-                return torch.cat(chunks)
+                chunks = [slice(start, start + size) for start in range(0, len(z), size)]
+                parts = [self._gradient(term.select(c, len(z)), z[c], t) for c in chunks]
+                return torch.cat(parts)
 
     def _gradient(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         self.largest_batch = max(self.largest_batch, len(z))
@@ -173,19 +167,16 @@ def value_and_gradient(term: NoiseAwareGuidance, z: Tensor, t: Tensor) -> tuple[
 
 
 class Optimized(ExitStack):
-    """What `optimize` chose; a context manager that undoes it on exit.
-
-    Attributes:
-        on, off: {optimization: reason}.
-    """
+    """What `optimize` chose: `on`, `off`, {optimization: reason}; undoes it on exit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.on: dict[str, str] = {}
         self.off: dict[str, str] = {}
 
-    def choose(self, name: str, is_on: bool, reason: str) -> bool:
+    def choose(self, name: str, requested: bool | None, automatic: tuple[bool, str]) -> bool:
         """Note a choice with its reason; returns whether it is on."""
+        is_on, reason = automatic if requested is None else (requested, "as requested")
         (self.on if is_on else self.off)[name] = reason
         return is_on
 
@@ -228,9 +219,6 @@ def optimize(
         device: on which it will run. None: the pipeline's.
         backend: of `torch.compile`.
 
-    Returns:
-        What is on and off, with reasons; a context manager that undoes it on exit.
-
     Raises:
         ValueError: for invalid values, or a pipeline that is already offloaded.
     """
@@ -250,18 +238,22 @@ def optimize(
             if (module := getattr(pipeline, name)) is None:
                 continue
             chunk = chunk_size if name == "classifier" else None
-            choice = _use_autocast(
-                name, module, device, min(batch_size, chunk or batch_size), dtype
-            )
+            batch = min(batch_size, chunk or batch_size)
             autocast_dtype, compute_dtype = torch.float32, parameter_dtype(module)
-            if chosen.choose(f"{name}, autocast", *choice):
+            requested = None if dtype is None else dtype != torch.float32
+            choice = _use_autocast(name, compute_dtype, device, batch)
+            if chosen.choose(f"{name}, autocast", requested, choice):
                 autocast_dtype = compute_dtype = dtype or torch.bfloat16
-            choice = _use_channels_last(device, compute_dtype, channels_last)
-            if chosen.choose(f"{name}, channels_last", *choice):
+            is_faster = device.type == "cuda" and compute_dtype != torch.float32
+            effect = "faster" if is_faster else "not faster"
+            choice = is_faster, f"{effect} on {device.type} in {compute_dtype}"
+            if chosen.choose(f"{name}, channels_last", channels_last, choice):
                 module.to(memory_format=torch.channels_last)
                 chosen.callback(module.to, memory_format=torch.contiguous_format)
-            choice = _use_compile(pipeline, name, compute_dtype, images, steps, compile)
-            used_backend = backend if chosen.choose(f"{name}, torch.compile", *choice) else None
+            choice = _use_compile(pipeline, name, compute_dtype, images and images * steps)
+            used_backend = None
+            if chosen.choose(f"{name}, torch.compile", compile, choice):
+                used_backend = backend
             if name == "unet":
                 chosen.enter_context(computing_in(module, autocast_dtype, used_backend))
             else:
@@ -275,11 +267,8 @@ def optimize(
 
 
 def _use_autocast(
-    name: str, module: torch.nn.Module, device: torch.device, batch: int, requested: Any
+    name: str, weights: torch.dtype, device: torch.device, batch: int
 ) -> tuple[bool, str]:
-    weights = parameter_dtype(module)
-    if requested is not None:
-        return requested != torch.float32, f"{requested} as requested"
     if weights != torch.float32:
         return False, f"its weights are {weights}"
     if not computes_in_bfloat16(device):
@@ -298,31 +287,12 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     )
 
 
-def _use_channels_last(
-    device: torch.device, dtype: torch.dtype, requested: bool | None
-) -> tuple[bool, str]:
-    if requested is not None:
-        return requested, "as requested"
-    if device.type != "cuda":
-        return False, f"not faster on {device.type}"
-    if dtype == torch.float32:
-        return False, "not faster in float32"
-    return True, "faster convolutions in half precision"
-
-
 def _use_compile(
-    pipeline: ClassifierGuidedPipeline,
-    name: str,
-    dtype: torch.dtype,
-    images: int | None,
-    steps: int,
-    requested: bool | None,
+    pipeline: ClassifierGuidedPipeline, name: str, dtype: torch.dtype, evaluations: float | None
 ) -> tuple[bool, str]:
-    if requested is not None:
-        return requested, "as requested"
-    if images is None:
+    if evaluations is None:
         return False, "the number of images is unknown"
-    evaluations, defaults = images * steps, pipeline.config.defaults
+    defaults = pipeline.config.defaults
     if name == "classifier":
         if dtype == torch.float32:
             return False, "not faster in float32"

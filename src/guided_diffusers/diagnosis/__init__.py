@@ -28,11 +28,11 @@ from ..deprecated import renamed
 from ..noise import module_config, schedule_config
 from ..utils import evaluating, load_pipeline, write_json
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
-from .loading import image_format, load_classifier, load_held_out, match_labels
+from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration
 from .mismatches import config_mismatches, measured_mismatches
 from .report import BASELINES, COLUMNS, CURVES, plot, table
-from .statistics import Item, LevelStatistics, batches
+from .statistics import Item, LevelStatistics
 from .steps import GuidanceDiagnostics, check_output
 from .verdict import Verdict, assess
 
@@ -119,44 +119,30 @@ def diagnose(
         classifier: as of `ClassifierGuidance`, single-label; everything is computed on its device.
         data: items `{"pixel_values": (C, H, W) in [-1, 1], "label": id}`, such as `LabelledImages`.
         scheduler: of the run. None: DDIM with the classifier's schedule.
-        unet: the denoiser to be guided. If it is class-conditional with a null label, its gradient
-            is the reference.
+        unet: the guided denoiser; with a null label, its gradient is the reference.
         vae: autoencoder of a latent model, which encodes the images.
         reference: (x_t, label, eval_level) -> grad log p(y | x_t), if another one is known.
         images: largest number of images, drawn at random.
         gradient_images: number of these whose gradients are taken, which costs more.
         levels: number of equal parts of the run; their middles and its last step are measured.
         seed: of the choice of images and their noise.
-        finite_differences: check the gradient by finite differences, which takes many passes of a
-            float64 copy on the CPU.
+        finite_differences: check the gradient by them, in a float64 copy on the CPU.
         progress: show a progress bar.
 
     Raises:
         ValueError: for invalid arguments, or labels that the classifier doesn't have.
         FloatingPointError: if its logits are NaN or infinite.
     """
-    num_labels, kind = (module_config(classifier).get(n) for n in ("num_labels", "problem_type"))
-    kind, count = kind or SINGLE_LABEL, num_labels or 0
-    for valid, message in (
-        (unet is None or scheduler is not None, "unet: its scheduler is needed, too"),
-        (
-            kind == SINGLE_LABEL and count >= 2,
-            f"classifier: problem_type={kind!r}, num_labels={num_labels}; only a single-label "
-            "classifier with at least two labels can be diagnosed",
-        ),
-        (images >= 1, f"images={images}: at least 1 is allowed"),
-        (gradient_images >= 1, f"gradient_images={gradient_images}: at least 1 is allowed"),
-        (batch_size >= 1, f"batch_size={batch_size}: at least 1 is allowed"),
-        (len(data) > 0, "data: there are no images"),
-    ):
-        if not valid:
-            raise ValueError(message)
+    if unet is not None and scheduler is None:
+        raise ValueError("unet: its scheduler is needed, too")
+    sizes = {"images": images, "gradient_images": gradient_images, "batch_size": batch_size}
+    log_prior = _label_log_frequencies(data, _check_arguments(classifier, len(data), sizes))
     run = default_run(classifier) if scheduler is None else SamplingRun(scheduler)
-    eval_levels, log_prior = run.eval_levels(levels), _label_log_frequencies(data, count)
+    num_labels, eval_levels = len(log_prior), run.eval_levels(levels)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)[:images].tolist()
     image_shape = torch.as_tensor(data[order[0]]["pixel_values"]).shape
-    mismatches = config_mismatches(classifier, unet, vae, run, image_shape)
+    mismatches = config_mismatches(classifier, unet, run, image_shape if vae is None else None)
 
     cosine_to = "a reference" if reference else "itself under a tenth of other noise"
     if reference is None and module_config(unet).get("num_class_embeds") == num_labels + 1:
@@ -168,8 +154,9 @@ def diagnose(
     )
     bar = tqdm(total=len(order), unit="image", disable=not progress)
     with torch.no_grad(), evaluating(classifier, unet, vae), bar:
-        for indices, x0, label in batches(data, order, batch_size, vae, seed, statistics.device):
-            statistics.add(indices, x0, label)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            statistics.add(indices, [data[i] for i in indices], vae)
             bar.update(len(indices))
 
     rows = statistics.rows(log_prior)
@@ -181,6 +168,23 @@ def diagnose(
     settings |= {"schedule": "own" if scheduler is None else "given", "cosine_to": cosine_to}
     settings["classifier_schedule"] = dict(schedule_config(classifier))
     return Diagnosis(tuple(rows), verdict, tuple(mismatches), settings)
+
+
+def _check_arguments(classifier: torch.nn.Module, count: int, sizes: dict[str, int]) -> int:
+    """Number of labels; raises ValueError for arguments that aren't allowed."""
+    config = module_config(classifier)
+    num_labels, kind = config.get("num_labels"), config.get("problem_type") or SINGLE_LABEL
+    if kind != SINGLE_LABEL or not num_labels or num_labels < 2:
+        raise ValueError(
+            f"classifier: problem_type={kind!r}, num_labels={num_labels}; only a single-label "
+            "classifier with at least two labels can be diagnosed"
+        )
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is allowed")
+    if not count:
+        raise ValueError("data: there are no images")
+    return num_labels
 
 
 def _label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor:
@@ -215,15 +219,16 @@ def inspect(
             pipeline's network is the one to be guided, unless `unet` is given.
         dataset: a Hub name, an image folder or a folder of Parquet files.
         unet: folder, Hub id or bundled name of the pipeline whose network is to be guided.
-        split, image_column, label_column: of the dataset; default: validation or test, and the first
-            columns that fit.
+        split, image_column, label_column: of the dataset; default: the first of validation, test
+            and train, and the first columns that fit.
         options: of `diagnose`.
 
     Raises:
-        ValueError: for a model without a classifier, an unknown split, labels that don't fit, and
-            as `diagnose`.
+        ValueError: for a model without a classifier, a wrong split or labels, and as `diagnose`.
         OSError: for files that are missing or broken.
     """
+    from ..learning.data import LabelledImages, load_splits
+
     classifier, pipeline = load_classifier(model)
     if unet is not None:
         pipeline = load_pipeline(str(unet))
@@ -231,9 +236,16 @@ def inspect(
     if pipeline is not None:
         parts = {name: getattr(pipeline, name) for name in ("scheduler", "unet", "vae")}
     vae = parts.get("vae")
-    data, split = load_held_out(
-        dataset, split, image_column, label_column, *image_format(classifier, vae)
-    )
+    size, channels = image_format(classifier, vae)
+    splits = load_splits(dataset)
+    if split is None:
+        split = next((name for name in ("validation", "test", "train") if name in splits), None)
+    if split not in splits:
+        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
+    columns = image_column, label_column
+    data = LabelledImages(splits[split], *columns, size, center_crop=True, channels=channels)
+    if not data.id2label:
+        raise ValueError("dataset: it has no labels; name their column with label_column")
     data, notes = match_labels(data, module_config(classifier).get("id2label"))
     if split == "train":
         notes.append("the split is 'train': metrics on training images don't hold for other images")

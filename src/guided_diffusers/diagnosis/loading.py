@@ -57,30 +57,6 @@ def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tu
     return height * downsampling, vae_config["in_channels"]
 
 
-def load_held_out(
-    dataset: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    resolution: int,
-    channels: int,
-) -> tuple[LabelledImages, str]:
-    """The images of a split, and its name (default: the first of validation, test and train)."""
-    from ..learning.data import LabelledImages, load_splits
-
-    splits = load_splits(dataset)
-    if split is None:
-        split = next((name for name in ("validation", "test", "train") if name in splits), None)
-    if split not in splits:
-        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
-    data = LabelledImages(
-        splits[split], image_column, label_column, resolution, center_crop=True, channels=channels
-    )
-    if not data.id2label:
-        raise ValueError("dataset: it has no labels; name their column with label_column")
-    return data, split
-
-
 class RelabeledDataset:
     """Images of a dataset with other label ids: `new_ids` maps the dataset's to them."""
 

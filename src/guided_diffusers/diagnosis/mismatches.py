@@ -6,26 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from torch.nn import Module
 
 from ..noise import TrainedSchedule, module_config, schedule_config
 from .levels import SamplingRun, as_pair
 
 
 def config_mismatches(
-    classifier: torch.nn.Module,
-    unet: torch.nn.Module | None,
-    vae: torch.nn.Module | None,
-    run: SamplingRun,
-    image_shape: Sequence[int],
+    classifier: Module, unet: Module | None, run: SamplingRun, image_shape: Sequence[int] | None
 ) -> list[str]:
-    """Inconsistencies of the configs and the images' shape (C, H, W).
-
-    Raises ValueError if the classifier can't read the images.
-    """
+    """Inconsistencies of the configs; ValueError for images (C, H, W) that can't be read."""
     config, unet_config = module_config(classifier), module_config(unet)
     channels = config.get("in_channels")
-    if vae is None and channels not in (None, image_shape[0]):
+    if image_shape is not None and channels not in (None, image_shape[0]):
         raise ValueError(
             f"dataset: its images have {image_shape[0]} channels, the classifier's {channels}"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,60 +24,63 @@ DIFFERENCE_IMAGES = 8  # of the finite differences, in as many random directions
 Item = dict[str, Any]
 
 
+@dataclass(eq=False)
 class LevelStatistics:
     """Logits and gradients of a classifier at noise levels, collected over batches.
 
     Arguments as of `diagnose`. An image's noise doesn't depend on its batch.
     """
 
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        eval_levels: Sequence[EvalLevel],
-        reference: Reference | None,
-        gradient_images: int,
-        seed: int,
-        finite_differences: bool,
-    ):
-        self.classifier, self.eval_levels, self.reference = classifier, eval_levels, reference
-        self.gradient_images, self.seed = gradient_images, seed
+    classifier: torch.nn.Module
+    eval_levels: Sequence[EvalLevel]
+    reference: Reference | None
+    gradient_images: int
+    seed: int
+    finite_differences: bool
+
+    def __post_init__(self) -> None:
         self.value_range = float("inf"), float("-inf")  # of the images
-        self.schedule = TrainedSchedule(schedule_config(classifier))
-        weights = filter(torch.is_floating_point, classifier.parameters())
-        weight = next(weights, torch.zeros((), device="cpu"))
-        self.dtype, self.device = weight.dtype, weight.device
-        self.float64_copy = None
-        if finite_differences:
-            self.float64_copy = copy.deepcopy(classifier).cpu().double()
+        self.schedule = TrainedSchedule(schedule_config(self.classifier))
+        weights = filter(torch.is_floating_point, self.classifier.parameters())
+        weight = next(weights, torch.zeros(()))
+        self.dtype, self.device, self.float64_copy = weight.dtype, weight.device, None
+        if self.finite_differences:
+            self.float64_copy = copy.deepcopy(self.classifier).cpu().double()
         self._labels: list[Tensor] = []
-        self._logits: list[list[Tensor]] = [[] for _ in eval_levels]
-        self._gradients: list[list[dict[str, Tensor]]] = [[] for _ in eval_levels]
+        self._logits: list[list[Tensor]] = [[] for _ in self.eval_levels]
+        self._gradients: list[list[dict[str, Tensor]]] = [[] for _ in self.eval_levels]
         self._difference_errors: list[float] = []
 
-    def add(self, indices: Sequence[int], x0: Tensor, label: Tensor) -> None:
-        """Evaluate x0, (B, C, H, W); `indices` in the data and the seed determine the noise."""
-        levels, is_first, seen = (
-            len(self.eval_levels),
-            not self._labels,
-            sum(map(len, self._labels)),
-        )
+    def add(
+        self, indices: Sequence[int], items: Sequence[Item], vae: torch.nn.Module | None
+    ) -> None:
+        """Evaluate items at all levels; `indices` in the data and the seed determine the noise."""
+        x0 = torch.stack([item["pixel_values"] for item in items]).to(self.device)
+        label = torch.tensor([int(item["label"]) for item in items], device=self.device)
+        if vae is not None:
+            x0, std = encode(vae, x0)
+            if std is not None:  # sampled latents
+                generators = [image_generator(self.seed, i) for i in indices]
+                x0 = x0.float() + std.float() * randn_tensor(x0.shape, generators, x0.device)
+        x0 = x0.float()
+        seen, levels = sum(map(len, self._labels)), len(self.eval_levels)
         count = max(0, min(len(x0), self.gradient_images - seen))
         low, high = self.value_range
         self.value_range = min(low, x0.amin().item()), max(high, x0.amax().item())
         for k, eval_level in enumerate(self.eval_levels):
             generators = [image_generator(self.seed, levels * i + k) for i in indices]
             eps = randn_tensor(x0.shape, generators, x0.device)
-            self._logits[k].append(self._evaluate(_noised(x0, eps, eval_level.level), eval_level))
+            x = _noised(x0, eps, eval_level.level)
+            self._logits[k].append(self._evaluate(x, eval_level.level))
             images = x0[:count], eps[:count], label[:count], eval_level
             if count:
                 self._gradients[k].append(self._gradient_metrics(*images, generators[:count]))
-            if is_first and self.float64_copy is not None:
+            if not seen and self.float64_copy is not None:
                 self._difference_errors.append(self._difference_error(*images, generators[0]))
         self._labels.append(label.cpu())
 
-    def _evaluate(self, x: Tensor, eval_level: EvalLevel) -> Tensor:
+    def _evaluate(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Logits at x_t, (B, K), evaluated as `NoiseAwareGuidance` does."""
-        level = eval_level.level
         z = x / (level.alpha**2 + level.sigma**2) ** 0.5
         output = self.classifier(z.to(self.dtype), self.schedule.timestep(level))
         return logits_of(output).cpu().double()
@@ -180,26 +184,3 @@ def _summarize(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         squared = values["squared_norm"].sum().clamp(min=1e-300)
         row["reference_scale"] = float(values["product_with_reference"].sum() / squared)
     return row
-
-
-def batches(
-    data: Sequence[Item],
-    indices: Sequence[int],
-    size: int,
-    vae: torch.nn.Module | None,
-    seed: int,
-    device: torch.device,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of (indices, x0, label); with an autoencoder, x0 are sampled latents."""
-    for start in range(0, len(indices), size):
-        batch = list(indices[start : start + size])
-        items = [data[i] for i in batch]
-        x0 = torch.stack([item["pixel_values"] for item in items]).to(device)
-        if vae is not None:
-            mean, std = encode(vae, x0)
-            x0 = mean.float()
-            if std is not None:
-                generators = [image_generator(seed, i) for i in batch]
-                x0 = x0 + std.float() * randn_tensor(mean.shape, generators, mean.device)
-        label = torch.tensor([int(item["label"]) for item in items], device=device)
-        yield batch, x0.float(), label

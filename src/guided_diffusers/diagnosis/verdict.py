@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .levels import SamplingRun
 from .metrics import logit_scale
@@ -87,10 +87,7 @@ def status(row: Row, has_reference: bool) -> str:
 
 
 def useful_levels(statuses: Sequence[str], information: Sequence[float]) -> range:
-    """The range from the first to the last informative level without a harmful one in between.
-
-    Of several ranges, the one with the most information; an empty one if no level is informative.
-    """
+    """Of the ranges of informative levels without a harmful one between, the most informative."""
     ranges, first = [range(0)], None
     for k, level_status in enumerate([*statuses, "harmful"]):
         if level_status == "informative":
@@ -122,11 +119,7 @@ def rounded(number: float, down: bool) -> float:
 
 
 def assess(
-    rows: Sequence[Row],
-    logits: torch.Tensor,
-    label: torch.Tensor,
-    run: SamplingRun,
-    has_reference: bool,
+    rows: Sequence[Row], logits: Tensor, label: Tensor, run: SamplingRun, has_reference: bool
 ) -> Verdict:
     """The verdict on a run, from rows of metrics and logits (L, N, K), noisiest level first."""
     useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,54 +48,41 @@ def add_sample_command(commands: Any) -> None:
     _add_output_options(command)
 
 
-def _add_call_options(command: argparse.ArgumentParser) -> None:
+def _add_call_options(command: ArgumentParser) -> None:
     """Arguments of the pipeline's call; options left out are missing in the parsed options."""
-    option = command.add_argument_group(
-        "sampling",
-        "Options left out have the model's defaults.",
-        argument_default=argparse.SUPPRESS,
-    ).add_argument
+    description = "Options left out have the model's defaults."
+    group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
     for name, kind, metavar, help in (
-        (
-            "scale",
-            float,
-            "SCALE",
-            "of the classifier; 0: off, 1: exact, more: sharper, less varied",
-        ),
+        ("scale", float, "SCALE", "of the classifier; 0: off, 1: exact, more: less varied"),
         ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
         ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
         ("every", int, "K", "evaluate the classifier every K steps"),
         ("tolerance", float, "T", "or only for estimated errors above T, in units of [-1, 1]"),
     ):
-        option(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
+        group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
     help = "of classifier-free guidance, for a network with a null label; 0: off"
-    option("--classifier-free-scale", type=float, metavar="SCALE", help=help)
+    group.add_argument("--classifier-free-scale", type=float, metavar="SCALE", help=help)
     help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
-    option("--guidance-algorithm", choices=ALGORITHMS, help=help)
-    option("--num-inference-steps", type=int, help="scheduler steps")
+    group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
+    group.add_argument("--num-inference-steps", type=int, help="scheduler steps")
 
 
-def _add_output_options(command: argparse.ArgumentParser) -> None:
+def _add_output_options(command: ArgumentParser) -> None:
     option = command.add_argument_group("output").add_argument
     help = f"a picture ({', '.join(PICTURE_FORMATS)}) or a folder (default: %(default)s)"
     option("--output", type=Path, default=Path("samples.png"), help=help)
-    option(
-        "--format",
-        choices=("imagefolder", "parquet", "npz"),
-        help="of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
-        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)",
+    help = (
+        "of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
+        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)"
     )
-    option(
-        "--shard-size",
-        type=int,
-        help="of a folder: images written together; a process that is killed loses at most these "
-        "(default: 256, or --batch-size if that is more)",
-    )
+    option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
+    help = "images written together in a folder (default: 256, or --batch-size if that is more)"
+    option("--shard-size", type=int, help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
     option("--diagnostics", type=Path, metavar="FILE", help=help)
 
 
-def run_sample(options: argparse.Namespace) -> None:
+def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from ..utils import exchanged, load_pipeline
@@ -142,7 +129,7 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_FORMATS
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: Namespace) -> None:
     """Check the options before any computation."""
     world_size, output = launched_world_size(), options.output
     for name in ("batch_size", "num_images", "shard_size"):
@@ -191,10 +178,7 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
 
 
 def make_picture(
-    pipeline: ClassifierGuidedPipeline,
-    labels: list[int],
-    call: dict[str, Any],
-    options: argparse.Namespace,
+    pipeline: ClassifierGuidedPipeline, labels: list[int], call: dict[str, Any], options: Namespace
 ) -> str:
     """Save one picture with a row per label; return the duration as text."""
     from .batches import progress_bars, sample
@@ -220,7 +204,7 @@ def make_folder(
     pipeline: ClassifierGuidedPipeline,
     labels: list[int],
     call: dict[str, Any],
-    options: argparse.Namespace,
+    options: Namespace,
     processes: PartialState | None,
 ) -> str:
     """Generate the missing images of a folder; return the duration and speed as text."""
@@ -230,13 +214,10 @@ def make_folder(
     result = sample_to_folder(
         pipeline,
         labels,
-        options.output,
-        options.num_images,
-        seed=options.seed,
-        batch_size=options.batch_size,
+        **{name: getattr(options, name) for name in ("num_images", "seed", "batch_size", "model")},
+        folder=options.output,
         shard_size=options.shard_size or max(256, options.batch_size),
         format=options.format or "imagefolder",
-        model=options.model,
         revision=hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,

@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,21 @@ FORMATS = ("imagefolder", "parquet", "npz")
 ARCHIVE = "samples"  # name of the npz file that joins all shards, and of its record
 
 
+@dataclass
 class Shards:
     """The shards of a run: `names` of all labels by id; image i has `labels[i % len(labels)]`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        format: str,
-        names: Sequence[str],
-        labels: Sequence[int],
-        num_images: int,
-        shard_size: int,
-    ):
-        if format not in FORMATS:
-            raise ValueError(f"format={format!r}: {', '.join(FORMATS)} are allowed")
-        self.folder, self.format = folder, format
-        self.names, self.folders = list(names), folder_names(names)
-        self.labels = list(labels)
-        self.num_images, self.shard_size = num_images, shard_size
-        self.records = folder / ".shards"
+    folder: Path
+    format: str
+    names: Sequence[str]
+    labels: Sequence[int]
+    num_images: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r}: {', '.join(FORMATS)} are allowed")
+        self.folders, self.records = folder_names(self.names), self.folder / ".shards"
 
     def __len__(self) -> int:
         return -(-self.num_images // self.shard_size)
