@@ -53,11 +53,11 @@ def _add_call_options(command: ArgumentParser) -> None:
     description = "Options left out have the model's defaults."
     group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
     for name, kind, metavar, help in (
-        ("scale", float, "SCALE", "of the classifier; 0: off, 1: exact, more: less varied"),
+        ("scale", float, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
         ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
         ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
         ("every", int, "K", "evaluate the classifier every K steps"),
-        ("tolerance", float, "T", "or only for estimated errors above T, in units of [-1, 1]"),
+        ("tolerance", float, "T", "or when the estimated error exceeds T, in units of [-1, 1]"),
     ):
         group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
     help = "of classifier-free guidance, for a network with a null label; 0: off"
@@ -76,7 +76,7 @@ def _add_output_options(command: ArgumentParser) -> None:
         "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)"
     )
     option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
-    help = "images written together in a folder (default: 256, or --batch-size if that is more)"
+    help = "images written together, lost by a kill (default: 256, or --batch-size if more)"
     option("--shard-size", type=int, help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
     option("--diagnostics", type=Path, metavar="FILE", help=help)
