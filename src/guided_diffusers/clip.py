@@ -27,18 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SCALE = 100.0  # Radford et al. 2021 (CLIP), section 2.5
+CLIP_SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 #: arguments of the image encoder that NoiseAwareCLIP determines
-MODEL_ARGUMENTS = (
-    "num_labels",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-)
+MODEL_ARGUMENTS = ("num_labels", "id2label", "label2id", "problem_type", *CLIP_SCHEDULE)
 CODE_FILE = "guided_diffusers_clip"  # module in a repository, for use without this package
 #: entries of a tokenizer's config that say where it was loaded from
 LOCAL_ENTRIES = ("is_local", "local_files_only", "name_or_path")
@@ -107,15 +98,9 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         self.image_encoder = NoiseAwareClassifier(
             **image_config,
             num_labels=text.projection_dim,
-            num_train_timesteps=num_train_timesteps,
-            beta_schedule=beta_schedule,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            trained_betas=trained_betas,
+            **{name: self.config[name] for name in CLIP_SCHEDULE},
         )
-        last_layer(
-            self.image_encoder
-        ).reset_parameters()  # zeros, as a classifier's, have no direction
+        last_layer(self.image_encoder).reset_parameters()  # zeros have no direction
         self.text_encoder = CLIPTextModelWithProjection(text)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = tokenizer
@@ -158,9 +143,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             )
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}; allowed: a string or a list of one or more")
-        tokens = self.tokenizer(
-            prompts, padding=True, padding_side="right", return_tensors="pt"
-        ).to(self.device)
+        padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **padding).to(self.device)
         length, limit = tokens.input_ids.shape[1], self.text_encoder.config.max_position_embeddings
         if length > limit:
             longest = prompts[int(tokens.attention_mask.sum(1).argmax())]
@@ -176,10 +160,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
 
     def _refuse_unknown_words(self, prompt: str) -> None:
         tokens = self.tokenizer(prompt, return_offsets_mapping=True)
-        words = []
-        for (start, end), i in zip(tokens.offset_mapping, tokens.input_ids, strict=True):
-            if i == self.tokenizer.unk_token_id:
-                words.append(prompt[start:end])
+        offsets = zip(tokens.offset_mapping, tokens.input_ids, strict=True)
+        words = [prompt[a:b] for (a, b), i in offsets if i == self.tokenizer.unk_token_id]
         known = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
         raise ValueError(
             f"prompts has {prompt!r}, and the model was not trained on the words {words}; allowed: "
@@ -247,11 +229,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             config.pop(name, None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def save_code(self, folder: Path) -> None:
-        """Write the config and the files of `code`."""
-        self.save_config(folder)
-        for file, text in self.code().items():
-            (folder / file).write_text(text)
+    save_code = NoiseAwareClassifier.save_code  # writes the config and the files of `code`
 
     def code(self) -> dict[str, str]:
         """Files {name: text} that load the model without this package."""
@@ -284,19 +262,14 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         hub["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
-        if cached_file(
-            name, "tokenizer_config.json", **hub, _raise_exceptions_for_missing_entries=False
-        ):
+        optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(name, "tokenizer_config.json", **optional):
             model.tokenizer = AutoTokenizer.from_pretrained(name, **hub, trust_remote_code=False)
         return model
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> NoiseAwareCLIP:
-        """A model with random weights.
-
-        Raises:
-            ValueError: For the config of a model of another class.
-        """
+        """A model with random weights; ValueError for the config of a model of another class."""
         name = config.get("_class_name", cls.__name__)
         if name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"_class_name of the config is {name!r}; allowed: {cls.__name__}")
@@ -319,8 +292,5 @@ def last_layer(encoder: NoiseAwareClassifier) -> nn.Linear:
 
 def image_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`image_config` of [`NoiseAwareCLIP`] from the config of a [`NoiseAwareClassifier`]."""
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in MODEL_ARGUMENTS and not name.startswith("_")
-    }
+    names = [name for name in config if name not in MODEL_ARGUMENTS and not name.startswith("_")]
+    return {name: config[name] for name in names}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from .guidance import (
     Guidance,
@@ -54,15 +55,12 @@ class ImageClassifierGuidance(Guidance):
             mode that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
         label, target, std, joint_temperature, marginal_temperature, softplus: as in
             `ClassifierGuidance`, with `id2label` and `problem_type` of the classifier's config.
-        scale: 0 is off; 1 takes the classifier's probability of x0 as that of the image.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
         processor: the model's image processor, or its settings, as in `Preprocess`. None: images
             in [-1, 1], resized to `config.image_size` if there is one.
         through_network: whether the gradient also passes through the diffusion network: exact, at
             the cost of its forward and backward pass. Images then stay realistic; otherwise large
-            scales produce adversarial noise. With the bundled model 45 %, 85 % and 98 % of the
-            images show the label at scale 1, 4 and 16, instead of 13 %, 33 % and 68 %, in twice the
-            time (`examples/benchmark_x0_gradient.py`).
+            scales produce adversarial noise (`examples/benchmark_x0_gradient.py`).
         normalize: rescale each image's gradient to the norm of its score.
 
     Raises:
@@ -72,14 +70,14 @@ class ImageClassifierGuidance(Guidance):
     def __init__(
         self,
         classifier: torch.nn.Module,
-        label: Label | Sequence[Label] | torch.Tensor | None = None,
+        label: Label | Sequence[Label] | Tensor | None = None,
         scale: Scale = 1.0,
         start: float = 0.0,
         stop: float = 1.0,
         *,
         sigma_interval: tuple[float, float] | None = None,
         processor: BaseImageProcessor | Mapping[str, Any] | None = None,
-        target: float | Sequence[float] | torch.Tensor | None = None,
+        target: float | Sequence[float] | Tensor | None = None,
         std: float = 1.0,
         joint_temperature: float = 1.0,
         marginal_temperature: float = 1.0,
@@ -106,13 +104,13 @@ class ImageClassifierGuidance(Guidance):
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)
 
-    def log_likelihood(self, images: torch.Tensor, step: StepContext | None = None) -> torch.Tensor:
+    def log_likelihood(self, images: Tensor, step: StepContext | None = None) -> Tensor:
         """log p(y | images) up to a constant, (B,), of images (B, C, H, W) in about [-1, 1]."""
         pixels = self.preprocess(images)
         output = self.module(pixels.to(parameter_dtype(self.module, pixels.dtype)))
         return self.likelihood(logits_of(output))
 
-    def score(self, step: StepContext) -> torch.Tensor:
+    def score(self, step: StepContext) -> Tensor:
         # includes the backward pass, in which checkpointed blocks run again
         with relu_as_softplus(self.module, self.softplus):
             return image_score(self, step)
@@ -132,8 +130,7 @@ class CLIPGuidance(Guidance):
         model: a `transformers.CLIPModel`, in evaluation mode.
         prompt: a text, {text: weight, ...}, or a list of these, one an image. Negative weights
             guide away from the text.
-        scale: 0 is off.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
+        scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
         image_prompt: in addition to the text or instead: an image, a tuple of (image, weight)
             pairs, or a list of these, one an image; PIL, or (1 or 3, H, W) in [-1, 1].
         processor: a `CLIPProcessor`, or as in `ImageClassifierGuidance`.
@@ -184,10 +181,10 @@ class CLIPGuidance(Guidance):
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)
 
-    def score(self, step: StepContext) -> torch.Tensor:
+    def score(self, step: StepContext) -> Tensor:
         return image_score(self, step)
 
-    def log_likelihood(self, images: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def log_likelihood(self, images: Tensor, step: StepContext) -> Tensor:
         """f(images), (B,), of images (B, C, H, W) in about [-1, 1]."""
         views = self._crops(images, step.index) if self.cutouts else [images]
         embeds = self._embed(torch.cat([self.preprocess(view) for view in views]))
@@ -195,7 +192,7 @@ class CLIPGuidance(Guidance):
         scale = self.module.logit_scale.to(mean.dtype).exp()
         return scale * inner_product(mean, self.direction)
 
-    def _crops(self, images: torch.Tensor, index: int) -> list[torch.Tensor]:
+    def _crops(self, images: Tensor, index: int) -> list[Tensor]:
         """Random square crops, each at the same position of all images."""
         draw = random.Random(f"cutouts {self.seed} {index}")
         height, width = images.shape[2:]
@@ -206,22 +203,21 @@ class CLIPGuidance(Guidance):
             crops.append(images[..., top : top + side, left : left + side])
         return crops
 
-    def _direction(self, prompt: Any, image_prompt: Any) -> torch.Tensor:
+    def _direction(self, prompt: Any, image_prompt: Any) -> Tensor:
         """Weighted sum of the embeddings of all prompts, (1 or B, D)."""
         if prompt is None and image_prompt is None:
             raise ValueError("prompt, image_prompt: at least one is needed")
+        if prompt is not None and self.tokenizer is None:
+            raise ValueError(f"tokenizer is needed for prompt={prompt!r}, or a CLIPProcessor")
+        if isinstance(image_prompt, Tensor) and image_prompt.ndim == 4:
+            image_prompt = list(image_prompt)
         directions = []
-        if prompt is not None:
-            if self.tokenizer is None:
-                raise ValueError(f"tokenizer is needed for prompt={prompt!r}, or a CLIPProcessor")
-            directions.append(prompt_direction("prompt", prompt, str, self._embed_texts))
-        if image_prompt is not None:
-            if isinstance(image_prompt, torch.Tensor) and image_prompt.ndim == 4:
-                image_prompt = list(image_prompt)
-            kinds = (Image.Image, torch.Tensor)
-            directions.append(
-                prompt_direction("image_prompt", image_prompt, kinds, self._embed_images)
-            )
+        for name, value, kinds, embed in (
+            ("prompt", prompt, str, self._embed_texts),
+            ("image_prompt", image_prompt, (Image.Image, Tensor), self._embed_images),
+        ):
+            if value is not None:
+                directions.append(prompt_direction(name, value, kinds, embed))
         counts = [len(direction) for direction in directions]
         if len({*counts} - {1}) > 1:
             raise ValueError(
@@ -230,18 +226,16 @@ class CLIPGuidance(Guidance):
             )
         return sum(directions)
 
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _embed(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(parameter_dtype(self.module))
         return unit_norm(self.module.get_image_features(pixels).pooler_output)
 
-    def _embed_images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
-        device, embeds = self.module.logit_scale.device, []
-        for image in images:
-            tensor = image if isinstance(image, torch.Tensor) else as_tensor(image)
-            embeds.append(self._embed(self.preprocess(tensor[None].to(device))))
-        return torch.cat(embeds)
+    def _embed_images(self, images: list[Image.Image | Tensor]) -> Tensor:
+        device = self.module.logit_scale.device
+        tensors = [image if isinstance(image, Tensor) else as_tensor(image) for image in images]
+        return torch.cat([self._embed(self.preprocess(x[None].to(device))) for x in tensors])
 
-    def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
+    def _embed_texts(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
         tokens = tokens.to(self.module.logit_scale.device)
         length = tokens.input_ids.shape[1]
@@ -266,10 +260,7 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         clip: `NoiseAwareCLIP`, or a module with `encode_image(sample, timestep)` (B, D) and
             `encode_prompts(texts)` (N, D), both of unit norm, `scale`, which is exp(logit_scale),
             and a `config` with the noise schedule of its training.
-        prompt: as in `CLIPGuidance`.
-        scale: 0 is off.
-        start, stop, sigma_interval: when the term acts, as in `Guidance`.
-        normalize: as in `NoiseAwareGuidance`.
+        prompt: as in `CLIPGuidance`. The others are as in `NoiseAwareGuidance`; scale 0 is off.
 
     Raises:
         ValueError: for an invalid argument.
@@ -289,18 +280,18 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         super().__init__(clip, scale, start, stop, sigma_interval, normalize)
         self.direction = prompt_direction("prompt", prompt, str, clip.encode_prompts)
 
-    def log_likelihood(self, z: torch.Tensor, t: float) -> torch.Tensor:
+    def log_likelihood(self, z: Tensor, t: float) -> Tensor:
         return self.module.scale * inner_product(self.module.encode_image(z, t), self.direction)
 
-    def select(self, rows: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
-        part = super().select(rows, count)
+    def select(self, images: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
+        part = super().select(images, count)
         check_direction(self.direction, count)
-        part.direction = self.direction[rows] if len(self.direction) > 1 else self.direction
+        part.direction = self.direction[images] if len(self.direction) > 1 else self.direction
         return part
 
 
-def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext) -> torch.Tensor:
-    """The term's score, scale * grad_x log_likelihood(decode(x0)), (B, C, H, W)."""
+def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext) -> Tensor:
+    """scale * grad_x log_likelihood(decode(x0)), (B, C, H, W)."""
     grad = x0_gradient(
         lambda x0: term.log_likelihood(step.decode(x0), step), step, term.through_network
     )
@@ -309,39 +300,27 @@ def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext)
     return term.scale_at(step) * grad
 
 
-def unit_norm(embeds: torch.Tensor) -> torch.Tensor:
+def unit_norm(embeds: Tensor) -> Tensor:
     """Embeddings scaled to norm 1, in float32 or wider."""
     return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-def _check_cutouts(cutouts: int, smallest_cutout: float, seed: int) -> None:
-    if cutouts < 0 or not 0 < smallest_cutout <= 1:
+def _check_cutouts(cutouts: int, smallest: float, seed: int) -> None:
+    if cutouts < 0 or not 0 < smallest <= 1:
         raise ValueError(
-            f"cutouts={cutouts!r}, smallest_cutout={smallest_cutout!r}: 0 or more, and above 0, up "
-            "to 1, are allowed"
+            f"cutouts={cutouts!r}, smallest_cutout={smallest!r}: 0 or more, and above 0, up to 1, "
+            "are allowed"
         )
-    if not cutouts and (seed, smallest_cutout) != (0, 0.3):
-        raise ValueError(
-            f"seed={seed}, smallest_cutout={smallest_cutout} have no effect without cutouts"
-        )
+    if not cutouts and (seed, smallest) != (0, 0.3):
+        raise ValueError(f"seed={seed}, smallest_cutout={smallest} have no effect without cutouts")
 
 
 def prompt_direction(
-    name: str,
-    prompt: Any,
-    kinds: type | tuple[type, ...],
-    embed: Callable[[list], torch.Tensor],
-) -> torch.Tensor:
+    name: str, prompt: Any, kinds: type | tuple[type, ...], embed: Callable[[list], Tensor]
+) -> Tensor:
     """Weighted sum of prompt embeddings, sum_i w_i e(prompt_i), (1 or B, D).
 
-    Args:
-        name: name of the argument, for messages.
-        prompt: a prompt, {prompt: weight}, a tuple of (prompt, weight) pairs, or a list of these.
-        kinds: types of a prompt.
-        embed: maps N prompts to embeddings (N, D).
-
-    Raises:
-        ValueError: for other prompts, or weights that aren't finite.
+    `prompt`: of one of the `kinds`, {prompt: weight}, a tuple of (prompt, weight), a list of these.
     """
     rows = []
     for value in prompt if isinstance(prompt, list) else [prompt]:
@@ -363,24 +342,19 @@ def prompt_direction(
 
 
 def _is_weighted(pair: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Whether a value is (prompt, finite weight)."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     item, weight = pair
     return isinstance(item, kinds) and isinstance(weight, Real) and isfinite(weight)
 
 
-def inner_product(embeds: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """<embeds, direction>, (B,).
-
-    Raises:
-        ValueError: as `check_direction`.
-    """
+def inner_product(embeds: Tensor, direction: Tensor) -> Tensor:
+    """<embeds, direction>, (B,)."""
     check_direction(direction, len(embeds))
     return (embeds * direction.to(embeds)).sum(-1)
 
 
-def check_direction(direction: torch.Tensor, count: int) -> None:
+def check_direction(direction: Tensor, count: int) -> None:
     """Raise ValueError unless there is one direction, or one for each of `count` images."""
     if len(direction) not in (1, count):
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
@@ -24,6 +25,7 @@ SWITCHES = {
 SETTINGS = {*SWITCHES, *SWITCHES.values(), "image_std", "resample", "crop_pct"}
 #: settings without effect unless the other one is set
 DEPENDENT = {"image_std": "image_mean", "resample": "size", "crop_pct": "size"}
+PAIR = {"height", "width"}
 CLASS_KEYS = {"image_processor_type", "feature_extractor_type"}  # in a transformers config
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
@@ -60,34 +62,18 @@ class Preprocess:
     ):
         if isinstance(processor, Mapping) and CLASS_KEYS & processor.keys():
             processor = _processor_from_config(processor)
-        if processor is None:  # keeps [-1, 1]
-            processor = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5}
-            if size:
-                height, width = (size, size) if isinstance(size, int) else size
-                processor["size"] = {"height": height, "width": width}
-        if isinstance(processor, Mapping):
-            settings = dict(processor)
-            _check_mapping(settings)
-        else:
-            switches = {name: bool(getattr(processor, name, False)) for name in SWITCHES}
-            settings = processor.to_dict() | switches
-        for switch, name in SWITCHES.items():
-            if settings.get(switch) is False:
-                settings[name] = None
+        settings = _settings(processor, size)
         mean = settings.get("image_mean")
         self.channels = channels or (len(mean) if isinstance(mean, Sequence) else None)
         _check_settings(settings, self.channels)
-        self.size, self.crop, self.crop_pct = (
-            settings.get(name) for name in ("size", "crop_size", "crop_pct")
-        )
-        self.factor, self.mean, self.std = (
-            settings.get(name) for name in ("rescale_factor", "image_mean", "image_std")
-        )
+        self.size, self.crop = settings.get("size"), settings.get("crop_size")
+        self.crop_pct, self.factor = settings.get("crop_pct"), settings.get("rescale_factor")
+        self.mean, self.std = mean, settings.get("image_std")
         self.mode = MODES[settings.get("resample", 2)]
-        if not isinstance(processor, Mapping):
+        if processor is not None and not isinstance(processor, Mapping):
             self._compare(processor)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """The network's input, (B, C, h, w), in float32 or wider."""
         u = 127.5 * (images.to(torch.promote_types(images.dtype, torch.float32)) + 1)
         if u.shape[1] not in (1, 3):
@@ -153,41 +139,48 @@ def _processor_from_config(config: Mapping[str, Any]) -> BaseImageProcessor:
     return getattr(transformers, name).from_dict(dict(config))
 
 
-def _check_mapping(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for unknown settings and for those without effect."""
-    if unknown := sorted(settings.keys() - SETTINGS):
-        raise ValueError(
-            f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor itself"
-        )
-    for name, needed in DEPENDENT.items():
-        if settings.get(name) is not None and settings.get(needed) is None:
-            raise ValueError(f"processor: {name}={settings[name]!r} has no effect without {needed}")
-    if settings.get("crop_pct") is not None and "height" in settings["size"]:
-        raise ValueError(
-            f"processor: crop_pct={settings['crop_pct']!r} has no effect with "
-            f"size={settings['size']!r}, only with shortest_edge"
-        )
+def _settings(processor: Any, size: int | Sequence[int] | None) -> dict[str, Any]:
+    """Settings of a processor, a mapping or None, with None for the steps switched off."""
+    settings = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5}  # keeps [-1, 1]
+    if processor is None and size:
+        height, width = (size, size) if isinstance(size, int) else size
+        settings["size"] = {"height": height, "width": width}
+    elif isinstance(processor, Mapping):
+        settings = dict(processor)
+        if unknown := sorted(settings.keys() - SETTINGS):
+            raise ValueError(
+                f"processor has {unknown}; allowed: {sorted(SETTINGS)}, or an image processor "
+                "itself"
+            )
+        for name, needed in DEPENDENT.items():
+            if settings.get(name) is not None and settings.get(needed) is None:
+                raise ValueError(
+                    f"processor: {name}={settings[name]!r} has no effect without {needed}"
+                )
+        if settings.get("crop_pct") is not None and "height" in settings["size"]:
+            raise ValueError(
+                f"processor: crop_pct={settings['crop_pct']!r} has no effect with "
+                f"size={settings['size']!r}, only with shortest_edge"
+            )
+    elif processor is not None:
+        switches = {name: bool(getattr(processor, name, False)) for name in SWITCHES}
+        settings = processor.to_dict() | switches
+    off = {name: None for switch, name in SWITCHES.items() if settings.get(switch) is False}
+    return settings | off
 
 
 def _check_settings(settings: Mapping[str, Any], channels: int | None) -> None:
-    """Raise ValueError for values that aren't allowed."""
-    resample, size, crop = (settings.get(name) for name in ("resample", "size", "crop_size"))
-    if "resample" in settings and resample not in MODES:
-        raise ValueError(
-            f"processor: resample={resample!r}; 2 (bilinear) and 3 (bicubic) are allowed"
-        )
-    if size is not None and not _has_keys(size, {"height", "width"}, {"shortest_edge"}):
-        raise ValueError(
-            f"processor: size={size!r}; {{height, width}} or {{shortest_edge}} is allowed"
-        )
-    if crop is not None and not _has_keys(crop, {"height", "width"}):
-        raise ValueError(f"processor: crop_size={crop!r}; {{height, width}} is allowed")
+    size, crop, mean, std = map(settings.get, ("size", "crop_size", "image_mean", "image_std"))
+    for name, valid, allowed in (
+        ("resample", settings.get("resample", 2) in MODES, "2 (bilinear) and 3 (bicubic) are"),
+        ("size", _has_keys(size, PAIR, {"shortest_edge"}), "{height, width} or {shortest_edge} is"),
+        ("crop_size", _has_keys(crop, PAIR), "{height, width} is"),
+    ):
+        if not valid:
+            raise ValueError(f"processor: {name}={settings[name]!r}; {allowed} allowed")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels}: 1 and 3 are allowed")
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-    if mean is None:
-        return
-    for value in (mean, std):
+    for value in () if mean is None else (mean, std):
         if not isinstance(value, Real) and (value is None or len(value) != channels):
             raise ValueError(
                 f"processor: image_mean={mean!r}, image_std={std!r}; a number, or one for each of "
@@ -196,10 +189,10 @@ def _check_settings(settings: Mapping[str, Any], channels: int | None) -> None:
 
 
 def _has_keys(value: Any, *allowed: set[str]) -> bool:
-    return isinstance(value, Mapping) and set(value) in allowed
+    return value is None or (isinstance(value, Mapping) and set(value) in allowed)
 
 
-def _centre_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _centre_crop(images: Tensor, height: int, width: int) -> Tensor:
     if height > images.shape[2] or width > images.shape[3]:
         raise ValueError(
             f"processor: crop_size ({height}, {width}) is larger than the resized images "
@@ -209,7 +202,7 @@ def _centre_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
+def as_tensor(image: Image.Image) -> Tensor:
     """A PIL image as a tensor (1 or 3, H, W) in [-1, 1]."""
     grey = image.mode in ("1", "L", "LA")
     array = np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB"), np.float32))

@@ -1,5 +1,4 @@
-"""Faster guided steps: autocast, channels_last, torch.compile and chunked gradients, undone on
-exit.
+"""Faster guided steps: autocast, channels_last, torch.compile, chunked gradients; undone on exit.
 
     with optimize(pipeline, images=50_000) as chosen:
         print(chosen)                                  # what is on and what is off, with reasons
@@ -13,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
 
 from .guidance import ClassifierGuidance, NoiseAwareGuidance, gradient
 from .likelihood import logits_of
@@ -27,8 +28,7 @@ from .utils import parameter_dtype
 
 Backend = str | Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: smallest batch at which autocast is faster on a CPU: in smaller ones casting the weights
-#: dominates
+#: smallest batch at which autocast is faster on a CPU; below, casting the weights dominates
 MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
 #: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
 #: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
@@ -43,9 +43,8 @@ def computing_in(
 
     Args:
         dtype: float32, bfloat16 or float16; float32 is off.
-        compile: a backend of `torch.compile`, such as "inductor". The network is compiled at its
-            next call, and again for another batch size, but not for another timestep, if that is
-            a tensor. None: off.
+        compile: a backend of `torch.compile`, such as "inductor", which compiles at the next call
+            and for another batch size, but not for another timestep tensor. None: off.
 
     Raises:
         ValueError: for another dtype, or a network that is already offloaded.
@@ -94,12 +93,10 @@ def gradients_in(
 
     Args:
         classifier: of a `NoiseAwareGuidance`: `ClassifierGuidance` or `NoiseAwareCLIPGuidance`.
-        dtype: of autocast; float32 is off.
-        compile: a backend of `torch.compile`: log p(y | x_t) and its gradient become one compiled
-            function. It is compiled again for a larger batch, but not for another step; smaller
-            batches run eagerly. None: off.
-        chunk_size: images per forward and backward pass, which bounds the memory of activations.
-            None: all.
+        dtype: of autocast: float32 (off), bfloat16 or float16.
+        compile: a backend of `torch.compile` for log p(y | x_t) with its gradient. A larger batch
+            is compiled again; smaller ones run eagerly. None: off.
+        chunk_size: images per forward and backward pass, which bounds the memory. None: all.
 
     Raises:
         ValueError: for another dtype, or a chunk_size below 1.
@@ -110,7 +107,9 @@ def gradients_in(
             f"chunk_size={chunk_size}: at least 1, or None for all images at once, is allowed"
         )
     original = vars(classifier).get("input_gradient")
-    classifier.input_gradient = InputGradient(classifier, dtype, compile, chunk_size)
+    compiled = compile and torch.compile(value_and_gradient, backend=compile)
+    num_labels = module_config(classifier).get("num_labels")
+    classifier.input_gradient = InputGradient(dtype, compiled, chunk_size, num_labels)
     try:
         yield
     finally:
@@ -120,37 +119,31 @@ def gradients_in(
             classifier.input_gradient = original
 
 
+@dataclass
 class InputGradient:
-    """(term, z, t) -> gradient of the term's log p(y | z) by z; arguments as of `gradients_in`."""
+    """(term, z, t) -> gradient of the term's log p(y | z) by z."""
 
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        dtype: torch.dtype,
-        compile: Backend | None,
-        chunk_size: int | None,
-    ):
-        self.dtype, self.chunk_size, self.compiled = dtype, chunk_size, None
-        if compile is not None:
-            self.compiled = torch.compile(value_and_gradient, backend=compile)
-        self.num_labels: int | None = module_config(classifier).get("num_labels")
-        self.largest_batch = 0
+    dtype: torch.dtype
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None
+    chunk_size: int | None
+    num_labels: int | None
+    largest_batch: int = 0
 
-    def __call__(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
+    def __call__(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         size = self.chunk_size or len(z)
         with torch.inference_mode(False), torch.no_grad():
             z = z.clone() if z.is_inference() else z.detach()
             with _autocast(z.device, self.dtype):
-                self._check_labels(term, z)
+                if isinstance(term, ClassifierGuidance):  # checks and caches the batch's labels
+                    self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
+                    term.likelihood(z.new_zeros(len(z), self.num_labels))
                 if size >= len(z):
                     return self._gradient(term, z, t)
-                chunks = []
-                for start in range(0, len(z), size):
-                    images = slice(start, start + size)
-                    chunks.append(self._gradient(term.select(images, len(z)), z[images], t))
-                return torch.cat(chunks)
+                chunks = [slice(start, start + size) for start in range(0, len(z), size)]
+                parts = [self._gradient(term.select(c, len(z)), z[c], t) for c in chunks]
+                return torch.cat(parts)
 
-    def _gradient(self, term: NoiseAwareGuidance, z: torch.Tensor, t: float) -> torch.Tensor:
+    def _gradient(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
         self.largest_batch = max(self.largest_batch, len(z))
         # every new size would be compiled anew: of a last batch, or with `guidance_tolerance`;
         # and so would the modules that softplus replaces at every step
@@ -161,23 +154,11 @@ class InputGradient:
         timestep = torch.full((), t, dtype=torch.float32, device=z.device)
         return self.compiled(term, z, timestep)[1]
 
-    def _check_labels(self, term: NoiseAwareGuidance, z: torch.Tensor) -> None:
-        """Make the term check and cache its labels for the whole batch, before it is chunked."""
-        if isinstance(term, ClassifierGuidance):
-            self.num_labels = self.num_labels or logits_of(term.module(z[:1], 0.0)).shape[1]
-            term.likelihood(z.new_zeros(len(z), self.num_labels))
 
+def value_and_gradient(term: NoiseAwareGuidance, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(y | z) of a term, (B,), and its gradient by z, at timestep t, (), of its schedule."""
 
-def value_and_gradient(
-    term: NoiseAwareGuidance, z: torch.Tensor, t: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(y | z) of a term, (B,), and its gradient by z, (B, C, H, W).
-
-    Args:
-        t: timestep of the classifier's own schedule, ().
-    """
-
-    def total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
         log_p = term.log_probability(z, t)
         return log_p.sum(), log_p
 
@@ -186,20 +167,16 @@ def value_and_gradient(
 
 
 class Optimized(ExitStack):
-    """What `optimize` chose; a context manager that undoes it on exit.
-
-    Attributes:
-        on, off: {optimization: reason}.
-    """
+    """What `optimize` chose: `on`, `off`, {optimization: reason}; undoes it on exit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.on: dict[str, str] = {}
         self.off: dict[str, str] = {}
 
-    def choose(self, name: str, choice: tuple[bool, str]) -> bool:
-        """Note a choice (is it on, reason); returns whether it is on."""
-        is_on, reason = choice
+    def choose(self, name: str, requested: bool | None, automatic: tuple[bool, str]) -> bool:
+        """Note a choice with its reason; returns whether it is on."""
+        is_on, reason = automatic if requested is None else (requested, "as requested")
         (self.on if is_on else self.off)[name] = reason
         return is_on
 
@@ -242,9 +219,6 @@ def optimize(
         device: on which it will run. None: the pipeline's.
         backend: of `torch.compile`.
 
-    Returns:
-        What is on and off, with reasons; a context manager that undoes it on exit.
-
     Raises:
         ValueError: for invalid values, or a pipeline that is already offloaded.
     """
@@ -263,41 +237,38 @@ def optimize(
         for name in ("unet", "classifier"):
             if (module := getattr(pipeline, name)) is None:
                 continue
-            batch = batch_size
-            if name == "classifier" and chunk_size is not None:
-                batch = min(batch_size, chunk_size)
-            choice = _use_autocast(name, module, device, batch, dtype)
+            chunk = chunk_size if name == "classifier" else None
+            batch = min(batch_size, chunk or batch_size)
             autocast_dtype, compute_dtype = torch.float32, parameter_dtype(module)
-            if chosen.choose(f"{name}, autocast", choice):
+            requested = None if dtype is None else dtype != torch.float32
+            choice = _use_autocast(name, compute_dtype, device, batch)
+            if chosen.choose(f"{name}, autocast", requested, choice):
                 autocast_dtype = compute_dtype = dtype or torch.bfloat16
-            choice = _use_channels_last(device, compute_dtype, channels_last)
-            if chosen.choose(f"{name}, channels_last", choice):
-                chosen.enter_context(in_channels_last(module))
-            choice = _use_compile(pipeline, name, compute_dtype, images, steps, compile)
-            used_backend = backend if chosen.choose(f"{name}, torch.compile", choice) else None
+            is_faster = device.type == "cuda" and compute_dtype != torch.float32
+            effect = "faster" if is_faster else "not faster"
+            choice = is_faster, f"{effect} on {device.type} in {compute_dtype}"
+            if chosen.choose(f"{name}, channels_last", channels_last, choice):
+                module.to(memory_format=torch.channels_last)
+                chosen.callback(module.to, memory_format=torch.contiguous_format)
+            choice = _use_compile(pipeline, name, compute_dtype, images and images * steps)
+            used_backend = None
+            if chosen.choose(f"{name}, torch.compile", compile, choice):
+                used_backend = backend
             if name == "unet":
                 chosen.enter_context(computing_in(module, autocast_dtype, used_backend))
             else:
-                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk_size))
+                chosen.enter_context(gradients_in(module, autocast_dtype, used_backend, chunk))
     except BaseException:
         chosen.undo()
         raise
     if chunk_size is not None:
-        reason = f"{chunk_size} images at a time, as requested"
-        chosen.choose("gradient in chunks", (True, reason))
+        chosen.on["gradient in chunks"] = f"{chunk_size} images at a time, as requested"
     return chosen
 
 
 def _use_autocast(
-    name: str,
-    module: torch.nn.Module,
-    device: torch.device,
-    batch: int,
-    requested: torch.dtype | None,
+    name: str, weights: torch.dtype, device: torch.device, batch: int
 ) -> tuple[bool, str]:
-    weights = parameter_dtype(module)
-    if requested is not None:
-        return requested != torch.float32, f"{requested} as requested"
     if weights != torch.float32:
         return False, f"its weights are {weights}"
     if not computes_in_bfloat16(device):
@@ -316,41 +287,12 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     )
 
 
-def _use_channels_last(
-    device: torch.device, dtype: torch.dtype, requested: bool | None
-) -> tuple[bool, str]:
-    if requested is not None:
-        return requested, "as requested"
-    if device.type != "cuda":
-        return False, f"not faster on {device.type}"
-    if dtype == torch.float32:
-        return False, "not faster in float32"
-    return True, "faster convolutions in half precision"
-
-
-@contextmanager
-def in_channels_last(module: torch.nn.Module) -> Iterator[None]:
-    """Within, weights of convolutions are stored as (out, H, W, in), with the same values."""
-    module.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        module.to(memory_format=torch.contiguous_format)
-
-
 def _use_compile(
-    pipeline: ClassifierGuidedPipeline,
-    name: str,
-    dtype: torch.dtype,
-    images: int | None,
-    steps: int,
-    requested: bool | None,
+    pipeline: ClassifierGuidedPipeline, name: str, dtype: torch.dtype, evaluations: float | None
 ) -> tuple[bool, str]:
-    if requested is not None:
-        return requested, "as requested"
-    if images is None:
+    if evaluations is None:
         return False, "the number of images is unknown"
-    evaluations, defaults = images * steps, pipeline.config.defaults
+    defaults = pipeline.config.defaults
     if name == "classifier":
         if dtype == torch.float32:
             return False, "not faster in float32"

@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 from ..deprecated import renamed
 from ..noise import module_config, schedule_config
 from ..utils import evaluating, load_pipeline, write_json
-from .consistency import config_mismatches, range_mismatch
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
-from .loading import image_format, load_classifier, load_held_out, match_labels
+from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration
+from .mismatches import config_mismatches, measured_mismatches
 from .report import BASELINES, COLUMNS, CURVES, plot, table
-from .statistics import Item, LevelStatistics, batches
+from .statistics import Item, LevelStatistics
 from .steps import GuidanceDiagnostics, check_output
 from .verdict import Verdict, assess
 
@@ -88,18 +88,13 @@ class Diagnosis:
         Raises:
             ImportError: if a picture is requested and matplotlib is missing.
         """
-        folder = Path(folder)
-        content = {
-            "verdict": asdict(self.verdict),
-            "mismatches": self.mismatches,
-            "levels": self.levels,
-            "settings": self.settings,
-        }
-        write_json(content, folder / "diagnosis.json")
+        names = ("verdict", "mismatches", "levels", "settings")
+        content = asdict(self)
+        write_json({name: content[name] for name in names}, Path(folder) / "diagnosis.json")
         if picture:
             title = f"{self.settings['model']}: {self.verdict.summary}"
             cosine = f"cosine to {self.settings['cosine_to']}"
-            plot(self.levels, folder / "diagnosis.png", title, cosine)
+            plot(self.levels, Path(folder) / "diagnosis.png", title, cosine)
 
 
 def diagnose(
@@ -124,16 +119,14 @@ def diagnose(
         classifier: as of `ClassifierGuidance`, single-label; everything is computed on its device.
         data: items `{"pixel_values": (C, H, W) in [-1, 1], "label": id}`, such as `LabelledImages`.
         scheduler: of the run. None: DDIM with the classifier's schedule.
-        unet: the denoiser to be guided. If it is class-conditional with a null label, its gradient
-            is the reference.
+        unet: the guided denoiser; with a null label, its gradient is the reference.
         vae: autoencoder of a latent model, which encodes the images.
         reference: (x_t, label, eval_level) -> grad log p(y | x_t), if another one is known.
         images: largest number of images, drawn at random.
         gradient_images: number of these whose gradients are taken, which costs more.
         levels: number of equal parts of the run; their middles and its last step are measured.
         seed: of the choice of images and their noise.
-        finite_differences: check the gradient by finite differences, which takes many passes of a
-            float64 copy on the CPU.
+        finite_differences: check the gradient by them, in a float64 copy on the CPU.
         progress: show a progress bar.
 
     Raises:
@@ -143,55 +136,42 @@ def diagnose(
     if unet is not None and scheduler is None:
         raise ValueError("unet: its scheduler is needed, too")
     sizes = {"images": images, "gradient_images": gradient_images, "batch_size": batch_size}
-    num_labels = _check_arguments(classifier, data, sizes)
+    log_prior = _label_log_frequencies(data, _check_arguments(classifier, len(data), sizes))
     run = default_run(classifier) if scheduler is None else SamplingRun(scheduler)
-    eval_levels, log_prior = run.eval_levels(levels), label_log_frequencies(data, num_labels)
+    num_labels, eval_levels = len(log_prior), run.eval_levels(levels)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)[:images].tolist()
     image_shape = torch.as_tensor(data[order[0]]["pixel_values"]).shape
-    mismatches = config_mismatches(classifier, unet, vae, run, image_shape)
+    mismatches = config_mismatches(classifier, unet, run, image_shape if vae is None else None)
 
     cosine_to = "a reference" if reference else "itself under a tenth of other noise"
     if reference is None and module_config(unet).get("num_class_embeds") == num_labels + 1:
         cosine_to = "the network's own"
         reference = network_reference(unet, run, null_label=num_labels)
 
-    with (
-        torch.no_grad(),
-        evaluating(classifier, unet, vae),
-        tqdm(total=len(order), unit="image", disable=not progress) as bar,
-    ):
-        statistics = LevelStatistics(
-            classifier, eval_levels, reference, gradient_images, seed, finite_differences
-        )
-        for indices, x0, label in batches(data, order, batch_size, vae, seed, statistics.device):
-            statistics.add(indices, x0, label)
+    statistics = LevelStatistics(
+        classifier, eval_levels, reference, gradient_images, seed, finite_differences
+    )
+    bar = tqdm(total=len(order), unit="image", disable=not progress)
+    with torch.no_grad(), evaluating(classifier, unet, vae), bar:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            statistics.add(indices, [data[i] for i in indices], vae)
             bar.update(len(indices))
 
     rows = statistics.rows(log_prior)
-    mismatches += _gradient_mismatch(rows)
-    if vae is None:
-        mismatches += range_mismatch(statistics.low, statistics.high)
+    mismatches += measured_mismatches(rows, statistics.value_range if vae is None else None)
     verdict = assess(rows, *statistics.logits_and_label(), run, reference is not None)
-    settings = {
-        "model": type(classifier).__name__,
-        "images": len(order),
-        "gradient_images": min(gradient_images, len(order)),
-        "levels": levels,
-        "seed": seed,
-        "bins": BINS,
-        "scheduler": type(run.scheduler).__name__,
-        "schedule": "own" if scheduler is None else "given",
-        "cosine_to": cosine_to,
-        "classifier_schedule": dict(schedule_config(classifier)),
-    }
+    settings = {"model": type(classifier).__name__, "images": len(order)}
+    settings |= {"gradient_images": min(gradient_images, len(order)), "levels": levels}
+    settings |= {"seed": seed, "bins": BINS, "scheduler": type(run.scheduler).__name__}
+    settings |= {"schedule": "own" if scheduler is None else "given", "cosine_to": cosine_to}
+    settings["classifier_schedule"] = dict(schedule_config(classifier))
     return Diagnosis(tuple(rows), verdict, tuple(mismatches), settings)
 
 
-def _check_arguments(
-    classifier: torch.nn.Module, data: Sequence[Item], sizes: dict[str, int]
-) -> int:
-    """Number of labels; raises ValueError for invalid arguments."""
+def _check_arguments(classifier: torch.nn.Module, count: int, sizes: dict[str, int]) -> int:
+    """Number of labels; raises ValueError for arguments that aren't allowed."""
     config = module_config(classifier)
     num_labels, kind = config.get("num_labels"), config.get("problem_type") or SINGLE_LABEL
     if kind != SINGLE_LABEL or not num_labels or num_labels < 2:
@@ -202,17 +182,13 @@ def _check_arguments(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is allowed")
-    if len(data) == 0:
+    if not count:
         raise ValueError("data: there are no images")
     return num_labels
 
 
-def label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor:
-    """Log frequencies of all labels of the data, (K,); without reading images where possible.
-
-    Raises:
-        ValueError: for a label that the classifier doesn't have.
-    """
+def _label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor:
+    """Log frequencies of all labels of the data, (K,); without reading images where possible."""
     read_label = getattr(data, "label", None) or (lambda i: int(data[i]["label"]))
     counts = Counter(read_label(i) for i in range(len(data)))
     unknown = sorted(label for label in counts if not 0 <= label < num_labels)
@@ -223,16 +199,6 @@ def label_log_frequencies(data: Sequence[Item], num_labels: int) -> torch.Tensor
         )
     frequencies = torch.tensor([counts[i] for i in range(num_labels)], dtype=torch.float64)
     return (frequencies / len(data)).log()
-
-
-def _gradient_mismatch(rows: Sequence[dict[str, Any]]) -> list[str]:
-    error = max(row.get("finite_difference_error", 0.0) for row in rows)
-    if error <= 0.01:
-        return []
-    return [
-        f"the gradient differs from finite differences by {error:.1%}: its precision is too low, "
-        "or part of the classifier is detached from the graph"
-    ]
 
 
 def inspect(
@@ -253,15 +219,16 @@ def inspect(
             pipeline's network is the one to be guided, unless `unet` is given.
         dataset: a Hub name, an image folder or a folder of Parquet files.
         unet: folder, Hub id or bundled name of the pipeline whose network is to be guided.
-        split, image_column, label_column: of the dataset; default: validation or test, and the first
-            columns that fit.
+        split, image_column, label_column: of the dataset; default: the first of validation, test
+            and train, and the first columns that fit.
         options: of `diagnose`.
 
     Raises:
-        ValueError: for a model without a classifier, an unknown split, labels that don't fit, and
-            as `diagnose`.
+        ValueError: for a model without a classifier, a wrong split or labels, and as `diagnose`.
         OSError: for files that are missing or broken.
     """
+    from ..learning.data import LabelledImages, load_splits
+
     classifier, pipeline = load_classifier(model)
     if unet is not None:
         pipeline = load_pipeline(str(unet))
@@ -269,22 +236,24 @@ def inspect(
     if pipeline is not None:
         parts = {name: getattr(pipeline, name) for name in ("scheduler", "unet", "vae")}
     vae = parts.get("vae")
-    resolution, channels = image_format(classifier, vae)
-    data, split = load_held_out(dataset, split, image_column, label_column, resolution, channels)
+    size, channels = image_format(classifier, vae)
+    splits = load_splits(dataset)
+    if split is None:
+        split = next((name for name in ("validation", "test", "train") if name in splits), None)
+    if split not in splits:
+        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
+    columns = image_column, label_column
+    data = LabelledImages(splits[split], *columns, size, center_crop=True, channels=channels)
+    if not data.id2label:
+        raise ValueError("dataset: it has no labels; name their column with label_column")
     data, notes = match_labels(data, module_config(classifier).get("id2label"))
     if split == "train":
         notes.append("the split is 'train': metrics on training images don't hold for other images")
-    for module in (classifier, parts.get("unet"), vae):
-        if module is not None:
-            module.to(device)
+    for module in filter(None, (classifier, parts.get("unet"), vae)):
+        module.to(device)
     diagnosis = diagnose(classifier, data, **parts, **options)
-    settings = {
-        **diagnosis.settings,
-        "model": str(model),
-        "dataset": str(dataset),
-        "split": split,
-        "unet": None if unet is None else str(unet),
-    }
+    settings = diagnosis.settings | {"model": str(model), "dataset": str(dataset), "split": split}
+    settings["unet"] = None if unet is None else str(unet)
     return replace(diagnosis, mismatches=(*notes, *diagnosis.mismatches), settings=settings)
 
 

@@ -21,13 +21,10 @@ def add_inspect_command(commands: Any) -> None:
     command.set_defaults(run=run_inspect)
     option = command.add_argument
     option(
-        "model", metavar="MODEL", help="folder, Hub id or bundled name of classifier or pipeline"
+        "model", metavar="MODEL", help="a classifier or pipeline: folder, Hub id or bundled name"
     )
-    option(
-        "--dataset",
-        required=True,
-        help="labelled images: a Hub name, an image folder or Parquet files",
-    )
+    help = "labelled images: a Hub name, an image folder or Parquet files"
+    option("--dataset", required=True, help=help)
     option(
         "--unet",
         metavar="PIPELINE",
@@ -35,12 +32,8 @@ def add_inspect_command(commands: Any) -> None:
         "class-conditional with a null label, its gradient is the reference "
         "(default: MODEL, if that is a pipeline)",
     )
-    option(
-        "--output",
-        type=Path,
-        default=Path("diagnosis"),
-        help="folder to write (default: %(default)s)",
-    )
+    help = "folder to write (default: %(default)s)"
+    option("--output", type=Path, default=Path("diagnosis"), help=help)
     for flag, default, text in (
         ("--images", 1000, "largest number of images to use"),
         ("--gradient-images", 64, "number of these to take gradients of"),
@@ -48,11 +41,8 @@ def add_inspect_command(commands: Any) -> None:
     ):
         option(flag, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     add_shared_options(command, "--split", "--image-column", "--label-column")
-    add_shared_option(
-        command,
-        "--seed",
-        help="seed of the choice of images and their noise (default: %(default)s)",
-    )
+    help = "seed of the choice of images and their noise (default: %(default)s)"
+    add_shared_option(command, "--seed", help=help)
     add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
 
 
@@ -67,20 +57,14 @@ def run_inspect(options: argparse.Namespace) -> None:
         require_matplotlib()  # before the long computation, not after it
     if options.quiet:
         disable_progress_bar()
+    names = ("split", "image_column", "label_column", "images", "gradient_images", "levels")
     diagnosis = inspect(
         options.model,
         options.dataset,
         options.unet,
-        split=options.split,
-        image_column=options.image_column,
-        label_column=options.label_column,
         device=select_device(options.device),
-        images=options.images,
-        gradient_images=options.gradient_images,
-        levels=options.levels,
-        seed=options.seed,
-        batch_size=options.batch_size,
         progress=not options.quiet,
+        **{name: getattr(options, name) for name in (*names, "seed", "batch_size")},
     )
     diagnosis.save(options.output, options.picture)
     print(f"{diagnosis}\n{options.output}")

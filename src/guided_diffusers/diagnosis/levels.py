@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
+from torch import Tensor
 
 from ..noise import (
     NoiseLevel,
@@ -29,8 +31,7 @@ BETA_OPTIONS = ("beta_schedule", "beta_start", "beta_end")
 class EvalLevel:
     """A step of a sampling run at which the classifier is evaluated.
 
-    `fraction` is its position in the run, 0 (pure noise) to 1 (last step), `index` and `timestep` are
-    the scheduler's.
+    `fraction` is its position, 0 (pure noise) to 1 (last step); `index`, `timestep`: the scheduler's.
     """
 
     fraction: float
@@ -45,18 +46,16 @@ class EvalLevel:
 
 
 #: (x_t, label, eval_level) -> grad log p(y | x_t), (B, C, H, W)
-Reference = Callable[[torch.Tensor, torch.Tensor, EvalLevel], torch.Tensor]
+Reference = Callable[[Tensor, Tensor, EvalLevel], Tensor]
+
+
+def as_pair(size: Any) -> tuple[int, ...]:
+    """(height, width) of a `sample_size`, a number or a pair."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class SamplingRun:
-    """The longest run of a scheduler, of 1000 steps at most.
-
-    Args:
-        scheduler: is copied, not changed.
-
-    Raises:
-        ValueError: for a scheduler that guidance doesn't support.
-    """
+    """The longest run of (a copy of) a scheduler, of 1000 steps at most."""
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = copy.deepcopy(scheduler)
@@ -66,11 +65,7 @@ class SamplingRun:
         self.noise_levels = [level for level in noise_levels(self.scheduler) if level.sigma > 0]
 
     def eval_levels(self, count: int) -> list[EvalLevel]:
-        """The middles of `count` equal parts of the run, noisiest first, and its last step.
-
-        Raises:
-            ValueError: if `count` is below one or the run has too few steps.
-        """
+        """The middles of `count` equal parts of the run, noisiest first, and its last step."""
         steps = len(self.noise_levels)
         if not 1 <= count < steps:
             raise ValueError(
@@ -84,7 +79,7 @@ class SamplingRun:
         index = min(int(fraction * len(self.noise_levels)), len(self.noise_levels) - 1)
         return EvalLevel(fraction, index, float(self.timesteps[index]), self.noise_levels[index])
 
-    def model_input(self, x: torch.Tensor, index: int) -> torch.Tensor:
+    def model_input(self, x: Tensor, index: int) -> Tensor:
         """What the denoiser reads for the sample `x` at step `index`: `scale_model_input`."""
         if not hasattr(self.scheduler, "scale_model_input"):
             return x
@@ -95,13 +90,10 @@ class SamplingRun:
 
 
 def default_run(classifier: torch.nn.Module) -> SamplingRun:
-    """DDIM run of the classifier's own schedule.
-
-    A schedule that ends early (a classifier of clean images) is extended to 1000 steps of its
-    betas, because a sampling run starts from pure noise.
-    """
+    """DDIM run of the classifier's own schedule."""
     config = dict(schedule_config(classifier))
     if TrainedSchedule(config).log_ratio[-1] < math.log(MIN_START_RATIO):
+        # of a classifier of clean images; a run starts from noise, so all steps of its betas
         full = module_config(classifier)
         config = {name: full[name] for name in BETA_OPTIONS if name in full}
     return SamplingRun(DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing"))
@@ -110,12 +102,11 @@ def default_run(classifier: torch.nn.Module) -> SamplingRun:
 def network_reference(unet: torch.nn.Module, run: SamplingRun, null_label: int) -> Reference:
     """grad log p(y | x_t) = score(x_t | y) - score(x_t) of a class-conditional denoiser.
 
-    Ho & Salimans 2022, "Classifier-free diffusion guidance". The estimate is independent of the
-    classifier, but has the denoiser's errors: they dominate where both scores are nearly equal (at
-    very high and at very low noise).
+    Ho & Salimans 2022, "Classifier-free diffusion guidance". The denoiser's errors dominate where
+    both scores are nearly equal (at very high and at very low noise).
     """
 
-    def reference(x: torch.Tensor, label: torch.Tensor, eval_level: EvalLevel) -> torch.Tensor:
+    def reference(x: Tensor, label: Tensor, eval_level: EvalLevel) -> Tensor:
         model_input = run.model_input(x, eval_level.index).to(parameter_dtype(unet))
         output = unet(
             torch.cat([model_input] * 2),

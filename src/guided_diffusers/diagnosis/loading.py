@@ -12,7 +12,7 @@ from ..classifier import NoiseAwareClassifier
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import load_pipeline
-from .consistency import as_pair
+from .levels import as_pair
 from .statistics import Item
 
 if TYPE_CHECKING:
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 def load_classifier(
     model: str | Path,
 ) -> tuple[NoiseAwareClassifier, ClassifierGuidedPipeline | None]:
-    """The classifier of a folder, Hub id or bundled name, and the pipeline that contains it.
-
-    Raises:
-        ValueError: for a pipeline without a classifier.
-        OSError: if there is neither a classifier nor a pipeline.
-    """
-    if not is_pipeline(str(model)):
+    """The classifier of a folder, Hub id or bundled name, and the pipeline that contains it."""
+    if not _is_pipeline(str(model)):
         return NoiseAwareClassifier.from_pretrained(model), None
     pipeline = load_pipeline(str(model))
     if pipeline.classifier is None:
@@ -36,8 +31,7 @@ def load_classifier(
     return pipeline.classifier, pipeline
 
 
-def is_pipeline(model: str) -> bool:
-    """Whether a folder, Hub id or bundled name is that of a pipeline."""
+def _is_pipeline(model: str) -> bool:
     if Path(model).is_dir():
         return (Path(model) / "model_index.json").is_file()
     if "/" not in model:  # a bundled name
@@ -50,11 +44,7 @@ def is_pipeline(model: str) -> bool:
 
 
 def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[int, int]:
-    """Resolution and channels of the images that the classifier, or the autoencoder, reads.
-
-    Raises:
-        ValueError: for images that aren't square.
-    """
+    """Resolution and channels of the images that the classifier, or the autoencoder, reads."""
     config, vae_config = module_config(classifier), module_config(vae)
     height, width = as_pair(config["sample_size"])
     if height != width:
@@ -65,34 +55,6 @@ def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tu
         return height, config["in_channels"]
     downsampling = 2 ** (len(vae_config["block_out_channels"]) - 1)
     return height * downsampling, vae_config["in_channels"]
-
-
-def load_held_out(
-    dataset: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    resolution: int,
-    channels: int,
-) -> tuple[LabelledImages, str]:
-    """The images of a split, and its name (default: the first of validation, test and train).
-
-    Raises:
-        ValueError: if there is no such split, or it has no labels.
-    """
-    from ..learning.data import LabelledImages, load_splits
-
-    splits = load_splits(dataset)
-    if split is None:
-        split = next((name for name in ("validation", "test", "train") if name in splits), None)
-    if split not in splits:
-        raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
-    data = LabelledImages(
-        splits[split], image_column, label_column, resolution, center_crop=True, channels=channels
-    )
-    if not data.id2label:
-        raise ValueError("dataset: it has no labels; name their column with label_column")
-    return data, split
 
 
 class RelabeledDataset:

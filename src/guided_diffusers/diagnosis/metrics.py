@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 BINS = 15
@@ -12,7 +13,7 @@ BINS = 15
 GAPS = tuple(f"gap {m}" for m in range(BINS))
 
 
-def calibration_gaps(logits: torch.Tensor, label: torch.Tensor, bins: int = BINS) -> torch.Tensor:
+def calibration_gaps(logits: Tensor, label: Tensor, bins: int = BINS) -> Tensor:
     """(correct - confidence) of each image in the bin of its confidence, 0 in the other bins.
 
     The expected calibration error is the sum over bins of the mean's absolute value (Guo et al.
@@ -29,14 +30,15 @@ def calibration_gaps(logits: torch.Tensor, label: torch.Tensor, bins: int = BINS
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     gap = (predicted == label).to(logits) - confidence
-    return F.one_hot(_bin_index(confidence, bins), bins) * gap[:, None]
+    return _in_bin(confidence, bins) * gap[:, None]
 
 
-def _bin_index(confidence: torch.Tensor, bins: int) -> torch.Tensor:
-    return ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+def _in_bin(confidence: Tensor, bins: int) -> Tensor:
+    """One-hot bin of each confidence, (B, bins)."""
+    return F.one_hot(((confidence * bins).ceil().long() - 1).clamp(0, bins - 1), bins)
 
 
-def calibration_error(gaps: torch.Tensor) -> float:
+def calibration_error(gaps: Tensor) -> float:
     """The expected calibration error of `calibration_gaps`, in [0, 1]."""
     return float(gaps.mean(dim=0).abs().sum())
 
@@ -49,33 +51,27 @@ def with_calibration(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def calibration_floor(
-    logits: torch.Tensor, generator: torch.Generator, bins: int = BINS, draws: int = 100
+    logits: Tensor, generator: torch.Generator, bins: int = BINS, draws: int = 100
 ) -> float:
     """The calibration error that a perfectly calibrated classifier would show on as few images."""
     confidence = logits.double().softmax(dim=1).amax(dim=1)
-    in_bin = F.one_hot(_bin_index(confidence, bins), bins).double()
     uniform = torch.rand(draws, len(confidence), generator=generator, dtype=torch.float64)
     gap = (uniform < confidence).double() - confidence
+    in_bin = _in_bin(confidence, bins).double()
     return float((gap @ in_bin / len(confidence)).abs().sum(dim=1).mean())
 
 
-def logit_scale(
-    logits: torch.Tensor, label: torch.Tensor, largest: float = 100.0
-) -> tuple[float, float]:
+def logit_scale(logits: Tensor, label: Tensor, largest: float = 100.0) -> tuple[float, float]:
     """The s in [0, `largest`] that minimises the cross entropy of softmax(s logits), and its error.
 
-    1 / s is the temperature of Guo et al. 2017. Below 1: over-confident; above 1: under-confident.
-
-    Args:
-        logits: (N, K) or (L, N, K), of the same N images at L noise levels; the standard error
-            counts images, not levels.
-        label: (N,).
+    1 / s is the temperature of Guo et al. 2017. Logits are (N, K), or (L, N, K) at L noise levels;
+    the standard error counts images, not levels.
     """
     logits = logits.double().reshape(-1, *logits.shape[-2:])
     logits = logits - logits.mean(dim=-1, keepdim=True)
     label_logit = logits.gather(-1, label.expand(len(logits), -1)[..., None])[..., 0]
 
-    def slope(s: float) -> torch.Tensor:  # of the cross entropy, (L, N); its mean increases with s
+    def slope(s: float) -> Tensor:  # of the cross entropy, (L, N); its mean increases with s
         return ((s * logits).softmax(dim=-1) * logits).sum(dim=-1) - label_logit
 
     low, high = 0.0, largest
@@ -94,7 +90,7 @@ def logit_scale(
     return low, float(error)
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and its standard error (infinite for a single value)."""
     values = values.double()
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
@@ -102,18 +98,11 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 def level_metrics(
-    logits: torch.Tensor, label: torch.Tensor, log_prior: torch.Tensor, generator: torch.Generator
+    logits: Tensor, label: Tensor, log_prior: Tensor, generator: torch.Generator
 ) -> dict[str, float]:
-    """Metrics of the logits at one noise level; names that end in `_error` are standard errors.
+    """Metrics of the logits (N, K) at one noise level; `..._error` are standard errors.
 
-    `information` is the mean of log p(y | x_t) - log p(y), in nats an image: at most the mutual
-    information of y and x_t; below 0 the classifier is worse than the labels' frequencies.
-
-    Args:
-        logits: (N, K).
-        label: (N,).
-        log_prior: (K,), log frequencies of the labels.
-        generator: of the `calibration_floor`.
+    `information` is the mean of log p(y | x_t) - log p(y), in nats an image.
     """
     log_p = logits.double().log_softmax(dim=1)
     label_log_p = log_p.gather(1, label[:, None])[:, 0]

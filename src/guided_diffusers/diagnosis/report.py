@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..utils import aside, require_matplotlib
 
@@ -44,20 +45,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [[name for name, _, _ in COLUMNS]]
     for row in rows:
         cells.append([format(row[key], spec) for _, key, spec in COLUMNS])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        lines.append("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)))
-    return "\n".join(lines)
+    pattern = "  ".join(f"{{:>{max(map(len, column))}}}" for column in zip(*cells, strict=True))
+    return "\n".join(pattern.format(*line) for line in cells)
 
 
 @contextmanager
 def saved_axes(path: Path, count: int, title: str = "") -> Iterator[Sequence[Any]]:
-    """Axes side by side; on exit the figure is written atomically to `path`.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-    """
+    """Axes side by side; on exit the figure is written atomically to `path`."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -98,8 +92,7 @@ def _plot_curve(axis: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None
     """A metric with its error bars, its baseline and a cross at each harmful level."""
     key = "sigma_over_alpha" if "sigma_over_alpha" in rows[0] else "timestep"
     x, y = [row[key] for row in rows], [row[name] for row in rows]
-    errors = [row.get(f"{name}_error", 0.0) for row in rows]
-    errors = [error if math.isfinite(error) else 0.0 for error in errors]
+    errors = np.nan_to_num([row.get(f"{name}_error", 0.0) for row in rows], posinf=0.0)
     axis.errorbar(x, y, errors, marker="o", markersize=4, capsize=2)
     baseline, label = BASELINES.get(name, ("", ""))
     if baseline in rows[0]:

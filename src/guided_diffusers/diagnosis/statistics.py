@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from ..guidance import ClassifierGuidance, StepContext, logits_of
 from ..images import encode
@@ -22,92 +24,85 @@ DIFFERENCE_IMAGES = 8  # of the finite differences, in as many random directions
 Item = dict[str, Any]
 
 
+@dataclass(eq=False)
 class LevelStatistics:
     """Logits and gradients of a classifier at noise levels, collected over batches.
 
-    Args as of `diagnose`; without a reference, the gradient's smoothness is measured. An image's
-    noise doesn't depend on its batch. `low` and `high` are the range of the images' values.
+    Arguments as of `diagnose`. An image's noise doesn't depend on its batch.
     """
 
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        eval_levels: Sequence[EvalLevel],
-        reference: Reference | None,
-        gradient_images: int,
-        seed: int,
-        finite_differences: bool,
-    ):
-        self.classifier, self.eval_levels, self.reference = classifier, eval_levels, reference
-        self.gradient_images, self.seed = gradient_images, seed
-        self.low, self.high = float("inf"), float("-inf")
-        self.schedule = TrainedSchedule(schedule_config(classifier))
-        weights = [p for p in classifier.parameters() if p.is_floating_point()]
-        self.dtype = weights[0].dtype if weights else torch.float32
-        self.device = weights[0].device if weights else torch.device("cpu")
-        self.float64_copy = None
-        if finite_differences:
-            self.float64_copy = copy.deepcopy(classifier).cpu().double()
-        self._labels: list[torch.Tensor] = []
-        self._logits: list[list[torch.Tensor]] = [[] for _ in eval_levels]
-        self._gradients: list[list[dict[str, torch.Tensor]]] = [[] for _ in eval_levels]
+    classifier: torch.nn.Module
+    eval_levels: Sequence[EvalLevel]
+    reference: Reference | None
+    gradient_images: int
+    seed: int
+    finite_differences: bool
+
+    def __post_init__(self) -> None:
+        self.value_range = float("inf"), float("-inf")  # of the images
+        self.schedule = TrainedSchedule(schedule_config(self.classifier))
+        weights = filter(torch.is_floating_point, self.classifier.parameters())
+        weight = next(weights, torch.zeros(()))
+        self.dtype, self.device, self.float64_copy = weight.dtype, weight.device, None
+        if self.finite_differences:
+            self.float64_copy = copy.deepcopy(self.classifier).cpu().double()
+        self._labels: list[Tensor] = []
+        self._logits: list[list[Tensor]] = [[] for _ in self.eval_levels]
+        self._gradients: list[list[dict[str, Tensor]]] = [[] for _ in self.eval_levels]
         self._difference_errors: list[float] = []
 
-    def add(self, indices: Sequence[int], x0: torch.Tensor, label: torch.Tensor) -> None:
-        """Evaluate a batch at every noise level.
-
-        Args:
-            indices: of the images in the data; with the seed they determine the noise.
-            x0: (B, C, H, W), images or latents.
-            label: (B,).
-        """
-        is_first, seen = not self._labels, sum(map(len, self._labels))
+    def add(
+        self, indices: Sequence[int], items: Sequence[Item], vae: torch.nn.Module | None
+    ) -> None:
+        """Evaluate items at all levels; `indices` in the data and the seed determine the noise."""
+        x0 = torch.stack([item["pixel_values"] for item in items]).to(self.device)
+        label = torch.tensor([int(item["label"]) for item in items], device=self.device)
+        if vae is not None:
+            x0, std = encode(vae, x0)
+            if std is not None:  # sampled latents
+                generators = [image_generator(self.seed, i) for i in indices]
+                x0 = x0.float() + std.float() * randn_tensor(x0.shape, generators, x0.device)
+        x0 = x0.float()
+        seen, levels = sum(map(len, self._labels)), len(self.eval_levels)
         count = max(0, min(len(x0), self.gradient_images - seen))
-        self.low, self.high = min(self.low, x0.amin().item()), max(self.high, x0.amax().item())
+        low, high = self.value_range
+        self.value_range = min(low, x0.amin().item()), max(high, x0.amax().item())
         for k, eval_level in enumerate(self.eval_levels):
-            numbers = [len(self.eval_levels) * i + k for i in indices]
-            generators = [image_generator(self.seed, number) for number in numbers]
+            generators = [image_generator(self.seed, levels * i + k) for i in indices]
             eps = randn_tensor(x0.shape, generators, x0.device)
-            self._logits[k].append(self._evaluate(_noised(x0, eps, eval_level.level), eval_level))
+            x = _noised(x0, eps, eval_level.level)
+            self._logits[k].append(self._evaluate(x, eval_level.level))
             images = x0[:count], eps[:count], label[:count], eval_level
             if count:
                 self._gradients[k].append(self._gradient_metrics(*images, generators[:count]))
-            if is_first and self.float64_copy is not None:
+            if not seen and self.float64_copy is not None:
                 self._difference_errors.append(self._difference_error(*images, generators[0]))
         self._labels.append(label.cpu())
 
-    def _evaluate(self, x: torch.Tensor, eval_level: EvalLevel) -> torch.Tensor:
+    def _evaluate(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Logits at x_t, (B, K), evaluated as `NoiseAwareGuidance` does."""
-        level = eval_level.level
         z = x / (level.alpha**2 + level.sigma**2) ** 0.5
         output = self.classifier(z.to(self.dtype), self.schedule.timestep(level))
         return logits_of(output).cpu().double()
 
-    def _gradient(self, x: torch.Tensor, label: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+    def _gradient(self, x: Tensor, label: Tensor, level: NoiseLevel) -> Tensor:
         """grad log p(y | x_t) as guidance computes it; float64 on the CPU."""
         step = StepContext(x, x, lambda sample: sample, level, 0, 1, 0.0)
         return ClassifierGuidance(self.classifier, label).score(step).cpu().double()
 
     def _gradient_metrics(
-        self,
-        x0: torch.Tensor,
-        eps: torch.Tensor,
-        label: torch.Tensor,
-        eval_level: EvalLevel,
-        generators: list[torch.Generator],
-    ) -> dict[str, torch.Tensor]:
+        self, x0: Tensor, eps: Tensor, label: Tensor, eval_level: EvalLevel, generators: list[Any]
+    ) -> dict[str, Tensor]:
         """Metrics of the gradient at each image, (B,).
 
-        `gradient_norm` is the norm of sigma grad log p(y | x_t): by so much guidance_scale=1 changes
-        the predicted noise, whose own norm is about sqrt(D). `cosine` is to the reference. Without
-        one it is to the gradient at other noise, sqrt(1 - r^2) eps + r eps', and measures only
-        smoothness: 1 doesn't mean a right gradient, but near 0 no sampler can follow it.
+        `gradient_norm` is |sigma grad log p(y | x_t)|; predicted noise has a norm of about sqrt(D).
         """
         level = eval_level.level
         x = _noised(x0, eps, level)
         gradient = self._gradient(x, label, level)
         metrics = {"gradient_norm": level.sigma * gradient.flatten(1).norm(dim=1)}
         if self.reference is None:
+            # only smoothness: 1 doesn't mean a right gradient, but near 0 no sampler can follow it
             r, other = PERTURBATION, randn_tensor(eps.shape, generators, eps.device)
             x = _noised(x0, (1 - r * r) ** 0.5 * eps + r * other, level)
             metrics["cosine"] = cosine(gradient, self._gradient(x, label, level))
@@ -119,24 +114,15 @@ class LevelStatistics:
         return metrics
 
     def _difference_error(
-        self,
-        x0: torch.Tensor,
-        eps: torch.Tensor,
-        label: torch.Tensor,
-        eval_level: EvalLevel,
-        generator: torch.Generator,
+        self, x0: Tensor, eps: Tensor, label: Tensor, eval_level: EvalLevel, generator: Any
     ) -> float:
-        """|finite difference - gradient . v| / |finite difference| over random directions v.
-
-        Central differences of a float64 copy on the CPU. Gradients below their rounding error (of a
-        saturated classifier) count as zero.
-        """
+        """|finite difference - gradient . v| / |finite difference| over random directions v."""
         level, count = eval_level.level, DIFFERENCE_IMAGES
         x, label = _noised(x0[:count], eps[:count], level), label[:count]
         gradient = self._gradient(x, label, level)
         x, term = x.cpu().double(), ClassifierGuidance(self.float64_copy, label.cpu())
         h = 1e-4 * level.sigma
-        error, size = 0.0, (1e-11 / h) ** 2
+        error, size = 0.0, (1e-11 / h) ** 2  # gradients below the rounding error count as zero
         for _ in range(count):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             up, down = (
@@ -148,12 +134,8 @@ class LevelStatistics:
             size += float(difference.square().sum())
         return (error / size) ** 0.5
 
-    def logits_and_label(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (L, N, K) at all levels and labels (N,).
-
-        Raises:
-            FloatingPointError: if a logit is NaN or infinite.
-        """
+    def logits_and_label(self) -> tuple[Tensor, Tensor]:
+        """Logits (L, N, K) at all levels and labels (N,)."""
         logits = torch.stack([torch.cat(batches) for batches in self._logits])
         if not logits.isfinite().all():
             raise FloatingPointError(
@@ -161,7 +143,7 @@ class LevelStatistics:
             )
         return logits, torch.cat(self._labels)
 
-    def rows(self, log_prior: torch.Tensor) -> list[dict[str, Any]]:
+    def rows(self, log_prior: Tensor) -> list[dict[str, Any]]:
         """Metrics and status, a row a level, given the log frequencies of the labels, (K,)."""
         logits, label = self.logits_and_label()
         rows = []
@@ -182,17 +164,17 @@ class LevelStatistics:
         return rows
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of each image's (B, C, H, W) in float64, (B,); 0 where either is 0."""
     a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (a, b))
     return (a * b).sum(dim=1)
 
 
-def _noised(x0: torch.Tensor, eps: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+def _noised(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     return level.alpha * x0 + level.sigma * eps
 
 
-def _summarize(batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+def _summarize(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Means and standard errors over batches; `reference_scale` is nearest to the reference."""
     values = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     row: dict[str, float] = {}
@@ -202,26 +184,3 @@ def _summarize(batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float
         squared = values["squared_norm"].sum().clamp(min=1e-300)
         row["reference_scale"] = float(values["product_with_reference"].sum() / squared)
     return row
-
-
-def batches(
-    data: Sequence[Item],
-    indices: Sequence[int],
-    size: int,
-    vae: torch.nn.Module | None,
-    seed: int,
-    device: torch.device,
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Batches of (indices, x0, label); with an autoencoder, x0 are sampled latents."""
-    for start in range(0, len(indices), size):
-        batch = list(indices[start : start + size])
-        items = [data[i] for i in batch]
-        x0 = torch.stack([item["pixel_values"] for item in items]).to(device)
-        if vae is not None:
-            mean, std = encode(vae, x0)
-            x0 = mean.float()
-            if std is not None:
-                generators = [image_generator(seed, i) for i in batch]
-                x0 = x0 + std.float() * randn_tensor(mean.shape, generators, mean.device)
-        label = torch.tensor([int(item["label"]) for item in items], device=device)
-        yield batch, x0.float(), label

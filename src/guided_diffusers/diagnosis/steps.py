@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.callbacks import PipelineCallback
+from torch import Tensor
 
 from ..guidance import ClassifierGuidance, Guidance, GuidanceSum, NoiseAwareGuidance, StepContext
 from ..guider import Guider
@@ -71,24 +73,20 @@ class GuidanceDiagnostics(PipelineCallback):
         classifier: torch.nn.Module | None = None,
     ):
         super().__init__()
-        if label is None:
-            label = []
         self.labels = list(label) if isinstance(label, (list, tuple)) else [label]
+        if label is None:
+            self.labels = []
         self.classifier, self.images = classifier, 0
         self._levels: list[NoiseLevel] = []  # of the pipeline's run
         self._label_term: NoiseAwareGuidance | None = None  # evaluates the labels of the run
         self._current: _Step | None = None
         self._previous: _Step | None = None  # of the same run
         # by step: index, timestep and sigma / alpha; the metrics of each run
-        self._recorded: dict[int, tuple[dict[str, Any], list[dict[str, torch.Tensor]]]] = {}
+        self._recorded: dict[int, tuple[dict[str, Any], list[dict[str, Tensor]]]] = {}
 
     def callback_fn(
-        self,
-        pipeline: Any,
-        step_index: int,
-        timestep: Any,
-        callback_kwargs: dict[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Record a step of `ClassifierGuidedPipeline`."""
         sample, x0, shift = (callback_kwargs[name] for name in self.tensor_inputs)
         if step_index == 0:
@@ -96,9 +94,8 @@ class GuidanceDiagnostics(PipelineCallback):
             classifier = pipeline.classifier if self.classifier is None else self.classifier
             self._label_term = None
             if self.labels and classifier is not None:
-                numbers = range(self.images, self.images + len(sample))
-                labels = [self.labels[number % len(self.labels)] for number in numbers]
-                self._label_term = ClassifierGuidance(classifier, labels)
+                labels = islice(cycle(self.labels), self.images, self.images + len(sample))
+                self._label_term = ClassifierGuidance(classifier, list(labels))
         level = self._levels[step_index]
         self._start_step(_Step(step_index, float(timestep), level, sample, x0, shift))
         self._record_label(self._label_term)
@@ -113,12 +110,11 @@ class GuidanceDiagnostics(PipelineCallback):
         """
         return tuple(_WatchedTerm(term, self) for term in GuidanceSum(terms).terms())
 
-    def record_term(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
+    def record_term(self, term: Guidance, step: StepContext, score: Tensor) -> None:
         """Record what a watched term adds to the score at a step."""
         if self._current is None or self._current.sample is not step.sample:  # its first term
-            self._start_step(
-                _Step(step.index, step.timestep, step.level, step.sample, step.x0, score)
-            )
+            fields = step.index, step.timestep, step.level, step.sample, step.x0
+            self._start_step(_Step(*fields, score))
         else:
             self._current.shift = self._current.shift + score
         self._record_label(term)
@@ -130,17 +126,17 @@ class GuidanceDiagnostics(PipelineCallback):
         self._current = step
 
     def _record_label(self, term: Guidance | None) -> None:
-        if self._current.log_p is None and isinstance(term, NoiseAwareGuidance):
-            self._current.log_p = _log_probability(term, self._current.sample, self._current.level)
+        current = self._current
+        if current.log_p is None and isinstance(term, NoiseAwareGuidance):
+            z, t, _ = term.network_input(current.sample, current.level)
+            with torch.no_grad():
+                current.log_p = term.log_probability(z, t)
 
     def _finish_step(self) -> None:
         step = self._current
         if step is not None:
-            position = {
-                "index": step.index,
-                "timestep": step.timestep,
-                "sigma_over_alpha": step.level.sigma / step.level.alpha,
-            }
+            position = {"index": step.index, "timestep": step.timestep}
+            position["sigma_over_alpha"] = step.level.sigma / step.level.alpha
             _, runs = self._recorded.setdefault(step.index, (position, []))
             runs.append(step.metrics(self._previous))
             self._previous, self._current = step, None
@@ -183,7 +179,7 @@ class GuidanceDiagnostics(PipelineCallback):
         for step in steps:
             row: dict[str, Any] = {}
             for name, value in step.items():
-                is_metric = isinstance(value, torch.Tensor)
+                is_metric = isinstance(value, Tensor)
                 row[name] = value.double().nanmean().item() if is_metric else value
             row["log_probabilities"] = step["log_probability"].tolist()
             rows.append(row)
@@ -197,12 +193,12 @@ class _Step:
     index: int
     timestep: float
     level: NoiseLevel
-    sample: torch.Tensor
-    x0: torch.Tensor
-    shift: torch.Tensor | None
-    log_p: torch.Tensor | None = None
+    sample: Tensor
+    x0: Tensor
+    shift: Tensor | None
+    log_p: Tensor | None = None
 
-    def metrics(self, previous: _Step | None) -> dict[str, torch.Tensor]:
+    def metrics(self, previous: _Step | None) -> dict[str, Tensor]:
         """The metrics, each (B,); releases `sample` and `x0`."""
         undefined = self.sample.new_full((len(self.sample),), torch.nan)
         guided, ratio, cosine = self.x0, torch.zeros_like(undefined), undefined
@@ -211,15 +207,14 @@ class _Step:
             ratio = _norm(self.shift) / _norm(self.level.score(self.sample, self.x0))
             if previous is not None and previous.shift is not None:
                 product = self.shift.flatten(1).double() * previous.shift.flatten(1).double()
-                cosine = product.sum(1) / (
-                    _norm(self.shift) * _norm(previous.shift)
-                )  # 0 / 0 is NaN
+                norms = _norm(self.shift) * _norm(previous.shift)
+                cosine = product.sum(1) / norms  # 0 / 0 is NaN
         metrics = {
             "log_probability": undefined if self.log_p is None else self.log_p,
             "guidance_to_score": ratio,
             "cosine": cosine,
-            "outside": _share_outside(guided),
-            "outside_unguided": _share_outside(self.x0),
+            "outside": (guided.abs() > 1).flatten(1).double().mean(1),
+            "outside_unguided": (self.x0.abs() > 1).flatten(1).double().mean(1),
         }
         self.sample = self.x0 = undefined  # the next step needs only the shift
         return {name: value.float() for name, value in metrics.items()}
@@ -239,37 +234,19 @@ class _WatchedTerm(Guidance):
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return self.term.modules()
 
-    def score(self, step: StepContext) -> torch.Tensor:
+    def score(self, step: StepContext) -> Tensor:
         score = self.term.score(step)
         self.record.record_term(self.term, step, score)
         return score
 
 
-def _log_probability(
-    term: NoiseAwareGuidance, sample: torch.Tensor, level: NoiseLevel
-) -> torch.Tensor:
-    """log p of the term's label, (B,)."""
-    z, t, _ = term.network_input(sample, level)
-    with torch.no_grad():
-        return term.log_probability(z, t)
-
-
-def _norm(value: torch.Tensor) -> torch.Tensor:
+def _norm(value: Tensor) -> Tensor:
     # in float64: a saturated classifier's gradient is so small that its squares would underflow
     return torch.linalg.vector_norm(value.flatten(1).double(), dim=1)
 
 
-def _share_outside(x0: torch.Tensor) -> torch.Tensor:
-    return (x0.abs() > 1).flatten(1).double().mean(1)
-
-
 def check_output(path: Path) -> None:
-    """Check that `GuidanceDiagnostics.save` can write such a file.
-
-    Raises:
-        ValueError: for its suffix.
-        ImportError: for a plot without matplotlib.
-    """
+    """Raise ValueError for a suffix that `GuidanceDiagnostics.save` can't write, or ImportError."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"diagnostics {path}: a name that ends with {', '.join(FORMATS)} is allowed"
@@ -282,19 +259,15 @@ def _plot(steps: Sequence[dict[str, Any]], images: int, path: Path) -> None:
     title = f"guidance at each step: mean of {images} images, and the middle 80% of them"
     with saved_axes(path, len(PLOTS), title) as axes:
         for axis, (name, axis_title) in zip(axes, PLOTS.items(), strict=True):
+            _plot_curve(axis, steps, name, "guided")
             if name == "outside":
-                _plot_curve(axis, steps, name, "guided")
                 _plot_curve(axis, steps, "outside_unguided", "unguided")
                 axis.legend(fontsize="small", frameon=False)
-            else:
-                _plot_curve(axis, steps, name)
             axis.set_title(axis_title, fontsize="medium")
             axis.set_xlabel("step")
 
 
-def _plot_curve(
-    axis: Any, steps: Sequence[dict[str, Any]], name: str, label: str | None = None
-) -> None:
+def _plot_curve(axis: Any, steps: Sequence[dict[str, Any]], name: str, label: str) -> None:
     """Mean over the images at each step, and their 10% and 90% quantiles as a band."""
     x, values = [step["index"] for step in steps], [step[name].double() for step in steps]
     means = [value.nanmean().item() for value in values]

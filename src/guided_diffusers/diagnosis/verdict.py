@@ -15,15 +15,11 @@ information of y and x_t:
                   label
 
 "Significantly" means three standard errors, so that ten levels seldom give a false alarm; for
-harmful also half a per cent of H(y). An over-confident classifier may be harmful where the exact one
-has little information, although its gradient's direction is right: its logits times `logit_scale`
-would be informative.
-
-The recommended guidance_scale: where the label is uncertain, logits that are c times the exact ones
-have c times the exact gradient, so 1 / c, which `logit_scale` estimates, gives the exact conditional
-model. Above three times that scale, variety decreases and agreement hardly increases (bundled
-models, DDIM, 20 steps, 100 images of ten labels; the judge's agreement with the label, mean distance
-of two images of a label):
+harmful also half a per cent of H(y). The recommended guidance_scale: where the label is uncertain,
+logits that are c times the exact ones have c times the exact gradient, so 1 / c, which
+`logit_scale` estimates, gives the exact conditional model. Above three times that scale, variety
+decreases and agreement hardly increases (bundled models, DDIM, 20 steps, 100 images of ten labels;
+the judge's agreement with the label, mean distance of two images of a label):
 
     logits x 1    scale 1     0.61  17.8      scale 3    0.91  14.7      scale 6    0.93  13.4
     logits x 3    scale 1/3   0.63  16.8      scale 1    0.86  14.8      scale 2    0.85  14.0
@@ -36,7 +32,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .levels import SamplingRun
 from .metrics import logit_scale
@@ -91,10 +87,7 @@ def status(row: Row, has_reference: bool) -> str:
 
 
 def useful_levels(statuses: Sequence[str], information: Sequence[float]) -> range:
-    """The range from the first to the last informative level without a harmful one in between.
-
-    Of several ranges, the one with the most information; an empty one if no level is informative.
-    """
+    """Of the ranges of informative levels without a harmful one between, the most informative."""
     ranges, first = [range(0)], None
     for k, level_status in enumerate([*statuses, "harmful"]):
         if level_status == "informative":
@@ -126,19 +119,9 @@ def rounded(number: float, down: bool) -> float:
 
 
 def assess(
-    rows: Sequence[Row],
-    logits: torch.Tensor,
-    label: torch.Tensor,
-    run: SamplingRun,
-    has_reference: bool,
+    rows: Sequence[Row], logits: Tensor, label: Tensor, run: SamplingRun, has_reference: bool
 ) -> Verdict:
-    """The verdict on the levels of a run.
-
-    Args:
-        rows: metrics and `status` by level, noisiest first.
-        logits: (L, N, K) of N images at these levels, with their labels, (N,).
-        has_reference: whether `cosine` is to a reference.
-    """
+    """The verdict on a run, from rows of metrics and logits (L, N, K), noisiest level first."""
     useful = useful_levels([row["status"] for row in rows], [row["information"] for row in rows])
     scale, error = logit_scale(logits[useful.start : useful.stop] if useful else logits, label)
     kind = confidence(scale, error)
@@ -168,30 +151,27 @@ def assess(
         f"{guidance_scale[1]:g} (sharper, less varied).",
     ]
     if has_reference:
-        words.append(_comparison(rows[useful.start : useful.stop]))
-    summary = _summary(_any_harmful(noisier), _any_harmful(cleaner), low, high, start)
-    return Verdict(
-        summary, tuple(words), start, stop, (low, high), guidance_scale, kind, scale, error
-    )
+        inside = rows[useful.start : useful.stop]
+        cosines, scales = ([row[name] for row in inside] for name in ("cosine", "reference_scale"))
+        words.append(
+            f"At these levels the cosine of its gradient to the reference is {min(cosines):.2f} to "
+            f"{max(cosines):.2f}; the scale at which it is nearest to the reference is "
+            f"{min(scales):.2f} to {max(scales):.2f}."
+        )
+    above = f"above sigma/alpha {high:.3g}"
+    if start >= LOW_NOISE:
+        above = (
+            f"above a low noise level (sigma/alpha {high:.3g}; {start:.0%} of the run is noisier)"
+        )
+    sides = ((noisier, above), (cleaner, f"below sigma/alpha {low:.3g}"))
+    parts = [text for levels, text in sides if _any_harmful(levels)]
+    summary = f"unfit {', and '.join(parts)}" if parts else "fit"
+    sigmas = low, high
+    return Verdict(summary, tuple(words), start, stop, sigmas, guidance_scale, kind, scale, error)
 
 
 def _any_harmful(rows: Sequence[Row]) -> bool:
     return any(row["status"] == "harmful" for row in rows)
-
-
-def _summary(
-    noisier_harmful: bool, cleaner_harmful: bool, low: float, high: float, start: float
-) -> str:
-    below = f"below sigma/alpha {low:.3g}"
-    if not noisier_harmful:
-        return f"unfit {below}" if cleaner_harmful else "fit"
-    summary = f"unfit above sigma/alpha {high:.3g}"
-    if start >= LOW_NOISE:
-        summary = (
-            f"unfit above a low noise level (sigma/alpha {high:.3g}; {start:.0%} of the run is "
-            "noisier)"
-        )
-    return f"{summary}, and {below}" if cleaner_harmful else summary
 
 
 def _uninformative(rows: Sequence[Row]) -> str:
@@ -221,14 +201,3 @@ def _outside(name: str, rows: Sequence[Row]) -> list[str]:
         f"{worst['cross_entropy']:.2f} at sigma/alpha {worst['sigma_over_alpha']:.3g}, where label "
         f"frequencies have {worst['prior_entropy']:.2f}."
     ]
-
-
-def _comparison(rows: Sequence[Row]) -> str:
-    """The sentence on the reference at the informative levels."""
-    cosines = [row["cosine"] for row in rows]
-    scales = [row["reference_scale"] for row in rows]
-    return (
-        f"At these levels the cosine of its gradient to the reference is {min(cosines):.2f} to "
-        f"{max(cosines):.2f}; the scale at which it is nearest to the reference is "
-        f"{min(scales):.2f} to {max(scales):.2f}."
-    )

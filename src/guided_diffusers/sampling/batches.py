@@ -74,14 +74,7 @@ def progress_bars(
     show: bool,
     initial: int = 0,
 ) -> Iterator[tqdm]:
-    """Context manager: a bar of images to update; for a single batch, the pipeline's bar of steps.
-
-    The pipeline's progress bar settings are restored on exit.
-
-    Args:
-        show: False hides both bars.
-        initial: number of images that exist already.
-    """
+    """Yields a bar of images to update; for a single batch, the pipeline shows its bar of steps."""
     settings = getattr(pipeline, "_progress_bar_config", {})
     show_steps = show and num_images <= batch_size
     hide_images = show_steps or not show

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,101 +37,52 @@ def add_sample_command(commands: Any) -> None:
     command.set_defaults(run=run_sample)
     add_shared_options(command, "--model", "--revision")
     option = command.add_argument
-    option(
-        "--label",
-        nargs="+",
-        required=True,
-        metavar="LABEL",
-        help="names or ids; `all`: every label of the model",
-    )
+    help = "names or ids; `all`: every label of the model"
+    option("--label", nargs="+", required=True, metavar="LABEL", help=help)
     option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
-    option(
-        "--scheduler",
-        help="a Diffusers scheduler: ddim, ddpm, euler, unipc, DPMSolverMultistepScheduler, ... "
-        "(default: set by the model)",
-    )
+    option("--scheduler", help="of Diffusers: ddim, ddpm, euler, unipc, ... (default: the model's)")
     add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
-    add_shared_option(
-        command,
-        "--seed",
-        help="random seed; image i depends only on the seed and i (default: %(default)s)",
-    )
+    help = "random seed; image i depends only on the seed and i (default: %(default)s)"
+    add_shared_option(command, "--seed", help=help)
     _add_call_options(command)
     _add_output_options(command)
 
 
-def _add_call_options(command: argparse.ArgumentParser) -> None:
+def _add_call_options(command: ArgumentParser) -> None:
     """Arguments of the pipeline's call; options left out are missing in the parsed options."""
-    option = command.add_argument_group(
-        "sampling",
-        "Options left out have the model's defaults.",
-        argument_default=argparse.SUPPRESS,
-    ).add_argument
-    option(
-        "--guidance-scale",
-        type=float,
-        help="strength of the classifier; 0: off, 1: exact, more: sharper and less varied",
-    )
-    for end in ("start", "stop"):
-        option(
-            f"--guidance-{end}",
-            type=float,
-            metavar="FRACTION",
-            help=f"fraction of the run at which guidance {end}s, in [0, 1]",
-        )
-    option(
-        "--classifier-free-scale",
-        type=float,
-        help="strength of classifier-free guidance, for a network with a null label; 0: off",
-    )
-    option(
-        "--guidance-algorithm",
-        choices=ALGORITHMS,
-        help="how guidance enters a step: through the network's output, through the mean of a DDPM "
-        "step, or by operator splitting",
-    )
-    option("--guidance-every", type=int, metavar="K", help="evaluate the classifier every K steps")
-    option(
-        "--guidance-tolerance",
-        type=float,
-        metavar="T",
-        help="instead, evaluate it only when the estimated error of the image exceeds T, in units "
-        "of [-1, 1]",
-    )
-    option("--num-inference-steps", type=int, help="scheduler steps")
+    description = "Options left out have the model's defaults."
+    group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
+    for name, kind, metavar, help in (
+        ("scale", float, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
+        ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
+        ("every", int, "K", "evaluate the classifier every K steps"),
+        ("tolerance", float, "T", "or when the estimated error exceeds T, in units of [-1, 1]"),
+    ):
+        group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
+    help = "of classifier-free guidance, for a network with a null label; 0: off"
+    group.add_argument("--classifier-free-scale", type=float, metavar="SCALE", help=help)
+    help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
+    group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
+    group.add_argument("--num-inference-steps", type=int, help="scheduler steps")
 
 
-def _add_output_options(command: argparse.ArgumentParser) -> None:
+def _add_output_options(command: ArgumentParser) -> None:
     option = command.add_argument_group("output").add_argument
-    option(
-        "--output",
-        type=Path,
-        default=Path("samples.png"),
-        help=f"one picture ({', '.join(PICTURE_FORMATS)}) of all images, or a folder "
-        "(default: %(default)s)",
+    help = f"a picture ({', '.join(PICTURE_FORMATS)}) or a folder (default: %(default)s)"
+    option("--output", type=Path, default=Path("samples.png"), help=help)
+    help = (
+        "of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
+        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)"
     )
-    option(
-        "--format",
-        choices=("imagefolder", "parquet", "npz"),
-        help="of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
-        "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)",
-    )
-    option(
-        "--shard-size",
-        type=int,
-        help="of a folder: images written together; a process that is killed loses at most these "
-        "(default: 256, or --batch-size if that is more)",
-    )
-    option(
-        "--diagnostics",
-        type=Path,
-        metavar="FILE",
-        help="what guidance did at each step, as metrics (.json) or curves (.png); the images "
-        "stay the same",
-    )
+    option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
+    help = "images written together, lost by a kill (default: 256, or --batch-size if more)"
+    option("--shard-size", type=int, help=help)
+    help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
+    option("--diagnostics", type=Path, metavar="FILE", help=help)
 
 
-def run_sample(options: argparse.Namespace) -> None:
+def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from ..utils import exchanged, load_pipeline
@@ -178,36 +129,26 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_FORMATS
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Check the options before any computation.
-
-    Raises:
-        ValueError: for a number below 1; for options that have no effect on a picture or a folder,
-            or that several processes don't allow.
-        ImportError: for --diagnostics curves without matplotlib.
-    """
+def check_options(options: Namespace) -> None:
+    """Check the options before any computation."""
+    world_size, output = launched_world_size(), options.output
     for name in ("batch_size", "num_images", "shard_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
-    world_size = launched_world_size()
     for name in ("format", "shard_size"):
         value = getattr(options, name)
-        if value is not None and is_picture(options.output):
+        if value is not None and is_picture(output):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: --output {options.output} is a picture; use "
-                "a folder"
+                f"--{name.replace('_', '-')} {value}: --output {output} is a picture; use a folder"
             )
-    if world_size > 1 and is_picture(options.output):
+    if world_size > 1 and is_picture(output):
         raise ValueError(
-            f"--output {options.output}: {world_size} processes can't make a picture; use a "
-            "folder, or one process"
+            f"--output {output}: {world_size} processes can't make a picture; use a folder, or one "
+            "process"
         )
-    if options.diagnostics:
-        _check_diagnostics(options, world_size)
-
-
-def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
+    if not options.diagnostics:
+        return
     from ..diagnosis import check_output
 
     check_output(options.diagnostics)
@@ -216,19 +157,15 @@ def _check_diagnostics(options: argparse.Namespace, world_size: int) -> None:
             f"--diagnostics {options.diagnostics}: {world_size} processes were started, each with "
             "a part of the images; one process is allowed"
         )
-    if options.output.is_dir() and any(options.output.iterdir()):
+    if output.is_dir() and any(output.iterdir()):
         raise ValueError(
-            f"--diagnostics: {options.output} isn't empty, and its images would not be counted; "
-            "use a new folder"
+            f"--diagnostics: {output} isn't empty, and its images would not be counted; use a new "
+            "folder"
         )
 
 
 def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
-    """Ids of the values of --label.
-
-    Raises:
-        ValueError: for an unknown label, or for `all` with an unknown number of labels.
-    """
+    """Ids of the values of --label."""
     from .folder import label_ids
 
     if values == ["all"]:
@@ -236,18 +173,12 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
             raise ValueError("--label all: the model's number of labels is unknown; use their ids")
         return list(range(pipeline.num_labels))
     names = (pipeline.config.id2label or {}).values()
-    labels: list[int | str] = []
-    for value in values:
-        is_id = value.isdigit() and value not in names
-        labels.append(int(value) if is_id else value)
-    return label_ids(pipeline, labels)
+    ids = {value: int(value) for value in values if value.isdigit() and value not in names}
+    return label_ids(pipeline, [ids.get(value, value) for value in values])
 
 
 def make_picture(
-    pipeline: ClassifierGuidedPipeline,
-    labels: list[int],
-    call: dict[str, Any],
-    options: argparse.Namespace,
+    pipeline: ClassifierGuidedPipeline, labels: list[int], call: dict[str, Any], options: Namespace
 ) -> str:
     """Save one picture with a row per label; return the duration as text."""
     from .batches import progress_bars, sample
@@ -273,7 +204,7 @@ def make_folder(
     pipeline: ClassifierGuidedPipeline,
     labels: list[int],
     call: dict[str, Any],
-    options: argparse.Namespace,
+    options: Namespace,
     processes: PartialState | None,
 ) -> str:
     """Generate the missing images of a folder; return the duration and speed as text."""
@@ -283,13 +214,10 @@ def make_folder(
     result = sample_to_folder(
         pipeline,
         labels,
-        options.output,
-        options.num_images,
-        seed=options.seed,
-        batch_size=options.batch_size,
+        **{name: getattr(options, name) for name in ("num_images", "seed", "batch_size", "model")},
+        folder=options.output,
         shard_size=options.shard_size or max(256, options.batch_size),
         format=options.format or "imagefolder",
-        model=options.model,
         revision=hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,

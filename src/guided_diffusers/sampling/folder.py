@@ -77,29 +77,26 @@ def sample_to_folder(
     """
     start = time.perf_counter()
     ids = label_ids(pipeline, labels)
-    _check_sizes(num_images, batch_size, shard_size)
+    sizes = {"num_images": num_images, "batch_size": batch_size, "shard_size": shard_size}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is allowed")
+    if batch_size > shard_size:
+        raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))
     shards = Shards(Path(folder), format, names, ids, num_images, shard_size)
-    arguments = {
-        "format": format,
-        "num_images": num_images,
-        "labels": ids,
-        "seed": seed,
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        **resolve_defaults(pipeline, call),
-    }
+    arguments = {"format": format, "num_images": num_images, "labels": ids, "seed": seed}
+    arguments |= {**sizes, **resolve_defaults(pipeline, call)}
     settings = run_settings(pipeline, model, revision, arguments)
 
     missing = _missing_shards(shards, settings, processes)
     before = num_images - sum(len(shards.indices(shard)) for shard in missing)
     is_main = processes is None or processes.is_main_process
-    assigned = missing
     if processes is not None:
-        assigned = missing[processes.process_index :: processes.num_processes]
+        missing = missing[processes.process_index :: processes.num_processes]
     show = progress and is_main
     with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
-        for shard in assigned:
+        for shard in missing:
             content: list[Any] = []
             batches = sample(
                 pipeline, ids, seed, batch_size, shards.indices(shard), output_type="pil", **call
@@ -118,23 +115,10 @@ def sample_to_folder(
     return SampleResult(num_images, before, time.perf_counter() - start, tuple(ids))
 
 
-def _check_sizes(num_images: int, batch_size: int, shard_size: int) -> None:
-    sizes = {"num_images": num_images, "batch_size": batch_size, "shard_size": shard_size}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is allowed")
-    if batch_size > shard_size:
-        raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
-
-
 def _missing_shards(
     shards: Shards, settings: Mapping[str, Any], processes: PartialState | None
 ) -> list[int]:
-    """Open the folder; return the shards to generate, the same list in every process.
-
-    Raises:
-        ValueError: as `open_or_resume`.
-    """
+    """Open the folder; return the shards to generate, the same list in every process."""
     is_main = processes is None or processes.is_main_process
     missing: list[int] = []
     if is_main:
@@ -150,11 +134,7 @@ def _missing_shards(
 
 
 def label_ids(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label]) -> list[int]:
-    """Ids of labels given as ids or names.
-
-    Raises:
-        ValueError: for an unknown label, or a mixture of labels.
-    """
+    """Ids of labels given as ids or names; mixtures are refused."""
     ids = []
     weighted = parse_labels(list(labels), pipeline.config.id2label, pipeline.num_labels)
     for label, weights in zip(labels, weighted, strict=True):

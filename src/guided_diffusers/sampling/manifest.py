@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
 
 from ..arguments import DEFAULTS
@@ -34,25 +33,20 @@ def run_settings(
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that determines the images, as JSON: `arguments`, the pipeline, device and versions."""
-    classifier = pipeline.classifier
+    classifier, scheduler = pipeline.classifier, pipeline.scheduler
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    options = {name: value for name, value in scheduler.config.items() if name in parameters}
     settings = {
         "model": model or type(pipeline).__name__,
         "revision": revision or weights_hash(pipeline),
         "classifier": None if classifier is None else module_hash(classifier),
         **{name: value for name, value in arguments.items() if name not in OBSERVERS},
-        "scheduler": scheduler_settings(pipeline.scheduler),
+        "scheduler": {"class": type(scheduler).__name__, **options},
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return json.loads(json.dumps(finite(settings), default=lambda value: type(value).__name__))
-
-
-def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Class and options of a scheduler, without options that its class doesn't have."""
-    parameters = inspect.signature(type(scheduler).__init__).parameters
-    options = {name: value for name, value in scheduler.config.items() if name in parameters}
-    return {"class": type(scheduler).__name__, **options}
 
 
 def resolve_defaults(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,10 +55,8 @@ def resolve_defaults(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]
     exclusive = ("guidance_every", "guidance_tolerance")  # one turns off the other's default
     if any(call.get(name) is not None for name in exclusive):
         defaults |= {name: DEFAULTS[name] for name in exclusive}
-    set_arguments = {
-        name: value for name, value in call.items() if value is not None or name not in defaults
-    }
-    return defaults | set_arguments
+    unset = {name for name, value in call.items() if value is None and name in defaults}
+    return defaults | {name: value for name, value in call.items() if name not in unset}
 
 
 def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -81,13 +73,12 @@ def weights_hash(pipeline: ClassifierGuidedPipeline) -> str:
     """SHA-256 of the classes, configs and weights of all networks."""
     digest = hashlib.sha256()
     for name, module in sorted(pipeline.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        config = module_config(module).items()
-        public = {key: value for key, value in config if not str(key).startswith("_")}
-        description = [name, type(module).__name__, public]
-        digest.update(json.dumps(description, sort_keys=True, default=str).encode())
-        add_weights(digest, module)
+        if isinstance(module, torch.nn.Module):
+            config = module_config(module).items()
+            public = {key: value for key, value in config if not str(key).startswith("_")}
+            description = [name, type(module).__name__, public]
+            digest.update(json.dumps(description, sort_keys=True, default=str).encode())
+            add_weights(digest, module)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -116,13 +107,7 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
 def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
     """Write the manifest of a new folder, or check that an existing one has these settings.
 
-    Temporary files of killed runs are removed.
-
-    Args:
-        created: another process has already opened the folder; only check its manifest.
-
-    Raises:
-        ValueError: for a folder with other settings, with other content, or with a broken manifest.
+    With `created`, another process has opened it; otherwise temporary files are removed, too.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -144,13 +129,12 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
         raise ValueError(
             f"{path} can't be read ({error!r}), so the run can't be resumed; use another folder"
         ) from error
-    different = {}
-    for name, before, now in differences(manifest, settings):
-        different[name] = f"{name} is {before}, here {now}"
+    different = {name: (old, new) for name, old, new in differences(manifest, settings)}
     if different.keys() - {"model"}:  # the revision identifies the model, wherever it is stored
+        texts = (f"{name} is {old}, here {new}" for name, (old, new) in different.items())
         raise ValueError(
-            f"{path} is of a run with other settings: {'; '.join(different.values())}. Use the "
-            "same settings, or another folder"
+            f"{path} is of a run with other settings: {'; '.join(texts)}. Use the same settings, "
+            "or another folder"
         )
     if not created:
         for partial in filter(_is_partial, folder.rglob(".*.partial")):

@@ -23,11 +23,16 @@ def grid(
     """
     factor = max(1, round(smallest / images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
-    rows, margin, row_names = _rows(len(images)), 0, []
+    # a full rectangle at most five times as wide as high, or else a square
+    rows, margin, row_names = isqrt(len(images)), 0, []
+    while len(images) % rows:
+        rows -= 1
+    if len(images) > 5 * rows**2:
+        rows = round(sqrt(len(images)))
     font = ImageFont.load_default(max(10, height // 5))
     if names and len(names) > 1:
         rows, row_names = len(names), names
-        margin = 12 + ceil(max(font.getlength(name) for name in names))
+        margin = 12 + ceil(max(map(font.getlength, names)))
     columns = ceil(len(images) / rows)
     picture = Image.new("RGB", (margin + columns * width, rows * height), "white")
     for i, image in enumerate(images):
@@ -37,12 +42,6 @@ def grid(
     for row, name in enumerate(row_names):
         ImageDraw.Draw(picture).text((6, (row + 0.5) * height), name, "black", font, "lm")
     return picture
-
-
-def _rows(count: int) -> int:
-    """Rows of a full rectangle at most five times as wide as high, or else of a square."""
-    divisor = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
-    return divisor if count <= 5 * divisor**2 else round(sqrt(count))
 
 
 def save_image(image: Image.Image, path: Path) -> None:

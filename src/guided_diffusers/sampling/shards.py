@@ -6,8 +6,9 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from diffusers.utils.logging import get_logger
@@ -21,33 +22,21 @@ FORMATS = ("imagefolder", "parquet", "npz")
 ARCHIVE = "samples"  # name of the npz file that joins all shards, and of its record
 
 
+@dataclass
 class Shards:
-    """The shards of a run.
+    """The shards of a run: `names` of all labels by id; image i has `labels[i % len(labels)]`."""
 
-    Args:
-        names: names of all labels, by id.
-        labels: ids; image i has `labels[i % len(labels)]`.
+    folder: Path
+    format: str
+    names: Sequence[str]
+    labels: Sequence[int]
+    num_images: int
+    shard_size: int
 
-    Raises:
-        ValueError: for an unknown format.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        format: Literal["imagefolder", "parquet", "npz"],
-        names: Sequence[str],
-        labels: Sequence[int],
-        num_images: int,
-        shard_size: int,
-    ):
-        if format not in FORMATS:
-            raise ValueError(f"format={format!r}: {', '.join(FORMATS)} are allowed")
-        self.folder, self.format = folder, format
-        self.names, self.folders = list(names), folder_names(names)
-        self.labels = list(labels)
-        self.num_images, self.shard_size = num_images, shard_size
-        self.records = folder / ".shards"
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r}: {', '.join(FORMATS)} are allowed")
+        self.folders, self.records = folder_names(self.names), self.folder / ".shards"
 
     def __len__(self) -> int:
         return -(-self.num_images // self.shard_size)
@@ -69,19 +58,12 @@ class Shards:
         return buffer.getvalue()
 
     def write(self, shard: int, content: Sequence[bytes | np.ndarray]) -> None:
-        """Write the files of a shard, then its record.
-
-        Args:
-            content: the encoded images of the shard.
-
-        Raises:
-            OSError: if a file can't be written, such as on a full disk.
-        """
+        """Write the files of a shard, given its encoded images, then its record."""
         sizes = {}
         for name, data in self._files(shard, content):
             write_bytes(data, self.folder / name)
             sizes[name] = len(data)
-        self._write_record(shard, sizes)
+        write_json({"files": sizes}, self._record(shard))
 
     def _files(self, shard: int, content: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
         """Path in the folder and content of each file of a shard."""
@@ -98,11 +80,7 @@ class Shards:
             yield f".shards/{shard:05d}.npy", buffer.getvalue()
 
     def _record(self, shard: int | str) -> Path:
-        name = f"{shard:05d}" if isinstance(shard, int) else shard
-        return self.records / f"{name}.json"
-
-    def _write_record(self, shard: int | str, sizes: dict[str, int]) -> None:
-        write_json({"files": sizes}, self._record(shard))
+        return self.records / f"{shard:0>5}.json"
 
     def num_recorded_images(self) -> int:
         """Number of images in finished shards, of all processes."""
@@ -122,8 +100,7 @@ class Shards:
             return False
         try:
             for name, size in json.loads(record.read_text())["files"].items():
-                if isinstance(size, list):  # earlier versions: [size, CRC-32]
-                    size = size[0]
+                size = size[0] if isinstance(size, list) else size  # earlier: [size, CRC-32]
                 actual = (self.folder / name).stat().st_size
                 if actual != size:
                     raise ValueError(f"{self.folder / name} has {actual} bytes instead of {size}")
@@ -134,18 +111,14 @@ class Shards:
         return True
 
     def finish(self) -> None:
-        """With format npz, join all shards to one file and remove them.
-
-        Raises:
-            OSError: if the file can't be written; the shards stay.
-        """
+        """With format npz, join all shards to one file and remove them."""
         if self.format != "npz":
             return
         if not self._record(ARCHIVE).exists():
             path = self.folder / f"{ARCHIVE}.npz"
             with aside(path) as partial:
                 self._join(partial)
-            self._write_record(ARCHIVE, {path.name: path.stat().st_size})
+            write_json({"files": {path.name: path.stat().st_size}}, self._record(ARCHIVE))
         for shard in range(len(self)):
             self._record(shard).unlink(missing_ok=True)
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""Inconsistencies of classifier, denoiser and data, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.nn import Module
+
+from ..noise import TrainedSchedule, module_config, schedule_config
+from .levels import SamplingRun, as_pair
+
+
+def config_mismatches(
+    classifier: Module, unet: Module | None, run: SamplingRun, image_shape: Sequence[int] | None
+) -> list[str]:
+    """Inconsistencies of the configs; ValueError for images (C, H, W) that can't be read."""
+    config, unet_config = module_config(classifier), module_config(unet)
+    channels = config.get("in_channels")
+    if image_shape is not None and channels not in (None, image_shape[0]):
+        raise ValueError(
+            f"dataset: its images have {image_shape[0]} channels, the classifier's {channels}"
+        )
+    mismatches = []
+    for name, description in (("sample_size", "size"), ("in_channels", "number of channels")):
+        values = config.get(name), unet_config.get(name)
+        if None not in values and as_pair(values[0]) != as_pair(values[1]):
+            mismatches.append(
+                f"the classifier's {description} is {values[0]}, the network's {values[1]}"
+            )
+    embeddings, labels = unet_config.get("num_class_embeds"), config.get("num_labels")
+    if embeddings and labels and embeddings not in (labels, labels + 1):
+        mismatches.append(
+            f"the classifier has {labels} labels, the network {embeddings} class embeddings"
+        )
+    log_trained = float(TrainedSchedule(schedule_config(classifier)).log_ratio[-1])
+    trained, start = math.exp(log_trained), run.at(0.0).ratio
+    # no schedule has a level to train at for a run from pure noise (zero terminal SNR)
+    if start > 1.01 * trained and not (start >= 1e4 and log_trained >= 2):
+        mismatches.append(
+            f"the classifier was trained up to sigma/alpha {trained:.3g}, and the run starts at "
+            f"{start:.3g}; above its highest training noise level it is evaluated at that level"
+        )
+    return mismatches
+
+
+def measured_mismatches(
+    rows: Sequence[Mapping[str, Any]], value_range: tuple[float, float] | None
+) -> list[str]:
+    """Wrong gradients in the rows of metrics; images whose `value_range` isn't [-1, 1]."""
+    mismatches = []
+    error = max(row.get("finite_difference_error", 0.0) for row in rows)
+    if error > 0.01:
+        mismatches.append(
+            f"the gradient differs from finite differences by {error:.1%}: its precision is too "
+            "low, or part of the classifier is detached from the graph"
+        )
+    if value_range is not None:
+        low, high = value_range
+        values = f"the images' values run from {low:.3g} to {high:.3g}"
+        if low < -1.001 or high > 1.001:
+            mismatches.append(f"{values}, beyond [-1, 1]")
+        elif high - low < 1.5:
+            hint = "; they look like [0, 1]: convert them by 2 x - 1" if low >= 0 else ""
+            mismatches.append(f"{values} and don't cover [-1, 1]{hint}")
+    return mismatches
