@@ -306,8 +306,8 @@ def test_terms_in_a_sum_keep_their_own_intervals() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": float("nan")}, "scale is nan; a finite number or one an image is allowed"),
-        ({"scale": [[1.0]]}, "scale is .*; a finite number or one an image is allowed"),
+        ({"scale": float("nan")}, "scale is nan; a finite number or one per image is allowed"),
+        ({"scale": [[1.0]]}, "scale is .*; a finite number or one per image is allowed"),
         ({"start": -0.1}, "start=-0.1, stop=1.0: 0 <= start <= stop <= 1 is allowed"),
         ({"start": 0.6, "stop": 0.5}, "start=0.6, stop=0.5"),
         ({"stop": 1.5}, "start=0.0, stop=1.5"),
@@ -321,7 +321,7 @@ def test_wrong_scales_and_intervals_are_refused(arguments: dict, message: str) -
 def test_what_does_not_fit_the_batch_is_refused() -> None:
     level, x, classifier = level_at(0.5), normal(2, 1, 8, 8).float(), small_classifier()
     with pytest.raises(
-        ValueError, match="scale holds 3 numbers for 2 images; one, or one an image, is allowed"
+        ValueError, match="scale holds 3 numbers for 2 images; one, or one per image, is allowed"
     ):
         Pull([1.0, 2.0, 3.0]).score(step_at(level, x))
     with pytest.raises(

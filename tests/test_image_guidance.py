@@ -766,7 +766,7 @@ def test_a_list_of_another_length_than_the_batch_is_refused(mixture: Mixture) ->
         NoiseAwareCLIPGuidance(NoiseAware(), ["cat", "dog"]),
     ):
         with pytest.raises(
-            ValueError, match="prompt holds 2 for 3 images; one, or one an image, is allowed"
+            ValueError, match="prompt holds 2 for 3 images; one, or one per image, is allowed"
         ):
             term.score(step)
     with pytest.raises(ValueError, match="label holds 2 labels"):

@@ -249,7 +249,7 @@ def test_guidance_scale_for_all_a_label_and_an_image() -> None:
     for wrong in ([1.0, 2.0, 3.0], [[1.0]], [1.0]):
         with pytest.raises(
             ValueError,
-            match=r"guidance_scale has shape .*; a number, or one a label or an image \(2",
+            match=r"guidance_scale has shape .*; a number, or one per label or image \(2",
         ):
             at(wrong)
 
@@ -728,7 +728,7 @@ def test_an_unknown_bundled_name_is_refused() -> None:
         ),
         (
             {"guidance_scale": float("inf")},
-            "scale is .*inf.*; a finite number or one an image is allowed",
+            "scale is .*inf.*; a finite number or one per image is allowed",
         ),
         (
             {"label": None, "guidance_scale": 2.0},
@@ -760,7 +760,7 @@ def test_an_unknown_bundled_name_is_refused() -> None:
         ),
         (
             {"guidance": Pull([1.0, 2.0])},
-            "scale holds 2 numbers for 1 images; one, or one an image, is allowed",
+            "scale holds 2 numbers for 1 images; one, or one per image, is allowed",
         ),
     ],
 )

@@ -644,7 +644,7 @@ def test_wrong_energies_are_refused(mixture: Mixture) -> None:
         (lambda x0: x0.square().sum((2, 3)), r"\(6, 1\)"),
     ):
         with pytest.raises(
-            ValueError, match=rf"energy gave {shape}; one number an image, \(6,\), is allowed"
+            ValueError, match=rf"energy gave {shape}; one number per image, \(6,\), is allowed"
         ):
             EnergyGuidance(energy).score(step)
     with pytest.raises(ValueError, match="of='latent': 'image', 'x0' and 'sample' are allowed"):

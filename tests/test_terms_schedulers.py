@@ -478,7 +478,7 @@ def test_a_sigma_interval_is_open_below_and_closed_above(case: Case, mixture: Mi
 
 @a_few_families
 def test_a_scale_that_is_a_function_is_asked_at_every_level(case: Case, mixture: Mixture) -> None:
-    """One an image of each level, against a loop with these numbers; where all are 0 the term isn't asked."""
+    """One per image of each level, against a loop with these numbers; where all are 0 the term isn't asked."""
     scheduler = scheduler_of(case)
     scheduler.set_timesteps(STEPS)
     numbers = [
@@ -599,7 +599,7 @@ def test_wrong_sigma_intervals_are_refused(mixture: Mixture, arguments: dict, me
 
 
 def test_a_scale_that_is_a_function_gives_its_numbers(mixture: Mixture) -> None:
-    """One for all, or one an image, of the level's alpha and sigma; 0 is off, and what is no number is refused."""
+    """One for all, or one per image, of the level's alpha and sigma; 0 is off, and what is no number is refused."""
     classifier = small_classifier().double()
     for ratio in RATIOS:
         level = level_at(ratio, "flow")
@@ -617,7 +617,7 @@ def test_a_scale_that_is_a_function_gives_its_numbers(mixture: Mixture) -> None:
     ).active(0, 10, level)
     for wrong in (float("nan"), [1.0, float("inf")], [[1.0]]):
         with pytest.raises(
-            ValueError, match="scale is .*; a finite number or one an image is allowed"
+            ValueError, match="scale is .*; a finite number or one per image is allowed"
         ):
             Pull(lambda level, wrong=wrong: wrong).active(0, 10, level)
     with pytest.raises(ValueError, match="scale holds 2 numbers for 3 images"):
@@ -630,7 +630,7 @@ TOLD = {"num_class_embeds": 4}  # three labels and the null label, 3
 
 
 def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
-    """One number, one a label or one an image; the pipeline's own in `defaults`, which are saved with it."""
+    """One number, one per label or one per image; the pipeline's own in `defaults`, which are saved with it."""
     unet, classifier = small_unet(**TOLD), small_classifier()
     pipeline, calls = quiet(unet, DDIMScheduler(clip_sample=False), classifier), counted(unet)
     call: dict[str, Any] = {
@@ -705,13 +705,13 @@ def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
             TOLD,
             "cat",
             {"classifier_free_scale": [1.0, 2.0]},
-            r"classifier_free_scale has shape \(2,\); a number, or one a label or an image \(1 or 1\), is allowed",
+            r"classifier_free_scale has shape \(2,\); a number, or one per label or image \(1 or 1\), is allowed",
         ),
         (
             TOLD,
             "cat",
             {"classifier_free_scale": float("nan")},
-            "scale is .*nan.*; a finite number or one an image is all",
+            "scale is .*nan.*; a finite number or one per image is all",
         ),
         (
             TOLD,

@@ -282,14 +282,14 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
 
 
 def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
-    """The scale as a tensor, () or one an image."""
+    """The scale as a tensor, () or one per image."""
     scale = pipeline.config.defaults[name] if scale is None else scale
     scale = torch.as_tensor(scale, dtype=torch.float32)
     if scale.ndim == 1 and len(scale) * per_label == images:
         scale = scale.repeat_interleave(per_label)
     if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
         raise ValueError(
-            f"{name} has shape {tuple(scale.shape)}; a number, or one a label or an image "
+            f"{name} has shape {tuple(scale.shape)}; a number, or one per label or image "
             f"({images // per_label} or {images}), is allowed"
         )
     return scale

@@ -204,7 +204,7 @@ class OutputCombination:
         return combination_weights(torch.cat([call.output for call in self.calls]), self.made)
 
     def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The prediction that the pipeline would make of these outputs, one a call."""
+        """The prediction that the pipeline would make of these outputs, one per call."""
         parts = torch.cat(list(outputs))[:, : self.made.shape[1]].split(len(self.made))
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
@@ -482,7 +482,7 @@ def _concat_batch(rows: int, value: Any, *variants: Any) -> Any:
         if rows % len(batch) or batch.shape[1:] != value.shape[1:]:
             raise ValueError(
                 f"guidance: a condition has shape {tuple(batch.shape)} in the place of "
-                f"{tuple(value.shape)}; one row, or one an image, of that shape is allowed"
+                f"{tuple(value.shape)}; one row, or one per image, of that shape is allowed"
             )
         batches.append(batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1)))
     return torch.cat(batches)

@@ -88,14 +88,14 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             `pool="attention"`, whose positional embedding needs a multiple of 2 ** (levels - 1);
             the other heads take any size.
         num_labels: Number of classes.
-        down_block_types: One a level. "AttnDownBlock2D" has attention and down-samples by
+        down_block_types: One per level. "AttnDownBlock2D" has attention and down-samples by
             `downsample_type`; "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have
             none, and must agree with it.
         downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided
             convolutions).
         resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised
             features, as ADM) or "default" (it is added).
-        attention_head_dim: Channels of an attention head, for all levels or one a level; `None` is
+        attention_head_dim: Channels of an attention head, for all levels or one per level; `None` is
             one head.
         time_proj_dim: Width of the timestep's sinusoid, a quarter of the time embedding's; `None`
             is `block_out_channels[0]`.
@@ -394,7 +394,7 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
         levels >= 1 and min(channels) >= 1,
         "block_out_channels",
         channels,
-        "positive widths, one a level",
+        "positive widths, one per level",
     )
     for name, choices in (
         ("downsample_type", tuple(DOWN_BLOCK_TYPES)),
@@ -424,7 +424,7 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
         head_dims[level] >= 1 and channels[level] % head_dims[level] == 0 for level in attended
     )
     widths = [channels[level] for level in attended]
-    allowed = f"a divisor of the widths {widths} with attention, or one a level, or None"
+    allowed = f"a divisor of the widths {widths} with attention, or one per level, or None"
     _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
     width = config.time_proj_dim
     allowed = "None or a positive even number"

@@ -90,7 +90,7 @@ class Guidance(ABC):
     """A term of guidance.
 
     Args:
-        scale: multiplies the term; a number, one an image (B,), or a function of the `NoiseLevel`
+        scale: multiplies the term; a number, one per image (B,), or a function of the `NoiseLevel`
             that returns either. 0 is off.
         start, stop: the term is active while `start <= index / count < stop`; fractions of the run
             in [0, 1].
@@ -187,7 +187,7 @@ def _check_interval(sigma_interval: tuple[float, float], start: float, stop: flo
 def _scale_tensor(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
     numbers = torch.as_tensor(scale, dtype=torch.float32)
     if numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
-        raise ValueError(f"scale is {scale!r}; a finite number or one an image is allowed")
+        raise ValueError(f"scale is {scale!r}; a finite number or one per image is allowed")
     return numbers
 
 
@@ -423,7 +423,7 @@ class ClassifierGuidance(NoiseAwareGuidance):
             returns `.logits` (B, num_labels) and a `config` with the noise schedule of its
             training.
         label: an id, a name of `config.id2label`, a mapping {id or name: weight}, a list of such
-            (one an image), or a tensor of ids. Negative weights steer away.
+            (one per image), or a tensor of ids. Negative weights steer away.
         scale: 0 is off. 1 samples p(x | y) if the classifier is exact and the network is
             unconditional, or gets no label. Larger: sharper samples of lower diversity, but not
             p(x) p(y | x)^scale.
@@ -650,7 +650,7 @@ class EnergyGuidance(Guidance):
         EnergyGuidance(lambda images: ((images - known)[..., :14] ** 2).sum((1, 2, 3)), scale=10)
 
     Args:
-        energy: returns one number an image, (B,), for the input that `of` selects.
+        energy: returns one number per image, (B,), for the input that `of` selects.
         scale: 0 is off.
         of: "image": the predicted x0 as images in [-1, 1], decoded where the model is latent; "x0":
             the predicted x0 in the model's own space; "sample": energy(x_t, level), the noisy
@@ -662,7 +662,7 @@ class EnergyGuidance(Guidance):
         start, stop, sigma_interval: when it is active, as in `Guidance`.
 
     Raises:
-        ValueError: for other values, or, in the run, an energy that is not one number an image.
+        ValueError: for other values, or, in the run, an energy that is not one number per image.
     """
 
     def __init__(
@@ -700,7 +700,7 @@ class EnergyGuidance(Guidance):
         value = self.energy(*inputs)
         if value.shape != step.sample.shape[:1]:
             raise ValueError(
-                f"energy gave {tuple(value.shape)}; one number an image, ({len(step.sample)},), "
+                f"energy gave {tuple(value.shape)}; one number per image, ({len(step.sample)},), "
                 "is allowed"
             )
         return value

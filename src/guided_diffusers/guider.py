@@ -370,5 +370,5 @@ class StepFinder:
 
 
 def as_number(timestep: Any) -> float | None:
-    """A timestep, a number or one a sample, as a number."""
+    """A timestep, a number or one per sample, as a number."""
     return timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep

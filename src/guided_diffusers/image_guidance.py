@@ -128,11 +128,11 @@ class CLIPGuidance(Guidance):
 
     Args:
         model: a `transformers.CLIPModel`, in evaluation mode.
-        prompt: a text, {text: weight, ...}, or a list of these, one an image. Negative weights
+        prompt: a text, {text: weight, ...}, or a list of these, one per image. Negative weights
             guide away from the text.
         scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
         image_prompt: in addition to the text or instead: an image, a tuple of (image, weight)
-            pairs, or a list of these, one an image; PIL, or (1 or 3, H, W) in [-1, 1].
+            pairs, or a list of these, one per image; PIL, or (1 or 3, H, W) in [-1, 1].
         processor: a `CLIPProcessor`, or as in `ImageClassifierGuidance`.
         tokenizer: tokenizer of the text. None: that of the processor.
         cutouts: number of random square crops that replace the image; f is their mean. 0: off.
@@ -358,5 +358,5 @@ def check_direction(direction: Tensor, count: int) -> None:
     """Raise ValueError unless there is one direction, or one for each of `count` images."""
     if len(direction) not in (1, count):
         raise ValueError(
-            f"prompt holds {len(direction)} for {count} images; one, or one an image, is allowed"
+            f"prompt holds {len(direction)} for {count} images; one, or one per image, is allowed"
         )

@@ -24,7 +24,7 @@ class LabelLikelihood:
     """Logits (B, num_labels) -> sum_y w_y log p(y | x), (B,), in float32 or wider.
 
     Args:
-        labels: {id: weight}, one, or one an image.
+        labels: {id: weight}, one, or one per image.
         multi: independent labels, log sigmoid(f_y); else a softmax with the two temperatures.
 
     Raises:

@@ -54,12 +54,12 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
             InputParam(
                 "label",
                 required=True,
-                description="A label of `ClassifierGuidance`, or one an image.",
+                description="A label of `ClassifierGuidance`, or one per image.",
             ),
             InputParam(
                 "guidance_scale",
                 default=1.0,
-                description="How strongly, or one an image; 0 is off.",
+                description="How strongly, or one per image; 0 is off.",
             ),
         ]
 

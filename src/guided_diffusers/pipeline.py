@@ -249,7 +249,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of
                 ids. None: no label.
             num_images_per_label: consecutive images of each label.
-            guidance_scale: scale of the classifier's gradient; a number, or one a label or an image.
+            guidance_scale: scale of the classifier's gradient; a number, or one per label or image.
                 (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
                 the classifier is, and the network doesn't get the label. Larger: sharper images of
                 lower diversity. A class-conditional network that gets the label is sharpened by any
@@ -263,7 +263,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             conditional: whether a class-conditional network gets the label, too. None: if it has
                 class embeddings and the label is a single one; mixtures are left to the classifier.
                 False: it gets its null label (id `num_labels`), as for dropped labels in training.
-            generator: one, or one an image; with the latter an image is the same in any batch.
+            generator: one, or one per image; with the latter an image is the same in any batch.
             latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by
                 default.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
@@ -285,9 +285,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 the guided x0.
             guidance: one or more terms that are added to the classifier's.
             image: low-resolution images for an up-sampling network (its input has twice the
-                sample's channels), one or one an image: PIL, or (B, C, h, w) in [-1, 1].
+                sample's channels), one or one per image: PIL, or (B, C, h, w) in [-1, 1].
             classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
-                with a null label; a number, or one a label or an image. 0: off. It is Diffusers'
+                with a null label; a number, or one per label or image. 0: off. It is Diffusers'
                 `guidance_scale` less 1: for 7.5 pass 6.5. The default applies only where the network
                 gets a label.
             guidance_every: evaluate the terms at every k-th step at which they are active, and

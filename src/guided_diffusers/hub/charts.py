@@ -74,7 +74,7 @@ def _draw_metric(panel: Axes, metric: str, curves: Mapping[str, Sequence[Row]]) 
 
 
 def draw_guided(rows: Sequence[Row], path: Path) -> bool:
-    """Plot metrics of guided images as bars, one a row; False as for `draw_levels`."""
+    """Plot metrics of guided images as bars, one per row; False as for `draw_levels`."""
     metrics = [m for m in GUIDED_METRICS if any(is_number(row.get(m)) for row in rows)]
     if len(rows) < 2 or not metrics:
         return False
