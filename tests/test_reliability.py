@@ -641,7 +641,7 @@ def test_what_a_network_in_parts_is_not_trained_with(
         distributed_type=given.kind, state=state, mixed_precision=given.mixed_precision
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare_sharding(accelerator, torch.nn.Linear(1, 1), given.optimizer, 1, 1, 1.0)
+        prepare_sharding(accelerator, torch.nn.Linear(1, 1), given)
 
 
 def test_a_network_in_parts_is_not_differentiated_twice() -> None:

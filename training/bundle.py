@@ -32,15 +32,8 @@ from diffusers import DDIMScheduler
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
 from guided_diffusers.sweep.schedulers import scheduler_for
 
-LOCAL_OPTIONS = (
-    "output_dir",
-    "logging_dir",
-    "resume_from_checkpoint",
-    "report_to",
-    "progress",
-    "cpu",
-    "dataloader_num_workers",
-)
+LOCAL_OPTIONS = """output_dir logging_dir resume_from_checkpoint report_to progress cpu
+dataloader_num_workers""".split()
 PARTS = ("unet", "classifier", "judge", "clip")
 
 
@@ -48,16 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in PARTS:
-        parser.add_argument(
-            f"--{name}", type=Path, help="output of a training (default: that in --output)"
-        )
-    parser.add_argument(
-        "--preset", type=Path, help="preset.json of examples/benchmark_quality_cost.py"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="the folder; must exist if no parts are given"
-    )
+    helps = dict.fromkeys(PARTS, "output of a training (default: that in --output)")
+    helps["preset"] = "preset.json of examples/benchmark_quality_cost.py"
+    helps["output"] = "the folder; must exist if no parts are given"
+    for name, help in helps.items():
+        parser.add_argument(f"--{name}", type=Path, required=name == "output", help=help)
     options = parser.parse_args()
     missing = [name for name in PARTS if getattr(options, name) is None]
     if missing and len(missing) < len(PARTS):
@@ -78,15 +66,10 @@ def training_metrics(folder: Path) -> dict[str, Any]:
 def make_pipeline(unet: Path, classifier: Path) -> ClassifierGuidedPipeline:
     """The pipeline of a trained denoiser and classifier."""
     pipeline = ClassifierGuidedPipeline.from_pretrained(unet)
-    scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
-    return ClassifierGuidedPipeline(
-        pipeline.unet,
-        scheduler,
-        NoiseAwareClassifier.from_pretrained(classifier),
-        defaults={"guidance_scale": 3.0},
-    )
+    changes = {"timestep_spacing": "trailing", "clip_sample": False}
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changes)
+    model, defaults = NoiseAwareClassifier.from_pretrained(classifier), {"guidance_scale": 3.0}
+    return ClassifierGuidedPipeline(pipeline.unet, scheduler, model, defaults=defaults)
 
 
 def main() -> None:
@@ -107,20 +90,17 @@ def main() -> None:
     # 2. Scheduler and defaults
     if options.preset:
         preset = json.loads(options.preset.read_text())
+        scheduler = scheduler_for(pipeline.scheduler, preset["scheduler"])
         pipeline = ClassifierGuidedPipeline(
-            pipeline.unet,
-            scheduler_for(pipeline.scheduler, preset["scheduler"]),
-            pipeline.classifier,
-            defaults=preset["defaults"],
+            pipeline.unet, scheduler, pipeline.classifier, defaults=preset["defaults"]
         )
         metrics["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 
     # 3. Save
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    judge.save_pretrained(partial / "judge")
-    clip.save_pretrained(partial / "clip")
+    for path, part in {".": pipeline, "judge": judge, "clip": clip}.items():
+        part.save_pretrained(partial / path)
     for path in partial.rglob("*.py"):  # standalone code, which the package doesn't need
         path.unlink()
     (partial / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -36,35 +36,24 @@ from safetensors.torch import load_file
 
 from guided_diffusers.learning.checkpointing import list_checkpoints
 from guided_diffusers.learning.distributed import exit_on_value_error
-from guided_diffusers.learning.options import AT_LEAST_0, AT_LEAST_1, check_ranges, option, parse
+from guided_diffusers.learning.options import check_ranges, option, parse
 
-SHARED = {
-    "layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "block_out_channels": [8, 16],
-    "dropout": 0.1,
-}
+SIZE = {"layers_per_block": 1, "block_out_channels": [8, 16], "attention_head_dim": 8}
+SHARED = {**SIZE, "norm_num_groups": 4, "dropout": 0.1}
 CONFIGS = {
-    "classifier": {**SHARED, "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]},
-    "unet": {
-        **SHARED,
-        "down_block_types": ["DownBlock2D"] * 2,
-        "up_block_types": ["UpBlock2D"] * 2,
-    },
+    "classifier": {"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]},
+    "unet": {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
 }
 
 
 @dataclass
 class KillOptions:
     script: Literal["classifier", "unet"] = option("classifier", "training script")
-    kills: int = option(20, "number of kills", AT_LEAST_1)
+    kills: int = option(20, "number of kills", 1)
     seed: int = option(0, "seed of the moments of the kills")
-    steps: int = option(600, "optimizer steps", AT_LEAST_1)
-    checkpointing_steps: int = option(
-        10, "steps between checkpoints; a divisor of --steps", AT_LEAST_1
-    )
-    dataloader_num_workers: int = option(0, "processes that read images", AT_LEAST_0)
+    steps: int = option(600, "optimizer steps", 1)
+    checkpointing_steps: int = option(10, "steps between checkpoints; a divisor of --steps", 1)
+    dataloader_num_workers: int = option(0, "processes that read images", 0)
     work_dir: str | None = option(None, "new folder of both runs; by default a temporary one")
 
     def __post_init__(self) -> None:
@@ -83,7 +72,7 @@ def write_data(options: KillOptions, root: Path) -> None:
         folder = root / "images" / ("train" if i < 48 else "test") / f"label{i % 4}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(folder / f"{i}.png")
-    (root / "config.json").write_text(json.dumps(CONFIGS[options.script]))
+    (root / "config.json").write_text(json.dumps(SHARED | CONFIGS[options.script]))
 
 
 def training_command(options: KillOptions, root: Path, output: str) -> list[str]:
@@ -97,14 +86,12 @@ def training_command(options: KillOptions, root: Path, output: str) -> list[str]
     )
     if options.script == "unet":
         line += " --sample_images 0"
-    paths = {
-        "--train_data_dir": root / "images",
-        "--model_config_name_or_path": root / "config.json",
-        "--output_dir": root / output,
-    }
-    script = Path(__file__).with_name(f"train_{options.script}.py")
-    words = [str(word) for option in paths.items() for word in option]
-    return [sys.executable, str(script), *line.split(), *words]
+    data, config = (
+        f"--train_data_dir={root}/images",
+        f"--model_config_name_or_path={root}/config.json",
+    )
+    script = str(Path(__file__).with_name(f"train_{options.script}.py"))
+    return [sys.executable, script, *line.split(), data, config, f"--output_dir={root / output}"]
 
 
 def newest_step(folder: Path) -> int:
@@ -116,11 +103,7 @@ def newest_step(folder: Path) -> int:
 def run_until(
     command: list[str], folder: Path, log: Path, step: int = 0, seconds: float = math.inf
 ) -> bool:
-    """Run a training, and kill it some seconds after it has a checkpoint of `step` or later.
-
-    Returns:
-        Whether it was killed; else it ended.
-    """
+    """Whether a training was killed, some seconds after its checkpoint of `step`; else it ended."""
     start = None
     with log.open("a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
@@ -140,12 +123,12 @@ def run_until(
 def final_state(folder: Path, step: int) -> dict[str, Any]:
     """All tensors and numbers of a finished run by name: of the model and the last checkpoint."""
     checkpoint = folder / f"checkpoint-{step}"
-    saved = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")]
+    paths = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")]
+    paths += [checkpoint / "model.safetensors", checkpoint / "optimizer.bin"]
     state = {}
-    for path in [*saved, checkpoint / "model.safetensors"]:
-        state |= flatten(load_file(path), str(path.relative_to(folder)))
-    for path in [checkpoint / "optimizer.bin", *checkpoint.glob("custom_checkpoint_*.pkl")]:
-        content = torch.load(path, weights_only=True)
+    for path in [*paths, *checkpoint.glob("custom_checkpoint_*.pkl")]:
+        weights = path.suffix == ".safetensors"
+        content = load_file(path) if weights else torch.load(path, weights_only=True)
         state |= flatten(content, str(path.relative_to(folder)))
     return state
 
@@ -162,9 +145,7 @@ def flatten(value: Any, name: str) -> dict[str, Any]:
 
 def equal(first: Any, second: Any) -> bool:
     """Whether two leaves are equal bit for bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    return first == second
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
 def compare_runs(options: KillOptions, root: Path) -> int:
@@ -175,9 +156,8 @@ def compare_runs(options: KillOptions, root: Path) -> int:
     write_data(options, root)
     start = time.monotonic()
     run_until(training_command(options, root, "whole"), reference, root / "whole.log")
-    seconds = time.monotonic() - start
+    print(f"uninterrupted: {options.steps} steps, {time.monotonic() - start:.0f} s", flush=True)
     times = [path.stat().st_mtime for path in reference.glob("checkpoint-*/manifest.json")]
-    print(f"uninterrupted: {options.steps} steps, {seconds:.0f} s", flush=True)
     for number in range(1, options.kills + 1):
         at_start, step = number % 5 == 0, newest_step(killed)
         steps_per_kill = (options.steps - step) // (options.kills - number + 2)
@@ -187,21 +167,16 @@ def compare_runs(options: KillOptions, root: Path) -> int:
             raise SystemExit(
                 f"the training ended before kill {number} of {options.kills}: use more --steps"
             )
-        print(
-            f"kill {number}: {moment:.2f} s after its {'start' if at_start else 'checkpoint'}, the "
-            f"newest is checkpoint-{newest_step(killed)}"
-            + (", while it wrote the next" if [*killed.glob("*.partial")] else ""),
-            flush=True,
-        )
+        start = "start" if at_start else "checkpoint"
+        writing = ", while it wrote the next" if [*killed.glob("*.partial")] else ""
+        newest = f"the newest is checkpoint-{newest_step(killed)}{writing}"
+        print(f"kill {number}: {moment:.2f} s after its {start}, {newest}", flush=True)
     run_until(command, killed, log)
     first, second = final_state(reference, options.steps), final_state(killed, options.steps)
     different = sorted(first.keys() ^ second.keys())
     different += [name for name in first.keys() & second if not equal(first[name], second[name])]
-    print(
-        f"{len(first)} tensors and numbers compared after {options.kills} kills: "
-        f"{len(different)} differ"
-    )
-    print("\n".join(different[:10]))
+    compared = f"{len(first)} tensors and numbers compared after {options.kills} kills"
+    print(f"{compared}: {len(different)} differ", *different[:10], sep="\n")
     return int(bool(different))
 
 

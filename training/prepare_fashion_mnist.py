@@ -20,18 +20,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 # Names of Xiao, Rasul and Vollgraf (2017), in lowercase
-LABELS = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-]
+LABELS = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -44,9 +33,8 @@ def read_idx(path: Path) -> np.ndarray:
     shape = np.frombuffer(data, ">u4", data[3], offset=4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != shape.prod():
-        raise SystemExit(
-            f"--source: {path} has {values.size} bytes of data, its header says {shape.tolist()}"
-        )
+        size, header = values.size, shape.tolist()
+        raise SystemExit(f"--source: {path} has {size} bytes of data, its header says {header}")
     return values.reshape(shape)
 
 
@@ -55,24 +43,18 @@ def find_file(source: Path, stem: str) -> Path:
     for name in (f"{stem}-ubyte.gz", f"{stem}-ubyte"):
         if (source / name).exists():
             return source / name
-    raise SystemExit(
-        f"--source {source}: {stem}-ubyte(.gz) is missing. On Debian: apt-get install dataset-fashion-mnist"
-    )
+    install = "On Debian: apt-get install dataset-fashion-mnist"
+    raise SystemExit(f"--source {source}: {stem}-ubyte(.gz) is missing. {install}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--source",
-        type=Path,
-        default=Path("/usr/share/datasets/fashion-mnist"),
-        help="the folder of the idx files, gzipped or not (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="a folder that does not exist yet"
-    )
+    source = Path("/usr/share/datasets/fashion-mnist")
+    help = "the folder of the idx files, gzipped or not (default: %(default)s)"
+    parser.add_argument("--source", type=Path, default=source, help=help)
+    parser.add_argument("--output", type=Path, required=True, help="a folder that isn't there yet")
     options = parser.parse_args()
     if options.output.exists():
         raise SystemExit(f"--output {options.output} exists already")
@@ -84,9 +66,8 @@ def main() -> None:
         images = read_idx(find_file(options.source, f"{prefix}-images-idx3"))
         labels = read_idx(find_file(options.source, f"{prefix}-labels-idx1"))
         rows = {"image": [PILImage.fromarray(image) for image in images], "label": labels.tolist()}
-        Dataset.from_dict(rows, features=features).to_parquet(
-            partial / f"{split}-00000-of-00001.parquet"
-        )
+        file = partial / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(rows, features=features).to_parquet(file)
         print(f"{split}: {len(labels)} images of {images.shape[1]}x{images.shape[2]}")
     os.replace(partial, options.output)
 

@@ -27,8 +27,8 @@ regressor R^2, of the held-out split at ten noise levels); `diagnosis.json` and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -49,11 +49,11 @@ from guided_diffusers.learning.classifier_objective import (
     parse_class_weights,
 )
 from guided_diffusers.learning.distributed import SHARDED, exit_on_value_error, make_accelerator
-from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
+from guided_diffusers.learning.held_out import held_out_metrics
 from guided_diffusers.learning.latents import load_vae, write_latents
-from guided_diffusers.learning.loop import Trainer
+from guided_diffusers.learning.loop import Trainer, save_and_publish
 from guided_diffusers.learning.losses import LossSecondMomentSampler
-from guided_diffusers.learning.options import AT_LEAST_0, Options, Range, changeable, option, parse
+from guided_diffusers.learning.options import Options, changeable, option, parse
 from guided_diffusers.learning.prepare import (
     DEFAULT_CLASSIFIER,
     Images,
@@ -62,7 +62,6 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.publishing import save_and_publish
 from guided_diffusers.learning.warm_start import (
     classifier_config,
     copy_weights,
@@ -71,19 +70,14 @@ from guided_diffusers.learning.warm_start import (
     load_initial_model,
 )
 
-FINITE = Range(0, math.inf, open=True)
-
 
 @dataclass
 class ClassifierOptions(Options):
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay", AT_LEAST_0)
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay", 0)
     max_timestep: int | None = option(
-        None,
-        "noisiest timestep to train on, with which the saved schedule ends; by default the last of "
-        "the schedule; 0 for a classifier of clean images",
-        AT_LEAST_0,
+        None, "noisiest timestep, with which the saved schedule ends; 0: clean images only", 0
     )
-    min_timestep: int = option(0, "least noisy timestep to train on", AT_LEAST_0)
+    min_timestep: int = option(0, "least noisy timestep to train on", 0)
     problem_type: Literal[
         "single_label_classification", "multi_label_classification", "regression"
     ] = option(
@@ -97,15 +91,13 @@ class ClassifierOptions(Options):
         "or a JSON file {name: weight}. With several labels per image: weights of their presence",
     )
     label_smoothing: float = option(
-        0.0, "probability that is distributed over all labels; 0: off", Range(0, 1, open=True)
+        0.0, "probability that is distributed over all labels; 0: off", 0, 1, open=True
     )
     mixup: float = option(
-        0.0, "mix pairs of images and labels in shares from Beta(mixup, mixup); 0: off", FINITE
+        0.0, "mix pairs of images and labels in shares of Beta(mixup, mixup); 0: off", 0, open=True
     )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
-        "uniform",
-        "second_moment: timesteps of large loss more often, with importance weights that keep the "
-        "mean loss the same",
+        "uniform", "second_moment: timesteps of large loss more often, at the same mean loss"
     )
     init_from: str | None = option(
         None,
@@ -114,23 +106,18 @@ class ClassifierOptions(Options):
         "the noise schedule, unless --scheduler or a --ddpm option does",
     )
     robust_epsilon: float = option(
-        0.0, "train on the worst image within this L2 distance of x_t; 0: off", FINITE
+        0.0, "train on the worst image within this L2 distance of x_t; 0: off", 0, open=True
     )
     robust_steps: int = option(7, "gradient steps that find the worst image")
     dlsm_weight: float = option(
-        0.0,
-        "weight of the denoising likelihood score-matching loss (a mean over pixels), which trains "
-        "the gradient itself; needs --score_model; 0: off",
-        FINITE,
+        0.0, "weight of the denoising likelihood score-matching loss; 0: off", 0, open=True
     )
     score_model: str | None = option(
         None,
         "diffusion model whose score that loss uses: folder or Hub id of a pipeline with a "
         "UNet2DModel, unconditional or with a null label",
     )
-    diagnosis_images: int = changeable(
-        500, "held-out images for the diagnosis at every evaluation; 0: off", AT_LEAST_0
-    )
+    diagnosis_images: int = changeable(500, "held-out images of a diagnosis; 0: no diagnosis", 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,44 +136,32 @@ class ClassifierOptions(Options):
                 f"--class_weights {self.class_weights}, --label_smoothing {self.label_smoothing}: "
                 f"none and 0 are allowed with --problem_type {REGRESSION}"
             )
+        all_labels = "needs all labels before the first step, which --streaming doesn't have:"
         if self.streaming and self.problem_type != SINGLE:
-            raise ValueError(
-                f"--problem_type {self.problem_type} needs all labels before the first step, which "
-                f"--streaming doesn't have: {SINGLE} is allowed with it"
-            )
+            kind = self.problem_type
+            raise ValueError(f"--problem_type {kind} {all_labels} {SINGLE} is allowed")
         if self.streaming and self.class_weights == "balanced":
-            raise ValueError(
-                "--class_weights balanced counts all labels before the first step, which "
-                "--streaming doesn't have: numbers and a JSON file are allowed with it"
-            )
+            raise ValueError(f"--class_weights balanced {all_labels} numbers, a file are allowed")
         self._check_score_matching()
 
     def _check_score_matching(self) -> None:
+        weight = f"--dlsm_weight {self.dlsm_weight}"
         if (self.dlsm_weight > 0) != (self.score_model is not None):
-            raise ValueError(
-                f"--dlsm_weight {self.dlsm_weight} and --score_model {self.score_model} need each "
-                "other"
-            )
+            raise ValueError(f"{weight} and --score_model {self.score_model} need each other")
         if self.dlsm_weight and (self.mixup or self.problem_type == REGRESSION):
             raise ValueError(
-                f"--dlsm_weight {self.dlsm_weight}: with --mixup {self.mixup} and --problem_type "
-                f"{self.problem_type} 0 is allowed, since there is no p(y | x_t) of these images"
+                f"{weight}: with --mixup {self.mixup} and --problem_type {self.problem_type} 0 is "
+                "allowed, since there is no p(y | x_t) of these images"
             )
         if self.dlsm_weight and self.gradient_checkpointing:
-            raise ValueError(
-                f"--dlsm_weight {self.dlsm_weight} differentiates twice, which "
-                "--gradient_checkpointing can't: 0 is allowed with it"
-            )
+            twice = "differentiates twice, which --gradient_checkpointing can't"
+            raise ValueError(f"{weight} {twice}: 0 is allowed with it")
 
 
 def set_targets(
     options: ClassifierOptions, data: Images, held_out: Images | None
 ) -> tuple[Images | TargetedImages, Images | TargetedImages | None]:
-    """Both splits with the labels of --problem_type.
-
-    Raises:
-        ValueError: if --label_column doesn't hold them.
-    """
+    """Both splits with the labels of --problem_type, which --label_column holds."""
     kind, column = options.problem_type, options.label_column
     if kind == SINGLE:
         return data, held_out
@@ -194,10 +169,8 @@ def set_targets(
     if held_out is not None:
         held_out = TargetedImages(held_out, column, kind, data.id2label)
         if held_out.num_labels != data.num_labels:
-            raise ValueError(
-                f"--label_column {column}: {data.num_labels} numbers per image in the training "
-                f"split, and {held_out.num_labels} in the held-out split"
-            )
+            counts = f"{data.num_labels} in the training and {held_out.num_labels} in the held-out"
+            raise ValueError(f"--label_column {column}: numbers per image: {counts} split")
     return data, held_out
 
 
@@ -234,20 +207,16 @@ def make_loss(
     max_timestep: int,
     data: Images | TargetedImages,
 ) -> ClassifierLoss:
-    """The loss that the options define.
-
-    Raises:
-        ValueError: if an option doesn't fit the data, the schedule or the processes.
-    """
-    first = options.min_timestep
+    """The loss that the options define."""
+    first, kind = options.min_timestep, options.problem_type
     if first > max_timestep:
         raise ValueError(
             f"--min_timestep {first}: 0 to {max_timestep} is allowed with this schedule and "
             "--max_timestep"
         )
-    class_weights = parse_class_weights(options.class_weights, data, options.problem_type)
+    class_weights = parse_class_weights(options.class_weights, data, kind)
     variance, score, sampler = None, None, None
-    if options.problem_type == REGRESSION:
+    if kind == REGRESSION:
         variance = data.targets().var(dim=0, unbiased=False)
         if not (variance > 0).all():
             raise ValueError(
@@ -260,112 +229,89 @@ def make_loss(
     if options.timestep_sampler == "second_moment":
         sampler = LossSecondMomentSampler(max_timestep + 1 - first)
         accelerator.register_for_checkpointing(sampler)
-    return ClassifierLoss(
-        accelerator,
-        scheduler,
-        len(data.id2label),
-        first,
-        max_timestep,
-        options.problem_type,
-        class_weights,
-        variance,
-        options.label_smoothing,
-        options.mixup,
-        options.robust_epsilon,
-        options.robust_steps,
-        score,
-        options.dlsm_weight,
-        sampler,
-    )
+    noise = accelerator, scheduler, len(data.id2label), first, max_timestep
+    labels = kind, class_weights, variance, options.label_smoothing, options.mixup
+    robust = options.robust_epsilon, options.robust_steps
+    return ClassifierLoss(*noise, *labels, *robust, score, options.dlsm_weight, sampler)
 
 
 def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
     """Raise a `ValueError` if --dlsm_weight, which needs them, isn't possible."""
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            f"--dlsm_weight {weight}: --mixed_precision no and bf16 are allowed with it, since "
-            "fp16's loss scaling doesn't reach the gradient within the loss"
-        )
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError(
-            f"--dlsm_weight {weight} differentiates twice, which torch.compile can't: "
-            "--dynamo_backend no is allowed with it"
-        )
-    if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"--dlsm_weight {weight} differentiates twice, which distributed_type "
-            f"{accelerator.distributed_type.value} isn't made for: 0 is allowed with it"
-        )
+    kind, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
+    twice = "differentiates twice, which"
+    checks = [
+        (
+            accelerator.mixed_precision != "fp16",
+            "needs --mixed_precision no or bf16: fp16's loss scaling doesn't reach its gradient",
+        ),
+        (
+            compiler == DynamoBackend.NO,
+            f"{twice} torch.compile can't: --dynamo_backend no is allowed with it",
+        ),
+        (
+            kind not in SHARDED,
+            f"{twice} distributed_type {kind.value} isn't made for: 0 is allowed with it",
+        ),
+    ]
+    for ok, reason in checks:
+        if not ok:
+            raise ValueError(f"--dlsm_weight {weight} {reason}")
 
 
-class Evaluator:
-    """Evaluates a classifier: (model, step) -> metrics; writes curves and the diagnosis."""
+def evaluate_classifier(
+    options: ClassifierOptions,
+    loss: ClassifierLoss,
+    held_out: Images | TargetedImages | None,
+    last_step: int,
+    model: NoiseAwareClassifier,
+    step: int,
+) -> dict[str, Any]:
+    """Held-out metrics; the main process also writes the diagnosis, and at the end the curves."""
+    kind, accelerator = options.problem_type, loss.accelerator
+    calibration = GAPS if kind == SINGLE else ()
 
-    def __init__(
-        self,
-        options: ClassifierOptions,
-        accelerator: Accelerator,
-        loss: ClassifierLoss,
-        held_out: Images | TargetedImages | None,
-        steps: int,
-    ):
-        self.options, self.accelerator, self.loss = options, accelerator, loss
-        self.held_out, self.steps = held_out, steps
+    def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x_t, y = loss.scheduler.add_noise(batch["pixel_values"], eps, t), batch["label"]
+        logits = model(x_t, t).logits.float()
+        scores = [*held_out_scores(logits, y, kind, loss.variance).values()]
+        if calibration:
+            scores += calibration_gaps(logits, y).T
+        return torch.stack(scores)
 
-    def __call__(self, model: NoiseAwareClassifier, step: int) -> dict[str, Any]:
-        options, kind = self.options, self.options.problem_type
-        calibration = GAPS if kind == SINGLE else ()
+    names, num_timesteps = (*METRICS[kind], *calibration), loss.max_timestep + 1
+    metrics = held_out_metrics(accelerator, options, held_out, num_timesteps, names, score)
+    if metrics and calibration:
+        rows = metrics["held_out"] = [with_calibration(row) for row in metrics["held_out"]]
+        if accelerator.is_main_process:
+            if step == last_step and find_spec("matplotlib"):
+                plot(rows, Path(options.output_dir) / "curves.png")
+            if options.diagnosis_images and loss.max_timestep:
+                write_diagnosis(options, model, held_out, verbose=step == last_step)
+    return metrics
 
-        def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            x_t, y = self.loss.scheduler.add_noise(batch["pixel_values"], eps, t), batch["label"]
-            logits = model(x_t, t).logits.float()
-            scores = [*held_out_scores(logits, y, kind, self.loss.variance).values()]
-            if calibration:
-                scores += calibration_gaps(logits, y).T
-            return torch.stack(scores)
 
-        metrics = held_out_metrics(
-            self.accelerator,
-            self.held_out,
-            eval_timesteps(self.loss.max_timestep + 1),
-            (*METRICS[kind], *calibration),
-            score,
-            options.validation_samples,
-            options.train_batch_size,
-        )
-        if metrics and calibration:
-            metrics["held_out"] = [with_calibration(row) for row in metrics["held_out"]]
-            if self.accelerator.is_main_process:
-                self.write_plots(model, metrics["held_out"], step == self.steps)
-        return metrics
-
-    def write_plots(
-        self, model: NoiseAwareClassifier, rows: list[dict[str, float]], last: bool
-    ) -> None:
-        """Write the diagnosis, and at the end curves.png, if matplotlib is installed."""
-        folder, can_plot = Path(self.options.output_dir), find_spec("matplotlib") is not None
-        if last and can_plot:
-            plot(rows, folder / "curves.png")
-        if not self.options.diagnosis_images or self.loss.max_timestep == 0:
-            return
-        # A copy in float32 without hooks, since autocast may be part of the trained model.
-        copy = NoiseAwareClassifier.from_config(model.config)
-        copy.load_state_dict(model.state_dict())
-        diagnosis = diagnose(
-            copy.to(self.accelerator.device).eval(),
-            self.held_out,
-            images=self.options.diagnosis_images,
-            gradient_images=32,
-            batch_size=self.options.train_batch_size,
-            finite_differences=False,
-            progress=False,
-        )
-        if self.options.vae is not None:  # latents have no range
-            diagnosis = replace(diagnosis, mismatches=())
-        diagnosis.save(folder, picture=can_plot)
-        if last:
-            verdict = diagnosis.verdict
-            print("\n".join([verdict.summary, *verdict.words, *diagnosis.mismatches]))
+def write_diagnosis(
+    options: ClassifierOptions, model: NoiseAwareClassifier, held_out: Images, verbose: bool
+) -> None:
+    """Write the diagnosis, with a picture if matplotlib is installed; print it if `verbose`."""
+    # A copy in float32 without hooks, since autocast may be part of the trained model.
+    copy = NoiseAwareClassifier.from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    diagnosis = diagnose(
+        copy.to(model.device).eval(),
+        held_out,
+        images=options.diagnosis_images,
+        gradient_images=32,
+        batch_size=options.train_batch_size,
+        finite_differences=False,
+        progress=False,
+    )
+    if options.vae is not None:  # latents have no range
+        diagnosis = replace(diagnosis, mismatches=())
+    diagnosis.save(Path(options.output_dir), picture=find_spec("matplotlib") is not None)
+    if verbose:
+        verdict = diagnosis.verdict
+        print("\n".join([verdict.summary, *verdict.words, *diagnosis.mismatches]))
 
 
 def main() -> None:
@@ -381,10 +327,8 @@ def main() -> None:
 
         # 2. Noise schedule, model, loss
         initial = load_initial_model(options.init_from)
-        scheduler = None
-        if options.scheduler is None and options.has_default_schedule:
-            scheduler = initial_schedule(initial)
-        scheduler = scheduler or load_scheduler(options)
+        default = options.scheduler is None and options.has_default_schedule
+        scheduler = (initial_schedule(initial) if default else None) or load_scheduler(options)
         schedule = trained_schedule(scheduler, options.max_timestep)
         set_seed(options.seed)
         model = make_classifier(options, data, schedule, initial)
@@ -396,18 +340,12 @@ def main() -> None:
         max_timestep = schedule["num_train_timesteps"] - 1
         loss = make_loss(options, accelerator, scheduler, max_timestep, data)
         trainer = Trainer(options, accelerator, model, data)
-        write_latents(
-            accelerator,
-            vae,
-            *images,
-            workers=options.dataloader_num_workers,
-            progress=options.progress,
-        )
+        workers, progress = options.dataloader_num_workers, options.progress
+        write_latents(accelerator, vae, *images, workers=workers, progress=progress)
 
     # 3. Train, save, publish
-    evaluate = Evaluator(options, accelerator, loss, held_out, trainer.steps)
-    model = trainer.train(loss, evaluate)
-    save_and_publish(options, accelerator, model)
+    evaluate = partial(evaluate_classifier, options, loss, held_out, trainer.steps)
+    save_and_publish(options, accelerator, trainer.train(loss, evaluate))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ from transformers import (
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.clip import MODEL_ARGUMENTS, NoiseAwareCLIP, image_config, last_layer
 from guided_diffusers.learning.annotations import CaptionedImages
-from guided_diffusers.learning.batches import Batch, StepRandom
+from guided_diffusers.learning.batches import Batch, StepRandom, collate
 from guided_diffusers.learning.data import LabelledImages
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
-from guided_diffusers.learning.held_out import Score, eval_timesteps, held_out_metrics
-from guided_diffusers.learning.loop import Trainer
-from guided_diffusers.learning.options import AT_LEAST_0, Options, option, parse
+from guided_diffusers.learning.held_out import Score, held_out_metrics
+from guided_diffusers.learning.loop import Trainer, save_and_publish
+from guided_diffusers.learning.options import Options, named_errors, option, parse
 from guided_diffusers.learning.prepare import (
     DEFAULT_CLASSIFIER,
     load_data,
@@ -59,7 +60,6 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.publishing import save_and_publish
 
 DEFAULT_TEXT = {
     "hidden_size": 256,
@@ -69,28 +69,19 @@ DEFAULT_TEXT = {
     "max_position_embeddings": 77,
     "projection_dim": 256,
 }
-SPECIAL_TOKENS = {  # ids 0 to 3
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "bos_token": "[BOS]",
-    "eos_token": "[EOS]",
-}
+SPECIAL_TOKENS = dict(pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
 OTHER_CAPTIONS = 99  # that an image is compared with
 TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 @dataclass
 class ClipOptions(Options):
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay", AT_LEAST_0)
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay", 0)
     max_timestep: int | None = option(
-        None,
-        "noisiest timestep to train on, with which the saved schedule ends; by default the last of "
-        "the schedule",
-        AT_LEAST_0,
+        None, "noisiest timestep to train on, with which the saved schedule ends", 0
     )
     caption_column: str | None = option(
-        None,
-        "column of the captions: strings, or lists of strings of which one is drawn at each use",
+        None, "captions: a column of strings, or of lists of which one is drawn at each use"
     )
     captions: str | None = option(
         None,
@@ -105,25 +96,19 @@ class ClipOptions(Options):
     freeze_text_encoder: bool = option(False, "keep the weights of --text_encoder fixed")
     text_config: str | None = option(
         None,
-        "size of a new text encoder: a JSON file of `CLIPTextConfig`'s arguments; its "
-        "projection_dim is the width of the embeddings; captions longer than its "
-        "max_position_embeddings are cut",
+        "size of a new text encoder: a JSON file of `CLIPTextConfig`'s arguments, such as "
+        "projection_dim (of all embeddings) and max_position_embeddings, to which captions are cut",
     )
     image_encoder: str | None = option(
-        None,
-        "initial config and weights of the image encoder, except its last layer: folder or Hub id "
-        "of a NoiseAwareClassifier",
+        None, "NoiseAwareClassifier (folder, Hub id) to start from, except for its last layer"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for first, second in (("caption_column", "captions"), ("text_encoder", "text_config")):
-            values = getattr(self, first), getattr(self, second)
-            if None not in values:
-                raise ValueError(
-                    f"--{first} {values[0]} and --{second} {values[1]}: only one of the two is "
-                    "allowed"
-                )
+        for names in (("caption_column", "captions"), ("text_encoder", "text_config")):
+            if all(getattr(self, name) is not None for name in names):
+                both = " and ".join(f"--{name} {getattr(self, name)}" for name in names)
+                raise ValueError(f"{both}: only one of the two is allowed")
         if (self.caption_column, self.captions) == (None, None):
             raise ValueError("--caption_column None and --captions None: one of the two is needed")
         if self.streaming and self.caption_column is not None:
@@ -136,16 +121,9 @@ class ClipOptions(Options):
 
 
 def read_json_object(name: str, path: str) -> dict[str, Any]:
-    """The object in the JSON file of the option `name`.
-
-    Raises:
-        ValueError: if there is no such file, or it holds something else.
-    """
-    try:
-        with open(path) as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{name} {path}: {error}") from error
+    """The object in the JSON file of the option `name`."""
+    with named_errors(f"--{name} {path}"):
+        content = json.loads(Path(path).read_text())
     if not isinstance(content, dict):
         raise ValueError(f"--{name} {path} holds a {type(content).__name__}; an object is allowed")
     return content
@@ -154,11 +132,7 @@ def read_json_object(name: str, path: str) -> dict[str, Any]:
 def load_captions(
     path: str | None, id2label: dict[int, str]
 ) -> tuple[dict[int, list[str]] | None, dict[int, list[str]] | None]:
-    """Training and held-out captions of --captions by label id; None if there are none.
-
-    Raises:
-        ValueError: if the file has another form or other labels.
-    """
+    """Training and held-out captions of --captions by label id; None if there are none."""
     if path is None:
         return None, None
     content = read_json_object("captions", path)
@@ -169,17 +143,13 @@ def load_captions(
     captions = {}
     for part, by_name in content.items():
         if not isinstance(by_name, dict) or by_name.keys() != set(id2label.values()):
-            raise ValueError(
-                f"--captions {path}: {part!r} has the labels {sorted(by_name)}, the dataset "
-                f"{sorted(id2label.values())}"
-            )
+            labels = f"the labels {sorted(by_name)}, the dataset {sorted(id2label.values())}"
+            raise ValueError(f"--captions {path}: {part!r} has {labels}")
         for name, texts in by_name.items():
             is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
             if not is_list or not texts:
-                raise ValueError(
-                    f"--captions {path}: {part!r} has {texts!r} for {name!r}; a list of strings is "
-                    "allowed"
-                )
+                value = f"{texts!r} for {name!r}; a list of strings is allowed"
+                raise ValueError(f"--captions {path}: {part!r} has {value}")
         captions[part] = {i: by_name[name] for i, name in id2label.items()}
     return captions["train"], captions.get("held_out")
 
@@ -194,13 +164,11 @@ def word_tokenizer(captions: list[str], length: int) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = list(SPECIAL_TOKENS.values())
-    tokenizer.train_from_iterator(
-        captions, trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]",
-        special_tokens=[(token, special.index(token)) for token in ("[BOS]", "[EOS]")],
-    )
+    trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    ends = [(token, special.index(token)) for token in ("[BOS]", "[EOS]")]
+    template = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=ends)
+    tokenizer.post_processor = template
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=length, padding_side="right", **SPECIAL_TOKENS
     )
@@ -209,11 +177,7 @@ def word_tokenizer(captions: list[str], length: int) -> PreTrainedTokenizerFast:
 def make_text_encoder(
     options: ClipOptions, captions: CaptionedImages
 ) -> tuple[dict[str, Any], PreTrainedTokenizerBase, CLIPTextModelWithProjection | None]:
-    """Config and tokenizer of the text encoder, and its model if it is pretrained.
-
-    Raises:
-        ValueError: if --text_encoder can't be loaded, or is to be frozen and has no projection.
-    """
+    """Config and tokenizer of the text encoder, and its model if it is pretrained."""
     path = options.text_encoder
     if path is None:
         config = DEFAULT_TEXT
@@ -224,11 +188,9 @@ def make_text_encoder(
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
         ids = {name: getattr(tokenizer, name) for name in names}
         return {**config, "vocab_size": len(tokenizer), **ids}, tokenizer, None
-    try:
+    with named_errors(f"--text_encoder {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = CLIPTextModelWithProjection.from_pretrained(path, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--text_encoder {path}: {error}") from error
     if options.freeze_text_encoder and info["missing_keys"]:
         raise ValueError(
             f"--text_encoder {path} has no {sorted(info['missing_keys'])}; with "
@@ -243,18 +205,12 @@ def make_text_encoder(
 def make_clip(
     options: ClipOptions, data: LabelledImages, captions: CaptionedImages, schedule: dict[str, Any]
 ) -> NoiseAwareCLIP:
-    """The model to train, with pretrained weights where options name them.
-
-    Raises:
-        ValueError: if an encoder's config or weights can't be loaded or don't fit.
-    """
+    """The model to train, with pretrained weights where options name them."""
     text_config, tokenizer, text_encoder = make_text_encoder(options, captions)
     initial, default = None, DEFAULT_CLASSIFIER
     if options.image_encoder is not None:
-        try:
+        with named_errors(f"--image_encoder {options.image_encoder}"):
             initial = NoiseAwareClassifier.from_pretrained(options.image_encoder)
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"--image_encoder {options.image_encoder}: {error}") from error
         default = image_config(initial.config)
     encoder = make_model(
         NoiseAwareClassifier,
@@ -266,42 +222,25 @@ def make_clip(
         label2id=None,
         **{name: schedule[name] for name in MODEL_ARGUMENTS if name in schedule},
     )
-    try:
-        clip = NoiseAwareCLIP(
-            image_config(encoder.config), text_config, **schedule, tokenizer=tokenizer
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--text_config {options.text_config}: {error}") from error
-    if initial is not None:
-        copy_image_encoder(options, clip, initial)
+    schedule = {**schedule, "tokenizer": tokenizer}
+    with named_errors(f"--text_config {options.text_config}"):
+        clip = NoiseAwareCLIP(image_config(encoder.config), text_config, **schedule)
+    if initial is not None:  # all weights but those of the last layer
+        layer, source = last_layer(initial), f"--image_encoder {options.image_encoder}"
+        layer.weight, layer.bias = last_layer(clip.image_encoder).parameters()
+        try:
+            clip.image_encoder.load_state_dict(initial.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n\t")[:2])
+            raise ValueError(f"{source}, --resolution {options.resolution}: {reason}") from error
     if text_encoder is not None:
         clip.text_encoder.load_state_dict(text_encoder.state_dict())
         clip.text_encoder.requires_grad_(not options.freeze_text_encoder)
     return clip
 
 
-def copy_image_encoder(
-    options: ClipOptions, clip: NoiseAwareCLIP, initial: NoiseAwareClassifier
-) -> None:
-    """Copy a classifier's weights, except the last layer, into a CLIP's image encoder.
-
-    Raises:
-        ValueError: if names or shapes differ.
-    """
-    layer = last_layer(initial)
-    layer.weight, layer.bias = last_layer(clip.image_encoder).parameters()
-    try:
-        clip.image_encoder.load_state_dict(initial.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[:2])
-        raise ValueError(
-            f"--image_encoder {options.image_encoder}, --resolution {options.resolution}: {reason}"
-        ) from error
-
-
 class TokenizedImages(torch.utils.data.Dataset):
-    """`CaptionedImages` with `input_ids` and `attention_mask` (L,), cut or padded to L, instead of
-    the caption."""
+    """`CaptionedImages` with TEXT_INPUTS (L,), cut or padded to L, instead of the caption."""
 
     def __init__(self, data: CaptionedImages, tokenizer: PreTrainedTokenizerBase, length: int):
         self.data, self.tokenizer, self.length = data, tokenizer, length
@@ -314,14 +253,8 @@ class TokenizedImages(torch.utils.data.Dataset):
         return self.tokenize(values.pop("caption")) | values
 
     def tokenize(self, caption: str) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(
-            caption,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=self.length,
-            return_tensors="pt",
-        )
+        padding = {"padding": "max_length", "padding_side": "right", "max_length": self.length}
+        tokens = self.tokenizer(caption, truncation=True, return_tensors="pt", **padding)
         return {name: tokens[name][0] for name in TEXT_INPUTS}
 
 
@@ -367,18 +300,17 @@ def make_score(
     """Names and score of the metrics; this file's docstring defines them."""
 
     @torch.no_grad()
-    def embed(tokens: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(items: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and embeddings of captions."""
-        ids, mask = (
-            torch.stack([t[name] for t in tokens]).to(model.device) for name in TEXT_INPUTS
-        )
+        tokens = collate(items)
+        ids, mask = (tokens[name].to(model.device) for name in TEXT_INPUTS)
         return ids, model.encode_text(ids, mask)
 
     count = min(OTHER_CAPTIONS + 1, len(data))
     other_ids, others = embed([data[i * len(data) // count] for i in range(count)])
-    label_embeddings = None
+    names, label_embeddings = ("retrieval", "cross_entropy"), None
     if held_out_captions is not None:
-        means = []
+        names, means = (*names, "zero_shot"), []
         for label in sorted(held_out_captions):
             tokens = [data.tokenize(caption) for caption in held_out_captions[label]]
             means.append(embed(tokens)[1].mean(dim=0))
@@ -399,9 +331,7 @@ def make_score(
             metrics.append((nearest == batch["label"]).float())
         return torch.stack(metrics)
 
-    if label_embeddings is None:
-        return ("retrieval", "cross_entropy"), score
-    return ("retrieval", "cross_entropy", "zero_shot"), score
+    return names, score
 
 
 def main() -> None:
@@ -409,19 +339,18 @@ def main() -> None:
     with exit_on_value_error():
         # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
-        images, held_out_images = load_data(options, accelerator)
+        images, held_out = load_data(options, accelerator)
         captions, held_out_captions = load_captions(options.captions, images.id2label)
         data = CaptionedImages(images, options.caption_column, captions)
         scheduler = load_scheduler(options)
         schedule = trained_schedule(scheduler, options.max_timestep)
+        num_timesteps = schedule["num_train_timesteps"]
         set_seed(options.seed)
         clip = make_clip(options, images, data, schedule)
         tokenizer, length = clip.tokenizer, clip.text_encoder.config.max_position_embeddings
-        held_out = None
-        if held_out_images is not None:
-            held_out = CaptionedImages(
-                held_out_images, options.caption_column, held_out_captions or captions
-            )
+        if held_out is not None:
+            by_label = held_out_captions or captions
+            held_out = CaptionedImages(held_out, options.caption_column, by_label)
             held_out = TokenizedImages(held_out, tokenizer, length)
         stream = images if options.streaming else None
         data = TokenizedImages(data, tokenizer, length)
@@ -429,7 +358,7 @@ def main() -> None:
 
     # 2. Train, save, publish
     def loss(model: torch.nn.Module, batch: Batch, draws: StepRandom) -> torch.Tensor:
-        t = draws.randint(schedule["num_train_timesteps"])
+        t = draws.randint(num_timesteps)
         eps = draws.randn(*batch["pixel_values"].shape[1:])
         x_t = scheduler.add_noise(batch["pixel_values"], eps, t)
         output = model(x_t, t, *(batch[name] for name in TEXT_INPUTS))
@@ -441,18 +370,9 @@ def main() -> None:
         if held_out is None:
             return {}
         names, score = make_score(model, scheduler, held_out, held_out_captions)
-        return held_out_metrics(
-            accelerator,
-            held_out,
-            eval_timesteps(schedule["num_train_timesteps"]),
-            names,
-            score,
-            options.validation_samples,
-            options.train_batch_size,
-        )
+        return held_out_metrics(accelerator, options, held_out, num_timesteps, names, score)
 
-    model = trainer.train(loss, evaluate)
-    save_and_publish(options, accelerator, model)
+    save_and_publish(options, accelerator, trainer.train(loss, evaluate))
 
 
 if __name__ == "__main__":

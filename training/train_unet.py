@@ -31,7 +31,10 @@ the `_class_name` of --model_config_name_or_path.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,9 +55,9 @@ from diffusers.utils import make_image_grid
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
-from guided_diffusers.learning.held_out import eval_timesteps, held_out_metrics
-from guided_diffusers.learning.latents import Autoencoder, load_vae, write_latents
-from guided_diffusers.learning.loop import Trainer
+from guided_diffusers.learning.held_out import held_out_metrics
+from guided_diffusers.learning.latents import load_vae, write_latents
+from guided_diffusers.learning.loop import Trainer, save_and_publish
 from guided_diffusers.learning.losses import (
     FlowProcess,
     LossSecondMomentSampler,
@@ -65,16 +68,8 @@ from guided_diffusers.learning.losses import (
     draw_steps,
     weighted_mean,
 )
-from guided_diffusers.learning.options import (
-    AT_LEAST_0,
-    FRACTION,
-    Options,
-    changeable,
-    option,
-    parse,
-)
+from guided_diffusers.learning.options import Options, changeable, option, parse
 from guided_diffusers.learning.prepare import Images, load_data, load_scheduler, make_model
-from guided_diffusers.learning.publishing import save_and_publish
 
 Denoiser = UNet2DModel | DiTTransformer2DModel
 Scheduler = DDPMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
@@ -86,16 +81,8 @@ DEFAULT_UNET = {
     "attention_head_dim": 64,
     "resnet_time_scale_shift": "scale_shift",
 }
-DIFFUSION_OPTIONS = (  # not for flow matching
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "snr_gamma",
-    "scheduler",
-    "ddpm_num_steps",
-    "ddpm_beta_schedule",
-    "timestep_sampler",
-    "bits_per_dim_images",
-)
+DIFFUSION_OPTIONS = """prediction_type rescale_betas_zero_snr snr_gamma scheduler ddpm_num_steps
+ddpm_beta_schedule timestep_sampler bits_per_dim_images""".split()  # not for flow matching
 FLOW_OPTIONS = ("flow_timestep_sampling", "flow_shift")
 
 
@@ -106,61 +93,46 @@ class UNetOptions(Options):
     )
     class_conditional: bool = option(False, "condition the model on the label")
     label_dropout: float = option(
-        0.1,
-        "with --class_conditional: probability that a label is replaced by the null label, whose "
-        "id is the number of labels",
-        FRACTION,
+        0.1, "probability of the null label (the number of labels) with --class_conditional", 0, 1
     )
     rescale_betas_zero_snr: bool = option(
-        False,
-        "end the noise schedule in pure noise (Lin et al. 2024); with --prediction_type "
-        "v_prediction or sample",
+        False, "end the schedule in pure noise (Lin et al. 2024); not with epsilon predictions"
     )
     objective: Literal[Objective, "flow_matching"] = option(
         "simple",
         "loss: simple (mean squared error), with a learned variance hybrid, hybrid_rescaled or "
         "bound, or flow_matching (of the velocity eps - x0 on straight paths)",
     )
-    snr_gamma: float | None = option(
-        None, "gamma of min-SNR weights of the mean squared error (Hang et al. 2023), e.g. 5"
-    )
+    snr_gamma: float | None = option(None, "gamma of min-SNR weights (Hang et al. 2023), e.g. 5")
     flow_timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
-        None,
-        "distribution of s in [0, 1] with --objective flow_matching; by default logit_normal "
-        "(Esser et al. 2024)",
+        None, "flow_matching: distribution of s; by default logit_normal (Esser et al. 2024)"
     )
     flow_shift: float | None = option(
         None,
-        "with --objective flow_matching: s becomes shift s / (1 + (shift - 1) s), in sampling too; "
-        "above 1 for large images; by default 1",
+        "flow_matching: s in [0, 1] becomes shift s / (1 + (shift - 1) s), in sampling too; above "
+        "1 for large images; by default 1",
     )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
         "uniform", "second_moment: timesteps of large loss more often, meant for --objective bound"
     )
-    bits_per_dim_images: int = changeable(
-        0, "held-out images whose bits per dimension are computed at the end", AT_LEAST_0
-    )
-    sample_images: int = changeable(40, "images to sample at every evaluation; 0: none", AT_LEAST_0)
+    bits_per_dim_images: int = changeable(0, "held-out images for bits per dimension", 0)
+    sample_images: int = changeable(40, "images to sample at every evaluation; 0: none", 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vae is not None and self.bits_per_dim_images:
-            raise ValueError(
-                f"--bits_per_dim_images {self.bits_per_dim_images}: with --vae 0 is allowed, since "
-                "they are bits of pixels"
-            )
+            value = f"--bits_per_dim_images {self.bits_per_dim_images}"
+            raise ValueError(f"{value}: with --vae 0 is allowed, since they are bits of pixels")
         for name in ("snr_gamma", "flow_shift"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} {value}: a finite number above 0 is allowed")
+        excluded, allowed = FLOW_OPTIONS, "flow_matching is"
         if self.flow_matching:
             excluded, allowed = DIFFUSION_OPTIONS, "simple, hybrid, hybrid_rescaled and bound are"
-        else:
-            excluded, allowed = FLOW_OPTIONS, "flow_matching is"
+        objective = f"--objective {self.objective}: {allowed} allowed"
         for f in fields(self):
             if f.name in excluded and (value := getattr(self, f.name)) != f.default:
-                raise ValueError(
-                    f"--{f.name} {value} with --objective {self.objective}: {allowed} allowed"
-                )
+                raise ValueError(f"--{f.name} {value} with {objective}")
         if self.snr_gamma is not None and self.objective == "bound":
             raise ValueError(
                 f"--snr_gamma {self.snr_gamma} with --objective bound, which has no mean squared "
@@ -181,21 +153,15 @@ def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
 
     With zero terminal SNR the saved one starts at the noisiest timestep (trailing spacing; Lin et
     al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.3).
-
-    Raises:
-        ValueError: if the objective can't use this schedule.
     """
     if options.flow_matching:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=options.flow_shift or 1.0)
         return scheduler, scheduler
     scheduler = load_scheduler(options, options.prediction_type)
-    changes: dict[str, Any] = {}
     if options.rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
+        scheduler = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
     if options.learned_variance:
-        changes["variance_type"] = "learned_range"
-    if changes:
-        scheduler = DDPMScheduler.from_config(scheduler.config, **changes)
+        scheduler = DDPMScheduler.from_config(scheduler.config, variance_type="learned_range")
     if not scheduler.config.rescale_betas_zero_snr:
         return scheduler, scheduler
     if scheduler.config.prediction_type == "epsilon":
@@ -216,11 +182,7 @@ def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
 
 
 def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
-    """A UNet2DModel or, if the config says so, a DiTTransformer2DModel, for these images and labels.
-
-    Raises:
-        ValueError: if labels are missing, or the config or the resolution doesn't fit.
-    """
+    """A UNet2DModel, or a DiTTransformer2DModel if the config is one's, for these images."""
     if options.class_conditional and not data.id2label:
         raise ValueError(
             "--class_conditional: the dataset has no column of class ids; --label_column can name "
@@ -231,27 +193,17 @@ def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
         "in_channels": data.channels,
         "out_channels": data.channels * (2 if options.learned_variance else 1),
     }
-    if is_dit(options.model_config_name_or_path):
+    config: dict[str, Any] = {}
+    if options.model_config_name_or_path is not None:
+        with suppress(OSError, ValueError):  # make_model raises a better message
+            config = UNet2DModel.load_config(options.model_config_name_or_path)
+    if config.get("_class_name") == DiTTransformer2DModel.__name__:
         return make_dit(options, data, settings)
-    if options.class_conditional:
-        settings["num_class_embeds"] = len(data.id2label) + 1
-    else:
-        settings["num_class_embeds"] = None
+    settings["num_class_embeds"] = len(data.id2label) + 1 if options.class_conditional else None
     model = make_model(UNet2DModel, options, DEFAULT_UNET, **settings)
     levels = len(model.config.block_out_channels)
     check_resolution(options, data, 2 ** (levels - 1), f"{levels} levels")
     return model
-
-
-def is_dit(config_path: str | None) -> bool:
-    """Whether a config is that of a DiTTransformer2DModel."""
-    if config_path is None:
-        return False
-    try:
-        config = UNet2DModel.load_config(config_path)
-    except (OSError, ValueError):  # make_model raises a better message
-        return False
-    return config.get("_class_name") == DiTTransformer2DModel.__name__
 
 
 def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> DiTTransformer2DModel:
@@ -263,8 +215,7 @@ def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> Di
     if not options.class_conditional:
         raise ValueError(
             f"--model_config_name_or_path {options.model_config_name_or_path}: a "
-            "DiTTransformer2DModel always needs a label; it is allowed with --class_conditional "
-            "only"
+            "DiTTransformer2DModel needs a label: it is allowed with --class_conditional only"
         )
     # It adds the embedding of the null label, whose id is the number of labels.
     settings["num_embeds_ada_norm"] = len(data.id2label)
@@ -285,11 +236,8 @@ def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> Di
 def check_resolution(options: UNetOptions, data: Images, multiple: int, model: str) -> None:
     """Raise a `ValueError` if the images' size isn't a multiple of a number."""
     if data.resolution % multiple:
-        scale = options.resolution // data.resolution
-        raise ValueError(
-            f"--resolution {options.resolution}: the multiples of {scale * multiple} are allowed "
-            f"for a network of {model}"
-        )
+        allowed = f"the multiples of {options.resolution // data.resolution * multiple} are allowed"
+        raise ValueError(f"--resolution {options.resolution}: {allowed} for a network of {model}")
 
 
 class DenoisingLoss:
@@ -314,8 +262,8 @@ class DenoisingLoss:
             t, weight = draw_steps(draws, self.num_timesteps, self.sampler)
         eps = draws.randn(*batch["pixel_values"].shape[1:])
         dropped = draws.rand() < options.label_dropout
-        labels = torch.where(dropped, self.num_labels, batch["label"])
-        losses = self.per_image(model, batch, eps, t, labels, options.snr_gamma)
+        batch = {**batch, "label": torch.where(dropped, self.num_labels, batch["label"])}
+        losses = self.per_image(model, batch, eps, t, options.snr_gamma)
         return weighted_mean(losses, t, weight, self.sampler, self.accelerator)
 
     def per_image(
@@ -324,87 +272,59 @@ class DenoisingLoss:
         batch: Batch,
         eps: torch.Tensor,
         t: torch.Tensor,
-        labels: torch.Tensor,
         snr_gamma: float | None = None,
     ) -> torch.Tensor:
         """The loss of each image, (B,)."""
-        x0, labels = batch["pixel_values"], labels if self.options.class_conditional else None
+        x0, labels = batch["pixel_values"], None
+        if self.options.class_conditional:
+            labels = batch["label"]
         output = model(self.process.noised(x0, eps, t), t, class_labels=labels).sample
         objective = "simple" if self.options.flow_matching else self.options.objective
         losses = diffusion_loss(self.process, output.float(), x0, eps, t, objective, snr_gamma)
         return losses["loss"]
 
 
-class Evaluator:
-    """Evaluates a denoiser: (model, step) -> metrics; writes a picture of samples.
+def evaluate_denoiser(
+    loss: DenoisingLoss,
+    make_pipeline: Callable[..., ClassifierGuidedPipeline],
+    held_out: Images | None,
+    last_step: int,
+    model: Denoiser,
+    step: int,
+) -> dict[str, Any]:
+    """Held-out loss, at the last step also bits per dimension; writes a picture of samples."""
+    options, accelerator = loss.options, loss.accelerator
+    if options.sample_images and accelerator.is_main_process:
+        pipeline = make_pipeline(unet=model).to(accelerator.device)
+        path = Path(options.output_dir) / f"samples-{step}.png"
+        draw_samples(pipeline, path, options.sample_images)
+    accelerator.wait_for_everyone()
 
-    Args:
-        names: label names of a class-conditional model.
-        steps: optimizer steps of the whole run.
-    """
+    def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return loss.per_image(model, batch, eps, t)[None]
 
-    def __init__(
-        self,
-        options: UNetOptions,
-        accelerator: Accelerator,
-        loss: DenoisingLoss,
-        scheduler: Scheduler,
-        vae: Autoencoder | None,
-        names: dict[int, str] | None,
-        held_out: Images | None,
-        steps: int,
-    ):
-        self.options, self.accelerator, self.loss = options, accelerator, loss
-        self.vae, self.names, self.held_out, self.steps = vae, names, held_out, steps
-        self.scheduler = scheduler
-        if not options.flow_matching:
-            self.scheduler = DDIMScheduler.from_config(
-                scheduler.config, timestep_spacing="trailing"
-            )
+    metrics = held_out_metrics(accelerator, options, held_out, loss.num_timesteps, ("loss",), score)
+    if metrics and options.bits_per_dim_images and step == last_step:
+        metrics["bits_per_dim"] = mean_bits_per_dim(loss, held_out, model)
+    return metrics
 
-    def __call__(self, model: torch.nn.Module, step: int) -> dict[str, Any]:
-        options = self.options
-        if options.sample_images and self.accelerator.is_main_process:
-            pipeline = ClassifierGuidedPipeline(
-                unet=model, scheduler=self.scheduler, vae=self.vae, id2label=self.names
-            )
-            pipeline.to(self.accelerator.device)
-            path = Path(options.output_dir) / f"samples-{step}.png"
-            draw_samples(pipeline, path, options.sample_images)
-        self.accelerator.wait_for_everyone()
-        metrics = held_out_metrics(
-            self.accelerator,
-            self.held_out,
-            eval_timesteps(self.loss.num_timesteps),
-            ("loss",),
-            lambda batch, eps, t: self.loss.per_image(model, batch, eps, t, batch["label"])[None],
-            options.validation_samples,
-            options.train_batch_size,
-        )
-        if metrics and options.bits_per_dim_images and step == self.steps:
-            metrics["bits_per_dim"] = self.bits_per_dim(model)
-        return metrics
 
-    def bits_per_dim(self, model: torch.nn.Module) -> float:
-        """Mean bits per dimension of held-out images, evenly spread.
-
-        An image's noise is the same in any batch.
-        """
-        accelerator, batch_size = self.accelerator, self.options.train_batch_size
-        count = min(self.options.bits_per_dim_images, len(self.held_out))
-        share = range(count)[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros((), device=accelerator.device)
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            batch = collate([self.held_out[i * len(self.held_out) // count] for i in indices])
-            x0 = batch["pixel_values"].to(accelerator.device)
-            labels = None
-            if self.options.class_conditional:
-                labels = batch["label"].to(accelerator.device)
-            generators = [generator_for(0, 4, i) for i in indices]
-            bits = bits_per_dim(model, self.loss.process, x0, labels, generator=generators)
-            total += bits["total"].sum()
-        return accelerator.reduce(total, "sum").item() / count
+def mean_bits_per_dim(loss: DenoisingLoss, held_out: Images, model: Denoiser) -> float:
+    """Mean bits per dimension of held-out images, evenly spread; the noise of each is fixed."""
+    options, accelerator = loss.options, loss.accelerator
+    count = min(options.bits_per_dim_images, len(held_out))
+    share = range(count)[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, len(share), options.train_batch_size):
+        indices = share[start : start + options.train_batch_size]
+        batch = collate([held_out[i * len(held_out) // count] for i in indices])
+        x0, labels = batch["pixel_values"].to(accelerator.device), None
+        if options.class_conditional:
+            labels = batch["label"].to(accelerator.device)
+        generators = [generator_for(0, 4, i) for i in indices]
+        bits = bits_per_dim(model, loss.process, x0, labels, generator=generators)
+        total += bits["total"].sum()
+    return accelerator.reduce(total, "sum").item() / count
 
 
 def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> None:
@@ -433,25 +353,22 @@ def main() -> None:
         loss = DenoisingLoss(options, accelerator, scheduler, len(data.id2label))
         set_seed(options.seed)
         trainer = Trainer(options, accelerator, make_denoiser(options, data), data)
-        write_latents(
-            accelerator,
-            vae,
-            data,
-            held_out,
-            workers=options.dataloader_num_workers,
-            progress=options.progress,
-        )
+        workers, progress = options.dataloader_num_workers, options.progress
+        write_latents(accelerator, vae, data, held_out, workers=workers, progress=progress)
     if isinstance(vae, AutoencoderKL):
         vae.enable_slicing()  # decode the images of a picture one by one
     names = data.id2label if options.class_conditional else None
 
+    make_pipeline = partial(ClassifierGuidedPipeline, vae=vae, id2label=names)
+
     # 2. Train, save, publish
-    evaluate = Evaluator(options, accelerator, loss, scheduler, vae, names, held_out, trainer.steps)
+    sampler = scheduler
+    if not options.flow_matching:
+        sampler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    make_sampler = partial(make_pipeline, scheduler=sampler)
+    evaluate = partial(evaluate_denoiser, loss, make_sampler, held_out, trainer.steps)
     model = trainer.train(loss, evaluate)
-    pipeline = ClassifierGuidedPipeline(
-        unet=model, scheduler=saved_scheduler, vae=vae, id2label=names
-    )
-    save_and_publish(options, accelerator, pipeline)
+    save_and_publish(options, accelerator, make_pipeline(unet=model, scheduler=saved_scheduler))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,6 @@ data, annotations, streaming, latents    labelled images and what is made of the
 losses, classifier_losses                losses as functions of tensors
 classifier_objective, warm_start         what a classifier learns, and its initial weights
 options, prepare                         the options, and what a training starts with
-batches, loop, ema, held_out             the loop, its random numbers, EMA and evaluation
-checkpointing, distributed, publishing   checkpoints, processes, the Hub
+batches, loop, ema, held_out             the loop, its random numbers, EMA, evaluation, the Hub
+checkpointing, distributed               checkpoints, processes
 """

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -55,12 +53,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Settings that must be equal for a resumed run to equal the uninterrupted one.
 
-    All options but those that may change, the effect of some of these, and the model's config. The
-    number of steps is one of them if the learning rate depends on it.
-
-    Args:
-        images: number of training images, or the kind of a stream.
-        steps: optimizer steps of the whole run.
+    All options but those that may change, the effect of some of these, and the model's config;
+    `images` is the number of training images, or the kind of a stream.
     """
     names = [f.name for f in fields(options) if not f.metadata["may_change"]]
     settings = {name: getattr(options, name) for name in names}
@@ -85,10 +79,7 @@ def run_identity(
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, step: int, limit: int, identity: dict[str, Any]
 ) -> None:
-    """Write `checkpoint-STEP` under a temporary name, move it into place, delete the oldest.
-
-    Args:
-        limit: number of checkpoints to keep; 0: all.
+    """Write `checkpoint-STEP` aside, move it into place, keep `limit` checkpoints (0: all).
 
     Raises:
         OSError: if it can't be written, for instance to a full disk; older ones stay as they were.
@@ -97,34 +88,25 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with _removed_on_error(partial):
+    try:
         accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with _removed_on_error(partial):
-            files = {
-                str(path.relative_to(partial)): checksum(path)
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            }
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+            files = {str(path.relative_to(partial)): checksum(path) for path in paths}
             write_json({"step": step, "run": identity, "files": files}, partial / MANIFEST)
             checksum(partial / MANIFEST)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        os.replace(partial, checkpoint)
-        for old in list_checkpoints(folder)[:-limit] if limit else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _removed_on_error(partial: Path) -> Iterator[None]:
-    try:
-        yield
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            os.replace(partial, checkpoint)
     except WRITE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         if "DataLoader worker" in str(error):  # torch raises that wherever the main thread is
             raise
-        raise OSError(f"{partial.with_suffix('')} can't be written: {error}") from error
+        raise OSError(f"{checkpoint} can't be written: {error}") from error
+    if accelerator.is_main_process and limit:
+        for old in list_checkpoints(folder)[:-limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
 
 
 def checksum(path: Path) -> list[int]:
@@ -154,11 +136,10 @@ def refusal_reason(checkpoint: Path, identity: dict[str, Any]) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (*LOAD_ERRORS, AttributeError) as error:
         return f"can't be read: {error}"
-    differences = [
-        f"{name} {run.get(name)!r:.60}, here {identity.get(name)!r:.60}"
-        for name in {**identity, **run}
-        if run.get(name) != identity.get(name)
-    ]
+    differences = []
+    for name in {**identity, **run}:
+        if run.get(name) != identity.get(name):
+            differences.append(f"{name} {run.get(name)!r:.60}, here {identity.get(name)!r:.60}")
     return f"of another run: {', '.join(differences)}" if differences else None
 
 
@@ -178,12 +159,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoints(resume_from: str | None, output_dir: str) -> list[Path]:
-    """Candidates of --resume_from_checkpoint, newest first; empty: start from the beginning.
-
-    Raises:
-        ValueError: if there is no such checkpoint, or a new run would mix its checkpoints with an
-            older run's.
-    """
+    """Candidates of --resume_from_checkpoint, newest first; empty: start from the beginning."""
     existing = list_checkpoints(Path(output_dir))
     if resume_from is None and existing:
         raise ValueError(
@@ -201,7 +177,6 @@ def find_checkpoints(resume_from: str | None, output_dir: str) -> list[Path]:
     if existing and checkpoint.resolve() != existing[-1].resolve():
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: --output_dir {output_dir} has others, up to "
-            f"{existing[-1].name}, which would be mixed with the new ones; remove them, or give "
-            "another --output_dir"
+            f"{existing[-1].name}, to mix the new ones with; remove them, or give another folder"
         )
     return [checkpoint]

@@ -44,22 +44,14 @@ def exit_on_value_error() -> Iterator[None]:
 
 
 def abort_process(message: str) -> NoReturn:
-    """End this process of several with a message, so that its launcher ends the others.
-
-    An ordinary exit destroys the process group first, and may wait there for the other processes
-    forever.
-    """
+    """End this process of several with a message, so that its launcher ends the others."""
+    # An ordinary exit destroys the process group first, and may wait for the others forever.
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """The `Accelerator` of a training; with several processes, an exception in one ends them all.
-
-    Raises:
-        ValueError: for a tracker that isn't installed, or a precision or a kind of distribution
-            that isn't possible.
-    """
+    """The `Accelerator` of a training; with several processes, an exception in one ends them all."""
     trackers = ["all", *map(str, get_available_trackers())]
     if options.report_to not in (None, *trackers):
         raise ValueError(f"--report_to {options.report_to}: {trackers} are installed here")
@@ -82,8 +74,8 @@ def make_accelerator(options: Options) -> Accelerator:
     kind = accelerator.distributed_type.value
     if kind == "MEGATRON_LM":
         raise ValueError(
-            "distributed_type MEGATRON_LM of Accelerate is for language models: MULTI_GPU and its "
-            "like, FSDP, DEEPSPEED and NO are allowed, e.g. with a file of training/accelerate"
+            "distributed_type MEGATRON_LM is for language models: MULTI_GPU and its like, FSDP, "
+            "DEEPSPEED and NO are allowed, e.g. with a file of training/accelerate"
         )
     if kind == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
@@ -96,13 +88,10 @@ def make_accelerator(options: Options) -> Accelerator:
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """Wait for all processes and close the trackers; what the main process does afterwards keeps no
-    other process waiting.
-
-    A thread of gloo may need the GIL to release the last reduction's tensors. A process that exits
-    at once destroys its process group while it holds the GIL, and waits for that thread forever
-    (seen with torch 2.13).
-    """
+    """Wait for all processes and close the trackers."""
+    # A thread of gloo may need the GIL to release the last reduction's tensors. A process that exits
+    # at once would destroy its process group while it holds the GIL, and wait for that thread
+    # forever (seen with torch 2.13).
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -112,26 +101,16 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def prepare_sharding(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: str,
-    batch_size: int,
-    accumulation_steps: int,
-    max_grad_norm: float,
-) -> None:
+def prepare_sharding(accelerator: Accelerator, model: torch.nn.Module, options: Options) -> None:
     """Set up FSDP or DeepSpeed (ZeRO 1 or 2) so that the result equals that of unsharded processes,
     up to rounding. Without them it does nothing.
 
     With bf16 both would convert the weights and the timesteps, which loses digits; instead the
     weights stay float32, and the forward pass runs under autocast, as without them.
-
-    Raises:
-        ValueError: for an option or a setting of Accelerate's config that isn't supported.
     """
     if accelerator.distributed_type not in SHARDED:
         return
-    _check_sharding(accelerator, optimizer)
+    _check_sharding(accelerator, options.optimizer)
     state = accelerator.state
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = state.fsdp_plugin
@@ -143,10 +122,10 @@ def prepare_sharding(
         config = state.deepspeed_plugin.deepspeed_config
         config.pop("train_batch_size", None)
         config |= {
-            "train_micro_batch_size_per_gpu": batch_size,
+            "train_micro_batch_size_per_gpu": options.train_batch_size,
             "bf16": {"enabled": False},
-            "gradient_accumulation_steps": accumulation_steps,
-            "gradient_clipping": max_grad_norm,
+            "gradient_accumulation_steps": options.gradient_accumulation_steps,
+            "gradient_clipping": options.max_grad_norm,
         }
     if accelerator.mixed_precision == "bf16":
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
@@ -168,9 +147,7 @@ def _check_sharding(accelerator: Accelerator, optimizer: str) -> None:
         checks.append(("fsdp_state_dict_type", state_dict_type, ("FULL_STATE_DICT",)))
     else:
         checks.append(("zero_stage", state.deepspeed_plugin.zero_stage, (0, 1, 2)))
+    kind = f"with distributed_type {accelerator.distributed_type.value}"
     for name, value, allowed in checks:
         if value not in allowed:
-            raise ValueError(
-                f"{name} {value}: with distributed_type {accelerator.distributed_type.value} one "
-                f"of {allowed} is allowed"
-            )
+            raise ValueError(f"{name} {value}: {kind} one of {allowed} is allowed")

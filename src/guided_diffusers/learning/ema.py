@@ -42,11 +42,7 @@ class EMA(EMAModel):
         super().load_state_dict(state)
         for shadow, loaded in zip(shadows, self.shadow_params, strict=True):
             if isinstance(shadow, DTensor):
-                loaded = distribute_tensor(
-                    loaded.to(shadow.device),
-                    shadow.device_mesh,
-                    shadow.placements,
-                    src_data_rank=None,
-                )
+                mesh, loaded = shadow.device_mesh, loaded.to(shadow.device)
+                loaded = distribute_tensor(loaded, mesh, shadow.placements, src_data_rank=None)
             shadow.copy_(loaded)
         self.shadow_params = shadows

@@ -9,37 +9,26 @@ import torch
 from accelerate import Accelerator
 
 from .batches import Batch, collate, generator_for
+from .options import Options
 
 # (batch, eps, t) -> one number per metric and image, (M, B)
 Score = Callable[[Batch, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def eval_timesteps(steps: int) -> list[int]:
-    """Ten timesteps, the centers of ten equal parts: 49, 149, ..., 949 of 1000; fewer of fewer."""
-    return sorted({int((part + 0.5) * steps / 10 - 1e-6) for part in range(10)})
-
-
 @torch.no_grad()
 def held_out_metrics(
     accelerator: Accelerator,
+    options: Options,
     data: torch.utils.data.Dataset | None,
-    timesteps: list[int],
+    num_timesteps: int,
     names: tuple[str, ...],
     score: Score,
-    max_images: int,
-    batch_size: int,
 ) -> dict[str, Any]:
-    """Means of metrics over the held-out images at some timesteps.
+    """Means of the metrics `names` over the held-out images, if there are any, at ten timesteps.
 
-    An image gets the same noise in any batch and process. Each process evaluates its share; all get
+    The timesteps are the centers of ten equal parts: 49, 149, ..., 949 of 1000; fewer of fewer. An
+    image gets the same noise in any batch and process. Each process evaluates its share; all get
     the same means.
-
-    Args:
-        data: None: there are no held-out images.
-        names: of the M metrics.
-        score: (batch, eps, t) -> (M, B), what is averaged.
-        max_images: maximum number of images, evenly spread.
-        batch_size: images per forward pass.
 
     Returns:
         {"images": number of images, "held_out": [{"timestep": t, name: mean, ...}, ...]}, and
@@ -47,13 +36,14 @@ def held_out_metrics(
     """
     if data is None:
         return {}
-    count, device = min(max_images, len(data)), accelerator.device
+    timesteps = sorted({int((part + 0.5) * num_timesteps / 10 - 1e-6) for part in range(10)})
+    count, device = min(options.validation_samples, len(data)), accelerator.device
     share = [i * len(data) // count for i in range(count)]
     share = share[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(len(timesteps), len(names), device=device)
     skipped = torch.zeros((), device=device)
-    for start in range(0, len(share), batch_size):
-        indices = share[start : start + batch_size]
+    for start in range(0, len(share), options.train_batch_size):
+        indices = share[start : start + options.train_batch_size]
         batch = collate([data[i] for i in indices])
         shape = batch["pixel_values"].shape[1:]
         if "corrupt" in batch:

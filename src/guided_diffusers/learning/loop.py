@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,15 +40,15 @@ from .checkpointing import (
     save_checkpoint,
 )
 from .data import SHARD_STRIDE, row_name
-from .distributed import full_tensor, prepare_sharding
+from .distributed import end_training, exit_on_value_error, full_tensor, prepare_sharding
 from .ema import EMA
-from .options import Options
+from .options import Options, named_errors
 from .prepare import make_optimizer
 from .streaming import StreamedBatches, StreamedImages
 
 # (model, batch, random numbers) -> mean loss of this process's rows
 Loss = Callable[[torch.nn.Module, Batch, StepRandom], torch.Tensor]
-# (model to evaluate, step) -> what `held_out_metrics` returns
+# (model to evaluate, step) -> what `held_out_metrics` returns; called on every process
 Evaluate = Callable[[torch.nn.Module, int], dict[str, Any]]
 
 
@@ -79,9 +80,7 @@ class Trainer:
         data_seconds: time spent waiting for batches.
 
     Raises:
-        ValueError: if no checkpoint of --resume_from_checkpoint can be used, or the option is
-            missing though --output_dir has checkpoints, or --optimizer or --gradient_checkpointing
-            isn't possible.
+        ValueError: if the run can't be resumed, or an option isn't possible.
     """
 
     def __init__(
@@ -97,19 +96,14 @@ class Trainer:
         self.folder, self.progress = Path(options.output_dir), Progress()
         self.accumulation = accelerator.gradient_accumulation_steps
         self.data_seconds, self.skipped_rows = 0.0, []
-        self.steps = options.max_train_steps
+        world, self.steps = accelerator.num_processes, options.max_train_steps
+        images = self.source.kind(options.shuffle_buffer, world) if options.streaming else len(data)
         if self.steps is None:
-            batch = options.train_batch_size * accelerator.num_processes * self.accumulation
-            self.steps = math.ceil(options.num_train_epochs * len(data) / batch)
+            images_per_step = options.train_batch_size * world * self.accumulation
+            self.steps = math.ceil(options.num_train_epochs * images / images_per_step)
         if options.gradient_checkpointing:
-            try:
+            with named_errors("--gradient_checkpointing"):
                 model.enable_gradient_checkpointing()
-            except ValueError as error:
-                raise ValueError(f"--gradient_checkpointing: {error}") from error
-        if options.streaming:
-            images = self.source.kind(options.shuffle_buffer, accelerator.num_processes)
-        else:
-            images = len(data)
         self.identity = run_identity(options, accelerator, model, images, self.steps)
         # With FSDP: a copy of the model that isn't sharded, for evaluation and saving.
         self.gathered: torch.nn.Module | None = None
@@ -121,21 +115,11 @@ class Trainer:
     def _prepare(self, model: torch.nn.Module) -> None:
         """Model, optimizer, learning rate and EMA, all part of checkpoints."""
         options, accelerator = self.options, self.accelerator
-        prepare_sharding(
-            accelerator,
-            model,
-            options.optimizer,
-            options.train_batch_size,
-            options.gradient_accumulation_steps,
-            options.max_grad_norm,
-        )
-        optimizer = make_optimizer(options, model)
+        prepare_sharding(accelerator, model, options)
+        optimizer, warmup = make_optimizer(options, model), options.lr_warmup_steps
         # Not prepared by Accelerate, which would step it once per process.
         self.lr_schedule = get_scheduler(
-            options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=self.steps,
+            options.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=self.steps
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped = accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -151,17 +135,20 @@ class Trainer:
                 foreach=True,
             )
             accelerator.register_for_checkpointing(self.ema)
+
         # Checkpoints have the unwrapped model's names, however it is wrapped or compiled. The lists
         # of the hooks are empty where FSDP or DeepSpeed saves the model itself.
-        accelerator.register_save_state_pre_hook(self._use_unwrapped_weights)
-        accelerator.register_load_state_pre_hook(self._use_unwrapped_model)
+        def use_unwrapped_weights(models: Any, weights: list[Any], folder: str) -> None:
+            weights[:] = [self.unwrapped.state_dict() for _ in weights]
+
+        def use_unwrapped_model(models: list[torch.nn.Module], folder: str) -> None:
+            models[:] = [self.unwrapped for _ in models]
+
+        accelerator.register_save_state_pre_hook(use_unwrapped_weights)
+        accelerator.register_load_state_pre_hook(use_unwrapped_model)
 
     def train(self, loss: Loss, evaluate: Evaluate) -> torch.nn.Module:
         """Make the remaining steps and return the trained model, with --use_ema its EMA.
-
-        Args:
-            loss: (model, batch, random numbers) -> mean loss of this process's rows.
-            evaluate: (model, step) -> what `held_out_metrics` returns; called on every process.
 
         Raises:
             FloatingPointError: if the loss or the weights become NaN or infinite.
@@ -173,20 +160,15 @@ class Trainer:
         try:
             self._make_steps(loss, evaluate)
         except BaseException:
-            checkpoints = list_checkpoints(self.folder)
-            print(
+            checkpoints = list_checkpoints(self.folder) or ["the beginning"]
+            _print_error(
                 f"stopped after step {self.progress.step}; --resume_from_checkpoint latest goes on "
-                f"from {checkpoints[-1] if checkpoints else 'the beginning'}",
-                file=sys.stderr,
-                flush=True,
+                f"from {checkpoints[-1]}"
             )
             raise
-        if self.gathered is not None:
-            model = self._gather()
-        else:
-            model = self.unwrapped.eval()
-            if self.ema is not None:
-                self.ema.copy_to(model.parameters())
+        model = self.unwrapped.eval() if self.gathered is None else self._gather()
+        if self.gathered is None and self.ema is not None:
+            self.ema.copy_to(model.parameters())
         self._report(evaluate(model, self.progress.step))
         return model
 
@@ -196,18 +178,16 @@ class Trainer:
         """Load the newest checkpoint that can be used, and rename newer ones that can't."""
         accelerator, refused = self.accelerator, {}
         for checkpoint in newest_first:
-            reason = self._load(checkpoint)
-            if reason is None:
+            if (reason := self._load(checkpoint)) is None:
                 break
             refused[checkpoint] = reason
             accelerator.print(f"{checkpoint} is refused: {reason}")
         else:
-            if refused:
-                reasons = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
-                raise ValueError(
-                    f"--resume_from_checkpoint {self.options.resume_from_checkpoint}: {reasons}"
-                )
-            return
+            if not refused:
+                return
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
+            source = self.options.resume_from_checkpoint
+            raise ValueError(f"--resume_from_checkpoint {source}: {reasons}")
         if accelerator.is_main_process:
             for path in refused:
                 os.replace(path, path.with_name(f"{path.name}.refused-{uuid4().hex[:8]}"))
@@ -233,14 +213,6 @@ class Trainer:
             reason = " ".join(str(error).split("\n\t")[:2])  # of a long list
         return next((other for other in gather_object([reason]) if other is not None), None)
 
-    def _use_unwrapped_weights(
-        self, models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str
-    ) -> None:
-        weights[:] = [self.unwrapped.state_dict() for _ in weights]
-
-    def _use_unwrapped_model(self, models: list[torch.nn.Module], folder: str) -> None:
-        models[:] = [self.unwrapped for _ in models]
-
     # Steps
 
     def _make_steps(self, loss: Loss, evaluate: Evaluate) -> None:
@@ -253,13 +225,9 @@ class Trainer:
             collate_fn=collate,
             pin_memory=accelerator.device.type == "cuda",
         )
-        bar = tqdm(
-            total=self.steps,
-            initial=progress.step,
-            unit="step",
-            mininterval=1.0,
-            disable=not (options.progress and accelerator.is_main_process),
-        )
+        hidden = not (options.progress and accelerator.is_main_process)
+        settings = {"unit": "step", "mininterval": 1.0, "disable": hidden}
+        bar = tqdm(total=self.steps, initial=progress.step, **settings)
         self.model.train()
         start, batches = time.perf_counter(), iter(loader)
         for number in range(sampler.first, sampler.last):
@@ -273,7 +241,10 @@ class Trainer:
             if save or last or progress.step % 10 == 0:
                 self._check_and_log(value, bar, check_weights=save or last)
             if save:
-                self._save(sampler, number + 1)
+                if options.streaming:
+                    progress.positions = gather_object([sampler.position(number + 1)])
+                limit, step = options.checkpoints_total_limit, progress.step
+                save_checkpoint(accelerator, self.folder, step, limit, self.identity)
             due = options.validation_steps and progress.step % options.validation_steps == 0
             if due and not last:
                 with self._eval_model() as model:
@@ -284,14 +255,9 @@ class Trainer:
     def _make_sampler(self) -> ShuffledBatches | StreamedBatches:
         """The batches of the remaining steps."""
         options, rank, progress = self.options, self.accelerator.process_index, self.progress
-        share = (
-            options.train_batch_size,
-            options.seed,
-            rank,
-            self.accelerator.num_processes,
-            progress.step * self.accumulation,
-            self.steps * self.accumulation,
-        )
+        first, last = progress.step * self.accumulation, self.steps * self.accumulation
+        world = self.accelerator.num_processes
+        share = options.train_batch_size, options.seed, rank, world, first, last
         if not options.streaming:
             return ShuffledBatches(len(self.data), *share)
         position = progress.positions[rank] if progress.positions else None
@@ -308,11 +274,7 @@ class Trainer:
         if "corrupt" in batch:
             rows = [row for row in batch.pop("corrupt").tolist() if row >= 0]
             for row in sorted(set(rows) - set(self.skipped_rows)):
-                print(
-                    f"the image of {row_name(row)} can't be read: another takes its place",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _print_error(f"the image of {row_name(row)} can't be read: another takes its place")
             self.skipped_rows += rows
             batch.pop("row")
         return batch
@@ -340,17 +302,6 @@ class Trainer:
                 self.ema.step(self.unwrapped.parameters())
         return value.detach()
 
-    def _save(self, sampler: ShuffledBatches | StreamedBatches, next_batch: int) -> None:
-        if isinstance(sampler, StreamedBatches):
-            self.progress.positions = gather_object([sampler.position(next_batch)])
-        save_checkpoint(
-            self.accelerator,
-            self.folder,
-            self.progress.step,
-            self.options.checkpoints_total_limit,
-            self.identity,
-        )
-
     # The model to evaluate
 
     @contextmanager
@@ -375,53 +326,46 @@ class Trainer:
         """The unsharded copy of the model, with the EMA's weights."""
         sharded = self.unwrapped.parameters() if self.ema is None else self.ema.shadow_params
         self.gathered.to(self.accelerator.device)
-        for target, shard in zip(self.gathered.parameters(), sharded, strict=True):
-            target.copy_(full_tensor(shard))
-        for target, shard in zip(self.gathered.buffers(), self.unwrapped.buffers(), strict=True):
+        targets = chain(self.gathered.parameters(), self.gathered.buffers())
+        for target, shard in zip(targets, chain(sharded, self.unwrapped.buffers()), strict=True):
             target.copy_(full_tensor(shard))
         return self.gathered.eval()
 
     # Logs
 
     def _open_logs(self) -> None:
-        settings = asdict(self.options)
+        """Write options.json; open the trackers, without what was logged after the checkpoint."""
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob("checkpoint-*.partial"):  # of a killed run
                 shutil.rmtree(partial)
+            settings, run_id = asdict(self.options), self.folder / "tracker_run"
             write_json(settings, self.folder / "options.json")
-            self._open_trackers({name: str(value) for name, value in settings.items()})
+            if not run_id.exists():
+                run_id.write_text(uuid4().hex)
+            trackers = {
+                "tensorboard": {"purge_step": self.progress.step + 1},
+                "wandb": {"id": run_id.read_text(), "resume": "allow"},
+            }
+            config = {name: str(value) for name, value in settings.items()}
+            self.accelerator.init_trackers(self.folder.resolve().name, config, trackers)
         self.accelerator.wait_for_everyone()
-
-    def _open_trackers(self, settings: dict[str, str]) -> None:
-        """A resumed run continues the trackers' run, without what was logged after its checkpoint."""
-        run_id = self.folder / "tracker_run"
-        if not run_id.exists():
-            run_id.write_text(uuid4().hex)
-        tracker_settings = {
-            "tensorboard": {"purge_step": self.progress.step + 1},
-            "wandb": {"id": run_id.read_text(), "resume": "allow"},
-        }
-        self.accelerator.init_trackers(self.folder.resolve().name, settings, tracker_settings)
 
     def _check_and_log(self, value: torch.Tensor, bar: tqdm, check_weights: bool) -> None:
         mean, step = self.accelerator.reduce(value, "mean").item(), self.progress.step
         advice = "try a smaller --learning_rate, or look at the images and labels"
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss at step {step} is {mean}; {advice}")
-        if check_weights and not self._weights_are_finite():
-            raise FloatingPointError(f"weights at step {step} are NaN or infinite; {advice}")
+        if check_weights:
+            shards = []
+            for weight in self.unwrapped.parameters():
+                shards.append(weight.to_local() if isinstance(weight, DTensor) else weight)
+            invalid = torch.stack([~shard.isfinite().all() for shard in shards]).any().float()
+            if self.accelerator.reduce(invalid, "sum").item():
+                raise FloatingPointError(f"weights at step {step} are NaN or infinite; {advice}")
         bar.set_postfix(loss=f"{mean:.4f}")
         rate = self.lr_schedule.get_last_lr()[0]
         self.accelerator.log({"loss": mean, "learning_rate": rate}, step)
-
-    def _weights_are_finite(self) -> bool:
-        """The same on every process."""
-        shards = []
-        for parameter in self.unwrapped.parameters():
-            shards.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
-        invalid = torch.stack([~shard.isfinite().all() for shard in shards]).any().float()
-        return self.accelerator.reduce(invalid, "sum").item() == 0
 
     def _report(self, metrics: dict[str, Any]) -> None:
         """Write metrics to metrics.json and the trackers, and print them."""
@@ -449,3 +393,23 @@ class Trainer:
                 f"{len(rows)} times another image took the place of one that can't be read, in "
                 f"rows {names}{' ...' if len(unique) > 20 else ''}"
             )
+
+
+def _print_error(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> None:
+    """Save a model or pipeline in --output_dir, end the training, and publish with --push_to_hub.
+
+    The repository gets the metrics and options in --output_dir, too. Called on every process.
+    """
+    folder = Path(options.output_dir)
+    if accelerator.is_main_process:
+        model.save_pretrained(folder)
+    end_training(accelerator)
+    if accelerator.is_main_process and options.push_to_hub:
+        name, private = options.hub_model_id or folder.resolve().name, options.hub_private or None
+        with exit_on_value_error():
+            commit = model.push_to_hub(name, private=private, figures=folder)
+        print(f"published: {commit.commit_url}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from diffusers import DDPMScheduler, ModelMixin
 
 from .data import LabelledImages, is_pattern, load_splits
 from .latents import Autoencoder, LatentImages
-from .options import Options
+from .options import Options, named_errors
 from .streaming import StreamedImages, parse_labels
 
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
@@ -30,23 +31,17 @@ DEFAULT_CLASSIFIER = {
 def load_data(
     options: Options, accelerator: Accelerator, vae: Autoencoder | None = None
 ) -> tuple[Images, Images | None]:
-    """The training split, and the held-out split if there is one; latents with --vae.
-
-    Raises:
-        ValueError: if there is no such dataset, split or column, or the autoencoder doesn't fit
-            --resolution.
-    """
+    """The training split, and the held-out split if there is one; latents with --vae."""
     if options.vae is not None and vae is None:
         raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     splits, held_out = _load_splits(options, accelerator)
-    data_class = StreamedImages if options.streaming else LabelledImages
     labels = parse_labels(options.labels)
-    settings = {
-        "resolution": options.resolution,
-        "skip_corrupt_images": options.skip_corrupt_images,
-    }
-    cache = {"cache_images": True} if options.cache_images else {}
-    train = data_class(
+    make = partial(
+        StreamedImages if options.streaming else LabelledImages,
+        resolution=options.resolution,
+        skip_corrupt_images=options.skip_corrupt_images,
+    )
+    train = make(
         splits[options.train_split],
         options.image_column,
         options.label_column,
@@ -55,19 +50,17 @@ def load_data(
         random_shift=options.random_shift,
         channels=None if vae is None else vae.config.in_channels,
         labels=labels,
-        **settings,
-        **cache,
+        **({"cache_images": True} if options.cache_images else {}),
     )
     validation = None
     if held_out is not None:
-        validation = data_class(
+        validation = make(
             splits[held_out],
             train.image_column,
             train.label_column,
             center_crop=True,
             channels=train.channels,
             labels=labels if options.streaming else train.id2label,
-            **settings,
         )
         if options.streaming:
             validation = validation.in_memory(options.validation_samples, train.id2label)
@@ -88,28 +81,19 @@ def _load_splits(
     if name == "train_data_dir" and not (Path(source).expanduser().is_dir() or is_pattern(source)):
         raise ValueError(f"--train_data_dir {source}: there is no such folder")
     with accelerator.main_process_first():
-        try:
+        with named_errors(f"--{name} {source}"):
             splits = load_splits(source, options.dataset_config_name, options.streaming)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--{name} {source}: {error}") from error
     held_out = options.validation_split
     if held_out is None:
         held_out = next((split for split in ("validation", "test") if split in splits), None)
-    for name, split in (("train_split", options.train_split), ("validation_split", held_out)):
+    for name, split in (("train", options.train_split), ("validation", held_out)):
         if split is not None and split not in splits:
-            raise ValueError(f"--{name} {split}: the dataset has {sorted(splits)}")
+            raise ValueError(f"--{name}_split {split}: the dataset has {sorted(splits)}")
     return splits, held_out
 
 
 def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPMScheduler:
-    """The noise schedule to train with: that of --scheduler, or of the --ddpm options.
-
-    Args:
-        prediction_type: None: that of --scheduler, or "epsilon".
-
-    Raises:
-        ValueError: if --scheduler has none, or another kind of schedule.
-    """
+    """The schedule of --scheduler or the --ddpm options; `prediction_type` None: its own."""
     path = options.scheduler
     changes = {"clip_sample": False} if options.vae else {}  # latents aren't within [-1, 1]
     if path is None:
@@ -119,10 +103,8 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
             prediction_type=prediction_type or "epsilon",
             **changes,
         )
-    try:
+    with named_errors(f"--scheduler {path}"):
         config = DDPMScheduler.load_config(path, subfolder="scheduler")
-    except OSError as error:
-        raise ValueError(f"--scheduler {path}: {error}") from error
     if not (config.get("beta_schedule") or config.get("trained_betas")):
         raise ValueError(
             f"--scheduler {path}: {config.get('_class_name')} has no betas; a scheduler of a "
@@ -142,11 +124,7 @@ def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPM
 
 
 def trained_schedule(scheduler: DDPMScheduler, max_timestep: int | None) -> dict[str, Any]:
-    """Config entries of the noise schedule up to --max_timestep; None: all of it.
-
-    Raises:
-        ValueError: if --max_timestep is beyond the schedule.
-    """
+    """Config entries of the noise schedule up to --max_timestep; None: all of it."""
     schedule = {name: scheduler.config[name] for name in SCHEDULE}
     count = schedule["num_train_timesteps"]
     steps = count if max_timestep is None else max_timestep + 1
@@ -161,35 +139,16 @@ def trained_schedule(scheduler: DDPMScheduler, max_timestep: int | None) -> dict
 def make_model(
     model_class: type[AnyModel], options: Options, default: dict[str, Any], **settings: Any
 ) -> AnyModel:
-    """The model of --model_config_name_or_path.
-
-    Args:
-        default: config without that option.
-        settings: config entries that the data decides.
-
-    Raises:
-        ValueError: if there is no such config, or it isn't one of this class, or not for this
-            resolution.
-    """
+    """The model of --model_config_name_or_path, or of `default`, with the data's `settings`."""
     path = options.model_config_name_or_path
-    try:
-        config = {}
-        for name, value in (default if path is None else model_class.load_config(path)).items():
-            if not name.startswith("_") and name != "auto_map":
-                config[name] = value
-        return model_class(**{**config, **settings})
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"--model_config_name_or_path {path}, --resolution {options.resolution}: {error}"
-        ) from error
+    with named_errors(f"--model_config_name_or_path {path}, --resolution {options.resolution}"):
+        config = default if path is None else model_class.load_config(path)
+        names = [name for name in config if not name.startswith("_") and name != "auto_map"]
+        return model_class(**{name: config[name] for name in names} | settings)
 
 
 def make_optimizer(options: Options, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW in the variant of --optimizer.
-
-    Raises:
-        ValueError: if it isn't installed.
-    """
+    """AdamW in the variant of --optimizer."""
     settings = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -201,8 +160,8 @@ def make_optimizer(options: Options, model: torch.nn.Module) -> torch.optim.Opti
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError(
-                "--optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes); adamw and "
-                "adamw_fused are allowed without it"
+                "--optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes), adamw and "
+                "adamw_fused don't"
             ) from error
         return AdamW8bit(model.parameters(), **settings)
     fused = options.optimizer == "adamw_fused" or None
