@@ -100,7 +100,7 @@ def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(
     )
     assert 0 <= json.loads((tmp_path / "resnet/figures.json").read_text())["test_accuracy"] <= 1
     run(
-        "benchmark_x0_gradient",
+        "benchmarks/x0_gradient",
         [
             "--classifier",
             "resnet",
@@ -137,10 +137,10 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(
         str(EXAMPLES.parent / "training/configs/fashion_mnist_captions.json"),
         "--rows",
     ]
-    run("guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
+    run("benchmarks/guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
     first = (tmp_path / "table/unguided.json").stat().st_mtime_ns
     run(
-        "guidance_table",
+        "benchmarks/guidance_table",
         [*arguments, "unguided", "classifier-free", "--report", "report"],
         tmp_path,
         monkeypatch,
@@ -165,7 +165,7 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(
 
 def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(
-        "benchmark_terms",
+        "benchmarks/terms",
         [
             "--terms",
             "energy",
@@ -215,7 +215,7 @@ def test_what_writing_images_costs_is_measured(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(
-        "benchmark_sampling",
+        "benchmarks/sampling",
         [
             "--model",
             tiny_model(tmp_path / "model"),
@@ -251,7 +251,7 @@ def test_a_killed_and_a_shared_run_make_the_same_images(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(
-            "interrupt_sampling",
+            "benchmarks/interrupt_sampling",
             [
                 "--model",
                 tiny_model(tmp_path / "model"),

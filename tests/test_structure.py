@@ -105,7 +105,7 @@ def test_nothing_imports_training_or_examples_and_they_use_public_names() -> Non
             assert not {name.split(".")[0] for name in names} & {"training", "examples", "tests"}, (
                 path
             )
-    for path in [*ROOT.glob("training/*.py"), *ROOT.glob("examples/*.py")]:
+    for path in [*ROOT.glob("training/*.py"), *ROOT.glob("examples/**/*.py")]:
         private = [
             name
             for name in imported(path)

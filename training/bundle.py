@@ -3,7 +3,7 @@
     python training/bundle.py --unet out/fashion-mnist-unet --classifier out/recipes/plain \\
         --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip \\
         --output src/guided_diffusers/bundled/fashion-mnist
-    python examples/benchmark_quality_cost.py --reference data/fashion-mnist --part preset
+    python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --part preset
     python training/bundle.py --preset out/quality_cost/preset.json --output src/guided_diffusers/bundled/fashion-mnist
 
 The first makes the folder. Sampling is by DDIM then, with the spacing that includes the last timestep, and without its
@@ -68,7 +68,7 @@ def main() -> None:
             f"--{name}", type=Path, help="a training's output (default: that in --output)"
         )
     parser.add_argument(
-        "--preset", type=Path, help="of examples/benchmark_quality_cost.py (default: none)"
+        "--preset", type=Path, help="of examples/benchmarks/quality_cost.py (default: none)"
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="the folder; without trained parts, it is there"

@@ -49,7 +49,7 @@ class ImageGuidance(Guidance):
             forward and backward pass. It then stays among images that the network knows; without, large scales draw
             what the classifier likes and we see as noise. Of the bundled model a step costs twice as much, and 45 %,
             85 % and 98 % of the images show the label at scale 1, 4 and 16, instead of 13 %, 33 % and 68 %
-            (`examples/benchmark_x0_gradient.py`).
+            (`examples/benchmarks/x0_gradient.py`).
         normalize: scale the gradient of each image to the norm of its score, so that `scale` counts scores.
     """
 

@@ -1,8 +1,8 @@
 """What each term of guidance costs a step: the pipeline against the floor, what no implementation can do without.
 
-    python examples/benchmark_terms.py                               # a few minutes on a CPU
-    python examples/benchmark_terms.py --terms clip energy --steps 20
-    OMP_NUM_THREADS=1 python examples/benchmark_terms.py --cpu-time --output examples/figures/benchmark_terms.json
+    python examples/benchmarks/terms.py                               # a few minutes on a CPU
+    python examples/benchmarks/terms.py --terms clip energy --steps 20
+    OMP_NUM_THREADS=1 python examples/benchmarks/terms.py --cpu-time --output examples/figures/benchmark_terms.json
 
 The floor of a term is the network's forward pass (with twice the batch for classifier-free guidance), the forward pass
 of what guides and its gradient by its input, parameters frozen, and nothing else: no scheduler, no checks, no sums. It

@@ -1,8 +1,8 @@
 """What the training loop costs: against a bare loop, and against a script of the structure of Diffusers' example.
 
-    OMP_NUM_THREADS=1 python examples/benchmark_training.py                     # about three minutes on a CPU
-    python examples/benchmark_training.py --device cuda --resolution 64 --steps 300 --workers 4
-    python examples/benchmark_training.py --images data/fashion-mnist --resolution 28 --cache_images
+    OMP_NUM_THREADS=1 python examples/benchmarks/training.py                     # about three minutes on a CPU
+    python examples/benchmarks/training.py --device cuda --resolution 64 --steps 300 --workers 4
+    python examples/benchmarks/training.py --images data/fashion-mnist --resolution 28 --cache_images
 
 All three train the same network on the same images with AdamW, clipped gradients and a moving average. The bare loop
 has the images in memory as a tensor, draws, steps, and does nothing else. The plain script is what Diffusers'
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "training"))
 from loop import Batch, Draws, Run  # noqa: E402
 from options import Options, load_data, make_accelerator  # noqa: E402

@@ -1,8 +1,8 @@
 """How the cost of an image grows with the batch, with its size and with the number of processes: one plot, one JSON.
 
-    OMP_NUM_THREADS=1 python examples/benchmark_scaling.py                 # examples/figures/scaling.png, scaling.json
-    python examples/benchmark_scaling.py --sizes 16 32 64 --batches 1 8 64 --processes 1 2 4 --output out/scaling
-    python examples/benchmark_scaling.py --device cuda --sizes 28 64 128 256
+    OMP_NUM_THREADS=1 python examples/benchmarks/scaling.py                 # examples/figures/scaling.png, scaling.json
+    python examples/benchmarks/scaling.py --sizes 16 32 64 --batches 1 8 64 --processes 1 2 4 --output out/scaling
+    python examples/benchmarks/scaling.py --device cuda --sizes 28 64 128 256
 
 Batches and processes are of the bundled model; sizes are of its architecture with random weights, in calls of equally
 many pixels, and with a level more for each doubling beyond 32 pixels, as larger networks have it: attention, whose own

@@ -1,8 +1,8 @@
 """What writing images to disk, in shards with a manifest, costs against a loop that keeps them in memory.
 
-    python examples/benchmark_sampling.py                                    # Fashion-MNIST on the CPU, a few minutes
-    python examples/benchmark_sampling.py --device cuda --num-images 4096 --num-inference-steps 50 --format npz
-    python examples/benchmark_sampling.py --repeats 9 --output figures.json
+    python examples/benchmarks/sampling.py                                    # Fashion-MNIST on the CPU, a few minutes
+    python examples/benchmarks/sampling.py --device cuda --num-images 4096 --num-inference-steps 50 --format npz
+    python examples/benchmarks/sampling.py --repeats 9 --output figures.json
 
 Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds by the folder's: 1 is
 as fast, above 0.97 is the aim. The clock on the wall counts, and the CPU time, which other programs don't disturb.

@@ -1,9 +1,9 @@
 """What the gradient through the network costs and gains, for an off-the-shelf classifier on the predicted x0.
 
     python examples/train_off_the_shelf.py --data data/fashion-mnist --output out/fashion-mnist-resnet
-    python examples/benchmark_x0_gradient.py --classifier out/fashion-mnist-resnet
-    python examples/benchmark_x0_gradient.py --classifier out/fashion-mnist-resnet --images 200 --scales 0.5 1 2 4
-    python examples/benchmark_x0_gradient.py --classifier out/fashion-mnist-resnet --data data/fashion-mnist
+    python examples/benchmarks/x0_gradient.py --classifier out/fashion-mnist-resnet
+    python examples/benchmarks/x0_gradient.py --classifier out/fashion-mnist-resnet --images 200 --scales 0.5 1 2 4
+    python examples/benchmarks/x0_gradient.py --classifier out/fashion-mnist-resnet --data data/fashion-mnist
 
 The diffusion network gets its null label: the classifier alone steers. A judge that never guided says how many images
 show the label that was asked for. Spread is the mean distance between two images of a label. With --data also: how

@@ -1,8 +1,8 @@
 """How often a judge, a classifier that never guided, agrees with the label that guidance was asked for.
 
-    python examples/judge_agreement.py
-    python examples/judge_agreement.py --scales 0 3 --num-inference-steps 25 --output agreement.json
-    python examples/judge_agreement.py --data data/fashion-mnist     # also the judge's accuracy on real test images
+    python examples/benchmarks/judge_agreement.py
+    python examples/benchmarks/judge_agreement.py --scales 0 3 --num-inference-steps 25 --output agreement.json
+    python examples/benchmarks/judge_agreement.py --data data/fashion-mnist     # also the judge's accuracy on real test images
 
 Two rows of the table for each scale: the classifier alone steers (the class-conditional network gets its null label),
 and the network gets the label, too. Diversity is the mean distance between two images of a label, relative to scale 0.

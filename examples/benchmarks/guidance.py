@@ -1,10 +1,10 @@
 """The project's published benchmark: guidance of the bundled model by scale, scheduler and number of steps.
 
-    python examples/benchmark_guidance.py --reference data/fashion-mnist --output out/benchmark
-    python examples/benchmark_guidance.py --reference data/fashion-mnist --output out/benchmark --device cuda
-    python examples/benchmark_guidance.py --reference data/fashion-mnist --output out/all --num-images 1000 \\
+    python examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark
+    python examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark --device cuda
+    python examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/all --num-images 1000 \\
         --steps 10 25 50 250 --scales 0 1 2 3 5 8 10
-    accelerate launch examples/benchmark_guidance.py --reference data/fashion-mnist --output out/benchmark
+    accelerate launch examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark
 
 It is `guided-diffusers sweep` of the bundled networks without the model's preset: guidance at each step of the whole
 run. 500 images a point, at the same seeds: about four hours of one CPU core. A point is kept when it is done, so that

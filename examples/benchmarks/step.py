@@ -1,10 +1,10 @@
 """What a guided step costs: the pipeline against the floor, and against an unguided step, in time and memory.
 
-    python examples/benchmark_step.py                                   # two sizes, about three minutes on a CPU
-    python examples/benchmark_step.py --size small --steps 200 --output figures.json
-    OMP_NUM_THREADS=1 python examples/benchmark_step.py --cpu-time      # on a machine that is busy with other things
-    python examples/benchmark_step.py --device cuda
-    python examples/benchmark_step.py --size small --compile            # and what `speed.optimize` makes of the step
+    python examples/benchmarks/step.py                                   # two sizes, about three minutes on a CPU
+    python examples/benchmarks/step.py --size small --steps 200 --output figures.json
+    OMP_NUM_THREADS=1 python examples/benchmarks/step.py --cpu-time      # on a machine that is busy with other things
+    python examples/benchmarks/step.py --device cuda
+    python examples/benchmarks/step.py --size small --compile            # and what `speed.optimize` makes of the step
 
 The floor is what no implementation can do without: one forward of the network, one forward of the classifier and the
 gradient by its input, parameters frozen, and nothing else. It is timed after every step of the pipeline, within the

@@ -1,8 +1,8 @@
 """Every guidance on the bundled Fashion-MNIST models in one table: same seeds, a judge that never guided.
 
-    python examples/guidance_table.py --data data/fashion-mnist --output out/guidance-table     # an hour of a core
-    python examples/guidance_table.py --data data/fashion-mnist --output out/small --images-per-label 10 --rows clip
-    python examples/guidance_table.py --data data/fashion-mnist --output out/guidance-table --report examples/figures
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/guidance-table     # an hour of a core
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/small --images-per-label 10 --rows clip
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/guidance-table --report examples/figures
 
 A row is written when it is done and not made again: a run that was stopped goes on, and several may share the work with
 --rows. Agreement is how often the judge's label is the wanted one. Frechet distance (to all test images) and recall
@@ -261,7 +261,7 @@ def main() -> None:
         "--captions",
         type=Path,
         help="JSON with held-out captions of each label",
-        default=Path(__file__).parents[1] / "training/configs/fashion_mnist_captions.json",
+        default=Path(__file__).parents[2] / "training/configs/fashion_mnist_captions.json",
     )
     parser.add_argument("--rows", nargs="+", choices=every, default=every)
     for name, scale in scales.items():

@@ -1,8 +1,8 @@
 """What the published recipe's quality costs: DDPM, 250 steps, Algorithm 1, a gradient at every step, against fewer.
 
-    python examples/benchmark_quality_cost.py --reference data/fashion-mnist                  # three hours of one core
-    python examples/benchmark_quality_cost.py --reference data/fashion-mnist --part solvers   # where guidance diverges
-    python examples/benchmark_quality_cost.py --reference my/data --model my/pipeline --judge my/judge --device cuda
+    python examples/benchmarks/quality_cost.py --reference data/fashion-mnist                  # three hours of one core
+    python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --part solvers   # where guidance diverges
+    python examples/benchmarks/quality_cost.py --reference my/data --model my/pipeline --judge my/judge --device cuda
 
 Four parts, each with a table; all points of one have the same seeds, and nothing of the model's own preset:
 

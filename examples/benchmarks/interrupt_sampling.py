@@ -1,8 +1,8 @@
 """Kill sampling at random moments, share it among processes, make its batches others: are the images the same?
 
-    python examples/interrupt_sampling.py                                   # 2,000 images, ten kills, a few minutes
-    python examples/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
-    python examples/interrupt_sampling.py --device cuda --num-inference-steps 50 --output figures.json
+    python examples/benchmarks/interrupt_sampling.py                                   # 2,000 images, ten kills, a few minutes
+    python examples/benchmarks/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
+    python examples/benchmarks/interrupt_sampling.py --device cuda --num-inference-steps 50 --output figures.json
 
 One run is left alone. Another is shared by two processes. A third is killed (SIGKILL, with all that it started) and
 started again, in turns by one and by two processes. All three must have the same files, bit for bit. A fourth has

@@ -1,7 +1,7 @@
 """What guidance costs a step beside the networks: our pipeline against the bare floor, interleaved, medians.
 
-    python examples/benchmark_adm_step.py --steps 30
-    OMP_NUM_THREADS=1 python examples/benchmark_adm_step.py --cpu-time         # on a machine that is busy
+    python examples/benchmarks/adm_step.py --steps 30
+    OMP_NUM_THREADS=1 python examples/benchmarks/adm_step.py --cpu-time         # on a machine that is busy
 
 The floor is what every guided step must do: the network's forward pass, the classifier's, and the gradient of its log
 probability in the image. The networks are ADM's at 64x64 with 64 channels, their weights random.

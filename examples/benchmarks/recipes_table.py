@@ -1,10 +1,10 @@
 """Which way to train the classifier guides best: the curves of several, and the samples they guide, in one table.
 
     sh training/recipes.sh                                              # trains them: 75 minutes of a core
-    python examples/recipes_table.py --data data/fashion-mnist --output out/recipes-table \\
+    python examples/benchmarks/recipes_table.py --data data/fashion-mnist --output out/recipes-table \\
         --classifiers base=out/fashion-mnist-classifier plain=out/recipes/plain dlsm=out/recipes/dlsm \\
             second_moment=out/recipes/second_moment smooth_mixup=out/recipes/smooth_mixup
-    python examples/recipes_table.py ... --report examples/figures      # recipes.json, recipes.png
+    python examples/benchmarks/recipes_table.py ... --report examples/figures      # recipes.json, recipes.png
 
 All are judged alike: accuracy, calibration and the gradient's cosine to the network's own (label minus null label) at
 the noise levels of the run, on test images (`guided_diffusers.diagnosis`); then images guided at equal scales, from
