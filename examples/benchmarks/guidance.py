@@ -1,4 +1,4 @@
-"""The project's published benchmark: guidance of the bundled model by scale, scheduler and number of steps.
+"""Guidance of the bundled model by scale, scheduler and number of steps: `guided-diffusers sweep` in one command.
 
     python examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark
     python examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark --device cuda
@@ -6,11 +6,10 @@
         --steps 10 25 50 250 --scales 0 1 2 3 5 8 10
     accelerate launch examples/benchmarks/guidance.py --reference data/fashion-mnist --output out/benchmark
 
-It is `guided-diffusers sweep` of the bundled networks without the model's preset: guidance at each step of the whole
-run. 500 images a point, at the same seeds: about four hours of one CPU core. A point is kept when it is done, so that
-it may be stopped and started again, and several may run on one folder. The network isn't told the label: what steers
-is the classifier alone. In the folder `OUTPUT-told` is what a network does that is told, which leaves guidance less to
-add.
+The model's preset isn't used: guidance acts at each step of the whole run. 500 images per setting with the same seeds
+take about four hours of one CPU core. Run it again to resume; several processes may share one folder. The network
+doesn't get the label, so only the classifier steers. The folder `OUTPUT-told` has the same for a network that gets the
+label.
 """
 
 from __future__ import annotations
@@ -31,10 +30,14 @@ RUNS = {
     (50,): (0, 1, 3, 5, 10),
     (250,): (0, 3, 10),
 }  # steps: scales
-TOLD: dict[str, Any] = {"schedulers": ("dpmsolver++",), "steps": (10, 25), "scales": (0, 1, 3, 10)}
+WITH_LABEL: dict[str, Any] = {
+    "schedulers": ("dpmsolver++",),
+    "steps": (10, 25),
+    "scales": (0, 1, 3, 10),
+}
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,57 +53,51 @@ def main() -> None:
         "--steps",
         type=int,
         nargs="+",
-        help="with --scales, instead of what is published, and without `-told`",
+        help="with --scales: measure only these, without `-told` (default: the published settings)",
     )
     option("--scales", type=float, nargs="+", help="with --steps")
-    option("--num-images", type=int, default=500, help="of a point (default: %(default)s)")
-    option("--device", help="cpu, cuda, mps, ... (default: the fastest there is)")
+    option("--num-images", type=int, default=500, help="per setting (default: %(default)s)")
+    option("--device", help="cpu, cuda, mps, ... (default: the fastest available)")
     option("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
     if (options.steps is None) != (options.scales is None):
-        parser.error(
-            f"--steps {options.steps}, --scales {options.scales}: both, or neither, are needed"
-        )
+        parser.error(f"--steps {options.steps}, --scales {options.scales}: give both or neither")
+    return options
 
+
+def main() -> None:
+    options = parse_options()
     device = device_of(options.device, team(options.device))
-    pipeline, judge = (
-        load_pipeline("fashion-mnist").to(device),
-        load_network("fashion-mnist", device),
-    )
+    pipeline = load_pipeline("fashion-mnist").to(device)
+    judge = load_network("fashion-mnist", device)
     pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
     pipeline.register_to_config(
         defaults={**DEFAULTS, "guidance_scale": pipeline.config.defaults["guidance_scale"]}
     )
 
-    def run(output: Path, **more: Any) -> None:
-        print(
-            sweep(
-                pipeline,
-                options.reference,
-                output,
-                judge,
-                judge,
-                num_images=options.num_images,
-                dtype="bfloat16",
-                batch_size=100,
-                model="fashion-mnist",
-                progress=not options.quiet,
-                **more,
-            )
+    def run(output: Path, **settings: Any) -> None:
+        result = sweep(
+            pipeline,
+            options.reference,
+            output,
+            judge,
+            judge,
+            num_images=options.num_images,
+            dtype="bfloat16",
+            batch_size=100,
+            model="fashion-mnist",
+            progress=not options.quiet,
+            **settings,
         )
+        print(result)
 
-    for steps, scales in (
-        {tuple(options.steps): options.scales} if options.steps else RUNS
-    ).items():
-        run(
-            options.output,
-            schedulers=options.schedulers,
-            steps=steps,
-            scales=scales,
-            conditional=False,
-        )
-    if not options.steps:
-        run(options.output.with_name(f"{options.output.name}-told"), **TOLD)
+    published = options.steps is None
+    scales_by_steps = RUNS if published else {tuple(options.steps): options.scales}
+    for steps, scales in scales_by_steps.items():
+        settings = {"schedulers": options.schedulers, "steps": steps, "scales": scales}
+        run(options.output, **settings, conditional=False)
+    if published:
+        run(options.output.with_name(f"{options.output.name}-told"), **WITH_LABEL)
 
 
 if __name__ == "__main__":

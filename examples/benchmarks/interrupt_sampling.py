@@ -1,13 +1,13 @@
-"""Kill sampling at random moments, share it among processes, make its batches others: are the images the same?
+"""Are the images the same after kills at random moments, with several processes, and in other batches?
 
     python examples/benchmarks/interrupt_sampling.py                                   # 2,000 images, ten kills, a few minutes
     python examples/benchmarks/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
     python examples/benchmarks/interrupt_sampling.py --device cuda --num-inference-steps 50 --output figures.json
 
-One run is left alone. Another is shared by two processes. A third is killed (SIGKILL, with all that it started) and
-started again, in turns by one and by two processes. All three must have the same files, bit for bit. A fourth has
-batches of another size: there a network's sums are rounded otherwise, and the share of pixels that differ is said. Ends
-with 1 if a file differs that mustn't, or a pixel by more than 1 of 255.
+One run is uninterrupted. One is shared by two processes. One is killed (SIGKILL, with its child processes) and resumed,
+by one and two processes in turn. These three must have the same files, bit for bit. The fourth has another batch size,
+where sums are rounded differently: the share of pixels that differ is printed. The exit code is 1 if a file of the
+first three differs, or a pixel of the fourth by more than 1 of 255.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import psutil
+from datasets import load_dataset
 from PIL import Image
+
+from guided_diffusers.utils import write_json
 
 
 def command(
     options: argparse.Namespace, folder: Path, processes: int = 1, batch_size: int | None = None
 ) -> list[str]:
-    """A run that makes the folder, or goes on with it."""
+    """Command that fills the folder, or resumes it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [
         "-m",
@@ -62,17 +66,20 @@ def command(
 
 
 def run(line: list[str], log: Path, until: tuple[Path, int, float] | None = None) -> bool:
-    """Start a command, and kill it (folder, shards, seconds): so long after so many shards are done; whether it was."""
-    environment, begun = {**os.environ, "OMP_NUM_THREADS": "1"}, None
+    """Run a command; with until=(folder, shards, seconds), kill it so many seconds after so many shards.
+
+    Returns whether it was killed.
+    """
+    environment, since = {**os.environ, "OMP_NUM_THREADS": "1"}, None
     with log.open("a") as out:
         process = subprocess.Popen(
             line, stdout=out, stderr=out, env=environment, start_new_session=True
         )
     try:
         while process.poll() is None:
-            if until and begun is None and done(until[0]) >= until[1]:
-                begun = time.monotonic()
-            if begun is not None and time.monotonic() - begun >= until[2]:
+            if until and since is None and finished_shards(until[0]) >= until[1]:
+                since = time.monotonic()
+            if since is not None and time.monotonic() - since >= until[2]:
                 return True
             time.sleep(0.01)
     finally:
@@ -85,18 +92,17 @@ def run(line: list[str], log: Path, until: tuple[Path, int, float] | None = None
 
 
 def kill_all(pid: int) -> None:
-    """SIGKILL a process and all that it started, also in sessions of their own, as torch's launcher does."""
+    """SIGKILL a process and its descendants, also those in other sessions, as of torch's launcher."""
     launcher = psutil.Process(pid)
-    launcher.suspend()  # it starts nothing meanwhile
-    everyone = [*launcher.children(recursive=True), launcher]
-    for one in everyone:
+    launcher.suspend()  # so that it starts no more
+    processes = [*launcher.children(recursive=True), launcher]
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(everyone, timeout=10)
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
-def done(folder: Path) -> int:
-    """How many shards are there."""
+def finished_shards(folder: Path) -> int:
     return len(list((folder / ".shards").glob("*.json")))
 
 
@@ -109,12 +115,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def pixels(folder: Path) -> np.ndarray:
-    """All images, (N, H, W, C) uint8, in their order."""
+    """All images in order, (N, H, W, C) uint8."""
     if (folder / "samples.npz").exists():
         return np.load(folder / "samples.npz")["arr_0"]
     if (folder / "data").exists():
-        from datasets import load_dataset
-
         with tempfile.TemporaryDirectory() as cache:
             rows = load_dataset(
                 "parquet", data_files=sorted(map(str, folder.glob("data/*"))), cache_dir=cache
@@ -125,65 +129,64 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 def kill(options: argparse.Namespace, folder: Path, seconds_a_shard: float, log: Path) -> int:
-    """Kill the run so many times; how many fell on a write."""
+    """Kill the run `options.kills` times, then finish it. Returns how many kills left a partial file."""
     draw, shards, torn = (
         random.Random(options.seed),
-        -(-options.num_images // options.shard_size),
+        ceil(options.num_images / options.shard_size),
         0,
     )
     for number in range(1, options.kills + 1):
-        there, at_start = done(folder), number % 5 == 0
-        share = max(
-            1, (shards - there) // (options.kills - number + 2)
-        )  # shards that this part may make
-        wanted = 0 if at_start else min(there + draw.randint(1, share), shards - 1)
+        finished, at_start = finished_shards(folder), number % 5 == 0
+        share = max(1, (shards - finished) // (options.kills - number + 2))  # left for this part
+        target = 0 if at_start else min(finished + draw.randint(1, share), shards - 1)
         seconds = draw.uniform(0, 8 if at_start else 2 * seconds_a_shard)
         processes = 2 - number % 2
-        if not run(command(options, folder, processes), log, (folder, wanted, seconds)):
+        if not run(command(options, folder, processes), log, (folder, target, seconds)):
             raise SystemExit(
-                f"sampling ended before kill {number} of {options.kills}: give it more --num-images"
+                f"sampling ended before kill {number} of {options.kills}: use more --num-images"
             )
-        half = len(list(folder.rglob("*.partial")))
-        torn += half > 0
+        partial = any(folder.rglob("*.partial"))
+        torn += partial
         print(
-            f"kill {number}: {processes} process{'es' * (processes > 1)}, {seconds:.2f} s after shard {wanted}; "
-            f"{done(folder)} of {shards} shards are there{', a file is half-written' if half else ''}",
+            f"kill {number}: {processes} process{'es' * (processes > 1)}, {seconds:.2f} s after shard {target}; "
+            f"{finished_shards(folder)} of {shards} shards finished{', a partial file' if partial else ''}",
             flush=True,
         )
     run(command(options, folder), log)
     return torn
 
 
-def work(options: argparse.Namespace, root: Path) -> dict[str, object]:
-    log, begun = root / "log.txt", time.monotonic()
-    run(command(options, root / "whole"), log)
-    seconds = time.monotonic() - begun
+def measure(options: argparse.Namespace, root: Path) -> dict[str, object]:
+    """Make the four runs below `root` and compare them."""
+    log, start = root / "log.txt", time.monotonic()
+    run(command(options, root / "uninterrupted"), log)
+    seconds = time.monotonic() - start
     print(f"uninterrupted: {options.num_images} images in {seconds:.0f} s", flush=True)
     run(command(options, root / "two", processes=2), log)
     print("two processes: done", flush=True)
     torn = kill(options, root / "killed", seconds * options.shard_size / options.num_images, log)
     run(command(options, root / "other", batch_size=options.other_batch_size), log)
 
-    whole = files(root / "whole")
-    figures: dict[str, object] = {
+    expected = files(root / "uninterrupted")
+    results: dict[str, object] = {
         "num_images": options.num_images,
-        "files": len(whole),
+        "files": len(expected),
         "kills": options.kills,
         "kills_that_left_a_file_half_written": torn,
     }
     for name in ("two", "killed"):
-        found = files(root / name)
-        figures[f"files_that_differ_{name}"] = sum(
-            whole.get(path) != found.get(path) for path in whole | found
+        actual = files(root / name)
+        results[f"files_that_differ_{name}"] = sum(
+            expected.get(path) != actual.get(path) for path in expected | actual
         )
-    one, other = (pixels(root / name).astype(int) for name in ("whole", "other"))
-    figures |= {
+    first, other = (pixels(root / name).astype(int) for name in ("uninterrupted", "other"))
+    results |= {
         "batch_sizes": [options.batch_size, options.other_batch_size],
-        "pixels_that_differ": float(np.mean(one != other)),
-        "largest_difference": int(abs(one - other).max()),
-        "images_that_differ": float(np.mean((one != other).reshape(len(one), -1).any(1))),
+        "pixels_that_differ": float(np.mean(first != other)),
+        "largest_difference": int(abs(first - other).max()),
+        "images_that_differ": float(np.mean((first != other).reshape(len(first), -1).any(1))),
     }
-    return figures
+    return results
 
 
 def main() -> None:
@@ -201,30 +204,28 @@ def main() -> None:
     parser.add_argument("--other-batch-size", type=int, default=7)
     parser.add_argument("--shard-size", type=int, default=64)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments of the kills (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--work-dir",
         type=Path,
-        help="a new folder that keeps the images; a temporary one if left out",
+        help="new folder that keeps the images (default: a temporary one)",
     )
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
     options = parser.parse_args()
     if options.work_dir and options.work_dir.exists():
-        parser.error(f"--work-dir {options.work_dir}: a new folder is allowed")
-    with tempfile.TemporaryDirectory() as place:
-        root = options.work_dir or Path(place)
+        parser.error(f"--work-dir {options.work_dir} exists: only a new folder is allowed")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.work_dir or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        figures = work(options, root)
-    print(json.dumps(figures, indent=2))
+        results = measure(options, root)
+    print(json.dumps(results, indent=2))
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
-    wrong = (
-        figures["files_that_differ_two"]
-        or figures["files_that_differ_killed"]
-        or figures["largest_difference"] > 1
-    )
-    sys.exit(int(bool(wrong)))
+        write_json(results, options.output)
+    files_differ = results["files_that_differ_two"] or results["files_that_differ_killed"]
+    sys.exit(int(bool(files_differ or results["largest_difference"] > 1)))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What writing images to disk, in shards with a manifest, costs against a loop that keeps them in memory.
+"""Throughput of sampling to a folder, in shards with a manifest, against a loop that keeps the images in memory.
 
     python examples/benchmarks/sampling.py                                    # Fashion-MNIST on the CPU, a few minutes
     python examples/benchmarks/sampling.py --device cuda --num-images 4096 --num-inference-steps 50 --format npz
     python examples/benchmarks/sampling.py --repeats 9 --output figures.json
 
-Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds by the folder's: 1 is
-as fast, above 0.97 is the aim. The clock on the wall counts, and the CPU time, which other programs don't disturb.
+Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds / the folder's seconds:
+1 is as fast, the aim is above 0.97. Measured in wall-clock time and in CPU time, which other load disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,13 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.sampling import image_generator, sample_to_folder
+from guided_diffusers.utils import write_json
 
 
 def bare_loop(pipeline: ClassifierGuidedPipeline, options: argparse.Namespace) -> list[Any]:
-    """What a user writes who wants the images in memory."""
+    """Images of all labels in turn, kept in memory."""
     images: list[Any] = []
     for start in range(0, options.num_images, options.batch_size):
         indices = range(start, min(start + options.batch_size, options.num_images))
@@ -47,39 +48,42 @@ def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def main() -> None:
+def check_same(folder: Path, images: list[Any]) -> None:
+    """Raises AssertionError if the folder's images aren't those of the loop."""
+    paths = sorted(folder.rglob("*.png"), key=lambda path: path.name)
+    for path, image in zip(paths, images, strict=True):
+        assert np.array_equal(Image.open(path), image), f"{path.name} differs"
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="a folder or a Hub id with ten labels (default: the bundled Fashion-MNIST)"
-    )
-    parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--num-inference-steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument(
-        "--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder"
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    load = ClassifierGuidedPipeline
-    pipeline = (load.from_pretrained(options.model) if options.model else load.from_bundled()).to(
-        options.device
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline([0] * options.batch_size, num_inference_steps=2)  # what happens once for all
+    option = parser.add_argument
+    option("--model", help="folder or Hub id with ten labels (default: the bundled Fashion-MNIST)")
+    option("--num-images", type=int, default=256, help="(default: %(default)s)")
+    option("--num-inference-steps", type=int, default=10, help="(default: %(default)s)")
+    option("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    option("--format", choices=("imagefolder", "parquet", "npz"), default="imagefolder")
+    option("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    option("--device", default="cpu", help="(default: %(default)s)")
+    option("--output", type=Path, help="JSON file of the results")
+    return parser.parse_args()
 
+
+def measure(
+    pipeline: ClassifierGuidedPipeline, options: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """Wall-clock and CPU seconds of each turn of the loop and of the folder."""
     seconds: dict[str, list[dict[str, float]]] = {"loop": [], "folder": []}
-    for repeat in range(options.repeats):
-        with tempfile.TemporaryDirectory() as place:
+    for turn in range(options.repeats):
+        with tempfile.TemporaryDirectory() as root:
 
-            def folder(place: str = place) -> Any:
-                return sample_to_folder(
+            def to_folder(root: str = root) -> None:
+                sample_to_folder(
                     pipeline,
                     range(10),
-                    f"{place}/images",
+                    f"{root}/images",
                     options.num_images,
                     batch_size=options.batch_size,
                     shard_size=max(256, options.batch_size),
@@ -88,51 +92,51 @@ def main() -> None:
                     num_inference_steps=options.num_inference_steps,
                 )
 
-            both = {"loop": lambda: bare_loop(pipeline, options), "folder": folder}
-            for name in sorted(both, reverse=repeat % 2 == 0):
-                result, spent = timed(both[name])
+            functions = {"loop": lambda: bare_loop(pipeline, options), "folder": to_folder}
+            for name in sorted(functions, reverse=turn % 2 == 0):
+                result, spent = timed(functions[name])
                 seconds[name].append(spent)
                 if name == "loop":
                     images = result
             if options.format == "imagefolder":
-                from PIL import Image
-
-                found = sorted(Path(place).rglob("*.png"), key=lambda path: path.name)
-                same = all(
-                    np.array_equal(Image.open(path), image)
-                    for path, image in zip(found, images, strict=True)
-                )
-                assert same, "the images differ"
-        print(
-            f"{repeat + 1} of {options.repeats}: "
-            + ", ".join(
-                f"{name} {seconds[name][-1]['wall']:.2f} s ({seconds[name][-1]['cpu']:.2f} s CPU)"
-                for name in seconds
-            ),
-            flush=True,
+                check_same(Path(root), images)
+        last = {name: turns[-1] for name, turns in seconds.items()}
+        text = ", ".join(
+            f"{name} {s['wall']:.2f} s ({s['cpu']:.2f} s CPU)" for name, s in last.items()
         )
+        print(f"{turn + 1} of {options.repeats}: {text}", flush=True)
+    return seconds
 
-    pairs = list(zip(seconds["loop"], seconds["folder"], strict=True))
-    figures = {
+
+def main() -> None:
+    options = parse_options()
+    if options.model:
+        pipeline = ClassifierGuidedPipeline.from_pretrained(options.model)
+    else:
+        pipeline = ClassifierGuidedPipeline.from_bundled()
+    pipeline = pipeline.to(options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline([0] * options.batch_size, num_inference_steps=2)  # warm-up
+    seconds = measure(pipeline, options)
+
+    results: dict[str, Any] = {
         "num_images": options.num_images,
         "num_inference_steps": options.num_inference_steps,
         "batch_size": options.batch_size,
         "format": options.format,
         "device": options.device,
-        **{
-            f"throughput_ratio_{clock}": statistics.median(
-                loop[clock] / folder[clock] for loop, folder in pairs
-            )
-            for clock in ("wall", "cpu")
-        },
         "seconds": seconds,
     }
+    pairs = list(zip(seconds["loop"], seconds["folder"], strict=True))
+    for clock in ("wall", "cpu"):
+        ratios = [loop[clock] / folder[clock] for loop, folder in pairs]
+        results[f"throughput_ratio_{clock}"] = statistics.median(ratios)
     print(
-        f"throughput of the folder / of the loop: {figures['throughput_ratio_wall']:.3f} by the wall clock, "
-        f"{figures['throughput_ratio_cpu']:.3f} by CPU time"
+        f"throughput of the folder / of the loop: {results['throughput_ratio_wall']:.3f} in wall-clock "
+        f"time, {results['throughput_ratio_cpu']:.3f} in CPU time"
     )
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(results, options.output)
 
 
 if __name__ == "__main__":
