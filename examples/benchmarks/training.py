@@ -6,7 +6,8 @@
 
 All three train the same network on the same images with AdamW, clipped gradients and a moving average. The bare loop
 keeps the images in memory as a tensor and only draws and steps. The plain script does what Diffusers' unconditional
-example does: a DataLoader of transformed images, `accelerate`, `EMAModel`, the loss on a progress bar at every step. Ours is `loop.Run` of the training scripts, which reads its images from Parquet and decodes them.
+example does: a DataLoader of transformed images, `accelerate`, `EMAModel`, the loss on a progress bar at every step. Ours
+is `loop.Run` of the training scripts, which reads its images from Parquet and decodes them.
 
 The loops take turns at every step of one process, so that other load on the machine affects all; time is CPU time, or
 with --device cuda wall-clock time. Peak memory is that of four steps in a new process each: all tensors, as torch's
