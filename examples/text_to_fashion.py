@@ -1,7 +1,9 @@
-"""Text to fashion: a network that knows no words follows a caption, by a CLIP that understands noise (GLIDE's way).
+"""Captions for a diffusion model without text: guidance by a noise-aware CLIP, as in GLIDE.
 
-python examples/text_to_fashion.py
-python examples/text_to_fashion.py --prompts "the image shows a frock" "a grey image of trainers" --scale 8
+    python examples/text_to_fashion.py
+    python examples/text_to_fashion.py --prompts "the image shows a frock" "a grey image of trainers" --scale 8
+
+Writes a picture, a row per caption. The diffusion model gets no label.
 """
 
 import argparse
@@ -24,7 +26,7 @@ def main() -> None:
             "this is a bootie",
             "a handbag on a black background",
         ],
-        help="in the words of training/configs/fashion_mnist_captions.json; another CLIP knows others",
+        help="captions; the bundled CLIP knows the words of training/configs/fashion_mnist_captions.json",
     )
     parser.add_argument(
         "--clip",
@@ -32,7 +34,7 @@ def main() -> None:
         help="a NoiseAwareCLIP, folder or Hub id",
     )
     parser.add_argument("--scale", type=float, default=5.0)
-    parser.add_argument("--images", type=int, default=8, help="a prompt (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="per caption (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default="text-to-fashion.png")
@@ -41,16 +43,16 @@ def main() -> None:
     pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
     clip = NoiseAwareCLIP.from_pretrained(options.clip)
     prompts = [prompt for prompt in options.prompts for _ in range(options.images)]
-    towards = NoiseAwareCLIPGuidance(clip, prompts, options.scale)
+    term = NoiseAwareCLIPGuidance(clip, prompts, options.scale)
     pictures = pipeline(
         num_images_per_label=len(prompts),
-        guidance=towards,
+        guidance=term,
         conditional=False,
         num_inference_steps=options.num_inference_steps,
         generator=[image_generator(options.seed, i) for i in range(len(prompts))],
     ).images
     save_image(grid(pictures, options.prompts), options.output)
-    print(f"{options.output}: {options.prompts}, a row each")
+    print(f"{options.output}: a row per caption of {options.prompts}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Two classifiers at once: the label by the bundled one, how dark the picture is by a regressor trained here.
+"""Two classifiers at once: the bundled one for the label, a regressor for the brightness.
 
     python examples/two_classifiers.py
     python examples/two_classifiers.py --label coat --brightness -0.8 -0.4 0 --output coats.png
 
-The regressor learns the mean pixel value of x0 from the noisy x_t, in a minute, on images of the bundled network; its
-log p(brightness | x_t) is Gaussian. The two terms add up: the score is that of p(x) p(label | x) p(brightness | x).
+The regressor is trained here, in about a minute, on samples of the bundled pipeline: it predicts the mean pixel
+value of x0 from the noisy x_t, and log p(brightness | x_t) is Gaussian. The two terms add up: the score is that of
+p(x) p(label | x) p(brightness | x). Writes a picture, a row per brightness.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from guided_diffusers.sampling import grid, image_generator, save_image
 
 
 def train_regressor(images: torch.Tensor, steps: int) -> NoiseAwareClassifier:
-    """x_t -> the mean pixel value of x0, for images (N, 1, H, W) in [-1, 1]."""
+    """Noise-aware regressor of the mean pixel value, trained on images (N, 1, H, W) in [-1, 1]."""
     torch.manual_seed(0)
     model = NoiseAwareClassifier(
         images.shape[-1],
@@ -48,12 +49,19 @@ def main() -> None:
     )
     parser.add_argument("--label", default="pullover")
     parser.add_argument(
-        "--brightness", type=float, nargs="+", default=[-0.7, -0.45, -0.2], help="means, in [-1, 1]"
+        "--brightness",
+        type=float,
+        nargs="+",
+        default=[-0.7, -0.45, -0.2],
+        help="mean pixel values, in [-1, 1]",
     )
     parser.add_argument(
-        "--std", type=float, default=0.05, help="how far it may be off (default: %(default)s)"
+        "--std",
+        type=float,
+        default=0.05,
+        help="standard deviation of the brightness given the image (default: %(default)s)",
     )
-    parser.add_argument("--images", type=int, default=8, help="a row (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="per row (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--training-images", type=int, default=256)
     parser.add_argument("--training-steps", type=int, default=300)
@@ -61,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
-    own = pipeline(
+    training_images = pipeline(
         list(range(10)),
         num_images_per_label=-(-options.training_images // 10),
         guidance_scale=0,
@@ -69,25 +77,24 @@ def main() -> None:
         output_type="latent",
         generator=image_generator(0, 0),
     ).images.clamp(-1, 1)
-    regressor = train_regressor(own, options.training_steps)
+    regressor = train_regressor(training_images, options.training_steps)
     pictures = []
     for brightness in options.brightness:
-        bright = ClassifierGuidance(regressor, target=brightness, std=options.std)
+        term = ClassifierGuidance(regressor, target=brightness, std=options.std)
         images = pipeline(
             [options.label] * options.images,
             num_inference_steps=options.num_inference_steps,
-            guidance=bright,
+            guidance=term,
             generator=[image_generator(1, i) for i in range(options.images)],
             output_type="latent",
         ).images.clamp(-1, 1)
         print(
-            f"asked for {brightness:+.2f}: mean {images.mean():+.2f}, of single images "
-            f"{[round(one.mean().item(), 2) for one in images]}"
+            f"target {brightness:+.2f}: mean {images.mean():+.2f}, per image "
+            f"{[round(image.mean().item(), 2) for image in images]}"
         )
         pictures += pipeline.numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).numpy())
-    save_image(
-        grid(pictures, [f"{brightness:+.1f}" for brightness in options.brightness]), options.output
-    )
+    row_names = [f"{brightness:+.2f}" for brightness in options.brightness]
+    save_image(grid(pictures, row_names), options.output)
 
 
 if __name__ == "__main__":

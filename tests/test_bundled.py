@@ -58,7 +58,7 @@ def test_labels_and_figures(pipeline: ClassifierGuidedPipeline) -> None:
 def test_the_judge_agrees(
     pipeline: ClassifierGuidedPipeline, conditional: bool, least: float
 ) -> None:
-    """With few steps and images; `examples/judge_agreement.py` measures it in full."""
+    """With few steps and images; `examples/benchmarks/judge_agreement.py` measures it in full."""
     judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
     agreed = {}
     for scale in (0.0, 3.0):

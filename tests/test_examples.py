@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from itertools import product
@@ -14,9 +15,15 @@ import pytest
 import transformers
 from PIL import Image
 
-from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+STAND_INS = {  # of downloads, by tiny models in folders
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
+    "microsoft/resnet-50": "vit",
+    "user/model": "out/photos",
+}
 
 
 def run(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +107,7 @@ def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(
     )
     assert 0 <= json.loads((tmp_path / "resnet/figures.json").read_text())["test_accuracy"] <= 1
     run(
-        "benchmark_x0_gradient",
+        "benchmarks/x0_gradient",
         [
             "--classifier",
             "resnet",
@@ -137,10 +144,10 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(
         str(EXAMPLES.parent / "training/configs/fashion_mnist_captions.json"),
         "--rows",
     ]
-    run("guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
+    run("benchmarks/guidance_table", [*arguments, "unguided"], tmp_path, monkeypatch)
     first = (tmp_path / "table/unguided.json").stat().st_mtime_ns
     run(
-        "guidance_table",
+        "benchmarks/guidance_table",
         [*arguments, "unguided", "classifier-free", "--report", "report"],
         tmp_path,
         monkeypatch,
@@ -165,7 +172,7 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(
 
 def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(
-        "benchmark_terms",
+        "benchmarks/terms",
         [
             "--terms",
             "energy",
@@ -188,8 +195,8 @@ def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert figures["classifier-free"]["floor_ms"] > figures["energy"]["floor_ms"]  # twice the batch
 
 
-def tiny_model(folder: Path) -> str:
-    """Of ten labels, which a pipeline takes no time for."""
+def tiny_model(folder: Path, name: str = "label {}") -> str:
+    """A pipeline of ten labels that takes no time."""
     unet = diffusers.UNet2DModel(
         8,
         1,
@@ -204,7 +211,7 @@ def tiny_model(folder: Path) -> str:
     ClassifierGuidedPipeline(
         unet,
         diffusers.DDIMScheduler(),
-        id2label={i: f"label {i}" for i in range(10)},
+        id2label={i: name.format(i) for i in range(10)},
         defaults={"guidance_scale": 0.0},
     ).save_pretrained(folder)
     return str(folder)
@@ -215,7 +222,7 @@ def test_what_writing_images_costs_is_measured(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(
-        "benchmark_sampling",
+        "benchmarks/sampling",
         [
             "--model",
             tiny_model(tmp_path / "model"),
@@ -251,7 +258,7 @@ def test_a_killed_and_a_shared_run_make_the_same_images(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(
-            "interrupt_sampling",
+            "benchmarks/interrupt_sampling",
             [
                 "--model",
                 tiny_model(tmp_path / "model"),
@@ -333,10 +340,7 @@ def tiny_stable_diffusion(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def test_stable_diffusion_by_a_classifier_writes_its_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_stable_diffusion(tmp_path / "sd")
+def tiny_image_classifier(folder: Path) -> None:
     transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=8,
@@ -345,10 +349,69 @@ def test_stable_diffusion_by_a_classifier_writes_its_picture(
             num_attention_heads=1,
             image_size=8,
             patch_size=4,
-            id2label={0: "cat", 1: "dog"},
+            id2label={0: "golden retriever", 1: "dog"},
         )
-    ).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    ).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+
+
+def tiny_classifier(folder: Path) -> None:
+    NoiseAwareClassifier(
+        8,
+        1,
+        num_labels=10,
+        block_out_channels=(8,),
+        down_block_types=("ResnetDownsampleBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        pool="adaptive",
+        id2label={i: f"class {i}" for i in range(10)},
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("path", ["README.md", "examples/README.md", "training/README.md"])
+def test_python_code_of_a_readme_runs_in_its_order(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the bundled model, and on tiny models in place of those that training or a download gives."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(tmp_path / "out/unet", "class {}")
+    tiny_classifier(tmp_path / "out/classifier")
+    tiny_stable_diffusion(tmp_path / "sd")
+    tiny_image_classifier(tmp_path / "vit")
+    tiny_data(tmp_path / "photos")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        for name, folder in STAND_INS.items():
+            block = block.replace(f'"{name}"', f'"{folder}"')
+        exec(compile(block, path, "exec"), names)  # noqa: S102
+    images = names["images"] if "images" in names else names["pipeline"](0).images
+    assert all(image.getextrema()[1] > 0 for image in images)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["README.md", "examples/README.md", "examples/benchmarks/README.md", "training/README.md"],
+)
+def test_links_and_commands_of_a_readme_name_files_that_exist(path: str) -> None:
+    text = (ROOT / path).read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    scripts = re.findall(
+        r"(?:python|sh|launch|nproc_per_node \d) ((?:examples|training)/[\w/.]+\w)", text
+    )
+    assert links and (scripts or path == "examples/benchmarks/README.md")
+    missing = [link for link in links if not (ROOT / path).parent.joinpath(link).exists()]
+    assert not missing + [script for script in scripts if not (ROOT / script).exists()]
+
+
+def test_stable_diffusion_by_a_classifier_writes_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_stable_diffusion(tmp_path / "sd")
+    tiny_image_classifier(tmp_path / "vit")
     run(
         "stable_diffusion_classifier",
         [

@@ -413,7 +413,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         "classifier": {"step": 5, "held_out": HELD_OUT, "options": options},
         "judge_agreement": {
             "rows": GUIDED,
-            "command": "python examples/judge_agreement.py --scales 0 3",
+            "command": "python examples/benchmarks/judge_agreement.py --scales 0 3",
         },
     }
     (folder / "figures.json").write_text(json.dumps(figures))
@@ -449,7 +449,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         "![Metrics of guided images](figure-judge_agreement.png)",
         "| 49 | 0.875 | 0.3 | 0.021 |",
         "| scale 3 | 3 | 0.915 | 1.125 | 100 |",
-        "`python examples/judge_agreement.py --scales 0 3`",
+        "`python examples/benchmarks/judge_agreement.py --scales 0 3`",
         "| learning rate | 0.0006 |",
         "87.5% at timestep 49, 25.0% at 949",
         "license of the weights is mit",

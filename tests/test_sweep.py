@@ -925,7 +925,7 @@ def test_without_intervals_a_sweep_guides_where_the_pipeline_does(
 def test_what_quality_costs_and_the_preset_that_follows(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """examples/benchmark_quality_cost.py on a small model; started again, it measures nothing and says the same."""
+    """examples/benchmarks/quality_cost.py on a small model; started again, it measures nothing and says the same."""
 
     def run(*parts: str) -> dict:
         more = [one for part in parts for one in ("--part", part)]
@@ -933,7 +933,7 @@ def test_what_quality_costs_and_the_preset_that_follows(
             sys,
             "argv",
             [
-                "benchmark_quality_cost",
+                "quality_cost",
                 "--reference",
                 str(data),
                 "--model",
@@ -966,7 +966,7 @@ def test_what_quality_costs_and_the_preset_that_follows(
             ],
         )
         runpy.run_path(
-            str(Path(__file__).parents[1] / "examples/benchmark_quality_cost.py"),
+            str(Path(__file__).parents[1] / "examples/benchmarks/quality_cost.py"),
             run_name="__main__",
         )
         return json.loads((tmp_path / "quality_cost.json").read_text())

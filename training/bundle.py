@@ -7,7 +7,7 @@
     python training/bundle.py --unet out/fashion-mnist-unet --classifier out/recipes/plain \\
         --judge out/fashion-mnist-judge --clip out/fashion-mnist-clip \\
         --output src/guided_diffusers/bundled/fashion-mnist
-    python examples/benchmark_quality_cost.py --reference data/fashion-mnist --part preset
+    python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --part preset
     python training/bundle.py --preset out/quality_cost/preset.json \\
         --output src/guided_diffusers/bundled/fashion-mnist
 
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     helps = dict.fromkeys(PARTS, "output of a training (default: that in --output)")
-    helps["preset"] = "preset.json of examples/benchmark_quality_cost.py"
+    helps["preset"] = "preset.json of examples/benchmarks/quality_cost.py"
     helps["output"] = "the folder; must exist if no parts are given"
     for name, help in helps.items():
         parser.add_argument(f"--{name}", type=Path, required=name == "output", help=help)

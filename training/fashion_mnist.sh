@@ -47,6 +47,6 @@ python training/train_clip.py --train_data_dir data/fashion-mnist --resolution 2
 
 python training/bundle.py --unet "$OUT/fashion-mnist-unet" --classifier "$OUT/recipes/plain" \
     --judge "$OUT/fashion-mnist-judge" --clip "$OUT/fashion-mnist-clip" --output "$OUT/fashion-mnist"
-python examples/benchmark_quality_cost.py --reference data/fashion-mnist --model "$OUT/fashion-mnist" \
+python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --model "$OUT/fashion-mnist" \
     --judge "$OUT/fashion-mnist/judge" --part preset --output "$OUT/preset"
 python training/bundle.py --preset "$OUT/preset/preset.json" --output "$OUT/fashion-mnist"

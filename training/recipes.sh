@@ -2,7 +2,7 @@
 # Ways to go on training a classifier, from the weights that fashion_mnist.sh gives:
 #     sh training/recipes.sh              # all of them
 #     sh training/recipes.sh plain        # the bundled one
-# examples/recipes_table.py compares what they give. Started again, it goes on where it was stopped.
+# examples/benchmarks/recipes_table.py compares what they give. Started again, it goes on where it was stopped.
 set -e
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out}

@@ -60,7 +60,7 @@ class ImageClassifierGuidance(Guidance):
             in [-1, 1], resized to `config.image_size` if there is one.
         through_network: whether the gradient also passes through the diffusion network: exact, at
             the cost of its forward and backward pass. Images then stay realistic; otherwise large
-            scales produce adversarial noise (`examples/benchmark_x0_gradient.py`).
+            scales produce adversarial noise (`examples/benchmarks/x0_gradient.py`).
         normalize: rescale each image's gradient to the norm of its score.
 
     Raises:

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: smallest batch at which autocast is faster on a CPU; below, casting the weights dominates
 MIN_AUTOCAST_BATCH = {"unet": 8, "classifier": 32}
 #: images times steps from which compiling pays off: it takes 90 s and saves 1 ms each (bundled
-#: models on a CPU with AMX; `examples/benchmark_step.py --compile`)
+#: models on a CPU with AMX; `examples/benchmarks/step.py --compile`)
 MIN_COMPILE_EVALUATIONS = 100_000
 
 

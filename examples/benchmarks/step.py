@@ -1,22 +1,21 @@
-"""What a guided step costs: the pipeline against the floor, and against an unguided step, in time and memory.
+"""Time and memory of a guided step: the pipeline against its floor, and against an unguided step.
 
-    python examples/benchmark_step.py                                   # two sizes, about three minutes on a CPU
-    python examples/benchmark_step.py --size small --steps 200 --output figures.json
-    OMP_NUM_THREADS=1 python examples/benchmark_step.py --cpu-time      # on a machine that is busy with other things
-    python examples/benchmark_step.py --device cuda
-    python examples/benchmark_step.py --size small --compile            # and what `speed.optimize` makes of the step
+    python examples/benchmarks/step.py                                   # two sizes, about three minutes on a CPU
+    python examples/benchmarks/step.py --size small --steps 200 --output figures.json
+    OMP_NUM_THREADS=1 python examples/benchmarks/step.py --cpu-time      # on a busy machine
+    python examples/benchmarks/step.py --device cuda
+    python examples/benchmarks/step.py --size small --compile            # and `speed.optimize`
 
-The floor is what no implementation can do without: one forward of the network, one forward of the classifier and the
-gradient by its input, parameters frozen, and nothing else. It is timed after every step of the pipeline, within the
-same run, so that whatever else the machine does falls on both alike.
+The floor is the least that any implementation computes: one forward pass of the network, one of the classifier and the
+gradient with respect to its input, without gradients of parameters. It is timed after every step of the pipeline, in the
+same run, so that other load on the machine affects both.
 
-Peak memory is that of three steps in a fresh process each, as torch's allocator counts it: every tensor above the
-weights, to the byte, without the allocator's reserves. (The memory of the whole process, which is also printed, is
-mostly Python and torch themselves.)
+Peak memory is that of three steps in a new process, as torch's allocator counts it: tensors above the weights, without
+the allocator's reserves. The memory of the process, also printed, is mostly Python and torch themselves.
 
-With --compile, guided steps also with autocast to bfloat16 of both networks, with torch.compile of both, and with both,
-each in turns with the step as it is, on the same networks. Compiling takes minutes: what the first call took more than
-the second, from an empty cache, on one core.
+--compile also times guided steps with autocast to bfloat16, with torch.compile, and with both, interleaved with the
+plain step on the same networks. Compiling takes minutes; its time is that of the first call minus the second, from an
+empty cache, on one core.
 """
 
 import argparse
@@ -37,9 +36,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.speed import optimize
+from guided_diffusers.utils import write_json
 
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
-SIZES: dict[str, dict[str, Any]] = {  # as the bundled models, and a network of 64 channels at 64x64
+SIZES: dict[str, dict[str, Any]] = {  # that of the bundled models, and 64 channels at 64x64
     "small": {
         "batch": 16,
         "image": (1, 28),
@@ -55,7 +55,7 @@ SIZES: dict[str, dict[str, Any]] = {  # as the bundled models, and a network of 
         "groups": 32,
     },
 }
-STEPS_A_CALL = 6
+STEPS_PER_CALL = 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "eager": {"dtype": torch.float32, "compile": False},
     "autocast": {"dtype": torch.bfloat16, "compile": False},
@@ -95,11 +95,9 @@ def make_pipeline(size: str, device: str) -> ClassifierGuidedPipeline:
 
 
 def make_floor(pipeline: ClassifierGuidedPipeline, size: str) -> Callable[[], None]:
-    """What each guided step must do, on the same networks."""
-    settings, labels = (
-        SIZES[size],
-        torch.zeros(SIZES[size]["batch"], 1, dtype=torch.long, device=pipeline.device),
-    )
+    """What each guided step must compute, on the same networks."""
+    settings = SIZES[size]
+    labels = torch.zeros(settings["batch"], 1, dtype=torch.long, device=pipeline.device)
     channels, resolution = settings["image"]
     x = torch.randn(settings["batch"], channels, resolution, resolution, device=pipeline.device)
     for part in (pipeline.unet, pipeline.classifier):
@@ -121,21 +119,21 @@ def call(pipeline: ClassifierGuidedPipeline, size: str, guided: bool, **more: An
 
 
 def clock(device: str, cpu_time: bool) -> Callable[[], float]:
-    """Seconds, with --cpu-time those of this process and of the compilers that it started."""
+    """A clock in seconds; with --cpu-time, of this process and the compilers that it started."""
 
     def now() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
         if not cpu_time:
             return time.perf_counter()
-        started = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return time.process_time() + started.ru_utime + started.ru_stime
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
 
     return now
 
 
 def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, list[float]]:
-    """Seconds of each step, the floor after each step of the pipeline."""
+    """Seconds of guided and unguided steps, and of the floor after each of them."""
     now = clock(device, cpu_time)
     pipeline = make_pipeline(size, device)
     floor, seconds = make_floor(pipeline, size), {"floor": [], "guided": [], "unguided": []}
@@ -145,7 +143,7 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
         pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict
     ) -> dict:
         nonlocal begin
-        if index:  # the first one has the call's preparations in it
+        if index:  # the first step includes the preparations of the call
             seconds[kind].append(now() - begin)
         begin = now()
         floor()
@@ -153,15 +151,15 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
         begin = now()
         return {}
 
-    for warm in (True, False):
-        for _ in range(1 if warm else max(1, steps // (STEPS_A_CALL - 1))):
+    for warm_up in (True, False):
+        for _ in range(1 if warm_up else max(1, steps // (STEPS_PER_CALL - 1))):
             for kind in ("guided", "unguided"):
                 steps_and_hook = {
-                    "num_inference_steps": STEPS_A_CALL,
+                    "num_inference_steps": STEPS_PER_CALL,
                     "callback_on_step_end": after_step,
                 }
                 call(pipeline, size, kind == "guided", **steps_and_hook)
-        if warm:
+        if warm_up:
             seconds = {name: [] for name in seconds}
     return seconds
 
@@ -169,33 +167,33 @@ def time_steps(size: str, device: str, steps: int, cpu_time: bool) -> dict[str, 
 def time_settings(
     size: str, device: str, steps: int, cpu_time: bool
 ) -> dict[str, dict[str, float]]:
-    """Of each of `SETTINGS`: seconds of a guided step, by those as it is, and what the first call took to compile."""
+    """For each of `SETTINGS`: milliseconds per guided step, their ratio to eager, seconds of compiling."""
     pipeline, now = make_pipeline(size, device), clock(device, cpu_time)
 
     def seconds(name: str) -> float:
         with optimize(pipeline, channels_last=False, **SETTINGS[name]):
             begin = now()
-            call(pipeline, size, True, num_inference_steps=STEPS_A_CALL)
+            call(pipeline, size, True, num_inference_steps=STEPS_PER_CALL)
             return now() - begin
 
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for name in SETTINGS:
         first, pairs = seconds(name), []
-        for _ in range(max(2, steps // STEPS_A_CALL)):
+        for _ in range(max(2, steps // STEPS_PER_CALL)):
             pairs.append((seconds(name), seconds("eager")))
-        ratios = [mine / eager for mine, eager in pairs]
-        found[name] = {
-            "ms": 1e3 * statistics.median(mine for mine, _ in pairs) / STEPS_A_CALL,
+        ratios = [changed / eager for changed, eager in pairs]
+        results[name] = {
+            "ms": 1e3 * statistics.median(changed for changed, _ in pairs) / STEPS_PER_CALL,
             "ratio": statistics.median(ratios),
             "compile_seconds": 0.0,
         }
         if SETTINGS[name]["compile"]:
-            found[name]["compile_seconds"] = first - pairs[0][0]
-    return found
+            results[name]["compile_seconds"] = first - pairs[0][0]
+    return results
 
 
 def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
-    """MiB: the tensors of three steps at their peak, the weights, and the whole process at its peak."""
+    """MiB at the peak of three steps: tensors above the weights, the weights, and the process."""
     pipeline = make_pipeline(size, device)
     floor = make_floor(pipeline, size)
     weights = sum(part.get_memory_footprint() for part in (pipeline.unet, pipeline.classifier))
@@ -207,7 +205,7 @@ def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
         else:
             call(pipeline, size, kind == "guided", num_inference_steps=3)
 
-    three_steps()  # once before, for what is allocated once for all
+    three_steps()  # allocates what later calls reuse
     if device == "cpu":
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -232,8 +230,8 @@ def peak_memory(size: str, device: str, kind: str) -> dict[str, float]:
 
 
 def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a size, memory first, each in a process of its own."""
-    figures: dict[str, Any] = {}
+    """Results of a size: memory, each kind in a new process, then time."""
+    results: dict[str, Any] = {}
     for kind in ("floor", "guided", "unguided"):
         command = [
             sys.executable,
@@ -245,19 +243,19 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             "--probe",
             kind,
         ]
-        figures[kind] = json.loads(
+        results[kind] = json.loads(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout
         )
     for kind, seconds in time_steps(size, options.device, options.steps, options.cpu_time).items():
         tenths = statistics.quantiles(seconds, n=10)
-        figures[kind] |= {
+        results[kind] |= {
             "ms": 1e3 * statistics.median(seconds),
             "ms_10%": 1e3 * tenths[0],
             "ms_90%": 1e3 * tenths[-1],
             "steps": len(seconds),
         }
     if options.compile:
-        with tempfile.TemporaryDirectory() as cache:  # or the compilers find what they made before
+        with tempfile.TemporaryDirectory() as cache:  # an empty cache for the compilers
             command = [
                 sys.executable,
                 __file__,
@@ -275,73 +273,71 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             run = subprocess.run(
                 command, check=True, capture_output=True, text=True, env={**os.environ, **alone}
             )
-            figures["settings"] = json.loads(run.stdout)
-    figures["guided / floor"] = {
-        name: figures["guided"][name] / figures["floor"][name] for name in ("ms", "tensors")
+            results["settings"] = json.loads(run.stdout)
+    results["guided / floor"] = {
+        name: results["guided"][name] / results["floor"][name] for name in ("ms", "tensors")
     }
-    return figures
+    return results
 
 
-def main() -> None:
+def print_results(size: str, results: dict[str, Any]) -> None:
+    settings = SIZES[size]
+    channels, resolution = settings["image"]
+    print(
+        f"\n{size}: {settings['batch']} images of {resolution}x{resolution}x{channels}, network "
+        f"{settings['unet']}, classifier {settings['classifier']}, "
+        f"weights {results['floor']['weights']:.0f} MiB"
+    )
+    print(
+        f"{'':>10} {'ms per step':>11} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}"
+    )
+    for kind in ("floor", "guided", "unguided"):
+        row = results[kind]
+        spread = f"{row['ms_10%']:.1f} to {row['ms_90%']:.1f}"
+        print(
+            f"{kind:>10} {row['ms']:11.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}"
+        )
+    ratio = results["guided / floor"]
+    print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
+    for name, row in results.get("settings", {}).items():
+        compiling = ""
+        if SETTINGS[name]["compile"]:
+            compiling = f", after {row['compile_seconds']:.0f} s of compiling"
+        print(
+            f"{name:>10} {row['ms']:11.1f} ms per guided step, {row['ratio']:.3f} of eager{compiling}"
+        )
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, action="append", help="a size (default: all)")
-    parser.add_argument(
-        "--steps", type=int, default=50, help="timed steps of each kind (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="time autocast and torch.compile, too"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument(
-        "--probe", choices=["floor", "guided", "unguided", "settings"], help=argparse.SUPPRESS
-    )
-    options = parser.parse_args()
-    if options.probe == "settings":
-        return print(
-            json.dumps(
-                time_settings(options.size[0], options.device, options.steps, options.cpu_time)
-            )
-        )
-    if options.probe:
-        return print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
+    option = parser.add_argument
+    option("--size", choices=SIZES, action="append", help="a size (default: all)")
+    option("--steps", type=int, default=50, help="timed steps per kind (default: %(default)s)")
+    option("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    option("--cpu-time", action="store_true", help="CPU time of the process, not wall-clock time")
+    option("--compile", action="store_true", help="also time autocast and torch.compile")
+    option("--output", type=Path, help="JSON file of the results")
+    option("--probe", choices=["floor", "guided", "unguided", "settings"], help=argparse.SUPPRESS)
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse_options()
+    if options.probe == "settings":
+        size, steps = options.size[0], options.steps
+        print(json.dumps(time_settings(size, options.device, steps, options.cpu_time)))
+        return
+    if options.probe:
+        print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
+        return
     results = {}
     for size in options.size or SIZES:
-        results[size] = figures = measure(size, options)
-        settings = SIZES[size]
-        channels, resolution = settings["image"]
-        print(
-            f"\n{size}: {settings['batch']} images of {resolution}x{resolution}x{channels}, network "
-            f"{settings['unet']}, classifier {settings['classifier']}, weights {figures['floor']['weights']:.0f} MiB"
-        )
-        print(
-            f"{'':>10} {'ms a step':>10} {'10% to 90%':>16} {'tensors MiB':>12} {'process MiB':>12}"
-        )
-        for kind in ("floor", "guided", "unguided"):
-            row = figures[kind]
-            spread = f"{row['ms_10%']:.1f} to {row['ms_90%']:.1f}"
-            print(
-                f"{kind:>10} {row['ms']:10.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}"
-            )
-        ratio = figures["guided / floor"]
-        print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
-        for name, row in figures.get("settings", {}).items():
-            compiling = (
-                f", after {row['compile_seconds']:.0f} s of compiling"
-                if SETTINGS[name]["compile"]
-                else ""
-            )
-            print(
-                f"{name:>10} {row['ms']:10.1f} ms a guided step, {row['ratio']:.3f} of eager{compiling}"
-            )
+        results[size] = measure(size, options)
+        print_results(size, results[size])
     if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(results, options.output)
 
 
 if __name__ == "__main__":

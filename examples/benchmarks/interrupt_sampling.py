@@ -1,8 +1,8 @@
 """Check that interrupted, parallel and differently batched sampling give the same images.
 
-    python examples/interrupt_sampling.py                      # 2,000 images, ten kills, minutes
-    python examples/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
-    python examples/interrupt_sampling.py --device cuda --num-inference-steps 50 --output x.json
+    python examples/benchmarks/interrupt_sampling.py                      # 2,000 images, ten kills, minutes
+    python examples/benchmarks/interrupt_sampling.py --scheduler ddpm --format parquet --seed 1
+    python examples/benchmarks/interrupt_sampling.py --device cuda --num-inference-steps 50 --output x.json
 
 One run is uninterrupted. Another is shared by two processes. A third is killed (SIGKILL, with all
 its children) and resumed, alternately by one and by two processes. All three must write the same

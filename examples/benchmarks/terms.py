@@ -1,16 +1,15 @@
-"""What each term of guidance costs a step: the pipeline against the floor, what no implementation can do without.
+"""Time of a step with each guidance term: the pipeline against its floor, the least that any implementation computes.
 
-    python examples/benchmark_terms.py                               # a few minutes on a CPU
-    python examples/benchmark_terms.py --terms clip energy --steps 20
-    OMP_NUM_THREADS=1 python examples/benchmark_terms.py --cpu-time --output examples/figures/benchmark_terms.json
+    python examples/benchmarks/terms.py                               # a few minutes on a CPU
+    python examples/benchmarks/terms.py --terms clip energy --steps 20
+    OMP_NUM_THREADS=1 python examples/benchmarks/terms.py --cpu-time --output examples/figures/benchmark_terms.json
 
 The floor of a term is the network's forward pass (with twice the batch for classifier-free guidance), the forward pass
-of what guides and its gradient by its input, parameters frozen, and nothing else: no scheduler, no checks, no sums. It
-is timed after every step of the pipeline, within the same run, so that whatever else the machine does falls on both.
+of the guiding network and the gradient with respect to its input, without gradients of parameters, scheduler or checks.
+It is timed after every step of the pipeline, in the same run, so that other load on the machine affects both.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,8 +33,9 @@ from guided_diffusers import (
     NoiseAwareCLIP,
     NoiseAwareCLIPGuidance,
 )
+from guided_diffusers.utils import write_json
 
-BATCH, SIZE, STEPS_A_CALL = 8, 32, 6
+BATCH, SIZE, STEPS_PER_CALL = 8, 32, 6
 TEXT = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -55,9 +55,8 @@ CLASSIFIER = {
     "norm_num_groups": 16,
 }
 
-Parts = tuple[
-    Guidance, Callable[[torch.Tensor, torch.Tensor], Any]
-]  # the term; what its floor does with (x, x0)
+#: a term, and the work of its floor for (x, x0) beside the network's forward pass
+TermAndWork = tuple[Guidance, Callable[[torch.Tensor, torch.Tensor], Any]]
 
 
 def make_network() -> UNet2DModel:
@@ -79,8 +78,8 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
         return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def make_terms(network: UNet2DModel) -> dict[str, Parts]:
-    """Each term, and the work that its floor adds to the network's forward pass."""
+def make_terms(network: UNet2DModel) -> dict[str, TermAndWork]:
+    """Each term by name, with small networks of random weights."""
     classifier = NoiseAwareClassifier(num_labels=10, **CLASSIFIER).eval()
     resnet = ResNetForImageClassification(
         ResNetConfig(
@@ -98,10 +97,8 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
     }
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=64)).eval()
     noise_aware = NoiseAwareCLIP(CLASSIFIER, TEXT).eval()
-    picture, text = (
-        torch.rand(3, SIZE, SIZE) * 2 - 1,
-        torch.nn.functional.normalize(torch.randn(1, 64), dim=-1),
-    )
+    picture = torch.rand(3, SIZE, SIZE) * 2 - 1
+    text = torch.nn.functional.normalize(torch.randn(1, 64), dim=-1)
     noise_aware.encode_prompts = lambda prompts: text.expand(len(prompts), -1)  # no tokenizer here
     worse = make_network()
 
@@ -111,7 +108,7 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
     def energy(x0: torch.Tensor) -> torch.Tensor:
         return (x0 - x0.flip(-1)).square().sum((1, 2, 3))
 
-    def likeness(x: torch.Tensor) -> torch.Tensor:
+    def similarity(x: torch.Tensor) -> torch.Tensor:
         return (
             torch.nn.functional.normalize(clip.get_image_features(x).pooler_output, dim=-1) @ text.T
         )
@@ -130,7 +127,7 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
             ImageClassifierGuidance(resnet, 3),
             lambda x, x0: gradient(label_of(resnet), x0),
         ),
-        "clip": (CLIPGuidance(clip, image_prompt=picture), lambda x, x0: gradient(likeness, x0)),
+        "clip": (CLIPGuidance(clip, image_prompt=picture), lambda x, x0: gradient(similarity, x0)),
         "noise-aware-clip": (
             NoiseAwareCLIPGuidance(noise_aware, "a coat"),
             lambda x, x0: gradient(lambda x: noise_aware.encode_image(x, 500) @ text.T, x),
@@ -152,9 +149,9 @@ def make_terms(network: UNet2DModel) -> dict[str, Parts]:
 
 
 def time_steps(
-    network: UNet2DModel, name: str, parts: Parts, options: argparse.Namespace
+    network: UNet2DModel, name: str, parts: TermAndWork, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of each guided step, and of the floor after it."""
+    """Seconds of each guided step, and of the floor that follows it."""
     now = time.process_time if options.cpu_time else time.perf_counter
     term, work = parts
     pipeline = ClassifierGuidedPipeline(
@@ -169,16 +166,14 @@ def time_steps(
 
     @torch.no_grad()
     def floor() -> None:
-        x0 = (
-            None if term.through_network else network(doubled, 500, labels).sample[:BATCH]
-        )  # else one pass for both
-        work(x, x0)
+        x0 = None if term.through_network else network(doubled, 500, labels).sample[:BATCH]
+        work(x, x0)  # through the network, its forward pass is part of `work`
 
     def after_step(
         pipeline: ClassifierGuidedPipeline, index: int, t: torch.Tensor, tensors: dict
     ) -> dict:
         nonlocal begin
-        if index:  # the first one has the call's preparations in it
+        if index:  # the first step includes the preparations of the call
             seconds["guided"].append(now() - begin)
         begin = now()
         floor()
@@ -186,13 +181,13 @@ def time_steps(
         begin = now()
         return {}
 
-    for call in range(1 + max(1, options.steps // (STEPS_A_CALL - 1))):
-        if call == 1:  # the one before was to warm up
+    for call in range(1 + max(1, options.steps // (STEPS_PER_CALL - 1))):
+        if call == 1:  # call 0 warmed up
             seconds["guided"].clear(), seconds["floor"].clear()
         pipeline(
             [3] * BATCH,
             guidance_scale=0,
-            num_inference_steps=STEPS_A_CALL,
+            num_inference_steps=STEPS_PER_CALL,
             output_type="latent",
             guidance=term,
             callback_on_step_end=after_step,
@@ -209,12 +204,12 @@ def main() -> None:
     )
     parser.add_argument("--terms", nargs="+", choices=terms, default=list(terms))
     parser.add_argument(
-        "--steps", type=int, default=60, help="timed steps of each term (default: %(default)s)"
+        "--steps", type=int, default=60, help="timed steps per term (default: %(default)s)"
     )
     parser.add_argument(
-        "--cpu-time", action="store_true", help="the process's CPU time, not the clock on the wall"
+        "--cpu-time", action="store_true", help="CPU time of the process instead of wall-clock time"
     )
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
     options = parser.parse_args()
     for module in (network, *(module for term, _ in terms.values() for module in term.modules())):
         module.requires_grad_(False)
@@ -229,7 +224,7 @@ def main() -> None:
         results[name] = {"floor_ms": floor, "guided_ms": guided, "ratio": guided / floor}
         print(f"{name:>24} {floor:9.1f} {guided:10.1f} {guided / floor:6.3f}")
     if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(results, options.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What the training loop costs: against a bare loop, and against a script of the structure of Diffusers' example.
+"""Throughput and memory of the training loop, against a bare loop and a script like Diffusers' example.
 
-    OMP_NUM_THREADS=1 python examples/benchmark_training.py                     # about three minutes on a CPU
-    python examples/benchmark_training.py --device cuda --resolution 64 --steps 300 --workers 4
-    python examples/benchmark_training.py --images data/fashion-mnist --resolution 28 --cache_images
+    OMP_NUM_THREADS=1 python examples/benchmarks/training.py                     # about three minutes on a CPU
+    python examples/benchmarks/training.py --device cuda --resolution 64 --steps 300 --workers 4
+    python examples/benchmarks/training.py --images data/fashion-mnist --resolution 28 --cache_images
 
 All three train the same network on the same images with AdamW, clipped gradients and a moving average. The bare loop
 has the images in memory as a tensor, draws, steps, and does nothing else. The plain script is what Diffusers'
 unconditional example does: a DataLoader of transformed images, `accelerate`, `EMAModel`, the loss on a progress bar at
 every step. Ours is the `Trainer` of the training scripts, which reads its images from Parquet and decodes them.
 
-The loops take turns at every step of one process, so that whatever else the machine does falls on all alike; time is
-the process's CPU time, or with --device cuda wall-clock time. Peak memory is that of four steps in a fresh process
-each, all tensors from the first on, as torch's allocator counts them.
+The loops take turns at every step of one process, so that other load on the machine affects all; time is CPU time, or
+with --device cuda wall-clock time. Peak memory is that of four steps in a new process each: all tensors, as torch's
+allocator counts them.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from guided_diffusers.learning.loop import Trainer
 from guided_diffusers.learning.options import Options
 from guided_diffusers.learning.prepare import load_data
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 LOOPS = ("ours", "bare", "plain")
-WARM_UP = 3  # steps that aren't counted
+WARM_UP = 3  # steps that are not counted
 
 
 def network(options: argparse.Namespace, channels: int) -> UNet2DModel:
@@ -67,7 +67,7 @@ def batch_loss(
 
 
 def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
-    """The least that a training does."""
+    """The least that a training step does."""
     split = load_dataset(str(folder), split="train")
     images = torch.from_numpy(
         np.stack([np.array(row["image"]) for row in split.select(range(min(2000, len(split))))])
@@ -91,7 +91,7 @@ def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
 
 
 def plain(options: argparse.Namespace, folder: Path) -> Iterator[None]:
-    """A script as many are written."""
+    """A training loop like that of Diffusers' unconditional example."""
 
     def transform(examples: dict[str, list[Image.Image]]) -> dict[str, list[torch.Tensor]]:
         size = (options.resolution, options.resolution)
@@ -183,8 +183,10 @@ def clock(device: str) -> float:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], float]:
-    """Seconds of every step of the three loops, of which the others make theirs just before ours makes its own, and the
-    share of ours in which it waits for data."""
+    """Seconds of every step of each loop, and the share of time that ours waits for data.
+
+    The other loops make a step just before each step of ours.
+    """
     others = {"bare": bare(options, folder), "plain": plain(options, folder)}
     seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
     since = None
@@ -194,9 +196,9 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
         if since is not None:
             seconds["ours"].append(clock(options.device) - since)
         for name, steps in others.items():
-            begun = clock(options.device)
+            start = clock(options.device)
             next(steps)
-            seconds[name].append(clock(options.device) - begun)
+            seconds[name].append(clock(options.device) - start)
         since = clock(options.device)
 
     with tempfile.TemporaryDirectory() as output:
@@ -206,7 +208,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
 
 
 def peak_memory(name: str, options: argparse.Namespace, folder: Path) -> float:
-    """MiB of tensors at the peak of one loop's four steps."""
+    """MiB of tensors at the peak of four steps of a loop."""
 
     def four_steps() -> None:
         if name == "ours":
@@ -238,12 +240,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", help="a folder of images or Parquet files; noise if left out")
+    parser.add_argument("--images", help="folder of images or Parquet files (default: noise)")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30, help="that are timed")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that read images, but of the bare loop's"
+        "--workers", type=int, default=0, help="processes that read images, except in the bare loop"
     )
     parser.add_argument(
         "--cache_images", action="store_true", help="ours keeps decoded images in memory"
@@ -263,20 +265,21 @@ def main() -> None:
             return
         seconds, waiting = measure(options, folder)
         line = [sys.executable, __file__, *sys.argv[1:], "--images", str(folder), "--alone"]
-        said = {
+        outputs = {
             name: subprocess.run(
                 [*line, name], check=True, stdout=subprocess.PIPE, text=True
             ).stdout
             for name in LOOPS
         }
-    peaks = {name: float(text.splitlines()[-1]) for name, text in said.items()}
+    peaks = {name: float(text.splitlines()[-1]) for name, text in outputs.items()}
     for name in LOOPS:
         print(
-            f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms a step, peak {peaks[name]:8.1f} MiB"
+            f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms per step, peak {peaks[name]:8.1f} MiB"
         )
     for other in LOOPS[1:]:
         ratio = statistics.median(
-            theirs / our for theirs, our in zip(seconds[other], seconds["ours"], strict=False)
+            other_time / own_time
+            for other_time, own_time in zip(seconds[other], seconds["ours"], strict=False)
         )
         memory = peaks["ours"] / peaks[other]
         print(
