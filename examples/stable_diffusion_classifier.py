@@ -17,7 +17,7 @@ from guided_diffusers import ImageClassifierGuidance, guide
 from guided_diffusers.sampling import grid, image_generator, save_image
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,8 +47,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("stable-diffusion-classifier.png"))
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse_options()
     pipeline = StableDiffusionPipeline.from_pretrained(options.model).to(options.device)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     classifier = AutoModelForImageClassification.from_pretrained(options.classifier).to(

@@ -78,14 +78,7 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
         return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def make_terms(network: UNet2DModel) -> dict[str, TermAndWork]:
-    """Each term by name, with small networks of random weights."""
-    classifier = NoiseAwareClassifier(num_labels=10, **CLASSIFIER).eval()
-    resnet = ResNetForImageClassification(
-        ResNetConfig(
-            hidden_sizes=[64, 128, 256], depths=[1, 1, 1], num_labels=10, embedding_size=32
-        )
-    ).eval()
+def make_clip() -> CLIPModel:
     vision = {
         "image_size": SIZE,
         "patch_size": 4,
@@ -95,7 +88,19 @@ def make_terms(network: UNet2DModel) -> dict[str, TermAndWork]:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=64)).eval()
+    config = CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=64)
+    return CLIPModel(config).eval()
+
+
+def make_terms(network: UNet2DModel) -> dict[str, TermAndWork]:
+    """Each term by name, with small networks of random weights."""
+    classifier = NoiseAwareClassifier(num_labels=10, **CLASSIFIER).eval()
+    resnet = ResNetForImageClassification(
+        ResNetConfig(
+            hidden_sizes=[64, 128, 256], depths=[1, 1, 1], num_labels=10, embedding_size=32
+        )
+    ).eval()
+    clip = make_clip()
     noise_aware = NoiseAwareCLIP(CLASSIFIER, TEXT).eval()
     picture = torch.rand(3, SIZE, SIZE) * 2 - 1
     text = torch.nn.functional.normalize(torch.randn(1, 64), dim=-1)
