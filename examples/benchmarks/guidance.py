@@ -18,9 +18,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from guided_diffusers.cli_options import launched_processes, select_device
 from guided_diffusers.evaluation import load_network
 from guided_diffusers.pipeline import DEFAULTS
-from guided_diffusers.sampling.commands import device_of, team
 from guided_diffusers.sweep import sweep
 from guided_diffusers.utils import exchanged, load_pipeline
 
@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    device = device_of(options.device, team(options.device))
+    device = select_device(options.device, launched_processes(options.device))
     pipeline = load_pipeline("fashion-mnist").to(device)
     judge = load_network("fashion-mnist", device)
     pipeline.scheduler = exchanged(pipeline.scheduler, "ddim")
