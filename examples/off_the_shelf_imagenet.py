@@ -117,8 +117,9 @@ def main() -> None:
                 }
             )
             print(
-                f"label {label}, {when}: log p {log_p_unguided.mean():.2f} unguided, {log_p.mean():.2f} guided, "
-                f"rise {rise.mean():.2f} +- {rows[-1]['standard_error_of_rise']:.2f}"
+                f"label {label}, {when}: log p {log_p_unguided.mean():.2f} unguided, "
+                f"{log_p.mean():.2f} guided, rise {rise.mean():.2f} +- "
+                f"{rows[-1]['standard_error_of_rise']:.2f}"
             )
     array = torch.cat(pictures).permute(0, 2, 3, 1).numpy() / 2 + 0.5
     save_image(

@@ -342,7 +342,9 @@ DatasetImages.read = lambda self, start, stop: read.append(stop - start) or befo
 
 def found(cache):
     read.clear()
-    parts = summarise(images, wrap_module(torch.nn.Flatten()), None, Settings(), progress=False, cache=cache).accumulators()
+    network = wrap_module(torch.nn.Flatten())
+    summary = summarise(images, network, None, Settings(), progress=False, cache=cache)
+    parts = summary.accumulators()
     return [value for part in parts for value in part.state().values()]
 
 expected = found(root / "shared")

@@ -40,8 +40,8 @@ SIZES = {
 }
 COLOURS = {"red": (220, 40, 30), "green": (20, 160, 50), "blue": (10, 60, 230)}
 TINY = (
-    "--resolution 16 --center_crop --train_batch_size 4 --learning_rate 1e-3 --max_train_steps 3 --no_progress "
-    "--cpu --lr_warmup_steps 1 --validation_samples 4"
+    "--resolution 16 --center_crop --train_batch_size 4 --learning_rate 1e-3 --max_train_steps 3 "
+    "--no_progress --cpu --lr_warmup_steps 1 --validation_samples 4"
 )
 
 
@@ -89,8 +89,8 @@ def train(
 ) -> Callable[..., Path]:
     def run(script: str, line: str = "", output: str = "out") -> Path:
         command = (
-            f"{TINY} --train_data_dir {place.folder} --model_config_name_or_path {vars(place)[script]} "
-            f"{line.format(**vars(place))} --output_dir {tmp_path / output}"
+            f"{TINY} --train_data_dir {place.folder} --model_config_name_or_path "
+            f"{vars(place)[script]} {line.format(**vars(place))} --output_dir {tmp_path / output}"
         )
         if script == "classifier":
             command += " --diagnosis_images 6"

@@ -172,7 +172,8 @@ def test_every_trajectory(dtype: torch.dtype, recorded: Recorded) -> None:
         steps = [largest(*both) for both in zip(got, reference["samples"], strict=True)]
         final = largest(got[-1], reference["final_f64"])
         print(
-            f"{name}: all steps, float32 {max(steps):.1e}; final, float32 {steps[-1]:.1e}, float64 {final:.1e}"
+            f"{name}: all steps, float32 {max(steps):.1e}; final, float32 {steps[-1]:.1e}, "
+            f"float64 {final:.1e}"
         )
         # With a cosine schedule and clipping the original's own first steps are up to 2e-3 from its float64 run.
         own = entry["max_abs_diff_f32_f64_per_step"]
@@ -222,7 +223,8 @@ def test_inversions_and_the_way_back(dtype: torch.dtype, recorded: Recorded) -> 
         final = largest(there[-1]["latents"], reference["reverse_final_f64"])
         returned = largest(back[-1]["latents"], reference["back_final"])
         print(
-            f"{name}: all steps, float32 {max(steps):.1e}; last, float64 {final:.1e}; back, float32 {returned:.1e}"
+            f"{name}: all steps, float32 {max(steps):.1e}; last, float64 {final:.1e}; back, "
+            f"float32 {returned:.1e}"
         )
         assert max(*steps, returned) < 1e-3 and final < (
             1e-3 if dtype == torch.float32 else 1e-6

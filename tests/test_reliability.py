@@ -475,8 +475,8 @@ def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> N
     "launcher",
     [
         "torch.distributed.run --standalone --nproc_per_node 2",
-        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-        "--dynamo_backend no --main_process_port 0",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --main_process_port 0",
     ],
 )
 def test_a_process_that_fails_ends_all_with_its_message(
@@ -601,7 +601,8 @@ def test_gradient_checkpointing_changes_no_weight(
     [
         (
             {"optimizer": "adamw_8bit"},
-            "--optimizer adamw_8bit: with distributed_type FSDP one of ('adamw', 'adamw_fused') is allowed",
+            "--optimizer adamw_8bit: with distributed_type FSDP one of ('adamw', 'adamw_fused') "
+            "is allowed",
         ),
         (
             {"mixed_precision": "fp16"},
@@ -614,7 +615,8 @@ def test_gradient_checkpointing_changes_no_weight(
         ({"fsdp_version": 1}, "fsdp_version 1: with distributed_type FSDP one of (2,) is allowed"),
         (
             {"state_dict_type": StateDictType.SHARDED_STATE_DICT},
-            "fsdp_state_dict_type SHARDED_STATE_DICT: with distributed_type FSDP one of ('FULL_STATE_DICT',) is allowed",
+            "fsdp_state_dict_type SHARDED_STATE_DICT: with distributed_type FSDP one of "
+            "('FULL_STATE_DICT',) is allowed",
         ),
         (
             {"kind": DistributedType.DEEPSPEED, "zero_stage": 3},

@@ -264,7 +264,8 @@ def test_guided_unconditional_is_conditional(capsys: pytest.CaptureFixture) -> N
             wrong.append(lines[-1])
     with capsys.disabled():
         print(
-            "\nguided - conditional path: largest difference, allowed; final mean - class mean; configuration"
+            "\nguided - conditional path: largest difference, allowed; final mean - class mean; "
+            "configuration"
         )
         print("\n".join(lines))
         print(f"{count} configurations")

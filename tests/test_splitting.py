@@ -140,7 +140,8 @@ def test_orders_of_convergence(solver: str, capsys: pytest.CaptureFixture) -> No
         )
         with capsys.disabled():
             print(
-                f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error {errors[1]:.1e}",
+                f"\n{solver:>16} {algorithm:>12}: order {order:.2f}, in theory {wanted}; error "
+                f"{errors[1]:.1e}",
                 end="",
             )
         assert abs(order - wanted) < 0.2

@@ -381,8 +381,8 @@ def test_resumed_equals_uninterrupted(
     config = place.root / "dropout.json"
     config.write_text(json.dumps({**CLASSIFIER, "dropout": 0.2}))
     line += (
-        f" --streaming --model_config_name_or_path {config} --checkpointing_steps 7 --checkpoints_total_limit 0 "
-        "--max_train_steps 14 --random_shift 1"
+        f" --streaming --model_config_name_or_path {config} --checkpointing_steps 7 "
+        "--checkpoints_total_limit 0 --max_train_steps 14 --random_shift 1"
     )
     whole = train("classifier", line, "whole", data)
     parts = shutil.copytree(whole, whole.with_name("parts"))
@@ -478,9 +478,9 @@ def test_clip_by_label(
     for name, content in (("captions", captions), ("text", config)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     line = (
-        f"{TINY} {shards.option} --cpu --streaming --captions {tmp_path / 'captions.json'} --text_config "
-        f"{tmp_path / 'text.json'} --model_config_name_or_path {place.classifier} --max_train_steps 4 "
-        "--checkpointing_steps 2 --output_dir "
+        f"{TINY} {shards.option} --cpu --streaming --captions {tmp_path / 'captions.json'} "
+        f"--text_config {tmp_path / 'text.json'} --model_config_name_or_path {place.classifier} "
+        "--max_train_steps 4 --checkpointing_steps 2 --output_dir "
     ).split()
     resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
     for more in ([str(tmp_path / "whole")], [str(tmp_path / "parts"), *resume]):

@@ -247,8 +247,8 @@ def test_a_point_is_made_by_one_process_and_freed_when_that_is_killed(tmp_path: 
     with store.claim(wanted[1]) as mine:
         assert mine
     code = (
-        "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print(flush=True); "
-        "time.sleep(600)"
+        "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); "
+        "print(flush=True); time.sleep(600)"
     )
     lock = str(tmp_path / ".locks" / f"{wanted[1].name}.lock")
     other = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE)
@@ -316,11 +316,13 @@ def test_a_warning_where_guidance_is_worse_than_none_and_only_there() -> None:
     found = verdict_of([*harmless[:2], made_up(three, 1.21, 0.95), made_up(eight, 0.9, 0.59)], 3.0)
     assert set(found.harmful) == {three, eight}
     assert (
-        "model's default scale, 3, is worse than no guidance; ddim, 10 steps: Frechet distance 1.21 (1.11 to 1.31) against 1 "
+        "model's default scale, 3, is worse than no guidance; ddim, 10 steps: Frechet distance "
+        "1.21 (1.11 to 1.31) against 1 "
         "(0.9 to 1.1)" in found.warnings[0]
     )
     assert (
-        "guidance at scales 3, 8 is worse than no guidance; at 8 judge accuracy 59.0% (49.0% to 69.0%) against 80.0%"
+        "guidance at scales 3, 8 is worse than no guidance; at 8 judge accuracy 59.0% (49.0% to "
+        "69.0%) against 80.0%"
         in found.warnings[1]
         and len(found.warnings) == 2
     )
@@ -346,8 +348,8 @@ def test_the_same_harm_of_several_steps_is_one_warning() -> None:
     some = sweep_grid([1, 5], ["ddim"], [10, 25])
     found = verdict_of([made_up(point, 1.0 + point.guidance_scale) for point in some])
     assert found.warnings == (
-        "ddim, 10 and 25 steps: guidance at every scale is worse than no guidance; at 5 with 10 steps "
-        "Frechet distance 6 (5.9 to 6.1) against 1 (0.9 to 1.1).",
+        "ddim, 10 and 25 steps: guidance at every scale is worse than no guidance; at 5 with 10 "
+        "steps Frechet distance 6 (5.9 to 6.1) against 1 (0.9 to 1.1).",
     )
     assert found.best.guidance_scale == 0 and "Images without guidance are closest" in " ".join(
         found.findings

@@ -224,7 +224,8 @@ def test_scale_0_is_off_for_one_image_also_with_a_threshold_and_rescale() -> Non
         ({"threshold": 2}, "threshold=2"),
         (
             {"null": -1},
-            "null=-1: a class label, 0 or above, or a mapping of the network's arguments is allowed",
+            "null=-1: a class label, 0 or above, or a mapping of the network's arguments is "
+            "allowed",
         ),
         ({"null": None}, "null=None"),
         ({"null": 2.0}, "null=2.0"),

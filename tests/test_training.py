@@ -58,8 +58,9 @@ train_unet, train_classifier = load_script("train_unet"), load_script("train_cla
 def test_unet_becomes_a_pipeline(train: Callable[..., Path]) -> None:
     folder = train(
         "unet",
-        "--class_conditional --prediction_type v_prediction --ddpm_num_steps 20 --max_train_steps 2 "
-        "--ddpm_beta_schedule squaredcos_cap_v2 --sample_images 20 --mixed_precision bf16",
+        "--class_conditional --prediction_type v_prediction --ddpm_num_steps 20 "
+        "--max_train_steps 2 --ddpm_beta_schedule squaredcos_cap_v2 --sample_images 20 "
+        "--mixed_precision bf16",
     )
     pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
     assert pipeline.config.id2label == dict(enumerate(NAMES))

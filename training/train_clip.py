@@ -113,8 +113,9 @@ class ClipOptions(Options):
             raise ValueError("--caption_column None and --captions None: one of the two is needed")
         if self.streaming and self.caption_column is not None:
             raise ValueError(
-                f"--caption_column {self.caption_column}: with --streaming --captions, captions by "
-                "label, are allowed, since a tokenizer is made of all captions before the first step"
+                f"--caption_column {self.caption_column}: with --streaming --captions, captions "
+                "by label, are allowed, since a tokenizer is made of all captions before the "
+                "first step"
             )
         if self.freeze_text_encoder and self.text_encoder is None:
             raise ValueError("--freeze_text_encoder needs --text_encoder, a pretrained one")

@@ -96,8 +96,8 @@ def main() -> None:
     )
     print(
         f"{options.steps} steps, networks of {unet:.1f} M + {classifier:.1f} M parameters on "
-        f"{options.device}: step {median(steps) * 1e3:.0f} ms, floor {median(floors) * 1e3:.0f} ms, "
-        f"median ratio {ratio:.3f}"
+        f"{options.device}: step {median(steps) * 1e3:.0f} ms, floor {median(floors) * 1e3:.0f} "
+        f"ms, median ratio {ratio:.3f}"
     )
 
 

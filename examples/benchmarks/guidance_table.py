@@ -1,8 +1,10 @@
-"""All guidance terms on the bundled Fashion-MNIST models in one table: same seeds, judged by a classifier that never guides.
+"""All guidance terms on the bundled Fashion-MNIST models in one table: same seeds, one judge.
 
-    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/guidance-table     # an hour of a core
-    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/small --images-per-label 10 --rows clip
-    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/guidance-table --report examples/figures
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/table  # an hour of a core
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/small \\
+        --images-per-label 10 --rows clip
+    python examples/benchmarks/guidance_table.py --data data/fashion-mnist --output out/table \\
+        --report examples/figures
 
 Run it again to resume: a finished row is kept. Several processes may share the work with --rows. Agreement is how often
 the judge recognises the label. Frechet distance (to all test images) and recall (the share of 1,000 test images in the
@@ -220,13 +222,15 @@ def report(options: argparse.Namespace) -> None:
     paths = {name: options.output / f"{name}.json" for name in options.rows}
     rows = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     print(
-        "| guidance | agreement | Frechet distance | recall | evaluations: network + guide | CPU s per image |"
+        "| guidance | agreement | Frechet distance | recall | evaluations: network + guide | CPU "
+        "s per image |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows.values():
         print(
-            f"| {row['guidance']} | {row['agreement']:.1%} | {row['frechet_distance']:.2f} | {row['recall']:.3f} | "
-            f"{row['network_evaluations']:.0f} + {row['guide_evaluations']:.0f} | {row['seconds']:.2f} |"
+            f"| {row['guidance']} | {row['agreement']:.1%} | {row['frechet_distance']:.2f} | "
+            f"{row['recall']:.3f} | {row['network_evaluations']:.0f} + "
+            f"{row['guide_evaluations']:.0f} | {row['seconds']:.2f} |"
         )
     if options.report is None:
         return

@@ -122,8 +122,8 @@ def main() -> None:
             }
             results["rows"].append(row)
             print(
-                f"{name:24} {scale:5g}   {row['agreement']:9.1%}   {row['relative_diversity']:9.2f}   "
-                f"{row['agreement_per_label']}"
+                f"{name:24} {scale:5g}   {row['agreement']:9.1%}   "
+                f"{row['relative_diversity']:9.2f}   {row['agreement_per_label']}"
             )
     if options.output:
         write_json(results, options.output)

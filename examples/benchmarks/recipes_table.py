@@ -119,7 +119,8 @@ def print_table(results: dict[str, dict[str, Any]], scales: list[str]) -> None:
         for scale in scales:
             guided = result["guided"][scale]
             cells.append(
-                f"{guided['agreement']:.1%}, {guided['frechet_distance']:.2f}, {guided['recall']:.3f}"
+                f"{guided['agreement']:.1%}, {guided['frechet_distance']:.2f}, "
+                f"{guided['recall']:.3f}"
             )
         print("| " + " | ".join(cells) + " |")
 

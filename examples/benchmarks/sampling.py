@@ -4,7 +4,8 @@
     python examples/benchmarks/sampling.py --device cuda --num-images 4096 --num-inference-steps 50 --format npz
     python examples/benchmarks/sampling.py --repeats 9 --output figures.json
 
-Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds / the folder's seconds:
+Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds /
+the folder's seconds:
 1 is as fast, the aim is above 0.97. Measured in wall-clock time and in CPU time, which other load disturbs less.
 """
 
@@ -132,8 +133,8 @@ def main() -> None:
         ratios = [loop[clock] / folder[clock] for loop, folder in pairs]
         results[f"throughput_ratio_{clock}"] = statistics.median(ratios)
     print(
-        f"throughput of the folder / of the loop: {results['throughput_ratio_wall']:.3f} in wall-clock "
-        f"time, {results['throughput_ratio_cpu']:.3f} in CPU time"
+        f"throughput of the folder / of the loop: {results['throughput_ratio_wall']:.3f} in "
+        f"wall-clock time, {results['throughput_ratio_cpu']:.3f} in CPU time"
     )
     if options.output:
         write_json(results, options.output)

@@ -7,7 +7,8 @@
     python examples/benchmarks/step.py --size small --compile            # and `speed.optimize`
 
 The floor is the least that any implementation computes: one forward pass of the network, one of the classifier and the
-gradient with respect to its input, without gradients of parameters. It is timed after every step of the pipeline, in the
+gradient with respect to its input, without gradients of parameters. It is timed after every step of the pipeline,
+in the
 same run, so that other load on the machine affects both.
 
 Peak memory is that of three steps in a new process, as torch's allocator counts it: tensors above the weights, without
@@ -295,7 +296,8 @@ def print_results(size: str, results: dict[str, Any]) -> None:
         row = results[kind]
         spread = f"{row['ms_10%']:.1f} to {row['ms_90%']:.1f}"
         print(
-            f"{kind:>10} {row['ms']:11.1f} {spread:>16} {row['tensors']:12.1f} {row['process']:12.0f}"
+            f"{kind:>10} {row['ms']:11.1f} {spread:>16} {row['tensors']:12.1f} "
+            f"{row['process']:12.0f}"
         )
     ratio = results["guided / floor"]
     print(f"guided / floor: {ratio['ms']:.3f} in time, {ratio['tensors']:.3f} in memory")
@@ -304,7 +306,8 @@ def print_results(size: str, results: dict[str, Any]) -> None:
         if SETTINGS[name]["compile"]:
             compiling = f", after {row['compile_seconds']:.0f} s of compiling"
         print(
-            f"{name:>10} {row['ms']:11.1f} ms per guided step, {row['ratio']:.3f} of eager{compiling}"
+            f"{name:>10} {row['ms']:11.1f} ms per guided step, {row['ratio']:.3f} of "
+            f"eager{compiling}"
         )
 
 

@@ -221,7 +221,8 @@ def main() -> None:
 
     results = {}
     print(
-        f"{'term':>24} {'floor ms':>9} {'guided ms':>10} {'ratio':>6}   ({BATCH} images of {SIZE}x{SIZE}x3, medians)"
+        f"{'term':>24} {'floor ms':>9} {'guided ms':>10} {'ratio':>6}   ({BATCH} images of "
+        f"{SIZE}x{SIZE}x3, medians)"
     )
     for name in options.terms:
         seconds = time_steps(network, name, terms[name], options)

@@ -274,7 +274,8 @@ def main() -> None:
     peaks = {name: float(text.splitlines()[-1]) for name, text in outputs.items()}
     for name in LOOPS:
         print(
-            f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms per step, peak {peaks[name]:8.1f} MiB"
+            f"{name:6} {1e3 * statistics.median(seconds[name]):8.1f} ms per step, peak "
+            f"{peaks[name]:8.1f} MiB"
         )
     for other in LOOPS[1:]:
         ratio = statistics.median(

@@ -15,8 +15,8 @@ def add_inspect_command(commands: Any) -> None:
         "inspect",
         help="measure whether, and at which noise levels, a noise-aware classifier can guide",
         description="Measure a noise-aware classifier on held-out images at the noise levels of a "
-        "sampling run: accuracy, cross entropy, calibration, gradients. Recommends the noise levels "
-        "and the scale to guide with; writes diagnosis.json and diagnosis.png.",
+        "sampling run: accuracy, cross entropy, calibration, gradients. Recommends the noise "
+        "levels and the scale to guide with; writes diagnosis.json and diagnosis.png.",
     )
     command.set_defaults(run=run_inspect)
     option = command.add_argument

@@ -150,8 +150,8 @@ class GuidanceDiagnostics(PipelineCallback):
         self._finish_step()
         if not self._recorded:
             raise ValueError(
-                "guidance diagnostics: no step was seen; pass the record as callback_on_step_end, or "
-                "guide with the terms that watch(...) returns"
+                "guidance diagnostics: no step was seen; pass the record as "
+                "callback_on_step_end, or guide with the terms that watch(...) returns"
             )
         steps = []
         for _, (position, runs) in sorted(self._recorded.items()):

@@ -97,8 +97,8 @@ def balanced_weights(counts: Tensor, images: int, problem_type: str = SINGLE) ->
     counts, several = counts.double(), problem_type == MULTI
     if (counts <= 0).any() or several and (counts >= images).any():
         raise ValueError(
-            f"counts={counts.long().tolist()} of {images} images: at least one image of every label is "
-            f"needed{', and one without' if several else ''}"
+            f"counts={counts.long().tolist()} of {images} images: at least one image of every "
+            f"label is needed{', and one without' if several else ''}"
         )
     weights = (images - counts) / counts if several else images / (len(counts) * counts)
     return weights.float()

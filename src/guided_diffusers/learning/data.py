@@ -298,8 +298,8 @@ class LabelledImages(ImageRows):
         if "int" in dtype and None not in values and min(values) >= 0:
             return {i: str(i) for i in range(max(values) + 1)}
         raise ValueError(
-            f"label_column={self.label_column!r} holds {feature}, from {values[0]!r} on; class ids, "
-            "integers from 0 or strings, in every row, can be labels"
+            f"label_column={self.label_column!r} holds {feature}, from {values[0]!r} on; class "
+            "ids, integers from 0 or strings, in every row, can be labels"
         )
 
     def __len__(self) -> int:

@@ -115,8 +115,8 @@ class StreamedImages(ImageRows):
             )
         if (names := self._label_names()) is None:
             raise ValueError(
-                f"--label_column {self.label_column} holds {feature}, and a stream can't be read in "
-                "advance: a column of class ids, and one of integers from 0 or strings with "
+                f"--label_column {self.label_column} holds {feature}, and a stream can't be read "
+                "in advance: a column of class ids, and one of integers from 0 or strings with "
                 "--labels, are allowed"
             )
         return names
@@ -158,8 +158,8 @@ def parse_labels(text: str | None) -> dict[int, str] | None:
     valid = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not valid or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"--labels {text}: different names such as cat,dog, a JSON file with a list of them and "
-            "a number of classes, 1 or more, are allowed"
+            f"--labels {text}: different names such as cat,dog, a JSON file with a list of them "
+            "and a number of classes, 1 or more, are allowed"
         )
     return dict(enumerate(names))
 
