@@ -692,13 +692,13 @@ def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
             TOLD,
             {"cat": 0.5, "owl": 0.5},
             {},
-            "needs a network that is told a label; mixtures and conditional=False hide",
+            "needs a network that gets a label; mixtures and conditional=False hide",
         ),
         (
             TOLD,
             "cat",
             {"conditional": False},
-            "classifier_free_scale=2.0 needs a network that is told a label",
+            "classifier_free_scale=2.0 needs a network that gets a label",
         ),
         (TOLD, None, {}, "guidance_scale=None, classifier_free_scale=2.0 need a label to steer to"),
         (
@@ -720,7 +720,7 @@ def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
                 "classifier_free_scale": 0,
                 "guidance": ClassifierFreeGuidance({"text": torch.zeros(1)}),
             },
-            r"guidance: a term has conditions \['text'\]; the network is told \['class_labels'\]",
+            r"guidance: a term has conditions \['text'\]; the network takes \['class_labels'\]",
         ),
     ],
 )
