@@ -154,8 +154,8 @@ class Guidance(ABC):
         scale = _scale_tensor(self.scale(step.level)) if callable(self.scale) else self.scale
         if scale.numel() not in (1, len(step.sample)):
             raise ValueError(
-                f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one "
-                "an image, is allowed"
+                f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one per "
+                "image, is allowed"
             )
         scale = scale.to(step.sample, non_blocking=True)  # so that an accelerator doesn't wait
         return scale.reshape(-1, *[1] * (step.sample.ndim - 1))
