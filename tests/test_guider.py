@@ -91,3 +91,11 @@ def test_a_negative_label_of_a_condition_is_refused() -> None:
     term = ClassifierFreeGuidance({"class_labels": torch.tensor([-1])})
     with pytest.raises(ValueError, match="has the class label -1; 0 to 10 are allowed"):
         pipeline("sneaker", guidance=term, num_inference_steps=2)
+
+
+def test_the_outputs_of_a_regressor_are_no_labels() -> None:
+    pipeline = ClassifierGuidedPipeline.from_bundled()
+    regressor = small_classifier(num_labels=1, id2label=None, problem_type="regression")
+    names = pipeline.config.id2label
+    guided = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, regressor, id2label=names)
+    assert guided.num_labels == 10 and guided.null_label == 10

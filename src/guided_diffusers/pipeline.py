@@ -31,7 +31,7 @@ from .guidance import (
 )
 from .guider import Guider, Prediction
 from .images import convert, decode, join_low_resolution
-from .likelihood import Labels
+from .likelihood import REGRESSION, Labels
 from .noise import (
     NoiseLevel,
     module_config,
@@ -192,8 +192,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     @property
     def num_labels(self) -> int | None:
         """Number of labels, by the classifier or the names; None if neither says."""
-        count = module_config(self.classifier).get("num_labels")
-        return count or (len(self.config.id2label) if self.config.id2label else None)
+        config = module_config(self.classifier)
+        if config.get("num_labels") and config.get("problem_type") != REGRESSION:
+            return config["num_labels"]
+        return len(self.config.id2label) if self.config.id2label else None
 
     @property
     def _is_dit(self) -> bool:
