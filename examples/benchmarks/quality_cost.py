@@ -22,8 +22,8 @@ four parts, each with a table; all settings of a part have the same seeds, and t
 In the first three the network doesn't get the label, so only the classifier steers. Each setting is measured once: run
 the command again, or several times at once, to continue. Seconds of the first and the last table are those of one batch
 of each setting, interleaved: the median of --repeats turns, CPU time on a CPU; the published recipe has one turn.
-Writes
-`quality_cost.json` and `.md` with the tables of all parts measured so far, `quality_cost.png` and `preset.json`.
+Writes `quality_cost.json` and `.md` with the tables of all parts measured so far, `quality_cost.png` and
+`preset.json`.
 """
 
 from __future__ import annotations

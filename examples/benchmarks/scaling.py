@@ -9,8 +9,7 @@ weights, in calls with the same number of pixels, with one more level for each d
 networks, so that attention, whose cost is quadratic in pixels, stays at the lowest level. The unit is a guided step of
 one image: CPU time on a CPU, which other load hardly disturbs, otherwise wall-clock time; the minimum of some repeats.
 Each panel gives a fitted exponent: of seconds per image against batch size (0: flat; below 0: large batches
-are cheaper)
-and pixels (1: linear); for processes, the images per second relative to one process.
+are cheaper) and pixels (1: linear); for processes, the images per second relative to one process.
 """
 
 from __future__ import annotations

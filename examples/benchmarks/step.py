@@ -8,8 +8,7 @@
 
 The floor is the least that any implementation computes: one forward pass of the network, one of the classifier and the
 gradient with respect to its input, without gradients of parameters. It is timed after every step of the pipeline,
-in the
-same run, so that other load on the machine affects both.
+in the same run, so that other load on the machine affects both.
 
 Peak memory is that of three steps in a new process, as torch's allocator counts it: tensors above the weights, without
 the allocator's reserves. The memory of the process, also printed, is mostly Python and torch themselves.
