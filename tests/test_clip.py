@@ -673,19 +673,13 @@ def test_fashion_mnist_captions() -> None:
     )
 
 
-def test_recipe_is_understood_and_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, readme = (
-        next(
-            line[line.index("training/train_clip.py") :].split()
-            for line in text.replace("\\\n", "").splitlines()
-            if "training/train_clip.py" in line and "--max_train_steps" in line
-        )
-        for text in (
-            (TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
-            (TRAINING / "README.md").read_text(),
-        )
+def test_recipe_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', "")
+    recipe = next(
+        line[line.index("training/train_clip.py") :].split()
+        for line in script.replace("\\\n", "").splitlines()
+        if "training/train_clip.py" in line
     )
-    assert sorted(recipe) == sorted(readme)
     monkeypatch.setattr(sys, "argv", recipe)
     parsed = parse(train_clip.ClipOptions, None)
     root = TRAINING.parent

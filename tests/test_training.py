@@ -964,22 +964,14 @@ def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert configs["judge"] != configs["classifier"]
 
-    recipe, readme = (
-        [
-            line[line.index("training/train_") :].split()
-            for line in text.replace("\\\n", "").splitlines()
-            if "training/train_" in line
-            and "--model_config_name_or_path" in line
-            and " ... " not in line
-        ]
-        for text in (
-            (TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', ""),
-            (TRAINING / "README.md").read_text(),
-        )
-    )
-    assert len(recipe) == 3 and [sorted(command) for command in recipe] == [
-        sorted(command) for command in readme
+    script = (TRAINING / "fashion_mnist.sh").read_text().replace('"$OUT', "out").replace('"', "")
+    recipe = [
+        line[line.index("training/train_") :].split()
+        for line in script.replace("\\\n", "").splitlines()
+        if "training/train_" in line and "--model_config_name_or_path" in line
     ]
+    assert len(recipe) == 3
+    assert "sh training/fashion_mnist.sh" in (TRAINING / "README.md").read_text()
     for command in recipe:
         module = SCRIPTS[Path(command[0]).stem.removeprefix("train_")]
         monkeypatch.setattr(
