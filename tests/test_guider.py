@@ -7,7 +7,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler
 from test_guidance import Pull, normal, small_classifier
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, StepContext
 from guided_diffusers.guider import Guider, Prediction
 from guided_diffusers.splitting import step_weights
 
@@ -37,7 +37,7 @@ def test_reuse_extrapolates_over_the_levels_of_a_run_that_begins_midway() -> Non
     scheduler.set_timesteps(10)
 
     class Linear(Pull):
-        def score(self, step):  # noqa: ANN001
+        def score(self, step: StepContext) -> torch.Tensor:
             ratio = torch.tensor(step.level.sigma / step.level.alpha)
             return torch.ones_like(step.sample) * (2 + 3 * ratio.log()) / step.level.sigma
 

@@ -361,9 +361,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 bar.update()
 
         # 5. Images
-        images = latents
-        if output_type != "latent":
-            images = convert(self._decode(latents), output_type)
+        latent = output_type == "latent"
+        images = latents if latent else convert(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
