@@ -4,8 +4,9 @@
     python examples/benchmarks/sampling.py --device cuda --num-images 4096 --num-inference-steps 50 --format npz
     python examples/benchmarks/sampling.py --repeats 9 --output figures.json
 
-Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds / the
-folder's seconds: 1 is as fast, the aim is above 0.97. Measured in wall-clock time and in CPU time, which other load disturbs less.
+Both make the same images, in turns. The ratio is the median over the turns of the loop's seconds / the folder's
+seconds: 1 is as fast, the aim is above 0.97. Measured in wall-clock time and in CPU time, which other load disturbs
+less.
 """
 
 from __future__ import annotations
