@@ -209,3 +209,14 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "pandas",
     }
     assert not {name.split(".")[0] for name in new} & heavy, new
+
+
+def test_terms_extend_the_contract_in_at_most_two_steps() -> None:
+    def depth(cls: type) -> int:
+        subclasses = [
+            c for c in cls.__subclasses__() if c.__module__.startswith("guided_diffusers.")
+        ]
+        return max((1 + depth(subclass) for subclass in subclasses), default=0)
+
+    importlib.import_module("guided_diffusers.diagnosis")
+    assert depth(guided_diffusers.Guidance) == 2
