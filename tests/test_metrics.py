@@ -44,7 +44,7 @@ def exactly(mean: float, std: float) -> torch.Tensor:
     return mean + std * x / x.std()
 
 
-def test_frechet_gaussian_frechet_distance_on_a_line() -> None:
+def test_frechet_distance_of_gaussians_on_a_line() -> None:
     """(mean_a - mean_b)^2 + (std_a - std_b)^2."""
     assert frechet_distance(exactly(1.0, 2.0), exactly(-0.5, 0.25)) == pytest.approx(
         1.5**2 + 1.75**2, rel=1e-12
@@ -109,7 +109,7 @@ def with_moments(
     return mean + white * deviations
 
 
-def test_frechet_gaussian_frechet_distance() -> None:
+def test_frechet_distance_of_gaussians() -> None:
     """|mean_a - mean_b|^2 + sum (std_a - std_b)^2 of covariances that commute, in any orientation."""
     mean, std = (
         torch.tensor([[1.0, 2, 0, -1], [0.5, -1, 3, 0]]),
