@@ -116,9 +116,6 @@ for port, settings, sys.argv in {commands!r}:
     runpy.run_path(sys.argv[0], run_name="__main__")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)  # all is done; torch's threads can abort a process of several that tears down its libraries
 """
 
 
