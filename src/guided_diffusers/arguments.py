@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .defaults import ALGORITHMS
 from .guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -19,18 +20,6 @@ from .guidance import (
 from .images import check_precision, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .noise import has_posterior_variance, module_config, prediction_type
-
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
-DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_start": 0.0,
-    "guidance_stop": 1.0,
-    "classifier_free_scale": 0.0,
-    "num_inference_steps": 50,
-    "guidance_algorithm": "output",
-    "guidance_every": 1,
-    "guidance_tolerance": None,
-}
 
 
 @dataclass

@@ -257,6 +257,17 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
                 push.pop("repo_id", Path(save_directory).name), variant=variant, **push
             )
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish with the arguments and checks of `guided_diffusers.hub.push_to_hub`.
+
+        Where guided-diffusers isn't installed, this is Diffusers' method.
+        """
+        if __name__.partition(".")[0] != "guided_diffusers":
+            return super().push_to_hub(*args, **kwargs)
+        from guided_diffusers.hub import push_to_hub
+
+        return push_to_hub(self, *args, **kwargs)
+
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""
         self.save_config(folder)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import version
 
 from .diagnosis.commands import add_inspect_command
 from .evaluation.commands import add_evaluate_command
 from .hub.commands import add_hub_commands
-from .openai import add_convert_command
+from .openai.commands import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
 
@@ -17,6 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; invalid arguments and failed operations print a one-line error."""
     parser = argparse.ArgumentParser(
         "guided-diffusers", description="Guidance of diffusion sampling."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"guided-diffusers {version('guided-diffusers')}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)

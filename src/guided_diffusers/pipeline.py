@@ -23,8 +23,9 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import DEFAULTS, Condition, resolve_arguments
+from .arguments import Condition, resolve_arguments
 from .classifier import NoiseAwareClassifier
+from .defaults import DEFAULTS
 from .guidance import (
     Guidance,
     no_parameter_grad,
@@ -166,6 +167,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, variant=variant, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish with the arguments and checks of `guided_diffusers.hub.push_to_hub`.
+
+        Where guided-diffusers isn't installed, this is Diffusers' method.
+        """
+        if __name__.partition(".")[0] != "guided_diffusers":
+            return super().push_to_hub(*args, **kwargs)
+        from guided_diffusers.hub import push_to_hub
+
+        return push_to_hub(self, *args, **kwargs)
 
     def save_code(self, folder: Path) -> None:
         """Write `code` into the pipeline's folder, whose configs then name it and no path of this

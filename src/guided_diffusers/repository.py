@@ -5,7 +5,7 @@
     classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
-own, where `register` put them, and no code of the repository runs. Without the package it takes the
+own, where `lazy.register_with_diffusers` put them, and no code of the repository runs. Without the package it takes the
 files, with `trust_remote_code=True`.
 """
 
@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -33,18 +32,6 @@ ALLOWED_CLASSES = (
     "a model or scheduler of diffusers, transformers, guided_diffusers or an imported module"
 )
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> None:
-    """Let Diffusers find these modules' components, and `DiffusionPipeline` these pipelines.
-
-    The modules are also registered under their full names, which older folders have.
-    """
-    for module in modules:
-        setattr(diffusers.pipelines, module.__name__.replace(".", "_"), module)
-        setattr(diffusers.pipelines, module.__name__, module)
-    for pipeline in pipelines:
-        setattr(diffusers, pipeline.__name__, pipeline)
 
 
 # ---------------------------------------------------------------- loading

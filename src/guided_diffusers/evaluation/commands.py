@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import datasets
-import diffusers
-import transformers
-from accelerate import PartialState
+from typing import TYPE_CHECKING, Any
 
 from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
-from ..noise import module_config
-from ..utils import load_pipeline, require_matplotlib
-from .bits import measure_bits_per_dim
-from .evaluation import Evaluation, evaluate
-from .images import Images, open_generated, open_real
-from .networks import default_features, load_network
-from .results import Bootstrap
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+    from .images import Images
 
 EVALUATE_OPTIONS = (  # arguments of `evaluate` with the names of the options
     "max_features nearest bootstrap confidence seed batch_size per_class cache"
@@ -75,6 +67,9 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    from ..utils import require_matplotlib
+    from .evaluation import Evaluation
+
     if bool(options.bits_per_dim) != (options.model is not None):
         raise ValueError(
             f"--bits-per-dim {options.bits_per_dim}, --model {options.model}: use both or neither"
@@ -87,9 +82,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     is_main = processes is None or processes.is_main_process
     if options.quiet or not is_main:
         options.quiet = True
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        _disable_progress_bars()
     device = select_device(options.device, processes)
     evaluation = Evaluation() if options.images is None else _evaluate(options, device)
     if options.bits_per_dim:
@@ -102,7 +95,23 @@ def run_evaluate(options: argparse.Namespace) -> None:
         processes.destroy_process_group()
 
 
+def _disable_progress_bars() -> None:
+    import datasets
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+    disable_progress_bar()
+    disable_transformers_bar()
+    datasets.disable_progress_bars()
+
+
 def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
+    from accelerate import PartialState
+
+    from .evaluation import evaluate
+    from .images import open_generated, open_real
+    from .networks import default_features, load_network
+
     columns = (options.image_column, options.label_column)
     with PartialState().main_process_first():  # it prepares the datasets' files for the others
         generated = open_generated(options.images, options.images_split, *columns)
@@ -121,6 +130,8 @@ def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
 
 
 def _open_training(options: argparse.Namespace, generated: Images, real: Images) -> Images | None:
+    from .images import open_real
+
     split, real_split = options.training_split, real.description["split"]
     if split == real_split:
         raise ValueError(
@@ -139,6 +150,14 @@ def _open_training(options: argparse.Namespace, generated: Images, real: Images)
 
 def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) -> None:
     """Add the bits per dimension of --model on the real images."""
+    from accelerate import PartialState
+
+    from ..noise import module_config
+    from ..utils import load_pipeline
+    from .bits import measure_bits_per_dim
+    from .images import open_real
+    from .results import Bootstrap
+
     pipeline = load_pipeline(options.model).to(device)
     config, columns = module_config(pipeline.unet), (options.image_column, options.label_column)
     size = config["sample_size"]

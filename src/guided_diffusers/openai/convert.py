@@ -1,7 +1,5 @@
 """guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
-import argparse
-import json
 import pickle
 import shutil
 import zipfile
@@ -17,16 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..classifier import NoiseAwareClassifier
-from ..cli_options import add_shared_option
 from ..pipeline import ClassifierGuidedPipeline
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
-from .presets import PRESETS, find_preset
+from .presets import find_preset
 
 # Flags of the diffusion process, which UNet and classifier share
 PROCESS_FLAGS = {"diffusion_steps", "noise_schedule", "sigma_small", "predict_xstart"}
 PROCESS_FLAGS |= {"rescale_timesteps", "timestep_respacing"}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
@@ -213,38 +209,3 @@ def _check_compatible(
     labels, classes = classifier.config.num_labels, unet.config.num_class_embeds
     fits = classes in (None, labels)
     check(fits, f"{classifier_file} has {labels} classes, {unet_file} has {classes}")
-
-
-def add_convert_command(commands: Any) -> None:
-    """Add `convert` to the subparsers of the program `guided-diffusers`."""
-    command = commands.add_parser(
-        "convert",
-        help="convert OpenAI's guided-diffusion checkpoints to a pipeline folder",
-        description="Convert OpenAI's guided-diffusion checkpoints to a folder for "
-        "ClassifierGuidedPipeline.from_pretrained. No code in the files is run.",
-    )
-    command.set_defaults(run=run_convert)
-    option = command.add_argument
-    option("--unet", type=Path, required=True, metavar="FILE", help="UNet, .pt or .safetensors")
-    option("--classifier", type=Path, metavar="FILE", help="classifier file (default: none)")
-    names = ", ".join(PRESETS)
-    option("--preset", metavar="NAME", help=f"{names} (default: by the UNet's file name)")
-    option("--config", type=Path, metavar="JSON", help="the original's flags, instead of a preset")
-    option("--output", type=Path, required=True, metavar="FOLDER", help="folder, not yet existing")
-    option("--dtype", choices=DTYPES, help="data type of the weights (default: the file's)")
-    add_shared_option(command, "--quiet", help="no progress bar")
-
-
-def run_convert(options: argparse.Namespace) -> None:
-    """Run the command `convert`."""
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config {options.config} is no JSON: {error}") from error
-    unet, output, classifier = options.unet, options.output, options.classifier
-    dtype, progress = DTYPES.get(options.dtype), not options.quiet
-    convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)
-    load_command = f"ClassifierGuidedPipeline.from_pretrained({str(output)!r})"
-    print(f"{output} is ready: {load_command}")

@@ -8,7 +8,6 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import ALGORITHMS, DEFAULTS
 from ..cli_options import (
     add_shared_option,
     add_shared_options,
@@ -16,6 +15,7 @@ from ..cli_options import (
     launched_world_size,
     select_device,
 )
+from ..defaults import ALGORITHMS, DEFAULTS
 
 if TYPE_CHECKING:
     from accelerate import PartialState

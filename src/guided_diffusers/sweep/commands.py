@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import ALGORITHMS
 from ..cli_options import SHARED, add_shared_option, launched_processes, select_device
+from ..defaults import ALGORITHMS
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..arguments import DEFAULTS
+from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, weights_hash

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..arguments import ALGORITHMS
+from ..defaults import ALGORITHMS
 
 
 class Curve(NamedTuple):
