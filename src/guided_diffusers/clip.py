@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier
+from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier, check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -269,6 +269,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             raise ValueError(
                 "use_safetensors is False; allowed: True, weights in pickles aren't read"
             )
+        check_model_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         name = str(pretrained_model_name_or_path)
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}

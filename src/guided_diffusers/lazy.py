@@ -39,6 +39,8 @@ def lazy_imports(
                 is_module = node.module is None
                 source = (module + alias.name, None) if is_module else (module, alias.name)
                 sources[alias.name] = source
+            if node.level == 1 and node.module:  # package.module, which the import would have set
+                sources.setdefault(node.module.partition(".")[0], (module, None))
     missing = renamed(package, old_names or {}, stacklevel=4)
 
     def __getattr__(name: str) -> Any:

@@ -23,9 +23,9 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import Condition, resolve_arguments
+from .arguments import Condition, check_defaults, check_names, check_steps, resolve_arguments
+from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
-from .defaults import DEFAULTS
 from .guidance import (
     Guidance,
     no_parameter_grad,
@@ -93,16 +93,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
-        names = module_config(classifier).get("id2label") or id2label or {}
-        defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
-        if unknown := defaults.keys() - DEFAULTS.keys():
-            raise ValueError(
-                f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}"
-            )
-        self.register_to_config(
-            id2label={int(i): name for i, name in names.items()} or None,
-            defaults=DEFAULTS | defaults,
-        )
+        names = check_names(id2label)
+        names = check_names(module_config(classifier).get("id2label")) or names
+        self.register_to_config(id2label=names, defaults=check_defaults(defaults))
 
     # ------------------------------------------------------------ loading and saving
 
@@ -316,6 +309,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             FloatingPointError: if the guidance becomes infinite or NaN.
         """
         # 1. Arguments
+        return_dict = check_bool("return_dict", return_dict)
+        if isinstance(generator, tuple):  # Diffusers reads lists only
+            generator = list(generator)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end={shown(callback_on_step_end)}: a function is allowed"
+            )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         arguments = resolve_arguments(
@@ -388,8 +388,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
         steps = self.config.defaults["num_inference_steps"] if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: at least 1 is allowed")
+        if timesteps is None and sigmas is None:
+            steps = check_steps(self.scheduler, steps)
         name, value = "num_inference_steps", steps
         if timesteps is not None:
             name, value = "timesteps", timesteps
@@ -400,8 +400,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"{name}: {scheduler} takes no custom ones")
         try:
             self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (TypeError, AttributeError) as error:  # it needs something else, or more
-            raise ValueError(f"{name}={value}: {scheduler} can't take it: {error}") from error
+        except (TypeError, AttributeError, LookupError, RuntimeError, OverflowError) as error:
+            # it needs something else, or more
+            raise ValueError(
+                f"{name}={shown(value)}: {scheduler} can't take it: {error}"
+            ) from error
         set_begin_index(
             self.scheduler, 0
         )  # else two equal first timesteps make some start at the second
@@ -415,7 +418,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         device: torch.device,
     ) -> torch.Tensor:
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
-        if isinstance(generator, list) and len(generator) != batch_size:
+        many = isinstance(generator, list)
+        kinds = generator if many else [generator]
+        if not all(isinstance(g, torch.Generator) for g in kinds) and generator is not None:
+            raise ValueError(
+                f"generator={shown(generator)}: a torch.Generator, or a list of one per image, is "
+                "allowed"
+            )
+        if many and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the "
                 f"{batch_size} images, is allowed"
@@ -435,6 +445,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed"
             )
+        elif not latents.isfinite().all():
+            raise ValueError("latents has infinite or NaN values; finite ones are allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
     def _check_shapes(self, latents: torch.Tensor, condition: Condition, output_type: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -88,8 +89,9 @@ def require_matplotlib() -> None:
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether a model is given as a Hub id: it contains "/", and no such path exists."""
-    return "/" in str(model) and not Path(model).exists()
+    """Whether a model is given as a Hub id, user/model, and no such path exists."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model))
+    return is_id is not None and not Path(model).exists()
 
 
 def model_folder(model: str | Path) -> str | Path:
@@ -100,6 +102,8 @@ def model_folder(model: str | Path) -> str | Path:
     """
     if is_hub_id(model) or Path(model).exists():
         return model
+    if set("/\\~") & set(str(model)) or not str(model):
+        raise ValueError(f"model {str(model)!r}: no such folder, and a Hub id is user/model")
     return bundled.folder(str(model))
 
 

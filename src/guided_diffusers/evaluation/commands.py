@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
+from ..cli_options import (
+    add_shared_option,
+    add_shared_options,
+    count,
+    count_or_none,
+    launched_processes,
+    number,
+    select_device,
+)
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -44,16 +52,24 @@ def add_evaluate_command(commands: Any) -> None:
     text += "`none`: no judge (default: the network of --features, if it is a classifier)"
     add_shared_option(command, "--judge", help=text)
     numbers = {
-        "--max-features": (10_000, "sampled images, for metrics that need features image by image"),
-        "--nearest": (1000, "images whose nearest training image is searched"),
-        "--bootstrap": (100, "resamples for the intervals; 0: no intervals"),
-        "--bits-per-dim": (0, "real images for the bits per dimension of --model; 0: off"),
+        "--max-features": (
+            count,
+            10_000,
+            "sampled images, for metrics that need features image by image",
+        ),
+        "--nearest": (count, 1000, "images whose nearest training image is searched"),
+        "--bootstrap": (count_or_none, 100, "resamples for the intervals; 0: no intervals"),
+        "--bits-per-dim": (
+            count_or_none,
+            0,
+            "real images for the bits per dimension of --model; 0: off",
+        ),
     }
-    for flag, (default, text) in numbers.items():
+    for flag, (kind, default, text) in numbers.items():
         text = f"number of {text} (default: %(default)s)"
-        option(flag, type=int, default=default, metavar="N", help=text)
+        option(flag, type=kind, default=default, metavar="N", help=text)
     text = "level of the intervals (default: %(default)s)"
-    option("--confidence", type=float, default=0.95, help=text)
+    option("--confidence", type=number(0, 1, above=True), default=0.95, help=text)
     text = "for --bits-per-dim: a bundled model, a pipeline folder or a Hub id"
     add_shared_option(command, "--model", default=None, help=text)
     yes_no = argparse.BooleanOptionalAction

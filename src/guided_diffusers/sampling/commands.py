@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..cli_options import (
     add_shared_option,
     add_shared_options,
+    count,
+    fraction,
     launched_processes,
     launched_world_size,
+    number,
+    scale,
     select_device,
 )
 from ..defaults import ALGORITHMS, DEFAULTS
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+#: suffixes of files that aren't written, so that no folder gets such a name by mistake
+OTHER_FILES = set(
+    ".gif .bmp .tif .tiff .svg .pdf .npz .npy .parquet .arrow .zip .tar .gz .json .csv .txt .html "
+    ".md .pt .pth .safetensors .mp4 .avif .jxl".split()
+)
 
 
 def add_sample_command(commands: Any) -> None:
@@ -39,7 +48,9 @@ def add_sample_command(commands: Any) -> None:
     option = command.add_argument
     help = "names or ids; `all`: every label of the model"
     option("--label", nargs="+", required=True, metavar="LABEL", help=help)
-    option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
+    option(
+        "--num-images", type=count, help="total, with the labels in turn (default: 10 per label)"
+    )
     option("--scheduler", help="of Diffusers: ddim, ddpm, euler, unipc, ... (default: the model's)")
     add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
     help = "random seed; image i depends only on the seed and i (default: %(default)s)"
@@ -53,18 +64,23 @@ def _add_call_options(command: ArgumentParser) -> None:
     description = "Options left out have the model's defaults."
     group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
     for name, kind, metavar, help in (
-        ("scale", float, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
-        ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
-        ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
-        ("every", int, "K", "evaluate the classifier every K steps"),
-        ("tolerance", float, "T", "or when the estimated error exceeds T, in units of [-1, 1]"),
+        ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
+        ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
+        ("every", count, "K", "evaluate the classifier every K steps"),
+        (
+            "tolerance",
+            number(0, above=True),
+            "T",
+            "or when the estimated error exceeds T, in units of [-1, 1]",
+        ),
     ):
         group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
     help = "of classifier-free guidance, for a network with a null label; 0: off"
-    group.add_argument("--classifier-free-scale", type=float, metavar="SCALE", help=help)
+    group.add_argument("--classifier-free-scale", type=scale, metavar="SCALE", help=help)
     help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
     group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
-    group.add_argument("--num-inference-steps", type=int, help="scheduler steps")
+    group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
 
 
 def _add_output_options(command: ArgumentParser) -> None:
@@ -77,7 +93,7 @@ def _add_output_options(command: ArgumentParser) -> None:
     )
     option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
     help = "images written together, lost by a kill (default: 256, or --batch-size if more)"
-    option("--shard-size", type=int, help=help)
+    option("--shard-size", type=count, help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
     option("--diagnostics", type=Path, metavar="FILE", help=help)
 
@@ -132,10 +148,11 @@ def is_picture(path: Path) -> bool:
 def check_options(options: Namespace) -> None:
     """Check the options before any computation."""
     world_size, output = launched_world_size(), options.output
-    for name in ("batch_size", "num_images", "shard_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
+    if output.suffix.lower() in OTHER_FILES and not output.is_dir():
+        raise ValueError(
+            f"--output {output}: a picture ({', '.join(PICTURE_FORMATS)}) or a folder is allowed; "
+            "--format chooses the files in a folder"
+        )
     for name in ("format", "shard_size"):
         value = getattr(options, name)
         if value is not None and is_picture(output):

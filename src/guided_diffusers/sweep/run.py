@@ -66,7 +66,7 @@ def sweep(
             the report.
         features: network whose features the distances use.
         judge: classifier that is not used for guidance. None: no accuracy.
-        scales: guidance scales >= 0; 0 (off) is always measured.
+        scales: guidance scales; 0 (off) is always measured, negative ones steer away from the label.
         schedulers: names such as `dpmsolver++`. None: the pipeline's scheduler.
         steps: numbers of steps. None: the pipeline's default.
         intervals: (guidance_start, guidance_stop), fractions of the run in [0, 1]. None: the
