@@ -27,6 +27,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def shorten(error: BaseException) -> str:
+    """The beginning of another library's message, in one line."""
+    text = " ".join(str(error).partition("\n")[0].split())
+    return text if len(text) <= 2 * MAX_SHOWN else f"{text[: 2 * MAX_SHOWN]}..."
+
+
 def scalar(value: Any) -> Any:
     """The element of a NumPy array or tensor without dimensions; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value

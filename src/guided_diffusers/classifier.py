@@ -202,6 +202,9 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         _require(
             len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed
         )
+        smallest = _smallest_size(self.config)
+        allowed = f"(B, C, H, W) with H and W of at least {smallest} for these levels"
+        _require(min(shape[2:]) >= smallest, "sample.shape", shape, allowed)
         if self.config.pool == "attention":
             allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
             _require(shape[2:] == self.size, "sample.shape", shape, allowed)
@@ -467,8 +470,8 @@ def _check_kinds(config: Any) -> None:
     widest = max(config.block_out_channels)
     _require(widest <= MAX_WIDTH, "block_out_channels", widest, f"widths up to {MAX_WIDTH}")
     dims = config.attention_head_dim
-    dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    fits = all(dim is None or _is_integer(dim, MAX_WIDTH) for dim in dims) and len(dims) > 0
+    dims = [*dims, 0] if isinstance(dims, (list, tuple)) else [dims]
+    fits = dims == [None] or all(_is_integer(dim, MAX_WIDTH) for dim in dims)
     allowed = "an integer, or one per level, or None"
     _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
     names = ("pool", "problem_type", "beta_schedule", "downsample_type", "resnet_time_scale_shift")
@@ -532,13 +535,21 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     allowed = "None or a positive even number"
     _require(width is None or (width >= 2 and width % 2 == 0), "time_proj_dim", width, allowed)
     step = 2 ** (levels - 1) if pool == "attention" else 1
+    smallest = _smallest_size(config)
     allowed = f"one or two positive multiples of {step} for {levels} levels and pool={pool!r}"
+    allowed += f", at least {smallest}" if smallest > step else ""
     _require(
-        len(size) == 2 and all(n >= 1 and n % step == 0 for n in size),
+        len(size) == 2 and all(n >= smallest and n % step == 0 for n in size),
         "sample_size",
         config.sample_size,
         allowed,
     )
+
+
+def _smallest_size(config: Any) -> int:
+    """Smallest height and width of which the last level has a pixel left."""
+    halves = len(config.block_out_channels) - 1
+    return 2**halves if config.downsample_type == "resnet" else 1  # a convolution rounds up
 
 
 def _check_schedule(config: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,10 @@ class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong with an option in one line."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"{self.prog}: {' '.join(message.removeprefix('argument ').split())}")
+        message = " ".join(message.removeprefix("argument ").split())
+        # "--seed: -1: an integer ..." of the types below as "--seed -1: an integer ..."
+        message = re.sub("^(--[a-z-]+): (?=[^ ]+: )", r"\1 ", message)
+        sys.exit(f"{self.prog}: {message}")
 
 
 def number(

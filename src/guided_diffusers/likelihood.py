@@ -121,7 +121,7 @@ def make_likelihood(
         ValueError: for arguments that don't go together.
     """
     kind = config.get("problem_type") or (SINGLE if target is None else REGRESSION)
-    _check_arguments(kind, label, target, std, joint, marginal)
+    std, joint, marginal = _check_arguments(kind, label, target, std, joint, marginal)
     if kind == REGRESSION:
         try:
             value = torch.as_tensor(target, dtype=torch.float64)
@@ -135,8 +135,9 @@ def make_likelihood(
 
 
 def _check_arguments(
-    kind: str, label: Any, target: Any, std: float, joint: float, marginal: float
-) -> None:
+    kind: str, label: Any, target: Any, std: Any, joint: Any, marginal: Any
+) -> tuple[float, float, float]:
+    """The last three as floats."""
     std = check_number("std", std, 0, above=True)
     joint = check_number("joint_temperature", joint, 0, above=True)
     marginal = check_number("marginal_temperature", marginal, 0)
@@ -154,6 +155,7 @@ def _check_arguments(
         )
     if kind != REGRESSION and std != 1:
         raise ValueError(f"std={std} has no effect on {kind}; leave it 1")
+    return std, joint, marginal
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -81,14 +81,19 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return bool(is_instance_by_name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"))
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ValueError unless it is a scheduler, Diffusers' or one with the same methods."""
+    if not isinstance(scheduler, SchedulerMixin) and not hasattr(scheduler, "set_timesteps"):
+        raise ValueError(f"scheduler={shown(scheduler)}: a scheduler of Diffusers is allowed")
+
+
 def check_supported(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that can't be guided.
 
     Raises:
         ValueError: saying why.
     """
-    if not isinstance(scheduler, SchedulerMixin) and not hasattr(scheduler, "set_timesteps"):
-        raise ValueError(f"scheduler={shown(scheduler)}: a scheduler of Diffusers is allowed")
+    check_scheduler(scheduler)
     if name := is_instance_by_name(scheduler, OUT_OF_REACH):
         raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
     readable = is_flow(scheduler) or is_instance_by_name(

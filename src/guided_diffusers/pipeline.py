@@ -28,6 +28,7 @@ from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
 from .guidance import (
     Guidance,
+    check_module,
     no_parameter_grad,
 )
 from .guider import Guider, Prediction
@@ -35,6 +36,7 @@ from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .noise import (
     NoiseLevel,
+    check_scheduler,
     module_config,
     reads_variance,
     sampling_timesteps,
@@ -92,6 +94,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         defaults: dict[str, Any] | None = None,
     ):
         super().__init__()
+        for name, module in (("unet", unet), ("classifier", classifier), ("vae", vae)):
+            if module is not None:
+                check_module(name, module)
+        if scheduler is not None:
+            check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         names = check_names(id2label)
         names = check_names(module_config(classifier).get("id2label")) or names
@@ -437,7 +444,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     "latents is needed: the network's config has no sample_size and in_channels"
                 )
             size = config["sample_size"]
-            height, width = (size, size) if isinstance(size, int) else size
+            sizes = (size, size) if isinstance(size, int) else tuple(size)
+            if len(sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
+                raise ValueError(
+                    f"unet: sample_size of its config is {shown(size)}; one or two positive "
+                    "integers are allowed"
+                )
+            height, width = sizes
             channels = config["in_channels"] - (0 if low_res is None else low_res.shape[1])
             shape = (batch_size, channels, height, width)
             latents = randn_tensor(shape, generator, device, self.dtype)

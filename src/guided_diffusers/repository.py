@@ -28,7 +28,7 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from .checks import read_json, shown
+from .checks import read_json, shorten, shown
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
@@ -75,7 +75,7 @@ def load_pipeline(
         except (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
             raise ValueError(  # a config with values of wrong kinds
                 f"{folder} can't be loaded; a value in its configs or model_index.json is wrong: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {shorten(error)}"
             ) from error
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
@@ -89,7 +89,7 @@ def _local_folder(
         raise ValueError(f"{shown(name)}: a folder or the id of a repository is allowed")
     if Path(name).is_dir():
         return Path(name) / (subfolder or "")
-    if not is_repository_id(str(name)):
+    if Path(name).exists() or not is_repository_id(str(name)):
         raise ValueError(
             f"{shown(str(name))} is no folder, and no id of a repository: user/model is allowed"
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from ..checks import read_json
 from ..cli_options import add_shared_option
 from .presets import PRESETS
 
@@ -41,12 +41,7 @@ def run_convert(options: argparse.Namespace) -> None:
 
     from .convert import convert_checkpoint
 
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config {options.config} is no JSON: {error}") from error
+    config = None if options.config is None else read_json(options.config)
     unet, output, classifier = options.unet, options.output, options.classifier
     dtype, progress = options.dtype and getattr(torch, options.dtype), not options.quiet
     convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)

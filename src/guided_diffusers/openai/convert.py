@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import shorten, shown
 from ..classifier import NoiseAwareClassifier
 from ..pipeline import ClassifierGuidedPipeline
 from .arguments import check
@@ -69,11 +70,14 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state_dict = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         reason = "no checkpoint, or holds code, which is never run"
-        raise ValueError(f"{file} is refused: {reason}. {error}") from error
+        # not torch's message, which says how to load it unsafely
+        raise ValueError(
+            f"{file} is refused: {reason}. A state dict of tensors, .pt or .safetensors, is allowed"
+        ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged or truncated: {error}") from error
+        raise ValueError(f"{file} is damaged or truncated: {shorten(error) or 'empty'}") from None
     flat = isinstance(state_dict, dict) and all(isinstance(t, Tensor) for t in state_dict.values())
     kind = type(state_dict).__name__
     check(flat, f"{file} holds no tensors by name but {kind}; the original's are flat state dicts")
@@ -119,6 +123,12 @@ def convert_checkpoint(
             "timestep_respacing": str(published.num_inference_steps),
             **published.config,
         }
+    for name in ("unet", "classifier"):
+        flags = config.get(name, {})
+        check(
+            isinstance(flags, Mapping),
+            f"config: {name} is {shown(flags)}; {{flag: value}} is allowed",
+        )
     unet_flags, classifier_flags = _split_flags(config)
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
     defaults |= _default_steps(unet_flags.get("timestep_respacing"))

@@ -51,7 +51,7 @@ def add_sample_command(commands: Any) -> None:
     option(
         "--num-images", type=count, help="total, with the labels in turn (default: 10 per label)"
     )
-    option("--scheduler", help="of Diffusers: ddim, ddpm, euler, unipc, ... (default: the model's)")
+    option("--scheduler", help="ddim, ddpm, euler, unipc, dpmsolver++, ... (default: the model's)")
     add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
     help = "random seed; image i depends only on the seed and i (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)
@@ -101,7 +101,7 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import exchanged, load_pipeline
+    from ..utils import load_pipeline, scheduler_for
 
     check_options(options)
     processes = launched_processes(options.device)
@@ -111,8 +111,8 @@ def run_sample(options: Namespace) -> None:
         disable_progress_bar()
     pipeline = load_pipeline(options.model, options.revision)
     pipeline.to(select_device(options.device, processes))
-    if options.scheduler:
-        pipeline.scheduler = exchanged(pipeline.scheduler, options.scheduler)
+    if options.scheduler is not None:
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, options.scheduler)
     labels = parse_label_options(options.label, pipeline)
     options.num_images = options.num_images or 10 * len(labels)
     call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
@@ -190,7 +190,11 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
             raise ValueError("--label all: the model's number of labels is unknown; use their ids")
         return list(range(pipeline.num_labels))
     names = (pipeline.config.id2label or {}).values()
-    ids = {value: int(value) for value in values if value.isdigit() and value not in names}
+    ids = {
+        value: int(value)
+        for value in values
+        if value.isascii() and value.isdecimal() and value not in names
+    }
     return label_ids(pipeline, [ids.get(value, value) for value in values])
 
 

@@ -16,11 +16,10 @@ from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, weights_hash
-from ..utils import require_matplotlib
+from ..utils import require_matplotlib, scheduler_for, scheduler_name
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
-from .schedulers import scheduler_for, scheduler_name
 from .settings import SweepSetting, sweep_grid
 from .store import Store
 from .verdict import Verdict, verdict_of
