@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,13 @@ def test_wrong_arguments(folder: str, tmp_path: Path, arguments: list[str], mess
     with pytest.raises(SystemExit, match=message):
         run(folder, *arguments, "--output", str(tmp_path / "x.png"))
     assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"guided-diffusers {version('guided-diffusers')}\n"
 
 
 def test_unknown_model() -> None:

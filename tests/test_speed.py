@@ -21,7 +21,7 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
     speed,
 )
-from guided_diffusers.arguments import DEFAULTS
+from guided_diffusers.defaults import DEFAULTS
 from guided_diffusers.guidance import gradient, no_parameter_grad
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 

@@ -31,7 +31,7 @@ from guided_diffusers import (
     StepContext,
     noise_levels,
 )
-from guided_diffusers.arguments import DEFAULTS
+from guided_diffusers.defaults import DEFAULTS
 from guided_diffusers.splitting import GuidanceReuse, step_weights
 
 SCALE, IMAGES = 3.0, 4

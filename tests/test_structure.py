@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 # what each module of the core may import; it travels to the Hub as one file, without the rest
 CORE = {
     "noise": set(),
+    "defaults": set(),
     "likelihood": set(),
     "images": set(),
     "classifier": set(),
@@ -26,9 +28,10 @@ CORE = {
     "guidance": {"noise", "likelihood"},
     "splitting": {"noise", "guidance"},
     "guider": {"noise", "guidance", "splitting"},
-    "arguments": {"noise", "guidance", "likelihood", "images"},
+    "arguments": {"noise", "defaults", "guidance", "likelihood", "images"},
     "pipeline": {
         "noise",
+        "defaults",
         "guidance",
         "likelihood",
         "guider",
@@ -47,6 +50,7 @@ BESIDE = {
     "bundled": set(),
     "cli_options": set(),
     "deprecated": set(),
+    "lazy": {"deprecated"},
     "clip": set(),
     "utils": {"bundled"},
     "image_guidance": {"preprocess", "utils"},
@@ -54,7 +58,7 @@ BESIDE = {
 }
 ROOMS = ("sampling", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
 # imported within functions, by their full names, where the package is there
-PACKAGE_ONLY = {"bundled", "standalone"}
+PACKAGE_ONLY = {"bundled", "hub", "standalone"}
 # a room is used through its package, or through these modules of it
 PUBLIC_MODULES = {"evaluation.metrics", "learning.data", "learning.losses"}
 
@@ -209,6 +213,55 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "pandas",
     }
     assert not {name.split(".")[0] for name in new} & heavy, new
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import guided_diffusers; from diffusers import DiffusionPipeline",
+        "from diffusers import DiffusionPipeline; import guided_diffusers",
+        "import diffusers, guided_diffusers.noise; from diffusers import DiffusionPipeline",
+        "import guided_diffusers.pipeline; from diffusers import DiffusionPipeline",
+        "import guided_diffusers, importlib.util; importlib.util.find_spec('diffusers'); "
+        "from diffusers import DiffusionPipeline",
+    ],
+)
+def test_diffusers_finds_the_classes_in_whatever_order_both_are_imported(imports: str) -> None:
+    """No code of the folder runs: `trust_remote_code` isn't set."""
+    code = f"""
+{imports}
+pipeline = DiffusionPipeline.from_pretrained({str(PACKAGE / "bundled" / "fashion-mnist")!r})
+print(type(pipeline).__module__, type(pipeline.classifier).__module__)
+from diffusers import ClassifierGuidedPipeline
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["guided_diffusers.pipeline", "guided_diffusers.classifier"]
+
+
+def test_help_takes_less_than_a_second_and_imports_no_torch() -> None:
+    code = """
+import sys
+from guided_diffusers.cli import main
+for words in ([], ["sample"], ["convert"], ["inspect"], ["evaluate"], ["sweep"], ["push"]):
+    try:
+        main([*words, "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+assert not {"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_names_imported_at_first_use_are_those_of_all() -> None:
+    for package in ("", ".sampling", ".evaluation", ".sweep", ".diagnosis", ".hub", ".openai"):
+        module = importlib.import_module(f"guided_diffusers{package}")
+        assert set(module.__all__) <= set(dir(module))
+        for name in module.__all__:
+            assert getattr(module, name) is not None
 
 
 def test_terms_extend_the_contract_in_at_most_two_steps() -> None:

@@ -41,7 +41,7 @@ from guided_diffusers.sweep import (
     write_report,
 )
 from guided_diffusers.sweep.metrics import METRICS
-from guided_diffusers.sweep.schedulers import scheduler_for, scheduler_name
+from guided_diffusers.utils import scheduler_for, scheduler_name
 
 SETTINGS = {
     "model": "m",

@@ -30,7 +30,8 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
-from guided_diffusers.sweep.schedulers import scheduler_for
+from guided_diffusers.cli_options import run_program
+from guided_diffusers.utils import scheduler_for
 
 LOCAL_OPTIONS = """output_dir logging_dir resume_from_checkpoint report_to progress cpu
 dataloader_num_workers""".split()
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from guided_diffusers.cli_options import run_program
 from guided_diffusers.learning.checkpointing import list_checkpoints
 from guided_diffusers.learning.distributed import exit_on_value_error
 from guided_diffusers.learning.options import check_ranges, option, parse
@@ -191,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -39,6 +39,7 @@ from accelerate.utils import DynamoBackend, set_seed
 from diffusers import DDPMScheduler, ModelMixin
 
 from guided_diffusers import NoiseAwareClassifier
+from guided_diffusers.cli_options import run_program
 from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
 from guided_diffusers.learning.annotations import TargetedImages
 from guided_diffusers.learning.batches import Batch
@@ -349,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from guided_diffusers import NoiseAwareClassifier
+from guided_diffusers.cli_options import run_program
 from guided_diffusers.clip import MODEL_ARGUMENTS, NoiseAwareCLIP, image_config, last_layer
 from guided_diffusers.learning.annotations import CaptionedImages
 from guided_diffusers.learning.batches import Batch, StepRandom, collate
@@ -377,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

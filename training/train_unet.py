@@ -53,6 +53,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import make_image_grid
 
 from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.cli_options import run_program
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import held_out_metrics
@@ -372,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -50,11 +50,11 @@ from guided_diffusers.sampling import sample
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Result, SweepSetting, measure_points
 from guided_diffusers.sweep.measure import DTYPES, quiet_copy
-from guided_diffusers.sweep.schedulers import scheduler_for
 from guided_diffusers.utils import (
     exchanged,
     load_pipeline,
     markdown_table,
+    scheduler_for,
     write_bytes,
     write_json,
 )

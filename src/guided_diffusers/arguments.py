@@ -3,34 +3,31 @@ terms of guidance."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .checks import check_bool, check_number, shown
+from .defaults import ALGORITHMS, DEFAULTS
 from .guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Guidance,
     GuidanceSum,
     check_devices,
+    check_interval,
+    check_module,
+    scale_tensor,
 )
 from .images import check_precision, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
-from .noise import has_posterior_variance, module_config, prediction_type
+from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 
-ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
-DEFAULTS = {
-    "guidance_scale": 1.0,
-    "guidance_start": 0.0,
-    "guidance_stop": 1.0,
-    "classifier_free_scale": 0.0,
-    "num_inference_steps": 50,
-    "guidance_algorithm": "output",
-    "guidance_every": 1,
-    "guidance_tolerance": None,
-}
+MAX_IMAGES = 10**6  # of a call; more don't fit any memory
+MAX_STEPS = 10**5  # of a run in continuous time
 
 
 @dataclass
@@ -97,11 +94,16 @@ def resolve_arguments(
     Raises:
         ValueError: naming the argument, the value and what is allowed.
     """
+    check_module("unet", pipeline.unet)
     guider_options, interval = _resolve_guidance(
         pipeline, guidance_algorithm, guidance_every, guidance_tolerance, *interval
     )
+    if conditional is not None:
+        conditional = check_bool("conditional", conditional)
+    clip_x0 = check_bool("clip_x0", clip_x0)
     _check_call(pipeline, num_images_per_label, output_type, tensor_inputs)
     device = pipeline._execution_device
+    _check_latents(latents)
     mixtures = _resolve_labels(pipeline, label, num_images_per_label)
     low_res = None
     if image is not None:
@@ -115,6 +117,65 @@ def resolve_arguments(
     terms += _extra_terms(pipeline, guidance, condition)
     check_devices(terms, device)
     return CallArguments(batch_size, condition, terms, guider_options)
+
+
+def check_defaults(defaults: Any) -> dict[str, Any]:
+    """A pipeline's defaults, completed by `DEFAULTS`; None stands for those.
+
+    Raises:
+        ValueError: for other names, or values that no call accepts.
+    """
+    if not isinstance(defaults, (dict, type(None))):
+        raise ValueError(f"defaults={shown(defaults)}: a mapping of {sorted(DEFAULTS)} is allowed")
+    values = {name: value for name, value in (defaults or {}).items() if value is not None}
+    if unknown := values.keys() - DEFAULTS.keys():
+        raise ValueError(
+            f"defaults: {sorted(map(str, unknown))} are unknown; allowed: {sorted(DEFAULTS)}"
+        )
+    values = DEFAULTS | values
+    try:
+        for name in ("guidance_scale", "classifier_free_scale"):
+            values[name] = check_number(name, values[name])
+        check_interval(values["guidance_start"], values["guidance_stop"], "guidance_")
+        for name, most in (("num_inference_steps", MAX_STEPS), ("guidance_every", math.inf)):
+            values[name] = check_number(name, values[name], 1, most, integer=True)
+        if values["guidance_tolerance"] is not None:
+            check_number("guidance_tolerance", values["guidance_tolerance"], 0, above=True)
+        _check_algorithm(values["guidance_algorithm"])
+    except ValueError as error:
+        raise ValueError(f"defaults: {error}") from None
+    return values
+
+
+def check_names(id2label: Any) -> dict[int, str] | None:
+    """Names of labels by their integer ids; None without any.
+
+    Raises:
+        ValueError: for anything but a mapping of ids.
+    """
+    try:
+        return {int(i): name for i, name in (id2label or {}).items()} or None
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"id2label={shown(id2label)}: a mapping {{id: name}} is allowed") from None
+
+
+def _check_algorithm(algorithm: Any) -> None:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"guidance_algorithm={shown(algorithm)}: one of {', '.join(ALGORITHMS)} is allowed"
+        )
+
+
+def check_steps(scheduler: Any, steps: Any) -> int:
+    """`num_inference_steps`, an integer from 1 to the scheduler's number of timesteps.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    most = scheduler.config.get("num_train_timesteps")
+    if is_flow(scheduler) or not isinstance(most, int):  # continuous time
+        most = MAX_STEPS
+    return check_number("num_inference_steps", steps, 1, most, integer=True)
 
 
 def _resolve_guidance(
@@ -132,10 +193,7 @@ def _resolve_guidance(
         algorithm = defaults["guidance_algorithm"]
         if algorithm == "mean" and not ancestral:
             algorithm = "output"
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"guidance_algorithm={algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed"
-        )
+    _check_algorithm(algorithm)
     if algorithm == "mean" and not ancestral:
         raise ValueError(
             "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
@@ -143,13 +201,12 @@ def _resolve_guidance(
         )
     start = defaults["guidance_start"] if start is None else start
     stop = defaults["guidance_stop"] if stop is None else stop
-    if not 0 <= start <= stop <= 1:
-        raise ValueError(
-            f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed"
-        )
+    start, stop = check_interval(start, stop, "guidance_")
     if every is None and tolerance is None:
         every, tolerance = defaults["guidance_every"], defaults["guidance_tolerance"]
-    every = 1 if every is None else every
+    every = 1 if every is None else check_number("guidance_every", every, 1, integer=True)
+    if tolerance is not None:
+        tolerance = check_number("guidance_tolerance", tolerance, 0, above=True)
     return {"algorithm": algorithm, "every": every, "tolerance": tolerance}, (start, stop)
 
 
@@ -159,15 +216,30 @@ def _check_call(
     """Validate arguments before any computation."""
     if pipeline.vae is not None and output_type != "latent":
         check_precision(pipeline.vae)
-    if num_images_per_label < 1:
-        raise ValueError(f"num_images_per_label={num_images_per_label}: at least 1 is allowed")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type={output_type!r}: 'pil', 'np', 'pt' and 'latent' are allowed")
-    if unknown := set(tensor_inputs) - set(pipeline._callback_tensor_inputs):
+    check_number("num_images_per_label", num_images_per_label, 1, MAX_IMAGES, integer=True)
+    if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(
-            f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among "
-            f"{pipeline._callback_tensor_inputs}"
+            f"output_type={shown(output_type)}: 'pil', 'np', 'pt' and 'latent' are allowed"
         )
+    known = pipeline._callback_tensor_inputs
+    is_list = isinstance(tensor_inputs, (list, tuple, set, frozenset))
+    if not is_list or any(name not in known for name in tensor_inputs):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs={shown(tensor_inputs)}: a list of names among "
+            f"{known} is allowed"
+        )
+
+
+def _check_latents(latents: Any) -> None:
+    is_tensor = isinstance(latents, torch.Tensor) and latents.is_floating_point()
+    if latents is not None and not is_tensor:
+        kind = latents.dtype if hasattr(latents, "dtype") else type(latents).__name__
+        raise ValueError(
+            f"latents is a {type(latents).__name__} ({kind}); a floating-point torch.Tensor "
+            "(B, C, H, W) is allowed"
+        )
+    if latents is not None and latents.ndim != 4:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; (B, C, H, W) is allowed")
 
 
 def _resolve_labels(pipeline: Any, label: Labels | None, per_label: int) -> list[dict[int, float]]:
@@ -284,7 +356,12 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
 def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
     """The scale as a tensor, () or one per image."""
     scale = pipeline.config.defaults[name] if scale is None else scale
-    scale = torch.as_tensor(scale, dtype=torch.float32)
+    if callable(scale):
+        raise ValueError(
+            f"{name}={shown(scale)}: a number, or one per label or image, is allowed; a function "
+            "of the noise level is the scale of a term, guidance=ClassifierGuidance(..., scale)"
+        )
+    scale = scale_tensor(name, scale)
     if scale.ndim == 1 and len(scale) * per_label == images:
         scale = scale.repeat_interleave(per_label)
     if scale.ndim > 1 or (scale.ndim == 1 and len(scale) != images):
@@ -300,11 +377,11 @@ def _extra_terms(
 ) -> list[Guidance]:
     """The terms of the call's `guidance`, whose conditions must be class labels that the network
     knows."""
-    given = (guidance,) if isinstance(guidance, Guidance) else tuple(guidance or ())
+    given = guidance if isinstance(guidance, (list, tuple)) else (guidance,)
+    given = () if guidance is None else tuple(given)
     if not all(isinstance(term, Guidance) for term in given):
         raise ValueError(
-            f"guidance: {[type(term).__name__ for term in given]}; a term of guidance, a sum or a "
-            "list of them is allowed"
+            f"guidance={shown(guidance)}: a term of guidance, a sum or a list of them is allowed"
         )
     terms, class_labels = GuidanceSum(given), condition.class_labels
     if terms.conditions and class_labels is None:
@@ -346,4 +423,4 @@ def _batch_size(
 
 
 def _is_on(scale: Any) -> bool:
-    return scale is not None and bool(torch.as_tensor(scale).any())
+    return scale is not None and bool(scale_tensor("guidance_scale", scale).any())

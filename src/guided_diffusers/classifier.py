@@ -6,9 +6,12 @@ weights.
 """
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,11 @@ DOWN_BLOCK_TYPES = {
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
 FILE = "guided_diffusers_classifier"  # what this file is called beside the weights
+MAX_SHOWN = 200  # characters of a value in a message
+#: larger ones are of no real network, and would take for ever to build
+MAX_WIDTH, MAX_LEVELS = 2**16, 16
+LARGEST = {"in_channels": MAX_WIDTH, "num_labels": 10**6, "layers_per_block": 100}
+LARGEST |= {"norm_num_groups": MAX_WIDTH, "num_train_timesteps": 10**6}
 PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",
@@ -147,6 +155,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         config = self.config
+        _check_kinds(config)
         size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         head_dims = _head_dims(attention_head_dim, block_out_channels)
         _check_architecture(config, size, head_dims)
@@ -186,15 +195,22 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the shape of `sample` or `timestep` doesn't fit.
         """
+        is_tensor = torch.is_tensor(sample) and sample.is_floating_point()
+        _require(is_tensor, "sample", getattr(sample, "dtype", sample), "a floating-point tensor")
         shape = tuple(sample.shape)
         allowed = f"(B, {self.config.in_channels}, H, W)"
         _require(
             len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed
         )
+        smallest = _smallest_size(self.config)
+        allowed = f"(B, C, H, W) with H and W of at least {smallest} for these levels"
+        _require(min(shape[2:]) >= smallest, "sample.shape", shape, allowed)
         if self.config.pool == "attention":
             allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
             _require(shape[2:] == self.size, "sample.shape", shape, allowed)
         if torch.is_tensor(timestep):
+            is_number = not timestep.is_complex() and timestep.dtype != torch.bool
+            _require(is_number, "timestep.dtype", timestep.dtype, "integers or floats")
             allowed = f"() or (B,) = ({shape[0]},)"
             _require(
                 timestep.shape in ((), (1,), shape[:1]),
@@ -204,6 +220,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             )
             timesteps = timestep.to(sample.device).expand(shape[0])
         else:
+            fits = isinstance(timestep, Real) and not isinstance(timestep, bool)
+            fits = fits and 0 <= timestep < self.config.num_train_timesteps
+            allowed = f"a number from 0 to {self.config.num_train_timesteps - 1}, or a tensor"
+            _require(fits, "timestep", timestep, allowed)
             timesteps = torch.full(shape[:1], timestep, dtype=torch.float32, device=sample.device)
 
         # The sinusoid is float32 whatever the weights are, as in the original.
@@ -257,6 +277,17 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
                 push.pop("repo_id", Path(save_directory).name), variant=variant, **push
             )
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish with the arguments and checks of `guided_diffusers.hub.push_to_hub`.
+
+        Where guided-diffusers isn't installed, this is Diffusers' method.
+        """
+        if __name__.partition(".")[0] != "guided_diffusers":
+            return super().push_to_hub(*args, **kwargs)
+        from guided_diffusers.hub import push_to_hub
+
+        return push_to_hub(self, *args, **kwargs)
+
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""
         self.save_config(folder)
@@ -282,9 +313,16 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         _require(
             wanted is not False, "use_safetensors", wanted, "True, weights in pickles aren't read"
         )
-        return super().from_pretrained(
-            pretrained_model_name_or_path, use_safetensors=True, **kwargs
-        )
+        check_model_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        try:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, use_safetensors=True, **kwargs
+            )
+        except (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} can't be loaded; a value in its config is wrong: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -310,6 +348,28 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         if type(self).__module__ == __name__:
             config["auto_map"] = {"AutoModel": f"{FILE}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def check_model_folder(name: Any, subfolder: str | None = None) -> None:
+    """Refuse what is neither a folder nor a Hub id, and a config that is no JSON object.
+
+    Raises:
+        ValueError: Naming the folder or file.
+    """
+    is_name = isinstance(name, (str, Path)) and str(name) != ""
+    _require(is_name, "the model", name, "a folder or a Hub id, user/model")
+    if not Path(name).exists() and not re.fullmatch(
+        r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", str(name)
+    ):
+        raise ValueError(f"{str(name)!r}: no such folder, and a Hub id is user/model")
+    path = Path(name) / (subfolder or "") / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
+    _require(isinstance(config, dict), f"the content of {path}", config, "a JSON object {...}")
 
 
 def _head_dims(attention_head_dim: Any, block_out_channels: tuple[int, ...]) -> list[int]:
@@ -377,7 +437,52 @@ def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
 
 def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{argument} is {value!r}; allowed: {allowed}.")
+        text = repr(value)
+        text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        raise ValueError(f"{argument} is {text}; allowed: {allowed}.")
+
+
+def _is_integer(value: Any, most: int, least: int = 0) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _check_kinds(config: Any) -> None:
+    """Refuse values of another kind than their argument's, and sizes of no real network."""
+    for name, most in LARGEST.items():
+        allowed = f"an integer up to {most}"
+        _require(_is_integer(config[name], most), name, config[name], allowed)
+    for name in ("dropout", "norm_eps", "beta_start", "beta_end"):
+        _require(_is_number(config[name]), name, config[name], "a number")
+    size, width = config.sample_size, config.time_proj_dim
+    sizes = size if isinstance(size, (list, tuple)) else (size, size)
+    fits = len(sizes) == 2 and all(_is_integer(n, MAX_WIDTH) for n in sizes)
+    _require(fits, "sample_size", size, f"one or two integers up to {MAX_WIDTH}")
+    _require(width is None or _is_integer(width, MAX_WIDTH), "time_proj_dim", width, "an integer")
+    for name, kind in (("block_out_channels", Integral), ("down_block_types", str)):
+        values = config[name]
+        fits = isinstance(values, (list, tuple)) and 0 < len(values) <= MAX_LEVELS
+        fits = fits and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        _require(fits, name, values, f"a list of 1 to {MAX_LEVELS} {kind.__name__.lower()} values")
+    widest = max(config.block_out_channels)
+    _require(widest <= MAX_WIDTH, "block_out_channels", widest, f"widths up to {MAX_WIDTH}")
+    dims = config.attention_head_dim
+    dims = [*dims, 0] if isinstance(dims, (list, tuple)) else [dims]
+    fits = dims == [None] or all(_is_integer(dim, MAX_WIDTH) for dim in dims)
+    allowed = "an integer, or one per level, or None"
+    _require(fits, "attention_head_dim", config.attention_head_dim, allowed)
+    names = ("pool", "problem_type", "beta_schedule", "downsample_type", "resnet_time_scale_shift")
+    for name in names:
+        _require(isinstance(config[name], str), name, config[name], "a string")
+    betas = config.trained_betas
+    fits = isinstance(betas, (list, tuple)) and all(map(_is_number, betas))
+    _require(betas is None or fits, "trained_betas", betas, "None or a list of numbers")
+    for name in ("id2label", "label2id"):
+        fits = isinstance(config[name], (Mapping, type(None)))
+        _require(fits, name, config[name], "a mapping, or None")
 
 
 def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]) -> None:
@@ -430,13 +535,21 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     allowed = "None or a positive even number"
     _require(width is None or (width >= 2 and width % 2 == 0), "time_proj_dim", width, allowed)
     step = 2 ** (levels - 1) if pool == "attention" else 1
+    smallest = _smallest_size(config)
     allowed = f"one or two positive multiples of {step} for {levels} levels and pool={pool!r}"
+    allowed += f", at least {smallest}" if smallest > step else ""
     _require(
-        len(size) == 2 and all(n >= 1 and n % step == 0 for n in size),
+        len(size) == 2 and all(n >= smallest and n % step == 0 for n in size),
         "sample_size",
         config.sample_size,
         allowed,
     )
+
+
+def _smallest_size(config: Any) -> int:
+    """Smallest height and width of which the last level has a pixel left."""
+    halves = len(config.block_out_channels) - 1
+    return 2**halves if config.downsample_type == "resnet" else 1  # a convolution rounds up
 
 
 def _check_schedule(config: Any) -> None:
@@ -460,6 +573,13 @@ def _check_schedule(config: Any) -> None:
         )
 
 
+def _label_id(value: Any) -> int:
+    """An id of a label, which JSON makes a string."""
+    is_id = isinstance(value, (int, str)) and str(value).isdecimal()
+    _require(is_id, "an id of id2label or label2id", value, "an integer from 0")
+    return int(value)
+
+
 def _matched_labels(
     num_labels: int, id2label: Mapping[int | str, str] | None, label2id: Mapping[str, int] | None
 ) -> tuple[dict[int, str] | None, dict[str, int] | None]:
@@ -468,13 +588,13 @@ def _matched_labels(
     if id2label is None and label2id is None:
         return None, None
     if id2label is None:
-        id2label = {int(i): name for name, i in label2id.items()}
+        id2label = {_label_id(i): name for name, i in label2id.items()}
         _require(len(id2label) == len(label2id), "label2id", label2id, "one name an id")
     else:
-        id2label = {int(i): name for i, name in id2label.items()}
+        id2label = {_label_id(i): name for i, name in id2label.items()}
     allowed = f"the ids 0 to {num_labels - 1} of num_labels = {num_labels}"
     _require(
-        sorted(id2label) == list(range(num_labels)),
+        len(id2label) == num_labels and sorted(id2label) == list(range(num_labels)),
         "ids of id2label or label2id",
         sorted(id2label),
         allowed,
@@ -484,7 +604,7 @@ def _matched_labels(
     unique = {name: i for i, name in id2label.items() if count[name] == 1}
     if label2id is None:
         return id2label, unique
-    label2id = {name: int(i) for name, i in label2id.items()}
+    label2id = {name: _label_id(i) for name, i in label2id.items()}
     fits = (
         all(id2label.get(i) == name for name, i in label2id.items())
         and unique.keys() <= label2id.keys()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from importlib.metadata import version
 
+from .cli_options import Parser, one_line_errors
 from .diagnosis.commands import add_inspect_command
 from .evaluation.commands import add_evaluate_command
 from .hub.commands import add_hub_commands
-from .openai import add_convert_command
+from .openai.commands import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; invalid arguments and failed operations print a one-line error."""
-    parser = argparse.ArgumentParser(
-        "guided-diffusers", description="Guidance of diffusion sampling."
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in arguments  # before the command, or among its options
+    arguments = [word for word in arguments if word != "--traceback"]
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    with one_line_errors(f"guided-diffusers {command}".strip(), traceback=traceback):
+        options = make_parser().parse_args(arguments)
+        options.run(options)
+
+
+def make_parser() -> Parser:
+    """The parser of the program and its commands."""
+    parser = Parser("guided-diffusers", description="Guidance of diffusion sampling.")
+    parser.add_argument(
+        "--version", action="version", version=f"guided-diffusers {version('guided-diffusers')}"
     )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)
@@ -25,8 +39,4 @@ def main(arguments: list[str] | None = None) -> None:
     add_evaluate_command(commands)
     add_sweep_command(commands)
     add_hub_commands(commands)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        sys.exit(f"guided-diffusers {options.command}: {error}")
+    return parser

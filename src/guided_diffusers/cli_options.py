@@ -3,12 +3,119 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .checks import MAX_SEED, check_number
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+
+#: environment variable that asks for tracebacks of errors
+TRACEBACK = "GUIDED_DIFFUSERS_TRACEBACK"
+#: errors whose message is written for users; any other is a bug
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError, MemoryError)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong with an option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.removeprefix("argument ").split())
+        # "--seed: -1: an integer ..." of the types below as "--seed -1: an integer ..."
+        message = re.sub("^(--[a-z-]+): (?=[^ ]+: )", r"\1 ", message)
+        sys.exit(f"{self.prog}: {message}")
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, integer: bool = False
+) -> Callable[[str], Any]:
+    """A `type` of argparse: a finite number in the range of `check_number`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value: Any = int(text) if integer else float(text)
+        except ValueError:
+            value = text
+        try:
+            return check_number("", value, low, high, above=above, integer=integer)
+        except ValueError as error:
+            allowed = str(error).rpartition(": ")[2]
+            raise argparse.ArgumentTypeError(f"{text}: {allowed}") from None
+
+    return parse
+
+
+#: of guidance: any finite number; a negative one steers away from the label
+scale = number()
+fraction = number(0, 1)
+count = number(1, integer=True)
+count_or_none = number(0, integer=True)
+seed = number(0, MAX_SEED, integer=True)
+
+
+@contextmanager
+def one_line_errors(
+    program: str, *, traceback: bool = False, abort: bool = False
+) -> Iterator[None]:
+    """End the program with one line, and no traceback, for an error or Ctrl-C within.
+
+    Args:
+        program: what the line starts with.
+        traceback: raise errors as they are; also with `GUIDED_DIFFUSERS_TRACEBACK=1`.
+        abort: end this process of several at once, so that its launcher ends the others. (An
+            ordinary exit destroys the process group first, and may wait for the others forever.)
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter exits
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # or the interpreter would flush it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end("", 141, abort)
+    except KeyboardInterrupt:
+        _end(f"{program}: stopped; run the same command to go on", 130, abort)
+    except Exception as error:
+        if traceback or os.environ.get(TRACEBACK):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, EXPECTED):
+            message = (
+                f"unexpected {type(error).__name__}: {message}; this is a bug, run with "
+                f"--traceback (or {TRACEBACK}=1) for details"
+            )
+        _end(f"{program}: {message}", 1, abort)
+
+
+def _end(message: str, code: int, abort: bool) -> NoReturn:
+    if abort:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(code)
+    if code == 1:
+        raise SystemExit(message) from None
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a script's `main`; errors and Ctrl-C end it, and its other processes, with one line."""
+    traceback = "--traceback" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--traceback"]
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    with one_line_errors(Path(sys.argv[0]).name, traceback=traceback, abort=several):
+        main()
+
 
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
@@ -30,8 +137,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "it an FID), a bundled model (its judge), or the folder or Hub id of a "
         "NoiseAwareClassifier or a transformers vision model (default: the bundled judge)",
     },
-    "--seed": {"type": int, "default": 0, "help": "random seed (default: %(default)s)"},
-    "--batch-size": {"type": int, "default": 64, "help": "images a batch (default: %(default)s)"},
+    "--seed": {"type": seed, "default": 0, "help": "random seed (default: %(default)s)"},
+    "--batch-size": {"type": count, "default": 64, "help": "images a batch (default: %(default)s)"},
     "--device": {"help": "cpu, cuda, mps, ... (default: the fastest available)"},
     "--picture": {
         "action": argparse.BooleanOptionalAction,
@@ -70,10 +177,28 @@ def select_device(name: str | None, processes: PartialState | None = None) -> to
     if processes is not None:
         return processes.device
     if name is not None:
-        return torch.device(name)
+        return _checked_device(name)
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
     return torch.device("cpu")
+
+
+def _checked_device(name: str) -> torch.device:
+    """The device called `name`, on which a tensor could be made and read."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        devices = ["cpu"]
+        if torch.accelerator.is_available():
+            devices.append(str(torch.accelerator.current_accelerator()))
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {name!r}: {', '.join(devices)} can be used here ({reason})"
+        ) from None
+    return device
 
 
 def launched_world_size() -> int:

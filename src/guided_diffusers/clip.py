@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier
+from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier, check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,6 +217,17 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         if push_to_hub:
             self.push_to_hub(push.pop("repo_id", folder.name), variant=variant, **push)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish with the arguments and checks of `guided_diffusers.hub.push_to_hub`.
+
+        Where guided-diffusers isn't installed, this is Diffusers' method.
+        """
+        if __name__.partition(".")[0] != "guided_diffusers":
+            return super().push_to_hub(*args, **kwargs)
+        from guided_diffusers.hub import push_to_hub
+
+        return push_to_hub(self, *args, **kwargs)
+
     def _save_tokenizer(self, folder: Path) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)
         if tokenizer.is_fast:  # the padding and truncation of the last call would be saved
@@ -258,6 +269,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             raise ValueError(
                 "use_safetensors is False; allowed: True, weights in pickles aren't read"
             )
+        check_model_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         name = str(pretrained_model_name_or_path)
         model = super().from_pretrained(name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}

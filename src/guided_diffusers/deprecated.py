@@ -30,14 +30,14 @@ RENAMED_WITHIN = {
 }
 
 
-def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+def renamed(module: str, names: Mapping[str, str], stacklevel: int = 3) -> Callable[[str], Any]:
     """A module's `__getattr__` that returns, for an old name, what the new name in the module
     is."""
 
     def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name}", f"{module}.{names[name]}")
+        _warn(f"{module}.{name}", f"{module}.{names[name]}", stacklevel)
         return getattr(import_module(module), names[name])
 
     return __getattr__
@@ -63,9 +63,9 @@ def register_moved_modules() -> None:
         sys.modules[f"{PACKAGE}.{name}"] = MovedModule(f"{PACKAGE}.{name}")
 
 
-def _warn(old: str, new: str) -> None:
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{old} is {new} now; the old name goes with the next version",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 
+from .checks import check_bool, check_number, shown
 from .likelihood import Labels, logits_of, make_likelihood
 from .noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
 
@@ -119,11 +120,10 @@ class Guidance(ABC):
         stop: float = 1.0,
         sigma_interval: tuple[float, float] | None = None,
     ):
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
+        start, stop = check_interval(start, stop)
         if sigma_interval is not None:
-            _check_interval(sigma_interval, start, stop)
-        self.scale = scale if callable(scale) else _scale_tensor(scale)
+            sigma_interval = _check_sigma_interval(sigma_interval, start, stop)
+        self.scale = scale if callable(scale) else scale_tensor("scale", scale)
         self.start, self.stop, self.sigma_interval = start, stop, sigma_interval
         self._on = callable(scale) or bool(self.scale.any())
 
@@ -138,7 +138,7 @@ class Guidance(ABC):
             return False
         if level.sigma > NO_SIGNAL * level.alpha and not self.supports_pure_noise:
             return False
-        if callable(self.scale) and not _scale_tensor(self.scale(level)).any():
+        if callable(self.scale) and not scale_tensor("scale", self.scale(level)).any():
             return False
         if self.sigma_interval is not None:
             low, high = self.sigma_interval
@@ -151,7 +151,9 @@ class Guidance(ABC):
         Raises:
             ValueError: for one scale an image, of another number of images.
         """
-        scale = _scale_tensor(self.scale(step.level)) if callable(self.scale) else self.scale
+        scale = self.scale
+        if callable(scale):
+            scale = scale_tensor("scale", scale(step.level))
         if scale.numel() not in (1, len(step.sample)):
             raise ValueError(
                 f"scale holds {scale.numel()} numbers for {len(step.sample)} images; one, or one per "
@@ -172,22 +174,55 @@ class Guidance(ABC):
         return GuidanceSum(self.terms() + other.terms())
 
 
-def _check_interval(sigma_interval: tuple[float, float], start: float, stop: float) -> None:
+def check_interval(start: Any, stop: Any, prefix: str = "") -> tuple[float, float]:
+    """(start, stop) as floats.
+
+    Args:
+        prefix: of the arguments' names, for the message.
+
+    Raises:
+        ValueError: unless 0 <= start <= stop <= 1.
+    """
+    start = check_number(f"{prefix}start", start, 0, 1)
+    stop = check_number(f"{prefix}stop", stop, 0, 1)
+    if start > stop:
+        raise ValueError(
+            f"{prefix}start={start}, {prefix}stop={stop}: 0 <= start <= stop <= 1 is allowed"
+        )
+    return start, stop
+
+
+def _check_sigma_interval(sigma_interval: Any, start: float, stop: float) -> tuple[float, float]:
     if (start, stop) != (0, 1):
         raise ValueError(
             f"sigma_interval={sigma_interval!r} with start={start!r}, stop={stop!r}: only one of "
             "the two kinds is allowed"
         )
-    if len(sigma_interval) != 2 or not 0 <= sigma_interval[0] <= sigma_interval[1]:
+    try:
+        low, high = map(float, sigma_interval)
+    except (TypeError, ValueError, RuntimeError):
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high:
         raise ValueError(
-            f"sigma_interval={sigma_interval!r}: (low, high) with 0 <= low <= high is allowed"
+            f"sigma_interval={shown(sigma_interval)}: (low, high) with 0 <= low <= high is allowed"
         )
+    return low, high
 
 
-def _scale_tensor(scale: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
-    numbers = torch.as_tensor(scale, dtype=torch.float32)
-    if numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
-        raise ValueError(f"scale is {scale!r}; a finite number or one per image is allowed")
+def scale_tensor(name: str, scale: Any) -> torch.Tensor:
+    """A scale as a float32 tensor, () or (B,).
+
+    Raises:
+        ValueError: for anything but a finite number, or one per image.
+    """
+    try:
+        numbers = torch.as_tensor(scale)
+        valid = numbers.dtype != torch.bool and not numbers.is_complex()
+        numbers = numbers.to(torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        valid, numbers = False, torch.zeros(0)
+    if not valid or numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
+        raise ValueError(f"{name}={shown(scale)}: a finite number or one per image is allowed")
     return numbers
 
 
@@ -289,6 +324,12 @@ def rescale_to_score(grad: torch.Tensor, step: StepContext) -> torch.Tensor:
     return grad * (target / norm.clamp(min=1))
 
 
+def check_module(name: str, module: Any) -> None:
+    """Raise ValueError unless it is a `torch.nn.Module`."""
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(f"{name}={shown(module)}: a torch.nn.Module is allowed")
+
+
 def check_eval_mode(module: torch.nn.Module) -> None:
     """Refuse a network whose output dropout or batch norm would make random, or dependent on the
     batch.
@@ -353,8 +394,9 @@ class NoiseAwareGuidance(Guidance):
         normalize: bool = False,
     ):
         super().__init__(scale, start, stop, sigma_interval)
+        check_module("classifier", module)
         check_eval_mode(module)
-        self.module, self.normalize = module, normalize
+        self.module, self.normalize = module, check_bool("normalize", normalize)
         self.supports_pure_noise = not normalize  # thanks to `extrapolation_scale`
         self.schedule = TrainedSchedule(schedule_config(module))
 
@@ -496,8 +538,8 @@ def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
     Raises:
         ValueError: for either.
     """
-    if beta is not None and not 0 < beta < float("inf"):
-        raise ValueError(f"softplus={beta!r}: a positive number, or None, is allowed")
+    if beta is not None:
+        beta = check_number("softplus", beta, 0, above=True)
     if beta is not None and next(_relus(module), None) is None:
         raise ValueError(
             f"softplus={beta}: {type(module).__name__} has no torch.nn.ReLU to make smooth"
@@ -564,20 +606,19 @@ class ClassifierFreeGuidance(Guidance):
         threshold: float | None = None,
     ):
         super().__init__(scale, start, stop, sigma_interval)
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale={rescale!r}: 0 (off) to 1 is allowed")
-        if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"threshold={threshold!r}: above 0, up to 1, or None is allowed")
-        if isinstance(null, Mapping):
+        self.rescale = check_number("rescale", rescale, 0, 1)
+        self.threshold = threshold
+        if threshold is not None:
+            self.threshold = check_number("threshold", threshold, 0, 1, above=True)
+        if isinstance(null, Mapping) and null:
             self.conditions = (dict(null),)
         elif isinstance(null, Integral) and not isinstance(null, bool) and null >= 0:
             self.conditions = ({"class_labels": torch.tensor([null])},)
         else:
             raise ValueError(
-                f"null={null!r}: a class label, 0 or above, or a mapping of the network's "
+                f"null={shown(null)}: a class label, 0 or above, or a mapping of the network's "
                 "arguments is allowed"
             )
-        self.rescale, self.threshold = rescale, threshold
 
     def score(self, step: StepContext) -> torch.Tensor:
         scale = self.scale_at(step)
@@ -625,6 +666,7 @@ class AutoGuidance(Guidance):
         sigma_interval: tuple[float, float] | None = None,
     ):
         super().__init__(scale, start, stop, sigma_interval)
+        check_module("network", network)
         check_eval_mode(network)
         self.network = network
 
@@ -678,8 +720,12 @@ class EnergyGuidance(Guidance):
         normalize: bool = False,
     ):
         super().__init__(scale, start, stop, sigma_interval)
+        if not callable(energy):
+            raise ValueError(f"energy={shown(energy)}: a function of the image is allowed")
+        normalize = check_bool("normalize", normalize)
+        through_network = check_bool("through_network", through_network)
         if of not in ("image", "x0", "sample"):
-            raise ValueError(f"of={of!r}: 'image', 'x0' and 'sample' are allowed")
+            raise ValueError(f"of={shown(of)}: 'image', 'x0' and 'sample' are allowed")
         if of == "sample" and through_network:
             raise ValueError("through_network=True has no effect with of='sample'")
         self.energy, self.of, self.normalize = energy, of, normalize
@@ -698,6 +744,11 @@ class EnergyGuidance(Guidance):
 
     def _evaluate(self, step: StepContext, *inputs: Any) -> torch.Tensor:
         value = self.energy(*inputs)
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"energy gave {shown(value)}; a tensor with one number per image, "
+                f"({len(step.sample)},), is allowed"
+            )
         if value.shape != step.sample.shape[:1]:
             raise ValueError(
                 f"energy gave {tuple(value.shape)}; one number per image, ({len(step.sample)},), "

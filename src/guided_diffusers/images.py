@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
+from .checks import shown
+
 
 def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and standard deviation of the latents of images, scaled as `decode` takes them.
@@ -105,6 +107,15 @@ def low_resolution(
     """
     if not isinstance(image, torch.Tensor):
         images = [image] if isinstance(image, Image.Image) else image
+        is_list = isinstance(images, (list, tuple)) and images
+        if not is_list or not all(isinstance(picture, Image.Image) for picture in images):
+            raise ValueError(
+                f"image={shown(image)}: a PIL image, a list of them, or a tensor (B, C, h, w) in "
+                "[-1, 1] is allowed"
+            )
+        if len({picture.size for picture in images}) > 1:
+            sizes = sorted({picture.size for picture in images})
+            raise ValueError(f"image has pictures of the sizes {sizes}; one size is allowed")
         mode = "L" if channels == 2 else "RGB"
         arrays = [
             np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) for picture in images

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .checks import check_number, nearest, scalar, shown
+
 Label = int | str | Mapping[int | str, float]
 Labels = Label | Sequence[Label] | torch.Tensor
 SINGLE, MULTI, REGRESSION = (
@@ -119,26 +121,33 @@ def make_likelihood(
         ValueError: for arguments that don't go together.
     """
     kind = config.get("problem_type") or (SINGLE if target is None else REGRESSION)
-    _check_arguments(kind, label, target, std, joint, marginal)
+    std, joint, marginal = _check_arguments(kind, label, target, std, joint, marginal)
     if kind == REGRESSION:
-        value = torch.as_tensor(target, dtype=torch.float64)
-        if not value.isfinite().all():
-            raise ValueError(f"target={target!r}: finite numbers are allowed")
+        try:
+            value = torch.as_tensor(target, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            value = torch.tensor(torch.nan)
+        if isinstance(target, bool) or not value.isfinite().all():
+            raise ValueError(f"target={shown(target)}: finite numbers are allowed")
         return TargetLikelihood(value, std)
     labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
     return LabelLikelihood(labels, kind == MULTI, joint, marginal)
 
 
 def _check_arguments(
-    kind: str, label: Any, target: Any, std: float, joint: float, marginal: float
-) -> None:
+    kind: str, label: Any, target: Any, std: Any, joint: Any, marginal: Any
+) -> tuple[float, float, float]:
+    """The last three as floats."""
+    std = check_number("std", std, 0, above=True)
+    joint = check_number("joint_temperature", joint, 0, above=True)
+    marginal = check_number("marginal_temperature", marginal, 0)
     if kind not in (SINGLE, MULTI, REGRESSION):
         raise ValueError(
             f"classifier: problem_type={kind!r}; {SINGLE}, {MULTI} and {REGRESSION} are allowed"
         )
     if (label is None) == (target is None) or (target is not None) != (kind == REGRESSION):
         needed = "target and no label" if kind == REGRESSION else "label and no target"
-        raise ValueError(f"label={label!r}, target={target!r}: {kind} needs a {needed}")
+        raise ValueError(f"label={shown(label)}, target={shown(target)}: {kind} needs a {needed}")
     if kind != SINGLE and (joint, marginal) != (1, 1):
         raise ValueError(
             f"joint_temperature={joint}, marginal_temperature={marginal} have no effect on {kind}; "
@@ -146,13 +155,7 @@ def _check_arguments(
         )
     if kind != REGRESSION and std != 1:
         raise ValueError(f"std={std} has no effect on {kind}; leave it 1")
-    if not std > 0 or not isfinite(std):
-        raise ValueError(f"std={std!r}: a positive number is allowed")
-    if not (joint > 0 and marginal >= 0 and isfinite(joint) and isfinite(marginal)):
-        raise ValueError(
-            f"joint_temperature={joint!r}, marginal_temperature={marginal!r}: above 0, and 0 or "
-            "above, are allowed"
-        )
+    return std, joint, marginal
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -203,7 +206,9 @@ def _parse_mixture(
     mixture: dict[int, float] = {}
     for name, weight in value.items():
         i = _parse_id(name, ids, num_labels)
-        if not isinstance(weight, Real) or not isfinite(weight) or i in mixture:
+        weight = scalar(weight)
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool) and isfinite(weight)
+        if not is_number or i in mixture:
             raise ValueError(
                 f"label {value!r}: {name!r} has the weight {weight!r} or comes twice; a finite "
                 "number for each label is allowed"
@@ -223,5 +228,12 @@ def _parse_id(value: Any, ids: Mapping[str, list[int]], num_labels: int | None) 
         if 0 <= value and (num_labels is None or value < num_labels):
             return int(value)
     known = f"ids 0 to {num_labels - 1}" if num_labels else "ids from 0"
-    known += f" and the names {sorted(ids)}" if ids else " (the classifier has no names)"
-    raise ValueError(f"label {value!r} is unknown; allowed: {known}")
+    if ids:
+        names = nearest(str(value), ids)
+        kind = (
+            "the names" if len(names) == len(ids) else f"{len(ids)} names, of which the nearest are"
+        )
+        known += f" and {kind} {names}"
+    else:
+        known += " (the classifier has no names)"
+    raise ValueError(f"label {shown(value)} is unknown; allowed: {known}")

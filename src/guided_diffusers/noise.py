@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
+from .checks import check_number, shown
+
 # ---------------------------------------------------------------- Diffusers' schedulers by class name
 
 #: samples are (1 - sigma) x0 + sigma eps (also every scheduler with use_flow_sigmas)
@@ -79,12 +81,19 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return bool(is_instance_by_name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"))
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ValueError unless it is a scheduler, Diffusers' or one with the same methods."""
+    if not isinstance(scheduler, SchedulerMixin) and not hasattr(scheduler, "set_timesteps"):
+        raise ValueError(f"scheduler={shown(scheduler)}: a scheduler of Diffusers is allowed")
+
+
 def check_supported(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that can't be guided.
 
     Raises:
         ValueError: saying why.
     """
+    check_scheduler(scheduler)
     if name := is_instance_by_name(scheduler, OUT_OF_REACH):
         raise ValueError(f"scheduler {name} can't be guided: {OUT_OF_REACH[name]}")
     readable = is_flow(scheduler) or is_instance_by_name(
@@ -355,6 +364,7 @@ def step_fn(
     timesteps = sampling_timesteps(scheduler)
     accepted = inspect.signature(scheduler.step).parameters
     largest = 1 if "eta" in accepted else 0
+    eta = check_number("eta", eta)
     if not 0 <= eta <= largest:
         allowed = "0 to 1" if largest else "only 0"
         raise ValueError(f"eta={eta}: {type(scheduler).__name__} allows {allowed}")

@@ -23,10 +23,12 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import DEFAULTS, Condition, resolve_arguments
+from .arguments import Condition, check_defaults, check_names, check_steps, resolve_arguments
+from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
 from .guidance import (
     Guidance,
+    check_module,
     no_parameter_grad,
 )
 from .guider import Guider, Prediction
@@ -34,6 +36,7 @@ from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .noise import (
     NoiseLevel,
+    check_scheduler,
     module_config,
     reads_variance,
     sampling_timesteps,
@@ -91,17 +94,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         defaults: dict[str, Any] | None = None,
     ):
         super().__init__()
+        for name, module in (("unet", unet), ("classifier", classifier), ("vae", vae)):
+            if module is not None:
+                check_module(name, module)
+        if scheduler is not None:
+            check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
-        names = module_config(classifier).get("id2label") or id2label or {}
-        defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
-        if unknown := defaults.keys() - DEFAULTS.keys():
-            raise ValueError(
-                f"defaults: {sorted(unknown)} are unknown; allowed: {sorted(DEFAULTS)}"
-            )
-        self.register_to_config(
-            id2label={int(i): name for i, name in names.items()} or None,
-            defaults=DEFAULTS | defaults,
-        )
+        names = check_names(id2label)
+        names = check_names(module_config(classifier).get("id2label")) or names
+        self.register_to_config(id2label=names, defaults=check_defaults(defaults))
 
     # ------------------------------------------------------------ loading and saving
 
@@ -166,6 +167,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, variant=variant, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish with the arguments and checks of `guided_diffusers.hub.push_to_hub`.
+
+        Where guided-diffusers isn't installed, this is Diffusers' method.
+        """
+        if __name__.partition(".")[0] != "guided_diffusers":
+            return super().push_to_hub(*args, **kwargs)
+        from guided_diffusers.hub import push_to_hub
+
+        return push_to_hub(self, *args, **kwargs)
 
     def save_code(self, folder: Path) -> None:
         """Write `code` into the pipeline's folder, whose configs then name it and no path of this
@@ -304,6 +316,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             FloatingPointError: if the guidance becomes infinite or NaN.
         """
         # 1. Arguments
+        return_dict = check_bool("return_dict", return_dict)
+        if isinstance(generator, tuple):  # Diffusers reads lists only
+            generator = list(generator)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end={shown(callback_on_step_end)}: a function is allowed"
+            )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         arguments = resolve_arguments(
@@ -376,8 +395,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
         steps = self.config.defaults["num_inference_steps"] if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: at least 1 is allowed")
+        if timesteps is None and sigmas is None:
+            steps = check_steps(self.scheduler, steps)
         name, value = "num_inference_steps", steps
         if timesteps is not None:
             name, value = "timesteps", timesteps
@@ -388,8 +407,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"{name}: {scheduler} takes no custom ones")
         try:
             self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (TypeError, AttributeError) as error:  # it needs something else, or more
-            raise ValueError(f"{name}={value}: {scheduler} can't take it: {error}") from error
+        except (TypeError, AttributeError, LookupError, RuntimeError, OverflowError) as error:
+            # it needs something else, or more
+            raise ValueError(
+                f"{name}={shown(value)}: {scheduler} can't take it: {error}"
+            ) from error
         set_begin_index(
             self.scheduler, 0
         )  # else two equal first timesteps make some start at the second
@@ -403,7 +425,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         device: torch.device,
     ) -> torch.Tensor:
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
-        if isinstance(generator, list) and len(generator) != batch_size:
+        many = isinstance(generator, list)
+        kinds = generator if many else [generator]
+        if not all(isinstance(g, torch.Generator) for g in kinds) and generator is not None:
+            raise ValueError(
+                f"generator={shown(generator)}: a torch.Generator, or a list of one per image, is "
+                "allowed"
+            )
+        if many and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the "
                 f"{batch_size} images, is allowed"
@@ -415,7 +444,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     "latents is needed: the network's config has no sample_size and in_channels"
                 )
             size = config["sample_size"]
-            height, width = (size, size) if isinstance(size, int) else size
+            sizes = (size, size) if isinstance(size, int) else tuple(size)
+            if len(sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
+                raise ValueError(
+                    f"unet: sample_size of its config is {shown(size)}; one or two positive "
+                    "integers are allowed"
+                )
+            height, width = sizes
             channels = config["in_channels"] - (0 if low_res is None else low_res.shape[1])
             shape = (batch_size, channels, height, width)
             latents = randn_tensor(shape, generator, device, self.dtype)
@@ -423,6 +458,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed"
             )
+        elif not latents.isfinite().all():
+            raise ValueError("latents has infinite or NaN values; finite ones are allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
     def _check_shapes(self, latents: torch.Tensor, condition: Condition, output_type: str) -> None:

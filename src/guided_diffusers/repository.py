@@ -5,7 +5,7 @@
     classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
-own, where `register` put them, and no code of the repository runs. Without the package it takes the
+own, where `lazy.register_with_diffusers` put them, and no code of the repository runs. Without the package it takes the
 files, with `trust_remote_code=True`.
 """
 
@@ -14,12 +14,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -28,23 +28,15 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from .checks import read_json, shorten, shown
+
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
     "a model or scheduler of diffusers, transformers, guided_diffusers or an imported module"
 )
+#: more, in a component's config, is no real model, and would take for ever to build
+MAX_LAYERS, MAX_CONFIG_NUMBER, MAX_CONFIG_LIST = 1000, 10**7, 10**5
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def register(modules: Collection[ModuleType], pipelines: Collection[type]) -> None:
-    """Let Diffusers find these modules' components, and `DiffusionPipeline` these pipelines.
-
-    The modules are also registered under their full names, which older folders have.
-    """
-    for module in modules:
-        setattr(diffusers.pipelines, module.__name__.replace(".", "_"), module)
-        setattr(diffusers.pipelines, module.__name__, module)
-    for pipeline in pipelines:
-        setattr(diffusers, pipeline.__name__, pipeline)
 
 
 # ---------------------------------------------------------------- loading
@@ -68,6 +60,8 @@ def load_pipeline(
         )
     kwargs["use_safetensors"] = True
     folder = _local_folder(cls, name, subfolder, kwargs)
+    for component in cls._get_signature_keys(cls)[0]:
+        check_config(folder / component)
     components = cls._get_signature_keys(cls)[0]
     passed = {component: kwargs[component] for component in components if component in kwargs}
     for component, module in passed.items():
@@ -76,7 +70,13 @@ def load_pipeline(
     if not kwargs.get("trust_remote_code"):
         check_index(folder, set(components) - passed.keys())
     with _without_layer_listing():
-        pipeline = from_pretrained(folder, **kwargs)
+        try:
+            pipeline = from_pretrained(folder, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
+            raise ValueError(  # a config with values of wrong kinds
+                f"{folder} can't be loaded; a value in its configs or model_index.json is wrong: "
+                f"{type(error).__name__}: {shorten(error)}"
+            ) from error
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
 
@@ -85,11 +85,13 @@ def _local_folder(
     cls: type, name: str | Path, subfolder: str | None, kwargs: dict[str, Any]
 ) -> Path:
     """The pipeline's folder on this machine, downloaded if `name` is a Hub id."""
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"{shown(name)}: a folder or the id of a repository is allowed")
     if Path(name).is_dir():
         return Path(name) / (subfolder or "")
-    if str(name).count("/") > 1:
+    if Path(name).exists() or not is_repository_id(str(name)):
         raise ValueError(
-            f"{str(name)!r} is no folder, and no id of a repository: user/model is allowed"
+            f"{shown(str(name))} is no folder, and no id of a repository: user/model is allowed"
         )
     if subfolder is None:
         try:
@@ -103,6 +105,35 @@ def _local_folder(
     return Path(snapshot_download(str(name), allow_patterns=patterns, **options)) / subfolder
 
 
+def is_repository_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, user/model or model; "./model" is a path."""
+    return bool(re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", name))
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a component's config that is no JSON object, or has numbers of no real model.
+
+    Raises:
+        ValueError: naming the file, the entry and what is allowed.
+    """
+    for name in ("config.json", "scheduler_config.json"):
+        path = folder / name
+        if path.exists():
+            for entry, value in read_json(path).items():
+                _check_config_value(f"{path}: {entry}", value, "layers" in entry)
+
+
+def _check_config_value(where: str, value: Any, layers: bool) -> None:
+    if isinstance(value, list):
+        if len(value) > MAX_CONFIG_LIST:
+            raise ValueError(f"{where} has {len(value)} items; up to {MAX_CONFIG_LIST} are allowed")
+        for item in value:
+            _check_config_value(where, item, layers)
+    most = MAX_LAYERS if layers else MAX_CONFIG_NUMBER
+    if isinstance(value, int) and abs(value) > most:
+        raise ValueError(f"{where} is {shown(value)}; up to {most} is allowed")
+
+
 def check_index(folder: Path, components: Collection[str]) -> None:
     """Refuse a model_index.json with code of its own, or with classes that are not models.
 
@@ -113,14 +144,18 @@ def check_index(folder: Path, components: Collection[str]) -> None:
     path = folder / "model_index.json"
     if not path.is_file():
         raise OSError(f"{folder} has no model_index.json, so it is no pipeline")
-    index = json.loads(path.read_text())
+    index = read_json(path)
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(
             f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name "
             "is allowed, or trust_remote_code=True if you have read that code"
         )
     for component, entry in index.items():
-        if component in components and isinstance(entry, list) and entry[:1] != [None]:
+        if component not in components:
+            continue
+        if not isinstance(entry, list):
+            raise ValueError(f"{path}: {component} is {shown(entry)}; [module, class] is allowed")
+        if entry[:1] != [None]:
             _check_class(f"{path}: {component} is {entry!r}", folder / component, entry)
 
 

@@ -24,6 +24,7 @@ from math import log
 import torch
 from diffusers import SchedulerMixin
 
+from .checks import check_number
 from .guidance import Guidance, NoiseAwareGuidance, StepContext, total_score
 from .noise import (
     NoiseLevel,
@@ -216,12 +217,9 @@ class GuidanceReuse:
     def __init__(
         self, levels: Sequence[NoiseLevel], every: int = 1, tolerance: float | None = None
     ):
-        if every != int(every) or every < 1:
-            raise ValueError(f"guidance_every={every!r}: a whole number from 1 on is allowed")
-        if tolerance is not None and not 0 < tolerance < float("inf"):
-            raise ValueError(
-                f"guidance_tolerance={tolerance!r}: a positive number, or None, is allowed"
-            )
+        every = check_number("guidance_every", every, 1, integer=True)
+        if tolerance is not None:
+            tolerance = check_number("guidance_tolerance", tolerance, 0, above=True)
         if tolerance is not None and every != 1:
             raise ValueError(
                 f"guidance_every={every}, guidance_tolerance={tolerance}: only one is allowed"

@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import bundled
+from .checks import nearest, shown
 
 if TYPE_CHECKING:
     import torch
     from diffusers import SchedulerMixin
 
     from .pipeline import ClassifierGuidedPipeline
+
+
+MULTISTEP_DPM = ("dpmsolver++", "sde-dpmsolver++", "sde-dpmsolver")  # its `algorithm_type`s
 
 
 # Files
@@ -88,8 +93,9 @@ def require_matplotlib() -> None:
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether a model is given as a Hub id: it contains "/", and no such path exists."""
-    return "/" in str(model) and not Path(model).exists()
+    """Whether a model is given as a Hub id, user/model, and no such path exists."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model))
+    return is_id is not None and not Path(model).exists()
 
 
 def model_folder(model: str | Path) -> str | Path:
@@ -100,6 +106,8 @@ def model_folder(model: str | Path) -> str | Path:
     """
     if is_hub_id(model) or Path(model).exists():
         return model
+    if set("/\\~") & set(str(model)) or not str(model):
+        raise ValueError(f"model {str(model)!r}: no such folder, and a Hub id is user/model")
     return bundled.folder(str(model))
 
 
@@ -121,6 +129,45 @@ def load_pipeline(model: str | Path, revision: str | None = None) -> ClassifierG
         )
     arguments = {} if revision is None else {"revision": revision}
     return ClassifierGuidedPipeline.from_pretrained(model_folder(model), **arguments)
+
+
+def scheduler_for(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+    """The scheduler called `name`, configured for the denoiser of `scheduler`.
+
+    Beside Diffusers' names, these select options of the multistep DPM-Solver: `dpmsolver++`,
+    `sde-dpmsolver++`, `dpmsolver++3m` (third order) and `dpmsolver++-thresholding` (dynamic
+    thresholding of x0).
+
+    Raises:
+        ValueError: for an unknown name, or a scheduler for other kinds of denoisers.
+    """
+    name = name.lower()
+    if name == scheduler_name(scheduler):
+        return type(scheduler).from_config(scheduler.config)
+    solver = name.removesuffix("-thresholding")
+    algorithm = solver.removesuffix("3m")
+    if algorithm not in MULTISTEP_DPM:
+        return exchanged(scheduler, name)
+    multistep = exchanged(scheduler, "dpmsolver")
+    return type(multistep).from_config(
+        multistep.config,
+        algorithm_type=algorithm,
+        solver_order=3 if solver.endswith("3m") else 2,
+        thresholding=name.endswith("-thresholding"),
+    )
+
+
+def scheduler_name(scheduler: SchedulerMixin) -> str:
+    """The short name of a scheduler, as `scheduler_for` accepts it."""
+    name = type(scheduler).__name__
+    for suffix in ("Scheduler", "Discrete", "Multistep"):
+        name = name.removesuffix(suffix)
+    if name.lower() != "dpmsolver":
+        return name.lower()
+    config = scheduler.config
+    order = "3m" if config["solver_order"] == 3 else ""
+    thresholding = "-thresholding" if config["thresholding"] else ""
+    return f"{config['algorithm_type']}{order}{thresholding}"
 
 
 def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
@@ -148,7 +195,7 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
 
     Raises:
         ValueError: for an unknown name, or a scheduler that can't be guided; the message lists the
-            names.
+            nearest names.
     """
     import diffusers
 
@@ -164,7 +211,11 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
         for ending in ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler"):
             known[cls.removesuffix(ending).lower()] = cls
     if name.lower() not in known:
-        raise ValueError(f"scheduler {name!r} is unknown; allowed: {', '.join(sorted(classes))}")
+        names = ", ".join(nearest(name, [*known.values(), *MULTISTEP_DPM]))
+        raise ValueError(
+            f"scheduler {shown(name)} is unknown; a scheduler of Diffusers that can be guided is "
+            f"allowed, of which the nearest are {names}"
+        )
     return getattr(diffusers, known[name.lower()])
 
 

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..cli_options import add_shared_option, add_shared_options, select_device
+from ..cli_options import (
+    add_shared_option,
+    add_shared_options,
+    count,
+    count_or_none,
+    select_device,
+)
 
 
 def add_inspect_command(commands: Any) -> None:
@@ -34,12 +40,12 @@ def add_inspect_command(commands: Any) -> None:
     )
     help = "folder to write (default: %(default)s)"
     option("--output", type=Path, default=Path("diagnosis"), help=help)
-    for flag, default, text in (
-        ("--images", 1000, "largest number of images to use"),
-        ("--gradient-images", 64, "number of these to take gradients of"),
-        ("--levels", 10, "noise levels, evenly over the run; its last step is added"),
+    for flag, kind, default, text in (
+        ("--images", count, 1000, "largest number of images to use"),
+        ("--gradient-images", count_or_none, 64, "number of these to take gradients of"),
+        ("--levels", count, 10, "noise levels, evenly over the run; its last step is added"),
     ):
-        option(flag, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+        option(flag, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     add_shared_options(command, "--split", "--image-column", "--label-column")
     help = "seed of the choice of images and their noise (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)

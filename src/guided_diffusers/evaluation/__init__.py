@@ -17,21 +17,25 @@ judge, measures how often they show their label; neither may be the classifier t
 processes of `accelerate launch` share the images.
 """
 
-from ..deprecated import renamed
-from .dataset_images import DatasetImages, ParquetImages
-from .evaluation import Evaluation, evaluate
-from .images import Images, NpzImages, open_generated, open_real
-from .labels import common_labels
-from .networks import (
-    Network,
-    default_features,
-    load_inception,
-    load_network,
-    wrap_classifier,
-    wrap_module,
-)
-from .results import COVERAGE_K, Bootstrap, by_class, compare
-from .summary import Settings, Summary, summarise
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from .dataset_images import DatasetImages, ParquetImages
+    from .evaluation import Evaluation, evaluate
+    from .images import Images, NpzImages, open_generated, open_real
+    from .labels import common_labels
+    from .networks import (
+        Network,
+        default_features,
+        load_inception,
+        load_network,
+        wrap_classifier,
+        wrap_module,
+    )
+    from .results import COVERAGE_K, Bootstrap, by_class, compare
+    from .summary import Settings, Summary, summarise
 
 __all__ = [
     "COVERAGE_K",
@@ -58,7 +62,7 @@ __all__ = [
     "wrap_module",
 ]
 
-__getattr__ = renamed(
+__getattr__, __dir__ = lazy_imports(
     __name__,
     {
         "Rows": "DatasetImages",

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import diffusers
-import transformers
-from accelerate import PartialState
+from ..cli_options import (
+    add_shared_option,
+    add_shared_options,
+    count,
+    count_or_none,
+    launched_processes,
+    number,
+    select_device,
+)
 
-from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
-from ..noise import module_config
-from ..utils import load_pipeline, require_matplotlib
-from .bits import measure_bits_per_dim
-from .evaluation import Evaluation, evaluate
-from .images import Images, open_generated, open_real
-from .networks import default_features, load_network
-from .results import Bootstrap
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+    from .images import Images
 
 EVALUATE_OPTIONS = (  # arguments of `evaluate` with the names of the options
     "max_features nearest bootstrap confidence seed batch_size per_class cache"
@@ -52,16 +52,24 @@ def add_evaluate_command(commands: Any) -> None:
     text += "`none`: no judge (default: the network of --features, if it is a classifier)"
     add_shared_option(command, "--judge", help=text)
     numbers = {
-        "--max-features": (10_000, "sampled images, for metrics that need features image by image"),
-        "--nearest": (1000, "images whose nearest training image is searched"),
-        "--bootstrap": (100, "resamples for the intervals; 0: no intervals"),
-        "--bits-per-dim": (0, "real images for the bits per dimension of --model; 0: off"),
+        "--max-features": (
+            count,
+            10_000,
+            "sampled images, for metrics that need features image by image",
+        ),
+        "--nearest": (count, 1000, "images whose nearest training image is searched"),
+        "--bootstrap": (count_or_none, 100, "resamples for the intervals; 0: no intervals"),
+        "--bits-per-dim": (
+            count_or_none,
+            0,
+            "real images for the bits per dimension of --model; 0: off",
+        ),
     }
-    for flag, (default, text) in numbers.items():
+    for flag, (kind, default, text) in numbers.items():
         text = f"number of {text} (default: %(default)s)"
-        option(flag, type=int, default=default, metavar="N", help=text)
+        option(flag, type=kind, default=default, metavar="N", help=text)
     text = "level of the intervals (default: %(default)s)"
-    option("--confidence", type=float, default=0.95, help=text)
+    option("--confidence", type=number(0, 1, above=True), default=0.95, help=text)
     text = "for --bits-per-dim: a bundled model, a pipeline folder or a Hub id"
     add_shared_option(command, "--model", default=None, help=text)
     yes_no = argparse.BooleanOptionalAction
@@ -75,6 +83,9 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    from ..utils import require_matplotlib
+    from .evaluation import Evaluation
+
     if bool(options.bits_per_dim) != (options.model is not None):
         raise ValueError(
             f"--bits-per-dim {options.bits_per_dim}, --model {options.model}: use both or neither"
@@ -87,9 +98,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     is_main = processes is None or processes.is_main_process
     if options.quiet or not is_main:
         options.quiet = True
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        _disable_progress_bars()
     device = select_device(options.device, processes)
     evaluation = Evaluation() if options.images is None else _evaluate(options, device)
     if options.bits_per_dim:
@@ -102,7 +111,23 @@ def run_evaluate(options: argparse.Namespace) -> None:
         processes.destroy_process_group()
 
 
+def _disable_progress_bars() -> None:
+    import datasets
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
+
+    disable_progress_bar()
+    disable_transformers_bar()
+    datasets.disable_progress_bars()
+
+
 def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
+    from accelerate import PartialState
+
+    from .evaluation import evaluate
+    from .images import open_generated, open_real
+    from .networks import default_features, load_network
+
     columns = (options.image_column, options.label_column)
     with PartialState().main_process_first():  # it prepares the datasets' files for the others
         generated = open_generated(options.images, options.images_split, *columns)
@@ -121,6 +146,8 @@ def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
 
 
 def _open_training(options: argparse.Namespace, generated: Images, real: Images) -> Images | None:
+    from .images import open_real
+
     split, real_split = options.training_split, real.description["split"]
     if split == real_split:
         raise ValueError(
@@ -139,6 +166,14 @@ def _open_training(options: argparse.Namespace, generated: Images, real: Images)
 
 def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) -> None:
     """Add the bits per dimension of --model on the real images."""
+    from accelerate import PartialState
+
+    from ..noise import module_config
+    from ..utils import load_pipeline
+    from .bits import measure_bits_per_dim
+    from .images import open_real
+    from .results import Bootstrap
+
     pipeline = load_pipeline(options.model).to(device)
     config, columns = module_config(pipeline.unet), (options.image_column, options.label_column)
     size = config["sample_size"]

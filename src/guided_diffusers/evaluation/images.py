@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow
 import torch
 
+from ..checks import read_json
 from ..learning.data import LabelledImages, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
 
@@ -150,12 +150,7 @@ def _select_split(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `guided-diffusers sample`; {} without one."""
     path = folder / "manifest.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"images: {path} can't be read: {error}") from error
+    return read_json(path) if path.is_file() else {}
 
 
 class NpzImages:

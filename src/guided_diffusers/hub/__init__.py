@@ -11,17 +11,16 @@ where its output must be the same (`check`). All files are uploaded in one commi
 upload leaves the repository unchanged.
 """
 
-from ..classifier import NoiseAwareClassifier
-from ..clip import NoiseAwareCLIP
-from ..pipeline import ClassifierGuidedPipeline
-from .download import pull
-from .publish import push, push_to_hub
-from .staging import card, prepare
-from .verification import check
+from typing import TYPE_CHECKING
 
-# Set here because the classes' files, which are published, can't import this package. Diffusers'
-# method, which this replaces, has no checks.
-for _cls in (ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP):
-    _cls.push_to_hub = push_to_hub
+from ..lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from .download import pull
+    from .publish import push, push_to_hub
+    from .staging import card, prepare
+    from .verification import check
 
 __all__ = ["card", "check", "prepare", "pull", "push", "push_to_hub"]
+
+__getattr__, __dir__ = lazy_imports(__name__)

@@ -8,12 +8,12 @@ guided images.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import read_json
 from ..diagnosis import COLUMNS
 from ..utils import markdown_table
 
@@ -39,7 +39,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.json")):
         is_config = path.name in ("model_index.json", "config.json") or ".index." in path.name
         if not is_config:
-            metrics[path.stem] = json.loads(path.read_text())
+            metrics[path.stem] = read_json(path)
     return {**metrics.pop("figures", {}), **metrics}
 
 

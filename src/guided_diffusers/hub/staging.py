@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import diffusers
 
+from ..checks import read_json
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
@@ -103,7 +103,7 @@ def model_class(folder: Path) -> type[Model]:
             f"{folder} contains neither a pipeline (model_index.json) nor a classifier or CLIP "
             "(config.json)"
         )
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    name = read_json(folder / "config.json").get("_class_name")
     for cls in (NoiseAwareClassifier, NoiseAwareCLIP):
         if name == cls.__name__:
             return cls
@@ -115,7 +115,7 @@ def model_class(folder: Path) -> type[Model]:
 
 def _check_components(folder: Path) -> None:
     """Refuse a pipeline with a component of a class that users can't import."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     for name in ClassifierGuidedPipeline._get_signature_keys(ClassifierGuidedPipeline)[0]:
         library, cls = index.get(name) or (None, None)
         known = library in (None, *LIBRARIES) or hasattr(diffusers.pipelines, library)
@@ -142,11 +142,11 @@ def _merge_metrics(stage: Path, name: str) -> None:
     merged_path = stage / "figures.json"
     merged: dict[str, Any] = {}
     if metrics_path.exists():
-        merged[name] = json.loads(metrics_path.read_text())
+        merged[name] = read_json(metrics_path)
         if options_path.exists():
-            merged[name]["options"] = json.loads(options_path.read_text())
+            merged[name]["options"] = read_json(options_path)
     if merged_path.exists():
-        merged |= json.loads(merged_path.read_text())
+        merged |= read_json(merged_path)
     for metrics in merged.values():
         if isinstance(metrics, dict) and isinstance(metrics.get("options"), dict):
             metrics["options"] = _portable_options(metrics["options"])

@@ -52,9 +52,13 @@ def abort_process(message: str) -> NoReturn:
 
 def make_accelerator(options: Options) -> Accelerator:
     """The `Accelerator` of a training; with several processes, an exception in one ends them all."""
-    trackers = ["all", *map(str, get_available_trackers())]
-    if options.report_to not in (None, *trackers):
-        raise ValueError(f"--report_to {options.report_to}: {trackers} are installed here")
+    trackers = list(map(str, get_available_trackers()))
+    if options.report_to not in (None, "all", *trackers):
+        installed = ", ".join(trackers) or "none"
+        raise ValueError(
+            f"--report_to {options.report_to}: it is not installed here, or no tracker; installed: "
+            f"{installed}. Install it (pip install NAME), or leave the option out"
+        )
     logging_dir = Path(options.output_dir) / options.logging_dir
     try:
         accelerator = Accelerator(

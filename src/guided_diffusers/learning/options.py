@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter, _ActionsContainer
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from huggingface_hub import get_token
+
+from ..cli_options import Parser
 
 AnyOptions = TypeVar("AnyOptions")
 LrScheduler = Literal[
@@ -43,6 +45,22 @@ def option(
     )
 
 
+#: options of all scripts in the groups of --help; those of a single script come first
+GROUPS = {
+    "data": "dataset_name dataset_config_name train_data_dir train_split validation_split "
+    "image_column label_column streaming shuffle_buffer labels resolution center_crop random_flip "
+    "random_shift cache_images skip_corrupt_images vae latents_cache dataloader_num_workers",
+    "model and noise schedule": "model_config_name_or_path scheduler ddpm_num_steps "
+    "ddpm_beta_schedule",
+    "optimization": "seed train_batch_size gradient_accumulation_steps num_train_epochs "
+    "max_train_steps learning_rate lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 "
+    "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_inv_gamma ema_power ema_max_decay",
+    "speed and memory": "mixed_precision gradient_checkpointing cpu",
+    "evaluation and checkpoints": "output_dir validation_steps validation_samples "
+    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint",
+    "logs and publishing": "report_to logging_dir progress push_to_hub hub_model_id hub_private",
+}
+
 changeable = partial(option, may_change=True)
 
 
@@ -50,6 +68,8 @@ def check_ranges(options: Any) -> None:
     """Raise a `ValueError` for an option that is outside its allowed values."""
     for f in fields(options):
         value, limits = getattr(options, f.name), f.metadata["limits"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{f.name} {value}: a finite number is allowed")
         if value is None or limits is None:
             continue
         minimum, maximum, open = limits
@@ -90,7 +110,7 @@ class Options:
         "with --streaming: labels of a column of integers or strings: names such as cat,dog, a "
         "JSON file with a list of names, or the number of classes; not for columns of class ids",
     )
-    resolution: int = option(64, "size in pixels, to which the shorter side is resized", 1)
+    resolution: int = option(64, "size in pixels, to which the shorter side is resized", 1, 2**14)
     center_crop: bool = option(False, "crop the center instead of a random place")
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     random_shift: int = option(0, "shift images by up to this many pixels", 0)
@@ -108,7 +128,9 @@ class Options:
         None, "model config: a JSON file, a model's folder or Hub id; by default of medium size"
     )
     scheduler: str | None = option(None, "noise schedule of this scheduler's config or pipeline")
-    ddpm_num_steps: int = option(1000, "timesteps of the noise schedule, without --scheduler", 1)
+    ddpm_num_steps: int = option(
+        1000, "timesteps of the noise schedule, without --scheduler", 1, 10**6
+    )
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
         "linear", "betas of the noise schedule, without --scheduler"
     )
@@ -218,14 +240,17 @@ def parse(options: type[AnyOptions], description: str | None) -> AnyOptions:
     Dashes in an option's name may stand for underscores. Booleans are written --name, --name False
     or, where they are on by default, --no_name.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [options]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
     )
     hints = get_type_hints(options)
+    groups = {title: parser.add_argument_group(title) for title in ("this script", *GROUPS)}
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
     for f in fields(options):
-        _add_option(parser, f.name, hints[f.name], f.default, f.metadata["help"])
+        group = groups[titles.get(f.name, "this script")]
+        _add_option(group, f.name, hints[f.name], f.default, f.metadata["help"])
     words = []
     for word in sys.argv[1:]:
         words.append(re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word))
@@ -235,7 +260,7 @@ def parse(options: type[AnyOptions], description: str | None) -> AnyOptions:
         parser.error(str(error))
 
 
-def _add_option(parser: ArgumentParser, name: str, hint: Any, default: Any, help: str) -> None:
+def _add_option(parser: _ActionsContainer, name: str, hint: Any, default: Any, help: str) -> None:
     """Add the option of a dataclass field: a `Literal`, bool, int, float or str, or None."""
     if type(None) in get_args(hint):
         hint = next(part for part in get_args(hint) if part is not type(None))

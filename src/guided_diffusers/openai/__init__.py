@@ -18,22 +18,30 @@ does this package's. In the last step, which draws no noise, `guidance_algorithm
 original's variance.
 """
 
-from ..images import join_low_resolution
-from .convert import add_convert_command, convert_checkpoint, convert_scheduler, load_state_dict
-from .networks import (
-    convert_classifier,
-    convert_super_resolution,
-    convert_unet,
-    export_classifier,
-    export_super_resolution,
-    export_unet,
-)
-from .presets import PRESETS, Preset, find_preset
-from .schedules import ADMDDIMScheduler, ADMDDPMScheduler, respaced_timesteps
-from .unet import ADMUNet2DModel
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from ..images import join_low_resolution
+    from .commands import add_convert_command
+    from .convert import convert_checkpoint, convert_scheduler, load_state_dict
+    from .networks import (
+        convert_classifier,
+        convert_super_resolution,
+        convert_unet,
+        export_classifier,
+        export_super_resolution,
+        export_unet,
+    )
+    from .presets import PRESETS, Preset, find_preset
+    from .schedules import ADMDDIMScheduler, ADMDDPMScheduler, respaced_timesteps
+    from .unet import ADMUNet2DModel
 
 __all__ = ["PRESETS", "Preset", "find_preset", "convert_checkpoint", "load_state_dict"]
 __all__ += ["convert_unet", "convert_super_resolution", "convert_classifier", "convert_scheduler"]
 __all__ += ["export_unet", "export_super_resolution", "export_classifier", "join_low_resolution"]
 __all__ += ["ADMUNet2DModel", "ADMDDPMScheduler", "ADMDDIMScheduler", "respaced_timesteps"]
 __all__ += ["add_convert_command"]
+
+__getattr__, __dir__ = lazy_imports(__name__)

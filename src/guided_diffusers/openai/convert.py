@@ -1,7 +1,5 @@
 """guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
-import argparse
-import json
 import pickle
 import shutil
 import zipfile
@@ -16,17 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import shorten, shown
 from ..classifier import NoiseAwareClassifier
-from ..cli_options import add_shared_option
 from ..pipeline import ClassifierGuidedPipeline
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
-from .presets import PRESETS, find_preset
+from .presets import find_preset
 
 # Flags of the diffusion process, which UNet and classifier share
 PROCESS_FLAGS = {"diffusion_steps", "noise_schedule", "sigma_small", "predict_xstart"}
 PROCESS_FLAGS |= {"rescale_timesteps", "timestep_respacing"}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
@@ -73,11 +70,14 @@ def load_state_dict(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state_dict = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         reason = "no checkpoint, or holds code, which is never run"
-        raise ValueError(f"{file} is refused: {reason}. {error}") from error
+        # not torch's message, which says how to load it unsafely
+        raise ValueError(
+            f"{file} is refused: {reason}. A state dict of tensors, .pt or .safetensors, is allowed"
+        ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged or truncated: {error}") from error
+        raise ValueError(f"{file} is damaged or truncated: {shorten(error) or 'empty'}") from None
     flat = isinstance(state_dict, dict) and all(isinstance(t, Tensor) for t in state_dict.values())
     kind = type(state_dict).__name__
     check(flat, f"{file} holds no tensors by name but {kind}; the original's are flat state dicts")
@@ -123,6 +123,12 @@ def convert_checkpoint(
             "timestep_respacing": str(published.num_inference_steps),
             **published.config,
         }
+    for name in ("unet", "classifier"):
+        flags = config.get(name, {})
+        check(
+            isinstance(flags, Mapping),
+            f"config: {name} is {shown(flags)}; {{flag: value}} is allowed",
+        )
     unet_flags, classifier_flags = _split_flags(config)
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
     defaults |= _default_steps(unet_flags.get("timestep_respacing"))
@@ -213,38 +219,3 @@ def _check_compatible(
     labels, classes = classifier.config.num_labels, unet.config.num_class_embeds
     fits = classes in (None, labels)
     check(fits, f"{classifier_file} has {labels} classes, {unet_file} has {classes}")
-
-
-def add_convert_command(commands: Any) -> None:
-    """Add `convert` to the subparsers of the program `guided-diffusers`."""
-    command = commands.add_parser(
-        "convert",
-        help="convert OpenAI's guided-diffusion checkpoints to a pipeline folder",
-        description="Convert OpenAI's guided-diffusion checkpoints to a folder for "
-        "ClassifierGuidedPipeline.from_pretrained. No code in the files is run.",
-    )
-    command.set_defaults(run=run_convert)
-    option = command.add_argument
-    option("--unet", type=Path, required=True, metavar="FILE", help="UNet, .pt or .safetensors")
-    option("--classifier", type=Path, metavar="FILE", help="classifier file (default: none)")
-    names = ", ".join(PRESETS)
-    option("--preset", metavar="NAME", help=f"{names} (default: by the UNet's file name)")
-    option("--config", type=Path, metavar="JSON", help="the original's flags, instead of a preset")
-    option("--output", type=Path, required=True, metavar="FOLDER", help="folder, not yet existing")
-    option("--dtype", choices=DTYPES, help="data type of the weights (default: the file's)")
-    add_shared_option(command, "--quiet", help="no progress bar")
-
-
-def run_convert(options: argparse.Namespace) -> None:
-    """Run the command `convert`."""
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config {options.config} is no JSON: {error}") from error
-    unet, output, classifier = options.unet, options.output, options.classifier
-    dtype, progress = DTYPES.get(options.dtype), not options.quiet
-    convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)
-    load_command = f"ClassifierGuidedPipeline.from_pretrained({str(output)!r})"
-    print(f"{output} is ready: {load_command}")

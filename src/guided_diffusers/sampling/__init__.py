@@ -8,20 +8,25 @@
 `sample_to_folder` resumes an interrupted run and divides the work among processes.
 """
 
-from ..utils import image_generator
-from .batches import WarnOnce, sample
-from .folder import sample_to_folder
-from .manifest import (
-    LIBRARIES,
-    add_weights,
-    as_folder,
-    differences,
-    folder_names,
-    module_hash,
-    unique_names,
-    weights_hash,
-)
-from .pictures import grid, save_image
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from ..utils import image_generator
+    from .batches import WarnOnce, sample
+    from .folder import sample_to_folder
+    from .manifest import (
+        LIBRARIES,
+        add_weights,
+        as_folder,
+        differences,
+        folder_names,
+        module_hash,
+        unique_names,
+        weights_hash,
+    )
+    from .pictures import grid, save_image
 
 __all__ = [
     "LIBRARIES",
@@ -39,3 +44,5 @@ __all__ = [
     "unique_names",
     "weights_hash",
 ]
+
+__getattr__, __dir__ = lazy_imports(__name__)

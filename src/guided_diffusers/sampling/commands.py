@@ -8,14 +8,18 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import ALGORITHMS, DEFAULTS
 from ..cli_options import (
     add_shared_option,
     add_shared_options,
+    count,
+    fraction,
     launched_processes,
     launched_world_size,
+    number,
+    scale,
     select_device,
 )
+from ..defaults import ALGORITHMS, DEFAULTS
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+#: suffixes of files that aren't written, so that no folder gets such a name by mistake
+OTHER_FILES = set(
+    ".gif .bmp .tif .tiff .svg .pdf .npz .npy .parquet .arrow .zip .tar .gz .json .csv .txt .html "
+    ".md .pt .pth .safetensors .mp4 .avif .jxl".split()
+)
 
 
 def add_sample_command(commands: Any) -> None:
@@ -39,8 +48,10 @@ def add_sample_command(commands: Any) -> None:
     option = command.add_argument
     help = "names or ids; `all`: every label of the model"
     option("--label", nargs="+", required=True, metavar="LABEL", help=help)
-    option("--num-images", type=int, help="total, with the labels in turn (default: 10 per label)")
-    option("--scheduler", help="of Diffusers: ddim, ddpm, euler, unipc, ... (default: the model's)")
+    option(
+        "--num-images", type=count, help="total, with the labels in turn (default: 10 per label)"
+    )
+    option("--scheduler", help="ddim, ddpm, euler, unipc, dpmsolver++, ... (default: the model's)")
     add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
     help = "random seed; image i depends only on the seed and i (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)
@@ -53,18 +64,23 @@ def _add_call_options(command: ArgumentParser) -> None:
     description = "Options left out have the model's defaults."
     group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
     for name, kind, metavar, help in (
-        ("scale", float, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
-        ("start", float, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
-        ("stop", float, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
-        ("every", int, "K", "evaluate the classifier every K steps"),
-        ("tolerance", float, "T", "or when the estimated error exceeds T, in units of [-1, 1]"),
+        ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
+        ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
+        ("every", count, "K", "evaluate the classifier every K steps"),
+        (
+            "tolerance",
+            number(0, above=True),
+            "T",
+            "or when the estimated error exceeds T, in units of [-1, 1]",
+        ),
     ):
         group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
     help = "of classifier-free guidance, for a network with a null label; 0: off"
-    group.add_argument("--classifier-free-scale", type=float, metavar="SCALE", help=help)
+    group.add_argument("--classifier-free-scale", type=scale, metavar="SCALE", help=help)
     help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
     group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
-    group.add_argument("--num-inference-steps", type=int, help="scheduler steps")
+    group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
 
 
 def _add_output_options(command: ArgumentParser) -> None:
@@ -77,7 +93,7 @@ def _add_output_options(command: ArgumentParser) -> None:
     )
     option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
     help = "images written together, lost by a kill (default: 256, or --batch-size if more)"
-    option("--shard-size", type=int, help=help)
+    option("--shard-size", type=count, help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
     option("--diagnostics", type=Path, metavar="FILE", help=help)
 
@@ -85,7 +101,7 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import exchanged, load_pipeline
+    from ..utils import load_pipeline, scheduler_for
 
     check_options(options)
     processes = launched_processes(options.device)
@@ -95,8 +111,8 @@ def run_sample(options: Namespace) -> None:
         disable_progress_bar()
     pipeline = load_pipeline(options.model, options.revision)
     pipeline.to(select_device(options.device, processes))
-    if options.scheduler:
-        pipeline.scheduler = exchanged(pipeline.scheduler, options.scheduler)
+    if options.scheduler is not None:
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, options.scheduler)
     labels = parse_label_options(options.label, pipeline)
     options.num_images = options.num_images or 10 * len(labels)
     call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
@@ -132,10 +148,11 @@ def is_picture(path: Path) -> bool:
 def check_options(options: Namespace) -> None:
     """Check the options before any computation."""
     world_size, output = launched_world_size(), options.output
-    for name in ("batch_size", "num_images", "shard_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is allowed")
+    if output.suffix.lower() in OTHER_FILES and not output.is_dir():
+        raise ValueError(
+            f"--output {output}: a picture ({', '.join(PICTURE_FORMATS)}) or a folder is allowed; "
+            "--format chooses the files in a folder"
+        )
     for name in ("format", "shard_size"):
         value = getattr(options, name)
         if value is not None and is_picture(output):
@@ -173,7 +190,11 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
             raise ValueError("--label all: the model's number of labels is unknown; use their ids")
         return list(range(pipeline.num_labels))
     names = (pipeline.config.id2label or {}).values()
-    ids = {value: int(value) for value in values if value.isdigit() and value not in names}
+    ids = {
+        value: int(value)
+        for value in values
+        if value.isascii() and value.isdecimal() and value not in names
+    }
     return label_ids(pipeline, [ids.get(value, value) for value in values])
 
 

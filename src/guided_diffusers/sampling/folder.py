@@ -21,6 +21,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..checks import MAX_SEED, check_number, shown
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import WarnOnce, progress_bars, sample
@@ -77,10 +78,10 @@ def sample_to_folder(
     """
     start = time.perf_counter()
     ids = label_ids(pipeline, labels)
+    check_number("seed", seed, 0, MAX_SEED, integer=True)
     sizes = {"num_images": num_images, "batch_size": batch_size, "shard_size": shard_size}
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is allowed")
+        check_number(name, value, 1, MAX_SEED, integer=True)
     if batch_size > shard_size:
         raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))
@@ -135,6 +136,8 @@ def _missing_shards(
 
 def label_ids(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label]) -> list[int]:
     """Ids of labels given as ids or names; mixtures are refused."""
+    if not isinstance(labels, (list, tuple)) or not labels:
+        raise ValueError(f"labels={shown(labels)}: a list of ids or names is allowed")
     ids = []
     weighted = parse_labels(list(labels), pipeline.config.id2label, pipeline.num_labels)
     for label, weights in zip(labels, weighted, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from ..arguments import DEFAULTS
+from ..defaults import DEFAULTS
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import finite, is_hub_id, write_json

@@ -19,13 +19,17 @@ Modules, each importing only earlier ones: settings, metrics, store, schedulers,
 plots, report, run, commands.
 """
 
-from ..deprecated import renamed
-from .metrics import Result
-from .report import write_report
-from .run import measure_points, sweep
-from .settings import Curve, SweepSetting, sweep_grid
-from .store import Store
-from .verdict import Verdict, pareto_front, verdict_of
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_imports
+
+if TYPE_CHECKING:
+    from .metrics import Result
+    from .report import write_report
+    from .run import measure_points, sweep
+    from .settings import Curve, SweepSetting, sweep_grid
+    from .store import Store
+    from .verdict import Verdict, pareto_front, verdict_of
 
 __all__ = [
     "Curve",
@@ -41,4 +45,4 @@ __all__ = [
     "write_report",
 ]
 
-__getattr__ = renamed(__name__, {"Point": "SweepSetting", "points": "sweep_grid"})
+__getattr__, __dir__ = lazy_imports(__name__, {"Point": "SweepSetting", "points": "sweep_grid"})

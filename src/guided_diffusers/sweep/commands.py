@@ -8,31 +8,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import ALGORITHMS
-from ..cli_options import SHARED, add_shared_option, launched_processes, select_device
+from ..cli_options import (
+    SHARED,
+    add_shared_option,
+    count,
+    count_or_none,
+    fraction,
+    launched_processes,
+    number,
+    scale,
+    select_device,
+)
+from ..defaults import ALGORITHMS
 
 
 def interval(text: str) -> tuple[float, float]:
     """The two numbers of START:STOP."""
     start, _, stop = text.partition(":")
     try:
-        return float(start), float(stop)
-    except ValueError as error:
+        return fraction(start), fraction(stop)
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not START:STOP, two numbers such as 0.1:0.8"
+            f"{text!r} is not START:STOP, two numbers from 0 to 1 such as 0.1:0.8"
         ) from error
 
 
 SCHEDULERS = "ddim, ddpm, euler, dpmsolver++, dpmsolver++3m, sde-dpmsolver++"
 LISTS: dict[str, tuple[Callable[[str], Any], str, Any, str]] = {  # type, metavar, default, help
-    "--scales": (float, "SCALE", [0, 1, 2, 3, 5, 8, 10], "guidance scales; 0 (off) is included"),
+    "--scales": (scale, "SCALE", [0, 1, 2, 3, 5, 8, 10], "guidance scales; 0 (off) is included"),
     "--schedulers": (str, "NAME", None, f"{SCHEDULERS}, ..."),
-    "--steps": (int, "N", None, "numbers of scheduler steps"),
+    "--steps": (count, "N", None, "numbers of scheduler steps"),
     "--intervals": (interval, "START:STOP", None, "guided parts of the run, in [0, 1]; 0:1: all"),
     "--algorithms": (str, "NAME", None, f"guidance algorithms: {', '.join(ALGORITHMS)}"),
-    "--every": (int, "K", [], "evaluate the classifier at every K-th step"),
+    "--every": (count, "K", [], "evaluate the classifier at every K-th step"),
     "--tolerances": (
-        float,
+        number(0, above=True),
         "T",
         [],
         "evaluate the classifier again when the estimated extrapolation error exceeds T, in units "
@@ -40,9 +50,13 @@ LISTS: dict[str, tuple[Callable[[str], Any], str, Any, str]] = {  # type, metava
     ),
 }
 NUMBERS = {
-    "--num-images": (1000, "images per setting, labels in turn"),
-    "--bootstrap": (100, "resamples for the 95%% intervals"),
-    "--max-features": (2000, "images sampled for metrics that need features of single images"),
+    "--num-images": (count, 1000, "images per setting, labels in turn"),
+    "--bootstrap": (count_or_none, 100, "resamples for the 95%% intervals"),
+    "--max-features": (
+        count,
+        2000,
+        "images sampled for metrics that need features of single images",
+    ),
 }
 SHARED_FLAGS = (
     "--model --revision --split --image-column --label-column --features --judge --seed "
@@ -82,9 +96,9 @@ def add_sweep_command(commands: Any) -> None:
         choices = ALGORITHMS if flag == "--algorithms" else None
         keywords = {"type": kind, "default": default, "metavar": metavar, "choices": choices}
         option(flag, nargs="+", help=f"{text} (default: {shown})", **keywords)
-    for flag, (default, text) in NUMBERS.items():
+    for flag, (kind, default, text) in NUMBERS.items():
         text = f"{text} (default: %(default)s)"
-        option(flag, type=int, default=default, metavar="N", help=text)
+        option(flag, type=kind, default=default, metavar="N", help=text)
     text = "autocast dtype of the denoiser; sampler and classifier are not affected"
     dtypes = ("float32", "bfloat16", "float16")
     option("--dtype", choices=dtypes, default="float32", help=f"{text} (default: %(default)s)")

@@ -31,9 +31,8 @@ from ..evaluation import (
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import LIBRARIES, sample, save_image
 from ..speed import computing_in
-from ..utils import evaluating
+from ..utils import evaluating, scheduler_for
 from .metrics import PICTURES, Result
-from .schedulers import scheduler_for
 from .settings import SweepSetting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

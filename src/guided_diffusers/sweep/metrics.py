@@ -74,7 +74,12 @@ class Result:
             KeyError, TypeError: for a missing part, or a metric or cost that is not a number.
         """
         per_class = tuple(content["per_class"])
-        result = cls(setting, content["figures"], content["cost"], content["pictures"], per_class)
+        metrics = {}
+        for name, metric in content["figures"].items():
+            if metric["value"] is not None:  # it was NaN: not measured, as for one image a class
+                is_known = metric["interval"] and None not in metric["interval"]
+                metrics[name] = {**metric, "interval": metric["interval"] if is_known else None}
+        result = cls(setting, metrics, content["cost"], content["pictures"], per_class)
         for value in (result.value(FRECHET), *result.evaluations, result.seconds):
             if not isinstance(value, (int, float)):
                 raise TypeError(f"{value!r} is not a number")

@@ -12,15 +12,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..arguments import DEFAULTS
+from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, weights_hash
-from ..utils import require_matplotlib
+from ..utils import require_matplotlib, scheduler_for, scheduler_name
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
-from .schedulers import scheduler_for, scheduler_name
 from .settings import SweepSetting, sweep_grid
 from .store import Store
 from .verdict import Verdict, verdict_of
@@ -66,7 +65,7 @@ def sweep(
             the report.
         features: network whose features the distances use.
         judge: classifier that is not used for guidance. None: no accuracy.
-        scales: guidance scales >= 0; 0 (off) is always measured.
+        scales: guidance scales; 0 (off) is always measured, negative ones steer away from the label.
         schedulers: names such as `dpmsolver++`. None: the pipeline's scheduler.
         steps: numbers of steps. None: the pipeline's default.
         intervals: (guidance_start, guidance_stop), fractions of the run in [0, 1]. None: the

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..arguments import ALGORITHMS
+from ..defaults import ALGORITHMS
 
 
 class Curve(NamedTuple):
@@ -129,7 +129,7 @@ def sweep_grid(
         for values in (scales, schedulers, steps, intervals, algorithms, every, tolerances)
     )
     for name, values, is_allowed, allowed in (
-        ("scales", scales, lambda s: 0 <= s < math.inf, "0 (off) or a positive number"),
+        ("scales", scales, math.isfinite, "finite numbers; 0 is off"),
         ("steps", steps, _is_positive_integer, "integers from 1"),
         ("every", every, _is_positive_integer, "integers from 1"),
         ("tolerances", tolerances, lambda t: 0 < t < math.inf, "positive numbers"),
@@ -147,7 +147,7 @@ def sweep_grid(
         )
     reuse: list[dict[str, Any]] = [{"guidance_every": int(k)} for k in every]
     reuse += [{"guidance_tolerance": float(tolerance)} for tolerance in tolerances]
-    guided_scales = [float(scale) for scale in sorted(scales) if scale > 0]
+    guided_scales = [float(scale) for scale in sorted(scales) if scale != 0]
     guided = list(product(intervals, algorithms, reuse or [{}], guided_scales))
     settings = []
     for count, scheduler in product(sorted(steps), schedulers):
