@@ -682,7 +682,7 @@ class Overflowing(torch.nn.Module):
         (
             torch.float32,
             1e39,
-            "the sample left the range that the classifier knows: lower guidance_scale",
+            "the classifier is not finite: its value or its gradient is NaN for a sample",
         ),
         (
             torch.float16,

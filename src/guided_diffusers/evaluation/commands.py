@@ -13,9 +13,9 @@ from accelerate import PartialState
 
 from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
 from ..noise import module_config
-from ..utils import load_pipeline, require_matplotlib
+from ..utils import check_writable, folder_lock, load_pipeline, require_matplotlib
 from .bits import measure_bits_per_dim
-from .evaluation import Evaluation, evaluate
+from .evaluation import FILES, Evaluation, evaluate
 from .images import Images, open_generated, open_real
 from .networks import default_features, load_network
 from .results import Bootstrap
@@ -90,16 +90,27 @@ def run_evaluate(options: argparse.Namespace) -> None:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    if is_main:
+        _check_outputs(options)
     device = select_device(options.device, processes)
     evaluation = Evaluation() if options.images is None else _evaluate(options, device)
     if options.bits_per_dim:
         _add_bits(evaluation, options, device)
     if is_main:
         print(evaluation, flush=True)  # before saving: a full disk doesn't lose it
-        evaluation.save(options.output, options.picture)
+        with folder_lock(options.output, wait=True):
+            evaluation.save(options.output, options.picture)
         print(options.output)
     if processes is not None:
         processes.destroy_process_group()
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Check, before the work, that the output and the cache can be written."""
+    for name in FILES:
+        check_writable(options.output / name, "--output")
+    if options.cache is not None and not options.cache.is_dir():  # one that can be read has a use
+        check_writable(options.cache, "--cache", folder=True)
 
 
 def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
