@@ -126,6 +126,8 @@ def check_writable(path: Path, option: str, *, folder: bool = False, size: int =
             raise OSError(errno.ENOSPC, sizes)
     except OSError as error:
         reason = error.strerror or error
+        if isinstance(error, FileExistsError):
+            reason = f"{parent} is a file"
         raise OSError(f"{option} {path} can't be written: {reason}") from error
     finally:
         for created in missing:

@@ -37,12 +37,6 @@ class Shards:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r}: {', '.join(FORMATS)} are allowed")
-        if self.format == "parquet":
-            for i, name in enumerate(self.names):
-                if name.encode(errors="replace").decode() != name:
-                    raise ValueError(
-                        f"label {i} has the name {name!r}; Parquet needs valid Unicode"
-                    )
         self.folders, self.records = folder_names(self.names), self.folder / ".shards"
 
     def __len__(self) -> int:
