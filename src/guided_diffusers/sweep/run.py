@@ -91,7 +91,8 @@ def sweep(
         OSError: if the disk is full; finished results are kept.
     """
     require_matplotlib()
-    _check_output(Path(output))
+    if PartialState().is_main_process:
+        check_output(Path(output))
     defaults = pipeline.config.defaults
     if schedulers is None:
         schedulers = [scheduler_name(pipeline.scheduler)]
@@ -115,14 +116,12 @@ def sweep(
         return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Check, before the work, that the results and the report can be written."""
-    if PartialState().is_main_process:
-        check_writable(output, "output", folder=True)
-        for name in ("points", ".locks", ".real"):
-            check_writable(output / name, "output", folder=True)
-        for name in ("sweep.json", "report.md", "report.html"):
-            check_writable(output / name, "output")
+    for name in ("", "points", ".locks", ".real"):
+        check_writable(output / name, "output", folder=True)
+    for name in ("sweep.json", "report.md", "report.html"):
+        check_writable(output / name, "output")
 
 
 def measure_points(
