@@ -7,6 +7,8 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +87,9 @@ def test_the_second_is_refused_with_the_firsts_number_and_a_killed_one_is_not_in
             with pytest.raises(ValueError, match=f"process {os.getpid()};"), folder_lock(tmp_path):
                 pytest.fail("entered twice")
     assert not list(tmp_path.iterdir())
+    with folder_lock(tmp_path / "a" / "b"):
+        pass
+    assert not list(tmp_path.iterdir())  # a folder in which nothing was written
 
 
 def test_the_second_waits_and_says_for_whom(
@@ -294,6 +299,31 @@ def test_a_cache_is_waited_for_not_made_twice(tmp_path: Path) -> None:
             torch.testing.assert_close(other.state()[name], value, rtol=0, atol=0)
 
 
+def test_a_training_whose_checkpoints_do_not_fit_is_refused_before_the_first_step(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = "--output_dir: a checkpoint in .*out can't be written: 0 MiB are needed, 0 MiB are"
+    with pytest.raises(SystemExit, match=message):
+        train("unet", "--max_train_steps 1")
+
+
+@pytest.mark.parametrize("line", ["--hub_model_id a/b/c", "--hub_model_id a--b", ""])
+def test_a_repository_that_can_not_be_is_found_before_a_training(
+    line: str,
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Without --hub_model_id it has the folder's name."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(SystemExit):
+        train("unet", f"--push_to_hub {line}", "my..model", data="--train_data_dir nowhere")
+    expected = f"{line or '--hub_model_id None'}, --output_dir .*my..model: (Repo id must|Cannot have) "
+    assert re.search(expected, capsys.readouterr().err)
+
+
 def test_a_training_is_refused_while_another_runs(
     train: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -304,5 +334,13 @@ def test_a_training_is_refused_while_another_runs(
             train("unet", "--max_train_steps 1")
         kill(first)
     assert sorted(path.name for path in output.iterdir()) == [".lock", ".lock.json"]
+    for path in (tmp_path / "in" / "the", tmp_path / "full"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(SystemExit, match="--output_dir .*in/the/way can't be written: Not a dir"):
+        train("unet", "--max_train_steps 1", "in/the/way", data="--train_data_dir nowhere")
+    with pytest.raises(SystemExit, match="--latents_cache .*full can't be written: it is a file"):
+        train("unet", f"--vae nothing --center_crop --latents_cache {tmp_path / 'full'}", "new")
+    assert not (tmp_path / "new").exists()
     train("unet", "--max_train_steps 1")
     assert (output / "model_index.json").exists() and not list(output.glob(".lock*"))

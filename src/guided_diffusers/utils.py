@@ -113,7 +113,7 @@ def check_writable(path: Path, option: str, *, folder: bool = False, size: int =
     """
     parent, missing = path if folder else path.parent, []
     try:
-        missing = [part for part in (parent, *parent.parents) if not part.exists()]
+        missing = missing_folders(parent)
         if path.exists() and path.is_dir() != folder:
             raise OSError(0, "it is a file, not a folder" if folder else "it is a folder")
         parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +130,19 @@ def check_writable(path: Path, option: str, *, folder: bool = False, size: int =
             reason = f"{parent} is a file"
         raise OSError(f"{option} {path} can't be written: {reason}") from error
     finally:
-        for created in missing:
-            with suppress(OSError):
-                created.rmdir()
+        remove_empty(missing)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and its parents that don't exist, deepest first."""
+    return [part for part in (folder, *folder.parents) if not part.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
@@ -144,7 +154,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[str | None]:
 
     Args:
         path: of the lock. It, its folder, and `PATH.json`, which names the process, are created;
-            the files are removed on exit.
+            the files are removed on exit, and so is a folder that is still empty.
         wait: wait for another process, which is logged.
 
     Yields:
@@ -155,7 +165,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[str | None]:
     """
     from filelock import FileLock
 
-    lock = FileLock(path)
+    lock, missing = FileLock(path), missing_folders(path.parent)
     owner = _acquire(lock, path, wait)
     if owner is not None:
         yield owner
@@ -170,6 +180,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[str | None]:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
         lock.release()
+        remove_empty(missing)
 
 
 def _record(path: Path) -> Path:
@@ -180,7 +191,6 @@ def _acquire(lock: BaseFileLock, path: Path, wait: bool) -> str | None:
     """Acquire a lock; without `wait`, the name of the process that has it, if another one has."""
     waiting = False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         while not _try_lock(lock, path):
             pid, host = _lock_owner(path)
             place = "" if host == socket.gethostname() else f" on {host}"
@@ -201,9 +211,10 @@ def _try_lock(lock: BaseFileLock, path: Path) -> bool:
     """Whether this process got the lock."""
     from filelock import Timeout
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, FileNotFoundError):  # the process before has just removed the folder
         return False
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:

@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers.utils.logging import get_logger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..utils import aside, evaluating, file_lock
+from ..utils import aside, check_writable, evaluating, file_lock
 from .images import Images, read_image
 from .metrics import Accumulator, ClassScore, ConfusionMatrix, FeatureSample, Moments, gather
 from .networks import Network
 
+logger = get_logger(__name__)
 MAX_COVARIANCE_NUMBERS = 2**27  # of all classes together: 1 GiB
 OLD_STATE_NAMES = {"counts": "confusion", "top5_correct": "among"}  # in caches of version 0.2
 
@@ -166,6 +168,12 @@ def summarise(
     summary = Summary(width, len(images), settings, judge.classes if judge else None, labelled)
     path = None if cache is None else _cache_path(cache, images, features, judge, settings)
     is_main = PartialState().is_main_process
+    if is_main and path is not None and not path.exists():
+        try:
+            check_writable(path, "cache")
+        except OSError as error:
+            logger.warning(f"{error}; the summary of the {title} is not kept")
+            path = None
     with _cache_lock(path) if is_main and path is not None else nullcontext():
         cached = broadcast_object_list([path is not None and path.exists()])[0]
         if cached and is_main:

@@ -42,6 +42,7 @@ def exit_on_value_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        release_output()
         message = f"{Path(sys.argv[0]).name}: error: {error}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             abort_process(message)
