@@ -29,7 +29,7 @@ from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pip
 from guided_diffusers import ClassifierGuidedPipeline, utils
 from guided_diffusers.cli import main
 from guided_diffusers.cli_options import launched_processes
-from guided_diffusers.evaluation import open_generated
+from guided_diffusers.evaluation import evaluate, open_generated, wrap_module
 from guided_diffusers.evaluation.labels import match_labels
 from guided_diffusers.sampling import (
     grid,
@@ -660,6 +660,9 @@ def test_an_image_that_is_not_finite_is_named_and_left_out(
         missing = {f"coat/{i:06d}.png" for i in (1, 3)} | {"boot/000008.png"}
         assert {name for name in written if name.endswith(".png")} == names - missing
         assert all(written[name] == all_files[name] for name in names - missing)
+        features = wrap_module(torch.nn.Flatten(), "pixels")
+        notes = evaluate(rest, whole, features, bootstrap=0, progress=False).notes
+        assert any(note.startswith("3 of the 10 generated images are missing") for note in notes)
     before = files(out)
     for skip in (True, False):
         made = sample_to_folder(model, [0, 1], out, format=format, skip_failed=skip, **TEN)

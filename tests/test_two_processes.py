@@ -320,7 +320,9 @@ def test_a_repository_that_can_not_be_is_found_before_a_training(
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     with pytest.raises(SystemExit):
         train("unet", f"--push_to_hub {line}", "my..model", data="--train_data_dir nowhere")
-    expected = f"{line or '--hub_model_id None'}, --output_dir .*my..model: (Repo id must|Cannot have) "
+    expected = (
+        f"{line or '--hub_model_id None'}, --output_dir .*my..model: (Repo id must|Cannot have) "
+    )
     assert re.search(expected, capsys.readouterr().err)
 
 

@@ -285,9 +285,8 @@ class FiniteCheck:
 
     def __init__(self, terms: Sequence[Guidance]):
         self.dtype = _guide_dtype(terms)
-        self.guide = " or ".join(dict.fromkeys(type(term).__name__ for term in terms))
-        if any(isinstance(term, NoiseAwareGuidance) for term in terms):
-            self.guide = "the classifier"
+        is_classifier = any(isinstance(term, NoiseAwareGuidance) for term in terms)
+        self.guide = "the classifier" if is_classifier else "a guidance term"
         self._steps: list[tuple[torch.Tensor, torch.dtype, str]] = []
 
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:

@@ -170,17 +170,19 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[str | None]:
     if owner is not None:
         yield owner
         return
+    this = {"pid": os.getpid(), "host": socket.gethostname()}
     try:
         with suppress(OSError):  # a full disk
-            this = {"pid": os.getpid(), "host": socket.gethostname()}
             _record(path).write_text(json.dumps(this))
         yield None
     finally:
-        for file in (_record(path), path):  # while it is locked, so that no other process uses them
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-        lock.release()
-        remove_empty(missing)
+        if os.getpid() == this["pid"]:  # no child of it
+            # removed while it is locked, so that no other process uses them
+            for file in (_record(path), path):
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+            lock.release()
+            remove_empty(missing)
 
 
 def _record(path: Path) -> Path:
