@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.sampling import grid, image_generator, sample
-from guided_diffusers.utils import find_scheduler, is_hub_id, model_folder
+from guided_diffusers.utils import check_writable, find_scheduler, is_hub_id, model_folder
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 
@@ -270,3 +271,54 @@ def test_grid() -> None:
     assert grid(images + images[:1]).size == (3 * 84, 3 * 84)  # seven in a row would be too long
     picture = grid(images, ["a", "b", "c"])
     assert picture.height == 3 * 84 and picture.getpixel((picture.width - 1, 0))[0] == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("inspect M --dataset D --output file/a", "--output file/a/diagnosis.json can't be"),
+        ("inspect M --dataset D --output full", "--output full/diagnosis.png .* it is a folder"),
+        ("evaluate I --dataset D --output file", "--output file/evaluation.json can't be written"),
+        ("evaluate I --dataset D --output full", "--output full/confusion.png .* it is a folder"),
+        ("evaluate I --dataset D --cache file", "--cache file can't be .* it is a file, not a fo"),
+        ("sweep --reference D --output file/a", "output file/a can't be written: Not a direct"),
+        ("sweep --reference D --output full", "output full/report.html .* it is a folder"),
+        ("convert --unet file --preset adm --output file/a", "output file/a can't be written"),
+        ("convert --unet file --output full", "output full exists already"),
+        ("push M a/b/c", "repo 'a/b/c': user/model is allowed"),
+        ("push M https://huggingface.co/a/b", "repo 'https://.*': user/model is allowed"),
+        ("push M user/a --revision a..b", "revision 'a..b': a branch's name"),
+        ("push M user/a --revision v1.lock", "revision 'v1.lock': a branch's name"),
+        ("push M user/a --datasets my/own/data", "datasets 'my/own/data': the id of a dataset"),
+        ("card M --repo a/-b", "repo 'a/-b': user/model is allowed"),
+        ("pull a..b/c folder", "repo 'a..b/c': user/model is allowed"),
+        ("pull user/a file", "folder file can't be written: it is a file, not a folder"),
+    ],
+)
+def test_what_can_not_be_written_is_found_before_the_work(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is loaded: neither the models nor the data exist."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    Path("file").touch()
+    for name in ("diagnosis.png", "confusion.png", "report.html"):
+        Path("full", name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=message):
+        main(line.split())
+    names = {path.name for path in Path().rglob("*")}
+    assert names == {"file", "full", "diagnosis.png", "confusion.png", "report.html"}
+
+
+def test_a_check_of_an_output_leaves_nothing_and_knows_the_space(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.json"
+    check_writable(path, "--output", size=1)
+    check_writable(tmp_path / "a" / "b", "--output", folder=True)
+    assert not list(tmp_path.iterdir())
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(OSError, match="--output .*x.json can't be written: .* MiB are needed, "):
+        check_writable(path, "--output", size=2 * free)
+    path.parent.mkdir(parents=True)
+    path.write_text("kept")
+    check_writable(path, "--output")
+    assert path.read_text() == "kept" and len(list(path.parent.iterdir())) == 1

@@ -29,6 +29,7 @@ from guided_diffusers import (
     noise_levels,
 )
 from guided_diffusers.guidance import GuidanceSum, no_parameter_grad
+from guided_diffusers.guider import FiniteCheck
 from guided_diffusers.likelihood import parse_labels
 from guided_diffusers.noise import x0_coefficients
 
@@ -682,7 +683,7 @@ class Overflowing(torch.nn.Module):
         (
             torch.float32,
             1e39,
-            "the sample left the range that the classifier knows: lower guidance_scale",
+            "the classifier is not finite: its value or its gradient is NaN for a sample",
         ),
         (
             torch.float16,
@@ -717,6 +718,69 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_images(
     assert seen == [True] * 3 and all(
         parameter.requires_grad for parameter in classifier.parameters()
     )
+
+
+class NanRows(torch.nn.Module):
+    """The exact classifier, whose logits are NaN in these rows from the step `since` on."""
+
+    def __init__(self, mixture: Mixture, rows: list[int], since: int):
+        super().__init__()
+        self.inner, self.rows, self.since = OracleClassifier(mixture), rows, since
+        self.config = self.inner.config
+
+    def forward(self, sample: torch.Tensor, timestep: float) -> tuple[torch.Tensor]:
+        logits = self.inner(sample, timestep).logits
+        factor = torch.ones_like(logits)
+        if self.inner.calls > self.since:
+            factor[self.rows] = float("nan")
+        return (logits * factor,)
+
+
+@pytest.mark.parametrize("algorithm", ["output", "mean", "strang"])
+def test_the_images_that_are_not_finite_are_named_and_the_classifier_not_the_scale(
+    mixture: Mixture, algorithm: str
+) -> None:
+    unet = OracleUNet(mixture, "epsilon", Clock()).float()
+    scheduler = diffusers.DDPMScheduler()
+    if algorithm == "strang":
+        scheduler = DDIMScheduler(clip_sample=False)
+    pipeline = quiet(unet, scheduler, NanRows(mixture, [1, 3], since=2))
+    cause = "likely cause: the classifier is not finite: .* another scale doesn't help"
+    with pytest.raises(FloatingPointError, match=cause) as raised:
+        sample(pipeline, [0] * 5, num_inference_steps=6, guidance_algorithm=algorithm)
+    assert raised.value.images == [1, 3]
+
+
+def test_a_scale_that_is_too_large_is_not_blamed_on_the_classifier(mixture: Mixture) -> None:
+    """The second of two images has the scale, and leaves the range; or the product overflows."""
+    unet = OracleUNet(mixture, "epsilon", Clock()).float()
+    pipeline = quiet(unet, DDIMScheduler(clip_sample=False), OracleClassifier(mixture))
+    cause = "the sample left the range that the classifier knows, with values up to .*e.*: lower"
+    with pytest.raises(FloatingPointError, match=cause) as raised:
+        sample(pipeline, [0, 1], guidance_scale=[1.0, 1e30], num_inference_steps=10)
+    assert raised.value.images == [1]
+    score = torch.tensor([1.0, float("inf")]).reshape(2, 1, 1, 1)
+    step = step_at(level_at(1.0), torch.ones(2, 1, 1, 1))
+    with pytest.raises(FloatingPointError, match="times the scale is infinite: lower") as raised:
+        FiniteCheck([ClassifierGuidance(small_classifier(), 0)])(step, score, score)
+    assert raised.value.images == [1]
+
+
+def test_a_deferred_check_names_all_images_and_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on an accelerator, where the check waits for the end of the run."""
+    check = FiniteCheck([])
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "finish", lambda: None)  # not at once
+        for index, rows in enumerate([(), (2,), (2, 0)]):
+            x, score = torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
+            score[list(rows), 0, 0, 0] = float("nan")
+            check(step_at(level_at(1.0), x, index), score, torch.cat([score, score]))
+    with pytest.raises(FloatingPointError, match="not finite at step 1 of 10") as raised:
+        check.finish()
+    assert raised.value.images == [0, 2]
+    check.finish()  # a run's steps are checked once
 
 
 def test_a_correction_beyond_the_range_of_the_network_is_refused() -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,17 @@ from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
 from guided_diffusers import ClassifierGuidedPipeline, utils
+from guided_diffusers.cli import main
 from guided_diffusers.cli_options import launched_processes
-from guided_diffusers.sampling import sample, sample_to_folder, shards
+from guided_diffusers.evaluation import evaluate, open_generated, wrap_module
+from guided_diffusers.evaluation.labels import match_labels
+from guided_diffusers.sampling import (
+    grid,
+    image_generator,
+    sample,
+    sample_to_folder,
+    shards,
+)
 from guided_diffusers.sampling.manifest import (
     differences,
     folder_names,
@@ -129,7 +139,9 @@ def test_a_run_that_dies_at_any_moment_goes_on(
         except pytest.fail.Exception:  # it lived
             break
         before = set(files(tmp_path / "parts"))
-        assert sum(name.endswith(".partial") for name in before) == 1
+        partials = [name for name in before if name.endswith(".partial")]
+        assert len([name for name in partials if "manifest" not in name]) <= 1
+        assert 1 <= len(partials) <= 2  # the first manifest is linked, which leaves a second
         images = {".shards/00000.json": 3, ".shards/00001.json": 2, ".shards/samples.json": 5}
         made = make("parts", **settings)
         assert made.images == 5 and made.before == min(
@@ -139,8 +151,8 @@ def test_a_run_that_dies_at_any_moment_goes_on(
         shutil.rmtree(tmp_path / "parts")
         moved += 1
     assert (
-        moved == {"imagefolder": 5 + 2 + 3, "parquet": 2 + 2 + 3, "npz": 2 + 2 + 2 + 3}[format]
-    )  # 3: the manifest
+        moved == {"imagefolder": 5 + 2 + 2, "parquet": 2 + 2 + 2, "npz": 2 + 2 + 2 + 2}[format]
+    )  # 2: the manifest, after it was linked
 
 
 def test_killed_again_and_again(
@@ -149,7 +161,7 @@ def test_killed_again_and_again(
     """Each start makes one shard, and dies."""
     make("whole")
     for _ in range(3):
-        with dying(monkeypatch, after=6):
+        with dying(monkeypatch, after=5):
             make("parts")
     made = make("parts")
     assert made.before == 9 and files(tmp_path / "parts") == files(tmp_path / "whole")
@@ -533,10 +545,10 @@ def test_a_full_disk_loses_nothing(
         "npz": ".shards/00001.npy",
         "imagefolder": "boot/000003.png",
     }[format]
-    with dying(monkeypatch, after=3):  # the manifest twice, the first shard, but not its note
+    with dying(monkeypatch, after=2):  # the manifest, the first shard, but not its note
         make("parts", format=format)
     make_rest, before = make, files(tmp_path / "parts")
-    first = {name for name in before if not name.endswith(".partial") and "manifest" not in name}
+    first = {name for name in before if not re.search("partial$|manifest|^.lock", name)}
     assert len(first) == 1
     with (
         monkeypatch.context() as patch,
@@ -544,9 +556,9 @@ def test_a_full_disk_loses_nothing(
     ):
         writes = Shards.write
 
-        def write(self: Shards, number: int, content: list) -> None:
+        def write(self: Shards, number: int, content: list, *failed: Any) -> None:
             with files_of_at_most(10**6 if number == 0 else 100):
-                writes(self, number, content)
+                writes(self, number, content, *failed)
 
         patch.setattr(Shards, "write", write)
         make_rest("parts", format=format)
@@ -563,9 +575,9 @@ def test_a_full_disk_loses_nothing(
         ):
             join = Shards._join
 
-            def smaller(self: Shards, path: Path) -> None:
+            def smaller(self: Shards, path: Path, *failed: Any) -> None:
                 with files_of_at_most(1000):
-                    join(self, path)
+                    join(self, path, *failed)
 
             patch.setattr(Shards, "_join", smaller)
             make("parts", format=format)
@@ -584,6 +596,235 @@ def test_the_program_says_that_the_disk_is_full_in_a_line(folder: str, tmp_path:
     ):
         run(folder, "--label", "all", "--output", str(tmp_path / "a"))
     assert files(tmp_path / "a") == {}
+
+
+# Images that are not finite
+
+
+class NanFor(torch.nn.Module):
+    """A classifier whose logits are NaN for the images with these numbers, by their first noise."""
+
+    def __init__(self, inner: torch.nn.Module, *numbers: int, seed: int = 0):
+        super().__init__()
+        self.inner, self.config, self.dtype = inner, inner.config, inner.dtype
+        noise = [torch.randn(1, 8, 8, generator=image_generator(seed, i)) for i in numbers]
+        self.firsts = torch.stack(noise)[:, 0, 0, 0]
+
+    def forward(self, sample: torch.Tensor, timestep: Any) -> tuple[torch.Tensor]:
+        distance = (sample[:, 0, 0, 0, None] - self.firsts).abs().amin(dim=1)
+        factor = torch.where(distance < 1e-4, float("nan"), 1.0)
+        return (self.inner(sample, timestep).logits * factor[:, None],)
+
+
+@pytest.fixture
+def failing(pipeline: ClassifierGuidedPipeline) -> Callable[..., ClassifierGuidedPipeline]:
+    def function(*numbers: int) -> ClassifierGuidedPipeline:
+        classifier = NanFor(pipeline.classifier, *numbers) if numbers else pipeline.classifier
+        made = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, classifier)
+        made.register_to_config(id2label=NAMES)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return function
+
+
+TEN = {"num_images": 10, "batch_size": 5, "shard_size": 5, "num_inference_steps": 2}
+TEN |= {"guidance_scale": 1.0, "progress": False}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_that_is_not_finite_is_named_and_left_out(
+    format: str,
+    failing: Callable[..., ClassifierGuidedPipeline],
+    tmp_path: Path,
+) -> None:
+    """The others are bit for bit those of a classifier without the fault; a rerun tries nothing again."""
+    sample_to_folder(failing(), [0, 1], tmp_path / "whole", format=format, **TEN)
+    model, out = failing(1, 3, 8), tmp_path / "out"
+    message = r"images 1, 3 of seed 0: the guidance is not finite at step 0.*the classifier is not"
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=message) as raised:
+            sample_to_folder(model, [0, 1], out, format=format, **TEN)
+        assert raised.value.images == [1, 3]
+    result = sample_to_folder(model, [0, 1], out, format=format, skip_failed=True, **TEN)
+    assert (result.images, result.failed) == (10, (1, 3, 8))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["failed"], manifest["complete"]) == ([1, 3, 8], True)
+    whole, rest = open_generated(tmp_path / "whole"), open_generated(out)
+    expected = sorted((image.numpy().tobytes(), label) for image, label in whole.read(0, 10))
+    found = sorted((image.numpy().tobytes(), label) for image, label in rest.read(0, 7))
+    assert len(rest) == 7 and set(found) < set(expected)
+    if format == "imagefolder":
+        written, all_files = files(out), files(tmp_path / "whole")
+        names = {name for name in all_files if name.endswith(".png")}
+        missing = {f"coat/{i:06d}.png" for i in (1, 3)} | {"boot/000008.png"}
+        assert {name for name in written if name.endswith(".png")} == names - missing
+        assert all(written[name] == all_files[name] for name in names - missing)
+        features = wrap_module(torch.nn.Flatten(), "pixels")
+        notes = evaluate(rest, whole, features, bootstrap=0, progress=False).notes
+        assert any(note.startswith("3 of the 10 generated images are missing") for note in notes)
+    before = files(out)
+    for skip in (True, False):
+        made = sample_to_folder(model, [0, 1], out, format=format, skip_failed=skip, **TEN)
+        assert (made.before, made.failed) == (10, (1, 3, 8)) and files(out) == before
+
+
+def test_a_run_of_which_nothing_is_finite_is_an_error(
+    failing: Callable[..., ClassifierGuidedPipeline], tmp_path: Path
+) -> None:
+    for format in FORMATS:
+        with pytest.raises(FloatingPointError, match="none of the 10 images is finite"):
+            sample_to_folder(
+                failing(*range(10)), [0], tmp_path / format, format=format, skip_failed=True, **TEN
+            )
+        manifest = json.loads((tmp_path / format / "manifest.json").read_text())
+        assert manifest["complete"] is False
+    made = sample_to_folder(  # a whole shard
+        failing(*range(5)), [0], tmp_path / "half", format="npz", skip_failed=True, **TEN
+    )
+    assert made.failed == (0, 1, 2, 3, 4) and len(open_generated(tmp_path / "half")) == 5
+
+
+def test_the_program_leaves_out_what_is_not_finite(
+    failing: Callable[..., ClassifierGuidedPipeline],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(utils, "load_pipeline", lambda *_: failing(2))
+    common = "sample --label boot --num-images 4 --num-inference-steps 2 --guidance-scale 1 --quiet"
+    for output in ("a.png", "a"):
+        line = [*common.split(), "--device", "cpu", "--output", str(tmp_path / output)]
+        with pytest.raises(SystemExit, match="sample: image 2 of seed 0: the guidance is not"):
+            main(line)
+        assert not (tmp_path / "a.png").exists() or output == "a"
+        main([*line, "--skip-failed"])
+        printed = capsys.readouterr()
+        assert printed.out.startswith("3 images of boot")
+        assert "1 not finite, left out: image 2" in printed.err
+    picture = Image.open(tmp_path / "a.png")  # 2 x 2 images of 80 x 80, the third is white
+    assert picture.crop((0, 80, 80, 160)).getextrema() == ((255, 255),) * 3
+    assert picture.crop((80, 80, 160, 160)).getextrema() != ((255, 255),) * 3
+    with pytest.raises(SystemExit, match="--diagnostics .*with --skip-failed"):
+        main([*line, "--skip-failed", "--diagnostics", str(tmp_path / "x.json")])
+
+
+# Before the work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "file/x.png"], "--output file/x.png can't be written: "),
+        (["--output", "folder.png"], "--output folder.png can't be written: it is a folder"),
+        (["--output", "x" * 246 + ".png"], r"--output x+.png can't be written: File name too"),
+        (["--output", "file"], "--output file can't be written: it is a file, not a folder"),
+        (["--output", "file/a/b"], "--output file/a/b can't be written: Not a directory"),
+        (["--output", "y" * 256], "--output y+ can't be written: File name too long"),
+        (["--output", "a", "--diagnostics", "file/d.json"], "--diagnostics file/d.json can't be"),
+        (["--output", "a.png", "--diagnostics", "a.png"], "--output has the same name"),
+    ],
+)
+def test_an_output_that_can_not_be_written_is_found_before_the_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    monkeypatch.setattr(utils, "load_pipeline", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=message):
+        main(["sample", "--label", "boot", *arguments])
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
+
+
+def test_images_that_do_not_fit_on_the_disk_are_found_after_the_first_batch(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("a")
+    size = sum(path.stat().st_size for path in (tmp_path / "a").glob("*/*.png"))
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((size, True), (size // 4, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if fits:
+            make("b")
+        else:
+            with pytest.raises(OSError, match="c can't be written: 10 images are about 0 MiB, 0 M"):
+                make("c")
+    assert not list((tmp_path / "c").glob("*/*.png"))
+
+
+def test_a_picture_that_its_format_does_not_allow_is_found_after_the_first_batch(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # 600 of 80 x 80 in three rows: 16,000 pixels and the names' margin
+    line = ["--label", "all", "--num-images", "615", "--batch-size", "15", "--output"]
+    with pytest.raises(SystemExit, match="615 images are a picture of .* .webp allows 16383"):
+        run(folder, *line, "x.webp")
+    assert not Path("x.webp").exists()
+
+
+LABELS = ["CON", "nul.txt", "b ", "c.", "manifest.json", "x" * 300, "x" * 299, "\u00e9" * 150]
+LABELS += [
+    "caf\u00e9",
+    "cafe\u0301",
+    "CAF\u00c9",
+    "a:b",
+    "a|b",
+    "..",
+    " ",
+    "",
+    "\ud800",
+    "t\tb",
+    "d/e",
+]
+
+
+def test_every_label_has_a_folder_that_every_system_allows(
+    pipeline: ClassifierGuidedPipeline,
+    tmp_path: Path,
+) -> None:
+    names = folder_names(LABELS)
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(LABELS)
+    for name in names:
+        assert 0 < len(name.encode()) <= 255 and not re.search(r'[\x00-\x1f/\\<>:"|?*]', name)
+        assert name[-1] not in " ." and name[0] != "." and name.casefold() != "manifest.json"
+        assert name.partition(".")[0].lower() not in ("con", "nul", "com1")
+    assert folder_names(["sneaker", "T-shirt/top", "tench, Tinca tinca", "COM10"]) == [
+        "sneaker",
+        "T-shirt-top",
+        "tench, Tinca tinca",
+        "COM10",
+    ]
+    written = Shards(tmp_path / "out", "imagefolder", LABELS, range(len(LABELS)), len(LABELS), 99)
+    written.write(0, [b"x"] * len(LABELS))
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == len(LABELS)
+
+
+def test_images_of_such_labels_are_evaluated_under_their_names(
+    pipeline: ClassifierGuidedPipeline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The folder's names are matched with those of the real images."""
+    names = {0: "manifest.json", 1: "CON", 2: "x" * 300}
+    own = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, pipeline.classifier)
+    own.register_to_config(id2label=names)
+    own.set_progress_bar_config(disable=True)
+    sample_to_folder(own, [0, 1, 2], tmp_path / "a", 6, num_inference_steps=1, progress=False)
+    assert "names can't be folders on every system: 'manifest.json' has '-man" in caplog.text
+    images = open_generated(tmp_path / "a")
+    ids = match_labels(images.names, names, "the generated images", "the real ones")
+    assert sorted(ids.values()) == [0, 1, 2]
+    assert [ids[label] for _, label in images.read(0, 6)] == [1, 1, 0, 0, 2, 2]  # sorted by folder
+
+
+def test_a_picture_takes_any_label() -> None:
+    images = [Image.new("L", (84, 84), i) for i in range(4)]
+    picture = grid(images, ["two\nlines", "\ud800"])
+    assert picture.height == 2 * 84
+    long = grid(images, ["x" * 10**5, "y"])
+    assert long.width < 3000
 
 
 # What it is made of
@@ -613,7 +854,7 @@ def test_names_of_folders_stay_in_the_folder_and_apart(tmp_path: Path) -> None:
     names = unique_names({0: "crane", 1: "..", 2: "a/b", 3: "crane", 4: ".hidden", 5: ""}, 7)
     assert names == ["crane 0", "..", "a/b", "crane 3", ".hidden", "", "6"]
     written = Shards(tmp_path / "out", "imagefolder", names, range(7), 7, 7)
-    assert written.folders == ["crane 0", "-.", "a-b", "crane 3", "-hidden", "-", "6"]
+    assert written.folders == ["crane 0", "--", "a-b", "crane 3", "-hidden", "-", "6"]
     written.write(0, [b"x"] * 7)
     assert len(list((tmp_path / "out").glob("*/00000?.png"))) == 7
 

@@ -13,6 +13,7 @@ Not to be confused with `diffusers.guiders`, which combine predictions and never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -23,11 +24,20 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.logging import get_logger
 
-from .guidance import Guidance, GuidanceSum, StepContext, no_parameter_grad, total_score
+from .guidance import (
+    Guidance,
+    GuidanceSum,
+    NoiseAwareGuidance,
+    StepContext,
+    no_parameter_grad,
+    total_score,
+)
 from .noise import clipping_warning, noise_levels, posterior_variance, sampling_timesteps
 from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
+#: values of a sample, over sqrt(alpha^2 + sigma^2), of which no network is trained; noise has 5
+MAX_SAMPLE = 50.0
 
 
 @dataclass
@@ -109,7 +119,7 @@ class Guider:
         self._evaluated: list[Guidance] = []
         self._images: torch.Tensor | None = None  # that are evaluated at this step; None: all
         self._mean_shift: torch.Tensor | None = None
-        self._check = FiniteCheck(_guide_dtype(self.terms))
+        self._check = FiniteCheck(self.terms)
 
     @property
     def count(self) -> int:
@@ -270,11 +280,13 @@ class FiniteCheck:
     """Refuses non-finite guidance; on an accelerator, without a wait, when the run ends.
 
     Args:
-        dtype: what the guiding network computes in, for the message.
+        terms: the guidance, for the message.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, terms: Sequence[Guidance]):
+        self.dtype = _guide_dtype(terms)
+        is_classifier = any(isinstance(term, NoiseAwareGuidance) for term in terms)
+        self.guide = "the classifier" if is_classifier else "a guidance term"
         self._steps: list[tuple[torch.Tensor, torch.dtype, str]] = []
 
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
@@ -284,43 +296,69 @@ class FiniteCheck:
             f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
             f"sigma {step.level.sigma:.4g})"
         )
-        finite = torch.stack([t.isfinite().all() for t in (step.sample, score, guided)])
-        self._steps.append((finite, guided.dtype, position))
-        if finite.device.type == "cpu":
+        norm = (step.level.alpha**2 + step.level.sigma**2) ** 0.5
+        largest = _largest(step.sample) / norm, _largest(score), _largest(guided)
+        # `guided` may hold the images several times
+        rows = torch.cat(largest).reshape(-1, len(step.sample))
+        self._steps.append((rows, guided.dtype, position))
+        if rows.device.type == "cpu":
             self.finish()
 
     def finish(self) -> None:
         """Check the recorded steps.
 
         Raises:
-            FloatingPointError: for the first that is not finite, naming the step, the timestep and
-                the likely cause.
+            FloatingPointError: for the first that is not finite, naming the images, the step, the
+                timestep and the likely cause; its attribute `images` has the rows of all images
+                that are not finite at a step.
         """
         steps, self._steps = self._steps, []
-        for finite, dtype, position in steps:
-            sample_ok, score_ok, guided_ok = finite.tolist()
-            if not (sample_ok and score_ok and guided_ok):
-                cause = self._likely_cause(sample_ok, score_ok, dtype)
-                raise FloatingPointError(
-                    f"the guidance is not finite at {position}; likely cause: {cause}"
-                )
+        message, images = "", set()
+        for rows, dtype, position in steps:
+            failed = (~rows.isfinite()).any(dim=0).nonzero().flatten().tolist()
+            if failed and not message:
+                cause = self._likely_cause(rows[:, failed[0]].tolist(), dtype)
+                message = f"the guidance is not finite at {position}; likely cause: {cause}"
+            images.update(failed)
+        if images:
+            error = FloatingPointError(message)
+            error.images = sorted(images)
+            raise error
 
-    def _likely_cause(self, sample_ok: bool, score_ok: bool, output_dtype: torch.dtype) -> str:
-        if not sample_ok:
+    def _likely_cause(self, largest: Sequence[float], output_dtype: torch.dtype) -> str:
+        """Of an image's largest values of the normalised sample, the score, the guided output."""
+        sample, score, *_ = largest
+        if not math.isfinite(sample):
             return "the sample was not finite before: look at the network and the scheduler"
-        if not score_ok and self.dtype == torch.float16:
+        if not math.isfinite(score) and self.dtype == torch.float16:
             return (
                 f"the classifier computes in {self.dtype}, whose range is small: load it in float32"
             )
-        if not score_ok:
+        if sample > MAX_SAMPLE:
             return (
-                "the sample left the range that the classifier knows: lower guidance_scale, take "
-                "more steps or a first-order scheduler, or raise guidance_start"
+                f"the sample left the range that the classifier knows, with values up to "
+                f"{sample:.2g}: lower guidance_scale, take more steps or a first-order scheduler, "
+                "or raise guidance_start"
+            )
+        if math.isnan(score):
+            return (
+                f"{self.guide} is not finite: its value or its gradient is NaN for a sample of an "
+                f"ordinary size, up to {sample:.2g}; another scale doesn't help"
+            )
+        if not math.isfinite(score):
+            return (
+                "the gradient times the scale is infinite: lower guidance_scale, or look at the "
+                "classifier's gradient"
             )
         return (
             f"the guided output left the range of {output_dtype}: lower guidance_scale or load the "
             "unet in float32"
         )
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest absolute value of each row, (B,); NaN for a row with NaN."""
+    return tensor.detach().abs().flatten(1).amax(dim=1)
 
 
 class StepFinder:

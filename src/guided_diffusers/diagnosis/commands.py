@@ -56,11 +56,13 @@ def run_inspect(options: argparse.Namespace) -> None:
     """Run the command and print the table and the verdict."""
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import require_matplotlib
+    from ..utils import check_writable, folder_lock, require_matplotlib
     from . import inspect
 
     if options.picture:
         require_matplotlib()  # before the long computation, not after it
+    for name in ("diagnosis.json", "diagnosis.png"):
+        check_writable(options.output / name, "--output")
     if options.quiet:
         disable_progress_bar()
     names = ("split", "image_column", "label_column", "images", "gradient_images", "levels")
@@ -72,5 +74,6 @@ def run_inspect(options: argparse.Namespace) -> None:
         progress=not options.quiet,
         **{name: getattr(options, name) for name in (*names, "seed", "batch_size")},
     )
-    diagnosis.save(options.output, options.picture)
+    with folder_lock(options.output, wait=True):
+        diagnosis.save(options.output, options.picture)
     print(f"{diagnosis}\n{options.output}")

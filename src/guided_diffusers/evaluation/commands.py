@@ -83,7 +83,7 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from ..utils import require_matplotlib
+    from ..utils import folder_lock, require_matplotlib
     from .evaluation import Evaluation
 
     if bool(options.bits_per_dim) != (options.model is not None):
@@ -99,13 +99,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.quiet or not is_main:
         options.quiet = True
         _disable_progress_bars()
+    if is_main:
+        _check_outputs(options)
     device = select_device(options.device, processes)
     evaluation = Evaluation() if options.images is None else _evaluate(options, device)
     if options.bits_per_dim:
         _add_bits(evaluation, options, device)
     if is_main:
         print(evaluation, flush=True)  # before saving: a full disk doesn't lose it
-        evaluation.save(options.output, options.picture)
+        with folder_lock(options.output, wait=True):
+            evaluation.save(options.output, options.picture)
         print(options.output)
     if processes is not None:
         processes.destroy_process_group()
@@ -119,6 +122,17 @@ def _disable_progress_bars() -> None:
     disable_progress_bar()
     disable_transformers_bar()
     datasets.disable_progress_bars()
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Check, before the work, that the output and the cache can be written."""
+    from ..utils import check_writable
+    from .evaluation import FILES
+
+    for name in FILES:
+        check_writable(options.output / name, "--output")
+    if options.cache is not None and not options.cache.is_dir():  # one that can be read has a use
+        check_writable(options.cache, "--cache", folder=True)
 
 
 def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:

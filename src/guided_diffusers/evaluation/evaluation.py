@@ -19,6 +19,7 @@ from .report import draw_bits, draw_confusion, draw_pairs, metrics_table
 from .results import COVERAGE_K, PRECISION_K, Bootstrap, Metric, by_class, compare
 from .summary import Settings, Summary, summarise
 
+FILES = ("evaluation.json", "confusion.png", "nearest.png", "bits_per_dim.png")
 PAIR_FIELDS = ("generated", "training", "distance")  # in evaluation.json
 
 
@@ -139,6 +140,7 @@ def evaluate(
         by_class(summary, real_summary, labels.names, resampler),
         settings=_settings(images, features, judge, summary.width) | options,
         notes=labels.notes
+        + _notes_on_failed(generated.description.get("manifest", {}))
         + _notes_on_guidance(generated.description.get("manifest", {}), features, judge)
         + _notes_on_samples(summary, real_summary, per_class),
     )
@@ -193,6 +195,17 @@ def _check(
     if judge is not None and not generated.labelled:
         no_labels = "the generated images have no labels; name their column, or use no judge"
         raise ValueError(f"judge: {no_labels}")
+
+
+def _notes_on_failed(manifest: Mapping[str, Any]) -> list[str]:
+    """A note on images that `sample --skip-failed` left out."""
+    failed = manifest.get("failed", [])
+    if not failed:
+        return []
+    return [
+        f"{len(failed)} of the {manifest['num_images']} generated images are missing, since they "
+        "were not finite (`failed` in the manifest)"
+    ]
 
 
 def _notes_on_guidance(

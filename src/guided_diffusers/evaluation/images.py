@@ -87,7 +87,7 @@ def open_generated(
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one of them")
         dataset = _select_split(splits, split or next(iter(splits)), "images")
         images = NativeSizeImages(dataset, image_column, label_column)
-    expected = manifest.get("num_images", len(images))
+    expected = manifest.get("num_images", len(images)) - len(manifest.get("failed", ()))
     if len(images) != expected:
         raise ValueError(f"images: {folder} has {len(images)} images, its manifest says {expected}")
     images.description["path"] = str(path)

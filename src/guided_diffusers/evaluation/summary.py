@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,15 +13,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers.utils.logging import get_logger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..utils import aside, evaluating
+from ..utils import aside, check_writable, evaluating, file_lock
 from .images import Images, read_image
 from .metrics import Accumulator, ClassScore, ConfusionMatrix, FeatureSample, Moments, gather
 from .networks import Network
 
+logger = get_logger(__name__)
 MAX_COVARIANCE_NUMBERS = 2**27  # of all classes together: 1 GiB
 OLD_STATE_NAMES = {"counts": "confusion", "top5_correct": "among"}  # in caches of version 0.2
 
@@ -165,19 +168,33 @@ def summarise(
     summary = Summary(width, len(images), settings, judge.classes if judge else None, labelled)
     path = None if cache is None else _cache_path(cache, images, features, judge, settings)
     is_main = PartialState().is_main_process
-    cached = broadcast_object_list([path is not None and path.exists()])[0]
-    if cached and is_main:
-        summary.load(path)
-    if not cached:
-        batches = iterate_features(images, features, judge, batch_size, title, progress)
-        for indices, labels, vectors, logits in batches:
-            labels = _common_ids(labels, settings, labelled, title)
-            summary.update(indices, labels, vectors, logits)
-    gather(summary.accumulators())
-    if path is not None and is_main and not cached:
-        summary.save(path)
+    if is_main and path is not None and not path.exists():
+        try:
+            check_writable(path, "cache")
+        except OSError as error:
+            logger.warning(f"{error}; the summary of the {title} is not kept")
+            path = None
+    with _cache_lock(path) if is_main and path is not None else nullcontext():
+        cached = broadcast_object_list([path is not None and path.exists()])[0]
+        if cached and is_main:
+            summary.load(path)
+        if not cached:
+            batches = iterate_features(images, features, judge, batch_size, title, progress)
+            for indices, labels, vectors, logits in batches:
+                labels = _common_ids(labels, settings, labelled, title)
+                summary.update(indices, labels, vectors, logits)
+        gather(summary.accumulators())
+        if path is not None and is_main and not cached:
+            summary.save(path)
     PartialState().wait_for_everyone()
     return summary
+
+
+def _cache_lock(path: Path) -> AbstractContextManager[str | None]:
+    """The lock of a summary that isn't cached yet: a second process waits for the first one's."""
+    if path.exists():  # it never changes, and may be where nothing can be written
+        return nullcontext()
+    return file_lock(path.with_name(f".{path.stem}.lock"), wait=True)
 
 
 def _common_ids(labels: Tensor, settings: Settings, labelled: bool, title: str) -> Tensor:

@@ -9,7 +9,9 @@ from huggingface_hub import HfApi, snapshot_download
 
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import check_index
+from ..utils import check_writable
 from .files import safetensors_header
+from .target import check_id
 
 SUFFIXES = ("json", "txt", "safetensors", "md", "py", "png", "jpg", "jpeg", "webp")
 
@@ -29,6 +31,8 @@ def pull(
         OSError: for a broken file of weights; the message names it.
     """
     folder = Path(folder)
+    check_id(repo_id, "repo", "user/model")
+    check_writable(folder, "folder", folder=True)
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     names = {file.rfilename for file in info.siblings or ()}
     _check_names(repo_id, names)

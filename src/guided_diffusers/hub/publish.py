@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from .files import weights_stem
 from .model_card import is_generated, write_card
 from .staging import Model, prepare, refuse_card_data
+from .target import check_datasets, check_target
 from .verification import check
 
 logger = get_logger(__name__)
@@ -48,6 +49,8 @@ def push(
     Raises:
         ValueError: for a folder without a model, or with files that must not be published.
     """
+    check_target(repo_id, token, revision, commit_message)
+    check_datasets(card.get("datasets") or ())
     with tempfile.TemporaryDirectory() as directory:
         stage = Path(directory) / "repository"
         model = prepare(Path(folder), stage, repo_id, variant, **card)
@@ -101,6 +104,8 @@ def push_to_hub(
     Raises:
         ValueError: as `push`, or for `safe_serialization=False`.
     """
+    check_target(repo_id, token, revision, commit_message)
+    check_datasets(card.get("datasets") or ())
     if figures is not None and not Path(figures).is_dir():
         raise ValueError(f"figures={str(figures)!r} is no folder")
     with tempfile.TemporaryDirectory() as directory:

@@ -14,9 +14,10 @@ from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
-from ..utils import write_json
+from ..utils import check_writable, write_json
 from .files import is_link_out
 from .model_card import is_generated, write_card
+from .target import check_datasets, check_id
 
 Model = ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP
 
@@ -40,6 +41,10 @@ METRICS_NAMES = {
 def card(folder: str | Path, repo_id: str | None = None, **options: Any) -> Path:
     """Write the model card of a folder, README.md, and its pictures; `options` as `write_card`."""
     folder = Path(folder)
+    if repo_id is not None:
+        check_id(repo_id, "repo", "user/model")
+    check_datasets(options.get("datasets") or ())
+    check_writable(folder / "README.md", "folder")
     return write_card(folder, model_class(folder).from_pretrained(folder), repo_id, **options)
 
 

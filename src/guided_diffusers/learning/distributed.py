@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -22,12 +23,16 @@ from accelerate.utils import (
 )
 from torch.distributed.tensor import DTensor
 
-from .options import Options
+from ..utils import check_writable, folder_lock
+from .options import Options, named_errors
 
 # How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
 TIMEOUT_S = 2 * 3600
 # Units that FSDP gathers at a time, if its config names none.
 FSDP_BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock"}
+# The lock of --output_dir: of the process, since a training ends at any place of a script.
+OUTPUT_LOCK = ExitStack()
+atexit.register(OUTPUT_LOCK.close)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -37,6 +42,7 @@ def exit_on_value_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        release_output()
         message = f"{Path(sys.argv[0]).name}: error: {error}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             abort_process(message)
@@ -86,9 +92,36 @@ def make_accelerator(options: Options) -> Accelerator:
             "--cpu with distributed_type FSDP, which Accelerate leaves out on CPUs: a config "
             "without it, e.g. training/accelerate/cpu.yaml, is allowed"
         )
+    lock_output(options, accelerator)
     if accelerator.num_processes > 1:
         sys.excepthook = lambda *error: abort_process("".join(traceback.format_exception(*error)))
     return accelerator
+
+
+def lock_output(options: Options, accelerator: Accelerator) -> None:
+    """Check that --output_dir can be written, and lock it until `release_output` or the exit.
+
+    Raises:
+        ValueError: if it can't be written, or another training uses it.
+    """
+    release_output()
+    if not accelerator.is_main_process:  # the main process has the lock for all
+        return
+    folder, cache = Path(options.output_dir), options.latents_cache
+    try:
+        check_writable(folder, "--output_dir", folder=True)
+        check_writable(folder / options.logging_dir, "--logging_dir", folder=True)
+        if cache is not None and not Path(cache).is_dir():  # one that can be read has a use
+            check_writable(Path(cache), "--latents_cache", folder=True)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    with named_errors("--output_dir"):
+        OUTPUT_LOCK.enter_context(folder_lock(folder))
+
+
+def release_output() -> None:
+    """Release the lock of `lock_output`."""
+    OUTPUT_LOCK.close()
 
 
 def end_training(accelerator: Accelerator) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import write_json
+from ..utils import check_writable, write_json
 from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for
 from .checkpointing import (
     LOAD_ERRORS,
@@ -40,12 +40,20 @@ from .checkpointing import (
     save_checkpoint,
 )
 from .data import SHARD_STRIDE, row_name
-from .distributed import end_training, exit_on_value_error, full_tensor, prepare_sharding
+from .distributed import (
+    end_training,
+    exit_on_value_error,
+    full_tensor,
+    prepare_sharding,
+    release_output,
+)
 from .ema import EMA
 from .options import Options, named_errors
 from .prepare import make_optimizer
 from .streaming import StreamedBatches, StreamedImages
 
+# Of a checkpoint for each weight, at least: the weight, and the optimizer's two moments in 8 bits.
+CHECKPOINT_BYTES = 6
 # (model, batch, random numbers) -> mean loss of this process's rows
 Loss = Callable[[torch.nn.Module, Batch, StepRandom], torch.Tensor]
 # (model to evaluate, step) -> what `held_out_metrics` returns; called on every process
@@ -109,6 +117,10 @@ class Trainer:
         self.gathered: torch.nn.Module | None = None
         if accelerator.distributed_type == DistributedType.FSDP:
             self.gathered = copy.deepcopy(model)
+        if accelerator.is_main_process:
+            size = CHECKPOINT_BYTES * sum(weight.numel() for weight in model.parameters())
+            with named_errors("--output_dir"):
+                check_writable(self.folder, "a checkpoint in", folder=True, size=size)
         self._prepare(model)
         self._resume(find_checkpoints(options.resume_from_checkpoint, options.output_dir))
 
@@ -165,6 +177,7 @@ class Trainer:
                 f"stopped after step {self.progress.step}; --resume_from_checkpoint latest goes on "
                 f"from {checkpoints[-1]}"
             )
+            release_output()
             raise
         model = self.unwrapped.eval() if self.gathered is None else self._gather()
         if self.gathered is None and self.ema is not None:
@@ -409,7 +422,8 @@ def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> 
         model.save_pretrained(folder)
     end_training(accelerator)
     if accelerator.is_main_process and options.push_to_hub:
-        name, private = options.hub_model_id or folder.resolve().name, options.hub_private or None
+        name, private = options.repository, options.hub_private or None
         with exit_on_value_error():
             commit = model.push_to_hub(name, private=private, figures=folder)
         print(f"published: {commit.commit_url}")
+    release_output()

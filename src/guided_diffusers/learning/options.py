@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 
 from ..cli_options import Parser
 
@@ -200,6 +202,11 @@ class Options:
             )
 
     @property
+    def repository(self) -> str:
+        """The Hub id of --push_to_hub."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    @property
     def has_default_schedule(self) -> bool:
         """Whether the --ddpm options are left at their defaults."""
         return (self.ddpm_num_steps, self.ddpm_beta_schedule) == (1000, "linear")
@@ -217,8 +224,12 @@ class Options:
                 f"--hub_model_id {self.hub_model_id}, --hub_private {self.hub_private} need "
                 "--push_to_hub"
             )
-        if self.push_to_hub and get_token() is None:
+        if not self.push_to_hub:
+            return
+        if get_token() is None:
             raise ValueError("--push_to_hub needs a token: `hf auth login`, or set HF_TOKEN")
+        with named_errors(f"--hub_model_id {self.hub_model_id}, --output_dir {self.output_dir}"):
+            validate_repo_id(self.repository)
 
     def _check_excluded(self) -> None:
         """Raise a `ValueError` for two options that exclude each other."""

@@ -1,9 +1,11 @@
 """guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
+import glob
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 from ..checks import shorten, shown
 from ..classifier import NoiseAwareClassifier
 from ..pipeline import ClassifierGuidedPipeline
+from ..utils import check_writable, file_lock, is_abandoned, partial_path
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
 from .presets import find_preset
@@ -109,10 +112,16 @@ def convert_checkpoint(
 
     Raises:
         ValueError: For files that can't be read, that don't fit the preset or config, or that
-            don't fit each other.
+            don't fit each other; for an output that exists, or that another process writes.
+        OSError: If the output can't be written.
     """
     unet, output = Path(unet), Path(output)
-    check(not output.exists(), f"output {output} exists already; give another folder, or remove it")
+    files = [unet, *([] if classifier is None else [Path(classifier)])]
+    _check_output(output)
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    check_writable(
+        output, "output", folder=True, size=size // 4
+    )  # at least, from float64 to bfloat16
     check(preset is None or config is None, "preset and config: only one is allowed")
     source = "the config"
     if config is None:
@@ -133,7 +142,7 @@ def convert_checkpoint(
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
     defaults |= _default_steps(unet_flags.get("timestep_respacing"))
 
-    with tqdm(total=3, unit="step", disable=not progress) as bar:
+    with _output_lock(output), tqdm(total=3, unit="step", disable=not progress) as bar:
         bar.set_description(f"convert {unet.name}")
         denoiser = _convert_file(_convert_denoiser, unet, unet_flags, source, dtype)
         learn_sigma = denoiser.config.out_channels == 2 * unet_flags.get("in_channels", 3)
@@ -149,13 +158,29 @@ def convert_checkpoint(
         bar.update()
         bar.set_description(f"save {output}")
         pipeline = ClassifierGuidedPipeline(denoiser, scheduler, guide, defaults=defaults)
-        partial = output.with_name(f".{output.name}.partial")
+        partial = partial_path(output)
         try:
             pipeline.save_pretrained(partial)
+            _check_output(output)  # again: a rename would replace an empty folder
             partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         bar.update()
+
+
+def _check_output(output: Path) -> None:
+    check(not output.exists(), f"output {output} exists already; give another folder, or remove it")
+
+
+@contextmanager
+def _output_lock(output: Path) -> Iterator[None]:
+    """Context manager in which no other process writes `output`; removes what killed ones left."""
+    with file_lock(output.with_name(f".{output.name}.lock")) as owner:
+        check(owner is None, f"output {output} is being written by {owner}; give another folder")
+        for partial in output.parent.glob(f".{glob.escape(output.name)}.*partial"):
+            if is_abandoned(partial) or partial.name == f".{output.name}.partial":  # of version 0.3
+                shutil.rmtree(partial, ignore_errors=True)
+        yield
 
 
 def _split_flags(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,10 @@ def _add_output_options(command: ArgumentParser) -> None:
     option("--format", choices=("imagefolder", "parquet", "npz"), help=help)
     help = "images written together, lost by a kill (default: 256, or --batch-size if more)"
     option("--shard-size", type=count, help=help)
+    help = (
+        "leave out images that are not finite, and list them; otherwise such an image ends the run"
+    )
+    option("--skip-failed", action="store_true", help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
     option("--diagnostics", type=Path, metavar="FILE", help=help)
 
@@ -102,6 +107,7 @@ def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from ..utils import load_pipeline, scheduler_for
+    from .batches import list_images
 
     check_options(options)
     processes = launched_processes(options.device)
@@ -109,6 +115,8 @@ def run_sample(options: Namespace) -> None:
     options.quiet = options.quiet or not is_main
     if options.quiet:
         disable_progress_bar()
+    if is_main:
+        check_outputs(options)
     pipeline = load_pipeline(options.model, options.revision)
     pipeline.to(select_device(options.device, processes))
     if options.scheduler is not None:
@@ -124,9 +132,9 @@ def run_sample(options: Namespace) -> None:
         diagnostics = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
 
     if is_picture(options.output):
-        timing = make_picture(pipeline, labels, call, options)
+        timing, failed = make_picture(pipeline, labels, call, options)
     else:
-        timing = make_folder(pipeline, labels, call, options, processes)
+        timing, failed = make_folder(pipeline, labels, call, options, processes)
 
     if diagnostics is not None:
         diagnostics.save(options.diagnostics)
@@ -138,7 +146,10 @@ def run_sample(options: Namespace) -> None:
         settings = f"{type(pipeline.scheduler).__name__}, seed {options.seed}"
         if "guidance_scale" in call:
             settings = f"guidance scale {call['guidance_scale']:g}, {settings}"
-        print(f"{options.num_images} images of {names} ({settings}) {timing}: {options.output}")
+        count = options.num_images - len(failed)
+        print(f"{count} images of {names} ({settings}) {timing}: {options.output}")
+        if failed:
+            print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
 
 
 def is_picture(path: Path) -> bool:
@@ -166,6 +177,13 @@ def check_options(options: Namespace) -> None:
         )
     if not options.diagnostics:
         return
+    if options.skip_failed:
+        raise ValueError(
+            f"--diagnostics {options.diagnostics}: with --skip-failed images are generated twice; "
+            "only one of the two is allowed"
+        )
+    if options.diagnostics == output:
+        raise ValueError(f"--diagnostics {output}: --output has the same name; use another one")
     from ..diagnosis import check_output
 
     check_output(options.diagnostics)
@@ -179,6 +197,15 @@ def check_options(options: Namespace) -> None:
             f"--diagnostics: {output} isn't empty, and its images would not be counted; use a new "
             "folder"
         )
+
+
+def check_outputs(options: Namespace) -> None:
+    """Check, before the work, that the output can be written."""
+    from ..utils import check_writable
+
+    check_writable(options.output, "--output", folder=not is_picture(options.output))
+    if options.diagnostics:
+        check_writable(options.diagnostics, "--diagnostics")
 
 
 def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
@@ -200,25 +227,39 @@ def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -
 
 def make_picture(
     pipeline: ClassifierGuidedPipeline, labels: list[int], call: dict[str, Any], options: Namespace
-) -> str:
-    """Save one picture with a row per label; return the duration as text."""
-    from .batches import progress_bars, sample
-    from .pictures import grid, save_image
+) -> tuple[str, list[int]]:
+    """Save one picture with a row per label; the duration as text, and what `--skip-failed` left
+    out, which is white."""
+    from PIL import Image
 
-    start, count, images = time.perf_counter(), options.num_images, []
-    batches = sample(pipeline, labels, options.seed, options.batch_size, range(count), **call)
-    with progress_bars(pipeline, count, options.batch_size, show=not options.quiet) as bar:
-        for _, batch in batches:
-            images += batch
-            bar.update(len(batch))
-    seconds = time.perf_counter() - start
-    by_label = [image for row in range(len(labels)) for image in images[row :: len(labels)]]
+    from .batches import progress_bars, sample
+    from .pictures import check_size, grid, save_image
+
+    start, count = time.perf_counter(), options.num_images
     names = None
     if count % len(labels) == 0:
         id2label = pipeline.config.id2label or {}
         names = [id2label.get(label, str(label)) for label in labels]
+    failed: list[int] | None = [] if options.skip_failed else None
+    images: dict[int, Image.Image] = {}
+    batches = sample(
+        pipeline, labels, options.seed, options.batch_size, range(count), failed, **call
+    )
+    with progress_bars(pipeline, count, options.batch_size, show=not options.quiet) as bar:
+        for indices, batch in batches:
+            if not images:
+                check_size(batch[0], count, names, options.output)
+            images.update(zip(indices, batch, strict=True))
+            bar.update(len(batch))
+    if not images:
+        raise FloatingPointError(f"none of the {count} images is finite")
+    missing = Image.new("RGB", next(iter(images.values())).size, "white")
+    seconds = time.perf_counter() - start
+    by_label = []
+    for row in range(len(labels)):
+        by_label += [images.get(i, missing) for i in range(row, count, len(labels))]
     save_image(grid(by_label, names), options.output)
-    return f"in {seconds:.1f} s"
+    return f"in {seconds:.1f} s", failed or []
 
 
 def make_folder(
@@ -227,8 +268,9 @@ def make_folder(
     call: dict[str, Any],
     options: Namespace,
     processes: PartialState | None,
-) -> str:
-    """Generate the missing images of a folder; return the duration and speed as text."""
+) -> tuple[str, Sequence[int]]:
+    """Generate the missing images of a folder; the duration and speed as text, and what
+    `--skip-failed` left out."""
     from .folder import sample_to_folder
     from .manifest import hub_commit
 
@@ -239,6 +281,7 @@ def make_folder(
         folder=options.output,
         shard_size=options.shard_size or max(256, options.batch_size),
         format=options.format or "imagefolder",
+        skip_failed=options.skip_failed,
         revision=hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,
@@ -252,4 +295,4 @@ def make_folder(
         timing += f", {generated / result.seconds:.1f} images/s"
     if processes is not None:
         timing += f" by {processes.num_processes} processes"
-    return timing
+    return timing, result.failed

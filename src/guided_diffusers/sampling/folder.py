@@ -1,6 +1,7 @@
 """Large numbers of images in a folder, written in shards, by any number of processes, resumable.
 
-    FOLDER/manifest.json                      settings, model revision, versions, "complete"
+    FOLDER/manifest.json                      settings, model revision, versions, "complete", and
+                                              "failed", the images that are not finite
     FOLDER/LABEL/000012.png                   imagefolder, as `datasets` reads it
     FOLDER/data/train-00000-of-00196.parquet  parquet: `datasets.load_dataset(FOLDER)`
     FOLDER/samples.npz                        npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels
@@ -13,20 +14,27 @@ image. Its content therefore depends neither on the number of processes nor on i
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers.utils.logging import get_logger
+from tqdm.auto import tqdm
 
 from ..checks import MAX_SEED, check_number, shown
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
+from ..utils import folder_lock
 from .batches import WarnOnce, progress_bars, sample
 from .manifest import open_or_resume, resolve_defaults, run_settings, unique_names, write_manifest
 from .shards import Shards
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class SampleResult:
     before: int  # of these, existing before the call
     seconds: float
     labels: tuple[int, ...]  # ids
+    failed: tuple[int, ...] = ()  # in the main process: indices of images that are not finite
 
 
 def sample_to_folder(
@@ -49,6 +58,7 @@ def sample_to_folder(
     batch_size: int = 64,
     shard_size: int = 256,
     format: Literal["imagefolder", "parquet", "npz"] = "imagefolder",
+    skip_failed: bool = False,
     model: str | None = None,
     revision: str | None = None,
     processes: PartialState | None = None,
@@ -64,6 +74,8 @@ def sample_to_folder(
         batch_size: images per batch; at most `shard_size`.
         shard_size: images written together; a process that is killed loses at most these.
         format: file format, see the module's docstring.
+        skip_failed: leave out images that are not finite, and list them in the manifest; a run that
+            is resumed doesn't try them again. Otherwise such an image ends the run.
         model, revision: model name and revision for the manifest. None: the pipeline's class, and
             a hash of its weights and configs.
         processes: processes that share the work, each with its pipeline on its device. None: one.
@@ -73,8 +85,11 @@ def sample_to_folder(
 
     Raises:
         ValueError: for an invalid argument; for a folder with other settings (the message lists
-            them) or with other content.
-        OSError: if a file can't be written. Finished shards stay, and the run can be resumed.
+            them), with other content, or that another process uses.
+        OSError: if a file can't be written, or the disk is too small for the images. Finished
+            shards stay, and the run can be resumed.
+        FloatingPointError: for images that are not finite; its attribute `images` has their
+            indices. With `skip_failed`, if all of them are not finite.
     """
     start = time.perf_counter()
     ids = label_ids(pipeline, labels)
@@ -90,30 +105,65 @@ def sample_to_folder(
     arguments |= {**sizes, **resolve_defaults(pipeline, call)}
     settings = run_settings(pipeline, model, revision, arguments)
 
-    missing = _missing_shards(shards, settings, processes)
-    before = num_images - sum(len(shards.indices(shard)) for shard in missing)
     is_main = processes is None or processes.is_main_process
-    if processes is not None:
-        missing = missing[processes.process_index :: processes.num_processes]
-    show = progress and is_main
-    with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
-        for shard in missing:
-            content: list[Any] = []
-            batches = sample(
-                pipeline, ids, seed, batch_size, shards.indices(shard), output_type="pil", **call
-            )
-            for _, images in batches:
-                content += map(shards.encode, images)
-                # the bar counts the finished shards of all processes
-                bar.update(max(0, shards.num_recorded_images() + len(content) - bar.n))
-            shards.write(shard, content)
-
-    if processes is not None:
-        processes.wait_for_everyone()
     if is_main:
-        shards.finish()
-        write_manifest(shards.folder, settings, complete=True)
-    return SampleResult(num_images, before, time.perf_counter() - start, tuple(ids))
+        _warn_of_renamed(shards)
+    with folder_lock(shards.folder) if is_main else nullcontext():
+        missing = _missing_shards(shards, settings, processes)
+        before = num_images - sum(len(shards.indices(shard)) for shard in missing)
+        if processes is not None:
+            missing = missing[processes.process_index :: processes.num_processes]
+        show = progress and is_main
+        with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
+            generate = partial(sample, pipeline, ids, seed, batch_size, output_type="pil", **call)
+            _write_shards(shards, missing, generate, skip_failed, bar)
+        if processes is not None:
+            processes.wait_for_everyone()
+        failed: list[int] = []
+        if is_main:
+            failed = shards.failed()
+            if len(failed) == num_images:
+                raise FloatingPointError(f"none of the {num_images} images is finite")
+            shards.finish()
+            write_manifest(shards.folder, settings, complete=True, failed=failed)
+    seconds = time.perf_counter() - start
+    return SampleResult(num_images, before, seconds, tuple(ids), tuple(failed))
+
+
+def _warn_of_renamed(shards: Shards) -> None:
+    """Log labels whose folder has another name."""
+    renamed = []
+    for label in sorted(set(shards.labels)):
+        if shards.format == "imagefolder" and shards.folders[label] != shards.names[label]:
+            renamed.append(f"{shards.names[label]!r:.50} has {shards.folders[label]!r:.50}")
+    if renamed:
+        more = f" and {len(renamed) - 5} more" if len(renamed) > 5 else ""
+        logger.warning(
+            f"labels whose names can't be folders on every system: {'; '.join(renamed[:5])}{more}"
+        )
+
+
+def _write_shards(
+    shards: Shards,
+    missing: Sequence[int],
+    generate: Callable[..., Iterator[tuple[list[int], Any]]],
+    skip_failed: bool,
+    bar: tqdm,
+) -> None:
+    """Generate and write the missing shards of this process; `generate` is a part of `sample`."""
+    failed: list[int] | None = [] if skip_failed else None
+    is_checked = False
+    for shard in missing:
+        content: list[Any] = []
+        indices = shards.indices(shard)
+        for _, images in generate(indices=indices, failed=failed):
+            content += map(shards.encode, images)
+            if not is_checked:
+                shards.check_space(content, missing)
+                is_checked = True
+            # the bar counts the finished shards of all processes
+            bar.update(max(0, shards.num_recorded_images() + len(content) - bar.n))
+        shards.write(shard, content, [i for i in failed or () if i in indices])
 
 
 def _missing_shards(

@@ -6,8 +6,10 @@ import hashlib
 import inspect
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,14 @@ from huggingface_hub import try_to_load_from_cache
 from ..defaults import DEFAULTS
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
-from ..utils import finite, is_hub_id, write_json
+from ..utils import finite, is_abandoned, is_hub_id, is_lock, write_json
 
 MANIFEST = "manifest.json"
+MAX_FOLDER_BYTES = 240  # of 255, so that a number that makes it unique fits
+#: the manifest, and devices of Windows, also with a suffix
+RESERVED = re.compile(
+    r"manifest\.json|(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3])(\..*)?", re.IGNORECASE
+)
 #: arguments of the pipeline's call that don't change the images
 OBSERVERS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 LIBRARIES = ("guided-diffusers", "torch", "diffusers", "numpy", "pillow", "pyarrow")
@@ -107,7 +114,8 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
 def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
     """Write the manifest of a new folder, or check that an existing one has these settings.
 
-    With `created`, another process has opened it; otherwise temporary files are removed, too.
+    With `created`, another process has opened it; otherwise temporary files of processes that have
+    ended are removed, too.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -116,15 +124,17 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
                 f"{folder}: the main process wrote {path}, but this process doesn't see it; use a "
                 "folder that all machines share"
             )
-        if folder.exists() and not (folder.is_dir() and all(map(_is_partial, folder.iterdir()))):
+        if folder.exists() and not all(map(_is_temporary, folder.iterdir())):
             raise ValueError(
                 f"{folder} is in use and has no {MANIFEST}, so it can't be resumed; use a new or "
                 "empty folder"
             )
-        write_manifest(folder, settings, complete=False)
+        with suppress(FileExistsError):  # of another process, whose settings are compared below
+            write_json({**settings, "complete": False}, path, exclusive=True)
     try:
         manifest = json.loads(path.read_text())
         manifest.pop("complete")
+        manifest.pop("failed", None)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} can't be read ({error!r}), so the run can't be resumed; use another folder"
@@ -137,18 +147,23 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
             "or another folder"
         )
     if not created:
-        for partial in filter(_is_partial, folder.rglob(".*.partial")):
+        for partial in filter(is_abandoned, folder.rglob(".*.partial")):
             partial.unlink(missing_ok=True)
 
 
-def _is_partial(path: Path) -> bool:
-    """Whether a path is a temporary file of `aside`."""
-    return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
+def _is_temporary(path: Path) -> bool:
+    """Whether a path is a lock or a temporary file of `aside`."""
+    return is_lock(path) or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
-def write_manifest(folder: Path, settings: Mapping[str, Any], complete: bool) -> None:
-    """Write the settings, and whether all images exist."""
-    write_json({**settings, "complete": complete}, folder / MANIFEST)
+def write_manifest(
+    folder: Path, settings: Mapping[str, Any], complete: bool, failed: Sequence[int] = ()
+) -> None:
+    """Write the settings, whether all images exist, and which ones could not be generated."""
+    content = {**settings, "complete": complete}
+    if failed:
+        content["failed"] = list(failed)
+    write_json(content, folder / MANIFEST)
 
 
 def unique_names(id2label: Mapping[Any, str] | None, count: int) -> list[str]:
@@ -158,13 +173,25 @@ def unique_names(id2label: Mapping[Any, str] | None, count: int) -> list[str]:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """Unique folder names of labels, also on file systems that ignore case."""
-    return unique([as_folder(name) for name in names], str.casefold)
+    """Unique folder names of labels, also on file systems that ignore case and Unicode forms."""
+    return unique([as_folder(name) for name in names], _without_case)
+
+
+def _without_case(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def as_folder(name: str) -> str:
-    """A name in which characters that a folder name can't have are replaced by "-"."""
-    return re.sub(r"^\.|[/\\\0]", "-", name) or "-"
+    """A label's folder name, which every operating system allows; "-" replaces what it doesn't.
+
+    It has at most 240 bytes, and none of the names of other files of the folder.
+    """
+    name = re.sub(r'^\.|[/\\<>:"|?*\x00-\x1f\x7f\ud800-\udfff]', "-", name)
+    name = name.encode()[:MAX_FOLDER_BYTES].decode(errors="ignore")
+    name = re.sub(r"[. ]$", "-", name)  # Windows drops these
+    if RESERVED.fullmatch(name):
+        name = f"-{name}"
+    return name or "-"
 
 
 def unique(names: Sequence[str], key: Callable[[str], str] = str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,26 +58,56 @@ class Shards:
         image.save(buffer, "png")
         return buffer.getvalue()
 
-    def write(self, shard: int, content: Sequence[bytes | np.ndarray]) -> None:
-        """Write the files of a shard, given its encoded images, then its record."""
+    def check_space(self, content: Sequence[bytes | np.ndarray], missing: Sequence[int]) -> None:
+        """Raise an OSError if images like the encoded `content` don't fit on the disk.
+
+        Of the missing shards, half the size is needed: other images may be smaller.
+        """
+        count = sum(len(self.indices(shard)) for shard in missing)
+        mean = sum(memoryview(part).nbytes for part in content) / len(content)
+        size = mean * count * (2 if self.format == "npz" else 1)  # the shards, and all joined
+        free = shutil.disk_usage(self.folder).free
+        if size / 2 > free:
+            raise OSError(
+                f"{self.folder} can't be written: {count} images are about {size / 2**20:,.0f} "
+                f"MiB, {free / 2**20:,.0f} MiB are free"
+            )
+
+    def write(
+        self, shard: int, content: Sequence[bytes | np.ndarray], failed: Sequence[int] = ()
+    ) -> None:
+        """Write the files of a shard, given its encoded images, then its record.
+
+        Args:
+            failed: indices of the shard's images that are missing in `content`.
+        """
         sizes = {}
-        for name, data in self._files(shard, content):
+        indices = [i for i in self.indices(shard) if i not in failed]
+        for name, data in self._files(shard, indices, content):
             write_bytes(data, self.folder / name)
             sizes[name] = len(data)
-        write_json({"files": sizes}, self._record(shard))
+        self._write_record(shard, sizes, failed)
 
-    def _files(self, shard: int, content: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
+    def _write_record(self, shard: int | str, sizes: dict[str, int], failed: Sequence[int]) -> None:
+        record: dict[str, Any] = {"files": sizes}
+        if failed:
+            record["failed"] = list(failed)
+        write_json(record, self._record(shard))
+
+    def _files(
+        self, shard: int, indices: Sequence[int], content: Sequence[Any]
+    ) -> Iterator[tuple[str, bytes]]:
         """Path in the folder and content of each file of a shard."""
-        labels = [self.label(i) for i in self.indices(shard)]
+        labels = [self.label(i) for i in indices]
         if self.format == "imagefolder":
-            for i, label, png in zip(self.indices(shard), labels, content, strict=True):
+            for i, label, png in zip(indices, labels, content, strict=True):
                 yield f"{self.folders[label]}/{i:06d}.png", png
         elif self.format == "parquet":
             name = f"data/train-{shard:05d}-of-{len(self):05d}.parquet"
             yield name, parquet(content, labels, self.names)
         else:
             buffer = io.BytesIO()
-            np.save(buffer, np.stack(content))
+            np.save(buffer, np.stack(content) if content else np.zeros((0, 0, 0, 3), np.uint8))
             yield f".shards/{shard:05d}.npy", buffer.getvalue()
 
     def _record(self, shard: int | str) -> Path:
@@ -86,6 +117,13 @@ class Shards:
         """Number of images in finished shards, of all processes."""
         records = (path.stem for path in self.records.glob("*.json"))
         return sum(len(self.indices(int(name))) for name in records if name.isdigit())
+
+    def failed(self) -> list[int]:
+        """Indices of the images that could not be generated, of finished shards."""
+        failed = []
+        for path in self.records.glob("*.json"):
+            failed += json.loads(path.read_text()).get("failed", [])
+        return sorted(set(failed))
 
     def missing(self) -> list[int]:
         """Shards that aren't finished, or have changed; the records of the latter are removed."""
@@ -115,24 +153,26 @@ class Shards:
         if self.format != "npz":
             return
         if not self._record(ARCHIVE).exists():
-            path = self.folder / f"{ARCHIVE}.npz"
+            path, failed = self.folder / f"{ARCHIVE}.npz", self.failed()
             with aside(path) as partial:
-                self._join(partial)
-            write_json({"files": {path.name: path.stat().st_size}}, self._record(ARCHIVE))
+                self._join(partial, failed)
+            self._write_record(ARCHIVE, {path.name: path.stat().st_size}, failed)
         for shard in range(len(self)):
             self._record(shard).unlink(missing_ok=True)
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)
 
-    def _join(self, path: Path) -> None:
+    def _join(self, path: Path, failed: Sequence[int] = ()) -> None:
         """Write all shards to one .npz file, with one shard at a time in memory."""
-        labels = np.array([self.label(i) for i in range(self.num_images)], np.int64)
+        failed = set(failed)
+        finite = [i for i in range(self.num_images) if i not in failed]
+        labels = np.array([self.label(i) for i in finite], np.int64)
         shards = (np.load(self.records / f"{shard:05d}.npy") for shard in range(len(self)))
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                for number, images in enumerate(shards):
-                    if number == 0:
-                        shape = (self.num_images, *images.shape[1:])
-                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                header: dict[str, Any] = {"descr": "|u1", "fortran_order": False}
+                for images in filter(len, shards):
+                    if "shape" not in header:
+                        header["shape"] = (len(labels), *images.shape[1:])
                         np.lib.format.write_array_header_1_0(member, header)
                     member.write(images.data)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:

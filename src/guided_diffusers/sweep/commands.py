@@ -115,11 +115,13 @@ def run_sweep(options: argparse.Namespace) -> None:
 
     from ..evaluation import default_features, load_network
     from ..utils import load_pipeline, require_matplotlib
-    from .run import sweep
+    from .run import check_output, sweep
 
     require_matplotlib()  # before the computation
     processes = launched_processes(options.device)
     main = processes is None or processes.is_main_process
+    if main:
+        check_output(options.output)
     if options.quiet or not main:
         disable_progress_bar()
         disable_transformers_bar()

@@ -16,7 +16,13 @@ from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, weights_hash
-from ..utils import require_matplotlib, scheduler_for, scheduler_name
+from ..utils import (
+    check_writable,
+    folder_lock,
+    require_matplotlib,
+    scheduler_for,
+    scheduler_name,
+)
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
@@ -90,6 +96,8 @@ def sweep(
         OSError: if the disk is full; finished results are kept.
     """
     require_matplotlib()
+    if PartialState().is_main_process:
+        check_output(Path(output))
     defaults = pipeline.config.defaults
     if schedulers is None:
         schedulers = [scheduler_name(pipeline.scheduler)]
@@ -109,7 +117,16 @@ def sweep(
         return verdict_of(store.all(), default_scale)
     label_names = [name for _, name in sorted(class_names(pipeline).items())]
     columns = [label_names[i % len(label_names)] for i in range(min(PICTURES, num_images))]
-    return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
+    with folder_lock(Path(output), wait=True):
+        return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
+
+
+def check_output(output: Path) -> None:
+    """Check, before the work, that the results and the report can be written."""
+    for name in ("", "points", ".locks", ".real"):
+        check_writable(output / name, "output", folder=True)
+    for name in ("sweep.json", "report.md", "report.html"):
+        check_writable(output / name, "output")
 
 
 def measure_points(

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils.logging import get_logger
-from filelock import FileLock, Timeout
 
 from ..sampling import differences
-from ..utils import finite, write_json
+from ..utils import file_lock, finite, write_json
 from .metrics import Result
 from .settings import SweepSetting
 
@@ -80,14 +79,8 @@ class Store:
     def claim(self, setting: SweepSetting) -> Iterator[bool]:
         """Within, whether this process has the setting's lock; a killed process loses it."""
         path = self.folder.parent / ".locks" / f"{setting.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(path).acquire(timeout=0)
-        except Timeout:
-            yield False
-        else:
-            with lock:
-                yield True
+        with file_lock(path) as owner:
+            yield owner is None
 
     def fill(
         self,
