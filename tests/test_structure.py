@@ -45,7 +45,7 @@ BESIDE = {
     "standalone": set(),
     "preprocess": set(),
     "bundled": set(),
-    "cli_options": set(),
+    "cli_options": {"utils"},
     "deprecated": set(),
     "clip": set(),
     "utils": {"bundled"},

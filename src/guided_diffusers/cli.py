@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from .cli_options import Parser
 from .diagnosis.commands import add_inspect_command
 from .evaluation.commands import add_evaluate_command
 from .hub.commands import add_hub_commands
 from .openai import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
+from .utils import one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; invalid arguments and failed operations print a one-line error."""
-    parser = argparse.ArgumentParser(
-        "guided-diffusers", description="Guidance of diffusion sampling."
-    )
+    parser = Parser("guided-diffusers", description="Guidance of diffusion sampling.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)
@@ -29,4 +28,4 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        sys.exit(f"guided-diffusers {options.command}: {error}")
+        sys.exit(f"guided-diffusers {options.command}: {one_line(error)}")

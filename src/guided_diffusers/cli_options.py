@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .utils import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,13 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--quiet": {"action": "store_true", "help": "no progress bars"},
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line without control sequences, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def add_shared_option(command: argparse.ArgumentParser, flag: str, **changes: Any) -> None:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..deprecated import renamed
 from ..noise import module_config, schedule_config
-from ..utils import evaluating, load_pipeline, write_json
+from ..utils import evaluating, load_pipeline, printable, write_json
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration
@@ -80,7 +80,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [table(self.levels), "", f"Verdict: {self.verdict.summary}.", *self.verdict.words]
-        return "\n".join(lines + [f"Mismatch: {mismatch}" for mismatch in self.mismatches])
+        return "\n".join(
+            lines + [f"Mismatch: {printable(mismatch)}" for mismatch in self.mismatches]
+        )
 
     def save(self, folder: str | Path, picture: bool = True) -> None:
         """Write `diagnosis.json`, and with `picture` the curves as `diagnosis.png`, atomically.

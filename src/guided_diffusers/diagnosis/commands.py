@@ -50,7 +50,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     """Run the command and print the table and the verdict."""
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import require_matplotlib
+    from ..utils import printable, require_matplotlib
     from . import inspect
 
     if options.picture:
@@ -67,4 +67,4 @@ def run_inspect(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in (*names, "seed", "batch_size")},
     )
     diagnosis.save(options.output, options.picture)
-    print(f"{diagnosis}\n{options.output}")
+    print(f"{diagnosis}\n{printable(options.output)}")

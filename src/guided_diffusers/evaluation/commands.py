@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..cli_options import add_shared_option, add_shared_options, launched_processes, select_device
 from ..noise import module_config
-from ..utils import load_pipeline, require_matplotlib
+from ..utils import load_pipeline, printable, require_matplotlib
 from .bits import measure_bits_per_dim
 from .evaluation import Evaluation, evaluate
 from .images import Images, open_generated, open_real
@@ -97,7 +97,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if is_main:
         print(evaluation, flush=True)  # before saving: a full disk doesn't lose it
         evaluation.save(options.output, options.picture)
-        print(options.output)
+        print(printable(options.output))
     if processes is not None:
         processes.destroy_process_group()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_options import add_shared_option
+from ..utils import printable
 
 FOLDER = "a folder with a pipeline, a classifier or a CLIP"
 
@@ -83,18 +84,18 @@ def run_push(options: argparse.Namespace) -> None:
         commit_message=options.commit_message,
         **_card_options(options),
     )
-    print(f"{options.folder} is published: {commit.commit_url}")
+    print(printable(f"{options.folder} is published: {commit.commit_url}"))
 
 
 def run_card(options: argparse.Namespace) -> None:
     from . import card
 
     path = card(options.folder, options.repo, **_card_options(options))
-    print(f"{path} is written; read it before you publish")
+    print(printable(f"{path} is written; read it before you publish"))
 
 
 def run_pull(options: argparse.Namespace) -> None:
     from . import pull
 
     folder = pull(options.repo, options.folder, revision=options.revision)
-    print(f"{options.repo} is in {folder}")
+    print(printable(f"{options.repo} is in {folder}"))

@@ -22,6 +22,7 @@ from accelerate.utils import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..utils import one_line
 from .options import Options
 
 # How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
@@ -37,7 +38,7 @@ def exit_on_value_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = f"{Path(sys.argv[0]).name}: error: {error}"
+        message = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             abort_process(message)
         raise SystemExit(message) from None

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import write_json
+from ..utils import one_line, printable, write_json
 from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for
 from .checkpointing import (
     LOAD_ERRORS,
@@ -181,7 +181,7 @@ class Trainer:
             if (reason := self._load(checkpoint)) is None:
                 break
             refused[checkpoint] = reason
-            accelerator.print(f"{checkpoint} is refused: {reason}")
+            accelerator.print(one_line(f"{checkpoint} is refused: {reason}"))
         else:
             if not refused:
                 return
@@ -198,7 +198,7 @@ class Trainer:
             )
         # An additional process has no state to load it from.
         accelerator.step = self.progress.step * self.accumulation
-        accelerator.print(f"goes on from {checkpoint}")
+        accelerator.print(printable(f"goes on from {checkpoint}"))
 
     def _load(self, checkpoint: Path) -> str | None:
         """Load a checkpoint, or return why it can't be used; the same on every process."""
@@ -396,7 +396,7 @@ class Trainer:
 
 
 def _print_error(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
 
 
 def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> None:
@@ -412,4 +412,4 @@ def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> 
         name, private = options.hub_model_id or folder.resolve().name, options.hub_private or None
         with exit_on_value_error():
             commit = model.push_to_hub(name, private=private, figures=folder)
-        print(f"published: {commit.commit_url}")
+        print(printable(f"published: {commit.commit_url}"))

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from huggingface_hub import get_token
 
+from ..cli_options import Parser
+
 AnyOptions = TypeVar("AnyOptions")
 LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -218,7 +220,7 @@ def parse(options: type[AnyOptions], description: str | None) -> AnyOptions:
     Dashes in an option's name may stand for underscores. Booleans are written --name, --name False
     or, where they are on by default, --no_name.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [options]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..classifier import NoiseAwareClassifier
 from ..cli_options import add_shared_option
 from ..pipeline import ClassifierGuidedPipeline
+from ..utils import printable
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
 from .presets import PRESETS, find_preset
@@ -247,4 +248,4 @@ def run_convert(options: argparse.Namespace) -> None:
     dtype, progress = DTYPES.get(options.dtype), not options.quiet
     convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)
     load_command = f"ClassifierGuidedPipeline.from_pretrained({str(output)!r})"
-    print(f"{output} is ready: {load_command}")
+    print(printable(f"{output} is ready: {load_command}"))

@@ -85,7 +85,7 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import exchanged, load_pipeline
+    from ..utils import exchanged, load_pipeline, printable
 
     check_options(options)
     processes = launched_processes(options.device)
@@ -118,11 +118,12 @@ def run_sample(options: Namespace) -> None:
         processes.destroy_process_group()
     if is_main:
         id2label = pipeline.config.id2label or {}
-        names = ", ".join(str(id2label.get(label, label)) for label in labels)
+        names = ", ".join(printable(id2label.get(label, label)) for label in labels)
+        output = printable(options.output)
         settings = f"{type(pipeline.scheduler).__name__}, seed {options.seed}"
         if "guidance_scale" in call:
             settings = f"guidance scale {call['guidance_scale']:g}, {settings}"
-        print(f"{options.num_images} images of {names} ({settings}) {timing}: {options.output}")
+        print(f"{options.num_images} images of {names} ({settings}) {timing}: {output}")
 
 
 def is_picture(path: Path) -> bool:

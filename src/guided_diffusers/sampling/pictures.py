@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils import aside
+from ..utils import aside, printable
 
 
 def grid(
@@ -31,8 +31,8 @@ def grid(
         rows = round(sqrt(len(images)))
     font = ImageFont.load_default(max(10, height // 5))
     if names and len(names) > 1:
-        rows, row_names = len(names), names
-        margin = 12 + ceil(max(map(font.getlength, names)))
+        rows, row_names = len(names), [printable(name) for name in names]
+        margin = 12 + ceil(max(map(font.getlength, row_names)))
     columns = ceil(len(images) / rows)
     picture = Image.new("RGB", (margin + columns * width, rows * height), "white")
     for i, image in enumerate(images):
