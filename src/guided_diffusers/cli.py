@@ -11,7 +11,7 @@ from .hub.commands import add_hub_commands
 from .openai import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
-from .utils import one_line
+from .utils import hub_time_limit, one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_hub_commands(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        with hub_time_limit():
+            options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         sys.exit(f"guided-diffusers {options.command}: {one_line(error)}")

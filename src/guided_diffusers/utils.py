@@ -163,6 +163,9 @@ def plot_text(text: object) -> str:
 
 # Models
 
+HUB_CONNECT_TIMEOUT_S = 10
+HUB_WRITE_TIMEOUT_S = 60  # for the answer to a request that changes a repository
+
 
 def is_hub_id(model: str | Path) -> bool:
     """Whether a model is given as a Hub id: it contains "/", and no such path exists."""
@@ -198,6 +201,48 @@ def load_pipeline(model: str | Path, revision: str | None = None) -> ClassifierG
         )
     arguments = {} if revision is None else {"revision": revision}
     return ClassifierGuidedPipeline.from_pretrained(model_folder(model), **arguments)
+
+
+@contextmanager
+def hub_time_limit() -> Iterator[None]:
+    """Context in which a Hub that can't be reached, or doesn't answer, is an OSError within seconds.
+
+    `huggingface_hub` itself waits without a limit for the answers to some of its requests.
+
+    Raises:
+        OSError: in one line, naming the Hub's address.
+    """
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import _http
+
+    def limit(request: Any) -> None:
+        reads = request.method in ("GET", "HEAD")
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT if reads else HUB_WRITE_TIMEOUT_S
+        limits = {**dict.fromkeys(("read", "write"), seconds), "connect": HUB_CONNECT_TIMEOUT_S}
+        set_already = request.extensions.get("timeout") or {}
+        limits |= {kind: value for kind, value in set_already.items() if value is not None}
+        request.extensions["timeout"] = limits
+
+    def limited_client() -> Any:
+        client = factory()
+        client.event_hooks["request"].append(limit)
+        return client
+
+    factory = _http._GLOBAL_CLIENT_FACTORY
+    _http.set_client_factory(limited_client)
+    try:
+        yield
+    except errors.HfHubHTTPError:  # an answer, which is an OSError
+        raise
+    except errors.HTTPError as error:
+        address = re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+        reason = re.sub(r"Bearer \S+", "Bearer ***", f"{type(error).__name__}: {error}")
+        raise OSError(
+            f"the Hub, {address}, can't be reached or doesn't answer ({one_line(reason)}); check the "
+            "network and HF_ENDPOINT, or use a folder instead of a Hub id"
+        ) from error
+    finally:
+        _http.set_client_factory(factory)
 
 
 def exchanged(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:

@@ -31,6 +31,8 @@ def add_hub_commands(commands: Any) -> None:
     add_shared_option(push, "--revision", help="a branch; created if missing (default: main)")
     push.add_argument("--variant", help="of the weights, if there is no other: fp16, ...")
     push.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
+    help = "publish these files, too, which are no part of a model: paths, * for any characters"
+    push.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=help)
     _add_card_options(push)
 
     card = commands.add_parser(
@@ -82,6 +84,7 @@ def run_push(options: argparse.Namespace) -> None:
         revision=options.revision,
         variant=options.variant,
         commit_message=options.commit_message,
+        include=options.include,
         **_card_options(options),
     )
     print(printable(f"{options.folder} is published: {commit.commit_url}"))
