@@ -94,7 +94,7 @@ def _check_access(api: HfApi, repo_id: str) -> None:
         try:
             api.whoami()
         except HfHubHTTPError as error:
-            if error.response.status_code != 404:  # of a server without this address
+            if error.response.status_code not in (404, 429):  # not offered, or offered too rarely
                 raise
     with suppress(RepositoryNotFoundError):  # it will be created
         api.model_info(repo_id)

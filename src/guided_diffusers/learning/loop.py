@@ -411,5 +411,8 @@ def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> 
     if accelerator.is_main_process and options.push_to_hub:
         name, private = options.hub_model_id or folder.resolve().name, options.hub_private or None
         with exit_on_value_error():
-            commit = model.push_to_hub(name, private=private, figures=folder)
+            try:
+                commit = model.push_to_hub(name, private=private, figures=folder)
+            except OSError as error:
+                raise ValueError(f"{folder} is saved, but not published: {error}") from error
         print(printable(f"published: {commit.commit_url}"))
