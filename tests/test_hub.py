@@ -330,6 +330,14 @@ def put(folder: Path, name: str, content: str | bytes = "x") -> Path:
 
 
 OWN = ["notes.md", "LICENSE", "Example.PNG", "diagnosis.json", "unet/more.json", "unet/a.txt"]
+TEXTS = [
+    "diffusion of clothes.",
+    "low noise. Results",
+    "Images of a coat\nand of a hat.",
+    "}",
+    ".",
+    "",
+]
 FOREIGN = [
     "data/train.parquet",
     "data/labels.txt",
@@ -371,6 +379,8 @@ def test_what_is_published_of_a_folder(
     model = set(contents(folder)) - {path for path in contents(folder) if path.endswith(".py")}
     for name in OWN:
         put(folder, name, "{}")
+    for number, text in enumerate(TEXTS):  # which a parser of pickles may begin to read
+        put(folder, f"text{number}.txt", text)
     make_classifier().save_pretrained(folder / "judge")
     for name in ("checkpoint-500/unet/x.bin", "logs/x.log", "samples-1.png", "curves.png"):
         put(folder, name)
@@ -380,8 +390,9 @@ def test_what_is_published_of_a_folder(
     logger.addHandler(caplog.handler)
     collect(folder, tmp_path / "stage")
     logger.removeHandler(caplog.handler)
+    texts = {f"text{number}.txt" for number in range(len(TEXTS))}
     judge = {"judge/config.json", f"judge/{WEIGHTS}"}
-    assert set(contents(tmp_path / "stage")) == {*model, *OWN, *judge}
+    assert set(contents(tmp_path / "stage")) == {*model, *OWN, *judge, *texts}
     assert "not published: checkpoint-500, curves.png, logs, samples-1.png in" in caplog.text
 
 

@@ -240,9 +240,11 @@ def is_pickle(path: Path, content: bytes) -> bool:
     if PICKLE_SUFFIXES & set(suffixes) or is_zip_with_pickle or starts_as_pickle:
         return True
     try:  # the text format of pickles has no mark at its start
-        return any(opcode.name in PICKLE_OPCODES for opcode, *_ in pickletools.genops(content))
+        opcodes = list(pickletools.genops(content))
     except Exception:  # not a pickle; the parser has no common class of errors
         return False
+    ends_there = not content[opcodes[-1][2] + 1 :].strip()
+    return ends_there and any(opcode.name in PICKLE_OPCODES for opcode, *_ in opcodes)
 
 
 def is_archive(path: Path, content: bytes) -> bool:
