@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import re
 import shutil
+import unicodedata
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +18,17 @@ from PIL import Image
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.sampling import grid, image_generator, sample
-from guided_diffusers.utils import check_writable, find_scheduler, is_hub_id, model_folder
+from guided_diffusers.utils import (
+    check_writable,
+    code_literal,
+    find_scheduler,
+    is_hub_id,
+    markdown,
+    markdown_code,
+    model_folder,
+    one_line,
+    printable,
+)
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 
@@ -322,3 +336,97 @@ def test_a_check_of_an_output_leaves_nothing_and_knows_the_space(tmp_path: Path)
     path.write_text("kept")
     check_writable(path, "--output")
     assert path.read_text() == "kept" and len(list(path.parent.iterdir())) == 1
+
+
+READABLE = [
+    "Fashion-MNIST, 28x28 (v2)",
+    "コート　とシャツ",
+    "안녕",
+    "שלום",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "\U0001f469\U0001f3fd\u200d\U0001f4bb",
+    "\u2764\ufe0f\u200d\U0001f525",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "1\ufe0f\u20e3",
+    "C:\\data\\new",
+]
+HIDDEN = {
+    "red\x1b[31m": r"red\x1b[31m",
+    "bell\x07\x08": r"bell\x07\x08",
+    "two\nlines\r\t": r"two\nlines\r\t",
+    "c1\x9b2J": r"c1\x9b2J",
+    "\u202egnp.exe\u2066": r"\u202egnp.exe\u2066",
+    "a\u200bb\u2060\ufeff": r"a\u200bb\u2060\ufeff",
+    "a\u200db": r"a\u200db",
+    "あ\u200d\u200dい": r"あ\u200d\u200dい",
+    "\u200d": r"\u200d",
+    "s\ufe0f": r"s\ufe0f",
+    "soft\xad": r"soft\xad",
+    "para\u2029graph\u2028": r"para\u2029graph\u2028",
+    "tag\U000e0041": r"tag\U000e0041",
+    "lone\udcff": r"lone\udcff",
+    "nul\0": r"nul\x00",
+    "\u3164": r"\u3164",
+}
+
+
+def test_names_on_the_terminal() -> None:
+    """Every script stays readable; what acts on the terminal, or can't be seen, is an escape."""
+    assert [printable(text) for text in READABLE] == READABLE
+    assert {text: printable(text) for text in HIDDEN} == HIDDEN
+    for character in map(chr, range(0x110000)):
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            assert printable(f"a{character}b").isascii()
+    assert one_line("first\n\n  second\x1b\r\nthird") == r"first second\x1b third"
+
+
+@pytest.mark.parametrize(
+    "text", [*READABLE, *HIDDEN, "a|b", "`x`", "[x](http://a.b)", "<b>&lt;", "$x$"]
+)
+def test_names_in_code(text: str) -> None:
+    assert ast.literal_eval(code_literal(text)) == text
+    assert "\n" not in code_literal(text) and printable(code_literal(text)) == code_literal(text)
+
+
+def test_names_in_markdown() -> None:
+    """Nothing but the text itself is left of markup, as a parser of Markdown sees it."""
+    text = "a|b `c` [d](http://e) ![f](g) <script>h</script> &lt; *i* _j_ **k** ~~l~~ $m$ \\n\n# o"
+    escaped = markdown(text)
+    assert "\n" not in escaped
+    for mark in "|`[]<>&*_~$":
+        count = len(re.findall(rf"(?<!\\)(?:\\\\)*{re.escape(mark)}", escaped))
+        assert count == 0, mark
+    assert re.sub(r"\\([^A-Za-z0-9\s])", r"\1", escaped) == printable(text)
+    assert markdown_code("a`b``c\n") == r"``` a`b``c\n ```"
+    assert markdown_code("plain") == "`plain`"
+
+
+def test_commands_print_no_control_sequences(
+    pipeline: ClassifierGuidedPipeline, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    labels = ["a\x1b[31m\nb", "\u202ec", "\U0001f469\u200d\U0001f4bb コート"]
+    classifier = copy.deepcopy(pipeline.classifier)
+    names = {"id2label": dict(enumerate(labels)), "label2id": None}
+    classifier.register_to_config(**names)
+    changed = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, classifier)
+    changed.save_pretrained(tmp_path / "model")
+    output = tmp_path / "x\x1b]0;title\x07.png"
+    run(str(tmp_path / "model"), "--label", "all", "--num-images", "3", "--output", str(output))
+    captured = capsys.readouterr()
+    assert output.exists() and captured.out.count("\n") == 1
+    for text in (r"a\x1b[31m\nb, \u202ec, ", labels[2], r"x\x1b]0;title\x07.png"):
+        assert text in captured.out
+    for arguments in (
+        ["sample", "--label", "0", "--model", "no\x1b[2Jmodel\nsecond"],
+        ["sample", "--label", "no\x1b[2J\nsecond", "--model", str(tmp_path / "model")],
+        ["sample", "--label", "0", "--no\x1b[2J\nsecond"],
+        ["card", "no\x1b[2J\nsecond"],
+        ["no\x1b[2J\nsecond"],
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        code = error.value.code
+        text = capsys.readouterr().err + (code if isinstance(code, str) else "")
+        assert printable(text.replace("\n", "")) == text.replace("\n", ""), arguments
+        assert "x1b[2J" in text.splitlines()[-1] and "second" in text.splitlines()[-1]

@@ -45,6 +45,7 @@ from guided_diffusers.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from guided_diffusers.evaluation.report import draw_confusion
 from guided_diffusers.learning.losses import bits_per_dim
 from guided_diffusers.sampling import image_generator, sample_to_folder
 from guided_diffusers.sampling.shards import Shards, parquet
@@ -1076,3 +1077,15 @@ def test_other_refusals(place: Path) -> None:
                 "--quiet",
             ]
         )
+
+
+def test_names_of_classes_in_the_table_and_the_picture(tmp_path: Path) -> None:
+    """No name acts on the terminal; none is a formula, which matplotlib would refuse."""
+    names = ["red\x1b[31m\nx", "\u202eb", "$\\frac$", "コート"]
+    scores = {"top_1": {"value": 0.5, "interval": None}}
+    rows = [{"name": name, "images": 3, **scores} for name in names]
+    text = str(Evaluation(per_class=rows, notes=["of red\x1b[31m\nx"]))
+    assert "\x1b" not in text and "\u202e" not in text and len(text.splitlines()) == 2 + 1 + 4 + 1
+    assert r"red\x1b[31m\nx" in text and "コート" in text
+    draw_confusion([[1, 0, 0]] * 3, names[:3], tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").width > 100

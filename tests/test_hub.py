@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 
 import diffusers
 import pytest
@@ -25,8 +29,10 @@ from guided_diffusers.hub import charts, publish, verification
 from guided_diffusers.hub.card_metrics import guided_rows, level_rows
 from guided_diffusers.hub.files import check_files, count_parameters, safetensors_header
 from guided_diffusers.hub.model_card import is_generated, write_card
+from guided_diffusers.hub.staging import collect
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
 from guided_diffusers.standalone import self_contained
+from guided_diffusers.utils import printable
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {
@@ -313,6 +319,252 @@ def test_more_that_may_not_be_published(
     with pytest.raises(ValueError, match="note.txt is a link out of the folder"):
         check_files(folder, {})
     with pytest.raises(ValueError, match="note.txt is a link out of the folder"):
+        hub.push(folder, "user/model")
+
+
+def put(folder: Path, name: str, content: str | bytes = "x") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+OWN = ["notes.md", "LICENSE", "Example.PNG", "diagnosis.json", "unet/more.json", "unet/a.txt"]
+TEXTS = [
+    "diffusion of clothes.",
+    "low noise. Results",
+    "Images of a coat\nand of a hat.",
+    "}",
+    ".",
+    "",
+]
+FOREIGN = [
+    "data/train.parquet",
+    "data/labels.txt",
+    "users.sqlite",
+    "train.log",
+    "wandb/config.json",
+    "wandb/run-1/files/x.json",
+    "runs/events.out.tfevents.1",
+    "unet/deep/x.json",
+    ".env",
+    ".secrets/token.json",
+    "unet/.hidden.json",
+    "analysis.ipynb",
+    "train.py",
+    "unet/helper.py",
+    "A.PT",
+    "unet/pytorch_model.BIN",
+    "old.PKL",
+    "table.csv",
+    "config.yaml",
+    "movie.gif",
+    "judge2/config.json",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_only_a_models_own_files_are_published(folder: Path, tmp_path: Path, name: str) -> None:
+    put(folder, name, "{}")
+    with pytest.raises(ValueError, match="no part of a model") as error:
+        hub.push(folder, "user/model")
+    assert name in str(error.value) and "--include PATTERN" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_published_of_a_folder(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model's own files, and none that training or tools left; of these training's are named."""
+    model = set(contents(folder)) - {path for path in contents(folder) if path.endswith(".py")}
+    for name in OWN:
+        put(folder, name, "{}")
+    for number, text in enumerate(TEXTS):  # which a parser of pickles may begin to read
+        put(folder, f"text{number}.txt", text)
+    make_classifier().save_pretrained(folder / "judge")
+    for name in ("checkpoint-500/unet/x.bin", "logs/x.log", "samples-1.png", "curves.png"):
+        put(folder, name)
+    for name in (".cache/huggingface/x.json", ".git/config", "unet/__pycache__/x.pyc", ".DS_Store"):
+        put(folder, name)
+    logger = diffusers.utils.logging.get_logger("guided_diffusers.hub.staging")
+    logger.addHandler(caplog.handler)
+    collect(folder, tmp_path / "stage")
+    logger.removeHandler(caplog.handler)
+    texts = {f"text{number}.txt" for number in range(len(TEXTS))}
+    judge = {"judge/config.json", f"judge/{WEIGHTS}"}
+    assert set(contents(tmp_path / "stage")) == {*model, *OWN, *judge, *texts}
+    assert "not published: checkpoint-500, curves.png, logs, samples-1.png in" in caplog.text
+
+
+def test_include_publishes_more_but_no_pickles_and_no_secrets(folder: Path, tmp_path: Path) -> None:
+    for name in ("data/train.parquet", "data/a/b.csv", "train.py", "logs/x.log"):
+        put(folder, name)
+    collect(folder, tmp_path / "one", ["data", "*.py", "logs/*"])
+    names = {"data/train.parquet", "data/a/b.csv", "train.py", "logs/x.log"}
+    assert names <= set(contents(tmp_path / "one"))
+    with pytest.raises(ValueError, match=r"--include \*\.nothing: no file"):
+        collect(folder, tmp_path / "x", ["*", "*.nothing"])
+    with pytest.raises(ValueError, match="no part of a model: train.py"):
+        collect(folder, tmp_path / "x", ["data", "logs"])
+    cases = {
+        "data/A.PT": "x",
+        "data/x.pkl.gz": "x",
+        "data/x.parquet": pickle.dumps({"a": 1}),
+        "data/x.txt": pickle.dumps(torch.load, 0),
+        "data/x.csv": f"a,{SECRET}",
+        "data/x.tsv": SECRET.encode("utf-16"),
+        "data/y.log": "read /home/me/x",
+        "data/z.html": "see file:///home/me/x",
+        f"data/{SECRET}.csv": "x",
+        f"data/my_{SECRET}/x.csv": "x",
+        "data/kaggle.json": "{}",
+        "data/k.json": '{"api_key": "0123456789abcdef0123"}',
+        "data/x.zip": b"PK\x03\x04",
+        "data/two\nlines.csv": "x",
+    }
+    for number, (name, content) in enumerate(cases.items()):
+        path = put(folder, name, content)
+        with pytest.raises(ValueError, match="can't be published") as error:
+            collect(folder, tmp_path / f"case{number}", ["data", "*.py", "logs"])
+        assert SECRET not in str(error.value) and "\n" not in str(error.value)
+        assert path.suffix in str(error.value)
+        path.unlink()
+
+
+def test_links_and_special_files_are_not_published(folder: Path, tmp_path: Path) -> None:
+    put(tmp_path, "outside/x.json", "{}")
+    for name, target in (("notes.md", "outside/x.json"), ("more", "outside")):
+        (folder / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"{name} is a link out of the folder"):
+            collect(folder, tmp_path / "x")
+        (folder / name).unlink()
+    (folder / "notes.md").symlink_to(folder / "missing.md")
+    with pytest.raises(ValueError, match="no part of a model: notes.md"):
+        collect(folder, tmp_path / "x")
+    (folder / "notes.md").unlink()
+    os.mkfifo(folder / "notes.md")  # reading it would wait for ever
+    for include in ([], ["notes.md"]):
+        with pytest.raises(ValueError, match="no part of a model: notes.md"):
+            collect(folder, tmp_path / "x", include)
+
+
+def test_the_environments_secrets_are_not_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    put(folder, "notes.md", "0123456789abcdef" * 2)
+    with pytest.raises(ValueError, match="notes.md contains the value of WANDB_API_KEY"):
+        collect(folder, tmp_path / "x")
+
+
+NAUGHTY = "a|b`c`[d](http://e)<script>$x$\n---\n# f\x1b\u202e"
+
+
+def test_a_card_shows_names_as_they_are(tmp_path: Path) -> None:
+    """No name of a label, file, option or dataset adds markup, a line or metadata to the card."""
+    pipeline = make_pipeline()
+    pipeline.register_to_config(id2label={0: NAUGHTY, 1: "コート", 2: "\U0001f469\u200d\U0001f4bb"})
+    pipeline.save_pretrained(tmp_path / "m")
+    row = {"guidance": NAUGHTY, "agreement": 0.5, NAUGHTY: NAUGHTY}
+    entry = {
+        "held_out": HELD_OUT,
+        "options": {"dataset_name": NAUGHTY, "seed": NAUGHTY},
+        "command": NAUGHTY,
+        "verdict": {"summary": NAUGHTY},
+        NAUGHTY: NAUGHTY,
+    }
+    figures = {NAUGHTY: entry, "../../../up": {"rows": [row, row]}, "</summary>": entry}
+    put(tmp_path / "m", "figures.json", json.dumps(figures))
+    before = {path for path in tmp_path.iterdir()}
+    write_card(
+        tmp_path / "m", pipeline, NAUGHTY, license=NAUGHTY, datasets=[NAUGHTY], picture=False
+    )
+    assert {path for path in tmp_path.iterdir()} == before  # nothing beside the folder
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "コート, \U0001f469\u200d\U0001f4bb" in text
+    card = ModelCard.load(tmp_path / "m" / "README.md")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.license == card.data.datasets[0] == printable(NAUGHTY)
+    body = re.sub(r"```.*?```", "", card.text, flags=re.S)  # code, which has quoted names
+    assert not re.search(r"(?m)^(# f|---$)", body)
+    assert body.count("</summary>") == body.count("<summary>")
+    plain = re.sub(r"``.*?``|<summary>.*?</summary>", "", body)  # no Markdown within these
+    assert not re.search(r"(?<!\\)(\[d\]|<script)", plain)
+    for line in body.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) >= 2
+    tables = re.findall(r"(?m)(?:^\|.*\|\n)+", body)
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+class Silent(ThreadingHTTPServer):
+    """A server that accepts connections and never answers, or answers each request with a status."""
+
+    def __init__(self, status: int | None):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.status, self.ended = status, Event()
+        Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Answer(BaseHTTPRequestHandler):
+    def handle_any(self) -> None:
+        if self.server.status is None:
+            self.server.ended.wait()
+        else:
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fault", ["refused", "no such host", "silent", 401, 403, 404, 429, 500])
+def test_a_hub_that_gives_nothing_is_one_line_soon(
+    fault: str | int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """push, pull, and loading by id; a token is in no message."""
+    urls = {"refused": "http://127.0.0.1:9", "no such host": "http://no-such-host.invalid"}
+    server = None if fault in urls else Silent(None if fault == "silent" else fault)
+    url = urls[fault] if server is None else f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("NO_PROXY", "*")
+    for arguments in (
+        ["pull", "user/model", str(tmp_path / "out")],
+        ["push", str(folder), "user/model", "--no-picture"],
+        ["sample", "--model", "user/model", "--label", "0", "--quiet"],
+    ):
+        start = time.monotonic()
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert time.monotonic() - start < 20
+        text = str(error.value)
+        assert text.startswith(f"guided-diffusers {arguments[0]}: ") and "\n" not in text
+        assert SECRET not in text
+        if isinstance(fault, int):
+            assert str(fault) in text or (fault == 401 and "Invalid user token" in text)
+    assert not (tmp_path / "out").exists()
+    if server is not None:
+        server.ended.set()
+        server.shutdown()
+        server.server_close()
+
+
+def test_nothing_is_published_without_a_token(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="no token to publish with: use `hf auth login`"):
         hub.push(folder, "user/model")
 
 

@@ -538,6 +538,104 @@ def test_pulled_again_nothing_stale_is_loaded(hub: Hub, place: Path) -> None:
     )
 
 
+def test_pull_overwrites_only_what_it_wrote(hub: Hub, place: Path) -> None:
+    files = {"config.json": b"{}", "README.md": b"one", "unet/config.json": b"1"}
+    header = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    files["x.safetensors"] = len(header).to_bytes(8, "little") + header + b"1"
+    later = {
+        **files,
+        "README.md": b"two",
+        "more.md": b"more",
+        "x.safetensors": files["x.safetensors"][:-1] + b"2",
+    }
+    hub.commit("user/files", "main", files)
+    hub.commit("user/other", "main", {**later, "README.md": b"other"})
+    hub.commit("user/pickles", "main", {"model.BIN": b"x", "config.json": b"{}"})
+    hub.commit("user/empty", "main", {"data.csv": b"x"})
+    hub.commit(
+        "user/hidden-files",
+        "main",
+        {**files, ".cache/guided_diffusers/pull.json": b"{}", "a/.b.json": b"{}"},
+    )
+    script = """
+        from guided_diffusers import hub
+        def snapshot():
+            paths = [path for path in Path(name).rglob("*") if path.is_file() and ".cache" not in path.parts]
+            return {path.as_posix(): path.read_bytes().decode("latin-1") for path in sorted(paths)}
+        def attempt(case, repo="user/files"):
+            before = snapshot()
+            said[case] = [error(hub.pull, repo, name), snapshot() == before]
+        name = "mine"
+        Path(name).mkdir()
+        Path(name, "README.md").write_text("mine")
+        attempt("mine")
+        Path(name, "README.md").write_text("one")  # the same content isn't overwritten
+        attempt("equal")
+        name = "linked"
+        Path(name).mkdir()
+        Path("elsewhere").mkdir()
+        Path(name, "unet").symlink_to(Path("elsewhere").resolve())
+        attempt("link")
+        Path(name, "unet").unlink()
+        Path(name, "unet").write_text("a file")
+        attempt("file in the way")
+        said["elsewhere"] = [path.name for path in Path("elsewhere").iterdir()]
+        name = "pull2"
+        for repo in ("pickles", "empty", "hidden-files"):
+            name = f"pulled-{repo}"
+            attempt(repo, f"user/{repo}")
+            said[f"{repo} files"] = sorted(snapshot())
+        name = "good"
+        attempt("first")
+    """
+    said = client(hub, place, script)
+    refused = (
+        "ValueError: {} has files that are not from an earlier pull of user/files, or were changed"
+    )
+    assert (
+        said["mine"][0].startswith(refused.format("mine"))
+        and "since: README.md; nothing" in said["mine"][0]
+    )
+    assert said["mine"][1] and said["equal"] == ["nothing was raised", False]
+    for case in ("link", "file in the way"):
+        assert "unet/config.json; nothing was written" in said[case][0] and said[case][1]
+    assert said["elsewhere"] == []
+    assert (
+        said["pickles"][0].startswith("ValueError: user/pickles has only pickled weights")
+        and said["pickles"][1]
+    )
+    assert "model.BIN" in said["pickles"][0] and not (place / "pulled-pickles").exists()
+    assert said["empty"][0].startswith("ValueError: user/empty has no file of a model")
+    assert said["hidden-files files"] == sorted(f"pulled-hidden-files/{name}" for name in files)
+    assert said["first"] == ["nothing was raised", False]
+
+    hub.commit("user/files", "main", later)
+    said = client(
+        hub,
+        place,
+        script.partition('        name = "mine"')[0]
+        + """
+        name = "good"
+        attempt("another repository", "user/other")
+        Path(name, "mine.txt").write_text("mine")
+        Path(name, "README.md").write_text("edited")
+        attempt("edited")
+        Path(name, "README.md").write_text("one")
+        attempt("updated")
+        said["files"] = snapshot()
+        attempt("again")
+        Path(name, ".cache/guided_diffusers/pull.json").write_text('{"repo": "user/files", "files": {}}')
+        attempt("after an interruption")
+    """,
+    )
+    assert "pull of user/other" in said["another repository"][0] and said["another repository"][1]
+    assert "since: README.md; nothing was written" in said["edited"][0] and said["edited"][1]
+    assert said["updated"] == ["nothing was raised", False]
+    expected = {f"good/{name}": content.decode("latin-1") for name, content in later.items()}
+    assert said["files"] == expected | {"good/mine.txt": "mine"}
+    assert said["again"] == said["after an interruption"] == ["nothing was raised", True]
+
+
 def test_a_card_on_the_hub_is_heeded(hub: Hub, place: Path) -> None:
     """Of one that was made the licence and datasets go on; one that a person edited stays, unless another comes."""
     said = client(

@@ -48,7 +48,7 @@ BESIDE = {
     "standalone": set(),
     "preprocess": set(),
     "bundled": set(),
-    "cli_options": set(),
+    "cli_options": {"utils"},
     "deprecated": set(),
     "lazy": {"deprecated"},
     "clip": set(),

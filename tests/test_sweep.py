@@ -491,6 +491,18 @@ def test_the_markdown_refers_to_pictures_that_are_there(report: Path) -> None:
     assert len(content["points"]) == 20 and content["verdict"]["best"]["guidance_scale"] == 0
 
 
+def test_the_markdown_shows_names_as_they_are(report: Path, tmp_path: Path) -> None:
+    assert "of \\<script\\>alert(1)\\</script\\>\n" in (report / "report.md").read_text()
+    name = "a|b`c`[d](http://e)<i>\n# f\x1b\u202e \udcff コート"
+    settings = SETTINGS | {"model": name, "reference": SETTINGS["reference"] | {"name": name}}
+    point = sweep_grid([1], ["ddim"], [5])[0]
+    write_report(tmp_path, [made_up(point, 1)], settings, 1.0, [name])
+    text = (tmp_path / "report.md").read_text()
+    assert r"Measured guidance of a\|b\`c\`\[d\](http\://e)\<i\>\\n\# f\\x1b\\u202e" in text
+    assert "コート" in text and not re.search(r"(?m)^# f|(?<!\\)\[d|\x1b|\u202e", text)
+    assert (tmp_path / "report.html").read_text().count("コート") >= 3
+
+
 def test_a_grid_has_a_row_a_scale_at_equal_seeds(report: Path) -> None:
     grid = np.asarray(Image.open(report / "images-ddim-5-steps-from-0.2-to-0.8.png").convert("L"))
     height = grid.shape[0] // 3

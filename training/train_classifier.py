@@ -70,6 +70,7 @@ from guided_diffusers.learning.warm_start import (
     last_layer_names,
     load_initial_model,
 )
+from guided_diffusers.utils import printable
 
 
 @dataclass
@@ -312,7 +313,8 @@ def write_diagnosis(
     diagnosis.save(Path(options.output_dir), picture=find_spec("matplotlib") is not None)
     if verbose:
         verdict = diagnosis.verdict
-        print("\n".join([verdict.summary, *verdict.words, *diagnosis.mismatches]))
+        lines = [verdict.summary, *verdict.words, *diagnosis.mismatches]
+        print(*map(printable, lines), sep="\n")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from .hub.commands import add_hub_commands
 from .openai.commands import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
+from .utils import hub_time_limit
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = next((word for word in arguments if not word.startswith("-")), "")
     with one_line_errors(f"guided-diffusers {command}".strip(), traceback=traceback):
         options = make_parser().parse_args(arguments)
-        options.run(options)
+        with hub_time_limit():
+            options.run(options)
 
 
 def make_parser() -> Parser:

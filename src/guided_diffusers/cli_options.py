@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checks import MAX_SEED, check_number
+from .utils import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong with an option in one line."""
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.removeprefix("argument ").split())
+        message = one_line(message.removeprefix("argument "))
         # "--seed: -1: an integer ..." of the types below as "--seed -1: an integer ..."
         message = re.sub("^(--[a-z-]+): (?=[^ ]+: )", r"\1 ", message)
         sys.exit(f"{self.prog}: {message}")
@@ -88,7 +89,7 @@ def one_line_errors(
     except Exception as error:
         if traceback or os.environ.get(TRACEBACK):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error) or type(error).__name__
         if not isinstance(error, EXPECTED):
             message = (
                 f"unexpected {type(error).__name__}: {message}; this is a bug, run with "

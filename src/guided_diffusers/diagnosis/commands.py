@@ -56,7 +56,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     """Run the command and print the table and the verdict."""
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import check_writable, folder_lock, require_matplotlib
+    from ..utils import check_writable, folder_lock, printable, require_matplotlib
     from . import inspect
 
     if options.picture:
@@ -76,4 +76,4 @@ def run_inspect(options: argparse.Namespace) -> None:
     )
     with folder_lock(options.output, wait=True):
         diagnosis.save(options.output, options.picture)
-    print(f"{diagnosis}\n{options.output}")
+    print(f"{diagnosis}\n{printable(options.output)}")

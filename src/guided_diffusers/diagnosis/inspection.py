@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..noise import module_config, schedule_config
-from ..utils import evaluating, load_pipeline, write_json
+from ..utils import evaluating, load_pipeline, printable, write_json
 from .levels import Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS
@@ -49,7 +49,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [table(self.levels), "", f"Verdict: {self.verdict.summary}.", *self.verdict.words]
-        return "\n".join(lines + [f"Mismatch: {mismatch}" for mismatch in self.mismatches])
+        return "\n".join(
+            lines + [f"Mismatch: {printable(mismatch)}" for mismatch in self.mismatches]
+        )
 
     def save(self, folder: str | Path, picture: bool = True) -> None:
         """Write `diagnosis.json`, and with `picture` the curves as `diagnosis.png`, atomically.

@@ -83,7 +83,7 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from ..utils import folder_lock, require_matplotlib
+    from ..utils import folder_lock, printable, require_matplotlib
     from .evaluation import Evaluation
 
     if bool(options.bits_per_dim) != (options.model is not None):
@@ -109,7 +109,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(evaluation, flush=True)  # before saving: a full disk doesn't lose it
         with folder_lock(options.output, wait=True):
             evaluation.save(options.output, options.picture)
-        print(options.output)
+        print(printable(options.output))
     if processes is not None:
         processes.destroy_process_group()
 

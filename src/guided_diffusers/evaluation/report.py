@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..utils import aside, require_matplotlib
+from ..utils import aside, plot_text, printable, require_matplotlib
 from .memorisation import Pair
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def metrics_table(
     """All metrics as text: a table, a table of the classes, and the notes."""
     rows = [["", "value", "interval", "real images", ""]]
     for name, metric in metrics.items():
-        title = metric.get("name", name.replace("_", " "))
+        title = printable(metric.get("name", name.replace("_", " ")))
         real = f"{metric['real']:.4g}" if "real" in metric else ""
         rows.append([title, *_cells(metric), real, f"{BETTER[metric['better']]} is better"])
     if bits is not None:
@@ -44,9 +44,9 @@ def metrics_table(
             rows[0] += [name.replace("_", " "), "interval"]
         for row in per_class:
             cells = [cell for name in columns for cell in _cells(row.get(name))]
-            rows.append([row["name"], str(row["images"]), *cells])
+            rows.append([printable(row["name"]), str(row["images"]), *cells])
         text += "\n\n" + _aligned(rows)
-    return text + "".join(f"\nNote: {note}." for note in notes)
+    return text + "".join(f"\nNote: {printable(note)}." for note in notes)
 
 
 def _cells(metric: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -84,6 +84,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     matrix = torch.tensor(counts, dtype=torch.float64)
     labels = matrix.sum(1).nonzero().flatten().tolist()  # those that were generated
     shares = matrix[labels] / matrix[labels].sum(1, keepdim=True)
+    names = [plot_text(name) for name in names]
     named = len(names) <= MAX_NAMED_CLASSES
     size = max(4.0, 0.45 * len(names)) if named else 10.0
     with new_figure(path, size + 2, size * max(len(labels), 4) / len(names) + 2) as figure:

@@ -8,14 +8,13 @@ guided images.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checks import read_json
 from ..diagnosis import COLUMNS
-from ..utils import markdown_table
+from ..utils import markdown, markdown_table, printable
 
 Row = dict[str, Any]
 Metrics = Mapping[str, Any]
@@ -112,7 +111,7 @@ def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, An
                 tables.append((table_title(key, rows), rows_table(rows), folded))
         variables.append(
             {
-                "title": words(name),
+                "title": markdown(words(name)),
                 "guided": name in guided,
                 "entry": entry,
                 "scalars": ", ".join(scalars(entry)),
@@ -130,7 +129,7 @@ def scalars(entry: Mapping[str, Any]) -> list[str]:
         hidden |= {"step", "images"}
     for key, value in entry.items():
         if key not in hidden and isinstance(value, (int, float, str)):
-            texts.append(f"{words(key)}: {cell(value)}")
+            texts.append(f"{markdown(words(key))}: {cell(value)}")
     return texts
 
 
@@ -143,13 +142,13 @@ def rows_table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows[:MAX_ROWS]:
         cells.append([cell(row.get(column)) for column in columns])
-    return markdown_table([words(column) for column in columns], cells)
+    return markdown_table([markdown(words(column)) for column in columns], cells)
 
 
 def table_title(key: str, rows: Sequence[Row]) -> str:
     if key in ("held_out", "levels", "rows"):
         return "All metrics"
-    return f"{words(key)}: {len(rows)} rows"
+    return printable(f"{words(key)}: {len(rows)} rows")
 
 
 def words(name: str) -> str:
@@ -164,4 +163,4 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return re.sub(r"([|<>])", r"\\\1", str(value))
+    return markdown(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers.utils.logging import get_logger
 
 from ..diagnosis import BASELINES, CURVES
-from ..utils import aside
+from ..utils import aside, plot_text
 from .card_metrics import GUIDED_METRICS, Row, is_number, words
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _draw_metric(panel: Axes, metric: str, curves: Mapping[str, Sequence[Row]]) 
         if rows:
             color = COLORS[index % len(COLORS)]
             x, y = [row["timestep"] for row in rows], [row[metric] for row in rows]
-            panel.plot(x, y, "o-", color=color, markersize=3.5, label=words(name))
+            panel.plot(x, y, "o-", color=color, markersize=3.5, label=plot_text(words(name)))
         baseline_rows = baseline_rows or [row for row in rows if baseline in row]
     if baseline_rows:
         x, y = [row["timestep"] for row in baseline_rows], [row[baseline] for row in baseline_rows]
@@ -82,7 +82,7 @@ def draw_guided(rows: Sequence[Row], path: Path) -> bool:
     if figure is None:
         return False
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    labels = [fill(shorten(row["guidance"], 90), 30) for row in rows]
+    labels = [fill(plot_text(shorten(row["guidance"], 90)), 30) for row in rows]
     for panel, metric, color in zip(panels, metrics, COLORS, strict=False):
         values = [row.get(metric) or 0.0 for row in rows]
         bars = panel.barh(range(len(rows)), values, color=color, height=0.7)

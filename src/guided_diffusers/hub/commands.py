@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_options import add_shared_option
+from ..utils import printable
 
 FOLDER = "a folder with a pipeline, a classifier or a CLIP"
 
@@ -30,6 +31,8 @@ def add_hub_commands(commands: Any) -> None:
     add_shared_option(push, "--revision", help="a branch; created if missing (default: main)")
     push.add_argument("--variant", help="of the weights, if there is no other: fp16, ...")
     push.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
+    help = "publish these files, too, which are no part of a model: paths, * for any characters"
+    push.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=help)
     _add_card_options(push)
 
     card = commands.add_parser(
@@ -81,20 +84,21 @@ def run_push(options: argparse.Namespace) -> None:
         revision=options.revision,
         variant=options.variant,
         commit_message=options.commit_message,
+        include=options.include,
         **_card_options(options),
     )
-    print(f"{options.folder} is published: {commit.commit_url}")
+    print(printable(f"{options.folder} is published: {commit.commit_url}"))
 
 
 def run_card(options: argparse.Namespace) -> None:
     from . import card
 
     path = card(options.folder, options.repo, **_card_options(options))
-    print(f"{path} is written; read it before you publish")
+    print(printable(f"{path} is written; read it before you publish"))
 
 
 def run_pull(options: argparse.Namespace) -> None:
     from . import pull
 
     folder = pull(options.repo, options.folder, revision=options.revision)
-    print(f"{options.repo} is in {folder}")
+    print(printable(f"{options.repo} is in {folder}"))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +17,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..noise import prediction_type
-from ..utils import aside, markdown_table
+from ..utils import (
+    aside,
+    code_literal,
+    markdown,
+    markdown_code,
+    markdown_table,
+    printable,
+)
 from .card_metrics import (
     Metrics,
     Row,
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     Model = ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
+DATASETS_URL = "https://huggingface.co/datasets"
 LEVELS_PICTURE = "figure-levels.png"
 MAX_LABELS = 60
 #: last line of a generated card, with a digest of the text before it
@@ -106,15 +115,18 @@ def write_card(
     has_levels = draw_levels(levels, folder / LEVELS_PICTURE)
     pictures = {}
     for name, rows in guided.items():
-        if draw_guided(rows, folder / f"figure-{name}.png"):
-            pictures[name] = f"figure-{name}.png"
+        file = f"figure-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:100]}.png"
+        if file not in pictures.values() and draw_guided(rows, folder / file):
+            pictures[name] = file
     repo_id = repo_id or str(folder)
     generated = ModelCard.from_template(
         card_data(repo_id, model, license, datasets, metrics),
         str(TEMPLATE),
-        name=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        license=license,
+        name=markdown(repo_id.rpartition("/")[2]),
+        repo_id=code_literal(repo_id),
+        license=license and markdown(license),
+        markdown=markdown,
+        markdown_code=markdown_code,
         levels_picture=LEVELS_PICTURE if has_levels else None,
         sections=sections(metrics, pictures),
         accuracies=accuracy_ranges(levels),
@@ -151,10 +163,10 @@ def card_data(
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASKS[model_kind(model)],
-        license=license or "unknown",
-        datasets=datasets or None,
+        license=printable(license or "unknown"),
+        datasets=[printable(name) for name in datasets] or None,
         tags=["guided-diffusers", "classifier-guidance", "diffusion"],
-        model_name=repo_id.rpartition("/")[2] if results else None,
+        model_name=printable(repo_id.rpartition("/")[2]) if results else None,
         eval_results=results or None,
     )
 
@@ -167,7 +179,7 @@ def evaluation_results(metrics: Metrics, datasets: list[str]) -> list[EvalResult
     results: list[EvalResult] = []
 
     def add(task: tuple[str, str], part: str, row: Row, condition: str, *keys: str) -> None:
-        dataset = names[0] if datasets else dataset_name(metrics[part]) or names[0]
+        dataset = printable(names[0] if datasets else dataset_name(metrics[part]) or names[0])
         for key in keys:
             if is_number(row.get(key)):
                 results.append(
@@ -179,7 +191,7 @@ def evaluation_results(metrics: Metrics, datasets: list[str]) -> list[EvalResult
                         dataset_split="test",
                         metric_type=key,
                         metric_value=round(row[key], 5),
-                        metric_name=f"{words(key)} of {part}, {condition}",
+                        metric_name=printable(f"{words(key)} of {part}, {condition}"),
                     )
                 )
 
@@ -247,7 +259,7 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
     labels = list((pipeline.config.id2label or {}).values())
     unique = [label for label in labels if labels.count(label) == 1]
     if unique:
-        label = json.dumps(unique[0], ensure_ascii=False)
+        label = code_literal(unique[0])
     else:
         label = "0" if pipeline.num_labels else ""
     components = []
@@ -255,7 +267,9 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
         if isinstance(component, torch.nn.Module):
             components.append([name, type(component).__name__, millions(folder / name)])
     size = pipeline.unet.config.get("sample_size") or "any"
-    defaults = [f"`{name}={value!r}`" for name, value in pipeline.config.defaults.items()]
+    defaults = [
+        markdown_code(f"{name}={value!r}") for name, value in pipeline.config.defaults.items()
+    ]
     return {
         "kind": "pipeline",
         "labels": labels,
@@ -266,7 +280,7 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
         "has_classifier": pipeline.classifier is not None,
         "has_example": (folder / "example.png").exists(),
         "components_table": markdown_table(["component", "class", "parameters"], components),
-        "prediction": prediction_type(pipeline.scheduler).removesuffix("_prediction"),
+        "prediction": markdown(prediction_type(pipeline.scheduler).removesuffix("_prediction")),
         "scheduler": type(pipeline.scheduler).__name__,
         "defaults": ", ".join(defaults),
     }
@@ -289,8 +303,9 @@ def _encoded_captions(clip: NoiseAwareCLIP) -> str:
 
 def describe_training(metrics: Metrics, datasets: Sequence[str]) -> dict[str, Any]:
     trained = training_options(metrics)
-    links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets]
+    links = [f"[{markdown(name)}]({DATASETS_URL}/{quote(name)})" for name in datasets]
     names = sorted({dataset_name(metrics[part]) for part in trained} - {None})
+    names = [markdown(name) for name in names]
     rows = []
     for option, title in RECIPE.items():
         values = [options.get(option) for options in trained.values()]
@@ -298,9 +313,9 @@ def describe_training(metrics: Metrics, datasets: Sequence[str]) -> dict[str, An
             rows.append([title, *map(cell, values)])
     return {
         "trained_on": " and ".join(links or names),
-        "recipe_table": markdown_table(["", *trained], rows) if trained else "",
+        "recipe_table": markdown_table(["", *map(markdown, trained)], rows) if trained else "",
         "training_options": {
-            part: json.dumps(options, indent=2) for part, options in trained.items()
+            printable(part): json.dumps(options, indent=2) for part, options in trained.items()
         },
     }
 
@@ -314,7 +329,7 @@ def accuracy_ranges(levels: dict[str, list[Row]]) -> list[str]:
             if len(measured) > 1:
                 first, last = measured[0], measured[-1]
                 sentences.append(
-                    f"{title} of {name}, from low to high noise: {first[key]:.1%} at timestep "
+                    f"{title} of {markdown(name)}, from low to high noise: {first[key]:.1%} at timestep "
                     f"{first['timestep']:g}, {last[key]:.1%} at {last['timestep']:g}."
                 )
     return sentences
@@ -326,4 +341,4 @@ def millions(folder: Path) -> str:
 
 def listed(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > MAX_LABELS else ""
-    return ", ".join(names[:MAX_LABELS]) + more
+    return ", ".join(markdown(name) for name in names[:MAX_LABELS]) + more

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusers.utils.logging import get_logger
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .files import weights_stem
+from ..utils import hub_time_limit, printable
+from .files import is_link_out, weights_stem
 from .model_card import is_generated, write_card
-from .staging import Model, prepare, refuse_card_data
+from .staging import Model, collect, complete, refuse_card_data
 from .target import check_datasets, check_target
 from .verification import check
 
@@ -30,6 +34,7 @@ def push(
     variant: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    include: Sequence[str] = (),
     **card: Any,
 ) -> CommitInfo:
     """Publish a folder with a pipeline, a classifier or a CLIP; the folder isn't changed.
@@ -44,18 +49,24 @@ def push(
         revision: a branch; created if missing. None: main.
         subfolder: the folder in the repository. None: its root.
         variant: of the weights, if the folder has only weights of that variant.
+        include: patterns of files that are no part of a model and are published, too: paths in the
+            folder, with * for any characters, or folders. Pickles are never published.
         card: further arguments of `write_card`: `license`, `datasets`, `picture`.
 
     Raises:
-        ValueError: for a folder without a model, or with files that must not be published.
+        ValueError: for a folder without a model, or with files that must not be published, or
+            without a token.
+        OSError: for a Hub that can't be reached, or refuses.
     """
     check_target(repo_id, token, revision, commit_message)
     check_datasets(card.get("datasets") or ())
-    with tempfile.TemporaryDirectory() as directory:
+    api = HfApi(token=token)
+    with hub_time_limit(), tempfile.TemporaryDirectory() as directory:
         stage = Path(directory) / "repository"
-        model = prepare(Path(folder), stage, repo_id, variant, **card)
-        check(stage, model, variant)
-        api = HfApi(token=token)
+        collect(Path(folder), stage, include)
+        _check_access(api, repo_id)
+        model = complete(Path(folder), stage, repo_id, variant, **card)
+        check(stage, model, variant, include)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -76,6 +87,20 @@ def push(
             commit_message=commit_message or "Upload with guided-diffusers",
             delete_patterns=_replaced_weights(stage),
         )
+
+
+def _check_access(api: HfApi, repo_id: str) -> None:
+    """Refuse a missing or invalid token, or a Hub without an answer, before the work."""
+    if api.token is None and get_token() is None:
+        raise ValueError("no token to publish with: use `hf auth login`, or set HF_TOKEN")
+    if api.token is not False:
+        try:
+            api.whoami()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (404, 429):  # not offered, or offered too rarely
+                raise
+    with suppress(RepositoryNotFoundError):  # it will be created
+        api.model_info(repo_id)
 
 
 def push_to_hub(
@@ -136,7 +161,9 @@ def push_to_hub(
 def _copy_documentation(source: Path, folder: Path) -> None:
     """Copy the metrics, the pictures and README.md of a model's folder."""
     for path in source.iterdir():
-        is_new = path.suffix in (".json", ".png") and not (folder / path.name).exists()
+        if is_link_out(path, source) or path.name.startswith("."):
+            continue
+        is_new = path.suffix.lower() in (".json", ".png") and not (folder / path.name).exists()
         skipped = path.name.startswith(("samples-", "diffusion_pytorch_model"))
         if path.name == "README.md" or (is_new and not skipped):
             shutil.copy(path, folder)
@@ -160,7 +187,7 @@ def _keep_user_card(
     """
     if not is_generated(readmes[1]):
         refuse_card_data(remote_name, card)
-        logger.warning(f"{remote_name} was written or edited by a user and is kept")
+        logger.warning(printable(f"{remote_name} was written or edited by a user and is kept"))
         (stage / "README.md").unlink()
         return
     license, datasets = card.get("license"), card.get("datasets")

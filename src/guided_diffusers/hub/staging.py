@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers.utils.logging import get_logger
 
 from ..checks import read_json
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
-from ..utils import check_writable, write_json
-from .files import is_link_out
+from ..utils import check_writable, printable, write_json
+from .files import check_files, is_generated_code, select_files
 from .model_card import is_generated, write_card
 from .target import check_datasets, check_id
 
 Model = ClassifierGuidedPipeline | NoiseAwareClassifier | NoiseAwareCLIP
 
-#: files of training that are not published
-IGNORE_PATTERNS = tuple(
-    ".* __pycache__ checkpoint-* logs latents samples-*.png curves.png *.partial".split()
-)
+logger = get_logger(__name__)
 #: training options that only concern the machine it ran on
 LOCAL_OPTIONS = tuple(
     "output_dir logging_dir resume_from_checkpoint report_to progress cpu "
@@ -49,7 +49,12 @@ def card(folder: str | Path, repo_id: str | None = None, **options: Any) -> Path
 
 
 def prepare(
-    folder: Path, stage: Path, repo_id: str | None, variant: str | None = None, **card: Any
+    folder: Path,
+    stage: Path,
+    repo_id: str | None,
+    variant: str | None = None,
+    include: Sequence[str] = (),
+    **card: Any,
 ) -> Model:
     """Collect in `stage` what is published of `folder`; returns the model, loaded from `stage`.
 
@@ -57,31 +62,49 @@ def prepare(
     options `card`.
 
     Raises:
-        ValueError: for a folder without a pipeline, classifier or CLIP, with components whose code
-            can't be published, or with links out of it; or for a license or datasets beside a
-            user's README.md.
+        ValueError: as `collect`; or for a license or datasets beside a user's README.md.
+    """
+    collect(folder, stage, include)
+    return complete(folder, stage, repo_id, variant, **card)
+
+
+def collect(folder: Path, stage: Path, include: Sequence[str] = ()) -> None:
+    """Copy to `stage` the files of `folder` that are published, except generated code.
+
+    What training left beside the model is left out, with a warning.
+
+    Args:
+        include: as in `select_files`.
+
+    Raises:
+        ValueError: for a folder without a pipeline, classifier or CLIP, or with components whose
+            code can't be published; as `select_files` and `check_files`.
     """
     cls = model_class(folder)
-    for path in folder.rglob("*"):
-        if is_link_out(path, folder):
-            raise ValueError(
-                f"{path} is a link out of the folder and can't be published; `guided-diffusers "
-                "pull` downloads a repository as a folder without links"
-            )
+    names, left_out = select_files(folder, model_places(folder, cls), include)
     if cls is ClassifierGuidedPipeline:
         _check_components(folder)
-    ignore = shutil.ignore_patterns(*IGNORE_PATTERNS)
-    shutil.copytree(folder, stage, ignore=ignore, copy_function=_link_weights)
-    for path in stage.glob("*.py"):  # generated code is written again; `check` refuses all other
-        if path.name == "pipeline.py" or path.name.startswith("guided_diffusers_"):
-            path.unlink()
-    model = cls.from_pretrained(stage, variant=variant)
-    model.save_code(stage)
+    if left_out:
+        logger.warning(printable(f"not published: {', '.join(left_out)} in {folder}"))
+    for name in names:
+        if not is_generated_code(Path(name)):  # which is written again
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_weights(folder / name, stage / name)
     _merge_metrics(stage, METRICS_NAMES[cls])
-    if is_generated(stage / "README.md"):
-        write_card(stage, model, repo_id, **card)
-    else:
+    check_files(stage, {}, include)
+
+
+def complete(
+    folder: Path, stage: Path, repo_id: str | None, variant: str | None = None, **card: Any
+) -> Model:
+    """Add the code and the card to the files that `collect` copied; arguments as `prepare`."""
+    generated = is_generated(stage / "README.md")
+    if not generated:
         refuse_card_data(folder / "README.md", card)
+    model = model_class(stage).from_pretrained(stage, variant=variant)
+    model.save_code(stage)
+    if generated:
+        write_card(stage, model, repo_id, **card)
     return model
 
 
@@ -118,6 +141,19 @@ def model_class(folder: Path) -> type[Model]:
     )
 
 
+def model_places(folder: Path, cls: type[Model]) -> set[str]:
+    """The folders, as paths in the model's folder, in which the model has files."""
+    names = {".", "tokenizer"}
+    if cls is ClassifierGuidedPipeline:
+        index = read_json(folder / "model_index.json")
+        names = {".", *(name for name, entry in index.items() if isinstance(entry, list))}
+        for path in folder.glob("*/config.json"):  # a judge, or a CLIP, beside the pipeline
+            with suppress(ValueError):
+                model_class(path.parent)
+                names |= {path.parent.name, f"{path.parent.name}/tokenizer"}
+    return names
+
+
 def _check_components(folder: Path) -> None:
     """Refuse a pipeline with a component of a class that users can't import."""
     index = read_json(folder / "model_index.json")
@@ -131,13 +167,11 @@ def _check_components(folder: Path) -> None:
             )
 
 
-def _link_weights(source: str, target: str) -> None:
+def _link_weights(source: Path, target: Path) -> None:
     """Hard link of weights, which are never modified; a copy of any other file."""
-    if source.endswith(".safetensors"):
-        try:
+    if source.suffix == ".safetensors":
+        with suppress(OSError):
             return os.link(os.path.realpath(source), target)
-        except OSError:
-            pass
     shutil.copy(source, target)
 
 

@@ -6,25 +6,30 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from . import verify_standalone
-from .files import check_files, safetensors_header
+from .files import SECRET_VARIABLES, check_files, safetensors_header
 from .staging import Model, model_class
 
 TIMEOUT_S = 1800  # of the clean process, in seconds
-#: environment variables whose names contain one of these are not passed to it
-SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "KEY")
 
 
-def check(folder: Path, model: Model | None = None, variant: str | None = None) -> None:
+def check(
+    folder: Path,
+    model: Model | None = None,
+    variant: str | None = None,
+    include: Sequence[str] = (),
+) -> None:
     """Refuse files that must not be published, and an output that differs without this package.
 
     Args:
         model: the model of the folder. None: it is loaded.
+        include: as in `select_files`; files that match may be code.
 
     Raises:
         ValueError: naming the problem.
@@ -33,7 +38,7 @@ def check(folder: Path, model: Model | None = None, variant: str | None = None) 
     for path in folder.rglob("*.safetensors"):
         safetensors_header(path)
     model = model or model_class(folder).from_pretrained(folder, variant=variant)
-    check_files(folder, model.code())
+    check_files(folder, model.code(), include)
     actual = _standalone_output(folder, variant)
     expected = verify_standalone.reference_output(model)
     if not torch.equal(expected, actual):

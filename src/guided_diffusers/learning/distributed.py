@@ -23,7 +23,7 @@ from accelerate.utils import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..utils import check_writable, folder_lock
+from ..utils import check_writable, folder_lock, one_line
 from .options import Options, named_errors
 
 # How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
@@ -43,7 +43,7 @@ def exit_on_value_error() -> Iterator[None]:
         yield
     except ValueError as error:
         release_output()
-        message = f"{Path(sys.argv[0]).name}: error: {error}"
+        message = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             abort_process(message)
         raise SystemExit(message) from None

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import check_writable, write_json
+from ..utils import check_writable, one_line, printable, write_json
 from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for
 from .checkpointing import (
     LOAD_ERRORS,
@@ -194,7 +194,7 @@ class Trainer:
             if (reason := self._load(checkpoint)) is None:
                 break
             refused[checkpoint] = reason
-            accelerator.print(f"{checkpoint} is refused: {reason}")
+            accelerator.print(one_line(f"{checkpoint} is refused: {reason}"))
         else:
             if not refused:
                 return
@@ -211,7 +211,7 @@ class Trainer:
             )
         # An additional process has no state to load it from.
         accelerator.step = self.progress.step * self.accumulation
-        accelerator.print(f"goes on from {checkpoint}")
+        accelerator.print(printable(f"goes on from {checkpoint}"))
 
     def _load(self, checkpoint: Path) -> str | None:
         """Load a checkpoint, or return why it can't be used; the same on every process."""
@@ -409,7 +409,7 @@ class Trainer:
 
 
 def _print_error(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
 
 
 def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> None:
@@ -424,6 +424,9 @@ def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> 
     if accelerator.is_main_process and options.push_to_hub:
         name, private = options.repository, options.hub_private or None
         with exit_on_value_error():
-            commit = model.push_to_hub(name, private=private, figures=folder)
-        print(f"published: {commit.commit_url}")
+            try:
+                commit = model.push_to_hub(name, private=private, figures=folder)
+            except OSError as error:
+                raise ValueError(f"{folder} is saved, but not published: {error}") from error
+        print(printable(f"published: {commit.commit_url}"))
     release_output()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checks import read_json
 from ..cli_options import add_shared_option
+from ..utils import printable
 from .presets import PRESETS
 
 
@@ -46,4 +47,4 @@ def run_convert(options: argparse.Namespace) -> None:
     dtype, progress = options.dtype and getattr(torch, options.dtype), not options.quiet
     convert_checkpoint(unet, output, classifier, options.preset, config, dtype, progress)
     load_command = f"ClassifierGuidedPipeline.from_pretrained({str(output)!r})"
-    print(f"{output} is ready: {load_command}")
+    print(printable(f"{output} is ready: {load_command}"))

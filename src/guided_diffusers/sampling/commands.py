@@ -106,7 +106,7 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import load_pipeline, scheduler_for
+    from ..utils import load_pipeline, printable, scheduler_for
     from .batches import list_images
 
     check_options(options)
@@ -142,12 +142,12 @@ def run_sample(options: Namespace) -> None:
         processes.destroy_process_group()
     if is_main:
         id2label = pipeline.config.id2label or {}
-        names = ", ".join(str(id2label.get(label, label)) for label in labels)
+        names = ", ".join(printable(id2label.get(label, label)) for label in labels)
         settings = f"{type(pipeline.scheduler).__name__}, seed {options.seed}"
         if "guidance_scale" in call:
             settings = f"guidance scale {call['guidance_scale']:g}, {settings}"
         count = options.num_images - len(failed)
-        print(f"{count} images of {names} ({settings}) {timing}: {options.output}")
+        print(f"{count} images of {names} ({settings}) {timing}: {printable(options.output)}")
         if failed:
             print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
 

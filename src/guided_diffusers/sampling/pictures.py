@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils import aside
+from ..utils import aside, printable
 
 #: largest width and height that a format allows
 MAX_PIXELS = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
@@ -69,8 +69,8 @@ def check_size(
 
 
 def _one_line(name: str, length: int = 80) -> str:
-    """A name as the font can draw it: without line breaks and half characters, shortened."""
-    name = " ".join(name.encode(errors="replace").decode().split())
+    """A name as the font can draw it: without control characters, shortened."""
+    name = printable(name)
     return name if len(name) <= length else f"{name[: length - 3]}..."
 
 

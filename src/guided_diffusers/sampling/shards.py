@@ -15,7 +15,7 @@ import numpy as np
 from diffusers.utils.logging import get_logger
 from PIL import Image
 
-from ..utils import aside, write_bytes, write_json
+from ..utils import aside, one_line, write_bytes, write_json
 from .manifest import folder_names
 
 logger = get_logger(__name__)
@@ -143,7 +143,7 @@ class Shards:
                 if actual != size:
                     raise ValueError(f"{self.folder / name} has {actual} bytes instead of {size}")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            logger.warning(f"shard {shard} of {self.folder} is generated again: {error}")
+            logger.warning(one_line(f"shard {shard} of {self.folder} is generated again: {error}"))
             record.unlink(missing_ok=True)
             return False
         return True

@@ -114,7 +114,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
     from ..evaluation import default_features, load_network
-    from ..utils import load_pipeline, require_matplotlib
+    from ..utils import load_pipeline, printable, require_matplotlib
     from .run import check_output, sweep
 
     require_matplotlib()  # before the computation
@@ -141,6 +141,6 @@ def run_sweep(options: argparse.Namespace) -> None:
     keywords["progress"] = main and not options.quiet
     verdict = sweep(pipeline, options.reference, options.output, features, judge, **keywords)
     if main:
-        print(f"{verdict}\n{options.output / 'report.html'}")
+        print(f"{verdict}\n{printable(options.output / 'report.html')}")
     if processes is not None:
         processes.destroy_process_group()

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from PIL import Image
 
 from ..sampling import grid, save_image
-from ..utils import write_bytes, write_json
+from ..utils import markdown, printable, write_bytes, write_json
 from .metrics import ACCURACY, FRECHET, METRICS, PICTURES, Result, group_by_curve
 from .plots import draw
 from .settings import Curve, format_scales
@@ -57,15 +57,15 @@ def write_report(
         "results": results,
         "verdict": verdict,
         "protocol": protocol,
-        "model": protocol.get("model", "the model"),
-        "description": describe_protocol(protocol, results),
+        "model": printable(protocol.get("model", "the model")),
+        "description": printable(describe_protocol(protocol, results)),
         "at_default_scale": at_default,
         "metrics": [name for name in METRICS if any(name in r.metrics for r in results)],
         "curves": summarize_curves(results, verdict),
         "plots": draw(results, verdict, folder),
         "grids": draw_grids(strips, folder, min(PICTURES, protocol["num_images"])),
         "strips": strips,
-        "labels": labels,
+        "labels": [printable(label) for label in labels],
     }
     verdict_json = {
         "text": str(verdict).splitlines(),
@@ -163,7 +163,7 @@ def _environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "cell": lambda text: str(text).replace("|", r"\|"),
+        "markdown": markdown,
         "embed": lambda name: data_uri(folder / name),
         "embed_strip": partial(data_uri, max_height=MAX_HEIGHT),
         "number": "{:.12g}".format,

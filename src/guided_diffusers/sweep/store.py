@@ -13,7 +13,7 @@ from typing import Any
 from diffusers.utils.logging import get_logger
 
 from ..sampling import differences
-from ..utils import file_lock, finite, write_json
+from ..utils import file_lock, finite, one_line, write_json
 from .metrics import Result
 from .settings import SweepSetting
 
@@ -51,9 +51,8 @@ class Store:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if path not in self._unreadable:
-                logger.warning(
-                    f"{path} is unreadable ({type(error).__name__}: {error}) and is measured again"
-                )
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning(one_line(f"{path} is unreadable ({reason}) and is measured again"))
             self._unreadable.add(path)
             return None
         changed = differences(protocol, self.protocol)
