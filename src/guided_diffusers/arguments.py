@@ -3,7 +3,8 @@ terms of guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,10 @@ DEFAULTS = {
     "guidance_every": 1,
     "guidance_tolerance": None,
 }
+#: of a call, which a preset is measured for: what the network gets, and what steers
+MODES = ("label", "classifier", "classifier_free", "upsampler")
+#: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
+LIMITS = ("guidance_start", "guidance_stop", "guidance_every", "guidance_tolerance")
 
 
 @dataclass
@@ -58,29 +63,107 @@ class CallArguments:
         condition: of the network.
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
+        settings: the `mode`, and the value of each argument in `DEFAULTS`.
     """
 
     batch_size: int
     condition: Condition
     terms: list[Guidance]
     guider_options: dict[str, Any]
+    settings: dict[str, Any]
+
+    def terms_with_scale(self, scale: Any) -> tuple[Guidance, ...]:
+        """The terms with another scale of the classifier, a number or one per image.
+
+        Raises:
+            ValueError: for a scale above 0 in a call that began with 0.
+        """
+        scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, 1)
+        if _is_on(self.settings["guidance_scale"]):
+            return self.terms[0].with_scale(scale), *self.terms[1:]
+        if scale.any():
+            raise ValueError(
+                f"pipeline._guidance_scale={scale.tolist()}: the call began without guidance by a "
+                "classifier; begin it with a guidance_scale above 0"
+            )
+        return tuple(self.terms)
+
+
+def complete_defaults(defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`DEFAULTS`, with those of a pipeline in their place.
+
+    Args:
+        defaults: {argument: value}, and {mode: {argument: value}} as "modes"; a value of None is
+            that of `DEFAULTS`.
+
+    Raises:
+        ValueError: for other names.
+    """
+    values = defaults or {}
+    _check_names("defaults", values, (*DEFAULTS, "modes"))
+    modes = values.get("modes") or {}
+    _check_names("defaults: modes", modes, MODES)
+    for mode, preset in modes.items():
+        _check_names(f"defaults: modes: {mode}", preset, DEFAULTS)
+    return DEFAULTS | {name: value for name, value in values.items() if value is not None}
+
+
+def _check_names(where: str, preset: Any, allowed: Collection[str]) -> None:
+    if not isinstance(preset, Mapping):
+        raise ValueError(f"{where}: {preset!r}; a mapping with {sorted(allowed)} is allowed")
+    if unknown := preset.keys() - set(allowed):
+        raise ValueError(f"{where}: {sorted(unknown)} are unknown; allowed: {sorted(allowed)}")
+
+
+def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> dict[str, Any]:
+    """The `mode` of a call, and the value of each argument in `DEFAULTS`.
+
+    What the call leaves at None has the value in `pipeline.config.defaults`, a preset that was
+    measured for the pipeline's usual mode: "label", without class embeddings "classifier", with a
+    `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
+    guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
+    for that mode does.
+
+    Args:
+        call: the call's arguments.
+        hidden: whether the network gets its null label instead of the label.
+    """
+    defaults = pipeline.config.defaults
+    given = {name: call[name] for name in DEFAULTS if call.get(name) is not None}
+    preset = {name: defaults[name] for name in DEFAULTS}
+    if hidden:
+        preset["classifier_free_scale"] = 0.0  # it is for labels that the network gets
+    usual = _mode(pipeline, defaults, hidden=False)
+    mode = _mode(pipeline, {**call, **preset, **given}, hidden)
+    changes = (defaults.get("modes") or {}).get(mode)
+    if mode != usual or changes:
+        preset |= {name: DEFAULTS[name] for name in LIMITS}
+        preset |= {name: value for name, value in (changes or {}).items() if value is not None}
+    if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
+        preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
+    return {"mode": mode, **preset, **given}
+
+
+def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
+    terms = call.get("guidance")
+    terms = terms if isinstance(terms, (list, tuple)) else (terms,)
+    terms = GuidanceSum([term for term in terms if isinstance(term, Guidance)]).terms()
+    if call.get("image") is not None:
+        return "upsampler"
+    if hidden or pipeline.num_class_embeds is None:
+        return "classifier"
+    is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
+    return "classifier_free" if is_free or _is_on(call["classifier_free_scale"]) else "label"
 
 
 def resolve_arguments(
     pipeline: Any,
     label: Labels | None,
     num_images_per_label: int,
+    call: Mapping[str, Any],
     *,
-    guidance_scale: Any,
-    classifier_free_scale: Any,
-    interval: tuple[float | None, float | None],
     conditional: bool | None,
-    guidance: Guidance | Sequence[Guidance] | None,
-    guidance_algorithm: str | None,
-    guidance_every: int | None,
-    guidance_tolerance: float | None,
     latents: torch.Tensor | None,
-    image: Any,
     clip_x0: bool,
     output_type: str,
     tensor_inputs: Sequence[str],
@@ -89,7 +172,7 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
-        interval: guidance_start and guidance_stop.
+        call: the arguments in `DEFAULTS`, `guidance` and `image`.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
     The other arguments are those of the call.
@@ -97,41 +180,58 @@ def resolve_arguments(
     Raises:
         ValueError: naming the argument, the value and what is allowed.
     """
-    guider_options, interval = _resolve_guidance(
-        pipeline, guidance_algorithm, guidance_every, guidance_tolerance, *interval
-    )
+    prediction_type(pipeline.scheduler)  # first: it refuses schedulers that can't be guided
     _check_call(pipeline, num_images_per_label, output_type, tensor_inputs)
     device = pipeline._execution_device
     mixtures = _resolve_labels(pipeline, label, num_images_per_label)
     low_res = None
-    if image is not None:
-        low_res = low_resolution(image, pipeline.unet.config.in_channels)
+    if call["image"] is not None:
+        low_res = low_resolution(call["image"], pipeline.unet.config.in_channels)
         low_res = low_res.to(device, pipeline.dtype)
     batch_size = _batch_size(mixtures, num_images_per_label, latents, low_res)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
-    scales = guidance_scale, classifier_free_scale
-    terms = _label_terms(pipeline, mixtures, num_images_per_label, *scales, interval, condition)
-    terms += _extra_terms(pipeline, guidance, condition)
+    settings = _call_settings(pipeline, call, class_labels)
+    if not mixtures:
+        settings |= {"guidance_scale": 0.0, "classifier_free_scale": 0.0}
+    guider_options = _guider_options(pipeline, call, settings)
+    terms = _label_terms(pipeline, mixtures, num_images_per_label, call, settings, condition)
+    terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
-    return CallArguments(batch_size, condition, terms, guider_options)
+    return CallArguments(batch_size, condition, terms, guider_options, settings)
 
 
-def _resolve_guidance(
-    pipeline: Any,
-    algorithm: str | None,
-    every: int | None,
-    tolerance: float | None,
-    start: float | None,
-    stop: float | None,
-) -> tuple[dict[str, Any], tuple[float, float]]:
-    """({algorithm, every, tolerance}, (start, stop)), with the defaults for None."""
-    prediction_type(pipeline.scheduler)  # first: it refuses schedulers that can't be guided
-    defaults, ancestral = pipeline.config.defaults, has_posterior_variance(pipeline.scheduler)
-    if algorithm is None:
-        algorithm = defaults["guidance_algorithm"]
-        if algorithm == "mean" and not ancestral:
-            algorithm = "output"
+def _call_settings(
+    pipeline: Any, call: Mapping[str, Any], class_labels: torch.Tensor | None
+) -> dict[str, Any]:
+    """`resolve_settings` for the class labels of the network, (B,)."""
+    null = pipeline.null_label
+    hidden = [] if class_labels is None else [label == null for label in class_labels.tolist()]
+    settings = resolve_settings(pipeline, call, any(hidden))
+    if any(hidden) and not all(hidden):
+        of_labels = resolve_settings(pipeline, call, False)
+        unset = [name for name in DEFAULTS if call[name] is None]
+        different = [name for name in unset if settings[name] != of_labels[name]]
+        if different:
+            warnings.warn(
+                f"label: the presets of single labels and mixtures differ in {different}; in one "
+                "batch, that of mixtures is used: give these arguments, or make two calls",
+                stacklevel=4,
+            )
+    return settings
+
+
+def _guider_options(
+    pipeline: Any, call: Mapping[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """{algorithm, every, tolerance}; in `settings`, a default of "mean" becomes "output" where
+    there is no DDPM step."""
+    algorithm, ancestral = (
+        settings["guidance_algorithm"],
+        has_posterior_variance(pipeline.scheduler),
+    )
+    if call["guidance_algorithm"] is None and algorithm == "mean" and not ancestral:
+        algorithm = settings["guidance_algorithm"] = "output"
     if algorithm not in ALGORITHMS:
         raise ValueError(
             f"guidance_algorithm={algorithm!r}: one of {', '.join(ALGORITHMS)} is allowed"
@@ -141,16 +241,13 @@ def _resolve_guidance(
             "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
             f"{type(pipeline.scheduler).__name__} the others are allowed"
         )
-    start = defaults["guidance_start"] if start is None else start
-    stop = defaults["guidance_stop"] if stop is None else stop
+    start, stop = settings["guidance_start"], settings["guidance_stop"]
     if not 0 <= start <= stop <= 1:
         raise ValueError(
             f"guidance_start={start!r}, guidance_stop={stop!r}: 0 <= start <= stop <= 1 is allowed"
         )
-    if every is None and tolerance is None:
-        every, tolerance = defaults["guidance_every"], defaults["guidance_tolerance"]
-    every = 1 if every is None else every
-    return {"algorithm": algorithm, "every": every, "tolerance": tolerance}, (start, stop)
+    every, tolerance = settings["guidance_every"], settings["guidance_tolerance"]
+    return {"algorithm": algorithm, "every": every, "tolerance": tolerance}
 
 
 def _check_call(
@@ -227,30 +324,27 @@ def _label_terms(
     pipeline: Any,
     mixtures: list[dict[int, float]],
     per_label: int,
-    scale: Any,
-    free_scale: Any,
-    interval: tuple[float, float],
+    call: Mapping[str, Any],
+    settings: Mapping[str, Any],
     condition: Condition,
 ) -> list[Guidance]:
     """Classifier and classifier-free guidance to the labels; none at scale 0."""
+    names = ("guidance_scale", "classifier_free_scale")
     if not mixtures:
-        if _is_on(scale) or _is_on(free_scale):
+        if any(_is_on(call[name]) for name in names):
             raise ValueError(
-                f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to "
-                "steer to"
+                f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
+                "label to steer to"
             )
         return []
     class_labels, null = condition.class_labels, pipeline.null_label
-    hidden = null is not None and bool((class_labels == null).any())
-    if free_scale is None and hidden:
-        free_scale = 0.0  # the default is for labels that the network gets
-    scale = _image_scale(pipeline, "guidance_scale", scale, len(mixtures), per_label)
-    free_scale = _image_scale(
-        pipeline, "classifier_free_scale", free_scale, len(mixtures), per_label
+    scale, free_scale = (
+        _image_scale(name, settings[name], len(mixtures), per_label) for name in names
     )
     terms: list[Guidance] = []
     if scale.any():
         _check_classifier(pipeline, scale)
+        interval = settings["guidance_start"], settings["guidance_stop"]
         terms.append(ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval))
     if free_scale.any():
         if class_labels is None or null is None:
@@ -258,7 +352,7 @@ def _label_terms(
                 f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network "
                 "with a null label, one class embedding more than labels"
             )
-        if hidden:
+        if bool((class_labels == null).any()):
             raise ValueError(
                 f"classifier_free_scale={free_scale.tolist()} needs a network that gets a label; "
                 "mixtures and conditional=False hide it"
@@ -281,9 +375,8 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
         )
 
 
-def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
+def _image_scale(name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
     """The scale as a tensor, () or one per image."""
-    scale = pipeline.config.defaults[name] if scale is None else scale
     scale = torch.as_tensor(scale, dtype=torch.float32)
     if scale.ndim == 1 and len(scale) * per_label == images:
         scale = scale.repeat_interleave(per_label)

@@ -123,8 +123,11 @@ class Guidance(ABC):
             raise ValueError(f"start={start!r}, stop={stop!r}: 0 <= start <= stop <= 1 is allowed")
         if sigma_interval is not None:
             _check_interval(sigma_interval, start, stop)
-        self.scale = scale if callable(scale) else _scale_tensor(scale)
+        self._set_scale(scale)
         self.start, self.stop, self.sigma_interval = start, stop, sigma_interval
+
+    def _set_scale(self, scale: Scale) -> None:
+        self.scale = scale if callable(scale) else _scale_tensor(scale)
         self._on = callable(scale) or bool(self.scale.any())
 
     @abstractmethod
@@ -159,6 +162,12 @@ class Guidance(ABC):
             )
         scale = scale.to(step.sample, non_blocking=True)  # so that an accelerator doesn't wait
         return scale.reshape(-1, *[1] * (step.sample.ndim - 1))
+
+    def with_scale(self, scale: Scale) -> Guidance:
+        """The term with another scale."""
+        other = copy(self)
+        other._set_scale(scale)
+        return other
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The networks that the term runs."""

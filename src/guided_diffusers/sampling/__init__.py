@@ -18,6 +18,7 @@ from .manifest import (
     differences,
     folder_names,
     module_hash,
+    resolve_defaults,
     unique_names,
     weights_hash,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "grid",
     "image_generator",
     "module_hash",
+    "resolve_defaults",
     "sample",
     "sample_to_folder",
     "save_image",
