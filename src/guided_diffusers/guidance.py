@@ -227,15 +227,20 @@ class GuidanceSum(Guidance):
         return total_score(self._terms, step)
 
 
-def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
+def total_score(
+    terms: Sequence[Guidance],
+    step: StepContext,
+    record: Callable[[Guidance, StepContext, torch.Tensor], object] = lambda *_: None,
+) -> torch.Tensor:
     """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all,
-    in order."""
+    in order. `record` is called with each term, the step and the term's score."""
     if not terms:
         return torch.zeros_like(step.sample)
     scores, remaining = [], step.condition_x0
     for term in terms:
         count = len(term.conditions)
         scores.append(term.score(replace(step, condition_x0=remaining[:count])))
+        record(term, step, scores[-1])
         remaining = remaining[count:]
     return sum(scores[1:], scores[0])
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from math import hypot, sqrt
 from typing import Any
 
 import torch
@@ -24,10 +25,18 @@ from diffusers import SchedulerMixin
 from diffusers.utils.logging import get_logger
 
 from .guidance import Guidance, GuidanceSum, StepContext, no_parameter_grad, total_score
-from .noise import clipping_warning, noise_levels, posterior_variance, sampling_timesteps
+from .noise import (
+    NoiseLevel,
+    clipping_warning,
+    noise_levels,
+    posterior_variance,
+    sampling_timesteps,
+)
 from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
+#: width of [-1, 1], the range of images; latents, of about unit variance, are hardly wider
+DATA_RANGE = 2.0
 
 
 @dataclass
@@ -110,6 +119,7 @@ class Guider:
         self._images: torch.Tensor | None = None  # that are evaluated at this step; None: all
         self._mean_shift: torch.Tensor | None = None
         self._check = FiniteCheck(_guide_dtype(self.terms))
+        self._overshoot = OvershootCheck(self.levels[first:], self.splitting is not None)
 
     @property
     def count(self) -> int:
@@ -197,8 +207,10 @@ class Guider:
         return sample
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if the guidance of a step so far was not finite."""
+        """Raise FloatingPointError if the guidance of a step so far was not finite; warn of a term
+        that overshot."""
         self._check.finish()
+        self._overshoot.finish()
 
     def _context(
         self,
@@ -237,9 +249,9 @@ class Guider:
     def _score(self, context: StepContext) -> torch.Tensor:
         if self._images is None:
             self.evaluations += len(context.sample)
-            return total_score(self._evaluated, context)
+            return total_score(self._evaluated, context, self._overshoot)
         self.evaluations += len(self._images)
-        return self.reuse.score(self._evaluated, context, self._images)
+        return self.reuse.score(self._evaluated, context, self._images, self._overshoot)
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], None]:
@@ -280,10 +292,7 @@ class FiniteCheck:
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
         """Record a step: its sample, the score shift and the guided output; on the CPU raise at
         once."""
-        position = (
-            f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
-            f"sigma {step.level.sigma:.4g})"
-        )
+        position = _position(step)
         finite = torch.stack([t.isfinite().all() for t in (step.sample, score, guided)])
         self._steps.append((finite, guided.dtype, position))
         if finite.device.type == "cpu":
@@ -321,6 +330,59 @@ class FiniteCheck:
             f"the guided output left the range of {output_dtype}: lower guidance_scale or load the "
             "unet in float32"
         )
+
+
+class OvershootCheck:
+    """Warns, once a run, of a term that moves x0 too far in a step; on an accelerator, without a
+    wait, when the run ends.
+
+    A step leads to z = x0 + s eps, at the next step's s = sigma / alpha. A shift of the predicted
+    x0 above hypot(DATA_RANGE, s), as root mean square over an image, takes z where there is no
+    data. In strong noise, large scales move x0 further without harm.
+
+    Args:
+        levels: of the run's steps.
+        is_split: whether operator splitting is used, which the warning else recommends.
+    """
+
+    def __init__(self, levels: Sequence[NoiseLevel], is_split: bool):
+        self.advice = "lower its scale or take more steps"
+        if not is_split:
+            self.advice += ", or use guidance_algorithm='lie_trotter' or 'strang'"
+        s = [level.sigma / level.alpha for level in levels]
+        self.limits = [hypot(DATA_RANGE, following) for following in [*s[1:], 0.0]]
+        self._steps: list[tuple[torch.Tensor, float, str, str]] = []
+        self._warned = False
+
+    def __call__(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
+        """Record a term's score at a step; on the CPU warn at once."""
+        if self._warned:
+            return
+        factor = step.level.sigma**2 / step.level.alpha / sqrt(score[0].numel())
+        largest = factor * torch.linalg.vector_norm(score.flatten(1), dim=1).amax()
+        limit, name = self.limits[step.index], type(term).__name__
+        self._steps.append((largest, limit, name, _position(step)))
+        if largest.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """Check the recorded steps."""
+        steps, self._steps = self._steps, []
+        for largest, limit, name, position in steps:
+            if not self._warned and largest.item() > limit:
+                self._warned = True
+                logger.warning(
+                    "guidance: %s overshoots at %s: it moves the predicted x0 of an image by %.3g, "
+                    "more than the range of data and the remaining noise, %.3g; %s",
+                    *(name, position, largest.item(), limit, self.advice),
+                )
+
+
+def _position(step: StepContext) -> str:
+    return (
+        f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
+        f"sigma {step.level.sigma:.4g})"
+    )
 
 
 class StepFinder:
