@@ -50,13 +50,19 @@ class Shift(Pull):
 def test_a_term_that_overshoots_is_warned_of_once_a_run(
     index: int, first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where it moves x0 beyond the range of data, 2, and the noise that remains after the step."""
+    """Where a step moves x0 beyond the range of data, 2, and the noise that remains after it.
+
+    A step to s' makes (s - s') / s of the shift of the predicted x0.
+    """
     scheduler, x = DDIMScheduler(clip_sample=False), normal(2, 1, 8, 8).float()
     scheduler.set_timesteps(5 + first)
     abar = scheduler.alphas_cumprod[scheduler.timesteps].double()
     s = [*((1 - abar) / abar).sqrt().tolist(), 0.0]
-    limit = (2**2 + s[index + first + 1] ** 2) ** 0.5
-    for size, count in ((0.99 * limit, 0), (1.01 * limit, 1)):
+    start, end = s[index + first], s[index + first + 1]
+    limit = (2**2 + end**2) ** 0.5
+    for share, count in ((0.99, 0), (1.01, 1)):
+        moved = share * limit
+        size = moved * start / (start - end)
         for options in ({}, {"every": 1, "algorithm": "lie_trotter"}):
             caplog.clear()
             terms = [Pull(1e-6), Shift(size, index), Shift(size, index)]
@@ -65,7 +71,9 @@ def test_a_term_that_overshoots_is_warned_of_once_a_run(
             if count:
                 t = int(scheduler.timesteps[index + first])
                 place = f"Shift overshoots at step {index} of 5 (timestep {t}, sigma "
-                assert place in caplog.text and f"an image by {size:.3g}, more" in caplog.text
+                assert (
+                    place in caplog.text and f"x0 of an image by {moved:.3g}, more" in caplog.text
+                )
                 advice = "lower its scale or take more steps"
                 assert advice in caplog.text and ("'strang'" in caplog.text) == (not options)
 

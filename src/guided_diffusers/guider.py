@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from math import hypot, sqrt
 from typing import Any
 
@@ -336,9 +337,10 @@ class OvershootCheck:
     """Warns, once a run, of a term that moves x0 too far in a step; on an accelerator, without a
     wait, when the run ends.
 
-    A step leads to z = x0 + s eps, at the next step's s = sigma / alpha. A shift of the predicted
-    x0 above hypot(DATA_RANGE, s), as root mean square over an image, takes z where there is no
-    data. In strong noise, large scales move x0 further without harm.
+    With s = sigma / alpha, a step to s' moves z = x / alpha = x0 + s eps by (s - s') sigma * score,
+    its share of the shift of the predicted x0, s sigma * score. Above hypot(DATA_RANGE, s'), as
+    root mean square over an image, there are no noisy images. In strong noise, larger shifts do no
+    harm.
 
     Args:
         levels: of the run's steps.
@@ -349,8 +351,9 @@ class OvershootCheck:
         self.advice = "lower its scale or take more steps"
         if not is_split:
             self.advice += ", or use guidance_algorithm='lie_trotter' or 'strang'"
-        s = [level.sigma / level.alpha for level in levels]
-        self.limits = [hypot(DATA_RANGE, following) for following in [*s[1:], 0.0]]
+        s = [*(level.sigma / level.alpha for level in levels), 0.0]
+        self.lengths = [start - end for start, end in pairwise(s)]
+        self.limits = [hypot(DATA_RANGE, end) for end in s[1:]]
         self._steps: list[tuple[torch.Tensor, float, str, str]] = []
         self._warned = False
 
@@ -358,7 +361,7 @@ class OvershootCheck:
         """Record a term's score at a step; on the CPU warn at once."""
         if self._warned:
             return
-        factor = step.level.sigma**2 / step.level.alpha / sqrt(score[0].numel())
+        factor = self.lengths[step.index] * step.level.sigma / sqrt(score[0].numel())
         largest = factor * torch.linalg.vector_norm(score.flatten(1), dim=1).amax()
         limit, name = self.limits[step.index], type(term).__name__
         self._steps.append((largest, limit, name, _position(step)))
@@ -372,8 +375,8 @@ class OvershootCheck:
             if not self._warned and largest.item() > limit:
                 self._warned = True
                 logger.warning(
-                    "guidance: %s overshoots at %s: it moves the predicted x0 of an image by %.3g, "
-                    "more than the range of data and the remaining noise, %.3g; %s",
+                    "guidance: %s overshoots at %s: it moves x0 of an image by %.3g, more than the "
+                    "range of the data and the remaining noise, %.3g; %s",
                     *(name, position, largest.item(), limit, self.advice),
                 )
 
