@@ -1,7 +1,7 @@
 """Guidance by functions of the image: symmetry, the left half of the first image, darkness.
 
     python examples/energy.py
-    python examples/energy.py --label dress --scale 20 --output dresses.png
+    python examples/energy.py --label dress --scale 2 --output dresses.png
 
 An energy returns one number per image, (B,), of the predicted images (B, C, H, W) in [-1, 1]. Guidance
 samples p(x) exp(-scale * energy), so images of low energy are more likely. Writes a picture: a row without

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from functools import cache, wraps
+from copy import copy, deepcopy
+from functools import cache, partial, wraps
 from math import hypot, sqrt
 from pathlib import Path
 from tempfile import mkdtemp
@@ -1270,6 +1271,87 @@ def test_a_network_that_is_not_seen_is_told_of() -> None:
     ):
         pipeline.unet = conditional_unet()  # as a pipeline with two networks that change over
         pipeline(**call)
+
+
+def test_a_scheduler_that_is_exchanged_within_is_refused_at_the_next_call() -> None:
+    pipeline, call = PIPELINES["SD"]()
+    own, spy = pipeline.scheduler, Spy(0.1)
+    with guide(pipeline, spy):
+        pipeline(**deepcopy(call))
+        count = len(spy.seen)
+        for other in (DDIMScheduler.from_config(own.config), deepcopy(own), None):
+            pipeline.scheduler = other
+            kind = type(other).__name__
+            if other is None:  # the network alone, in a loop of one's own
+                with pytest.raises(ValueError, match="PNDMScheduler for NoneType, whose steps"):
+                    pipeline.unet(normal(1, 4, 8, 8), 5, normal(1, TOKENS, WIDTH))
+                continue
+            with pytest.raises(ValueError, match=f"within guide, PNDMScheduler for {kind}, whose"):
+                pipeline(**deepcopy(call))
+        assert len(spy.seen) == count
+        pipeline.scheduler = own  # put back, it is guided as before
+        pipeline(**deepcopy(call))
+        assert len(spy.seen) == 2 * count
+        pipeline.scheduler = other = DDIMScheduler.from_config(own.config)
+    assert pipeline.scheduler is other and "step" not in vars(own)
+    with guide(pipeline, spy):
+        pipeline(**deepcopy(call))
+    assert len(spy.seen) > 2 * count
+
+
+COPIES = {"deepcopy": deepcopy, "copy": copy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_the_scheduler_made_within_is_not_guided(name: str) -> None:
+    """Its steps are those of a scheduler that was never guided, and leave the original as it is."""
+    pipeline, _ = PIPELINES["SD"]()
+    pipeline.scheduler = scheduler = EulerDiscreteScheduler(**SD)
+    fresh, spy = EulerDiscreteScheduler(**SD), Spy(0.1)
+    x, eps = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1)
+    with guide(pipeline, spy):
+        copied = COPIES[name](scheduler)
+        for one in (scheduler, copied, fresh):
+            one.set_timesteps(3)
+        for index in range(2):
+            expected = fresh.step(eps, fresh.timesteps[index], x).prev_sample
+            assert torch.equal(copied.step(eps, copied.timesteps[index], x).prev_sample, expected)
+        assert not spy.seen and scheduler.step_index is None and copied.step_index == 2
+        with pytest.raises(ValueError, match="between two steps none of its unet"):
+            scheduler.step(eps, scheduler.timesteps[0], x)  # guided: the spy evaluates the network
+        assert len(spy.seen) == 1
+    expected = fresh.step(eps, fresh.timesteps[2], x).prev_sample
+    assert torch.equal(copied.step(eps, copied.timesteps[2], x).prev_sample, expected)
+    assert (
+        len(spy.seen) == 1 and vars(copied).keys() == vars(fresh).keys() == vars(scheduler).keys()
+    )
+
+
+def test_a_step_that_the_user_replaced_is_kept_and_copied() -> None:
+    pipeline, call = PIPELINES["SD"]()
+    scheduler = pipeline.scheduler
+    own = scheduler.step = partial(type(scheduler).step, scheduler)
+    with guide(pipeline, Spy(0.1)):
+        pipeline(**call)
+        assert vars(copy(scheduler))["step"] is own and scheduler.step is not own
+    assert scheduler.step is own and "__getstate__" not in vars(scheduler)
+
+
+def test_a_pipeline_copied_within_is_not_guided() -> None:
+    pipeline, call = PIPELINES["SD"]()
+
+    def images(one: Any) -> torch.Tensor:
+        return one(**deepcopy(call), generator=torch.Generator().manual_seed(0)).images
+
+    plain, spy, rows = images(pipeline), Spy(0.1), []
+    free = ClassifierFreeGuidance({"encoder_hidden_states": normal(1, TOKENS, WIDTH)}, 3.0)
+    with guide(pipeline, spy, free):
+        copied = deepcopy(pipeline)
+        copied.unet.register_forward_hook(lambda _, args, output: rows.append(len(output[0])))
+        assert torch.equal(images(copied), plain) and not spy.seen
+        assert not torch.equal(images(pipeline), plain) and spy.seen
+    assert torch.equal(images(copied), plain)
+    assert set(rows) == {4}  # two images, with and without the prompt; the term adds no rows
 
 
 def test_dit_with_a_scheduler_that_scales_is_refused() -> None:

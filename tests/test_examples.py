@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
+import shlex
 import sys
+from argparse import ArgumentParser
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
+import torch
 import transformers
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.cli import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -370,9 +378,16 @@ def tiny_classifier(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("path", ["README.md", "examples/README.md", "training/README.md"])
+READMES = ("README.md", "examples/README.md", "examples/benchmarks/README.md", "training/README.md")
+
+
+def python_blocks(path: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("path", [path for path in READMES if python_blocks(path)])
 def test_python_code_of_a_readme_runs_in_its_order(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On the bundled model, and on tiny models in place of those that training or a download gives."""
     monkeypatch.chdir(tmp_path)
@@ -381,15 +396,117 @@ def test_python_code_of_a_readme_runs_in_its_order(
     tiny_stable_diffusion(tmp_path / "sd")
     tiny_image_classifier(tmp_path / "vit")
     tiny_data(tmp_path / "photos")
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
-    assert len(blocks) >= 3
-    names: dict[str, object] = {}
+    blocks = python_blocks(path)
+    assert len(blocks) >= 3 and 2 * len(blocks) == (ROOT / path).read_text().count("```")
+    names: dict[str, Any] = {}
     for block in blocks:
         for name, folder in STAND_INS.items():
             block = block.replace(f'"{name}"', f'"{folder}"')
         exec(compile(block, path, "exec"), names)  # noqa: S102
     images = names["images"] if "images" in names else names["pipeline"](0).images
     assert all(image.getextrema()[1] > 0 for image in images)
+    assert "overshoots" not in caplog.text
+    if path == "examples/README.md":  # the energy does what it says, and the image stays a dress
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        call = {"label": ["dress", "dress"], "generator": seeds, "output_type": "latent"}
+        call |= {"guidance_algorithm": "lie_trotter"}
+        symmetric, plain = names["symmetric"], names["pipeline"](**call).images.clamp(-1, 1)
+        for seed in seeds:
+            seed.manual_seed(seeds.index(seed))
+        made = names["pipeline"](**call, guidance=symmetric).images.clamp(-1, 1)
+        before, after = (symmetric.energy(one) for one in (plain, made))
+        assert (after < 0.1 * before).all()
+        assert ((made - plain).square().mean((1, 2, 3)) < 0.25 * plain.var((1, 2, 3))).all()
+
+
+PROGRAMS = ("guided-diffusers ", "python ", "accelerate launch ", "torchrun ", "sh ")
+#: what "..." stands for where no earlier command of the file has it
+CONTEXT = {"evaluate": "out/images --dataset photos", "train": "--train_data_dir photos"}
+
+
+def commands(text: str, indent: int = 4) -> list[str]:
+    """The commands in the indented blocks and in the code spans of a Markdown text or docstring."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"\\+\n\s*", "", text)  # continued lines
+    lines = re.findall(rf"^ {{{indent},}}(\S.*)", text, re.M)
+    lines = [re.sub(r"^([A-Z_]+=\S+ )+", "", line.split(" && ")[-1]) for line in lines]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", text)]
+    found = [line for line in lines if line.startswith((*PROGRAMS, "--"))]
+    return found + [span for span in spans if span.startswith(PROGRAMS) and " --" in span]
+
+
+class Parsed(Exception):
+    """A program has accepted its arguments."""
+
+
+def accepted(line: str, earlier: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the program takes the command's arguments, and that its files exist."""
+    words = shlex.split(line, comments=True)
+    if words[0].startswith("--"):
+        words = ["python", "training/train_classifier.py", "...", *words]
+    for word in words:
+        if re.match(r"(training|examples|tests)/[\w/.]+\.\w+$", word) and "--output" not in line:
+            assert (ROOT / word).exists(), f"{word} of {line}"
+    if words[0] == "accelerate":
+        launch = launch_command_parser().parse_args(words[2:])
+        if launch.training_script == "...":
+            return
+        words = ["python", launch.training_script, *launch.training_script_args]
+    elif words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        program = "guided-diffusers" if launch.module else launch.training_script
+        words = ["python", program, *launch.training_script_args]
+    if words[0] == "sh":
+        return
+    if words[0] == "python":
+        words = words[1:]
+    program, arguments = words[0], words[1:]
+    name = arguments[0] if program == "guided-diffusers" and arguments else Path(program).stem
+    context = CONTEXT["train"] if name.startswith("train_") else CONTEXT.get(name, "")
+    before = earlier.get(name, context.split())
+    given = [*arguments[:1], *before] if program == "guided-diffusers" else before
+    if "..." in arguments:
+        rest = arguments[1:] if program == "guided-diffusers" else arguments
+        arguments = [*given, *(word for word in rest if word != "...")]
+    elif program != "guided-diffusers":
+        earlier[name] = arguments
+
+    def parse(parser: ArgumentParser, words: list[str] | None = None, *rest: Any) -> None:
+        plain_parse(parser, words, *rest)
+        raise Parsed
+
+    plain_parse = ArgumentParser.parse_args
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(ArgumentParser, "parse_args", parse)
+        patch.setattr(sys, "argv", [program, *arguments])
+        if program == "guided-diffusers":
+            main()
+        else:
+            script = next(ROOT.glob(program if "/" in program else f"training/{program}"))
+            patch.syspath_prepend(script.parent)
+            runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", READMES)
+def test_commands_of_a_readme_are_accepted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, earlier = commands((ROOT / path).read_text()), {}
+    assert len(lines) >= 5
+    for line in lines:
+        accepted(line, earlier, monkeypatch)
+
+
+SCRIPTS = sorted([*ROOT.glob("training/*.py"), *ROOT.glob("examples/**/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_commands_of_a_docstring_are_accepted(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = commands(ast.get_docstring(ast.parse(script.read_text())), indent=0)
+    assert lines
+    earlier: dict[str, list[str]] = {}
+    for line in lines:
+        accepted(line, earlier, monkeypatch)
 
 
 @pytest.mark.parametrize(

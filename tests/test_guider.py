@@ -31,6 +31,65 @@ def test_a_run_that_begins_midway_counts_from_there() -> None:
     assert evaluated(Guider(scheduler, [Pull()], first=4, every=2), x) == [4, 6, 8]
 
 
+class Shift(Pull):
+    """Moves the predicted x0 of the second image by `size`, at one step."""
+
+    def __init__(self, size: float, index: int):
+        super().__init__()
+        self.size, self.index = size, index
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        shift = torch.zeros_like(step.sample)
+        if step.index == self.index:
+            shift[1] = self.size
+        return step.level.score_shift(shift)
+
+
+@pytest.mark.parametrize("index", [0, 2, 4])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_term_that_overshoots_is_warned_of_once_a_run(
+    index: int, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a step moves x0 beyond the range of data, 2, and the noise that remains after it.
+
+    A step to s' makes (s - s') / s of the shift of the predicted x0.
+    """
+    scheduler, x = DDIMScheduler(clip_sample=False), normal(2, 1, 8, 8).float()
+    scheduler.set_timesteps(5 + first)
+    abar = scheduler.alphas_cumprod[scheduler.timesteps].double()
+    s = [*((1 - abar) / abar).sqrt().tolist(), 0.0]
+    start, end = s[index + first], s[index + first + 1]
+    limit = (2**2 + end**2) ** 0.5
+    for share, count in ((0.99, 0), (1.01, 1)):
+        moved = share * limit
+        size = moved * start / (start - end)
+        for options in ({}, {"every": 1, "algorithm": "lie_trotter"}):
+            caplog.clear()
+            terms = [Pull(1e-6), Shift(size, index), Shift(size, index)]
+            evaluated(Guider(scheduler, terms, first=first, **options), x)
+            assert caplog.text.count("overshoots") == count
+            if count:
+                t = int(scheduler.timesteps[index + first])
+                place = f"Shift overshoots at step {index} of 5 (timestep {t}, sigma "
+                assert (
+                    place in caplog.text and f"x0 of an image by {moved:.3g}, more" in caplog.text
+                )
+                advice = "lower its scale or take more steps"
+                assert advice in caplog.text and ("'strang'" in caplog.text) == (not options)
+
+
+def test_a_term_that_overshoots_where_it_is_evaluated_is_named_with_reuse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler, x = DDIMScheduler(clip_sample=False), normal(2, 1, 8, 8).float()
+    scheduler.set_timesteps(5)
+    evaluated(Guider(scheduler, [Shift(1e3, 2)], every=2), x)
+    assert "Shift overshoots at step 2 of 5" in caplog.text
+    caplog.clear()
+    evaluated(Guider(scheduler, [Shift(1e3, 1)], every=2), x)  # not evaluated there
+    assert not caplog.text
+
+
 def test_reuse_extrapolates_over_the_levels_of_a_run_that_begins_midway() -> None:
     """A term that is linear in log(sigma / alpha) when stored as sigma * score is reproduced exactly."""
     scheduler, x = DDIMScheduler(clip_sample=False), normal(2, 1, 8, 8).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import Clock, Mixture, OracleClassifier, OracleUNet
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from diffusers.callbacks import PipelineCallback
 from test_guidance import NAMES, Pull, WithoutCount, counted, quiet, small_classifier, small_unet
 from test_schedulers import CASES
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, StepContext, noise_levels
+from guided_diffusers import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    ClassifierGuidedPipeline,
+    StepContext,
+    noise_levels,
+)
+from guided_diffusers.arguments import DEFAULTS
+from guided_diffusers.sampling import resolve_defaults
 
 CONDITIONAL = {"num_class_embeds": 4}  # three labels and the null label
 
@@ -318,6 +333,199 @@ def test_a_callback_object_brings_its_tensors() -> None:
         pipeline, "cat", callback_on_step_end=Halve(cutoff_step_ratio=None, cutoff_step_index=0)
     )
     torch.testing.assert_close(2 * halved, images(pipeline, "cat"))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), HeunDiscreteScheduler()], ids=repr)
+def test_a_callback_ends_the_run_as_in_diffusers(scheduler: Any) -> None:
+    pipeline, seen = quiet(small_unet(), scheduler, small_classifier()), []
+    calls = told(pipeline.unet)
+
+    def stop(given: ClassifierGuidedPipeline, index: int, t: Any, tensors: dict) -> dict:
+        assert not given.interrupt and given.guidance_scale == 2.0
+        seen.append((index, given.num_timesteps, tensors["latents"]))
+        given._interrupt = index == 1
+        return {}
+
+    found = images(pipeline, "cat", callback_on_step_end=stop, guidance_scale=2.0)
+    steps = len(scheduler.timesteps)
+    assert [one[:2] for one in seen] == [(0, steps), (1, steps)] and len(calls) == 2
+    assert torch.equal(found, seen[1][2]) and pipeline.interrupt
+    whole = images(pipeline, "cat", guidance_scale=2.0)  # the next call runs to its end
+    assert len(calls) == 2 + steps and not torch.equal(whole, found) and not pipeline.interrupt
+
+
+def test_a_callback_object_that_cuts_off_reads_the_number_of_steps() -> None:
+    class CutOff(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline: Any, index: int, t: Any, tensors: dict) -> dict:
+            if index + 1 == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+                pipeline._guidance_scale = 0.0  # as SDCFGCutoffCallback
+            return tensors
+
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), small_classifier())
+    cut, whole = (
+        images(pipeline, "cat", 2, guidance_scale=500.0, callback_on_step_end=callback)
+        for callback in (CutOff(cutoff_step_ratio=0.5), None)
+    )
+    assert torch.equal(cut, images(pipeline, "cat", 2, guidance_scale=500.0, guidance_stop=0.5))
+    assert not torch.equal(cut, whole)
+
+
+def test_a_callback_sets_the_scale_of_the_next_steps() -> None:
+    """From step 2 on: as a term whose scale is a function of the noise level."""
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), small_classifier())
+    first, then = 100.0, torch.tensor([300.0, 0.0])
+
+    def change(scale: Any) -> Any:
+        def callback(given: ClassifierGuidedPipeline, index: int, t: Any, tensors: dict) -> None:
+            if index == 1:
+                given._guidance_scale = scale
+
+        return callback
+
+    pipeline.scheduler.set_timesteps(4)
+    third = noise_levels(pipeline.scheduler)[2].sigma
+    term = ClassifierGuidance(
+        pipeline.classifier, "cat", lambda level: then if level.sigma <= third else first
+    )
+    expected = images(pipeline, ["cat", "cat"], guidance_scale=0.0, guidance=term)
+    for scale in (then, then.tolist()):
+        call = {"guidance_scale": first, "callback_on_step_end": change(scale)}
+        assert torch.equal(images(pipeline, ["cat", "cat"], **call), expected)
+        assert pipeline.guidance_scale is scale
+    off = images(pipeline, "cat", guidance_scale=0.0, callback_on_step_end=change(0))
+    assert torch.equal(off, images(pipeline, "cat", guidance_scale=0.0))
+    with pytest.raises(ValueError, match="_guidance_scale=3.0: the call began without guidance"):
+        images(pipeline, "cat", guidance_scale=0.0, callback_on_step_end=change(3))
+    with pytest.raises(ValueError, match=r"_guidance_scale has shape \(3,\); a number, or one per"):
+        images(pipeline, "cat", guidance_scale=1.0, callback_on_step_end=change([1, 2, 3]))
+
+
+# presets
+
+PRESET = {
+    "guidance_scale": 50.0,
+    "guidance_start": 0.5,
+    "guidance_stop": 0.75,
+    "guidance_tolerance": 0.1,
+}
+NEUTRAL = {"guidance_start": 0.0, "guidance_stop": 1.0, "guidance_tolerance": None}
+MIXTURE = {"cat": 1.0, "dog": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("label", "call", "mode", "expected"),
+    [
+        ("cat", {}, "label", {}),
+        ("cat", {"conditional": True, "guidance_scale": 3}, "label", {"guidance_scale": 3}),
+        ("cat", {"conditional": False}, "classifier", NEUTRAL),
+        (["cat", "owl"], {"conditional": False}, "classifier", NEUTRAL),
+        (MIXTURE, {}, "classifier", NEUTRAL),
+        ([MIXTURE, {"owl": 0.5}], {}, "classifier", NEUTRAL),
+        (MIXTURE, {"guidance_stop": 0.5}, "classifier", {**NEUTRAL, "guidance_stop": 0.5}),
+        ("cat", {"classifier_free_scale": 2.0}, "classifier_free", NEUTRAL),
+        ("cat", {"classifier_free_scale": 0.0}, "label", {}),
+        ("cat", {"guidance": ClassifierFreeGuidance(3)}, "classifier_free", NEUTRAL),
+        ("cat", {"guidance": [Pull(0.1) + ClassifierFreeGuidance(3)]}, "classifier_free", NEUTRAL),
+        ("cat", {"guidance": Pull(0.1)}, "label", {}),
+        (None, {"guidance": Pull(0.1)}, "classifier", {**NEUTRAL, "guidance_scale": 0.0}),
+        ("cat", {"guidance_every": 2}, "label", {"guidance_every": 2, "guidance_tolerance": None}),
+    ],
+)
+def test_a_preset_is_of_one_mode(
+    label: Any, call: dict[str, Any], mode: str, expected: dict[str, Any]
+) -> None:
+    """In another, guidance acts in the whole run, at each step; the output says what was used."""
+    parts = small_unet(**CONDITIONAL), DDIMScheduler(clip_sample=False), small_classifier()
+    fixed = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
+    output = quiet(*parts, defaults=PRESET)(label, output_type="latent", **fixed, **call)
+    free_scale = {"classifier_free_scale": call.get("classifier_free_scale", 0.0)}
+    steps = {"num_inference_steps": 4}
+    assert output.settings == {
+        "mode": mode,
+        **DEFAULTS,
+        **PRESET,
+        **free_scale,
+        **steps,
+        **expected,
+    }
+    explicit = {name: value for name, value in output.settings.items() if name != "mode"}
+    if label is None:
+        del explicit["guidance_scale"]
+    given = {name: value for name, value in call.items() if name not in DEFAULTS}
+    assert torch.equal(output.images, images(quiet(*parts), label, **explicit, **given))
+
+
+def test_modes_have_presets_of_their_own(tmp_path: Path) -> None:
+    modes = {
+        "classifier": {"guidance_scale": 70.0, "guidance_start": 0.25, "num_inference_steps": 3},
+        "classifier_free": {"guidance_scale": 0.0, "guidance_stop": None},
+    }
+    parts = small_unet(**CONDITIONAL), DDIMScheduler(clip_sample=False), small_classifier()
+    quiet(*parts, defaults={**PRESET, "modes": modes}).save_pretrained(tmp_path)
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config.defaults["modes"] == modes
+
+    def settings(label: Any, **call: Any) -> dict[str, Any]:
+        found = pipeline(label, output_type="latent", **call).settings
+        if isinstance(label, str):  # what the folder of `sample` records
+            recorded = resolve_defaults(pipeline, call)
+            assert {"mode": found["mode"], **recorded} == {**call, **found}
+        return found
+
+    assert settings("cat") == {"mode": "label", **DEFAULTS, **PRESET}
+    own = {"mode": "classifier", **DEFAULTS, **modes["classifier"]}
+    assert settings(MIXTURE) == settings("cat", conditional=False) == own
+    assert settings("cat", conditional=False, guidance_scale=2.0) == {**own, "guidance_scale": 2.0}
+    own = {"mode": "classifier_free", **DEFAULTS, "classifier_free_scale": 1.5}
+    assert settings("cat", classifier_free_scale=1.5) == {**own, "guidance_scale": 0.0}
+
+    # without class embeddings, the classifier is the usual one; with an image, neither is
+    parts = DDIMScheduler(clip_sample=False), small_classifier()
+    call = {"output_type": "latent", "num_inference_steps": 2}
+    alone = quiet(small_unet(), *parts, defaults=PRESET)
+    assert alone(MIXTURE, **call).settings["guidance_start"] == 0.5
+    larger = quiet(small_unet(in_channels=2), *parts, defaults=PRESET)
+    found = larger("cat", image=torch.zeros(1, 1, 4, 4), **call).settings
+    steps = {"num_inference_steps": 2}
+    assert found == {"mode": "upsampler", **DEFAULTS, **PRESET, **NEUTRAL, **steps}
+
+
+def test_a_batch_of_two_modes_is_warned_of() -> None:
+    parts = small_unet(**CONDITIONAL), DDIMScheduler(clip_sample=False), small_classifier()
+    preset = quiet(*parts, defaults=PRESET)
+    with pytest.warns(
+        UserWarning, match=r"single labels and mixtures differ in \['guidance_start'"
+    ):
+        images(preset, ["cat", MIXTURE])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(preset, ["cat", MIXTURE], guidance_start=0, guidance_stop=1, guidance_every=1)
+        images(quiet(*parts), ["cat", MIXTURE])
+        images(preset, [MIXTURE, MIXTURE], guidance_scale=[1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        (
+            {"modes": {"labels": {}}},
+            r"defaults: modes: \['labels'\] are unknown; allowed: \['class",
+        ),
+        ({"modes": {"label": {"scale": 1}}}, r"defaults: modes: label: \['scale'\] are unknown"),
+        ({"modes": ["label"]}, r"defaults: modes: \['label'\]; a mapping with"),
+        ({"modes": {"label": 3}}, r"defaults: modes: label: 3; a mapping with"),
+        ([1], r"defaults: \[1\]; a mapping with"),
+    ],
+)
+def test_other_presets_are_refused(defaults: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quiet(small_unet(), DDIMScheduler(), small_classifier(), defaults=defaults)
+
+
+# callbacks, further
 
 
 def test_the_callbacks_output_is_the_corrected_one() -> None:

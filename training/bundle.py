@@ -9,12 +9,14 @@
         --output src/guided_diffusers/bundled/fashion-mnist
     python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --part preset
     python training/bundle.py --preset out/quality_cost/preset.json \\
+        --modes training/configs/fashion_mnist_modes.json \\
         --output src/guided_diffusers/bundled/fashion-mnist
 
 The first command makes the folder. Its scheduler is DDIM with trailing spacing and without clipping,
 which would change x0 but not eps and so spoil guided samples. Judge and CLIP are stored in half
 precision. `figures.json` has the held-out metrics of the training scripts, with their options. The
-last command adds the scheduler and the defaults that were measured to be best. Both may be one
+last command adds the scheduler and the defaults that were measured to be best, and by --modes those
+for calls in which the classifier alone steers, or classifier-free guidance does. Both may be one
 command.
 """
 
@@ -44,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     helps = dict.fromkeys(PARTS, "output of a training (default: that in --output)")
     helps["preset"] = "preset.json of examples/benchmarks/quality_cost.py"
+    helps["modes"] = "JSON file: with --preset, presets of other calls, as `defaults['modes']`"
     helps["output"] = "the folder; must exist if no parts are given"
     for name, help in helps.items():
         parser.add_argument(f"--{name}", type=Path, required=name == "output", help=help)
@@ -53,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--{', --'.join(missing)}: all four, or none, are needed")
     if missing and options.preset is None:
         parser.error("the trained parts, --preset, or both are needed")
+    if options.modes and options.preset is None:
+        parser.error(f"--modes {options.modes}: only with --preset")
     return options
 
 
@@ -92,8 +97,10 @@ def main() -> None:
     if options.preset:
         preset = json.loads(options.preset.read_text())
         scheduler = scheduler_for(pipeline.scheduler, preset["scheduler"])
+        modes = json.loads(options.modes.read_text()) if options.modes else None
+        defaults = {**preset["defaults"], "modes": modes}
         pipeline = ClassifierGuidedPipeline(
-            pipeline.unet, scheduler, pipeline.classifier, defaults=preset["defaults"]
+            pipeline.unet, scheduler, pipeline.classifier, defaults=defaults
         )
         metrics["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 

@@ -49,4 +49,5 @@ python training/bundle.py --unet "$OUT/fashion-mnist-unet" --classifier "$OUT/re
     --judge "$OUT/fashion-mnist-judge" --clip "$OUT/fashion-mnist-clip" --output "$OUT/fashion-mnist"
 python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --model "$OUT/fashion-mnist" \
     --judge "$OUT/fashion-mnist/judge" --part preset --output "$OUT/preset"
-python training/bundle.py --preset "$OUT/preset/preset.json" --output "$OUT/fashion-mnist"
+python training/bundle.py --preset "$OUT/preset/preset.json" --modes training/configs/fashion_mnist_modes.json \
+    --output "$OUT/fashion-mnist"

@@ -18,9 +18,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.cli_options import launched_processes, select_device
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sweep import sweep
 from guided_diffusers.utils import exchanged, load_pipeline
 

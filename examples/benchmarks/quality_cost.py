@@ -44,8 +44,8 @@ from typing import Any
 import torch
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, StepContext
+from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.pipeline import DEFAULTS
 from guided_diffusers.sampling import sample
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Result, SweepSetting, measure_points

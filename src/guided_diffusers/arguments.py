@@ -3,8 +3,8 @@ terms of guidance."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ from .noise import has_posterior_variance, is_flow, module_config, prediction_ty
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
 MAX_STEPS = 10**5  # of a run in continuous time
+#: of a call, which a preset is measured for: what the network gets, and what steers
+MODES = ("label", "classifier", "classifier_free", "upsampler")
+#: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
+LIMITS = ("guidance_start", "guidance_stop", "guidance_every", "guidance_tolerance")
 
 
 @dataclass
@@ -55,29 +59,134 @@ class CallArguments:
         condition: of the network.
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
+        settings: the `mode`, and the value of each argument in `DEFAULTS`.
     """
 
     batch_size: int
     condition: Condition
     terms: list[Guidance]
     guider_options: dict[str, Any]
+    settings: dict[str, Any]
+
+    def terms_with_scale(self, scale: Any) -> tuple[Guidance, ...]:
+        """The terms with another scale of the classifier, a number or one per image.
+
+        Raises:
+            ValueError: for a scale above 0 in a call that began with 0.
+        """
+        scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, 1)
+        if _is_on(self.settings["guidance_scale"]):
+            return self.terms[0].with_scale(scale), *self.terms[1:]
+        if scale.any():
+            raise ValueError(
+                f"pipeline._guidance_scale={scale.tolist()}: the call began without guidance by a "
+                "classifier; begin it with a guidance_scale above 0"
+            )
+        return tuple(self.terms)
+
+
+def check_defaults(defaults: Any) -> dict[str, Any]:
+    """A pipeline's defaults, completed by `DEFAULTS`.
+
+    Args:
+        defaults: {argument: value}, and {mode: {argument: value}} as "modes"; None, also as a value,
+            stands for `DEFAULTS`.
+
+    Raises:
+        ValueError: for other names, or values that no call accepts.
+    """
+    values = defaults or {}
+    _check_preset("defaults", values, (*DEFAULTS, "modes"))
+    modes = values.get("modes") or {}
+    _check_preset("defaults: modes", modes, MODES)
+    for mode, preset in modes.items():
+        _check_preset(f"defaults: modes: {mode}", preset, DEFAULTS)
+    return DEFAULTS | {name: value for name, value in values.items() if value is not None}
+
+
+def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
+    if not isinstance(preset, Mapping):
+        raise ValueError(f"{where}={shown(preset)}: a mapping of {sorted(allowed)} is allowed")
+    if unknown := preset.keys() - set(allowed):
+        raise ValueError(
+            f"{where}: {sorted(map(str, unknown))} are unknown; allowed: {sorted(allowed)}"
+        )
+    values = DEFAULTS | {n: v for n, v in preset.items() if n in DEFAULTS and v is not None}
+    try:
+        for name in ("guidance_scale", "classifier_free_scale"):
+            check_number(name, values[name])
+        check_number("num_inference_steps", values["num_inference_steps"], 1, integer=True)
+        check_settings(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the interval, the algorithm and the rule of reuse.
+
+    Raises:
+        ValueError: naming the argument, the value and what is allowed.
+    """
+    check_interval(settings["guidance_start"], settings["guidance_stop"], "guidance_")
+    check_number("guidance_every", settings["guidance_every"], 1, integer=True)
+    if settings["guidance_tolerance"] is not None:
+        check_number("guidance_tolerance", settings["guidance_tolerance"], 0, above=True)
+    algorithm = settings["guidance_algorithm"]
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"guidance_algorithm={shown(algorithm)}: one of {', '.join(ALGORITHMS)} is allowed"
+        )
+
+
+def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> dict[str, Any]:
+    """The `mode` of a call, and the value of each argument in `DEFAULTS`.
+
+    What the call leaves at None has the value in `pipeline.config.defaults`, a preset that was
+    measured for the pipeline's usual mode: "label", without class embeddings "classifier", with a
+    `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
+    guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
+    for that mode does.
+
+    Args:
+        call: the call's arguments.
+        hidden: whether the network gets its null label instead of the label.
+    """
+    defaults = pipeline.config.defaults
+    given = {name: call[name] for name in DEFAULTS if call.get(name) is not None}
+    preset = {name: defaults[name] for name in DEFAULTS}
+    if hidden:
+        preset["classifier_free_scale"] = 0.0  # it is for labels that the network gets
+    usual = _mode(pipeline, defaults, hidden=False)
+    mode = _mode(pipeline, {**call, **preset, **given}, hidden)
+    changes = (defaults.get("modes") or {}).get(mode)
+    if mode != usual or changes:
+        preset |= {name: DEFAULTS[name] for name in LIMITS}
+        preset |= {name: value for name, value in (changes or {}).items() if value is not None}
+    if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
+        preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
+    return {"mode": mode, **preset, **given}
+
+
+def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
+    terms = call.get("guidance")
+    terms = terms if isinstance(terms, (list, tuple)) else (terms,)
+    terms = GuidanceSum([term for term in terms if isinstance(term, Guidance)]).terms()
+    if call.get("image") is not None:
+        return "upsampler"
+    if hidden or pipeline.num_class_embeds is None:
+        return "classifier"
+    is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
+    return "classifier_free" if is_free or _is_on(call["classifier_free_scale"]) else "label"
 
 
 def resolve_arguments(
     pipeline: Any,
     label: Labels | None,
     num_images_per_label: int,
+    call: Mapping[str, Any],
     *,
-    guidance_scale: Any,
-    classifier_free_scale: Any,
-    interval: tuple[float | None, float | None],
     conditional: bool | None,
-    guidance: Guidance | Sequence[Guidance] | None,
-    guidance_algorithm: str | None,
-    guidance_every: int | None,
-    guidance_tolerance: float | None,
     latents: torch.Tensor | None,
-    image: Any,
     clip_x0: bool,
     output_type: str,
     tensor_inputs: Sequence[str],
@@ -86,7 +195,7 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
-        interval: guidance_start and guidance_stop.
+        call: the arguments in `DEFAULTS`, `guidance` and `image`.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
     The other arguments are those of the call.
@@ -95,9 +204,7 @@ def resolve_arguments(
         ValueError: naming the argument, the value and what is allowed.
     """
     check_module("unet", pipeline.unet)
-    guider_options, interval = _resolve_guidance(
-        pipeline, guidance_algorithm, guidance_every, guidance_tolerance, *interval
-    )
+    prediction_type(pipeline.scheduler)  # it refuses schedulers that can't be guided
     if conditional is not None:
         conditional = check_bool("conditional", conditional)
     clip_x0 = check_bool("clip_x0", clip_x0)
@@ -106,45 +213,20 @@ def resolve_arguments(
     _check_latents(latents)
     mixtures = _resolve_labels(pipeline, label, num_images_per_label)
     low_res = None
-    if image is not None:
-        low_res = low_resolution(image, pipeline.unet.config.in_channels)
+    if call["image"] is not None:
+        low_res = low_resolution(call["image"], pipeline.unet.config.in_channels)
         low_res = low_res.to(device, pipeline.dtype)
     batch_size = _batch_size(mixtures, num_images_per_label, latents, low_res)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
-    scales = guidance_scale, classifier_free_scale
-    terms = _label_terms(pipeline, mixtures, num_images_per_label, *scales, interval, condition)
-    terms += _extra_terms(pipeline, guidance, condition)
+    settings = _call_settings(pipeline, call, class_labels)
+    if not mixtures:
+        settings |= {"guidance_scale": 0.0, "classifier_free_scale": 0.0}
+    guider_options = _guider_options(pipeline, call, settings)
+    terms = _label_terms(pipeline, mixtures, num_images_per_label, call, settings, condition)
+    terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
-    return CallArguments(batch_size, condition, terms, guider_options)
-
-
-def check_defaults(defaults: Any) -> dict[str, Any]:
-    """A pipeline's defaults, completed by `DEFAULTS`; None stands for those.
-
-    Raises:
-        ValueError: for other names, or values that no call accepts.
-    """
-    if not isinstance(defaults, (dict, type(None))):
-        raise ValueError(f"defaults={shown(defaults)}: a mapping of {sorted(DEFAULTS)} is allowed")
-    values = {name: value for name, value in (defaults or {}).items() if value is not None}
-    if unknown := values.keys() - DEFAULTS.keys():
-        raise ValueError(
-            f"defaults: {sorted(map(str, unknown))} are unknown; allowed: {sorted(DEFAULTS)}"
-        )
-    values = DEFAULTS | values
-    try:
-        for name in ("guidance_scale", "classifier_free_scale"):
-            values[name] = check_number(name, values[name])
-        check_interval(values["guidance_start"], values["guidance_stop"], "guidance_")
-        for name, most in (("num_inference_steps", MAX_STEPS), ("guidance_every", math.inf)):
-            values[name] = check_number(name, values[name], 1, most, integer=True)
-        if values["guidance_tolerance"] is not None:
-            check_number("guidance_tolerance", values["guidance_tolerance"], 0, above=True)
-        _check_algorithm(values["guidance_algorithm"])
-    except ValueError as error:
-        raise ValueError(f"defaults: {error}") from None
-    return values
+    return CallArguments(batch_size, condition, terms, guider_options, settings)
 
 
 def check_names(id2label: Any) -> dict[int, str] | None:
@@ -159,13 +241,6 @@ def check_names(id2label: Any) -> dict[int, str] | None:
         raise ValueError(f"id2label={shown(id2label)}: a mapping {{id: name}} is allowed") from None
 
 
-def _check_algorithm(algorithm: Any) -> None:
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"guidance_algorithm={shown(algorithm)}: one of {', '.join(ALGORITHMS)} is allowed"
-        )
-
-
 def check_steps(scheduler: Any, steps: Any) -> int:
     """`num_inference_steps`, an integer from 1 to the scheduler's number of timesteps.
 
@@ -178,36 +253,45 @@ def check_steps(scheduler: Any, steps: Any) -> int:
     return check_number("num_inference_steps", steps, 1, most, integer=True)
 
 
-def _resolve_guidance(
-    pipeline: Any,
-    algorithm: str | None,
-    every: int | None,
-    tolerance: float | None,
-    start: float | None,
-    stop: float | None,
-) -> tuple[dict[str, Any], tuple[float, float]]:
-    """({algorithm, every, tolerance}, (start, stop)), with the defaults for None."""
-    prediction_type(pipeline.scheduler)  # first: it refuses schedulers that can't be guided
-    defaults, ancestral = pipeline.config.defaults, has_posterior_variance(pipeline.scheduler)
-    if algorithm is None:
-        algorithm = defaults["guidance_algorithm"]
-        if algorithm == "mean" and not ancestral:
-            algorithm = "output"
-    _check_algorithm(algorithm)
-    if algorithm == "mean" and not ancestral:
-        raise ValueError(
-            "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-            f"{type(pipeline.scheduler).__name__} the others are allowed"
-        )
-    start = defaults["guidance_start"] if start is None else start
-    stop = defaults["guidance_stop"] if stop is None else stop
-    start, stop = check_interval(start, stop, "guidance_")
-    if every is None and tolerance is None:
-        every, tolerance = defaults["guidance_every"], defaults["guidance_tolerance"]
-    every = 1 if every is None else check_number("guidance_every", every, 1, integer=True)
-    if tolerance is not None:
-        tolerance = check_number("guidance_tolerance", tolerance, 0, above=True)
-    return {"algorithm": algorithm, "every": every, "tolerance": tolerance}, (start, stop)
+def _call_settings(
+    pipeline: Any, call: Mapping[str, Any], class_labels: torch.Tensor | None
+) -> dict[str, Any]:
+    """`resolve_settings` for the class labels of the network, (B,)."""
+    null = pipeline.null_label
+    hidden = [] if class_labels is None else [label == null for label in class_labels.tolist()]
+    settings = resolve_settings(pipeline, call, any(hidden))
+    if any(hidden) and not all(hidden):
+        of_labels = resolve_settings(pipeline, call, False)
+        unset = [name for name in DEFAULTS if call[name] is None]
+        different = [name for name in unset if settings[name] != of_labels[name]]
+        if different:
+            warnings.warn(
+                f"label: the presets of single labels and mixtures differ in {different}; in one "
+                "batch, that of mixtures is used: give these arguments, or make two calls",
+                stacklevel=4,
+            )
+    return settings
+
+
+def _guider_options(
+    pipeline: Any, call: Mapping[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """{algorithm, every, tolerance}; in `settings`, a default of "mean" becomes "output" where
+    there is no DDPM step."""
+    check_settings(settings)
+    algorithm, is_ancestral = (
+        settings["guidance_algorithm"],
+        has_posterior_variance(pipeline.scheduler),
+    )
+    if algorithm == "mean" and not is_ancestral:
+        if call["guidance_algorithm"] is not None:
+            raise ValueError(
+                "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
+                f"{type(pipeline.scheduler).__name__} the others are allowed"
+            )
+        algorithm = settings["guidance_algorithm"] = "output"
+    every, tolerance = settings["guidance_every"], settings["guidance_tolerance"]
+    return {"algorithm": algorithm, "every": every, "tolerance": tolerance}
 
 
 def _check_call(
@@ -299,30 +383,27 @@ def _label_terms(
     pipeline: Any,
     mixtures: list[dict[int, float]],
     per_label: int,
-    scale: Any,
-    free_scale: Any,
-    interval: tuple[float, float],
+    call: Mapping[str, Any],
+    settings: Mapping[str, Any],
     condition: Condition,
 ) -> list[Guidance]:
     """Classifier and classifier-free guidance to the labels; none at scale 0."""
+    names = ("guidance_scale", "classifier_free_scale")
     if not mixtures:
-        if _is_on(scale) or _is_on(free_scale):
+        if any(_is_on(call[name]) for name in names):
             raise ValueError(
-                f"guidance_scale={scale}, classifier_free_scale={free_scale} need a label to "
-                "steer to"
+                f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
+                "label to steer to"
             )
         return []
     class_labels, null = condition.class_labels, pipeline.null_label
-    hidden = null is not None and bool((class_labels == null).any())
-    if free_scale is None and hidden:
-        free_scale = 0.0  # the default is for labels that the network gets
-    scale = _image_scale(pipeline, "guidance_scale", scale, len(mixtures), per_label)
-    free_scale = _image_scale(
-        pipeline, "classifier_free_scale", free_scale, len(mixtures), per_label
+    scale, free_scale = (
+        _image_scale(name, settings[name], len(mixtures), per_label) for name in names
     )
     terms: list[Guidance] = []
     if scale.any():
         _check_classifier(pipeline, scale)
+        interval = settings["guidance_start"], settings["guidance_stop"]
         terms.append(ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval))
     if free_scale.any():
         if class_labels is None or null is None:
@@ -330,7 +411,7 @@ def _label_terms(
                 f"classifier_free_scale={free_scale.tolist()} needs a class-conditional network "
                 "with a null label, one class embedding more than labels"
             )
-        if hidden:
+        if bool((class_labels == null).any()):
             raise ValueError(
                 f"classifier_free_scale={free_scale.tolist()} needs a network that gets a label; "
                 "mixtures and conditional=False hide it"
@@ -353,9 +434,8 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
         )
 
 
-def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
+def _image_scale(name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
     """The scale as a tensor, () or one per image."""
-    scale = pipeline.config.defaults[name] if scale is None else scale
     if callable(scale):
         raise ValueError(
             f"{name}={shown(scale)}: a number, or one per label or image, is allowed; a function "

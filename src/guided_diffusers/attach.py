@@ -46,7 +46,8 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     `start` and `stop` of a term count from where the run begins (img2img: after the skipped steps)
     to the end of the schedule. Where the network is evaluated again (`through_network`, another
     network), its other arguments stay as the pipeline passed them. That includes a ControlNet's
-    residuals, so its own Jacobian is left out of the gradient.
+    residuals, so its own Jacobian is left out of the gradient. Copies of the scheduler or the
+    network that are made within aren't guided.
 
     Args:
         pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or
@@ -55,7 +56,8 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
             network, nested in the same way: {"added_cond_kwargs": {"text_embeds": ...}}.
 
     Raises:
-        ValueError: for a pipeline or a term that can't be used, now or at the first step.
+        ValueError: for a pipeline or a term that can't be used, now or at the first step; for a
+            scheduler that is exchanged within, at the next call.
         FloatingPointError: if the guidance becomes infinite or NaN.
     """
     name = type(pipeline).__name__
@@ -79,13 +81,13 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     prediction_type(scheduler)
     total = GuidanceSum(terms)
     decoder = _component(pipeline, DECODERS)
-    hook = GuidanceHook(scheduler, denoiser, decoder, partial(_decode, pipeline), total)
+    hook = GuidanceHook(pipeline, denoiser, decoder, partial(_decode, pipeline), total)
     guides = [module for module in total.modules() if module is not denoiser]
     # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the
     # pipeline
     with (
         no_parameter_grad(guides),
-        _replaced(scheduler, "step", hook.step),
+        _replaced_step(scheduler, hook.step),
         denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True),
         denoiser.register_forward_hook(hook.after_call, with_kwargs=True),
     ):
@@ -121,22 +123,28 @@ def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Context in which `owner.name(...)` is `method(...)`, with the original's signature, which
-    pipelines inspect."""
+def _replaced_step(scheduler: SchedulerMixin, method: Callable[..., Any]) -> Iterator[None]:
+    """Context in which `scheduler.step(...)` is `method(...)`, with the original's signature, which
+    pipelines inspect. Copies and pickles have the original: else a copy would step this one."""
 
-    @wraps(getattr(owner, name))
+    @wraps(scheduler.step)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
-    before = vars(owner).get(name)
-    setattr(owner, name, replacement)
+    own = {"step": scheduler.step} if "step" in vars(scheduler) else {}
+
+    def getstate() -> dict[str, Any]:
+        state = {**vars(scheduler)}
+        del state["step"], state["__getstate__"]
+        return state | own
+
+    scheduler.step, scheduler.__getstate__ = replacement, getstate
     try:
         yield
     finally:
-        delattr(owner, name)
-        if before is not None:
-            setattr(owner, name, before)
+        vars(scheduler).update(getstate())
+        for name in {"step", "__getstate__"} - own.keys():
+            delattr(scheduler, name)
 
 
 def _decode(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
@@ -218,13 +226,14 @@ class GuidanceHook:
 
     def __init__(
         self,
-        scheduler: SchedulerMixin,
+        pipeline: Any,
         denoiser: torch.nn.Module,
         decoder: torch.nn.Module | None,
         decode: Callable[[torch.Tensor], torch.Tensor],
         terms: GuidanceSum,
     ):
-        self.scheduler, self.denoiser, self.decoder = scheduler, denoiser, decoder
+        self.pipeline, self.scheduler = pipeline, (scheduler := pipeline.scheduler)
+        self.denoiser, self.decoder = denoiser, decoder
         self.decode, self.terms, self.steps = decode, terms, 0
         self.scheduler_step, self.step_signature = scheduler.step, inspect.signature(scheduler.step)
         self.denoiser_signature = inspect.signature(unwrap_module(denoiser).forward)
@@ -237,6 +246,22 @@ class GuidanceHook:
         self._calls: list[DenoiserCall] = []  # since the last step
         self._open_call: DenoiserCall | None = None
         self._predicting = False  # whether the network is called by this object
+
+    def __deepcopy__(self, memo: Any) -> GuidanceHook:
+        return self  # of a copied network, which it doesn't guide
+
+    def check_scheduler(self) -> None:
+        """Refuse a scheduler that was exchanged within `guide`.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if (current := self.pipeline.scheduler) is not self.scheduler:
+            raise ValueError(
+                f"pipeline {type(self.pipeline).__name__}: its scheduler was exchanged within "
+                f"guide, {type(self.scheduler).__name__} for {type(current).__name__}, whose steps "
+                "aren't guided; exchange it before guide"
+            )
 
     def start_run(self, timestep: Any) -> None:
         """Read the noise levels at the first timestep of a run."""
@@ -263,8 +288,9 @@ class GuidanceHook:
     ) -> tuple[tuple, dict] | None:
         """Extend the batch of the pipeline's call of its network by the conditions of the active
         terms."""
-        if self._predicting:
+        if self._predicting or module is not self.denoiser:
             return None
+        self.check_scheduler()
         self.forget_previous_run()
         self._open_call, bound = None, self.denoiser_signature.bind(*args, **kwargs)
         if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):
@@ -286,7 +312,7 @@ class GuidanceHook:
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Store the network's output, and return the pipeline's part of it."""
-        if self._predicting or self._open_call is None:
+        if self._predicting or module is not self.denoiser or self._open_call is None:
             return None
         call, self._open_call = self._open_call, None
         self._calls.append(call)

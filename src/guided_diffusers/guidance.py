@@ -123,8 +123,11 @@ class Guidance(ABC):
         start, stop = check_interval(start, stop)
         if sigma_interval is not None:
             sigma_interval = _check_sigma_interval(sigma_interval, start, stop)
-        self.scale = scale if callable(scale) else scale_tensor("scale", scale)
+        self._set_scale(scale)
         self.start, self.stop, self.sigma_interval = start, stop, sigma_interval
+
+    def _set_scale(self, scale: Scale) -> None:
+        self.scale = scale if callable(scale) else scale_tensor("scale", scale)
         self._on = callable(scale) or bool(self.scale.any())
 
     @abstractmethod
@@ -161,6 +164,12 @@ class Guidance(ABC):
             )
         scale = scale.to(step.sample, non_blocking=True)  # so that an accelerator doesn't wait
         return scale.reshape(-1, *[1] * (step.sample.ndim - 1))
+
+    def with_scale(self, scale: Scale) -> Guidance:
+        """The term with another scale."""
+        other = copy(self)
+        other._set_scale(scale)
+        return other
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The networks that the term runs."""
@@ -253,15 +262,20 @@ class GuidanceSum(Guidance):
         return total_score(self._terms, step)
 
 
-def total_score(terms: Sequence[Guidance], step: StepContext) -> torch.Tensor:
+def total_score(
+    terms: Sequence[Guidance],
+    step: StepContext,
+    record: Callable[[Guidance, StepContext, torch.Tensor], object] = lambda *_: None,
+) -> torch.Tensor:
     """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all,
-    in order."""
+    in order. `record` is called with each term, the step and the term's score."""
     if not terms:
         return torch.zeros_like(step.sample)
     scores, remaining = [], step.condition_x0
     for term in terms:
         count = len(term.conditions)
         scores.append(term.score(replace(step, condition_x0=remaining[:count])))
+        record(term, step, scores[-1])
         remaining = remaining[count:]
     return sum(scores[1:], scores[0])
 

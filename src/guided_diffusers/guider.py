@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
+from math import hypot, sqrt
 from typing import Any
 
 import torch
@@ -32,12 +34,20 @@ from .guidance import (
     no_parameter_grad,
     total_score,
 )
-from .noise import clipping_warning, noise_levels, posterior_variance, sampling_timesteps
+from .noise import (
+    NoiseLevel,
+    clipping_warning,
+    noise_levels,
+    posterior_variance,
+    sampling_timesteps,
+)
 from .splitting import GuidanceReuse, OperatorSplitting
 
 logger = get_logger(__name__)
 #: values of a sample, over sqrt(alpha^2 + sigma^2), of which no network is trained; noise has 5
 MAX_SAMPLE = 50.0
+#: width of [-1, 1], the range of images; latents, of about unit variance, are hardly wider
+DATA_RANGE = 2.0
 
 
 @dataclass
@@ -120,6 +130,7 @@ class Guider:
         self._images: torch.Tensor | None = None  # that are evaluated at this step; None: all
         self._mean_shift: torch.Tensor | None = None
         self._check = FiniteCheck(self.terms)
+        self._overshoot = OvershootCheck(self.levels[first:], self.splitting is not None)
 
     @property
     def count(self) -> int:
@@ -207,8 +218,10 @@ class Guider:
         return sample
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if the guidance of a step so far was not finite."""
+        """Raise FloatingPointError if the guidance of a step so far was not finite; warn of a term
+        that overshot."""
         self._check.finish()
+        self._overshoot.finish()
 
     def _context(
         self,
@@ -247,9 +260,9 @@ class Guider:
     def _score(self, context: StepContext) -> torch.Tensor:
         if self._images is None:
             self.evaluations += len(context.sample)
-            return total_score(self._evaluated, context)
+            return total_score(self._evaluated, context, self._overshoot)
         self.evaluations += len(self._images)
-        return self.reuse.score(self._evaluated, context, self._images)
+        return self.reuse.score(self._evaluated, context, self._images, self._overshoot)
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], None]:
@@ -292,15 +305,11 @@ class FiniteCheck:
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
         """Record a step: its sample, the score shift and the guided output; on the CPU raise at
         once."""
-        position = (
-            f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
-            f"sigma {step.level.sigma:.4g})"
-        )
         norm = (step.level.alpha**2 + step.level.sigma**2) ** 0.5
         largest = _largest(step.sample) / norm, _largest(score), _largest(guided)
         # `guided` may hold the images several times
         rows = torch.cat(largest).reshape(-1, len(step.sample))
-        self._steps.append((rows, guided.dtype, position))
+        self._steps.append((rows, guided.dtype, _position(step)))
         if rows.device.type == "cpu":
             self.finish()
 
@@ -359,6 +368,61 @@ class FiniteCheck:
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
     """Largest absolute value of each row, (B,); NaN for a row with NaN."""
     return tensor.detach().abs().flatten(1).amax(dim=1)
+
+
+class OvershootCheck:
+    """Warns, once a run, of a term that moves x0 too far in a step; on an accelerator, without a
+    wait, when the run ends.
+
+    With s = sigma / alpha, a step to s' moves z = x / alpha = x0 + s eps by (s - s') sigma * score,
+    its share of the shift of the predicted x0, s sigma * score. Above hypot(DATA_RANGE, s'), as
+    root mean square over an image, there are no noisy images. In strong noise, larger shifts do no
+    harm.
+
+    Args:
+        levels: of the run's steps.
+        is_split: whether operator splitting is used, which the warning else recommends.
+    """
+
+    def __init__(self, levels: Sequence[NoiseLevel], is_split: bool):
+        self.advice = "lower its scale or take more steps"
+        if not is_split:
+            self.advice += ", or use guidance_algorithm='lie_trotter' or 'strang'"
+        s = [*(level.sigma / level.alpha for level in levels), 0.0]
+        self.lengths = [start - end for start, end in pairwise(s)]
+        self.limits = [hypot(DATA_RANGE, end) for end in s[1:]]
+        self._steps: list[tuple[torch.Tensor, float, str, str]] = []
+        self._warned = False
+
+    def __call__(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
+        """Record a term's score at a step; on the CPU warn at once."""
+        if self._warned:
+            return
+        factor = self.lengths[step.index] * step.level.sigma / sqrt(score[0].numel())
+        largest = factor * torch.linalg.vector_norm(score.flatten(1), dim=1).amax()
+        limit, name = self.limits[step.index], type(term).__name__
+        self._steps.append((largest, limit, name, _position(step)))
+        if largest.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """Check the recorded steps."""
+        steps, self._steps = self._steps, []
+        for largest, limit, name, position in steps:
+            if not self._warned and largest.item() > limit:
+                self._warned = True
+                logger.warning(
+                    "guidance: %s overshoots at %s: it moves x0 of an image by %.3g, more than the "
+                    "range of the data and the remaining noise, %.3g; %s",
+                    *(name, position, largest.item(), limit, self.advice),
+                )
+
+
+def _position(step: StepContext) -> str:
+    return (
+        f"step {step.index} of {step.count} (timestep {step.timestep:g}, "
+        f"sigma {step.level.sigma:.4g})"
+    )
 
 
 class StepFinder:

@@ -51,9 +51,17 @@ from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeli
 
 @dataclass
 class GuidedImageOutput(ImagePipelineOutput):
-    """`images`, and the mean number of times that an image's guidance terms were evaluated."""
+    """Result of a call.
+
+    Attributes:
+        images: as `output_type` says.
+        guidance_evaluations: mean number of times that an image's guidance terms were evaluated.
+        settings: the call's `mode` (see `resolve_settings`), and the values used of all arguments
+            that have a default in `pipeline.config.defaults`.
+    """
 
     guidance_evaluations: float = 0.0
+    settings: dict[str, Any] | None = None
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -71,7 +79,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         defaults: values of the call's arguments that are left at `None`, saved with the pipeline.
             By default guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0,
             classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
-            guidance_every=1 and guidance_tolerance=None; a value of None is that default.
+            guidance_every=1 and guidance_tolerance=None; a value of None is that default. They are
+            for the usual call: a network that can gets the label. For other calls, guidance_start,
+            guidance_stop, guidance_every and guidance_tolerance are ignored, and
+            defaults["modes"], {mode: {argument: value}}, is used: "classifier" where it alone
+            steers (conditional=False, mixtures), "classifier_free" with classifier-free guidance,
+            "upsampler" with image.
 
     Raises:
         ValueError: for other names in `defaults`.
@@ -81,6 +94,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         "unet->vae"  # the classifier stays beside the unet: both run at every step
     )
     _optional_components = ["classifier", "vae"]
+    _interrupt = False
+    _guidance_scale = _num_timesteps = None  # before the first call
     _callback_tensor_inputs = ["latents", "model_output", "score_shift", "sample", "x0"]
 
     # `from_pipe` passes on only models of the classes in these annotations
@@ -226,6 +241,21 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         embeddings = self.num_class_embeds
         return embeddings - 1 if embeddings and self.num_labels == embeddings - 1 else None
 
+    @property
+    def guidance_scale(self) -> Any:
+        """The classifier's scale in the current or last call: a number, or one per image."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Number of the current or last call's steps."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call ends after this step."""
+        return self._interrupt
+
     # ------------------------------------------------------------ sampling
 
     @torch.inference_mode(False)  # inside it, a term couldn't differentiate through the network
@@ -282,10 +312,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 default.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
                 final sample.
-            return_dict: `GuidedImageOutput` with `.images` and `.guidance_evaluations`, else a
-                tuple (images,).
+            return_dict: `GuidedImageOutput` with `.images`, `.guidance_evaluations` and
+                `.settings`, else a tuple (images,).
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step;
-                returns a dictionary whose "latents", if any, replace the sample.
+                returns a dictionary whose "latents", if any, replace the sample. As in Diffusers,
+                it can read `pipeline.guidance_scale` and `pipeline.num_timesteps`, end the run by
+                `pipeline._interrupt = True`, and set `pipeline._guidance_scale` for the next steps.
             callback_on_step_end_tensor_inputs: which of "latents", "model_output" (given to the
                 scheduler), "score_shift" (what guidance adds to the score; None without
                 guidance), "sample" (before the step) and "x0" (predicted for it, without guidance).
@@ -325,20 +357,25 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        call = {
+            "guidance_scale": guidance_scale,
+            "guidance_start": guidance_start,
+            "guidance_stop": guidance_stop,
+            "classifier_free_scale": classifier_free_scale,
+            "num_inference_steps": num_inference_steps,
+            "guidance_algorithm": guidance_algorithm,
+            "guidance_every": guidance_every,
+            "guidance_tolerance": guidance_tolerance,
+            "guidance": guidance,
+            "image": image,
+        }
         arguments = resolve_arguments(
             self,
             label,
             num_images_per_label,
-            guidance_scale=guidance_scale,
-            classifier_free_scale=classifier_free_scale,
-            interval=(guidance_start, guidance_stop),
+            call,
             conditional=conditional,
-            guidance=guidance,
-            guidance_algorithm=guidance_algorithm,
-            guidance_every=guidance_every,
-            guidance_tolerance=guidance_tolerance,
             latents=latents,
-            image=image,
             clip_x0=clip_x0,
             output_type=output_type,
             tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -347,13 +384,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         device = self._execution_device
 
         # 2. The schedule and the starting noise
-        self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+        settings = arguments.settings
+        self._set_timesteps(settings["num_inference_steps"], timesteps, sigmas, device)
+        if timesteps is not None or sigmas is not None:
+            settings["num_inference_steps"] = len(sigmas if timesteps is None else timesteps)
         latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
+        self._interrupt, self._num_timesteps = False, len(guider.levels)
+        self._guidance_scale = scale = settings["guidance_scale"]
 
         with no_parameter_grad(guides), self.progress_bar(total=len(guider.levels)) as bar:
             for index, (t, level) in enumerate(schedule):
@@ -377,7 +419,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors) or {}
                     latents = changed.get("latents", latents)
+                    if self._guidance_scale is not scale:
+                        scale = self._guidance_scale
+                        guider.terms = arguments.terms_with_scale(scale)
                 bar.update()
+                if self._interrupt:
+                    guider.check_finite()
+                    break
 
         # 5. Images
         latent = output_type == "latent"
@@ -385,16 +433,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return GuidedImageOutput(images, guider.evaluations / batch_size)
+        return GuidedImageOutput(images, guider.evaluations / batch_size, settings)
 
     # ------------------------------------------------------------ schedule and noise
 
-    def _set_timesteps(
-        self, steps: int | None, timesteps: Any, sigmas: Any, device: torch.device
-    ) -> None:
+    def _set_timesteps(self, steps: int, timesteps: Any, sigmas: Any, device: torch.device) -> None:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
-        steps = self.config.defaults["num_inference_steps"] if steps is None else steps
         if timesteps is None and sigmas is None:
             steps = check_steps(self.scheduler, steps)
         name, value = "num_inference_steps", steps

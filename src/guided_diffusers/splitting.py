@@ -15,7 +15,7 @@ guidance, so any scheduler of any order can be used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -276,15 +276,21 @@ class GuidanceReuse:
         self._reach = torch.full_like(self._log_s, float("inf"))
 
     def score(
-        self, terms: Sequence[Guidance], step: StepContext, images: torch.Tensor
+        self,
+        terms: Sequence[Guidance],
+        step: StepContext,
+        images: torch.Tensor,
+        record: Callable[[Guidance, StepContext, torch.Tensor], object],
     ) -> torch.Tensor:
         """Score shift at this step: evaluated for `images`, extrapolated for the others.
 
         Args:
             terms: to evaluate; none if `images` is empty.
+            record: as of `total_score`.
         """
         if len(images):
-            self._store(step, images, total_score(*_select(terms, step, images)))
+            score = total_score(*_select(terms, step, images), record)
+            self._store(step, images, score)
         distance = (self.log_s[step.index] - self._log_s).to(self._e, non_blocking=True)
         distance = distance.reshape(-1, *[1] * (self._e.ndim - 1))
         return (self._e + distance * self._slope) / step.level.sigma

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..arguments import DEFAULTS
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
 from ..noise import prediction_type
@@ -267,9 +268,7 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
         if isinstance(component, torch.nn.Module):
             components.append([name, type(component).__name__, millions(folder / name)])
     size = pipeline.unet.config.get("sample_size") or "any"
-    defaults = [
-        markdown_code(f"{name}={value!r}") for name, value in pipeline.config.defaults.items()
-    ]
+    defaults = pipeline.config.defaults
     return {
         "kind": "pipeline",
         "labels": labels,
@@ -282,8 +281,13 @@ def _describe_pipeline(folder: Path, pipeline: ClassifierGuidedPipeline) -> dict
         "components_table": markdown_table(["component", "class", "parameters"], components),
         "prediction": markdown(prediction_type(pipeline.scheduler).removesuffix("_prediction")),
         "scheduler": type(pipeline.scheduler).__name__,
-        "defaults": ", ".join(defaults),
+        "defaults": _arguments({name: defaults[name] for name in DEFAULTS}),
+        "modes": {mode: _arguments(preset) for mode, preset in defaults.get("modes", {}).items()},
     }
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(markdown_code(f"{name}={value!r}") for name, value in values.items())
 
 
 def _encoded_captions(clip: NoiseAwareCLIP) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         differences,
         folder_names,
         module_hash,
+        resolve_defaults,
         unique_names,
         weights_hash,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "grid",
     "image_generator",
     "module_hash",
+    "resolve_defaults",
     "sample",
     "sample_to_folder",
     "save_image",

@@ -26,7 +26,7 @@ class WarnOnce(logging.Filter):
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        message = str(record.msg)  # without its numbers, which differ between batches
         is_new = message not in self._seen
         self._seen.add(message)
         return is_new

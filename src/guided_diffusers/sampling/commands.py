@@ -143,13 +143,33 @@ def run_sample(options: Namespace) -> None:
     if is_main:
         id2label = pipeline.config.id2label or {}
         names = ", ".join(printable(id2label.get(label, label)) for label in labels)
-        settings = f"{type(pipeline.scheduler).__name__}, seed {options.seed}"
-        if "guidance_scale" in call:
-            settings = f"guidance scale {call['guidance_scale']:g}, {settings}"
+        settings = describe_settings(pipeline, call, options.seed)
         count = options.num_images - len(failed)
         print(f"{count} images of {names} ({settings}) {timing}: {printable(options.output)}")
         if failed:
             print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
+
+
+def describe_settings(pipeline: ClassifierGuidedPipeline, call: dict[str, Any], seed: int) -> str:
+    """Settings of the run, also those that are the model's defaults, as text."""
+    from .manifest import resolve_defaults
+
+    values = resolve_defaults(pipeline, call)
+    parts = [
+        f"guidance scale {values['guidance_scale']:g}",
+        f"{type(pipeline.scheduler).__name__}",
+        f"seed {seed}",
+        f"{values['num_inference_steps']} steps",
+    ]
+    interval = values["guidance_start"], values["guidance_stop"]
+    if interval != (0, 1):
+        parts.append("guided from {:g} to {:g}".format(*interval))
+    for name in ("classifier_free_scale", "guidance_algorithm", "guidance_every"):
+        if values[name] != DEFAULTS[name]:
+            parts.append(f"{name.replace('_', ' ')} {values[name]}")
+    if values["guidance_tolerance"] is not None:
+        parts.append(f"tolerance {values['guidance_tolerance']:g}")
+    return ", ".join(parts)
 
 
 def is_picture(path: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from ..arguments import resolve_settings
 from ..defaults import DEFAULTS
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
@@ -57,13 +58,11 @@ def run_settings(
 
 
 def resolve_defaults(pipeline: ClassifierGuidedPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, where those left out or None have the pipeline's defaults."""
-    defaults = dict(pipeline.config.defaults)
-    exclusive = ("guidance_every", "guidance_tolerance")  # one turns off the other's default
-    if any(call.get(name) is not None for name in exclusive):
-        defaults |= {name: DEFAULTS[name] for name in exclusive}
-    unset = {name for name, value in call.items() if value is None and name in defaults}
-    return defaults | {name: value for name, value in call.items() if name not in unset}
+    """Arguments of a call with a label per image; those left out or None have the pipeline's
+    defaults."""
+    hidden = call.get("conditional") is False and pipeline.null_label is not None
+    settings = resolve_settings(pipeline, call, hidden)
+    return {**call, **{name: settings[name] for name in DEFAULTS}}
 
 
 def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..pipeline import ClassifierGuidedPipeline
-from ..sampling import WarnOnce, module_hash, weights_hash
+from ..sampling import WarnOnce, module_hash, resolve_defaults, weights_hash
 from ..utils import (
     check_writable,
     folder_lock,
@@ -98,7 +98,7 @@ def sweep(
     require_matplotlib()
     if PartialState().is_main_process:
         check_output(Path(output))
-    defaults = pipeline.config.defaults
+    defaults = resolve_defaults(pipeline, {"conditional": conditional})
     if schedulers is None:
         schedulers = [scheduler_name(pipeline.scheduler)]
     names = [scheduler_name(scheduler_for(pipeline.scheduler, name)) for name in schedulers]
@@ -182,7 +182,7 @@ def _measure(
     reference = {"name": source[0], "split": real.description["split"], "images": len(real)}
     protocol = {
         "model": model or type(pipeline).__name__,
-        **pipeline_protocol(pipeline),
+        **pipeline_protocol(pipeline, options.conditional),
         "reference": {**reference, "digest": fingerprint(real)},
         "features": {"network": features.name, "weights": features.digest()},
         "judge": judge and {"network": judge.name, "weights": judge.digest()},
@@ -251,13 +251,16 @@ def image_shape(pipeline: ClassifierGuidedPipeline) -> tuple[int, int, int]:
     return tuple(images.shape[1:])
 
 
-def pipeline_protocol(pipeline: ClassifierGuidedPipeline) -> dict[str, Any]:
+def pipeline_protocol(
+    pipeline: ClassifierGuidedPipeline, conditional: bool | None
+) -> dict[str, Any]:
     """What of the pipeline results depend on, apart from the arguments of a setting."""
     # the config includes options that only other scheduler classes read
     scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     scheduler = {name: value for name, value in scheduler.items() if not name.startswith("_")}
     defaults = {}
-    for name, value in pipeline.config.defaults.items():
+    values = resolve_defaults(pipeline, {"conditional": conditional})
+    for name, value in values.items():
         reuse = name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name]
         if reuse or name in ("classifier_free_scale", "guidance_algorithm"):
             defaults[name] = value
