@@ -17,7 +17,7 @@ from .guidance import (
     GuidanceSum,
     check_devices,
 )
-from .images import check_precision, low_resolution
+from .images import check_precision, down_sampling, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .noise import has_posterior_variance, module_config, prediction_type
 
@@ -44,12 +44,14 @@ class CallArguments:
 
     Attributes:
         batch_size: number of images.
+        sample_size: height and width of the samples, in pixels or latents.
         condition: of the network.
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
     """
 
     batch_size: int
+    sample_size: tuple[int, int] | None
     condition: Condition
     terms: list[Guidance]
     guider_options: dict[str, Any]
@@ -60,6 +62,7 @@ def resolve_arguments(
     label: Labels | None,
     num_images_per_label: int,
     *,
+    size: tuple[int | None, int | None],
     guidance_scale: Any,
     classifier_free_scale: Any,
     interval: tuple[float | None, float | None],
@@ -78,6 +81,7 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
+        size: height and width.
         interval: guidance_start and guidance_stop.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
@@ -97,13 +101,14 @@ def resolve_arguments(
         low_res = low_resolution(image, pipeline.unet.config.in_channels)
         low_res = low_res.to(device, pipeline.dtype)
     batch_size = _batch_size(mixtures, num_images_per_label, latents, low_res)
+    sample_size = _sample_size(pipeline, *size, latents)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
     scales = guidance_scale, classifier_free_scale
     terms = _label_terms(pipeline, mixtures, num_images_per_label, *scales, interval, condition)
     terms += _extra_terms(pipeline, guidance, condition)
     check_devices(terms, device)
-    return CallArguments(batch_size, condition, terms, guider_options)
+    return CallArguments(batch_size, sample_size, condition, terms, guider_options)
 
 
 def _resolve_guidance(
@@ -272,7 +277,9 @@ def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:
 
 def _image_scale(pipeline: Any, name: str, scale: Any, images: int, per_label: int) -> torch.Tensor:
     """The scale as a tensor, () or one per image."""
-    scale = pipeline.config.defaults[name] if scale is None else scale
+    if scale is None:
+        alone = name == "guidance_scale" and pipeline.classifier is None
+        scale = 0.0 if alone else pipeline.config.defaults[name]
     scale = torch.as_tensor(scale, dtype=torch.float32)
     if scale.ndim == 1 and len(scale) * per_label == images:
         scale = scale.repeat_interleave(per_label)
@@ -332,6 +339,37 @@ def _batch_size(
         return len(mixtures)
     given = low_res if latents is None else latents
     return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
+
+
+def _sample_size(
+    pipeline: Any, height: int | None, width: int | None, latents: torch.Tensor | None
+) -> tuple[int, int] | None:
+    """Height and width of the samples, from those of the images, which default to the network's;
+    None: those of `latents`."""
+    given = {"height": height, "width": width}
+    named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    if latents is not None:
+        if named:
+            raise ValueError(f"{named}: latents has a size, so only one of the two is allowed")
+        return None
+    config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
+    size = config.get("sample_size")
+    own = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if None in own and None in (height, width):
+        raise ValueError(
+            "height and width, or latents, are needed: the network's config has no sample_size"
+        )
+    if not named:
+        return own
+    if size is not None and not config.get("block_out_channels"):  # no UNet
+        raise ValueError(f"{named}: {type(pipeline.unet).__name__} takes images of one size only")
+    height = own[0] * pixels if height is None else height
+    width = own[1] * pixels if width is None else width
+    unit = pixels * down_sampling(config)
+    for value in (height, width):
+        if type(value) is not int or value < 1 or value % unit:
+            raise ValueError(f"{named}: multiples of {unit}, at least {unit}, are allowed")
+    return height // pixels, width // pixels
 
 
 def _is_on(scale: Any) -> bool:

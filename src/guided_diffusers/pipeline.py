@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import Condition, resolve_arguments
+from .arguments import CallArguments, Condition, resolve_arguments
 from .classifier import NoiseAwareClassifier
 from .defaults import DEFAULTS
 from .guidance import (
@@ -255,6 +255,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_every: int | None = None,
         guidance_tolerance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -267,7 +269,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
                 the classifier is, and the network doesn't get the label. Larger: sharper images of
                 lower diversity. A class-conditional network that gets the label is sharpened by any
-                scale above 0.
+                scale above 0. The default is 0 without a classifier.
             guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
                 classifier guides.
             num_inference_steps: number of scheduler steps.
@@ -310,6 +312,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 extrapolation error exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at
                 every step while another kind of term is active. The default applies unless
                 `guidance_every` is given.
+            height, width: size of the images in pixels, if the networks allow others than their own
+                (a UNet does; a classifier with `pool="attention"` doesn't).
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -322,6 +326,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             self,
             label,
             num_images_per_label,
+            size=(height, width),
             guidance_scale=guidance_scale,
             classifier_free_scale=classifier_free_scale,
             interval=(guidance_start, guidance_stop),
@@ -341,7 +346,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 2. The schedule and the starting noise
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
-        latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
+        latents = self._starting_noise(arguments, generator, latents, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
@@ -408,28 +413,24 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def _starting_noise(
         self,
-        batch_size: int,
+        arguments: CallArguments,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
-        low_res: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
+        batch_size, low_res = arguments.batch_size, arguments.condition.low_res
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the "
                 f"{batch_size} images, is allowed"
             )
         if latents is None:
-            config = module_config(self.unet)
-            if not config.get("sample_size") or not config.get("in_channels"):
-                raise ValueError(
-                    "latents is needed: the network's config has no sample_size and in_channels"
-                )
-            size = config["sample_size"]
-            height, width = (size, size) if isinstance(size, int) else size
-            channels = config["in_channels"] - (0 if low_res is None else low_res.shape[1])
-            shape = (batch_size, channels, height, width)
+            channels = module_config(self.unet).get("in_channels")
+            if not channels:
+                raise ValueError("latents is needed: the network's config has no in_channels")
+            channels -= 0 if low_res is None else low_res.shape[1]
+            shape = (batch_size, channels, *arguments.sample_size)
             latents = randn_tensor(shape, generator, device, self.dtype)
         elif latents.ndim != 4 or latents.shape[0] != batch_size:
             raise ValueError(
