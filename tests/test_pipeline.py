@@ -796,7 +796,7 @@ def test_plain_modules_are_components() -> None:
     assert pipeline.num_labels == 3 and pipeline.dtype == torch.float32
     with pytest.raises(
         ValueError,
-        match="latents is needed: the network's config has no sample_size and in_channels",
+        match="height and width, or latents, are needed: the network's config has no sample_size",
     ):
         images(pipeline, "owl")
     latents = torch.randn(1, 1, 8, 8)
@@ -986,10 +986,12 @@ def test_wrong_pipelines_are_refused() -> None:
             match=f"conditional=True: the network can't be conditioned on {named}; use None or False",
         ):
             images(quiet(conditional, DDIMScheduler(), small_classifier()), label, conditional=True)
+    alone = quiet(conditional, DDIMScheduler(), id2label=NAMES)
     with pytest.raises(
         ValueError, match=r"guidance_scale=1.0 needs a classifier, and the pipeline has none: pass"
     ):
-        images(quiet(conditional, DDIMScheduler(), id2label=NAMES), "cat")
+        images(alone, "cat", guidance_scale=1.0)
+    assert torch.equal(images(alone, "cat"), images(alone, "cat", guidance_scale=0))
     with pytest.raises(
         ValueError, match="label 7 is unknown to the network; ids 0 to 3 are allowed"
     ):
@@ -999,6 +1001,43 @@ def test_wrong_pipelines_are_refused() -> None:
         ValueError, match="classifier Linear: its config must hold the noise schedule"
     ):
         images(quiet(small_unet(), DDIMScheduler(), bare), 0)
+
+
+@pytest.mark.parametrize("factor", [1, 2])  # pixels of a latent
+def test_images_of_another_size_are_those_of_latents_of_that_size(factor: int) -> None:
+    vae = None
+    if factor == 2:
+        blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (2, 2)
+        vae = diffusers.AutoencoderKL(1, 1, *blocks, norm_num_groups=2, latent_channels=1)
+    adaptive = small_classifier(pool="adaptive")
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), adaptive, vae)
+    size = {"height": 4 * factor, "width": 6 * factor}
+    call = {"output_type": "pt", "guidance_scale": 9.0}
+    sized = images(pipeline, "cat", **size, **call)
+    assert sized.shape[2:] == tuple(size.values())
+    latents = torch.randn(1, 1, 4, 6, generator=generators(1)[0])
+    assert torch.equal(sized, images(pipeline, "cat", latents=latents, **call))
+    assert images(pipeline, "cat", width=6 * factor, **call).shape[2:] == (8 * factor, 6 * factor)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"height": 5}, "height=5: multiples of 2, at least 2, are allowed"),
+        ({"height": 0, "width": 4}, "height=0, width=4: multiples of 2, at least 2, are allowed"),
+        ({"width": -2}, "width=-2: multiples of 2"),
+        ({"width": 8.0}, "width=8.0: multiples of 2"),
+        ({"width": True}, "width=True: multiples of 2"),
+        ({"width": 4, "latents": torch.zeros(1, 1, 8, 8)}, "width=4: latents has a size"),
+        (
+            {"width": 4},
+            r"sample.shape is \(1, 1, 8, 4\); allowed: \(B, C, 8, 8\) with pool=.attention",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(call: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        images(quiet(small_unet(), DDIMScheduler(), small_classifier()), "cat", **call)
 
 
 def test_guidance_of_ones_own_adds_to_the_classifiers() -> None:

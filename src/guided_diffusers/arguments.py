@@ -22,7 +22,7 @@ from .guidance import (
     check_module,
     scale_tensor,
 )
-from .images import check_precision, low_resolution
+from .images import check_precision, down_sampling, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 
@@ -56,6 +56,7 @@ class CallArguments:
 
     Attributes:
         batch_size: number of images.
+        sample_size: height and width of the samples, in pixels or latents.
         condition: of the network.
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
@@ -63,6 +64,7 @@ class CallArguments:
     """
 
     batch_size: int
+    sample_size: tuple[int, int] | None
     condition: Condition
     terms: list[Guidance]
     guider_options: dict[str, Any]
@@ -156,6 +158,8 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     preset = {name: defaults[name] for name in DEFAULTS}
     if hidden:
         preset["classifier_free_scale"] = 0.0  # it is for labels that the network gets
+    if pipeline.classifier is None:
+        preset["guidance_scale"] = 0.0
     usual = _mode(pipeline, defaults, hidden=False)
     mode = _mode(pipeline, {**call, **preset, **given}, hidden)
     changes = (defaults.get("modes") or {}).get(mode)
@@ -186,6 +190,7 @@ def resolve_arguments(
     call: Mapping[str, Any],
     *,
     conditional: bool | None,
+    size: tuple[int | None, int | None],
     latents: torch.Tensor | None,
     clip_x0: bool,
     output_type: str,
@@ -196,6 +201,7 @@ def resolve_arguments(
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
         call: the arguments in `DEFAULTS`, `guidance` and `image`.
+        size: height and width.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
     The other arguments are those of the call.
@@ -217,6 +223,7 @@ def resolve_arguments(
         low_res = low_resolution(call["image"], pipeline.unet.config.in_channels)
         low_res = low_res.to(device, pipeline.dtype)
     batch_size = _batch_size(mixtures, num_images_per_label, latents, low_res)
+    sample_size = _sample_size(pipeline, *size, latents)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
     settings = _call_settings(pipeline, call, class_labels)
@@ -226,7 +233,7 @@ def resolve_arguments(
     terms = _label_terms(pipeline, mixtures, num_images_per_label, call, settings, condition)
     terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
-    return CallArguments(batch_size, condition, terms, guider_options, settings)
+    return CallArguments(batch_size, sample_size, condition, terms, guider_options, settings)
 
 
 def check_names(id2label: Any) -> dict[int, str] | None:
@@ -500,6 +507,42 @@ def _batch_size(
         return len(mixtures)
     given = low_res if latents is None else latents
     return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
+
+
+def _sample_size(
+    pipeline: Any, height: int | None, width: int | None, latents: torch.Tensor | None
+) -> tuple[int, int] | None:
+    """Height and width of the samples, from those of the images, which default to the network's;
+    None: those of `latents`."""
+    given = {"height": height, "width": width}
+    named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    if latents is not None:
+        if named:
+            raise ValueError(f"{named}: latents has a size, so only one of the two is allowed")
+        return None
+    config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
+    size = config.get("sample_size")
+    own = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if len(own) != 2 or not all(n is None or (isinstance(n, int) and n > 0) for n in own):
+        raise ValueError(
+            f"unet: sample_size of its config is {shown(size)}; one or two positive integers are "
+            "allowed"
+        )
+    if None in own and None in (height, width):
+        raise ValueError(
+            "height and width, or latents, are needed: the network's config has no sample_size"
+        )
+    if not named:
+        return own
+    if size is not None and not config.get("block_out_channels"):  # no UNet
+        raise ValueError(f"{named}: {type(pipeline.unet).__name__} takes images of one size only")
+    height = own[0] * pixels if height is None else height
+    width = own[1] * pixels if width is None else width
+    unit = pixels * down_sampling(config)
+    for value in (height, width):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % unit:
+            raise ValueError(f"{named}: multiples of {unit}, at least {unit}, are allowed")
+    return height // pixels, width // pixels
 
 
 def _is_on(scale: Any) -> bool:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from .cli_options import Parser, one_line_errors
 from .diagnosis.commands import add_inspect_command
 from .evaluation.commands import add_evaluate_command
-from .hub.commands import add_hub_commands
+from .hub.commands import add_assemble_command, add_hub_commands
 from .openai.commands import add_convert_command
 from .sampling.commands import add_sample_command
 from .sweep.commands import add_sweep_command
@@ -37,6 +37,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
     add_convert_command(commands)
+    add_assemble_command(commands)
     add_inspect_command(commands)
     add_evaluate_command(commands)
     add_sweep_command(commands)

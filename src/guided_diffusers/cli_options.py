@@ -166,6 +166,17 @@ def add_shared_options(command: argparse.ArgumentParser, *flags: str) -> None:
         add_shared_option(command, flag)
 
 
+def add_part_options(command: Any, required: bool = False) -> None:
+    """Add --unet, --classifier and --vae, the parts of a pipeline as `hub.assembled` takes them."""
+    option = command.add_argument
+    help = "output of train_unet.py, or a pipeline's folder or Hub id"
+    option("--unet", required=required, metavar="NETWORK", help=help)
+    help = "output of train_classifier.py, a folder or Hub id (default: the network alone)"
+    option("--classifier", metavar="CLASSIFIER", help=help)
+    help = "autoencoder of a latent network, a folder or Hub id (default: that saved with it)"
+    option("--vae", metavar="AUTOENCODER", help=help)
+
+
 def select_device(name: str | None, processes: PartialState | None = None) -> torch.device:
     """The device called `name`, or, with several processes, the device of this process.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ def _scaling(
         )
         return scaling / std, mean
     return scaling, config.get("shift_factor") or 0.0
+
+
+def down_sampling(config: Mapping[str, Any]) -> int:
+    """How many times smaller the innermost features of a UNet, or the latents of an autoencoder,
+    are than its input; 1 if its config doesn't say so."""
+    return 2 ** (len(config.get("block_out_channels") or (None,)) - 1)
 
 
 def check_precision(vae: torch.nn.Module) -> None:

@@ -23,7 +23,14 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .arguments import Condition, check_defaults, check_names, check_steps, resolve_arguments
+from .arguments import (
+    CallArguments,
+    Condition,
+    check_defaults,
+    check_names,
+    check_steps,
+    resolve_arguments,
+)
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
 from .guidance import (
@@ -285,6 +292,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         classifier_free_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_every: int | None = None,
         guidance_tolerance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -297,7 +306,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
                 the classifier is, and the network doesn't get the label. Larger: sharper images of
                 lower diversity. A class-conditional network that gets the label is sharpened by any
-                scale above 0.
+                scale above 0. The default is 0 without a classifier.
             guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
                 classifier guides.
             num_inference_steps: number of scheduler steps.
@@ -342,6 +351,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 extrapolation error exceeds this, in the units of x0 (0.05 is 2.5% of [-1, 1]); at
                 every step while another kind of term is active. The default applies unless
                 `guidance_every` is given.
+            height, width: size of the images in pixels, if the networks allow others than their own
+                (a UNet does; a classifier with `pool="attention"` doesn't).
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -375,6 +386,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             num_images_per_label,
             call,
             conditional=conditional,
+            size=(height, width),
             latents=latents,
             clip_x0=clip_x0,
             output_type=output_type,
@@ -388,7 +400,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._set_timesteps(settings["num_inference_steps"], timesteps, sigmas, device)
         if timesteps is not None or sigmas is not None:
             settings["num_inference_steps"] = len(sigmas if timesteps is None else timesteps)
-        latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
+        latents = self._starting_noise(arguments, generator, latents, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
@@ -463,13 +475,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def _starting_noise(
         self,
-        batch_size: int,
+        arguments: CallArguments,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
-        low_res: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
+        batch_size, low_res = arguments.batch_size, arguments.condition.low_res
         many = isinstance(generator, list)
         kinds = generator if many else [generator]
         if not all(isinstance(g, torch.Generator) for g in kinds) and generator is not None:
@@ -483,21 +495,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"{batch_size} images, is allowed"
             )
         if latents is None:
-            config = module_config(self.unet)
-            if not config.get("sample_size") or not config.get("in_channels"):
-                raise ValueError(
-                    "latents is needed: the network's config has no sample_size and in_channels"
-                )
-            size = config["sample_size"]
-            sizes = (size, size) if isinstance(size, int) else tuple(size)
-            if len(sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
-                raise ValueError(
-                    f"unet: sample_size of its config is {shown(size)}; one or two positive "
-                    "integers are allowed"
-                )
-            height, width = sizes
-            channels = config["in_channels"] - (0 if low_res is None else low_res.shape[1])
-            shape = (batch_size, channels, height, width)
+            channels = module_config(self.unet).get("in_channels")
+            if not channels:
+                raise ValueError("latents is needed: the network's config has no in_channels")
+            channels -= 0 if low_res is None else low_res.shape[1]
+            shape = (batch_size, channels, *arguments.sample_size)
             latents = randn_tensor(shape, generator, device, self.dtype)
         elif latents.ndim != 4 or latents.shape[0] != batch_size:
             raise ValueError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .inspection import Diagnosis, diagnose, inspect
     from .levels import EvalLevel
     from .metrics import GAPS, calibration_error, calibration_gaps, with_calibration
+    from .mismatches import network_mismatches
     from .report import BASELINES, COLUMNS, CURVES, plot
     from .steps import GuidanceDiagnostics, check_output
     from .verdict import Verdict
@@ -38,6 +39,7 @@ __all__ = [
     "calibration_gaps",
     "diagnose",
     "inspect",
+    "network_mismatches",
     "plot",
     "with_calibration",
 ]

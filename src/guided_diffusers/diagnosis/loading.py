@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..classifier import NoiseAwareClassifier
+from ..images import down_sampling
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import load_pipeline
@@ -53,8 +54,7 @@ def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tu
         )
     if vae is None:
         return height, config["in_channels"]
-    downsampling = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    return height * downsampling, vae_config["in_channels"]
+    return height * down_sampling(vae_config), vae_config["in_channels"]
 
 
 class RelabeledDataset:

@@ -22,18 +22,7 @@ def config_mismatches(
         raise ValueError(
             f"dataset: its images have {image_shape[0]} channels, the classifier's {channels}"
         )
-    mismatches = []
-    for name, description in (("sample_size", "size"), ("in_channels", "number of channels")):
-        values = config.get(name), unet_config.get(name)
-        if None not in values and as_pair(values[0]) != as_pair(values[1]):
-            mismatches.append(
-                f"the classifier's {description} is {values[0]}, the network's {values[1]}"
-            )
-    embeddings, labels = unet_config.get("num_class_embeds"), config.get("num_labels")
-    if embeddings and labels and embeddings not in (labels, labels + 1):
-        mismatches.append(
-            f"the classifier has {labels} labels, the network {embeddings} class embeddings"
-        )
+    mismatches = network_mismatches(config, unet_config)
     log_trained = float(TrainedSchedule(schedule_config(classifier)).log_ratio[-1])
     trained, start = math.exp(log_trained), run.at(0.0).ratio
     # no schedule has a level to train at for a run from pure noise (zero terminal SNR)
@@ -41,6 +30,26 @@ def config_mismatches(
         mismatches.append(
             f"the classifier was trained up to sigma/alpha {trained:.3g}, and the run starts at "
             f"{start:.3g}; above its highest training noise level it is evaluated at that level"
+        )
+    return mismatches
+
+
+def network_mismatches(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> list[str]:
+    """Differences of a classifier's config and a network's: size, channels and number of labels."""
+    mismatches = []
+    size, unet_size = config.get("sample_size"), unet_config.get("sample_size")
+    if None not in (size, unet_size) and as_pair(size) != as_pair(unet_size):
+        mismatches.append(f"the classifier's size is {size}, the network's {unet_size}")
+    channels, unet_channels = config.get("in_channels"), unet_config.get("in_channels")
+    upsampling = unet_channels == unet_config.get("out_channels") == 2 * (channels or 0)
+    if None not in (channels, unet_channels) and channels != unet_channels and not upsampling:
+        mismatches.append(
+            f"the classifier's number of channels is {channels}, the network's {unet_channels}"
+        )
+    embeddings, labels = unet_config.get("num_class_embeds"), config.get("num_labels")
+    if embeddings and labels and embeddings not in (labels, labels + 1):
+        mismatches.append(
+            f"the classifier has {labels} labels, the network {embeddings} class embeddings"
         )
     return mismatches
 

@@ -1,5 +1,6 @@
-"""Publishing on the Hub, and downloading.
+"""A pipeline from its trained parts; publishing on the Hub, and downloading.
 
+    assemble("out/photos", "out/unet", "out/classifier")     # guided-diffusers assemble ...
     pipeline.push_to_hub("user/model")       # or a NoiseAwareClassifier, or a NoiseAwareCLIP
     push("folder", "user/model")             # guided-diffusers push FOLDER REPO
     pull("user/model", "folder")             # guided-diffusers pull REPO FOLDER
@@ -17,10 +18,11 @@ from ..lazy import lazy_imports
 
 if TYPE_CHECKING:
     from .download import pull
+    from .parts import assemble, assembled
     from .publish import push, push_to_hub
     from .staging import card, prepare
     from .verification import check
 
-__all__ = ["card", "check", "prepare", "pull", "push", "push_to_hub"]
+__all__ = ["assemble", "assembled", "card", "check", "prepare", "pull", "push", "push_to_hub"]
 
 __getattr__, __dir__ = lazy_imports(__name__)

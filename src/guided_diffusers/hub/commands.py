@@ -1,4 +1,4 @@
-"""`guided-diffusers push`, `pull` and `card`."""
+"""`guided-diffusers assemble`, `push`, `pull` and `card`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..cli_options import add_shared_option
+from ..cli_options import add_part_options, add_shared_option
 from ..utils import printable
 
 FOLDER = "a folder with a pipeline, a classifier or a CLIP"
@@ -54,6 +54,45 @@ def add_hub_commands(commands: Any) -> None:
     pull.add_argument("repo", metavar="REPO", help="user/model")
     pull.add_argument("folder", type=Path, help="where to write it")
     add_shared_option(pull, "--revision", help="a branch, a tag or a commit (default: main)")
+
+
+def add_assemble_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "assemble",
+        help="a pipeline from a trained network and classifier",
+        description="Write a pipeline's folder from trained parts. `sample`, `inspect`, `evaluate`, "
+        "`sweep` and `push` take the folder as their model; the trainings' metrics and options go "
+        "along for the model card.",
+    )
+    command.set_defaults(run=run_assemble)
+    add_part_options(command, required=True)
+    option = command.add_argument
+    help = "of Diffusers: ddim, ddpm, euler, ... (default: DPM-Solver++ if it fits the network)"
+    option("--scheduler", metavar="NAME", help=help)
+    preset = command.add_argument_group(
+        "preset", "What a call of the pipeline leaves out.", argument_default=argparse.SUPPRESS
+    ).add_argument
+    preset("--guidance-scale", type=float, metavar="SCALE", help="of the classifier (default: 1)")
+    preset("--num-inference-steps", type=int, metavar="N", help="scheduler steps (default: 50)")
+    option("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+
+
+def run_assemble(options: argparse.Namespace) -> None:
+    from ..defaults import DEFAULTS
+    from . import assemble
+
+    assemble(
+        options.output,
+        options.unet,
+        options.classifier,
+        options.vae,
+        scheduler=options.scheduler,
+        defaults={name: value for name, value in vars(options).items() if name in DEFAULTS},
+    )
+    print(
+        f"saved to {options.output}, next: guided-diffusers sample --model {options.output} "
+        "--label all --output samples.png"
+    )
 
 
 def _add_card_options(command: argparse.ArgumentParser) -> None:

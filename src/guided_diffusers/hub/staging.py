@@ -175,24 +175,31 @@ def _link_weights(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def _merge_metrics(stage: Path, name: str) -> None:
-    """Move metrics.json and options.json, which training writes, into figures.json."""
-    metrics_path, options_path = stage / "metrics.json", stage / "options.json"
-    merged_path = stage / "figures.json"
+def training_metrics(folder: Path, name: str) -> dict[str, Any]:
+    """{name: metrics} of the figures.json of a folder, and of what a training wrote into it.
+
+    Args:
+        name: what the training's metrics are called, as in `METRICS_NAMES`.
+    """
     merged: dict[str, Any] = {}
-    if metrics_path.exists():
-        merged[name] = read_json(metrics_path)
-        if options_path.exists():
-            merged[name]["options"] = read_json(options_path)
-    if merged_path.exists():
-        merged |= read_json(merged_path)
+    if (folder / "metrics.json").exists():
+        merged[name] = read_json(folder / "metrics.json")
+        if (folder / "options.json").exists():
+            merged[name]["options"] = read_json(folder / "options.json")
+    if (folder / "figures.json").exists():
+        merged |= read_json(folder / "figures.json")
     for metrics in merged.values():
         if isinstance(metrics, dict) and isinstance(metrics.get("options"), dict):
             metrics["options"] = _portable_options(metrics["options"])
-    if merged:
-        write_json(merged, merged_path)
-    metrics_path.unlink(missing_ok=True)
-    options_path.unlink(missing_ok=True)
+    return merged
+
+
+def _merge_metrics(stage: Path, name: str) -> None:
+    """Move metrics.json and options.json, which training writes, into figures.json."""
+    if merged := training_metrics(stage, name):
+        write_json(merged, stage / "figures.json")
+    for file in ("metrics.json", "options.json"):
+        (stage / file).unlink(missing_ok=True)
 
 
 def _portable_options(options: dict[str, Any]) -> dict[str, Any]:

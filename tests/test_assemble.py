@@ -1,0 +1,118 @@
+"""A pipeline from trained parts: the same images, the parts' metrics, and what doesn't fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from test_guidance import NAMES, small_classifier, small_unet
+
+from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.cli import main
+from guided_diffusers.hub import assembled
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Folders as the training scripts write them."""
+    trained = ClassifierGuidedPipeline(
+        small_unet(num_class_embeds=4), DDIMScheduler(beta_end=0.03), id2label=NAMES
+    )
+    trained.save_pretrained(tmp_path / "unet")
+    small_classifier().save_pretrained(tmp_path / "classifier")
+    for part in ("unet", "classifier"):
+        metrics = {"step": 4, "held_out": [{"timestep": 9, "loss": 0.5}]}
+        (tmp_path / part / "metrics.json").write_text(json.dumps(metrics))
+        options = {"train_batch_size": 3, "output_dir": "/home/somebody"}
+        (tmp_path / part / "options.json").write_text(json.dumps(options))
+    return tmp_path
+
+
+def assemble(folder: Path, *options: str) -> None:
+    output = str(folder / "out")
+    main(["assemble", "--unet", str(folder / "unet"), "--output", output, *options])
+
+
+def test_the_folder_is_the_pipeline_of_the_parts(
+    parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guidance = ("--guidance-scale", "2.5", "--num-inference-steps", "3")
+    assemble(parts, "--classifier", str(parts / "classifier"), *guidance)
+    folder = parts / "out"
+    assert f"saved to {folder}, next: guided-diffusers sample --model" in capsys.readouterr().out
+    pipeline = ClassifierGuidedPipeline.from_pretrained(folder)
+    assert pipeline.config.id2label == NAMES
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    assert pipeline.scheduler.config.beta_end == 0.03
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    by_hand = ClassifierGuidedPipeline(
+        small_unet(num_class_embeds=4),
+        DPMSolverMultistepScheduler(beta_end=0.03, timestep_spacing="trailing"),
+        small_classifier(),
+    )
+    call: dict[str, Any] = {"label": "cat", "output_type": "pt"}
+    seeded = torch.Generator().manual_seed
+    preset = {"guidance_scale": 2.5, "num_inference_steps": 3}
+    assert torch.equal(
+        pipeline(**call, generator=seeded(0)).images,
+        by_hand(**call, **preset, generator=seeded(0)).images,
+    )
+    metrics = json.loads((folder / "figures.json").read_text())
+    assert set(metrics) == {"unet", "classifier"}
+    assert metrics["unet"]["options"] == {"train_batch_size": 3}
+    main(["card", str(folder), "--no-picture"])
+    assert "0.5" in (folder / "README.md").read_text()
+    assert sorted(path.name for path in parts.iterdir()) == ["classifier", "out", "unet"]
+
+
+def test_a_network_alone_samples(parts: Path) -> None:
+    assemble(parts, "--scheduler", "ddim")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(parts / "out")
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.classifier is None
+    assert not pipeline.scheduler.config.clip_sample
+    pipeline("cat", num_inference_steps=2)
+
+
+def test_flow_matching_keeps_its_scheduler(tmp_path: Path) -> None:
+    trained = ClassifierGuidedPipeline(small_unet(), FlowMatchEulerDiscreteScheduler(shift=2.0))
+    trained.save_pretrained(tmp_path)
+    scheduler = assembled(tmp_path).scheduler
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.shift == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_size": 16}, "the classifier's size is 16, the network's 8"),
+        ({"in_channels": 3}, "the classifier's number of channels is 3, the network's 1"),
+        ({"id2label": {0: "dog", 1: "cat", 2: "owl"}}, "the network's labels are 0: cat"),
+        ({"num_labels": 5, "id2label": None}, "the classifier has 5 labels, the network 4 class"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    parts: Path, changes: dict[str, Any], message: str
+) -> None:
+    small_classifier(**changes).save_pretrained(parts / "other")
+    with pytest.raises(SystemExit, match=message):
+        assemble(parts, "--classifier", str(parts / "other"))
+    assert not (parts / "out").exists()
+
+
+def test_wrong_arguments_are_refused(parts: Path) -> None:
+    with pytest.raises(
+        SystemExit, match="classifier=.*: no such folder; a folder or a Hub id is allowed"
+    ):
+        assemble(parts, "--classifier", "nowhere")
+    with pytest.raises(SystemExit, match="is a UNet2DModel; an autoencoder is allowed"):
+        assemble(parts, "--vae", str(parts / "unet" / "unet"))
+    with pytest.raises(SystemExit, match="scheduler 'no' is unknown"):
+        assemble(parts, "--scheduler", "no")
+    (parts / "out").mkdir()
+    (parts / "out" / "mine.txt").write_text("x")
+    with pytest.raises(SystemExit, match="exists; a new or an empty folder is allowed"):
+        assemble(parts)
+    assert (parts / "out" / "mine.txt").read_text() == "x"
