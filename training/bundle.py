@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["guided-diffusers"]
+# [tool.uv.sources]
+# guided-diffusers = { path = ".." }
 # ///
 """Collect a trained denoiser, classifier, judge and noise-aware CLIP in one folder for the package.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["guided-diffusers"]
+# [tool.uv.sources]
+# guided-diffusers = { path = ".." }
 # ///
 """Kill a training at random moments, resume it each time, and compare it with an uninterrupted one.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["guided-diffusers"]
+# [tool.uv.sources]
+# guided-diffusers = { path = ".." }
 # ///
 # From a checkout: uv run --with . python training/train_classifier.py ...
 """Train a noise-aware classifier p(y | x_t) with Accelerate.

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["guided-diffusers"]
+# [tool.uv.sources]
+# guided-diffusers = { path = ".." }
 # ///
 # From a checkout: uv run --with . python training/train_clip.py ...
 """Train a noise-aware CLIP with Accelerate: an encoder of (x_t, t) and a text encoder, contrastively.

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["guided-diffusers"]
+# [tool.uv.sources]
+# guided-diffusers = { path = ".." }
 # ///
 # From a checkout: uv run --with . python training/train_unet.py ...
 """Train a denoiser, unconditional or class-conditional, with Accelerate.

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -263,15 +265,18 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             safe_serialization,
             "True, weights are saved as safetensors",
         )
-        if is_main_process:
-            self.save_code(Path(save_directory))
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         options = {
             "variant": variant,
             "max_shard_size": max_shard_size,
             **kwargs,
         }
-        super().save_pretrained(save_directory, is_main_process, **options)
+        try:
+            if is_main_process:
+                self.save_code(Path(save_directory))
+            super().save_pretrained(save_directory, is_main_process, **options)
+        except (OSError, SafetensorError) as error:  # the latter is no OSError
+            raise OSError(f"{save_directory} can't be written: {error}") from error
         if push_to_hub and is_main_process:
             self.push_to_hub(
                 push.pop("repo_id", Path(save_directory).name), variant=variant, **push
@@ -284,9 +289,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         """
         if __name__.partition(".")[0] != "guided_diffusers":
             return super().push_to_hub(*args, **kwargs)
-        from guided_diffusers.hub import push_to_hub
-
-        return push_to_hub(self, *args, **kwargs)
+        return import_module("guided_diffusers.hub").push_to_hub(self, *args, **kwargs)
 
     def save_code(self, folder: Path) -> None:
         """Write the config and the files of `code`."""

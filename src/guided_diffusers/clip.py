@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier, check_model_folder
@@ -208,7 +210,10 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
                 "safe_serialization is False; allowed: True, weights are saved as safetensors"
             )
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
-        super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
+        try:
+            super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"{folder} can't be written: {error}") from error
         if not is_main_process:
             return
         if self.tokenizer is not None:
@@ -224,9 +229,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """
         if __name__.partition(".")[0] != "guided_diffusers":
             return super().push_to_hub(*args, **kwargs)
-        from guided_diffusers.hub import push_to_hub
-
-        return push_to_hub(self, *args, **kwargs)
+        return import_module("guided_diffusers.hub").push_to_hub(self, *args, **kwargs)
 
     def _save_tokenizer(self, folder: Path) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)
@@ -248,9 +251,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             return {}
         if __name__ != "guided_diffusers.clip":  # already such a file
             return {f"{CODE_FILE}.py": Path(__file__).read_text()}
-        from guided_diffusers.standalone import self_contained
-
-        return {f"{CODE_FILE}.py": self_contained(type(self))}
+        standalone = import_module("guided_diffusers.standalone")
+        return {f"{CODE_FILE}.py": standalone.self_contained(type(self))}
 
     @classmethod
     def from_pretrained(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,9 +136,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a name that is not bundled.
         """
-        from guided_diffusers.bundled import folder
-
-        return cls.from_pretrained(folder(name), **kwargs)
+        folder = import_module("guided_diffusers.bundled").folder(name)
+        return cls.from_pretrained(folder, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -197,9 +197,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         if __name__.partition(".")[0] != "guided_diffusers":
             return super().push_to_hub(*args, **kwargs)
-        from guided_diffusers.hub import push_to_hub
-
-        return push_to_hub(self, *args, **kwargs)
+        return import_module("guided_diffusers.hub").push_to_hub(self, *args, **kwargs)
 
     def save_code(self, folder: Path) -> None:
         """Write `code` into the pipeline's folder, whose configs then name it and no path of this

@@ -27,6 +27,7 @@ import torch
 from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 from .checks import read_json, shorten, shown
 
@@ -85,7 +86,7 @@ def _local_folder(
     cls: type, name: str | Path, subfolder: str | None, kwargs: dict[str, Any]
 ) -> Path:
     """The pipeline's folder on this machine, downloaded if `name` is a Hub id."""
-    if not isinstance(name, (str, Path)):
+    if not isinstance(name, (str, Path)) or not str(name):
         raise ValueError(f"{shown(name)}: a folder or the id of a repository is allowed")
     if Path(name).is_dir():
         return Path(name) / (subfolder or "")
@@ -202,9 +203,16 @@ def _without_layer_listing() -> Iterator[None]:
 def save_pipeline(
     pipeline: Any, save_pretrained: Callable[..., None], folder: Path, **options: Any
 ) -> None:
-    """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code."""
-    save_pretrained(folder, **options)
-    pipeline.save_code(folder)
+    """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code.
+
+    Raises:
+        OSError: naming the folder, if it can't be written, such as on a full disk.
+    """
+    try:
+        save_pretrained(folder, **options)
+        pipeline.save_code(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} can't be written: {error}") from error
 
 
 def save_pipeline_code(pipeline: Any, folder: Path) -> None:
@@ -244,7 +252,5 @@ def _code_of(cls: type) -> str | None:
     if package == "diffusers_modules":  # it was loaded from such a file
         return Path(inspect.getfile(cls)).read_text()
     if package == "guided_diffusers":
-        from guided_diffusers.standalone import self_contained
-
-        return self_contained(cls)
+        return importlib.import_module("guided_diffusers.standalone").self_contained(cls)
     return None

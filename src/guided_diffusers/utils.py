@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from . import bundled
 from .checks import nearest, shown
 
@@ -62,6 +64,8 @@ def aside(path: Path, exclusive: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} can't be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # which is no OSError
+        raise OSError(f"{path} can't be written: {error}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

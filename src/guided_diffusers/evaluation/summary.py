@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -95,12 +96,25 @@ class Summary:
         with aside(path) as partial:
             save_file(tensors, partial)
 
-    def load(self, path: Path) -> None:
-        tensors = load_file(path)
-        for i, accumulator in enumerate(self.accumulators()):
-            for name in accumulator.sums:
-                old_key = f"{i}.{OLD_STATE_NAMES.get(name, name)}"
-                setattr(accumulator, name, tensors.get(old_key, tensors.get(f"{i}.{name}")))
+    def load(self, path: Path) -> bool:
+        """Read a saved summary; return False, with a warning, for a file that can't be used."""
+        try:
+            tensors = load_file(path)
+            states = []
+            for i, accumulator in enumerate(self.accumulators()):
+                state = {}
+                for name, own in accumulator.state().items():
+                    old_key = f"{i}.{OLD_STATE_NAMES.get(name, name)}"
+                    state[name] = tensors.get(old_key, tensors.get(f"{i}.{name}"))
+                    if state[name] is None or state[name].shape != own.shape:
+                        raise ValueError(f"no tensor {i}.{name} of shape {tuple(own.shape)}")
+                states.append(state)
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning(f"{path} can't be read ({error}) and is made again")
+            return False
+        for accumulator, state in zip(self.accumulators(), states, strict=True):
+            accumulator.restore(state)
+        return True
 
 
 def progress_bar(total: int, title: str, shown: bool) -> tqdm:
@@ -175,9 +189,8 @@ def summarise(
             logger.warning(f"{error}; the summary of the {title} is not kept")
             path = None
     with _cache_lock(path) if is_main and path is not None else nullcontext():
-        cached = broadcast_object_list([path is not None and path.exists()])[0]
-        if cached and is_main:
-            summary.load(path)
+        loaded = is_main and path is not None and path.exists() and summary.load(path)
+        cached = broadcast_object_list([loaded])[0]
         if not cached:
             batches = iterate_features(images, features, judge, batch_size, title, progress)
             for indices, labels, vectors, logits in batches:
