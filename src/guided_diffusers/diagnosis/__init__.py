@@ -25,8 +25,9 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..deprecated import renamed
+from ..guidance import evaluating
 from ..noise import module_config, schedule_config
-from ..utils import evaluating, load_pipeline, write_json
+from ..utils import load_pipeline, write_json
 from .levels import EvalLevel, Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS, GAPS, calibration_error, calibration_gaps, with_calibration

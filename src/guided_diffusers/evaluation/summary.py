@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..utils import aside, evaluating
+from ..guidance import evaluating
+from ..utils import aside
 from .images import Images, read_image
 from .metrics import Accumulator, ClassScore, ConfusionMatrix, FeatureSample, Moments, gather
 from .networks import Network

@@ -28,10 +28,10 @@ from ..evaluation import (
     compare,
     summarise,
 )
+from ..guidance import evaluating
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import LIBRARIES, sample, save_image
 from ..speed import computing_in
-from ..utils import evaluating
 from .metrics import PICTURES, Result
 from .schedulers import scheduler_for
 from .settings import SweepSetting
