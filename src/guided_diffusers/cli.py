@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .cli_options import timeout_message
 from .diagnosis.commands import add_inspect_command
 from .evaluation.commands import add_evaluate_command
 from .hub.commands import add_hub_commands
@@ -29,4 +30,5 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        sys.exit(f"guided-diffusers {options.command}: {error}")
+        message = timeout_message(error, "--timeout-minutes") or error
+        sys.exit(f"guided-diffusers {options.command}: {message}")

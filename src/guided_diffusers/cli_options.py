@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+import time
+import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+
+#: how long a process waits for another one: long enough for reading a dataset, evaluating, saving
+TIMEOUT_MINUTES = 120.0
+MAX_TIMEOUT_MINUTES = 30 * 24 * 60.0
+#: what gloo and torch's store say
+TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms|wait timeout after (\d+)ms")
+ANSWER_SECONDS = 5.0  # in which the processes that wait tell each other
 
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
@@ -44,6 +56,13 @@ SHARED: dict[str, dict[str, Any]] = {
         "steers (default: yes, if the denoiser accepts labels)",
     },
     "--quiet": {"action": "store_true", "help": "no progress bars"},
+    "--timeout-minutes": {
+        "type": float,
+        "default": TIMEOUT_MINUTES,
+        "metavar": "M",
+        "help": "of several processes: how long one waits for another that is stopped or slower "
+        "(default: %(default)g)",
+    },
 }
 
 
@@ -85,16 +104,24 @@ def launched_world_size() -> int:
     )
 
 
-def launched_processes(device: str | None) -> PartialState | None:
+def launched_processes(
+    device: str | None, timeout_minutes: float = TIMEOUT_MINUTES
+) -> PartialState | None:
     """The processes started by a launcher, connected with each other; None for a single one.
 
     Args:
         device: value of --device.
+        timeout_minutes: value of --timeout-minutes.
 
     Raises:
-        ValueError: for a device with an index, which all processes would use; if the processes
-            can't connect, or run on another device.
+        ValueError: for a time limit that is not positive; for a device with an index, which all
+            processes would use; if the processes can't connect, or run on another device.
     """
+    if not 0 < timeout_minutes <= MAX_TIMEOUT_MINUTES:
+        raise ValueError(
+            f"--timeout-minutes {timeout_minutes:g}: above 0, up to {MAX_TIMEOUT_MINUTES:g}, is "
+            "allowed"
+        )
     started = launched_world_size()
     if started == 1:
         return None
@@ -106,10 +133,15 @@ def launched_processes(device: str | None) -> PartialState | None:
         raise ValueError(
             f"--device {device}: each of several processes has its own device; use --device {kind}"
         )
-    # processes wait for the slowest one; if one dies, the launcher ends the others
-    state = PartialState(
-        cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30)
-    )
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    try:
+        state = PartialState(cpu=cpu, timeout=timedelta(minutes=timeout_minutes))
+    except torch.distributed.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the {started} processes didn't connect within --timeout-minutes {timeout_minutes:g}: "
+            f"{reason}"
+        ) from error
     if state.num_processes != started:
         raise ValueError(
             f"the environment says that {started} processes were started, but "
@@ -118,3 +150,45 @@ def launched_processes(device: str | None) -> PartialState | None:
     if device is not None and state.device.type != device:
         raise ValueError(f"--device {device}: the processes run on {state.device.type}")
     return state
+
+
+def timeout_message(error: BaseException, option: str) -> str | None:
+    """What was waited for, if a process waited too long for others; None for other errors.
+
+    Args:
+        option: name of the option of the time limit.
+    """
+    found = TIMED_OUT.search(str(error))
+    if found is None:
+        return None
+    import torch
+
+    rank, minutes = torch.distributed.get_rank(), int(found[1] or found[2]) / 60_000
+    missing = ", ".join(map(str, silent_ranks()))
+    operation = "a collective operation"
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if Path(__file__).parent in path.parents or path.name == Path(sys.argv[0]).name:
+            operation = f"{frame.name} ({path.name}:{frame.lineno})"
+    return (
+        f"process {rank} waited {minutes:g} minutes in {operation} for process {missing}, which is "
+        f"stopped, lost or slower than that; {option} sets the limit"
+    )
+
+
+def silent_ranks() -> list[int]:
+    """Ranks that are not among those that wait in vain now; called by each of the latter."""
+    import torch
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    others = [other for other in range(world) if other != rank]
+    if len(others) == 1:
+        return others
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        store.set(f"timed out/{rank}", "")
+        time.sleep(ANSWER_SECONDS)
+        return [r for r in others if not store.check([f"timed out/{r}"])] or others
+    except RuntimeError:  # the process that holds the store is the one that is waited for
+        return others

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..cli_options import TIMEOUT_MINUTES
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from .batches import WarnOnce, progress_bars, sample
@@ -52,6 +53,7 @@ def sample_to_folder(
     revision: str | None = None,
     processes: PartialState | None = None,
     progress: bool = True,
+    timeout_minutes: float = TIMEOUT_MINUTES,
     **call: Any,
 ) -> SampleResult:
     """Generate the missing ones of `num_images` images; image i has `labels[i % len(labels)]`.
@@ -67,6 +69,8 @@ def sample_to_folder(
             a hash of its weights and configs.
         processes: processes that share the work, each with its pipeline on its device. None: one.
         progress: show a progress bar in the main process.
+        timeout_minutes: how long a process waits for the others while none of them finishes a
+            shard; three times its own slowest shard, if that is longer.
         call: further arguments of the pipeline's call. The manifest stores numbers, strings, lists
             and mappings; of other objects (a guidance term) the name of the class.
 
@@ -74,6 +78,7 @@ def sample_to_folder(
         ValueError: for an invalid argument; for a folder with other settings (the message lists
             them) or with other content.
         OSError: if a file can't be written. Finished shards stay, and the run can be resumed.
+        RuntimeError: if another process is waited for in vain.
     """
     start = time.perf_counter()
     ids = label_ids(pipeline, labels)
@@ -91,13 +96,14 @@ def sample_to_folder(
 
     missing = _missing_shards(shards, settings, processes)
     before = num_images - sum(len(shards.indices(shard)) for shard in missing)
-    is_main = processes is None or processes.is_main_process
+    is_main, share, slowest = processes is None or processes.is_main_process, missing, 0.0
     if processes is not None:
-        missing = missing[processes.process_index :: processes.num_processes]
+        share = missing[processes.process_index :: processes.num_processes]
     show = progress and is_main
     with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
-        for shard in missing:
+        for shard in share:
             content: list[Any] = []
+            began = time.monotonic()
             batches = sample(
                 pipeline, ids, seed, batch_size, shards.indices(shard), output_type="pil", **call
             )
@@ -106,13 +112,44 @@ def sample_to_folder(
                 # the bar counts the finished shards of all processes
                 bar.update(max(0, shards.num_recorded_images() + len(content) - bar.n))
             shards.write(shard, content)
+            slowest = max(slowest, time.monotonic() - began)
 
     if processes is not None:
+        wait_for_shards(shards, missing, processes, max(60 * timeout_minutes, 3 * slowest))
         processes.wait_for_everyone()
     if is_main:
         shards.finish()
         write_manifest(shards.folder, settings, complete=True)
     return SampleResult(num_images, before, time.perf_counter() - start, tuple(ids))
+
+
+def wait_for_shards(
+    shards: Shards, numbers: Sequence[int], processes: PartialState, seconds: float
+) -> None:
+    """Wait until these shards are finished, which the processes make in turns.
+
+    Args:
+        seconds: how long without another finished shard.
+
+    Raises:
+        RuntimeError: after that; it names the processes.
+    """
+    missing, since = list(numbers), time.monotonic()
+    while True:
+        now_missing = [shard for shard in missing if not shards.is_recorded(shard)]
+        if not now_missing:
+            return
+        if now_missing != missing:
+            missing, since = now_missing, time.monotonic()
+        if time.monotonic() - since > seconds:
+            ranks = {numbers.index(shard) % processes.num_processes for shard in missing}
+            raise RuntimeError(
+                f"process {processes.process_index} waited {seconds / 60:g} minutes for "
+                f"{len(missing)} of {len(shards)} shards of {shards.folder}, of process "
+                f"{', '.join(map(str, sorted(ranks)))}, which is stopped, lost or slower than that; "
+                "--timeout-minutes sets the limit, and the same command goes on"
+            )
+        time.sleep(min(1.0, seconds / 10))
 
 
 def _missing_shards(

@@ -46,7 +46,7 @@ NUMBERS = {
 }
 SHARED_FLAGS = (
     "--model --revision --split --image-column --label-column --features --judge --seed "
-    "--batch-size --device --conditional --quiet"
+    "--batch-size --device --timeout-minutes --conditional --quiet"
 ).split()
 CHANGES: dict[str, dict[str, Any]] = {  # of shared options
     "--model": {
@@ -104,7 +104,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from .run import sweep
 
     require_matplotlib()  # before the computation
-    processes = launched_processes(options.device)
+    processes = launched_processes(options.device, options.timeout_minutes)
     main = processes is None or processes.is_main_process
     if options.quiet or not main:
         disable_progress_bar()
