@@ -154,3 +154,19 @@ def launched(
             os.killpg(launch.pid, signal.SIGKILL)
     assert launch.returncode == 0, errors
     return printed
+
+
+def ranks(script: str, arguments: list[str], world: int, folder: Path) -> list[subprocess.Popen]:
+    """Processes of a group, without a launcher that would end them."""
+    path, processes = folder / "rank.py", []
+    path.write_text(script)
+    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1"}
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(path), *arguments]
+        keywords = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(
+            subprocess.Popen(command, env={**os.environ, **environment, **own}, **keywords)
+        )
+    return processes

@@ -903,15 +903,6 @@ def test_a_network_against_itself_adds_nothing_also_where_x0_is_clipped() -> Non
         torch.testing.assert_close(found, off)
 
 
-def test_a_network_that_dropout_makes_random_is_refused() -> None:
-    classifier = small_classifier(dropout=0.1)
-    ClassifierGuidance(classifier, 0)
-    with pytest.raises(
-        ValueError, match=r"NoiseAwareClassifier is in training mode; call its eval\(\) first"
-    ):
-        ClassifierGuidance(classifier.train(), 0)
-
-
 def test_guidance_is_a_term_a_sum_or_a_list() -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
     call: dict[str, Any] = {"num_inference_steps": 2, "num_images_per_label": 2}

@@ -651,10 +651,6 @@ def test_the_real_noise_aware_clip_steers_a_run() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: ImageClassifierGuidance(tiny_resnet().train(), 0),
-            "ResNetFor.* is in training mode; call its eval",
-        ),
         (lambda: ImageClassifierGuidance(Linear()), "label=None, target=None: .* needs a label"),
         (
             lambda: ImageClassifierGuidance(tiny_resnet(), "zebra"),

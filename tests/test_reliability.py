@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -36,6 +38,7 @@ from helpers import (
     environment_of,
     free_port,
     load_script,
+    ranks,
     reset_accelerate,
     shadow,
     weights,
@@ -415,11 +418,11 @@ def test_a_wrong_label_is_named(train: Callable[..., Path], tmp_path: Path) -> N
 class Plain:
     """A run of its own: a linear layer, and images of which one may kill the process that reads it."""
 
-    def __init__(self, folder: Path, split: Dataset, deadly: bool = False, **settings: object):
+    def __init__(self, folder: Path, split: Dataset, deadly: int = 0, **settings: object):
         class Deadly(LabelledImages):
             def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
                 if deadly and item[0] == 40:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), deadly)
                 return super().__getitem__(item)
 
         reset_accelerate()
@@ -463,12 +466,93 @@ def test_a_dead_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> N
     with pytest.raises(
         RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"
     ):
-        Plain(tmp_path, split, deadly=True, max_train_steps=24, dataloader_num_workers=1).train()
+        Plain(
+            tmp_path, split, deadly=signal.SIGKILL, max_train_steps=24, dataloader_num_workers=1
+        ).train()
     assert time.monotonic() - begun < 60
     Plain(tmp_path, split, max_train_steps=24, resume_from_checkpoint="latest").train()  # goes on
 
 
+def test_a_stopped_worker_ends_the_run(place: SimpleNamespace, tmp_path: Path) -> None:
+    split = datasets.load_dataset(str(place.folder))["train"]
+    limit = {"max_train_steps": 24, "dataloader_num_workers": 2, "timeout_minutes": 0.1}
+    begun = time.monotonic()
+    reason = (
+        r"no batch within 0.1 minutes from the .* (\d+ \(.*\), )?\d+ \(stopped\).*; --timeout_m"
+    )
+    with pytest.raises(RuntimeError, match=reason):
+        Plain(tmp_path, split, deadly=signal.SIGSTOP, **limit).train()
+    assert time.monotonic() - begun < 60
+    assert not multiprocessing.active_children()  # or this process could not end
+    Plain(tmp_path, split, **limit | {"resume_from_checkpoint": "latest"}).train()  # goes on
+
+
 # Several processes
+
+
+STOPS_IN_TRAINING = """
+import os, runpy, signal, sys
+from guided_diffusers.learning.loop import Trainer
+
+make_pass = Trainer._pass
+def stop(self, loss, batch, number):
+    if number == 2 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return make_pass(self, loss, batch, number)
+
+Trainer._pass, sys.argv = stop, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_stopped_process_ends_the_training(place: SimpleNamespace, tmp_path: Path) -> None:
+    script = TRAINING / "train_classifier.py"
+    line = f"{script} {TINY} --train_data_dir {place.folder} --cpu --max_train_steps 9 "
+    line += f"--model_config_name_or_path {place.classifier} --diagnosis_images 0 "
+    line += f"--output_dir {tmp_path / 'out'} --timeout_minutes 0.4"
+    first, second = processes = ranks(STOPS_IN_TRAINING, line.split(), 2, tmp_path)
+    try:
+        said = first.communicate(timeout=200)[1]
+        assert psutil.Process(second.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    message = (
+        r"train_classifier.py: error: process 0 waited 0.4 minutes in _pass \(loop.py:\d+\) for "
+        "process 1, which is stopped, lost or slower than that; --timeout_minutes sets the limit"
+    )
+    assert first.returncode == 1 and re.search(message, said), said
+    assert "stopped after step 2; --resume_from_checkpoint latest" in said
+    assert "Traceback" not in said
+
+
+STOPS_AT_A_BARRIER = """
+import os, signal, sys
+from guided_diffusers.cli_options import launched_processes, timeout_message
+state = launched_processes("cpu", 0.25)
+if state.process_index == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    state.wait_for_everyone()
+except RuntimeError as error:
+    sys.exit(timeout_message(error, "--timeout-minutes"))
+"""
+
+
+def test_the_processes_that_wait_find_out_which_one_is_stopped(tmp_path: Path) -> None:
+    processes = ranks(STOPS_AT_A_BARRIER, [], 3, tmp_path)
+    try:
+        said = [processes[rank].communicate(timeout=150)[1] for rank in (0, 2)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for rank, text in zip((0, 2), said, strict=True):
+        assert re.search(
+            rf"process {rank} waited 0.25 minutes in <module> .* for process 1, w", text
+        )
+    assert [processes[rank].returncode for rank in (0, 2)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ import pytest
 import torch
 from conftest import files_of_at_most
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
+from helpers import ranks
 from PIL import Image
 from test_cli import NAMES, folder, pipeline, run  # noqa: F401  (folder and pipeline are fixtures)
 
@@ -38,6 +41,7 @@ from guided_diffusers.sampling import (
     sample_to_folder,
     shards,
 )
+from guided_diffusers.sampling.folder import wait_for_shards
 from guided_diffusers.sampling.manifest import (
     differences,
     folder_names,
@@ -1047,3 +1051,77 @@ def test_the_program_guides_a_part_of_the_run_and_goes_on_with_any_scheduler(
     assert (
         files(tmp_path / "whole")["boot/000000.png"] != files(tmp_path / "part")["boot/000000.png"]
     )
+
+
+# Waiting for other processes
+
+
+def test_a_process_waits_for_others_as_long_as_they_finish_shards(tmp_path: Path) -> None:
+    """Six shards, one each 0.3 s: longer in all than the limit. Then one that isn't finished."""
+    parts = Shards(tmp_path, "imagefolder", ["coat"], [0], 7, 1)
+    processes = SimpleNamespace(process_index=1, num_processes=3)
+
+    def finish() -> None:
+        for shard in range(6):
+            time.sleep(0.3)
+            utils.write_json({"files": {}}, parts.records / f"{shard:05d}.json")
+
+    other = Thread(target=finish)
+    other.start()
+    began = time.monotonic()
+    wait_for_shards(parts, [0, 1, 2, 3, 4, 5], processes, 1.2)
+    other.join()
+    assert time.monotonic() - began >= 1.7
+    message = (
+        r"process 1 waited 0.01 minutes for 1 of 7 shards of .*, of process 0, which is stopped"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        wait_for_shards(parts, [0, 1, 2, 6], processes, 0.6)
+
+
+STOPS = """
+import os, signal, sys
+from guided_diffusers.cli import main
+from guided_diffusers.sampling.shards import Shards
+
+write = Shards.write
+def stop(self, shard, content):
+    if shard == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    write(self, shard, content)
+
+if os.environ["RANK"] == "1":
+    Shards.write = stop
+main(sys.argv[1:])
+"""
+
+
+def test_a_stopped_process_ends_the_command(folder: str, tmp_path: Path) -> None:
+    """And the same command goes on."""
+    output = tmp_path / "out"
+    line = (
+        f"sample --model {folder} --label 0 --num-images 5 --shard-size 1 --batch-size 1 --device"
+    )
+    line += f" cpu --num-inference-steps 2 --timeout-minutes 0.3 --quiet --output {output}"
+    first, second = processes = ranks(STOPS, line.split(), 2, tmp_path)
+    try:
+        said = first.communicate(timeout=200)[1]
+        assert psutil.Process(second.pid).status() == psutil.STATUS_STOPPED
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert first.returncode == 1
+    assert said.splitlines()[-1].startswith(
+        f"guided-diffusers sample: process 0 waited 0.3 minutes for 1 of 5 shards of {output}, of "
+        "process 1, which is stopped, lost or slower than that; --timeout-minutes sets the limit"
+    )
+    assert "Traceback" not in said
+    run(folder, *line.split()[3:])
+    assert len(list(output.rglob("*.png"))) == 5
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, 1e9, float("nan"), float("inf")])
+def test_time_limits_that_are_none(minutes: float) -> None:
+    with pytest.raises(ValueError, match="--timeout-minutes .*: above 0, up to 43200, is allowed"):
+        launched_processes("cpu", minutes)

@@ -345,8 +345,9 @@ def main() -> None:
         max_timestep = schedule["num_train_timesteps"] - 1
         loss = make_loss(options, accelerator, scheduler, max_timestep, data)
         trainer = Trainer(options, accelerator, model, data)
-        workers, progress = options.dataloader_num_workers, options.progress
-        write_latents(accelerator, vae, *images, workers=workers, progress=progress)
+        settings = {"workers": options.dataloader_num_workers, "progress": options.progress}
+        settings["timeout_minutes"] = options.timeout_minutes
+        write_latents(accelerator, vae, *images, **settings)
 
     # 3. Train, save, publish
     evaluate = partial(evaluate_classifier, options, loss, held_out, trainer.steps)

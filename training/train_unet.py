@@ -356,8 +356,9 @@ def main() -> None:
         loss = DenoisingLoss(options, accelerator, scheduler, len(data.id2label))
         set_seed(options.seed)
         trainer = Trainer(options, accelerator, make_denoiser(options, data), data)
-        workers, progress = options.dataloader_num_workers, options.progress
-        write_latents(accelerator, vae, data, held_out, workers=workers, progress=progress)
+        settings = {"workers": options.dataloader_num_workers, "progress": options.progress}
+        settings["timeout_minutes"] = options.timeout_minutes
+        write_latents(accelerator, vae, data, held_out, **settings)
     if isinstance(vae, AutoencoderKL):
         vae.enable_slicing()  # decode the images of a picture one by one
     names = data.id2label if options.class_conditional else None

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import cached_property, partial, wraps
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +24,10 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
-from .guidance import Guidance, GuidanceSum, check_devices, no_parameter_grad
-from .guider import Guider, Prediction, StepFinder, as_number
+from .guidance import Guidance, GuidanceSum, check_devices, evaluating
+from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
 from .images import decode, one_by_one
-from .noise import prediction_type, scale_model_input, split_variance
+from .noise import is_instance_by_name, prediction_type, scale_model_input, split_variance
 
 if TYPE_CHECKING:
     from diffusers import ModularPipeline
@@ -55,10 +56,14 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
         terms: the guidance. Their `conditions` name arguments that the pipeline passes to its
             network, nested in the same way: {"added_cond_kwargs": {"text_embeds": ...}}.
 
+    Within, the networks of the terms, the pipeline's denoiser and its decoder are in evaluation
+    mode.
+
     Raises:
         ValueError: for a pipeline or a term that can't be used, now or at the first step; for a
             scheduler that is exchanged within, at the next call.
         FloatingPointError: if the guidance becomes infinite or NaN.
+        RuntimeError: for a call of the pipeline while another one is in progress.
     """
     name = type(pipeline).__name__
     scheduler = getattr(pipeline, "scheduler", None)
@@ -82,11 +87,11 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     total = GuidanceSum(terms)
     decoder = _component(pipeline, DECODERS)
     hook = GuidanceHook(pipeline, denoiser, decoder, partial(_decode, pipeline), total)
-    guides = [module for module in total.modules() if module is not denoiser]
     # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the
     # pipeline
     with (
-        no_parameter_grad(guides),
+        evaluating(*total.modules(), denoiser, decoder),
+        _one_call_at_a_time(pipeline, hook),
         _replaced_step(scheduler, hook.step),
         denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True),
         denoiser.register_forward_hook(hook.after_call, with_kwargs=True),
@@ -106,6 +111,32 @@ def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
         if (component := getattr(pipeline, name, None)) is not None:
             return component
     return None
+
+
+@contextmanager
+def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
+    """Context in which a second call of the pipeline, before the first one has ended, is refused.
+
+    The pipeline gets a class that differs only in this, since Python looks for `__call__` there.
+    """
+    cls = type(pipeline)
+
+    @wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        uses_it_exclusively = is_instance_by_name(self, {"ClassifierGuidedPipeline"})
+        with nullcontext() if uses_it_exclusively else exclusive_use(hook.scheduler):
+            outer, hook.thread, hook.steps_in_call = hook.thread, get_ident(), 0
+            try:
+                return cls.__call__(self, *args, **kwargs)
+            finally:
+                hook.thread = outer
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call, **names})
+    try:
+        yield
+    finally:
+        pipeline.__class__ = cls
 
 
 @contextmanager
@@ -246,6 +277,8 @@ class GuidanceHook:
         self._calls: list[DenoiserCall] = []  # since the last step
         self._open_call: DenoiserCall | None = None
         self._predicting = False  # whether the network is called by this object
+        self.thread: int | None = None  # of the pipeline's call; None: a loop of the user's
+        self.steps_in_call = 0  # by the pipeline's call so far
 
     def __deepcopy__(self, memo: Any) -> GuidanceHook:
         return self  # of a copied network, which it doesn't guide
@@ -273,6 +306,13 @@ class GuidanceHook:
     def forget_previous_run(self) -> None:
         """Drop the state of a run when another one begins, even if it was broken off."""
         if self._timesteps is not self.scheduler.timesteps:
+            in_progress = self.steps_in_call and self.guider.index + 1 < len(self.guider.levels)
+            if self._is_elsewhere() or (self.thread is not None and in_progress):
+                raise RuntimeError(
+                    f"scheduler: the timesteps of this {type(self.scheduler).__name__} were set "
+                    "again during a guided call, by a call of another pipeline that shares it; "
+                    "give each pipeline a scheduler of its own"
+                )
             self.guider = self.finder = self.repeats = None
             self._calls, self._timesteps = [], self.scheduler.timesteps
 
@@ -281,6 +321,10 @@ class GuidanceHook:
         if self.guider is not None:
             self.guider.check_finite()
 
+    def _is_elsewhere(self) -> bool:
+        """Whether this is another thread than that of the guided call, with the same network."""
+        return self.thread not in (None, get_ident())
+
     # ------------------------------------------------------------ the network's calls
 
     def before_call(
@@ -288,7 +332,7 @@ class GuidanceHook:
     ) -> tuple[tuple, dict] | None:
         """Extend the batch of the pipeline's call of its network by the conditions of the active
         terms."""
-        if self._predicting or module is not self.denoiser:
+        if self._predicting or module is not self.denoiser or self._is_elsewhere():
             return None
         self.check_scheduler()
         self.forget_previous_run()
@@ -312,7 +356,9 @@ class GuidanceHook:
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Store the network's output, and return the pipeline's part of it."""
-        if self._predicting or module is not self.denoiser or self._open_call is None:
+        if self._predicting or module is not self.denoiser or self._is_elsewhere():
+            return None
+        if self._open_call is None:
             return None
         call, self._open_call = self._open_call, None
         self._calls.append(call)
@@ -332,6 +378,7 @@ class GuidanceHook:
         )
         self.start_run(timestep)
         calls, self._calls, self.steps = self._calls, [], self.steps + 1
+        self.steps_in_call += 1
         terms = self.guider.start_step(self.finder.advance(timestep), len(sample))
         if terms:
             with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients

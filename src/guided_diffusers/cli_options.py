@@ -7,10 +7,12 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checks import MAX_SEED, check_number
@@ -65,7 +67,11 @@ seed = number(0, MAX_SEED, integer=True)
 
 @contextmanager
 def one_line_errors(
-    program: str, *, traceback: bool = False, abort: bool = False
+    program: str,
+    *,
+    traceback: bool = False,
+    abort: bool = False,
+    timeout_option: str = "--timeout-minutes",
 ) -> Iterator[None]:
     """End the program with one line, and no traceback, for an error or Ctrl-C within.
 
@@ -74,6 +80,7 @@ def one_line_errors(
         traceback: raise errors as they are; also with `GUIDED_DIFFUSERS_TRACEBACK=1`.
         abort: end this process of several at once, so that its launcher ends the others. (An
             ordinary exit destroys the process group first, and may wait for the others forever.)
+        timeout_option: name of the option that limits the wait for other processes.
     """
     try:
         try:
@@ -89,7 +96,8 @@ def one_line_errors(
     except Exception as error:
         if traceback or os.environ.get(TRACEBACK):
             raise
-        message = one_line(error) or type(error).__name__
+        message = one_line(timeout_message(error, timeout_option) or error)
+        message = message or type(error).__name__
         if not isinstance(error, EXPECTED):
             message = (
                 f"unexpected {type(error).__name__}: {message}; this is a bug, run with "
@@ -114,9 +122,17 @@ def run_program(main: Callable[[], None]) -> None:
     traceback = "--traceback" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--traceback"]
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    with one_line_errors(Path(sys.argv[0]).name, traceback=traceback, abort=several):
+    name, limit = Path(sys.argv[0]).name, "--timeout_minutes"
+    with one_line_errors(name, traceback=traceback, abort=several, timeout_option=limit):
         main()
 
+
+#: how long a process waits for another one: long enough for reading a dataset, evaluating, saving
+TIMEOUT_MINUTES = 120.0
+MAX_TIMEOUT_MINUTES = 30 * 24 * 60.0
+#: what gloo and torch's store say
+TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms|wait timeout after (\d+)ms")
+ANSWER_SECONDS = 5.0  # in which the processes that wait tell each other
 
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
@@ -152,6 +168,13 @@ SHARED: dict[str, dict[str, Any]] = {
         "steers (default: yes, if the denoiser accepts labels)",
     },
     "--quiet": {"action": "store_true", "help": "no progress bars"},
+    "--timeout-minutes": {
+        "type": float,
+        "default": TIMEOUT_MINUTES,
+        "metavar": "M",
+        "help": "of several processes: how long one waits for another that is stopped or slower "
+        "(default: %(default)g)",
+    },
 }
 
 
@@ -222,16 +245,24 @@ def launched_world_size() -> int:
     )
 
 
-def launched_processes(device: str | None) -> PartialState | None:
+def launched_processes(
+    device: str | None, timeout_minutes: float = TIMEOUT_MINUTES
+) -> PartialState | None:
     """The processes started by a launcher, connected with each other; None for a single one.
 
     Args:
         device: value of --device.
+        timeout_minutes: value of --timeout-minutes.
 
     Raises:
-        ValueError: for a device with an index, which all processes would use; if the processes
-            can't connect, or run on another device.
+        ValueError: for a time limit that is not positive; for a device with an index, which all
+            processes would use; if the processes can't connect, or run on another device.
     """
+    if not 0 < timeout_minutes <= MAX_TIMEOUT_MINUTES:
+        raise ValueError(
+            f"--timeout-minutes {timeout_minutes:g}: above 0, up to {MAX_TIMEOUT_MINUTES:g}, is "
+            "allowed"
+        )
     started = launched_world_size()
     if started == 1:
         return None
@@ -243,10 +274,15 @@ def launched_processes(device: str | None) -> PartialState | None:
         raise ValueError(
             f"--device {device}: each of several processes has its own device; use --device {kind}"
         )
-    # processes wait for the slowest one; if one dies, the launcher ends the others
-    state = PartialState(
-        cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30)
-    )
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    try:
+        state = PartialState(cpu=cpu, timeout=timedelta(minutes=timeout_minutes))
+    except torch.distributed.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the {started} processes didn't connect within --timeout-minutes {timeout_minutes:g}: "
+            f"{reason}"
+        ) from error
     if state.num_processes != started:
         raise ValueError(
             f"the environment says that {started} processes were started, but "
@@ -255,3 +291,45 @@ def launched_processes(device: str | None) -> PartialState | None:
     if device is not None and state.device.type != device:
         raise ValueError(f"--device {device}: the processes run on {state.device.type}")
     return state
+
+
+def timeout_message(error: BaseException, option: str) -> str | None:
+    """What was waited for, if a process waited too long for others; None for other errors.
+
+    Args:
+        option: name of the option of the time limit.
+    """
+    found = TIMED_OUT.search(str(error))
+    if found is None:
+        return None
+    import torch
+
+    rank, minutes = torch.distributed.get_rank(), int(found[1] or found[2]) / 60_000
+    missing = ", ".join(map(str, silent_ranks()))
+    operation = "a collective operation"
+    for frame in extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if Path(__file__).parent in path.parents or path.name == Path(sys.argv[0]).name:
+            operation = f"{frame.name} ({path.name}:{frame.lineno})"
+    return (
+        f"process {rank} waited {minutes:g} minutes in {operation} for process {missing}, which is "
+        f"stopped, lost or slower than that; {option} sets the limit"
+    )
+
+
+def silent_ranks() -> list[int]:
+    """Ranks that are not among those that wait in vain now; called by each of the latter."""
+    import torch
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    others = [other for other in range(world) if other != rank]
+    if len(others) == 1:
+        return others
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        store.set(f"timed out/{rank}", "")
+        time.sleep(ANSWER_SECONDS)
+        return [r for r in others if not store.check([f"timed out/{r}"])] or others
+    except RuntimeError:  # the process that holds the store is the one that is waited for
+        return others

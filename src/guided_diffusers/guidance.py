@@ -23,14 +23,19 @@ in `conditions`. They join the step's one call of the network, and the predicted
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
+from threading import Lock
+from types import MethodType
 from typing import Any, Literal
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from .checks import check_bool, check_number, shown
 from .likelihood import Labels, logits_of, make_likelihood
@@ -344,17 +349,17 @@ def check_module(name: str, module: Any) -> None:
         raise ValueError(f"{name}={shown(module)}: a torch.nn.Module is allowed")
 
 
-def check_eval_mode(module: torch.nn.Module) -> None:
-    """Refuse a network whose output dropout or batch norm would make random, or dependent on the
-    batch.
+@contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Context in which the modules are in evaluation mode and their parameters need no gradient.
 
-    Raises:
-        ValueError: for a network in training mode with either.
+    Evaluation mode means that dropout is off and running statistics are used and stay as they are.
+    On exit each layer has its own mode again. None stands for a module that isn't used.
     """
-    random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    for layer in module.modules():
-        if layer.training and isinstance(layer, random) and getattr(layer, "p", 1) > 0:
-            raise ValueError(f"{type(module).__name__} is in training mode; call its eval() first")
+    present = [module for module in modules if module is not None]
+    layers = [(layer, "training") for module in present for layer in module.modules()]
+    with _false(layers), no_parameter_grad(present):
+        yield
 
 
 @contextmanager
@@ -363,20 +368,52 @@ def no_parameter_grad(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
     Nothing is then kept in memory or computed for the weights' gradients.
     """
-    names = [[name for name, p in m.named_parameters() if p.requires_grad] for m in modules]
+    flags = []
+    for module in modules:
+        for layer in module.modules():
+            flags += [(layer, name) for name, p in layer._parameters.items() if p is not None]
+    with _false(flags):
+        yield
 
-    def require(gradient: bool) -> None:
-        for module, module_names in zip(modules, names, strict=True):
-            # looked up again: sequential offloading replaces the parameters at each forward pass
-            parameters = dict(module.named_parameters())
-            for name in module_names:
-                parameters[name].requires_grad_(gradient)
 
+Flag = tuple[torch.nn.Module, str]  # `training`, or the parameter of this name: its requires_grad
+#: how many contexts set a flag to False that was True: calls in several threads may share a network
+_false_counts: Counter[tuple[int, str]] = Counter()
+_false_lock = Lock()
+
+
+@contextmanager
+def _false(flags: Sequence[Flag]) -> Iterator[None]:
+    """Context in which the flags are False; the last one to end restores those that were True."""
+    changed = []
     try:
-        require(False)
+        with _false_lock:
+            for layer, name in flags:
+                key = (id(layer), name)
+                if key in _false_counts or _get_flag(layer, name):
+                    _false_counts[key] += 1
+                    changed.append((layer, name))
+                    _set_flag(layer, name, False)
         yield
     finally:
-        require(True)
+        with _false_lock:
+            for layer, name in changed:
+                key = (id(layer), name)
+                _false_counts[key] -= 1
+                if not _false_counts[key]:
+                    del _false_counts[key]
+                    _set_flag(layer, name, True)
+
+
+def _get_flag(layer: torch.nn.Module, name: str) -> bool:
+    return layer.training if name == "training" else layer._parameters[name].requires_grad
+
+
+def _set_flag(layer: torch.nn.Module, name: str, value: bool) -> None:
+    if name == "training":
+        layer.training = value
+    else:  # looked up again: sequential offloading replaces the parameters at each forward pass
+        layer._parameters[name].requires_grad_(value)
 
 
 # ---------------------------------------------------------------- noise-aware classifiers
@@ -409,7 +446,6 @@ class NoiseAwareGuidance(Guidance):
     ):
         super().__init__(scale, start, stop, sigma_interval)
         check_module("classifier", module)
-        check_eval_mode(module)
         self.module, self.normalize = module, check_bool("normalize", normalize)
         self.supports_pure_noise = not normalize  # thanks to `extrapolation_scale`
         self.schedule = TrainedSchedule(schedule_config(module))
@@ -524,26 +560,12 @@ class ClassifierGuidance(NoiseAwareGuidance):
         check_softplus(classifier, softplus)
 
     def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        return self.likelihood(logits_of(self.module(z, t)))
-
-    def score(self, step: StepContext) -> torch.Tensor:
-        with relu_as_softplus(
-            self.classifier, self.softplus
-        ):  # checkpointed blocks run again within
-            return super().score(step)
+        return self.likelihood(logits_of(relu_as_softplus(self.module, self.softplus)(z, t)))
 
     def select(self, images: slice | list[int], count: int) -> ClassifierGuidance:
         part = super().select(images, count)
         part.likelihood = self.likelihood.select(images)
         return part
-
-
-def _relus(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
-    for parent in module.modules():
-        # `named_children` would leave out a second name of the same child
-        for name, child in parent._modules.items():
-            if isinstance(child, torch.nn.ReLU):
-                yield parent, name
 
 
 def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
@@ -554,26 +576,76 @@ def check_softplus(module: torch.nn.Module, beta: float | None) -> None:
     """
     if beta is not None:
         beta = check_number("softplus", beta, 0, above=True)
-    if beta is not None and next(_relus(module), None) is None:
+    if beta is not None and not any(isinstance(m, torch.nn.ReLU) for m in module.modules()):
         raise ValueError(
             f"softplus={beta}: {type(module).__name__} has no torch.nn.ReLU to make smooth"
         )
+    relu_as_softplus(module, beta)
 
 
-@contextmanager
-def relu_as_softplus(module: torch.nn.Module, beta: float | None) -> Iterator[None]:
-    """Context in which the module's ReLU are softplus(beta x) / beta; None: unchanged. Restored on
-    exit."""
-    relus = []
-    if beta is not None:
-        relus = [(parent, name, getattr(parent, name)) for parent, name in _relus(module)]
-    try:
-        for parent, name, _ in relus:
-            setattr(parent, name, torch.nn.Softplus(beta))
-        yield
-    finally:
-        for parent, name, relu in relus:
-            setattr(parent, name, relu)
+def relu_as_softplus(module: torch.nn.Module, beta: float | None) -> torch.nn.Module:
+    """A copy of the module with softplus(beta x) / beta in place of its ReLU; None: the module.
+
+    The copy shares the weights, and layers without ReLU; the module itself isn't changed, so other
+    threads can use it meanwhile. A copy takes about 1 ms for 500 layers.
+
+    Raises:
+        ValueError: for a layer with ReLU below it whose `forward` was replaced by a function, which
+            would run the layer itself instead of the copy.
+    """
+    if beta is None:
+        return module
+    copies: dict[int, torch.nn.Module] = {}  # by the id of a layer; those of shared ones are shared
+    smooth = _with_softplus(module, beta, copies)
+
+    def exchange(value: Any) -> Any:
+        """The value with copies in place of layers."""
+        if isinstance(value, torch.nn.Module):
+            return copies.get(id(value), value)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, exchange(value.__self__))
+        if type(value) is partial:
+            return partial(exchange(value.func), *map(exchange, value.args), **value.keywords)
+        if type(value) in (list, tuple):
+            return type(value)(map(exchange, value))
+        if type(value) is dict:
+            return {name: exchange(item) for name, item in value.items()}
+        return value
+
+    for clone in copies.values():
+        attributes = vars(clone)
+        for name in attributes.keys() - _MODULE_ATTRIBUTES:
+            attributes[name] = exchange(attributes[name])
+        if not isinstance(attributes.get("forward"), (MethodType, partial, type(None))):
+            raise ValueError(
+                f"softplus={beta}: the forward of {type(clone).__name__} was replaced by a function "
+                "(torch.compile, computing_in, ...), which would run its ReLU; None is allowed"
+            )
+    return smooth
+
+
+_MODULE_ATTRIBUTES = vars(torch.nn.Module()).keys()
+
+
+def _with_softplus(
+    layer: torch.nn.Module, beta: float, copies: dict[int, torch.nn.Module]
+) -> torch.nn.Module:
+    """A copy of a layer with ReLU in or below it, added to `copies`; of any other the layer."""
+    layer = unwrap_module(layer)  # of torch.compile
+    if id(layer) in copies:
+        return copies[id(layer)]
+    if isinstance(layer, torch.nn.ReLU):
+        copies[id(layer)] = torch.nn.Softplus(beta)
+        return copies[id(layer)]
+    children = {}
+    for name, child in layer._modules.items():
+        children[name] = child if child is None else _with_softplus(child, beta, copies)
+    if all(children[name] is child for name, child in layer._modules.items()):
+        return layer
+    clone = object.__new__(type(layer))
+    vars(clone).update({**vars(layer), "_modules": children, "_compiled_call_impl": None})
+    copies[id(layer)] = clone
+    return clone
 
 
 # ---------------------------------------------------------------- differences of two predictions
@@ -681,7 +753,6 @@ class AutoGuidance(Guidance):
     ):
         super().__init__(scale, start, stop, sigma_interval)
         check_module("network", network)
-        check_eval_mode(network)
         self.network = network
 
     def modules(self) -> tuple[torch.nn.Module, ...]:

@@ -14,12 +14,13 @@ Not to be confused with `diffusers.guiders`, which combine predictions and never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from math import hypot, sqrt
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -48,6 +49,33 @@ logger = get_logger(__name__)
 MAX_SAMPLE = 50.0
 #: width of [-1, 1], the range of images; latents, of about unit variance, are hardly wider
 DATA_RANGE = 2.0
+#: by the id of a scheduler: the thread whose call it serves, in a list that stands for the call
+_calls_in_progress: dict[int, list[Thread]] = {}
+
+
+@contextmanager
+def exclusive_use(scheduler: SchedulerMixin) -> Iterator[None]:
+    """Context of a call of a pipeline, whose steps the scheduler counts.
+
+    Raises:
+        RuntimeError: if another call is in progress, in this thread or another one.
+    """
+    call = [current_thread()]
+    other = _calls_in_progress.setdefault(id(scheduler), call)  # atomic
+    if other is not call:
+        place = f"in the thread {other[0].name!r}"
+        if other[0] is call[0]:
+            place = "in this thread, in a callback of which this call is made"
+        raise RuntimeError(
+            f"scheduler: this {type(scheduler).__name__} counts the steps of another call in "
+            f"progress {place}. Wait for its end, or call a pipeline that shares the networks and "
+            "has a scheduler of its own: pipeline.from_pipe(pipeline, "
+            "scheduler=copy.deepcopy(pipeline.scheduler))"
+        )
+    try:
+        yield
+    finally:
+        del _calls_in_progress[id(scheduler)]
 
 
 @dataclass
@@ -435,6 +463,7 @@ class StepFinder:
     """
 
     def __init__(self, scheduler: SchedulerMixin, timestep: Any = None):
+        self.scheduler, self.schedule = scheduler, scheduler.timesteps
         self.timesteps: list[float] = sampling_timesteps(scheduler).tolist()
         first, number = getattr(scheduler, "begin_index", None), as_number(timestep)
         if first is None and number in self.timesteps:
@@ -459,9 +488,16 @@ class StepFinder:
 
         Raises:
             ValueError: if the schedule has none.
+            RuntimeError: if another call, in another thread or a callback, uses the scheduler.
         """
         number = as_number(timestep)
         index = self.next(number)
+        if self.scheduler.timesteps is not self.schedule:
+            raise RuntimeError(
+                f"scheduler: the timesteps of this {type(self.scheduler).__name__} were set again "
+                f"before step {index} of {len(self.timesteps)}, by another call in progress; use a "
+                "pipeline with a scheduler of its own for each thread"
+            )
         if index >= len(self.timesteps) or self.timesteps[index] != number:
             raise ValueError(
                 f"timestep {number} is none of the scheduler's {self.timesteps}, so its noise "

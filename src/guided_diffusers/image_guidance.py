@@ -23,8 +23,8 @@ from .guidance import (
     NoiseAwareGuidance,
     Scale,
     StepContext,
-    check_eval_mode,
     check_softplus,
+    evaluating,
     relu_as_softplus,
     rescale_to_score,
     x0_gradient,
@@ -52,7 +52,7 @@ class ImageClassifierGuidance(Guidance):
 
     Args:
         classifier: an image classification model of `transformers`, or any module in evaluation
-            mode that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
+            that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
         label, target, std, joint_temperature, marginal_temperature, softplus: as in
             `ClassifierGuidance`, with `id2label` and `problem_type` of the classifier's config.
         scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
@@ -86,7 +86,6 @@ class ImageClassifierGuidance(Guidance):
         normalize: bool = False,
     ):
         super().__init__(scale, start, stop, sigma_interval)
-        check_eval_mode(classifier)
         check_softplus(classifier, softplus)
         self.module, self.softplus = classifier, softplus
         self.through_network, self.normalize = through_network, normalize
@@ -107,13 +106,12 @@ class ImageClassifierGuidance(Guidance):
     def log_likelihood(self, images: Tensor, step: StepContext | None = None) -> Tensor:
         """log p(y | images) up to a constant, (B,), of images (B, C, H, W) in about [-1, 1]."""
         pixels = self.preprocess(images)
-        output = self.module(pixels.to(parameter_dtype(self.module, pixels.dtype)))
+        module = relu_as_softplus(self.module, self.softplus)
+        output = module(pixels.to(parameter_dtype(self.module, pixels.dtype)))
         return self.likelihood(logits_of(output))
 
     def score(self, step: StepContext) -> Tensor:
-        # includes the backward pass, in which checkpointed blocks run again
-        with relu_as_softplus(self.module, self.softplus):
-            return image_score(self, step)
+        return image_score(self, step)
 
 
 class CLIPGuidance(Guidance):
@@ -127,7 +125,7 @@ class CLIPGuidance(Guidance):
     scale k of the cosine distance is k / exp(logit_scale) here, k / 100 for OpenAI's models.
 
     Args:
-        model: a `transformers.CLIPModel`, in evaluation mode.
+        model: a `transformers.CLIPModel`.
         prompt: a text, {text: weight, ...}, or a list of these, one per image. Negative weights
             guide away from the text.
         scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
@@ -164,7 +162,6 @@ class CLIPGuidance(Guidance):
         normalize: bool = False,
     ):
         super().__init__(scale, start, stop, sigma_interval)
-        check_eval_mode(model)
         _check_cutouts(cutouts, smallest_cutout, seed)
         self.module, self.through_network, self.normalize = model, through_network, normalize
         self.supports_pure_noise = not (through_network or normalize)
@@ -176,7 +173,8 @@ class CLIPGuidance(Guidance):
         vision = model.config.vision_config
         self.preprocess = Preprocess(processor, vision.num_channels, vision.image_size)
         self.tokenizer = tokenizer
-        self.direction = self._direction(prompt, image_prompt)
+        with evaluating(model):
+            self.direction = self._direction(prompt, image_prompt)
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)
@@ -278,7 +276,8 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
         normalize: bool = False,
     ):
         super().__init__(clip, scale, start, stop, sigma_interval, normalize)
-        self.direction = prompt_direction("prompt", prompt, str, clip.encode_prompts)
+        with evaluating(clip):
+            self.direction = prompt_direction("prompt", prompt, str, clip.encode_prompts)
 
     def log_likelihood(self, z: Tensor, t: float) -> Tensor:
         return self.module.scale * inner_product(self.module.encode_image(z, t), self.direction)

@@ -22,7 +22,7 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
-from .guidance import ClassifierGuidance, check_devices, no_parameter_grad
+from .guidance import ClassifierGuidance, check_devices, evaluating
 from .guider import Guider, Prediction, StepFinder
 from .noise import split_variance
 
@@ -74,7 +74,7 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
         terms = guider.start_step(finder.advance(t), len(latents))
         if terms:
             output, variance = split_variance(block_state.noise_pred, latents.shape[1])
-            with no_parameter_grad([components.classifier]):
+            with evaluating(components.classifier):
                 output, _ = guider.correct(latents, Prediction(output))
             if variance is not None:
                 output = torch.cat([output, variance], dim=1)

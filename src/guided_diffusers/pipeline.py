@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +35,8 @@ from .arguments import (
 )
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
-from .guidance import (
-    Guidance,
-    check_module,
-    no_parameter_grad,
-)
-from .guider import Guider, Prediction
+from .guidance import Guidance, check_module, evaluating, no_parameter_grad
+from .guider import Guider, Prediction, exclusive_use
 from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .noise import (
@@ -70,6 +67,18 @@ class GuidedImageOutput(ImagePipelineOutput):
 
     guidance_evaluations: float = 0.0
     settings: dict[str, Any] | None = None
+
+
+def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the pipeline that is refused while another one uses its scheduler, and in which the
+    networks are in evaluation mode."""
+
+    @wraps(call)
+    def exclusive_call(self: ClassifierGuidedPipeline, *args: Any, **kwargs: Any) -> Any:
+        with exclusive_use(self.scheduler), evaluating(self.unet, self.vae):
+            return call(self, *args, **kwargs)
+
+    return exclusive_call
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -265,6 +274,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     @torch.inference_mode(False)  # inside it, a term couldn't differentiate through the network
     @torch.no_grad()
+    @_one_at_a_time
     def __call__(
         self,
         label: Labels | None = None,
@@ -355,6 +365,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
             FloatingPointError: if the guidance becomes infinite or NaN.
+            RuntimeError: while another call, in another thread or around this one, uses the
+                scheduler.
         """
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
@@ -407,7 +419,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._interrupt, self._num_timesteps = False, len(guider.levels)
         self._guidance_scale = scale = settings["guidance_scale"]
 
-        with no_parameter_grad(guides), self.progress_bar(total=len(guider.levels)) as bar:
+        with evaluating(*guides), self.progress_bar(total=len(guider.levels)) as bar:
             for index, (t, level) in enumerate(schedule):
                 # 3. The network's prediction, also under the conditions of the terms, in one call
                 evaluated = guider.start_step(index, batch_size)

@@ -565,26 +565,6 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
 # Modules and tensors
 
 
-@contextmanager
-def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
-    """Within, the modules are in evaluation mode and their parameters need no gradient.
-
-    Both are restored on exit. None stands for a module that isn't used.
-    """
-    from .guidance import no_parameter_grad
-
-    present = [module for module in modules if module is not None]
-    training = [part for module in present for part in module.modules() if part.training]
-    try:
-        for module in present:
-            module.eval()
-        with no_parameter_grad(present):
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def image_generator(seed: int, index: int) -> torch.Generator:
     """CPU generator of image `index`; every pair (seed, index) has a separate random stream."""
     import numpy as np

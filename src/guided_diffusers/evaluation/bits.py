@@ -10,11 +10,11 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..guidance import evaluating
 from ..learning.losses import Process, bits_per_dim
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator
-from ..utils import evaluating
 from .images import Images
 from .labels import has_names, match_labels
 from .metrics import Accumulator, gather

@@ -79,7 +79,8 @@ def add_evaluate_command(commands: Any) -> None:
     option("--output", **folder, default=Path("evaluation"), help=text)
     text = "keep the summary of the real images there for later evaluations"
     option("--cache", **folder, help=text)
-    add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
+    flags = "--batch-size", "--device", "--timeout-minutes", "--picture", "--quiet"
+    add_shared_options(command, *flags)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -94,7 +95,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ValueError("IMAGES are needed, or --bits-per-dim and --model")
     if options.picture:
         require_matplotlib()  # before the work, not after it
-    processes = launched_processes(options.device)
+    processes = launched_processes(options.device, options.timeout_minutes)
     is_main = processes is None or processes.is_main_process
     if options.quiet or not is_main:
         options.quiet = True

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -95,6 +100,55 @@ class StepRandom:
     def randint(self, high: int) -> torch.Tensor:
         """Integers from 0 to high - 1, (B,)."""
         return self.local(torch.randint(high, (self.total,), generator=self.generator))
+
+
+@contextmanager
+def limited_wait(timeout_minutes: float) -> Iterator[Callable[[Iterator[Batch]], Batch]]:
+    """Context with a function that returns a DataLoader's next batch, within a time limit.
+
+    The function raises RuntimeError if a worker process dies, or sends no batch within that time;
+    it names the worker. The loader's own `timeout` doesn't hold while it asks a worker for the
+    memory of a batch (torch 2.13), so a thread watches it.
+    """
+    seconds, since, late, end = 60 * timeout_minutes, [math.inf], [], Event()
+
+    def watch() -> None:
+        import psutil  # comes with Accelerate
+
+        while not end.wait(min(1.0, seconds / 4)):
+            if late or time.monotonic() - since[0] <= seconds:
+                continue
+            workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
+            stopped = [worker for worker in workers if worker.status() == psutil.STATUS_STOPPED]
+            late.extend(f"{worker.pid} ({worker.status()})" for worker in stopped or workers)
+            for worker in stopped or workers:  # or neither the loader nor this process would end
+                worker.resume() if stopped else worker.kill()
+
+    def next_batch(batches: Iterator[Batch]) -> Batch:
+        reason, since[0] = None, time.monotonic()
+        try:
+            batch = next(batches)
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if not late and not isinstance(error, ConnectionError):
+                raise
+            reason = error  # otherwise torch's only message if a worker dies sending a batch
+        since[0] = math.inf
+        if late:
+            raise RuntimeError(
+                f"no batch within {timeout_minutes:g} minutes from the DataLoader's worker process "
+                f"{', '.join(late)}; --timeout_minutes sets the limit"
+            ) from reason
+        if reason is not None:
+            raise RuntimeError("a DataLoader worker process exited unexpectedly") from reason
+        return batch
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield next_batch
+    finally:
+        end.set()
+        thread.join()
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:

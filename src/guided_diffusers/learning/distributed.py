@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,10 @@ from accelerate.utils import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..cli_options import timeout_message
 from ..utils import check_writable, folder_lock, one_line
 from .options import Options, named_errors
 
-# How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
-TIMEOUT_S = 2 * 3600
 # Units that FSDP gathers at a time, if its config names none.
 FSDP_BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock"}
 # The lock of --output_dir: of the process, since a training ends at any place of a script.
@@ -56,6 +55,13 @@ def abort_process(message: str) -> NoReturn:
     os._exit(1)
 
 
+def abort_after_error(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
+    """End this process of several with an error's traceback, or what it waited for in vain."""
+    if (message := timeout_message(error, "--timeout_minutes")) is not None:
+        abort_process(f"{Path(sys.argv[0]).name}: error: {message}")
+    abort_process("".join(traceback.format_exception(kind, error, trace)))
+
+
 def make_accelerator(options: Options) -> Accelerator:
     """The `Accelerator` of a training; with several processes, an exception in one ends them all."""
     trackers = list(map(str, get_available_trackers()))
@@ -66,19 +72,24 @@ def make_accelerator(options: Options) -> Accelerator:
             f"{installed}. Install it (pip install NAME), or leave the option out"
         )
     logging_dir = Path(options.output_dir) / options.logging_dir
+    timeout = timedelta(minutes=options.timeout_minutes)
     try:
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             cpu=options.cpu,
             log_with=options.report_to,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_S))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             project_config=ProjectConfiguration(options.output_dir, str(logging_dir)),
         )
     except ValueError as error:
         raise ValueError(f"--mixed_precision {options.mixed_precision}: {error}") from error
     except ImportError as error:
         raise ValueError(f"distributed_type DEEPSPEED: {error}") from error
+    except torch.distributed.DistError as error:
+        reason = str(error).splitlines()[0]
+        limit = f"--timeout_minutes {options.timeout_minutes:g}"
+        raise ValueError(f"{limit}: the processes didn't connect: {reason}") from error
     # A launcher's setting would override the option.
     accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
     kind = accelerator.distributed_type.value
@@ -94,7 +105,7 @@ def make_accelerator(options: Options) -> Accelerator:
         )
     lock_output(options, accelerator)
     if accelerator.num_processes > 1:
-        sys.excepthook = lambda *error: abort_process("".join(traceback.format_exception(*error)))
+        sys.excepthook = abort_after_error
     return accelerator
 
 

@@ -27,7 +27,9 @@ from safetensors.torch import save, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..cli_options import TIMEOUT_MINUTES
 from ..images import encode
+from .batches import limited_wait
 from .data import LabelledImages
 
 Autoencoder = AutoencoderKL | VQModel
@@ -125,6 +127,7 @@ def write_latents(
     vae: Autoencoder | None,
     *splits: LatentImages | None,
     workers: int = 0,
+    timeout_minutes: float = TIMEOUT_MINUTES,
     progress: bool = True,
 ) -> None:
     """Encode the images that aren't cached yet; each process writes its share of the files.
@@ -139,13 +142,18 @@ def write_latents(
     try:
         for data in splits:
             if data is not None:
-                write_split(accelerator, vae, data, workers, progress)
+                write_split(accelerator, vae, data, workers, timeout_minutes, progress)
     finally:
         vae.to(device)
 
 
 def write_split(
-    accelerator: Accelerator, vae: Autoencoder, data: LatentImages, workers: int, progress: bool
+    accelerator: Accelerator,
+    vae: Autoencoder,
+    data: LatentImages,
+    workers: int,
+    timeout_minutes: float,
+    progress: bool,
 ) -> None:
     """Encode the images of one split that aren't cached yet."""
     rank, world, files = accelerator.process_index, accelerator.num_processes, data.files
@@ -157,15 +165,17 @@ def write_split(
             rows = torch.arange(k * IMAGES_PER_FILE, min((k + 1) * IMAGES_PER_FILE, len(data)))
             batches[k] = [batch.tolist() for batch in rows.split(batch_size)]
     order = list(chain.from_iterable(batches.values()))
-    pixels = iter(DataLoader(data.images, batch_sampler=order, num_workers=workers))
+    loader = iter(DataLoader(data.images, batch_sampler=order, num_workers=workers))
     is_shown = progress and accelerator.is_main_process and batches
     total, title = sum(map(len, order)), "latents of this process"
     bar = tqdm(total=total, desc=title, unit="image", disable=not is_shown)
     # In lockstep, so that no process waits longer for another than a collective operation may take.
-    for start in range(0, len(files), world):
-        if (k := start + rank) in batches:
-            write_file(data, vae, files[k], pixels, len(batches[k]), bar)
-        accelerator.wait_for_everyone()
+    with limited_wait(timeout_minutes) as next_batch:
+        pixels = (next_batch(loader) for _ in order)
+        for start in range(0, len(files), world):
+            if (k := start + rank) in batches:
+                write_file(data, vae, files[k], pixels, len(batches[k]), bar)
+            accelerator.wait_for_everyone()
     bar.close()
     if missing := [file for file in files if not file.exists()]:
         raise ValueError(

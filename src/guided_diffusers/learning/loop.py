@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..utils import check_writable, one_line, printable, write_json
-from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for
+from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for, limited_wait
 from .checkpointing import (
     LOAD_ERRORS,
     find_checkpoints,
@@ -170,7 +170,8 @@ class Trainer:
         """
         self._open_logs()
         try:
-            self._make_steps(loss, evaluate)
+            with limited_wait(self.options.timeout_minutes) as self._limited_next:
+                self._make_steps(loss, evaluate)
         except BaseException:
             checkpoints = list_checkpoints(self.folder) or ["the beginning"]
             _print_error(
@@ -279,10 +280,7 @@ class Trainer:
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; notes the time it takes and the images that were skipped."""
         start = time.perf_counter()
-        try:
-            batch = next(batches)
-        except ConnectionError as error:  # torch's only message if a worker dies sending a batch
-            raise RuntimeError("a DataLoader worker process exited unexpectedly") from error
+        batch = self._limited_next(batches)
         self.data_seconds += time.perf_counter() - start
         if "corrupt" in batch:
             rows = [row for row in batch.pop("corrupt").tolist() if row >= 0]

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
-from ..cli_options import Parser
+from ..cli_options import MAX_TIMEOUT_MINUTES, TIMEOUT_MINUTES, Parser
 
 AnyOptions = TypeVar("AnyOptions")
 LrScheduler = Literal[
@@ -167,6 +167,12 @@ class Options:
         None, "folder of a checkpoint, or `latest`: the newest in --output_dir, if there is one"
     )
     dataloader_num_workers: int = changeable(0, "image-reading processes, per training process", 0)
+    timeout_minutes: float = changeable(
+        TIMEOUT_MINUTES,
+        "how long a process waits for another one, or for a batch, before the training ends",
+        0.01,
+        MAX_TIMEOUT_MINUTES,
+    )
     report_to: str | None = changeable(None, "tracker of Accelerate (tensorboard, ...) or `all`")
     logging_dir: str = changeable("logs", "folder of the trackers, in --output_dir")
     cpu: bool = changeable(False, "train on the CPU even if there is an accelerator")

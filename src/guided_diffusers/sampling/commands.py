@@ -53,7 +53,8 @@ def add_sample_command(commands: Any) -> None:
         "--num-images", type=count, help="total, with the labels in turn (default: 10 per label)"
     )
     option("--scheduler", help="ddim, ddpm, euler, unipc, dpmsolver++, ... (default: the model's)")
-    add_shared_options(command, "--conditional", "--batch-size", "--device", "--quiet")
+    flags = "--conditional", "--batch-size", "--device", "--timeout-minutes", "--quiet"
+    add_shared_options(command, *flags)
     help = "random seed; image i depends only on the seed and i (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)
     _add_call_options(command)
@@ -110,7 +111,7 @@ def run_sample(options: Namespace) -> None:
     from .batches import list_images
 
     check_options(options)
-    processes = launched_processes(options.device)
+    processes = launched_processes(options.device, options.timeout_minutes)
     is_main = processes is None or processes.is_main_process
     options.quiet = options.quiet or not is_main
     if options.quiet:
@@ -305,6 +306,7 @@ def make_folder(
         revision=hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,
+        timeout_minutes=options.timeout_minutes,
         **call,
     )
     if result.before:

@@ -27,6 +27,7 @@ from diffusers.utils.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..checks import MAX_SEED, check_number, shown
+from ..cli_options import TIMEOUT_MINUTES
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import folder_lock
@@ -63,6 +64,7 @@ def sample_to_folder(
     revision: str | None = None,
     processes: PartialState | None = None,
     progress: bool = True,
+    timeout_minutes: float = TIMEOUT_MINUTES,
     **call: Any,
 ) -> SampleResult:
     """Generate the missing ones of `num_images` images; image i has `labels[i % len(labels)]`.
@@ -80,6 +82,8 @@ def sample_to_folder(
             a hash of its weights and configs.
         processes: processes that share the work, each with its pipeline on its device. None: one.
         progress: show a progress bar in the main process.
+        timeout_minutes: how long a process waits for the others while none of them finishes a
+            shard; three times its own slowest shard, if that is longer.
         call: further arguments of the pipeline's call. The manifest stores numbers, strings, lists
             and mappings; of other objects (a guidance term) the name of the class.
 
@@ -88,6 +92,7 @@ def sample_to_folder(
             them), with other content, or that another process uses.
         OSError: if a file can't be written, or the disk is too small for the images. Finished
             shards stay, and the run can be resumed.
+        RuntimeError: if another process is waited for in vain.
         FloatingPointError: for images that are not finite; its attribute `images` has their
             indices. With `skip_failed`, if all of them are not finite.
     """
@@ -111,13 +116,15 @@ def sample_to_folder(
     with folder_lock(shards.folder) if is_main else nullcontext():
         missing = _missing_shards(shards, settings, processes)
         before = num_images - sum(len(shards.indices(shard)) for shard in missing)
+        share = missing
         if processes is not None:
-            missing = missing[processes.process_index :: processes.num_processes]
+            share = missing[processes.process_index :: processes.num_processes]
         show = progress and is_main
         with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
             generate = partial(sample, pipeline, ids, seed, batch_size, output_type="pil", **call)
-            _write_shards(shards, missing, generate, skip_failed, bar)
+            slowest = _write_shards(shards, share, generate, skip_failed, bar)
         if processes is not None:
+            wait_for_shards(shards, missing, processes, max(60 * timeout_minutes, 3 * slowest))
             processes.wait_for_everyone()
         failed: list[int] = []
         if is_main:
@@ -149,12 +156,17 @@ def _write_shards(
     generate: Callable[..., Iterator[tuple[list[int], Any]]],
     skip_failed: bool,
     bar: tqdm,
-) -> None:
-    """Generate and write the missing shards of this process; `generate` is a part of `sample`."""
+) -> float:
+    """Generate and write the missing shards of this process; `generate` is a part of `sample`.
+
+    Returns:
+        The longest time of a shard, seconds.
+    """
+    slowest = 0.0
     failed: list[int] | None = [] if skip_failed else None
     is_checked = False
     for shard in missing:
-        content: list[Any] = []
+        began, content = time.monotonic(), []
         indices = shards.indices(shard)
         for _, images in generate(indices=indices, failed=failed):
             content += map(shards.encode, images)
@@ -164,6 +176,37 @@ def _write_shards(
             # the bar counts the finished shards of all processes
             bar.update(max(0, shards.num_recorded_images() + len(content) - bar.n))
         shards.write(shard, content, [i for i in failed or () if i in indices])
+        slowest = max(slowest, time.monotonic() - began)
+    return slowest
+
+
+def wait_for_shards(
+    shards: Shards, numbers: Sequence[int], processes: PartialState, seconds: float
+) -> None:
+    """Wait until these shards are finished, which the processes make in turns.
+
+    Args:
+        seconds: how long without another finished shard.
+
+    Raises:
+        RuntimeError: after that; it names the processes.
+    """
+    missing, since = list(numbers), time.monotonic()
+    while True:
+        now_missing = [shard for shard in missing if not shards.is_recorded(shard)]
+        if not now_missing:
+            return
+        if now_missing != missing:
+            missing, since = now_missing, time.monotonic()
+        if time.monotonic() - since > seconds:
+            ranks = {numbers.index(shard) % processes.num_processes for shard in missing}
+            raise RuntimeError(
+                f"process {processes.process_index} waited {seconds / 60:g} minutes for "
+                f"{len(missing)} of {len(shards)} shards of {shards.folder}, of process "
+                f"{', '.join(map(str, sorted(ranks)))}, which is stopped, lost or slower than that; "
+                "--timeout-minutes sets the limit, and the same command goes on"
+            )
+        time.sleep(min(1.0, seconds / 10))
 
 
 def _missing_shards(

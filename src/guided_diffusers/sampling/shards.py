@@ -113,6 +113,10 @@ class Shards:
     def _record(self, shard: int | str) -> Path:
         return self.records / f"{shard:0>5}.json"
 
+    def is_recorded(self, shard: int) -> bool:
+        """Whether a process has finished the shard."""
+        return self._record(shard).exists()
+
     def num_recorded_images(self) -> int:
         """Number of images in finished shards, of all processes."""
         records = (path.stem for path in self.records.glob("*.json"))

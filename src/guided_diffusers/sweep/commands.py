@@ -60,7 +60,7 @@ NUMBERS = {
 }
 SHARED_FLAGS = (
     "--model --revision --split --image-column --label-column --features --judge --seed "
-    "--batch-size --device --conditional --quiet"
+    "--batch-size --device --timeout-minutes --conditional --quiet"
 ).split()
 CHANGES: dict[str, dict[str, Any]] = {  # of shared options
     "--model": {
@@ -118,7 +118,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from .run import check_output, sweep
 
     require_matplotlib()  # before the computation
-    processes = launched_processes(options.device)
+    processes = launched_processes(options.device, options.timeout_minutes)
     main = processes is None or processes.is_main_process
     if main:
         check_output(options.output)

@@ -28,10 +28,11 @@ from ..evaluation import (
     compare,
     summarise,
 )
+from ..guidance import evaluating
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import LIBRARIES, sample, save_image
 from ..speed import computing_in
-from ..utils import evaluating, scheduler_for
+from ..utils import scheduler_for
 from .metrics import PICTURES, Result
 from .settings import SweepSetting
 
