@@ -356,7 +356,7 @@ class NoiseAwareGuidance(Guidance):
         check_eval_mode(module)
         self.module, self.normalize = module, normalize
         self.supports_pure_noise = not normalize  # thanks to `extrapolation_scale`
-        self.schedule = TrainedSchedule(schedule_config(module))
+        self.schedule = TrainedSchedule(schedule_config(module), pure_noise=False)
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)

@@ -3,13 +3,12 @@ classifier."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -29,11 +28,12 @@ from .guidance import (
     Guidance,
     no_parameter_grad,
 )
-from .guider import Guider, Prediction
+from .guider import Guider, Prediction, check_images
 from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .noise import (
     NoiseLevel,
+    check_custom_steps,
     module_config,
     reads_variance,
     sampling_timesteps,
@@ -41,6 +41,7 @@ from .noise import (
     set_begin_index,
     split_variance,
     starting_sigma,
+    starting_warning,
     step_fn,
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
@@ -301,7 +302,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
-            FloatingPointError: if the guidance becomes infinite or NaN.
+            FloatingPointError: if the guidance or an image becomes infinite or NaN; of images, `rows`
+                are their indices.
         """
         # 1. Arguments
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -329,10 +331,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 2. The schedule and the starting noise
         self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+        from_noise = latents is None
         latents = self._starting_noise(batch_size, generator, latents, condition.low_res, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
-        guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
+        guider = Guider(
+            self.scheduler, terms, eta=eta, from_noise=from_noise, **arguments.guider_options
+        )
+        if from_noise and guider.levels[0].sigma < guider.levels[0].alpha:
+            warning = starting_warning(self.scheduler, guider.levels[0])
+            raise ValueError(f"num_inference_steps, timesteps, sigmas: {warning}")
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
 
@@ -362,7 +370,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 5. Images
         latent = output_type == "latent"
-        images = latents if latent else convert(self._decode(latents), output_type)
+        images = latents if latent else self._decode(latents)
+        check_images(images, "in the output")
+        images = images if latent else convert(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
@@ -375,21 +385,23 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> None:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
-        steps = self.config.defaults["num_inference_steps"] if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: at least 1 is allowed")
         name, value = "num_inference_steps", steps
+        if steps is None:
+            value = self.config.defaults["num_inference_steps"]
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"num_inference_steps={value!r}: a whole number from 1 on is allowed")
         if timesteps is not None:
-            name, value = "timesteps", timesteps
+            name, value = "timesteps", check_custom_steps(self.scheduler, "timesteps", timesteps)
         elif sigmas is not None:
-            name, value = "sigmas", sigmas
+            name, value = "sigmas", check_custom_steps(self.scheduler, "sigmas", sigmas)
         scheduler = type(self.scheduler).__name__
-        if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name}: {scheduler} takes no custom ones")
         try:
-            self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (TypeError, AttributeError) as error:  # it needs something else, or more
+            self.scheduler.set_timesteps(**{name: value}, device=device)
+        except (TypeError, AttributeError, IndexError) as error:  # it needs something else, or more
             raise ValueError(f"{name}={value}: {scheduler} can't take it: {error}") from error
+        is_whole = not self.scheduler.timesteps.is_floating_point()
+        if name == "timesteps" and is_whole and any(t != int(t) for t in value):
+            raise ValueError(f"timesteps={value}: {scheduler} allows whole numbers")
         set_begin_index(
             self.scheduler, 0
         )  # else two equal first timesteps make some start at the second
