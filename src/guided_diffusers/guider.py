@@ -27,6 +27,7 @@ from .guidance import Guidance, GuidanceSum, StepContext, no_parameter_grad, tot
 from .noise import (
     check_schedule,
     clipping_warning,
+    ending_warning,
     noise_levels,
     posterior_variance,
     sampling_timesteps,
@@ -114,7 +115,7 @@ class Guider:
         if every != 1 or tolerance is not None:
             self.reuse = GuidanceReuse(self.levels[first:], every, tolerance)
         self._clipping_warning = clipping_warning(scheduler)  # until it is logged
-        self._schedule_warnings = [stride_warning(scheduler, first)]
+        self._schedule_warnings = [stride_warning(scheduler, first), ending_warning(scheduler)]
         if from_noise and not first:
             self._schedule_warnings.append(starting_warning(scheduler, self.levels[0]))
         self.index = first
@@ -273,18 +274,6 @@ class Guider:
         return self.reuse.score(self._evaluated, context, self._images)
 
 
-class NonFiniteImages(FloatingPointError):
-    """Images of a batch that are NaN or infinite.
-
-    Attributes:
-        rows: their indices in the batch, rising.
-    """
-
-    def __init__(self, message: str, rows: Sequence[int]):
-        super().__init__(message)
-        self.rows = list(rows)
-
-
 def check_images(images: torch.Tensor, place: str) -> None:
     """Check a batch of images or final samples; an accelerator is waited for once.
 
@@ -293,19 +282,22 @@ def check_images(images: torch.Tensor, place: str) -> None:
         place: where they come from, for the message.
 
     Raises:
-        NonFiniteImages: for NaN or infinity; the message and `rows` name the images.
+        FloatingPointError: for NaN or infinity, naming the images; its attribute `images` has their
+            indices in the batch.
     """
     finite = images.detach().flatten(1).isfinite().all(1).tolist()
-    rows = [row for row, is_finite in enumerate(finite) if not is_finite]
-    if rows:
-        cause = "look at the network's weights and the scheduler's config, or guide less"
-        if images.dtype == torch.float16:
-            cause = "float16 has a small range; use float32 or bfloat16"
-        raise NonFiniteImages(
-            f"images {', '.join(map(str, rows))} of the batch of {len(images)} are not finite {place}; "
-            f"likely cause: {cause}",
-            rows,
-        )
+    failed = [row for row, is_finite in enumerate(finite) if not is_finite]
+    if not failed:
+        return
+    cause = "look at the network's weights and the scheduler's config, or guide less"
+    if images.dtype == torch.float16:
+        cause = "float16 has a small range; use float32 or bfloat16"
+    error = FloatingPointError(
+        f"images {', '.join(map(str, failed))} of a batch of {len(finite)} are not finite {place}; "
+        f"likely cause: {cause}"
+    )
+    error.images = failed
+    raise error
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], None]:

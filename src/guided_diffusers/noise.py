@@ -84,6 +84,7 @@ MULTISTEP = {
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
     "SASolverScheduler",
+    "LMSDiscreteScheduler",
 }
 #: |b| of the last step, the factor of the output's error in the image, above which it is no image
 MAX_OUTPUT_GAIN = 1e3
@@ -365,15 +366,14 @@ def clipping_warning(scheduler: SchedulerMixin) -> str | None:
 # ---------------------------------------------------------------- schedules that give no images
 
 
-def check_alpha_bar(alpha_bar: torch.Tensor, config: Mapping[str, Any]) -> None:
-    """Check the products of 1 - beta that a config gives, (T,).
+def check_betas(betas: torch.Tensor, config: Mapping[str, Any]) -> None:
+    """Check the betas that a config gives, (T,).
 
     Raises:
-        ValueError: unless they fall within [0, 1], and add noise.
+        ValueError: unless they are from 0 to 1, the first below 1, and some above 0.
     """
-    # Diffusers puts 2^-24 in the place of a last alpha_bar of 0, which may be above the one before
-    falls = len(alpha_bar) and bool((alpha_bar.diff() <= 2.0**-23).all())
-    if not (falls and 0 <= alpha_bar[-1] < 1 and 0 < alpha_bar[0] <= 1):  # also for NaN
+    within = len(betas) and bool(((betas > -1e-6) & (betas <= 1)).all())
+    if not (within and betas[0] < 1 and betas.max() > 0):  # also for NaN
         names = ("beta_schedule", "beta_start", "beta_end")
         if config.get("trained_betas") is not None:
             names = ("trained_betas",)
@@ -393,7 +393,7 @@ def _check_table(scheduler: SchedulerMixin) -> None:
     if table is None or is_flow(scheduler):
         return
     name, config = type(scheduler).__name__, scheduler.config
-    check_alpha_bar(table.detach().cpu().double(), config)
+    check_betas(torch.as_tensor(getattr(scheduler, "betas", 1 - table[:1])), config)
     timesteps = sampling_timesteps(scheduler).cpu().double()
     if not len(timesteps) or config.get("timestep_type") == "continuous":
         return
@@ -422,10 +422,12 @@ def check_custom_steps(scheduler: SchedulerMixin, name: str, steps: Any) -> list
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name}: {kind} takes no custom ones")
     try:
-        values = torch.as_tensor(steps).cpu()
+        if not isinstance(steps, torch.Tensor):
+            steps = torch.from_numpy(np.array(steps, order="C"))
+        values = steps.detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}={steps!r:.80}: a list of numbers is allowed ({error})") from None
-    if values.ndim != 1 or not len(values) or values.dtype in (torch.bool, torch.complex64):
+    if values.ndim != 1 or not len(values) or values.dtype in (torch.bool, torch.complex128):
         raise ValueError(f"{name}={steps!r:.80}: a list of at least one number is allowed")
     numbers, exact = values.tolist(), values.double()
     falls = bool((exact.diff() < 0).all()) or getattr(scheduler, "allows_inversion", False)
@@ -463,6 +465,11 @@ def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> N
         return
     if not levels[0].sigma > 0:
         raise ValueError(f"scheduler {name}: its first step has no noise; look at its config")
+    if not any(level.b for level in levels):
+        raise ValueError(
+            f"scheduler {name}: the network's output has no effect on x0; its config has "
+            f"sigma_data={scheduler.config.get('sigma_data')}"
+        )
     timesteps, order = sampling_timesteps(scheduler).tolist(), getattr(scheduler, "order", 1)
     main = range(0, len(levels), order)  # between them are mid-points
     for i, j in pairwise(main):
@@ -512,6 +519,20 @@ def starting_warning(scheduler: SchedulerMixin, level: NoiseLevel) -> str | None
         f"{type(scheduler).__name__} starts at sigma/alpha={level.sigma / level.alpha:.3g}, where "
         "samples are not noise only: use more steps, timestep_spacing='trailing' in its config, or "
         "timesteps or sigmas that start higher"
+    )
+
+
+def ending_warning(scheduler: SchedulerMixin) -> str | None:
+    """Warning about a run whose last step ends above the schedule's lowest noise level."""
+    table, sigmas = (getattr(scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
+    if table is None or sigmas is None or is_flow(scheduler):
+        return None
+    last, lowest = float(sigmas[-1]), float((1 / table[0].double() - 1).sqrt())
+    if last <= 1.01 * lowest:
+        return None
+    return (
+        f"sigmas: {type(scheduler).__name__} takes the last one, {last:.4g}, for the end of the run, "
+        "so that much noise stays in the images: add 0 at the end"
     )
 
 
@@ -762,8 +783,8 @@ class TrainedSchedule:
         betas = DDPMScheduler(
             **config
         ).betas.double()  # float32 products lose digits of 1 - alpha_bar
+        check_betas(betas, config)
         alpha_bar = torch.cumprod(1 - betas, 0)
-        check_alpha_bar(alpha_bar, config)
         if not pure_noise:
             alpha_bar = alpha_bar[alpha_bar > SMALLEST_ALPHA**2]
         alpha_bar = alpha_bar.clamp(SMALLEST_ALPHA**2, 1 - SMALLEST_ALPHA**2).numpy()

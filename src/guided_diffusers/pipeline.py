@@ -3,9 +3,9 @@ classifier."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,8 +302,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
-            FloatingPointError: if the guidance or an image becomes infinite or NaN; of images, `rows`
-                are their indices.
+            FloatingPointError: if the guidance or an image becomes infinite or NaN; the attribute
+                `images` has the indices of the images.
         """
         # 1. Arguments
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -388,8 +388,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         name, value = "num_inference_steps", steps
         if steps is None:
             value = self.config.defaults["num_inference_steps"]
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"num_inference_steps={value!r}: a whole number from 1 on is allowed")
+        try:
+            value = operator.index(value)  # of a number, an array or a tensor
+        except TypeError:
+            raise ValueError(f"num_inference_steps={value!r}: a whole number is allowed") from None
+        if value < 1:
+            raise ValueError(f"num_inference_steps={value}: at least 1 is allowed")
         if timesteps is not None:
             name, value = "timesteps", check_custom_steps(self.scheduler, "timesteps", timesteps)
         elif sigmas is not None:
@@ -397,7 +401,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler = type(self.scheduler).__name__
         try:
             self.scheduler.set_timesteps(**{name: value}, device=device)
-        except (TypeError, AttributeError, IndexError) as error:  # it needs something else, or more
+        except (
+            TypeError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # it needs something else, or more
             raise ValueError(f"{name}={value}: {scheduler} can't take it: {error}") from error
         is_whole = not self.scheduler.timesteps.is_floating_point()
         if name == "timesteps" and is_whole and any(t != int(t) for t in value):
