@@ -936,7 +936,9 @@ def test_a_run_warns_once_not_once_a_batch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clipping = ClassifierGuidedPipeline(
-        pipeline.unet, DDIMScheduler(clip_sample=True), pipeline.classifier
+        pipeline.unet,
+        DDIMScheduler(clip_sample=True, timestep_spacing="trailing"),
+        pipeline.classifier,
     )
     clipping.set_progress_bar_config(disable=True)
 

@@ -62,7 +62,7 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
     Raises:
         ValueError: for a pipeline or a term that can't be used, now or at the first step; for a
             scheduler that is exchanged within, at the next call.
-        FloatingPointError: if the guidance becomes infinite or NaN.
+        FloatingPointError: if the guidance or the final sample becomes infinite or NaN.
         RuntimeError: for a call of the pipeline while another one is in progress.
     """
     name = type(pipeline).__name__
@@ -304,7 +304,11 @@ class GuidanceHook:
             self.guider = Guider(self.scheduler, [self.terms], first=self.finder.first)
 
     def forget_previous_run(self) -> None:
-        """Drop the state of a run when another one begins, even if it was broken off."""
+        """Drop the state of a run when another one begins, even if it was broken off.
+
+        Raises:
+            FloatingPointError: if that run's guidance or images were not finite.
+        """
         if self._timesteps is not self.scheduler.timesteps:
             in_progress = self.steps_in_call and self.guider.index + 1 < len(self.guider.levels)
             if self._is_elsewhere() or (self.thread is not None and in_progress):
@@ -313,11 +317,13 @@ class GuidanceHook:
                     "again during a guided call, by a call of another pipeline that shares it; "
                     "give each pipeline a scheduler of its own"
                 )
-            self.guider = self.finder = self.repeats = None
+            previous, self.guider, self.finder, self.repeats = self.guider, None, None, None
             self._calls, self._timesteps = [], self.scheduler.timesteps
+            if previous is not None:  # it may have ended before its last step
+                previous.check_finite()
 
     def finish_run(self) -> None:
-        """Raise FloatingPointError if the run's guidance was not finite."""
+        """Raise FloatingPointError if the run's guidance or images were not finite."""
         if self.guider is not None:
             self.guider.check_finite()
 
@@ -387,7 +393,7 @@ class GuidanceHook:
                 )
             args, kwargs = bound.args, bound.kwargs
         result = self.scheduler_step(*args, **kwargs)
-        self.guider.finish_step(result[0])
+        self.guider.finish_step(result[0][: len(sample) // (self.repeats or 1)])
         return result
 
     def correct(

@@ -448,7 +448,7 @@ class NoiseAwareGuidance(Guidance):
         check_module("classifier", module)
         self.module, self.normalize = module, check_bool("normalize", normalize)
         self.supports_pure_noise = not normalize  # thanks to `extrapolation_scale`
-        self.schedule = TrainedSchedule(schedule_config(module))
+        self.schedule = TrainedSchedule(schedule_config(module), pure_noise=False)
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return (self.module,)

@@ -37,10 +37,14 @@ from .guidance import (
 )
 from .noise import (
     NoiseLevel,
+    check_schedule,
     clipping_warning,
+    ending_warning,
     noise_levels,
     posterior_variance,
     sampling_timesteps,
+    starting_warning,
+    stride_warning,
 )
 from .splitting import GuidanceReuse, OperatorSplitting
 
@@ -116,6 +120,7 @@ class Guider:
         eta: the scheduler's, for the last two.
         every, tolerance: when terms are evaluated, as in `GuidanceReuse`.
         first: the step of the schedule that the run starts with, such as in img2img.
+        from_noise: whether a run that starts with step 0 starts from noise only.
 
     Attributes:
         levels, timesteps: noise level and timestep of each step of the schedule.
@@ -137,6 +142,7 @@ class Guider:
         every: int = 1,
         tolerance: float | None = None,
         first: int = 0,
+        from_noise: bool = True,
     ):
         self.scheduler, self.algorithm, self.first = scheduler, algorithm, first
         self.terms = GuidanceSum(terms).terms()
@@ -144,13 +150,17 @@ class Guider:
         if "_step_index" in vars(probe):
             probe._step_index = None
         self.levels = noise_levels(probe)
+        check_schedule(probe, self.levels)
         self.timesteps: list[float] = sampling_timesteps(scheduler).tolist()
         self.splitting = self.reuse = self.score_shift = None
         if self.terms and algorithm in ("lie_trotter", "strang"):
             self.splitting = OperatorSplitting(algorithm, scheduler, self.levels, eta)
         if every != 1 or tolerance is not None:
             self.reuse = GuidanceReuse(self.levels[first:], every, tolerance)
-        self._warning = clipping_warning(scheduler)  # until it is logged
+        self._clipping_warning = clipping_warning(scheduler)  # until it is logged
+        self._schedule_warnings = [stride_warning(scheduler, first), ending_warning(scheduler)]
+        if from_noise and not first:
+            self._schedule_warnings.append(starting_warning(scheduler, self.levels[0]))
         self.index = first
         self.evaluations = 0
         self._active: list[Guidance] = []
@@ -159,6 +169,7 @@ class Guider:
         self._mean_shift: torch.Tensor | None = None
         self._check = FiniteCheck(self.terms)
         self._overshoot = OvershootCheck(self.levels[first:], self.splitting is not None)
+        self._sample: torch.Tensor | None = None  # of the last step, until it is checked
 
     @property
     def count(self) -> int:
@@ -211,10 +222,8 @@ class Guider:
                 graph = prediction.graph_input, level.x0(prediction.graph_input, prediction.output)
             prediction.output, prediction.graph_input = prediction.output.detach(), None
         output = prediction.output
+        self._log_warnings()
         if self._active:
-            if self._warning:
-                logger.warning(self._warning)
-                self._warning = None
             with ExitStack() as stack:  # until the gradients are there
                 context = self._context(x, prediction, graph, stack)
                 self.score_shift = self._score(context)
@@ -235,21 +244,39 @@ class Guider:
         """The next sample, from the scheduler's.
 
         Raises:
-            FloatingPointError: at the last step, for guidance that was not finite.
+            FloatingPointError: at the last step, for guidance or images that are not finite.
         """
         if self.splitting is not None:
             sample = self.splitting.merge(self.index, sample)
         if self._mean_shift is not None:
             sample = sample + self._mean_shift.to(sample.dtype)
+        self._sample = sample
         if self.index + 1 == len(self.levels):
             self.check_finite()
         return sample
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if the guidance of a step so far was not finite; warn of a term
-        that overshot."""
+        """Check the guidance of all steps so far, and the sample after the last of them; warn of a
+        term that overshot.
+
+        Raises:
+            FloatingPointError: if one is not finite.
+        """
         self._check.finish()
         self._overshoot.finish()
+        sample, self._sample = self._sample, None
+        if sample is not None:
+            check_images(
+                sample, f"after step {self.index} of {len(self.levels)} of the sampling run"
+            )
+
+    def _log_warnings(self) -> None:
+        warnings, self._schedule_warnings = self._schedule_warnings, []
+        if self._active:
+            warnings.append(self._clipping_warning)
+            self._clipping_warning = None
+        for warning in filter(None, warnings):
+            logger.warning(warning)
 
     def _context(
         self,
@@ -291,6 +318,32 @@ class Guider:
             return total_score(self._evaluated, context, self._overshoot)
         self.evaluations += len(self._images)
         return self.reuse.score(self._evaluated, context, self._images, self._overshoot)
+
+
+def check_images(images: torch.Tensor, place: str) -> None:
+    """Check a batch of images or final samples; an accelerator is waited for once.
+
+    Args:
+        images: (B, ...).
+        place: where they come from, for the message.
+
+    Raises:
+        FloatingPointError: for NaN or infinity, naming the images; its attribute `images` has their
+            indices in the batch.
+    """
+    finite = images.detach().flatten(1).isfinite().all(1).tolist()
+    failed = [row for row, is_finite in enumerate(finite) if not is_finite]
+    if not failed:
+        return
+    cause = "look at the network's weights and the scheduler's config, or guide less"
+    if images.dtype == torch.float16:
+        cause = "float16 has a small range; use float32 or bfloat16"
+    error = FloatingPointError(
+        f"images {', '.join(map(str, failed))} of a batch of {len(finite)} are not finite {place}; "
+        f"likely cause: {cause}"
+    )
+    error.images = failed
+    raise error
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], None]:

@@ -79,7 +79,7 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
             if variance is not None:
                 output = torch.cat([output, variance], dim=1)
             block_state.noise_pred = output
-        guider.finish_step(latents)
+        guider.finish_step(block_state.noise_pred)  # the scheduler's step comes after this block
         return components, block_state
 
     def _start_run(

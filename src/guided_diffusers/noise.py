@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import hypot, sqrt
 from typing import Any
 
@@ -68,6 +69,29 @@ OUT_OF_REACH = {
 #: alpha = 0 (zero terminal SNR, the first step of flow matching) becomes what Diffusers'
 #: sigma-based schedulers use
 SMALLEST_ALPHA = 2.0**-24
+#: schedulers whose step goes from timestep t to t - num_train_timesteps // num_inference_steps,
+#: whatever the next of their timesteps is
+FIXED_STRIDE = {
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "PNDMScheduler",
+}
+#: schedulers that divide by the distance of two steps' noise levels
+MULTISTEP = {
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "LMSDiscreteScheduler",
+}
+#: |b| of the last step, the factor of the output's error in the image, above which it is no image
+MAX_OUTPUT_GAIN = 1e3
+#: noise of a sample over that of its level, or the inverse, above which there is a warning
+MAX_NOISE_ERROR = 1.05
 
 
 def is_instance_by_name(scheduler: SchedulerMixin, names: Collection[str]) -> str | None:
@@ -251,10 +275,11 @@ def noise_levels(scheduler: SchedulerMixin) -> list[NoiseLevel]:
     start at the second of two equal first timesteps).
 
     Raises:
-        ValueError: for a scheduler that can't be guided, or custom timesteps that have no noise
-            level.
+        ValueError: for a scheduler that can't be guided, a noise schedule that is none, or
+            timesteps that have no noise level.
     """
     prediction = prediction_type(scheduler)
+    _check_table(scheduler)
     constants = {
         name: scheduler.config[name]
         for name in ("sigma_data", "sigma_min")
@@ -345,6 +370,221 @@ def clipping_warning(scheduler: SchedulerMixin) -> str | None:
             "use clip_sample=False in its config"
         )
     return None
+
+
+# ---------------------------------------------------------------- schedules that give no images
+
+
+def check_betas(betas: torch.Tensor, config: Mapping[str, Any]) -> None:
+    """Check the betas that a config gives, (T,).
+
+    Raises:
+        ValueError: unless they are from 0 to 1, the first below 1, and some above 0.
+    """
+    within = len(betas) and bool(((betas > -1e-6) & (betas <= 1)).all())
+    if not (within and betas[0] < 1 and betas.max() > 0):  # also for NaN
+        names = ("beta_schedule", "beta_start", "beta_end")
+        if config.get("trained_betas") is not None:
+            names = ("trained_betas",)
+        text = ", ".join(f"{name}={config.get(name)!r:.60}" for name in names)
+        raise ValueError(
+            f"{text} is no noise schedule; betas from 0 to 1, not all of them 0, are allowed"
+        )
+
+
+def _check_table(scheduler: SchedulerMixin) -> None:
+    """Check the table of alpha_bar, and that all timesteps are in it: it is read by index.
+
+    Raises:
+        ValueError: for betas that aren't a noise schedule, or timesteps beyond it.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None or is_flow(scheduler):
+        return
+    name, config = type(scheduler).__name__, scheduler.config
+    check_betas(torch.as_tensor(getattr(scheduler, "betas", 1 - table[:1])), config)
+    timesteps = sampling_timesteps(scheduler).cpu().double()
+    if not len(timesteps) or config.get("timestep_type") == "continuous":
+        return
+    low, high, last = float(timesteps.min()), float(timesteps.max()), len(table) - 1
+    if not (low >= 0 and high <= last):
+        outside = high if high > last else low
+        raise ValueError(
+            f"timesteps: {name} has {outside:g}, and its noise schedule 0 to {last}; use fewer steps, "
+            f"timesteps in that range, or other config entries (num_train_timesteps="
+            f"{config.get('num_train_timesteps')}, steps_offset={config.get('steps_offset', 0)})"
+        )
+
+
+def check_custom_steps(scheduler: SchedulerMixin, name: str, steps: Any) -> list[float]:
+    """Custom timesteps or sigmas as a list of numbers, ints where they were.
+
+    Args:
+        name: "timesteps" or "sigmas".
+        steps: a list, array or tensor.
+
+    Raises:
+        ValueError: if the scheduler takes none; unless they are finite numbers that fall, at least
+            one, and within the schedule of the network's training.
+    """
+    kind = type(scheduler).__name__
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{name}: {kind} takes no custom ones")
+    try:
+        if not isinstance(steps, torch.Tensor):
+            steps = torch.from_numpy(np.array(steps, order="C"))
+        values = steps.detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={steps!r:.80}: a list of numbers is allowed ({error})") from None
+    if values.ndim != 1 or not len(values) or values.dtype in (torch.bool, torch.complex128):
+        raise ValueError(f"{name}={steps!r:.80}: a list of at least one number is allowed")
+    numbers, exact = values.tolist(), values.double()
+    falls = bool((exact.diff() < 0).all()) or getattr(scheduler, "allows_inversion", False)
+    if not (exact.isfinite().all() and falls):
+        raise ValueError(f"{name}={numbers}: finite numbers that fall are allowed")
+    largest = _largest_step(scheduler, name)
+    if exact.min() < 0 or exact.max() > largest:
+        raise ValueError(f"{name}={numbers}: {kind} allows numbers from 0 to {largest:.6g}")
+    return numbers
+
+
+def _largest_step(scheduler: SchedulerMixin, name: str) -> float:
+    """Of custom timesteps or sigmas; the rest is found when the noise levels are read."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if is_instance_by_name(scheduler, {"DDPMWuerstchenScheduler"}):
+        return 1.0
+    if table is None or is_flow(scheduler):
+        return float("inf")
+    if name == "timesteps":
+        return len(table) - 1
+    return 1.01 * float((1 / table[-1].double() - 1).sqrt())  # users round it
+
+
+def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> None:
+    """Check that a run of these levels can end in an image.
+
+    Raises:
+        ValueError: for a run without steps or without noise; levels that rise, or are repeated by a
+            scheduler that divides by their distance; as `_check_x0`.
+    """
+    name = type(scheduler).__name__
+    if not levels:
+        raise ValueError(f"timesteps, sigmas: {name} has no steps with these; at least 1 is needed")
+    if getattr(scheduler, "allows_inversion", False):
+        return
+    if not levels[0].sigma > 0:
+        raise ValueError(f"scheduler {name}: its first step has no noise; look at its config")
+    if not any(level.b for level in levels):
+        raise ValueError(
+            f"scheduler {name}: the network's output has no effect on x0; its config has "
+            f"sigma_data={scheduler.config.get('sigma_data')}"
+        )
+    timesteps, order = sampling_timesteps(scheduler).tolist(), getattr(scheduler, "order", 1)
+    main = range(0, len(levels), order)  # between them are mid-points
+    for i, j in pairwise(main):
+        noise, following = (min(levels[k].sigma / levels[k].alpha, 4096) for k in (i, j))
+        if following > noise * (1 + 1e-6):
+            raise ValueError(
+                f"timesteps, sigmas: from step {i} (timestep {timesteps[i]:g}) to step {j} "
+                f"({timesteps[j]:g}) the noise of {name} rises; it must fall"
+            )
+        if levels[i] == levels[j] and is_instance_by_name(scheduler, MULTISTEP):
+            raise ValueError(
+                f"num_inference_steps: {len(main)} steps of {name} repeat the noise level of timestep "
+                f"{timesteps[i]:g}, and it divides by their distance; use fewer steps"
+            )
+    _check_x0(scheduler, levels, timesteps)
+
+
+def _check_x0(
+    scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], timesteps: Sequence[float]
+) -> None:
+    """Refuse a prediction of noise where the sample is noise only: it says nothing of x0 there.
+
+    With alpha = 0 (zero terminal SNR) x0 is 0 / 0. A scheduler that clips it goes on with values of
+    -1 and 1, which the next levels' alpha makes small, unless this is the last step.
+
+    Raises:
+        ValueError: naming the timestep.
+    """
+    name = type(scheduler).__name__
+    clips = any(scheduler.config.get(n) for n in ("clip_sample", "thresholding", "clip_denoised"))
+    for i, level in enumerate(levels):
+        last = i + 1 == len(levels)
+        if (level.a >= 1 / SMALLEST_ALPHA and not clips) or (last and -level.b > MAX_OUTPUT_GAIN):
+            raise ValueError(
+                f"prediction_type='epsilon': at timestep {timesteps[i]:g} of {name} the sample is noise "
+                "only, so the predicted noise says nothing of the image; use a network with "
+                "'v_prediction' or 'sample', timestep_spacing='leading', or "
+                "rescale_betas_zero_snr=False"
+            )
+
+
+def starting_warning(scheduler: SchedulerMixin, level: NoiseLevel) -> str | None:
+    """Warning about a run from pure noise whose first level is one of images with noise."""
+    if hypot(level.alpha, level.sigma) <= MAX_NOISE_ERROR * level.sigma:
+        return None
+    return (
+        f"{type(scheduler).__name__} starts at sigma/alpha={level.sigma / level.alpha:.3g}, where "
+        "samples are not noise only: use more steps, timestep_spacing='trailing' in its config, or "
+        "timesteps or sigmas that start higher"
+    )
+
+
+def check_start(scheduler: SchedulerMixin, level: NoiseLevel) -> None:
+    """Refuse a run from pure noise whose first level has more image than noise.
+
+    Raises:
+        ValueError: for one.
+    """
+    if level.sigma < level.alpha:
+        warning = starting_warning(scheduler, level)
+        raise ValueError(f"num_inference_steps, timesteps, sigmas: {warning}")
+
+
+def ending_warning(scheduler: SchedulerMixin) -> str | None:
+    """Warning about a run whose last step ends above the schedule's lowest noise level."""
+    table, sigmas = (getattr(scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
+    if table is None or sigmas is None or is_flow(scheduler):
+        return None
+    last, lowest = float(sigmas[-1]), float((1 / table[0].double() - 1).sqrt())
+    if last <= 1.01 * lowest:
+        return None
+    return (
+        f"sigmas: {type(scheduler).__name__} takes the last one, {last:.4g}, for the end of the run, "
+        "so that much noise stays in the images: add 0 at the end"
+    )
+
+
+def stride_warning(scheduler: SchedulerMixin, first: int = 0) -> str | None:
+    """Warning about a scheduler of `FIXED_STRIDE` whose timesteps have another stride.
+
+    The noise of a sample then differs from that of the timestep at which the network is evaluated,
+    by a factor that is followed here for data that is 0: x_s = sigma_s / sigma_t x_t.
+    """
+    owner = next(cls.__name__ for cls in type(scheduler).__mro__ if "step" in vars(cls))
+    if owner not in FIXED_STRIDE:
+        return None
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    timesteps = list(dict.fromkeys(scheduler.timesteps[first:].tolist()))
+    if owner == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
+        timesteps = [t for t in timesteps if t not in scheduler.prk_timesteps]  # half steps
+    sigma = (1 - scheduler.alphas_cumprod.double()).sqrt().tolist()
+    factor, worst, at = 1.0, 1.0, 0
+    for t, following in pairwise(timesteps):
+        factor *= (sigma[t - stride] if t >= stride else 0.0) / max(sigma[following], 1e-6)
+        if abs(factor - 1) > abs(worst - 1):
+            worst, at = factor, following
+    if 1 / MAX_NOISE_ERROR <= worst <= MAX_NOISE_ERROR:
+        return None
+    spacing = scheduler.config.timestep_spacing
+    return (
+        f"{owner} steps by {stride} timesteps, its timesteps (timestep_spacing={spacing!r}, "
+        f"{scheduler.num_inference_steps} steps) have another distance: at timestep {at} the sample "
+        f"has {worst:.3g} times the noise that the network is told. Use timestep_spacing='trailing' "
+        f"and a number of steps that divides {scheduler.config.num_train_timesteps}, or another "
+        "scheduler"
+    )
 
 
 # ---------------------------------------------------------------- steps
@@ -535,6 +775,7 @@ def schedule_config(module: torch.nn.Module) -> Mapping[str, Any]:
     """
     config = module_config(module)
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+    names += ("rescale_betas_zero_snr",)
     schedule = {name: config[name] for name in names if config.get(name) is not None}
     has_betas = bool({"beta_schedule", "trained_betas"} & schedule.keys())
     if "num_train_timesteps" not in schedule or not has_betas:
@@ -550,15 +791,24 @@ class TrainedSchedule:
     sigma_t eps.
 
     Args:
-        config: `num_train_timesteps`, `beta_schedule`, `beta_start`, `beta_end`, `trained_betas` of
-            `DDPMScheduler`.
+        config: `num_train_timesteps`, `beta_schedule`, `beta_start`, `beta_end`, `trained_betas`,
+            `rescale_betas_zero_snr` of `DDPMScheduler`.
+        pure_noise: whether a last level without signal (zero terminal SNR) is one of the levels.
+            What a classifier says of it has no meaning; a denoiser predicts the mean there.
+
+    Raises:
+        ValueError: for betas that aren't a noise schedule.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, Any], pure_noise: bool = True):
         betas = DDPMScheduler(
             **config
         ).betas.double()  # float32 products lose digits of 1 - alpha_bar
-        alpha_bar = torch.cumprod(1 - betas, 0).clamp(min=SMALLEST_ALPHA**2).numpy()
+        check_betas(betas, config)
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        if not pure_noise:
+            alpha_bar = alpha_bar[alpha_bar > SMALLEST_ALPHA**2]
+        alpha_bar = alpha_bar.clamp(SMALLEST_ALPHA**2, 1 - SMALLEST_ALPHA**2).numpy()
         #: log(sigma_t / alpha_t) of each timestep, rising
         self.log_ratio = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
 

@@ -3,7 +3,6 @@ classifier."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -11,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -36,12 +34,14 @@ from .arguments import (
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
 from .guidance import Guidance, check_module, evaluating, no_parameter_grad
-from .guider import Guider, Prediction, exclusive_use
+from .guider import Guider, Prediction, check_images, exclusive_use
 from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .noise import (
     NoiseLevel,
+    check_custom_steps,
     check_scheduler,
+    check_start,
     module_config,
     reads_variance,
     sampling_timesteps,
@@ -364,9 +364,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
-            FloatingPointError: if the guidance becomes infinite or NaN.
             RuntimeError: while another call, in another thread or around this one, uses the
                 scheduler.
+            FloatingPointError: if the guidance or an image becomes infinite or NaN; the attribute
+                `images` has the indices of the images.
         """
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
@@ -407,13 +408,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 2. The schedule and the starting noise
         settings = arguments.settings
-        self._set_timesteps(settings["num_inference_steps"], timesteps, sigmas, device)
-        if timesteps is not None or sigmas is not None:
-            settings["num_inference_steps"] = len(sigmas if timesteps is None else timesteps)
+        self._set_timesteps(settings, timesteps, sigmas, device)
+        from_noise = latents is None
         latents = self._starting_noise(arguments, generator, latents, device)
         self._check_shapes(latents, condition, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
-        guider = Guider(self.scheduler, terms, eta=eta, **arguments.guider_options)
+        options = {"eta": eta, "from_noise": from_noise, **arguments.guider_options}
+        guider = Guider(self.scheduler, terms, **options)
+        if from_noise:
+            check_start(self.scheduler, guider.levels[0])
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
         self._interrupt, self._num_timesteps = False, len(guider.levels)
@@ -451,7 +454,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 5. Images
         latent = output_type == "latent"
-        images = latents if latent else convert(self._decode(latents), output_type)
+        images = latents if latent else self._decode(latents)
+        check_images(images, "in the output")
+        images = images if latent else convert(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
@@ -459,26 +464,31 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------ schedule and noise
 
-    def _set_timesteps(self, steps: int, timesteps: Any, sigmas: Any, device: torch.device) -> None:
+    def _set_timesteps(
+        self, settings: dict[str, Any], timesteps: Any, sigmas: Any, device: torch.device
+    ) -> None:
+        """Set the scheduler's, and the number of steps in `settings`."""
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
-        if timesteps is None and sigmas is None:
-            steps = check_steps(self.scheduler, steps)
-        name, value = "num_inference_steps", steps
         if timesteps is not None:
-            name, value = "timesteps", timesteps
+            name, value = "timesteps", check_custom_steps(self.scheduler, "timesteps", timesteps)
         elif sigmas is not None:
-            name, value = "sigmas", sigmas
+            name, value = "sigmas", check_custom_steps(self.scheduler, "sigmas", sigmas)
+        else:
+            name = "num_inference_steps"
+            value = check_steps(self.scheduler, settings[name])
+        settings["num_inference_steps"] = value if isinstance(value, int) else len(value)
         scheduler = type(self.scheduler).__name__
-        if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name}: {scheduler} takes no custom ones")
         try:
-            self.scheduler.set_timesteps(**{name: np.asarray(value).tolist()}, device=device)
-        except (TypeError, AttributeError, LookupError, RuntimeError, OverflowError) as error:
+            self.scheduler.set_timesteps(**{name: value}, device=device)
+        except (TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
             # it needs something else, or more
             raise ValueError(
                 f"{name}={shown(value)}: {scheduler} can't take it: {error}"
             ) from error
+        is_whole = not self.scheduler.timesteps.is_floating_point()
+        if name == "timesteps" and is_whole and any(t != int(t) for t in value):
+            raise ValueError(f"timesteps={value}: {scheduler} allows whole numbers")
         set_begin_index(
             self.scheduler, 0
         )  # else two equal first timesteps make some start at the second

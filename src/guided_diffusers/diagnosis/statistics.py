@@ -40,7 +40,7 @@ class LevelStatistics:
 
     def __post_init__(self) -> None:
         self.value_range = float("inf"), float("-inf")  # of the images
-        self.schedule = TrainedSchedule(schedule_config(self.classifier))
+        self.schedule = TrainedSchedule(schedule_config(self.classifier), pure_noise=False)
         weights = filter(torch.is_floating_point, self.classifier.parameters())
         weight = next(weights, torch.zeros(()))
         self.dtype, self.device, self.float64_copy = weight.dtype, weight.device, None
