@@ -21,8 +21,9 @@ CORE = {
     "noise": set(),
     "likelihood": set(),
     "images": set(),
-    "classifier": set(),
-    "repository": set(),
+    "weights": set(),
+    "classifier": {"weights"},
+    "repository": {"weights"},
     "guidance": {"noise", "likelihood"},
     "splitting": {"noise", "guidance"},
     "guider": {"noise", "guidance", "splitting"},
@@ -36,6 +37,7 @@ CORE = {
         "arguments",
         "classifier",
         "repository",
+        "weights",
     },
 }
 # beside the core: of the core whatever they like, of the rest this

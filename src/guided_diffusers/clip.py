@@ -22,6 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier
+from .weights import check_saveable, load_checked, saved_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,8 +200,12 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
 
         `AutoModel.from_pretrained(folder, trust_remote_code=True)` runs that code.
 
+        Weights in the folder that the new ones replace are removed when those are complete.
+
         Raises:
-            ValueError: For `safe_serialization=False`.
+            ValueError: For `safe_serialization=False`, or weights that aren't those of a model of
+                this config, such as with an adapter in it.
+            OSError: If the folder can't be written.
         """
         folder = Path(save_directory)
         if not safe_serialization:
@@ -208,13 +213,14 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
                 "safe_serialization is False; allowed: True, weights are saved as safetensors"
             )
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
-        super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
-        if not is_main_process:
-            return
-        if self.tokenizer is not None:
-            self._save_tokenizer(folder / "tokenizer")
-        self.save_code(folder)
-        if push_to_hub:
+        check_saveable(type(self).__name__, self)
+        with saved_aside(folder) as partial:
+            super().save_pretrained(partial, is_main_process, variant=variant, **kwargs)
+            if is_main_process:
+                if self.tokenizer is not None:
+                    self._save_tokenizer(partial / "tokenizer")
+                self.save_code(partial)
+        if push_to_hub and is_main_process:
             self.push_to_hub(push.pop("repo_id", folder.name), variant=variant, **push)
 
     def _save_tokenizer(self, folder: Path) -> None:
@@ -248,7 +254,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """Load a model, and its tokenizer if it has one, from a folder or the Hub.
 
         Raises:
-            ValueError: For `use_safetensors=False`, or a model of another class.
+            ValueError: For `use_safetensors=False`, a model of another class, or weights that
+                aren't the model's.
             OSError: For a missing or broken file; the message names it.
         """
         from transformers import AutoTokenizer
@@ -259,7 +266,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
                 "use_safetensors is False; allowed: True, weights in pickles aren't read"
             )
         name = str(pretrained_model_name_or_path)
-        model = super().from_pretrained(name, use_safetensors=True, **kwargs)
+        model = load_checked(super().from_pretrained, name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         hub["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
         optional = {**hub, "_raise_exceptions_for_missing_entries": False}

@@ -28,6 +28,8 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from .weights import check_class_weights, check_saveable, check_weights, saved_aside
+
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
     "a model or scheduler of diffusers, transformers, guided_diffusers or an imported module"
@@ -60,7 +62,7 @@ def load_pipeline(
     """`from_pretrained` of a pipeline's class from a checked folder, safetensors only.
 
     Raises:
-        ValueError: as `check_index`, or for `use_safetensors=False`.
+        ValueError: as `check_index` and `check_weights`, or for `use_safetensors=False`.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
@@ -73,12 +75,32 @@ def load_pipeline(
     for component, module in passed.items():
         if component != "scheduler" and not isinstance(module, (torch.nn.Module, type(None))):
             raise ValueError(f"{component} is {module!r}; a torch.nn.Module or None is allowed")
+    classes: dict[str, type] = {}
     if not kwargs.get("trust_remote_code"):
-        check_index(folder, set(components) - passed.keys())
-    with _without_layer_listing():
-        pipeline = from_pretrained(folder, **kwargs)
+        classes = check_index(folder, set(components) - passed.keys())
+    variant = kwargs.get("variant")
+    try:
+        with _without_layer_listing():
+            pipeline = from_pretrained(folder, **kwargs)
+    except (RuntimeError, ValueError):  # of a weight's shape, but without the file's name
+        for component, component_class in classes.items():
+            if issubclass(component_class, torch.nn.Module):
+                path = _component_folder(folder, component)
+                check_class_weights(component_class, path, {"variant": variant})
+        raise
+    for component, module in pipeline.components.items():
+        if module is None and component not in (*passed, *cls._optional_components):
+            raise ValueError(f"{folder / 'model_index.json'}: {component} is null; it is needed")
+        if component not in passed and isinstance(module, torch.nn.Module):
+            check_weights(module, _component_folder(folder, component), variant)
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
+
+
+def _component_folder(folder: Path, component: str) -> Path:
+    """A component's folder; the pipeline's own, where Diffusers looks next, if there is none."""
+    path = folder / component
+    return path if path.is_dir() else folder
 
 
 def _local_folder(
@@ -103,8 +125,8 @@ def _local_folder(
     return Path(snapshot_download(str(name), allow_patterns=patterns, **options)) / subfolder
 
 
-def check_index(folder: Path, components: Collection[str]) -> None:
-    """Refuse a model_index.json with code of its own, or with classes that are not models.
+def check_index(folder: Path, components: Collection[str]) -> dict[str, type]:
+    """The components' classes; refuses a model_index.json with code of its own, or other classes.
 
     Raises:
         ValueError: naming the entry and what is allowed.
@@ -119,12 +141,15 @@ def check_index(folder: Path, components: Collection[str]) -> None:
             f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name "
             "is allowed, or trust_remote_code=True if you have read that code"
         )
+    classes = {}
     for component, entry in index.items():
         if component in components and isinstance(entry, list) and entry[:1] != [None]:
-            _check_class(f"{path}: {component} is {entry!r}", folder / component, entry)
+            where = f"{path}: {component} is {entry!r}"
+            classes[component] = _component_class(where, folder / component, entry)
+    return classes
 
 
-def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
+def _component_class(where: str, folder: Path, entry: list[Any]) -> type:
     names = [part for part in entry if isinstance(part, str)]
     valid = all(name.replace(".", "_").isidentifier() for name in names)
     if not valid or not len(entry) == len(names) == 2:
@@ -144,6 +169,7 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
         raise ValueError(
             f"{where}, which is no class of a model here; {ALLOWED_CLASSES} is allowed"
         )
+    return cls
 
 
 @contextmanager
@@ -167,9 +193,18 @@ def _without_layer_listing() -> Iterator[None]:
 def save_pipeline(
     pipeline: Any, save_pretrained: Callable[..., None], folder: Path, **options: Any
 ) -> None:
-    """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code."""
-    save_pretrained(folder, **options)
-    pipeline.save_code(folder)
+    """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code.
+
+    Raises:
+        ValueError: before anything is written, for a component that can't be saved.
+        OSError: if the folder can't be written.
+    """
+    for name, component in pipeline.components.items():
+        if component is not None or name not in pipeline._optional_components:
+            check_saveable(name, component)
+    with saved_aside(folder) as partial:
+        save_pretrained(partial, **options)
+        pipeline.save_code(partial)
 
 
 def save_pipeline_code(pipeline: Any, folder: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from ..weights import weights_stem
+
 PICKLE_SUFFIXES = set(".bin .pt .pth .pkl .pickle .ckpt .joblib .npy .npz .msgpack .h5".split())
 CODE_SUFFIXES = set(".py .pyc .so .dll .dylib .pyd .sh .bat .exe .ipynb".split())
 #: files that are searched for absolute paths
@@ -142,8 +144,3 @@ def count_parameters(folder: Path) -> int:
         entries.pop("__metadata__", None)
         count += sum(math.prod(entry["shape"]) for entry in entries.values())
     return count
-
-
-def weights_stem(name: str) -> str:
-    """Name of a weights file without its suffix and the number of its shard."""
-    return name.partition("-0")[0].removesuffix(".safetensors")

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.utils.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
-from .files import weights_stem
+from ..weights import weight_patterns, weights_stem
 from .model_card import is_generated, write_card
 from .staging import Model, prepare, refuse_card_data
 from .verification import check
@@ -171,9 +171,6 @@ def _replaced_weights(stage: Path) -> list[str]:
     """Patterns of the files in which the repository may already have the weights in `stage`."""
     patterns = set()
     for path in stage.rglob("*.safetensors"):
-        stem = weights_stem(path.name)
-        name, _, variant = stem.partition(".")
-        index = f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
-        for file in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", index):
+        for file in weight_patterns(weights_stem(path.name)):
             patterns.add((path.parent.relative_to(stage) / file).as_posix())
     return sorted(patterns)

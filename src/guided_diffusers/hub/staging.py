@@ -15,6 +15,7 @@ from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
 from ..utils import write_json
+from .card_metrics import stale_metrics
 from .files import is_link_out
 from .model_card import is_generated, write_card
 
@@ -72,6 +73,7 @@ def prepare(
             path.unlink()
     model = cls.from_pretrained(stage, variant=variant)
     model.save_code(stage)
+    _remove_stale_metrics(stage, model)
     _merge_metrics(stage, METRICS_NAMES[cls])
     if is_generated(stage / "README.md"):
         write_card(stage, model, repo_id, **card)
@@ -134,6 +136,17 @@ def _link_weights(source: str, target: str) -> None:
         except OSError:
             pass
     shutil.copy(source, target)
+
+
+def _remove_stale_metrics(stage: Path, model: Model) -> None:
+    """Remove metrics of other weights than those in `stage`, with a picture of the same name."""
+    stale, path = stale_metrics(stage, model), stage / "figures.json"
+    for name in stale:
+        for file in (f"{name}.json", f"{name}.png"):
+            (stage / file).unlink(missing_ok=True)
+    if stale and path.exists():
+        figures = json.loads(path.read_text())
+        write_json({name: figures[name] for name in figures if name not in stale}, path)
 
 
 def _merge_metrics(stage: Path, name: str) -> None:
