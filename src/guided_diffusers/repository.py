@@ -15,7 +15,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
@@ -78,29 +78,34 @@ def load_pipeline(
     classes: dict[str, type] = {}
     if not kwargs.get("trust_remote_code"):
         classes = check_index(folder, set(components) - passed.keys())
+        needed = set(components) - {*classes, *passed, *cls._optional_components}
+        if needed:
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {min(needed)} is null or missing; a class is "
+                f"needed, or {min(needed)}=... as an argument"
+            )
     variant = kwargs.get("variant")
     try:
         with _without_layer_listing():
             pipeline = from_pretrained(folder, **kwargs)
     except (RuntimeError, ValueError):  # of a weight's shape, but without the file's name
-        for component, component_class in classes.items():
-            if issubclass(component_class, torch.nn.Module):
-                path = _component_folder(folder, component)
-                check_class_weights(component_class, path, {"variant": variant})
+        _check_components(folder, classes, variant)
         raise
-    for component, module in pipeline.components.items():
-        if module is None and component not in (*passed, *cls._optional_components):
-            raise ValueError(f"{folder / 'model_index.json'}: {component} is null; it is needed")
-        if component not in passed and isinstance(module, torch.nn.Module):
-            check_weights(module, _component_folder(folder, component), variant)
+    loaded = {name: part for name, part in pipeline.components.items() if name not in passed}
+    _check_components(folder, loaded, variant)
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
 
 
-def _component_folder(folder: Path, component: str) -> Path:
-    """A component's folder; the pipeline's own, where Diffusers looks next, if there is none."""
-    path = folder / component
-    return path if path.is_dir() else folder
+def _check_components(folder: Path, components: Mapping[str, Any], variant: str | None) -> None:
+    """Refuse files without the weights of these networks, or of networks of these classes."""
+    for name, component in components.items():
+        # Diffusers looks in the pipeline's own folder next
+        path = folder / name if (folder / name).is_dir() else folder
+        if isinstance(component, torch.nn.Module):
+            check_weights(component, path, variant)
+        elif isinstance(component, type) and issubclass(component, torch.nn.Module):
+            check_class_weights(component, path, {"variant": variant})
 
 
 def _local_folder(

@@ -65,14 +65,20 @@ def weight_patterns(stem: str) -> tuple[str, ...]:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that are loaded from a model's folder; empty if there are none."""
+    """The safetensors files that are loaded from a model's folder; empty if there are none.
+
+    Raises:
+        ValueError: for an index that names files elsewhere.
+    """
     for kind in dict.fromkeys((variant, None)):
         for name in WEIGHT_NAMES:
             stem = f"{name}.{kind}" if kind else name
             for index in index_names(stem):
                 if (folder / index).is_file():
-                    shards = json.loads((folder / index).read_text())["weight_map"].values()
-                    return [folder / shard for shard in sorted(set(shards))]
+                    shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+                    if others := [shard for shard in shards if Path(shard).name != shard]:
+                        raise ValueError(f"{folder / index}: {others[0]!r} has a path separator")
+                    return [folder / shard for shard in sorted(shards)]
             if (folder / f"{stem}.safetensors").is_file():
                 return [folder / f"{stem}.safetensors"]
     return []

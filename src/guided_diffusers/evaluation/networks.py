@@ -120,22 +120,25 @@ def _load_complete(auto_class: Any, name: str) -> tuple[nn.Module, bool]:
     Raises:
         ValueError: for a file that lacks other weights, or has others than the classifier's.
     """
+    import transformers
+
     try:
         model, info = auto_class.from_pretrained(name, output_loading_info=True)
     except RuntimeError as error:  # of a weight's shape
         raise ValueError(f"{name}: {error}") from error
-    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    is_classifier = auto_class.__name__ == "AutoModelForImageClassification"
-    unknown = sorted(info["unexpected_keys"]) if is_classifier else []  # else another's head
-    if problems := sorted(missing) or unknown:
-        kind = "lacks" if missing else "has other weights than"
-        raise ValueError(
-            f"{name}: its file {kind} {len(problems)} weights of the {type(model).__name__} "
-            f"({', '.join(problems[:3])}, ...); use a file that was saved with this config"
-        )
-    if is_classifier and Path(name).is_dir():
-        check_weights(model, Path(name))
-    return model, len(missing) == len(info["missing_keys"])
+    unpooled = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    groups = {"lacks": set(info["missing_keys"]) - unpooled}
+    if auto_class is transformers.AutoModelForImageClassification:  # else another's head is ignored
+        groups["has unknown"] = set(info["unexpected_keys"])
+        if Path(name).is_dir():
+            check_weights(model, Path(name))
+    for problem, keys in groups.items():
+        if keys:
+            raise ValueError(
+                f"{name}: its file {problem} weights of a {type(model).__name__}, such as "
+                f"{min(keys)} ({len(keys)} in all); use the file that was saved with this config"
+            )
+    return model, not unpooled
 
 
 def wrap_module(module: nn.Module, name: str | None = None) -> Network:
