@@ -142,6 +142,14 @@ def test_an_index_that_promises_more_than_the_shards_hold(tmp_path: Path) -> Non
         NoiseAwareClassifier.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(plain: Path, text: str) -> None:
+    index = plain / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text(text)
+    with pytest.raises(OSError, match=f"{index.name} is no index of weights, or is broken"):
+        ClassifierGuidedPipeline.from_pretrained(plain)
+
+
 def test_a_component_that_is_needed_is_null(plain: Path) -> None:
     index = json.loads((plain / "model_index.json").read_text())
     (plain / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
@@ -286,6 +294,13 @@ def test_a_pipeline_saved_over_another(tmp_path: Path) -> None:
         check_published_weights(tmp_path, loaded)
 
 
+def test_a_file_is_no_folder_to_save_into(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for model in (make_classifier(), make_pipeline()):
+        with pytest.raises(NotADirectoryError, match="file is a file; a folder"):
+            model.save_pretrained(tmp_path / "file")
+
+
 class Failing(DDIMScheduler):
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -405,7 +420,7 @@ def test_a_network_alone_with_an_adapter(tmp_path: Path) -> None:
 def test_none_is_no_network(tmp_path: Path) -> None:
     pipeline = make_pipeline()
     pipeline.scheduler = None
-    with pytest.raises(ValueError, match="scheduler is a NoneType, which can't be saved"):
+    with pytest.raises(ValueError, match="scheduler is None, which can't be saved"):
         pipeline.save_pretrained(tmp_path / "new")
 
 

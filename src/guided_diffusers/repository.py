@@ -28,7 +28,13 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from .weights import check_class_weights, check_saveable, check_weights, saved_aside
+from .weights import (
+    LOAD_FAULTS,
+    check_class_weights,
+    check_saveable,
+    check_weights,
+    saved_aside,
+)
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
@@ -88,7 +94,7 @@ def load_pipeline(
     try:
         with _without_layer_listing():
             pipeline = from_pretrained(folder, **kwargs)
-    except (RuntimeError, ValueError):  # of a weight's shape, but without the file's name
+    except LOAD_FAULTS:  # of a weight's shape, but without the file's name
         _check_components(folder, classes, variant)
         raise
     loaded = {name: part for name, part in pipeline.components.items() if name not in passed}

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")  # of Diffusers, of transformers
 CONFIG_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+LOAD_FAULTS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 MAX_NAMED_WEIGHTS = 3
 SAVE_ADVICE = (
     "merge an adapter into its model (merge_and_unload), take a parallel model's .module, or make "
@@ -69,19 +70,28 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     Raises:
         ValueError: for an index that names files elsewhere.
+        OSError: for one that is broken.
     """
     for kind in dict.fromkeys((variant, None)):
         for name in WEIGHT_NAMES:
             stem = f"{name}.{kind}" if kind else name
             for index in index_names(stem):
                 if (folder / index).is_file():
-                    shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-                    if others := [shard for shard in shards if Path(shard).name != shard]:
-                        raise ValueError(f"{folder / index}: {others[0]!r} has a path separator")
-                    return [folder / shard for shard in sorted(shards)]
+                    return _indexed_files(folder / index)
             if (folder / f"{stem}.safetensors").is_file():
                 return [folder / f"{stem}.safetensors"]
     return []
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        others = [shard for shard in shards if Path(shard).name != shard]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{index} is no index of weights, or is broken: {error!r}") from error
+    if others:
+        raise ValueError(f"{index}: {others[0]!r} has a path separator")
+    return [index.with_name(shard) for shard in shards]
 
 
 def saved_variants(folder: Path) -> set[str | None]:
@@ -101,6 +111,8 @@ def saved_aside(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: if it can't be written, such as on a full disk.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; a folder to save into is needed")
     partial = folder / f".{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -134,7 +146,7 @@ def load_checked(load: Callable[..., Any], name: str | Path, **options: Any) -> 
     variant = options.get("variant")
     try:
         loaded = load(name, **options)
-    except (RuntimeError, ValueError):  # of a weight's shape, but without the file's name
+    except LOAD_FAULTS:  # of a weight's shape, but without the file's name
         check_class_weights(load.__self__, name, options)
         raise
     model = loaded[0] if options.get("output_loading_info") else loaded
@@ -282,8 +294,9 @@ def check_values(name: str, model: torch.nn.Module | None) -> None:
             f"have no values ({', '.join(missing[:MAX_NAMED_WEIGHTS])}); load a file that has them"
         )
     if isinstance(model, ModelMixin) and source and Path(source).is_dir():
-        saved = saved_kinds(weight_files(Path(source)))
-        kinds = weight_kinds(model).items()
+        saved, kinds = {}, weight_kinds(model).items()
+        with suppress(OSError, ValueError):  # it isn't loaded from there again
+            saved = saved_kinds(weight_files(Path(source)))
         if all(key in saved and saved[key][1] == shape for key, (_, shape) in kinds):
             check_weights(model, Path(source))
 
@@ -298,6 +311,8 @@ def check_saveable(name: str, component: Any) -> None:
         ValueError: for a class that Diffusers can't save or find again, or a model whose weights
             aren't those of its config; the message says what can be done.
     """
+    if component is None:
+        raise ValueError(f"{name} is None, which can't be saved; it is needed")
     component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
     cls = type(component)
     is_model = isinstance(component, ModelMixin)
