@@ -9,14 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, Clock, Mixture, OracleClassifier
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UNet2DModel,
 )
 from PIL import Image
@@ -33,6 +36,7 @@ from guided_diffusers.diagnosis import (
     inspect,
     plot,
 )
+from guided_diffusers.diagnosis.levels import SamplingRun
 from guided_diffusers.diagnosis.metrics import calibration_floor, logit_scale
 from guided_diffusers.diagnosis.verdict import edges, rounded, status, useful_levels
 from guided_diffusers.guidance import gradient
@@ -374,6 +378,37 @@ def test_levels_and_edges() -> None:
         rounded(0, False),
         rounded(2, True),
     ) == (0.123, 158, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "SASolver", "DDIM", "Euler"]
+)
+@pytest.mark.parametrize("trained", [40, 1000, 1500])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_levels_are_those_of_a_usual_run(name: str, trained: int, offset: int) -> None:
+    """With leading timesteps, a run of all steps repeats timestep 0, or begins half-way."""
+    config = {"timestep_spacing": "leading", "steps_offset": offset}
+    saved = DDPMScheduler(num_train_timesteps=trained, **config)
+    cls = getattr(diffusers, f"{name}Scheduler", None) or getattr(
+        diffusers, f"{name}DiscreteScheduler"
+    )
+    scheduler = cls.from_config(saved.config)
+    run = SamplingRun(scheduler)
+    ratios = [level.ratio for level in run.eval_levels(10)]
+    assert ratios == sorted(set(ratios), reverse=True)  # no level twice
+    alpha_bar = saved.alphas_cumprod.double()
+    schedule = ((1 - alpha_bar) / alpha_bar).sqrt()
+    for level in run.eval_levels(10):
+        assert level.ratio == pytest.approx(float(schedule[int(level.timestep)]), rel=1e-3)
+    assert ratios[-1] < 1.1 * schedule[5] and int(run.at(0.0).timestep) >= 0.99 * (trained - 1) - 1
+    scheduler.set_timesteps(20)
+    assert run.at(0.0).timestep >= float(scheduler.timesteps[0])
+
+
+def test_a_scheduler_without_a_run_to_measure() -> None:
+    with pytest.raises(ValueError, match='scheduler LCM.*no run to measure.*"trailing"'):
+        SamplingRun(LCMScheduler(original_inference_steps=2))
+    assert len(SamplingRun(LCMScheduler()).noise_levels) == 50  # the longest that it has
 
 
 def test_wrong_arguments(mixture: Mixture, data: Drawn) -> None:

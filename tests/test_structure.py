@@ -25,8 +25,9 @@ CORE = {
     "noise": {"checks"},
     "likelihood": {"checks"},
     "images": {"checks"},
-    "classifier": set(),
-    "repository": {"checks"},
+    "weights": set(),
+    "classifier": {"weights"},
+    "repository": {"checks", "weights"},
     "guidance": {"checks", "noise", "likelihood"},
     "splitting": {"checks", "noise", "guidance"},
     "guider": {"noise", "guidance", "splitting"},
@@ -42,6 +43,7 @@ CORE = {
         "arguments",
         "classifier",
         "repository",
+        "weights",
     },
 }
 # beside the core: of the core whatever they like, of the rest this

@@ -195,10 +195,16 @@ def make_text_encoder(
     with named_errors(f"--text_encoder {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = CLIPTextModelWithProjection.from_pretrained(path, output_loading_info=True)
-    if options.freeze_text_encoder and info["missing_keys"]:
+    missing = set(info["missing_keys"])
+    if options.freeze_text_encoder and missing:
         raise ValueError(
-            f"--text_encoder {path} has no {sorted(info['missing_keys'])}; with "
+            f"--text_encoder {path} has no {sorted(missing)}; with "
             "--freeze_text_encoder a complete CLIPTextModelWithProjection is allowed"
+        )
+    if other := sorted(missing - {"text_projection.weight"}):
+        raise ValueError(
+            f"--text_encoder {path} lacks {len(other)} weights of a CLIPTextModelWithProjection "
+            f"({', '.join(other[:3])}, ...); a CLIP's text encoder is allowed"
         )
     config = model.config.to_diff_dict()
     for name in ("architectures", "dtype", "model_type", "transformers_version"):

@@ -1,8 +1,7 @@
 """A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling
 head.
 
-Self-contained on purpose (torch and diffusers only): this file travels to the Hub beside the
-weights.
+It imports little on purpose: this file and `weights` travel to the Hub beside the weights, as one.
 """
 
 import json
@@ -23,8 +22,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from .weights import check_saveable, load_checked, saved_aside
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -256,8 +256,12 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
 
             AutoModel.from_pretrained(folder, trust_remote_code=True)
 
+        Weights in the folder that the new ones replace are removed when those are complete.
+
         Raises:
-            ValueError: For `safe_serialization=False`.
+            ValueError: For `safe_serialization=False`, or weights that aren't those of a model of
+                this config, such as with an adapter in it.
+            OSError: If the folder can't be written.
         """
         _require(
             safe_serialization,
@@ -265,18 +269,17 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             safe_serialization,
             "True, weights are saved as safetensors",
         )
+        check_saveable(type(self).__name__, self)
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         options = {
             "variant": variant,
             "max_shard_size": max_shard_size,
             **kwargs,
         }
-        try:
+        with saved_aside(Path(save_directory)) as partial:
             if is_main_process:
-                self.save_code(Path(save_directory))
-            super().save_pretrained(save_directory, is_main_process, **options)
-        except (OSError, SafetensorError) as error:  # the latter is no OSError
-            raise OSError(f"{save_directory} can't be written: {error}") from error
+                self.save_code(partial)
+            super().save_pretrained(partial, is_main_process, **options)
         if push_to_hub and is_main_process:
             self.push_to_hub(
                 push.pop("repo_id", Path(save_directory).name), variant=variant, **push
@@ -300,16 +303,21 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     def code(self) -> dict[str, str]:
         """The files, {name: text}, that load the classifier where guided-diffusers isn't
         installed."""
-        return (
-            {f"{FILE}.py": Path(__file__).read_text()} if type(self).__module__ == __name__ else {}
-        )
+        if type(self).__module__ != __name__:
+            return {}
+        if __name__ != "guided_diffusers.classifier":  # already such a file
+            return {f"{FILE}.py": Path(__file__).read_text()}
+        from guided_diffusers.standalone import self_contained
+
+        return {f"{FILE}.py": self_contained(type(self))}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load as in Diffusers, from a folder or the Hub, safetensors only.
 
         Raises:
-            ValueError: For `use_safetensors=False`, or the folder of a model of another class.
+            ValueError: For `use_safetensors=False`, the folder of a model of another class, or
+                weights that aren't the model's.
             OSError: For a file that is missing or broken; the message names it.
         """
         wanted = kwargs.pop("use_safetensors", True)
@@ -317,15 +325,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             wanted is not False, "use_safetensors", wanted, "True, weights in pickles aren't read"
         )
         check_model_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        try:
-            return super().from_pretrained(
-                pretrained_model_name_or_path, use_safetensors=True, **kwargs
-            )
-        except (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} can't be loaded; a value in its config is wrong: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        load = super().from_pretrained
+        return load_checked(load, pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:

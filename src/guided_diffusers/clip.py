@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier, check_model_folder
+from .weights import check_saveable, load_checked, saved_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,8 +201,12 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
 
         `AutoModel.from_pretrained(folder, trust_remote_code=True)` runs that code.
 
+        Weights in the folder that the new ones replace are removed when those are complete.
+
         Raises:
-            ValueError: For `safe_serialization=False`.
+            ValueError: For `safe_serialization=False`, or weights that aren't those of a model of
+                this config, such as with an adapter in it.
+            OSError: If the folder can't be written.
         """
         folder = Path(save_directory)
         if not safe_serialization:
@@ -210,16 +214,14 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
                 "safe_serialization is False; allowed: True, weights are saved as safetensors"
             )
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
-        try:
-            super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
-        except SafetensorError as error:  # which is no OSError
-            raise OSError(f"{folder} can't be written: {error}") from error
-        if not is_main_process:
-            return
-        if self.tokenizer is not None:
-            self._save_tokenizer(folder / "tokenizer")
-        self.save_code(folder)
-        if push_to_hub:
+        check_saveable(type(self).__name__, self)
+        with saved_aside(folder) as partial:
+            super().save_pretrained(partial, is_main_process, variant=variant, **kwargs)
+            if is_main_process:
+                if self.tokenizer is not None:
+                    self._save_tokenizer(partial / "tokenizer")
+                self.save_code(partial)
+        if push_to_hub and is_main_process:
             self.push_to_hub(push.pop("repo_id", folder.name), variant=variant, **push)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +263,8 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
         """Load a model, and its tokenizer if it has one, from a folder or the Hub.
 
         Raises:
-            ValueError: For `use_safetensors=False`, or a model of another class.
+            ValueError: For `use_safetensors=False`, a model of another class, or weights that
+                aren't the model's.
             OSError: For a missing or broken file; the message names it.
         """
         from transformers import AutoTokenizer
@@ -273,7 +276,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
             )
         check_model_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         name = str(pretrained_model_name_or_path)
-        model = super().from_pretrained(name, use_safetensors=True, **kwargs)
+        model = load_checked(super().from_pretrained, name, use_safetensors=True, **kwargs)
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         hub["subfolder"] = (Path(kwargs.get("subfolder") or "") / "tokenizer").as_posix()
         optional = {**hub, "_raise_exceptions_for_missing_entries": False}

@@ -52,6 +52,7 @@ from .noise import (
     step_fn,
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
+from .weights import check_values
 
 
 @dataclass
@@ -104,7 +105,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "upsampler" with image.
 
     Raises:
-        ValueError: for other names in `defaults`.
+        ValueError: for other names in `defaults`, or a network that has weights without values.
     """
 
     model_cpu_offload_seq = (
@@ -129,6 +130,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         for name, module in (("unet", unet), ("classifier", classifier), ("vae", vae)):
             if module is not None:
                 check_module(name, module)
+                check_values(name, module)
         if scheduler is not None:
             check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
@@ -167,8 +169,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 only with `trust_remote_code=True`.
 
         Raises:
-            ValueError: for weights that aren't safetensors, or a model_index.json with classes that
-                are no models, or with code of its own.
+            ValueError: for weights that aren't safetensors or not the component's, or a
+                model_index.json with classes that are no models, or with code of its own.
             OSError: for a file that is missing or broken; the message names it.
         """
         load = super().from_pretrained
@@ -186,8 +188,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Save as in Diffusers, in safetensors, with the code that loads the pipeline without
         guided-diffusers.
 
+        Weights in the folder that the new ones replace are removed when those are complete.
+
         Raises:
-            ValueError: for `safe_serialization=False`.
+            ValueError: for `safe_serialization=False`, or, before anything is written, for a
+                component that can't be saved, or wouldn't be loaded as it is.
+            OSError: if the folder can't be written.
         """
         if not safe_serialization:
             raise ValueError(

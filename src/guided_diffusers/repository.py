@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
@@ -27,9 +27,15 @@ import torch
 from diffusers.utils.logging import get_logger
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 
 from .checks import read_json, shorten, shown
+from .weights import (
+    LOAD_FAULTS,
+    check_class_weights,
+    check_saveable,
+    check_weights,
+    saved_aside,
+)
 
 LIBRARIES = ("diffusers", "transformers")
 ALLOWED_CLASSES = (
@@ -53,7 +59,7 @@ def load_pipeline(
     """`from_pretrained` of a pipeline's class from a checked folder, safetensors only.
 
     Raises:
-        ValueError: as `check_index`, or for `use_safetensors=False`.
+        ValueError: as `check_index` and `check_weights`, or for `use_safetensors=False`.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError(
@@ -68,18 +74,43 @@ def load_pipeline(
     for component, module in passed.items():
         if component != "scheduler" and not isinstance(module, (torch.nn.Module, type(None))):
             raise ValueError(f"{component} is {module!r}; a torch.nn.Module or None is allowed")
+    classes: dict[str, type] = {}
     if not kwargs.get("trust_remote_code"):
-        check_index(folder, set(components) - passed.keys())
-    with _without_layer_listing():
-        try:
+        classes = check_index(folder, set(components) - passed.keys())
+        needed = set(components) - {*classes, *passed, *cls._optional_components}
+        if needed:
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {min(needed)} is null or missing; a class is "
+                f"needed, or {min(needed)}=... as an argument"
+            )
+    variant = kwargs.get("variant")
+    try:
+        with _without_layer_listing():
             pipeline = from_pretrained(folder, **kwargs)
-        except (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
-            raise ValueError(  # a config with values of wrong kinds
-                f"{folder} can't be loaded; a value in its configs or model_index.json is wrong: "
-                f"{type(error).__name__}: {shorten(error)}"
-            ) from error
+    except (*LOAD_FAULTS, ArithmeticError, MemoryError) as error:
+        # such as of a weight's shape, but without the file's name
+        _check_components(folder, classes, variant)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(  # a config with values of wrong kinds
+            f"{folder} can't be loaded; a value in its configs or model_index.json is wrong: "
+            f"{type(error).__name__}: {shorten(error)}"
+        ) from error
+    loaded = {name: part for name, part in pipeline.components.items() if name not in passed}
+    _check_components(folder, loaded, variant)
     pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
+
+
+def _check_components(folder: Path, components: Mapping[str, Any], variant: str | None) -> None:
+    """Refuse files without the weights of these networks, or of networks of these classes."""
+    for name, component in components.items():
+        # Diffusers looks in the pipeline's own folder next
+        path = folder / name if (folder / name).is_dir() else folder
+        if isinstance(component, torch.nn.Module):
+            check_weights(component, path, variant)
+        elif isinstance(component, type) and issubclass(component, torch.nn.Module):
+            check_class_weights(component, path, {"variant": variant})
 
 
 def _local_folder(
@@ -135,8 +166,8 @@ def _check_config_value(where: str, value: Any, layers: bool) -> None:
         raise ValueError(f"{where} is {shown(value)}; up to {most} is allowed")
 
 
-def check_index(folder: Path, components: Collection[str]) -> None:
-    """Refuse a model_index.json with code of its own, or with classes that are not models.
+def check_index(folder: Path, components: Collection[str]) -> dict[str, type]:
+    """The components' classes; refuses a model_index.json with code of its own, or other classes.
 
     Raises:
         ValueError: naming the entry and what is allowed.
@@ -151,16 +182,19 @@ def check_index(folder: Path, components: Collection[str]) -> None:
             f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name "
             "is allowed, or trust_remote_code=True if you have read that code"
         )
+    classes = {}
     for component, entry in index.items():
         if component not in components:
             continue
         if not isinstance(entry, list):
             raise ValueError(f"{path}: {component} is {shown(entry)}; [module, class] is allowed")
         if entry[:1] != [None]:
-            _check_class(f"{path}: {component} is {entry!r}", folder / component, entry)
+            where = f"{path}: {component} is {entry!r}"
+            classes[component] = _component_class(where, folder / component, entry)
+    return classes
 
 
-def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
+def _component_class(where: str, folder: Path, entry: list[Any]) -> type:
     names = [part for part in entry if isinstance(part, str)]
     valid = all(name.replace(".", "_").isidentifier() for name in names)
     if not valid or not len(entry) == len(names) == 2:
@@ -180,6 +214,7 @@ def _check_class(where: str, folder: Path, entry: list[Any]) -> None:
         raise ValueError(
             f"{where}, which is no class of a model here; {ALLOWED_CLASSES} is allowed"
         )
+    return cls
 
 
 @contextmanager
@@ -206,13 +241,15 @@ def save_pipeline(
     """`save_pretrained` of a pipeline's class, in safetensors, with the pipeline's code.
 
     Raises:
-        OSError: naming the folder, if it can't be written, such as on a full disk.
+        ValueError: before anything is written, for a component that can't be saved.
+        OSError: if the folder can't be written.
     """
-    try:
-        save_pretrained(folder, **options)
-        pipeline.save_code(folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder} can't be written: {error}") from error
+    for name, component in pipeline.components.items():
+        if component is not None or name not in pipeline._optional_components:
+            check_saveable(name, component)
+    with saved_aside(folder) as partial:
+        save_pretrained(partial, **options)
+        pipeline.save_code(partial)
 
 
 def save_pipeline_code(pipeline: Any, folder: Path) -> None:

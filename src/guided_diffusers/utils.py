@@ -6,6 +6,8 @@ Diffusers and the pipeline are imported where they are used, so that this module
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import json
 import logging
 import math
@@ -563,6 +565,31 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
 
 
 # Modules and tensors
+
+
+def weights_digest(weights: torch.nn.Module | Sequence[Path]) -> str:
+    """Hash of a model's weights, or of those in its safetensors files, 16 hexadecimal digits.
+
+    Of names, shapes, and values rounded to float16. So it is the same for any number of shards and
+    for a copy in half precision; metrics hold for both.
+    """
+    import torch
+    from safetensors import safe_open
+
+    digest, readers = hashlib.sha256(), {}
+    if isinstance(weights, torch.nn.Module):
+        state = weights.state_dict()
+        readers = {name: functools.partial(state.get, name) for name in state}
+    else:
+        for path in weights:
+            file = safe_open(path, "pt")
+            readers |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+    for name, read in sorted(readers.items()):
+        tensor = read().detach().cpu().contiguous()
+        tensor = tensor.half() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:

@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..noise import module_config, schedule_config
-from ..utils import evaluating, load_pipeline, printable, write_json
+from ..utils import evaluating, load_pipeline, printable, weights_digest, write_json
 from .levels import Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS
@@ -61,7 +61,9 @@ class Diagnosis:
         """
         names = ("verdict", "mismatches", "levels", "settings")
         content = asdict(self)
-        write_json({name: content[name] for name in names}, Path(folder) / "diagnosis.json")
+        content = {name: content[name] for name in names}
+        content["weights"] = content["settings"].pop("weights", None)
+        write_json(content, Path(folder) / "diagnosis.json")
         if picture:
             title = f"{self.settings['model']}: {self.verdict.summary}"
             cosine = f"cosine to {self.settings['cosine_to']}"
@@ -137,6 +139,7 @@ def diagnose(
     settings |= {"gradient_images": min(gradient_images, len(order)), "levels": levels}
     settings |= {"seed": seed, "bins": BINS, "scheduler": type(run.scheduler).__name__}
     settings |= {"schedule": "own" if scheduler is None else "given", "cosine_to": cosine_to}
+    settings["weights"] = weights_digest(classifier)
     settings["classifier_schedule"] = dict(schedule_config(classifier))
     return Diagnosis(tuple(rows), verdict, tuple(mismatches), settings)
 

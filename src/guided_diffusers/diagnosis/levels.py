@@ -17,12 +17,16 @@ from ..noise import (
     TrainedSchedule,
     module_config,
     noise_levels,
+    prediction_type,
     sampling_timesteps,
     schedule_config,
     split_variance,
 )
 from ..utils import parameter_dtype
 
+MAX_STEPS = 1000
+MAX_TIMESTEPS_PER_STEP = 40
+USUAL_STEPS = 20
 MIN_START_RATIO = 10.0  # sigma / alpha above which every sampling run starts
 BETA_OPTIONS = ("beta_schedule", "beta_start", "beta_end")
 
@@ -55,14 +59,37 @@ def as_pair(size: Any) -> tuple[int, ...]:
 
 
 class SamplingRun:
-    """The longest run of (a copy of) a scheduler, of 1000 steps at most."""
+    """A long run of (a copy of) a scheduler, of 1000 steps at most, with the levels of a usual run.
+
+    The longest one need not have them: with `timestep_spacing="leading"` all its timesteps may be
+    0, or it may begin at a lower noise level than 20 steps do.
+
+    Raises:
+        ValueError: if there is no such run.
+    """
 
     def __init__(self, scheduler: SchedulerMixin):
-        self.scheduler = copy.deepcopy(scheduler)
-        steps = self.scheduler.config.get("num_train_timesteps") or 1000
-        self.scheduler.set_timesteps(min(1000, steps))
-        self.timesteps = sampling_timesteps(self.scheduler)
-        self.noise_levels = [level for level in noise_levels(self.scheduler) if level.sigma > 0]
+        prediction_type(scheduler)  # refuses one that can't be guided
+        name, trained = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
+        trained, reason = trained or MAX_STEPS, "its runs repeat a few timesteps"
+        usual = _levels_of_run(copy.deepcopy(scheduler), min(USUAL_STEPS, trained))[0]
+        smallest = -(-trained // MAX_STEPS)  # number of trained timesteps in a step
+        for timesteps_per_step in range(smallest, smallest + MAX_TIMESTEPS_PER_STEP):
+            for steps in (trained // timesteps_per_step, trained // timesteps_per_step - 1):
+                self.scheduler = copy.deepcopy(scheduler)
+                self.noise_levels, error = _levels_of_run(self.scheduler, steps)
+                reason = error or reason
+                ratios = [level.sigma / level.alpha for level in self.noise_levels]
+                # in a second-order run half the levels may be repeated
+                if ratios and len(set(ratios)) >= len(ratios) / 2:
+                    if not usual or ratios[0] > 0.99 * usual[0].sigma / usual[0].alpha:
+                        self.timesteps = sampling_timesteps(self.scheduler)
+                        return
+        spacing = scheduler.config.get("timestep_spacing")
+        raise ValueError(
+            f"scheduler {name} with num_train_timesteps={trained}, timestep_spacing={spacing!r}: no "
+            f'run to measure, {reason}; use timestep_spacing="trailing" or another scheduler'
+        )
 
     def eval_levels(self, count: int) -> list[EvalLevel]:
         """The middles of `count` equal parts of the run, noisiest first, and its last step."""
@@ -87,6 +114,17 @@ class SamplingRun:
         if callable(getattr(scheduler, "set_begin_index", None)):
             scheduler.set_begin_index(index)
         return scheduler.scale_model_input(x, self.timesteps[index].to(x.device))
+
+
+def _levels_of_run(
+    scheduler: SchedulerMixin, steps: int
+) -> tuple[list[NoiseLevel], Exception | None]:
+    """Noise levels of a run, and why there are none."""
+    try:
+        scheduler.set_timesteps(steps)
+        return [level for level in noise_levels(scheduler) if level.sigma > 0], None
+    except (IndexError, ValueError) as error:  # some schedulers only have runs of certain lengths
+        return [], error
 
 
 def default_run(classifier: torch.nn.Module) -> SamplingRun:

@@ -66,6 +66,7 @@ class Evaluation:
             "notes": self.notes,
             "nearest": [{name: getattr(pair, name) for name in PAIR_FIELDS} for pair in self.pairs],
             "settings": self.settings,
+            "weights": self._model_weights(),
         }
         write_json(content, folder / "evaluation.json")
         if not picture:
@@ -76,6 +77,12 @@ class Evaluation:
             draw_pairs(self.pairs, folder / "nearest.png")
         if self.bits is not None:
             draw_bits(self.bits["terms"], folder / "bits_per_dim.png")
+
+    def _model_weights(self) -> str | None:
+        """Hash of the weights of the model that made the images, by their manifest."""
+        manifest = (self.settings.get("images") or {}).get("manifest") or {}
+        revision = str(manifest.get("revision"))  # or a commit of the Hub
+        return revision if revision.startswith("sha256:") else None
 
 
 def evaluate(

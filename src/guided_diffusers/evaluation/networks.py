@@ -17,6 +17,7 @@ from ..classifier import NoiseAwareClassifier
 from ..likelihood import logits_of
 from ..preprocess import Preprocess
 from ..sampling import add_weights
+from ..weights import check_weights
 
 INCEPTION = "inception"
 
@@ -98,19 +99,46 @@ def _load_transformers_network(name: str) -> Network:
     processor = transformers.AutoImageProcessor.from_pretrained(name, use_fast=False)
     preprocess = Preprocess(processor, getattr(config, "num_channels", None))
     if any(cls.endswith("ForImageClassification") for cls in config.architectures or ()):
-        model = transformers.AutoModelForImageClassification.from_pretrained(name)
+        model, _ = _load_complete(transformers.AutoModelForImageClassification, name)
         return wrap_classifier(model, name, lambda images: model(preprocess(images)))
-    model = transformers.AutoModel.from_pretrained(name)
+    model, has_pooler = _load_complete(transformers.AutoModel, name)
 
     def forward(images: Tensor) -> tuple[Tensor, None]:
         apply = model.get_image_features if hasattr(config, "vision_config") else model
         output = apply(preprocess(images))
         if isinstance(output, Tensor):
             return output, None
-        pooled = output.get("pooler_output")
+        pooled = output.get("pooler_output") if has_pooler else None
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1), None
 
     return Network(name, model, forward)
+
+
+def _load_complete(auto_class: Any, name: str) -> tuple[nn.Module, bool]:
+    """A model of `transformers`, and whether its pooling layer, if it has one, was in the file.
+
+    Raises:
+        ValueError: for a file that lacks other weights, or has others than the classifier's.
+    """
+    import transformers
+
+    try:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True)
+    except RuntimeError as error:  # of a weight's shape
+        raise ValueError(f"{name}: {error}") from error
+    unpooled = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    groups = {"lacks": set(info["missing_keys"]) - unpooled}
+    if auto_class is transformers.AutoModelForImageClassification:  # else another's head is ignored
+        groups["has unknown"] = set(info["unexpected_keys"])
+        if Path(name).is_dir():
+            check_weights(model, Path(name))
+    for problem, keys in groups.items():
+        if keys:
+            raise ValueError(
+                f"{name}: its file {problem} weights of a {type(model).__name__}, such as "
+                f"{min(keys)} ({len(keys)} in all); use the file that was saved with this config"
+            )
+    return model, not unpooled
 
 
 def wrap_module(module: nn.Module, name: str | None = None) -> Network:

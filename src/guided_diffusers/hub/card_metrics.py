@@ -12,13 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import get_logger
+
 from ..checks import read_json
 from ..diagnosis import COLUMNS
-from ..utils import markdown, markdown_table, printable
+from ..utils import markdown, markdown_table, printable, weights_digest
+from ..weights import saved_variants, weight_files
 
 Row = dict[str, Any]
 Metrics = Mapping[str, Any]
 
+logger = get_logger(__name__)
 MAX_ROWS = 20
 MAX_UNFOLDED_ROWS = 3
 #: metrics of guided images, and the titles of their plots
@@ -29,7 +34,42 @@ GUIDED_METRICS = {
 }
 OLD_NAMES = {"judge_agreement": "agreement"}
 #: entries that are not shown as numbers
-HIDDEN = ("made_of", "options", "command", "verdict", "settings", "mismatches")
+HIDDEN = ("made_of", "options", "command", "verdict", "settings", "mismatches", "weights")
+
+
+def stale_metrics(folder: Path, model: Any) -> set[str]:
+    """Names of the folder's metrics that were measured with other weights, with a warning of each.
+
+    Metrics have the hash of the weights that they are of as `weights`; older ones don't.
+
+    Args:
+        model: the model in the folder.
+    """
+    measured = {}
+    for name, entry in read_metrics(folder).items():
+        if isinstance(entry, dict) and isinstance(entry.get("weights"), str):
+            measured[name] = entry["weights"]
+    known = known_weights(folder, model) if measured else set()
+    stale = {name for name, weights in measured.items() if weights not in known}
+    for name in sorted(stale):
+        logger.warning(
+            f"{folder}: the metrics {name!r} are of other weights ({measured[name]}) than those in "
+            f"the folder ({', '.join(sorted(known))}) and are left out; measure them again"
+        )
+    return stale
+
+
+def known_weights(folder: Path, model: Any) -> set[str]:
+    """Hashes of the weights in a folder: of each network, in all variants, and of the pipeline."""
+    from ..sampling import weights_hash
+
+    hashes = set()
+    for config in folder.rglob("config.json"):
+        for variant in saved_variants(config.parent):
+            hashes.add(weights_digest(weight_files(config.parent, variant)))
+    if isinstance(model, DiffusionPipeline):
+        hashes.add(weights_hash(model))
+    return hashes
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -117,6 +157,7 @@ def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, An
                 "scalars": ", ".join(scalars(entry)),
                 "picture": pictures.get(name),
                 "tables": tables,
+                "unrecorded": not isinstance(entry.get("weights"), str),
             }
         )
     return variables

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from huggingface_hub import get_token
 
 from ..utils import printable
+from ..weights import weights_stem
 
 #: suffixes of a model's own files, in lower case; those of code are in `is_generated_code`
 MODEL_SUFFIXES = set(".json .txt .md .safetensors .png .jpg .jpeg .webp".split())
@@ -317,8 +318,3 @@ def count_parameters(folder: Path) -> int:
         entries.pop("__metadata__", None)
         count += sum(math.prod(entry["shape"]) for entry in entries.values())
     return count
-
-
-def weights_stem(name: str) -> str:
-    """Name of a weights file without its suffix and the number of its shard."""
-    return name.partition("-0")[0].removesuffix(".safetensors")

@@ -35,6 +35,7 @@ from .card_metrics import (
     level_rows,
     read_metrics,
     sections,
+    stale_metrics,
     training_options,
     words,
 )
@@ -108,7 +109,8 @@ def write_card(
     existing = ModelCard.load(path).data if path.exists() else ModelCardData()
     if existing.license != "unknown":
         license = license or existing.license
-    metrics = read_metrics(folder)
+    stale = stale_metrics(folder, model)
+    metrics = {name: entry for name, entry in read_metrics(folder).items() if name not in stale}
     datasets = list(datasets or existing.datasets or _trained_datasets(metrics))
     if picture and isinstance(model, DiffusionPipeline) and not (folder / "example.png").exists():
         draw_example(model, folder / "example.png")

@@ -14,7 +14,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..utils import hub_time_limit, printable
-from .files import is_link_out, weights_stem
+from ..weights import weight_patterns, weights_stem
+from .files import is_link_out
 from .model_card import is_generated, write_card
 from .staging import Model, collect, complete, refuse_card_data
 from .target import check_datasets, check_target
@@ -203,9 +204,6 @@ def _replaced_weights(stage: Path) -> list[str]:
     """Patterns of the files in which the repository may already have the weights in `stage`."""
     patterns = set()
     for path in stage.rglob("*.safetensors"):
-        stem = weights_stem(path.name)
-        name, _, variant = stem.partition(".")
-        index = f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
-        for file in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", index):
+        for file in weight_patterns(weights_stem(path.name)):
             patterns.add((path.parent.relative_to(stage) / file).as_posix())
     return sorted(patterns)

@@ -18,6 +18,7 @@ from ..clip import NoiseAwareCLIP
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
 from ..utils import check_writable, printable, write_json
+from .card_metrics import stale_metrics
 from .files import check_files, is_generated_code, select_files
 from .model_card import is_generated, write_card
 from .target import check_datasets, check_id
@@ -103,6 +104,7 @@ def complete(
         refuse_card_data(folder / "README.md", card)
     model = model_class(stage).from_pretrained(stage, variant=variant)
     model.save_code(stage)
+    _remove_stale_metrics(stage, model)
     if generated:
         write_card(stage, model, repo_id, **card)
     return model
@@ -192,6 +194,17 @@ def training_metrics(folder: Path, name: str) -> dict[str, Any]:
         if isinstance(metrics, dict) and isinstance(metrics.get("options"), dict):
             metrics["options"] = _portable_options(metrics["options"])
     return merged
+
+
+def _remove_stale_metrics(stage: Path, model: Model) -> None:
+    """Remove metrics of other weights than those in `stage`, with a picture of the same name."""
+    stale, path = stale_metrics(stage, model), stage / "figures.json"
+    for name in stale:
+        for file in (f"{name}.json", f"{name}.png"):
+            (stage / file).unlink(missing_ok=True)
+    if stale and path.exists():
+        figures = read_json(path)
+        write_json({name: figures[name] for name in figures if name not in stale}, path)
 
 
 def _merge_metrics(stage: Path, name: str) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from ..classifier import NoiseAwareClassifier
+from ..clip import NoiseAwareCLIP
+from ..weights import check_class_weights, check_weights, saved_variants, weight_files
 from . import verify_standalone
 from .files import SECRET_VARIABLES, check_files, safetensors_header
 from .staging import Model, model_class
 
+OWN_CLASSES = (NoiseAwareClassifier, NoiseAwareCLIP)
 TIMEOUT_S = 1800  # of the clean process, in seconds
 
 
@@ -38,6 +46,7 @@ def check(
     for path in folder.rglob("*.safetensors"):
         safetensors_header(path)
     model = model or model_class(folder).from_pretrained(folder, variant=variant)
+    check_published_weights(folder, model)
     check_files(folder, model.code(), include)
     actual = _standalone_output(folder, variant)
     expected = verify_standalone.reference_output(model)
@@ -48,6 +57,30 @@ def check(
             f"{folder}: the output differs when loaded without guided-diffusers; the largest "
             f"difference is {largest:.3g}"
         )
+
+
+def check_published_weights(folder: Path, model: Model) -> None:
+    """Refuse weights, in any variant, of which a model in the folder or below lacks some.
+
+    Raises:
+        ValueError: naming the file; also for one that isn't loaded.
+    """
+    modules: dict[Path, Any] = {folder: model}
+    if isinstance(model, DiffusionPipeline):
+        modules = {folder / name: module for name, module in model.components.items()}
+    for config in folder.rglob("config.json"):
+        path, loaded = config.parent, set()
+        class_name = str(json.loads(config.read_text()).get("_class_name"))
+        cls = next((c for c in OWN_CLASSES if c.__name__ == class_name), None)
+        cls = cls or getattr(diffusers, class_name, None)
+        for variant in saved_variants(path):
+            loaded |= set(weight_files(path, variant))
+            if isinstance(modules.get(path), torch.nn.Module):
+                check_weights(modules[path], path, variant)
+            elif cls is not None:  # such as a judge's
+                check_class_weights(cls, path, {"variant": variant})
+        for file in set(path.glob("*.safetensors")) - loaded if loaded else ():
+            raise ValueError(f"{file} isn't loaded: other files have these weights; remove it")
 
 
 def _standalone_output(folder: Path, variant: str | None) -> torch.Tensor:

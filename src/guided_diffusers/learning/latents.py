@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..cli_options import TIMEOUT_MINUTES
 from ..images import encode
+from ..weights import load_checked
 from .batches import limited_wait
 from .data import LabelledImages
 
@@ -43,10 +44,13 @@ def load_vae(path: str | None) -> Autoencoder | None:
         return None
     for subfolder in ("vae", "vqvae", None):
         try:
-            vae = AutoModel.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+            load, dtype = AutoModel.from_pretrained, torch.float32
+            vae = load_checked(load, path, subfolder=subfolder, torch_dtype=dtype)
             break
-        except (OSError, ValueError) as error:
+        except OSError as error:
             reason = error
+        except ValueError as error:
+            raise ValueError(f"--vae {path}: {error}") from error
     else:
         raise ValueError(f"--vae {path}: {reason}") from reason
     name, channels = type(vae).__name__, vae.config.get("in_channels")

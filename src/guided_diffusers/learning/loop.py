@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import check_writable, one_line, printable, write_json
+from ..utils import check_writable, one_line, printable, weights_digest, write_json
 from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for, limited_wait
 from .checkpointing import (
     LOAD_ERRORS,
@@ -183,7 +183,7 @@ class Trainer:
         model = self.unwrapped.eval() if self.gathered is None else self._gather()
         if self.gathered is None and self.ema is not None:
             self.ema.copy_to(model.parameters())
-        self._report(evaluate(model, self.progress.step))
+        self._report(evaluate(model, self.progress.step), model)
         return model
 
     # Resuming
@@ -262,7 +262,7 @@ class Trainer:
             due = options.validation_steps and progress.step % options.validation_steps == 0
             if due and not last:
                 with self._eval_model() as model:
-                    self._report(evaluate(model, progress.step))
+                    self._report(evaluate(model, progress.step), model)
         bar.close()
         self._print_summary(time.perf_counter() - start)
 
@@ -378,13 +378,14 @@ class Trainer:
         rate = self.lr_schedule.get_last_lr()[0]
         self.accelerator.log({"loss": mean, "learning_rate": rate}, step)
 
-    def _report(self, metrics: dict[str, Any]) -> None:
-        """Write metrics to metrics.json and the trackers, and print them."""
+    def _report(self, metrics: dict[str, Any], model: torch.nn.Module) -> None:
+        """Write metrics of the model to metrics.json and the trackers, and print them."""
         if not metrics:
             return
         step, rows = self.progress.step, metrics["held_out"]
         if self.accelerator.is_main_process:
-            write_json({"step": step, **metrics}, self.folder / "metrics.json")
+            content = {"step": step, "weights": weights_digest(model), **metrics}
+            write_json(content, self.folder / "metrics.json")
         names = [name for name in rows[0] if name != "timestep"]
         values = {f"{name}/t={row['timestep']}": row[name] for row in rows for name in names}
         self.accelerator.log(values, step)

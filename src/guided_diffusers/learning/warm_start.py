@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from ..classifier import NoiseAwareClassifier
+from ..weights import load_checked
 from .prepare import SCHEDULE
 
 # Config entries that `UNet2DModel` and `NoiseAwareClassifier` share.
@@ -32,7 +33,8 @@ def load_initial_model(path: str | None) -> NoiseAwareClassifier | UNet2DModel |
         if model_class := MODELS.get(name):
             try:
                 dtype = torch.float32
-                return model_class.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
+                load = model_class.from_pretrained
+                return load_checked(load, path, subfolder=subfolder, torch_dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--init_from {path}: {error}") from error
         reason = f"it holds a {name}"

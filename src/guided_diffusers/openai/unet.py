@@ -1,17 +1,21 @@
 """`UNet2DModel` with the options of guided-diffusion's UNet that its config lacks.
 
-Imports only torch and diffusers, because this file is saved on the Hub beside the weights.
+It imports little, because this file and `weights` are saved on the Hub beside the weights, as one.
 """
 
 import inspect
+from pathlib import Path
+from typing import Any
 
-from diffusers import (
-    ModelMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
-    UNet2DModel,
-)
+from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import (
+    ModelMixin,  # noqa: F401 - from_pretrained of a pipeline looks for it in this module
+)
+
+from ..weights import load_checked
 
 HeadDim = int | tuple[int, ...] | None
 
@@ -88,6 +92,11 @@ class ADMUNet2DModel(UNet2DModel):
             self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
             self.time_embedding = TimestepEmbedding(time_proj_dim, settings["time_embedding_dim"])
         self._set_heads()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load as in Diffusers; ValueError for weights that aren't the model's."""
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def _set_heads(self) -> None:
         """Give each attention the number of heads for its level's channels per head."""

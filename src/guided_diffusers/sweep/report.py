@@ -75,6 +75,7 @@ def write_report(
     }
     points = [{"point": asdict(result.setting), **result.to_json()} for result in results]
     content = {"verdict": verdict_json, "settings": protocol, "points": points}
+    content["weights"] = protocol.get("weights")
     write_json(content, folder / "sweep.json")
     for name in ("report.md", "report.html"):
         text = _environment(folder).get_template(f"{name}.j2").render(context)
