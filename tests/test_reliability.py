@@ -527,6 +527,39 @@ def test_a_stopped_process_ends_the_training(place: SimpleNamespace, tmp_path: P
     assert "Traceback" not in said
 
 
+NO_THREADS = """
+import atexit, os, runpy, sys
+
+def names():
+    tasks = "/proc/self/task"
+    found = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
+    print("at the end:", *[name for name in found if "gloo" in name or "store" in name], file=sys.stderr)
+
+atexit.register(names)  # called last
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_no_thread_of_the_process_group_outlives_the_training(
+    place: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The end of the interpreter would end it within C++, and so abort the process at times."""
+    script = TRAINING / "train_classifier.py"
+    line = f"{script} {TINY} --train_data_dir {place.folder} --cpu --max_train_steps 2 "
+    line += f"--model_config_name_or_path {place.classifier} --diagnosis_images 0 "
+    line += f"--output_dir {tmp_path / 'out'}"
+    processes = ranks(NO_THREADS, line.split(), 2, tmp_path)
+    try:
+        said = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert all("at the end:\n" in text for text in said), said
+
+
 STOPS_AT_A_BARRIER = """
 import os, signal, sys
 from guided_diffusers.cli_options import launched_processes, timeout_message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import traceback
@@ -142,6 +143,9 @@ def end_training(accelerator: Accelerator) -> None:
     # forever (seen with torch 2.13).
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    # The model, in a cycle of references, keeps the process group. If the interpreter ended first, it
+    # would end gloo's threads within C++, which calls std::terminate (seen with Python 3.11).
+    atexit.register(gc.collect)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
