@@ -22,7 +22,7 @@ from accelerate.utils import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..utils import one_line
+from ..utils import hub_time_limit, one_line
 from .options import Options
 
 # How long processes wait while one of them reads a dataset or a checkpoint, or diagnoses.
@@ -34,10 +34,14 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 @contextmanager
 def exit_on_value_error() -> Iterator[None]:
-    """End the program with a `ValueError`'s message and no traceback: an option has a wrong value."""
+    """End the program with the message of a `ValueError` or `OSError` and no traceback.
+
+    An option has a wrong value, a file can't be read, or the Hub doesn't answer in time.
+    """
     try:
-        yield
-    except ValueError as error:
+        with hub_time_limit():
+            yield
+    except (ValueError, OSError) as error:
         message = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             abort_process(message)
