@@ -392,6 +392,7 @@ def plot_text(text: object) -> str:
 # Models
 
 HUB_CONNECT_TIMEOUT_S = 10
+HUB_GIVE_UP_S = 10  # after which no further request is tried
 HUB_WRITE_TIMEOUT_S = 60  # for the answer to a request that changes a repository
 
 
@@ -485,6 +486,8 @@ def hub_time_limit() -> Iterator[None]:
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import _http
 
+    unanswered: list[float] = []  # times of the reading requests since the last answer
+
     def limit(request: Any) -> None:
         reads = request.method in ("GET", "HEAD")
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT if reads else HUB_WRITE_TIMEOUT_S
@@ -492,24 +495,34 @@ def hub_time_limit() -> Iterator[None]:
         set_already = request.extensions.get("timeout") or {}
         limits |= {kind: value for kind, value in set_already.items() if value is not None}
         request.extensions["timeout"] = limits
+        if reads:
+            unanswered.append(time.monotonic())
+            if unanswered[-1] - unanswered[0] > HUB_GIVE_UP_S:  # `huggingface_hub` goes on
+                raise OSError(f"no answer for {HUB_GIVE_UP_S} seconds")
+
+    def note_answer(response: Any) -> None:
+        if response.status_code < 500 and response.status_code != 429:
+            unanswered.clear()
 
     def limited_client() -> Any:
         client = factory()
         client.event_hooks["request"].append(limit)
+        client.event_hooks["response"].append(note_answer)
         return client
 
     factory = _http._GLOBAL_CLIENT_FACTORY
     _http.set_client_factory(limited_client)
     try:
         yield
-    except errors.HfHubHTTPError:  # an answer, which is an OSError
-        raise
-    except errors.HTTPError as error:
+    except (errors.HTTPError, OSError) as error:
+        is_answer = isinstance(error, errors.HfHubHTTPError)
+        if is_answer or (isinstance(error, OSError) and not unanswered):
+            raise
         address = re.sub("//[^/@]*@", "//", constants.ENDPOINT)
         reason = re.sub(r"Bearer \S+", "Bearer ***", f"{type(error).__name__}: {error}")
         raise OSError(
-            f"the Hub, {address}, can't be reached or doesn't answer ({one_line(reason)}); check the "
-            "network and HF_ENDPOINT, or use a folder instead of a Hub id"
+            f"the Hub, {address}, can't be reached or doesn't answer; check the network and "
+            f"HF_ENDPOINT, or use a folder instead of a Hub id ({one_line(reason)})"
         ) from error
     finally:
         _http.set_client_factory(factory)

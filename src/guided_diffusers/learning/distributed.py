@@ -25,7 +25,7 @@ from accelerate.utils import (
 from torch.distributed.tensor import DTensor
 
 from ..cli_options import timeout_message
-from ..utils import check_writable, folder_lock, one_line
+from ..utils import check_writable, folder_lock, hub_time_limit, one_line
 from .options import Options, named_errors
 
 # Units that FSDP gathers at a time, if its config names none.
@@ -38,10 +38,14 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 @contextmanager
 def exit_on_value_error() -> Iterator[None]:
-    """End the program with a `ValueError`'s message and no traceback: an option has a wrong value."""
+    """End the program with the message of a `ValueError` or `OSError` and no traceback.
+
+    An option has a wrong value, a file can't be read, or the Hub doesn't answer in time.
+    """
     try:
-        yield
-    except ValueError as error:
+        with hub_time_limit():
+            yield
+    except (ValueError, OSError) as error:
         release_output()
         message = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
