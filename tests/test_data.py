@@ -175,13 +175,18 @@ PLAIN, COLUMNS = split([RAMP]), r"the dataset has the columns \['picture'\]"
             {"image_column": "y"},
             "image_column='y' holds Value.*not images",
         ),
-        (split([RAMP], [-1], Value("int64")), LABEL_Y, "label_column='y' holds Value.*from -1 on"),
+        (split([RAMP] * 2, [0, -1], Value("int64")), LABEL_Y, "label_column='y' holds -1 in row 1"),
         (
             split([RAMP], [1.5], Value("float32")),
             LABEL_Y,
             "label_column='y' holds Value.*from 1.5 on",
         ),
-        (split([RAMP] * 2, ["a", None], Value("string")), LABEL_Y, "in every row"),
+        (
+            split([RAMP] * 2, ["a", None], Value("string")),
+            LABEL_Y,
+            "holds None in row 1.*every row",
+        ),
+        (split([RAMP] * 2, ["a", " "], Value("string")), LABEL_Y, "'y' holds ' ' in row 1; class"),
         (
             Dataset.from_dict({"y": [1]}),
             {},

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from datasets import DatasetDict, IterableDatasetDict
 from diffusers import DDPMScheduler, ModelMixin
+from tqdm.auto import tqdm
 
-from .data import LabelledImages, is_pattern, load_splits
+from .data import LabelledImages, evenly_spread, is_pattern, load_splits
 from .latents import Autoencoder, LatentImages
 from .options import Options, named_errors
 from .streaming import StreamedImages, parse_labels
@@ -29,9 +30,15 @@ DEFAULT_CLASSIFIER = {
 
 
 def load_data(
-    options: Options, accelerator: Accelerator, vae: Autoencoder | None = None
+    options: Options,
+    accelerator: Accelerator,
+    vae: Autoencoder | None = None,
+    labelled: bool = True,
 ) -> tuple[Images, Images | None]:
-    """The training split, and the held-out split if there is one; latents with --vae."""
+    """The images to train on, and those that are held out, if any are; latents with --vae.
+
+    Labels and files are checked (`check_data`). `labelled` False: labels aren't read.
+    """
     if options.vae is not None and vae is None:
         raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     splits, held_out = _load_splits(options, accelerator)
@@ -40,36 +47,137 @@ def load_data(
         StreamedImages if options.streaming else LabelledImages,
         resolution=options.resolution,
         skip_corrupt_images=options.skip_corrupt_images,
+        labelled=labelled,
+        renumber_labels=options.renumber_labels,
+        refuse_colour=options.channels is None and vae is None,
     )
-    train = make(
-        splits[options.train_split],
-        options.image_column,
-        options.label_column,
-        center_crop=options.center_crop,
-        random_flip=options.random_flip and vae is None,
-        random_shift=options.random_shift,
-        channels=None if vae is None else vae.config.in_channels,
-        labels=labels,
-        **({"cache_images": True} if options.cache_images else {}),
-    )
-    validation = None
-    if held_out is not None:
-        validation = make(
-            splits[held_out],
-            train.image_column,
-            train.label_column,
-            center_crop=True,
-            channels=train.channels,
-            labels=labels if options.streaming else train.id2label,
+    with named_errors(f"split {options.train_split!r}"):
+        train = make(
+            splits[options.train_split],
+            options.image_column,
+            options.label_column,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip and vae is None,
+            random_shift=options.random_shift,
+            channels=options.channels if vae is None else vae.config.in_channels,
+            labels=labels,
+            **({"cache_images": True} if options.cache_images else {}),
         )
-        if options.streaming:
-            validation = validation.in_memory(options.validation_samples, train.id2label)
+    fraction, validation = options.held_out_fraction, None
+    with named_errors(f"split {held_out or options.train_split!r}"):
+        if held_out is not None:
+            validation = make(
+                splits[held_out],
+                train.image_column,
+                train.label_column,
+                center_crop=True,
+                channels=train.channels,
+                labels=labels if options.streaming else train.id2label,
+            )
+            if options.streaming:
+                validation = validation.in_memory(options.validation_samples, train.id2label)
+        elif fraction and options.streaming:
+            train.held_out_fraction = fraction
+            validation = train.in_memory(options.validation_samples, train.id2label)
+        elif fraction:
+            train, validation = train.hold_out(fraction)
+    describe_data(options, accelerator, train, validation, held_out)
+    check_data(options, accelerator, train, validation, held_out or options.train_split)
     if vae is None:
         return train, validation
     folder = Path(options.latents_cache or Path(options.output_dir) / "latents")
     if validation is not None:
         validation = LatentImages(validation, vae, folder)
     return LatentImages(train, vae, folder, options.random_flip), validation
+
+
+def describe_data(
+    options: Options,
+    accelerator: Accelerator,
+    train: LabelledImages | StreamedImages,
+    held_out: LabelledImages | None,
+    split: str | None,
+) -> None:
+    """Print what was found: images, channels, labels, and which images are held out.
+
+    `split` is the held-out split, None if there is no such split.
+    """
+    count = "a stream of" if options.streaming else len(train)
+    channels = "grey" if train.channels == 1 else "RGB"
+    if options.channels is None and options.vae is None:
+        other = "3 for RGB" if train.channels == 1 else "1 for grey"
+        channels += f" as sampled images are (--channels {other})"
+    labels = "no labels"
+    if names := list(train.id2label.values()):
+        labels = f"{len(names)} labels ({', '.join(names[:10])}{', ...' if names[10:] else ''})"
+    if not options.streaming and len(train) < 2 * len(names):
+        labels += ": less than two images per label"
+    accelerator.print(f"data: {count} training images, {channels}, {labels}")
+    if held_out is None:
+        source = "no image is held out, so nothing is evaluated; see --validation_fraction"
+    elif split is None:
+        source = f"{len(held_out)} images of {options.train_split!r} are held out"
+        source += f" (--validation_fraction {options.held_out_fraction:g})"
+    else:
+        source = f"{len(held_out)} images of {split!r} are held out"
+        if split == options.train_split:
+            source += ", which are trained on, too: metrics don't hold for other images"
+    accelerator.print(f"data: {source}")
+
+
+def check_data(
+    options: Options,
+    accelerator: Accelerator,
+    train: LabelledImages | StreamedImages,
+    held_out: LabelledImages | None,
+    split: str,
+) -> None:
+    """Read before the first step what a later step would fail at: labels, and files of images.
+
+    Checks all labels and --check_images of the files of each split, and decodes the held-out images
+    that are evaluated; each process its share. `split` is that of the held-out images.
+
+    Raises:
+        ValueError: naming split, row and file, for a label or an image that can't be used.
+    """
+    if options.streaming:
+        accelerator.print("data: --streaming checks training images and labels as it reads them")
+    parts: list[tuple[str, LabelledImages, int]] = []
+    if not options.streaming:
+        parts.append((options.train_split, train, 0))
+    if held_out is not None:
+        parts.append((split, held_out, options.validation_samples))
+    for name, images, decoded in parts:
+        with named_errors(f"split {name!r}"):
+            present = set(images.labels_of_rows())
+            if options.skip_corrupt_images:
+                images[0]  # raises an error if no image can be read
+            if options.check_images and not (options.skip_corrupt_images or options.vae):
+                check_files(options, accelerator, images, decoded)
+        unused = [label for i, label in images.id2label.items() if i not in present]
+        if images is train and unused:
+            accelerator.print(
+                f"data: no training image has {len(unused)} of the {len(images.id2label)} labels, "
+                f"such as {unused[:5]}; --renumber_labels leaves them out"
+            )
+    accelerator.wait_for_everyone()
+
+
+def check_files(
+    options: Options, accelerator: Accelerator, images: LabelledImages, decoded: int
+) -> None:
+    """Check this process's share of --check_images files, of which evenly spread ones are decoded."""
+    indices = evenly_spread(len(images), options.check_images)
+    if len(indices) < len(images):
+        accelerator.print(
+            f"data: {len(indices)} of {len(images)} files are checked (--check_images)"
+        )
+    to_decode = set(evenly_spread(len(images), decoded))
+    indices = sorted({*indices, *to_decode})[accelerator.process_index :: accelerator.num_processes]
+    hidden = not (options.progress and accelerator.is_main_process)
+    rows = tqdm(images.rows(indices), "check", len(indices), delay=2, unit="image", disable=hidden)
+    for index, row in zip(indices, rows, strict=True):
+        images.check_image(row, decode=index in to_decode)
 
 
 def _load_splits(
@@ -80,12 +188,19 @@ def _load_splits(
     source = getattr(options, name)
     if name == "train_data_dir" and not (Path(source).expanduser().is_dir() or is_pattern(source)):
         raise ValueError(f"--train_data_dir {source}: there is no such folder")
+    output, folder = Path(options.output_dir).resolve(), Path(source).expanduser().resolve()
+    if folder.is_dir() and (folder == output or folder in output.parents):
+        raise ValueError(
+            f"--output_dir {options.output_dir} is in the folder of the data, --{name} {source}, "
+            "where its pictures would become images to train on; another folder is allowed"
+        )
     with accelerator.main_process_first():
         with named_errors(f"--{name} {source}"):
             splits = load_splits(source, options.dataset_config_name, options.streaming)
     held_out = options.validation_split
-    if held_out is None:
-        held_out = next((split for split in ("validation", "test") if split in splits), None)
+    if held_out is None and not options.validation_fraction:
+        names = (split for split in ("validation", "test") if split != options.train_split)
+        held_out = next((split for split in names if split in splits), None)
     for name, split in (("train", options.train_split), ("validation", held_out)):
         if split is not None and split not in splits:
             raise ValueError(f"--{name}_split {split}: the dataset has {sorted(splits)}")
