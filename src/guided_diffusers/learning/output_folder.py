@@ -42,6 +42,11 @@ def check_output_dir(options: Options) -> list[Path]:
     results = list_results(folder)
     names = [str(path.relative_to(folder)) for path in results]
     if options.overwrite_output_dir:
+        if links := [path.parent for path in results if path.parent.is_symlink()]:
+            raise ValueError(
+                f"--overwrite_output_dir: {links[0]} is a link; nothing is removed: remove the link, "
+                "or give another folder"
+            )
         if results and not (folder / OPTIONS_FILE).is_file():
             raise ValueError(
                 f"--overwrite_output_dir: {folder} has {names[:5]}, but no {OPTIONS_FILE} of a "
