@@ -684,3 +684,17 @@ def test_recipe_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = parse(train_clip.ClipOptions, None)
     root = TRAINING.parent
     assert (root / parsed.captions).is_file() and (root / parsed.text_config).is_file()
+
+
+@pytest.mark.parametrize("wrong", [None, "", "  ", [], ["a", ""], ["a", None]])
+def test_missing_captions_are_found_at_once(wrong: object) -> None:
+    image, feature = np.zeros((8, 8), np.uint8), Value("string")
+    captions: list[object] = ["dark", "black", wrong]
+    if isinstance(wrong, list):
+        feature, captions = List(feature), [["dark"], ["black"], wrong]
+    features = Features({"image": Image(), "text": feature})
+    rows = {"image": [PILImage.fromarray(image)] * 3, "text": captions}
+    images = LabelledImages(Dataset.from_dict(rows, features=features), resolution=8)
+    with pytest.raises(ValueError, match="row 2 has the captions .* in caption_column='text'; one"):
+        CaptionedImages(images, "text")
+    assert CaptionedImages(images.select([1]), "text")[0]["caption"] == "black"

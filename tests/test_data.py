@@ -17,7 +17,14 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from helpers import load_script
 from PIL import Image as PILImage
 
-from guided_diffusers.learning.data import SHARD_STRIDE, LabelledImages, load_splits, row_name
+from guided_diffusers.learning.data import (
+    SHARD_STRIDE,
+    LabelledImages,
+    held_out_rows,
+    load_splits,
+    mode_of_complete,
+    row_name,
+)
 
 prepare_fashion_mnist = load_script("prepare_fashion_mnist")
 
@@ -175,13 +182,18 @@ PLAIN, COLUMNS = split([RAMP]), r"the dataset has the columns \['picture'\]"
             {"image_column": "y"},
             "image_column='y' holds Value.*not images",
         ),
-        (split([RAMP], [-1], Value("int64")), LABEL_Y, "label_column='y' holds Value.*from -1 on"),
+        (split([RAMP] * 2, [0, -1], Value("int64")), LABEL_Y, "label_column='y' holds -1 in row 1"),
         (
             split([RAMP], [1.5], Value("float32")),
             LABEL_Y,
             "label_column='y' holds Value.*from 1.5 on",
         ),
-        (split([RAMP] * 2, ["a", None], Value("string")), LABEL_Y, "in every row"),
+        (
+            split([RAMP] * 2, ["a", None], Value("string")),
+            LABEL_Y,
+            "holds None in row 1.*every row",
+        ),
+        (split([RAMP] * 2, ["a", " "], Value("string")), LABEL_Y, "'y' holds ' ' in row 1; class"),
         (
             Dataset.from_dict({"y": [1]}),
             {},
@@ -296,3 +308,131 @@ def test_prepare_refuses_what_is_no_idx_file(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2, 3]))
     with pytest.raises(SystemExit, match=r"cut has 3 bytes of data, its header says \[9\]"):
         prepare_fashion_mnist.read_idx(tmp_path / "cut")
+
+
+# What is read before a training
+
+
+def test_held_out_rows_are_a_share_of_each_label() -> None:
+    counts = {"a": 101, "b": 51, "c": 12, "d": 2, "e": 1}
+    labels = [i for i, count in enumerate(counts.values()) for _ in range(count)]
+    random.Random(0).shuffle(labels)
+    rows = held_out_rows(labels, 0.1)
+    assert rows == sorted(set(rows)) == held_out_rows(labels, 0.1)
+    held_out = [[labels[row] for row in rows].count(i) for i in range(5)]
+    # a tenth of all but one of each label: of 162 rows, 10, 5, 1.1, 0.1 and 0
+    assert len(rows) == 17 and held_out[:2] == [10, 5] and held_out[4] == 0
+    assert held_out[2] in (1, 2) and held_out[3] in (0, 1)
+    assert len(held_out_rows([0] * 31, 0.1)) == 3  # of 30, whatever 30 * 0.1 is rounded to
+    assert held_out_rows(range(9), 0.9) == []  # one of each label stays
+    assert len(held_out_rows([0] * 8, 0.1)) == 1
+
+
+def test_parts_of_a_split_keep_labels_and_the_numbers_of_rows() -> None:
+    arrays = [np.full((8, 8), 5 * i, np.uint8) for i in range(40)]
+    names = ["rare" if i == 7 else "ab"[i % 2] for i in range(40)]
+    data = LabelledImages(
+        split(arrays, names, Value("string")), label_column="y", resolution=8, random_shift=2
+    )
+    train, held_out = data.hold_out(0.1)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert train.id2label == held_out.id2label == {0: "a", 1: "b", 2: "rare"}
+    pixels = [item["pixel_values"][0, 0, 0] for part in (train, held_out) for item in part]
+    found = sorted(round((pixel.item() + 1) * 127.5 / 5) for pixel in pixels)
+    assert found == list(range(40))
+    for part in (train, held_out):
+        for i in range(len(part)):
+            item, number = part[i], part.number(i)
+            torch.testing.assert_close(item["pixel_values"], scaled(arrays[number]))
+            assert part.id2label[item["label"]] == names[number]
+    assert held_out.labels_of_rows() == [held_out.label(i) for i in range(4)]
+    assert (train.random_shift, held_out.random_shift, held_out.center_crop) == (2, 0, True)
+    numbers = [row.number for row in held_out.rows([1, 3])]
+    assert numbers == [held_out.number(1), held_out.number(3)]
+    assert data.hold_out(0.0) == (data, None)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [7, 100, 20000], [1, 5, 10**9], [-1, 0, 1]])
+def test_ids_that_occur_can_be_renumbered(ids: list[int]) -> None:
+    options = {"label_column": "y", "resolution": 8}
+    dataset = split([RAMP] * 3, ids[::-1], Value("int64"))
+    data = LabelledImages(dataset, renumber_labels=True, **options)
+    assert data.id2label == {i: str(name) for i, name in enumerate(ids)}
+    assert data.labels_of_rows() == [2, 1, 0] and data[0]["label"] == 2
+    other = split([RAMP] * 2, [ids[1], 4], Value("int64"))
+    other = LabelledImages(other, renumber_labels=True, labels=data.id2label, **options)
+    assert other.label(0) == 1
+    with pytest.raises(ValueError, match="label_column='y': label 4 of row 1 is none of the 3"):
+        other.labels_of_rows()
+    if ids == [1, 2, 3]:
+        assert len(LabelledImages(dataset, **options).id2label) == 4
+        return
+    message = "'y' holds -1 in row 2" if ids[0] < 0 else f"to {ids[2]}; 0 to 29 are .*renumber"
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(dataset, **options)
+
+
+def test_class_names_that_occur_can_be_renumbered() -> None:
+    feature = ClassLabel(names=["x", "y", "z"])
+    data = LabelledImages(split([RAMP] * 2, [2, 0], feature), resolution=8, renumber_labels=True)
+    assert data.id2label == {0: "x", 1: "z"} and data.labels_of_rows() == [1, 0]
+    hidden = split([RAMP] * 3, [2, 0, -1], feature)
+    hidden = LabelledImages(hidden, resolution=8, renumber_labels=True)
+    with pytest.raises(ValueError, match="label -1 of row 2 is none of the 2 labels"):
+        hidden.labels_of_rows()
+
+
+def test_labels_that_nothing_uses_are_not_read() -> None:
+    labels = split([RAMP] * 2, [None, -1], ClassLabel(names=["a", "b"]))
+    data = LabelledImages(labels, label_column="y", resolution=8, labelled=False)
+    assert data.id2label == {} and data[1]["label"] == 0 and data.labels_of_rows() == [0, 0]
+
+
+def test_colours_do_not_become_grey_unnoticed() -> None:
+    colour = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
+    arrays = [colour if i == 3 else RAMP for i in range(80)]  # every fifth is sampled
+    data = LabelledImages(split(arrays), resolution=8)
+    message = r"the image of row 3 has colours, but .* grey; channels=3 \(--channels 3\)"
+    assert data.channels == 1 and data[2]["pixel_values"].shape == (1, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        _ = data[3]
+    for row in data.rows([0, 1, 2]):
+        data.check_image(row)
+    with pytest.raises(ValueError, match=message):
+        data.check_image(*data.rows([3]))
+    assert LabelledImages(split(arrays), resolution=8, channels=1)[3]["pixel_values"].shape[0] == 1
+    wide = LabelledImages(split(arrays), resolution=8, channels=3)
+    torch.testing.assert_close(wide[3]["pixel_values"], scaled(colour))
+    grey = np.stack([RAMP] * 3, axis=2)  # stored as colours, but grey, as a JPEG's is nearly
+    arrays[3] = grey + np.array([0, 3, 1], np.uint8)
+    data = LabelledImages(split(arrays), resolution=8)
+    assert (data[3]["pixel_values"] - scaled(RAMP)).abs().max() < 4 / 127.5
+    data.check_image(*data.rows([3]))
+
+
+def test_files_are_complete_or_not(tmp_path: Path) -> None:
+    contents = {}
+    for kind in ("PNG", "JPEG", "BMP"):
+        buffer = io.BytesIO()
+        PILImage.fromarray(RAMP).save(buffer, kind)
+        contents[kind] = buffer.getvalue()
+    for kind, expected in (("PNG", "L"), ("JPEG", "L"), ("BMP", None)):
+        content = contents[kind]
+        (tmp_path / "file").write_bytes(content)
+        images = {"bytes": content, "path": None}, {"path": str(tmp_path / "file"), "bytes": None}
+        assert [mode_of_complete(image) for image in images] == [expected] * 2
+        assert mode_of_complete({"bytes": content[:-16]}) is None
+        assert mode_of_complete({"bytes": content[:40]}) is None
+    damaged = bytearray(contents["PNG"])
+    damaged[50] ^= 1  # in the pixels
+    for image in ({"bytes": bytes(damaged)}, {"bytes": b"text"}, {"bytes": b""}, {}):
+        assert mode_of_complete(image) is None
+    rows = {"picture": [contents["BMP"], bytes(damaged), b"text", contents["JPEG"][:-60]]}
+    dataset = Dataset.from_dict(rows).cast_column("picture", Image())
+    data = LabelledImages(dataset, resolution=8, channels=1)
+    for i, row in enumerate(data.rows(range(4))):
+        if i == 0:
+            data.check_image(row)
+            continue
+        with pytest.raises(ValueError, match=f"the image of row {i} can't be read: "):
+            data.check_image(row)

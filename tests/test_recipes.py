@@ -743,3 +743,62 @@ def test_a_start_that_is_none_is_named(tmp_path: Path) -> None:
         warm_start.load_initial_model(str(tmp_path))
     with pytest.raises(ValueError, match="--init_from nowhere: "):
         warm_start.load_initial_model("nowhere")
+
+
+def labelled_by(values: list, feature: object) -> LabelledImages:
+    """Images with a column `y`."""
+    image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
+    rows = {"image": [image] * len(values), "y": values}
+    features = Features({"image": Image(), "y": feature})
+    return LabelledImages(Dataset.from_dict(rows, features=features), resolution=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "feature", "message"),
+    [
+        (REGRESSION, [1.0, 2.0, float("nan")], Value("float32"), "label nan of row 2 of label_col"),
+        (REGRESSION, [1.0, None], Value("float32"), "label None of row 1"),
+        (REGRESSION, [1.0, 1e39], Value("float64"), "label 1e.39 of row 1 .*: 1 finite"),
+        (REGRESSION, [[1.0], [1.0, 2.0]], List(Value("float32")), "of row 1 .*: 1 finite numbers"),
+        (MULTI, [["a"], ["b"], None], List(Value("string")), "None of row 2 .*2 labels"),
+        (MULTI, [["a"], ["b", None]], List(Value("string")), "of row 1 .* isn't a list of the 2"),
+        (MULTI, [["a"], ["b", ""]], List(Value("string")), "of row 1 .* isn't a list of the 2"),
+        (MULTI, [[1, 0, 0], [1, 0]], List(Value("int64")), "of row 1 .*: 3 zeros and ones"),
+        (
+            MULTI,
+            [[7], [1, 10**9]],
+            List(Value("int64")),
+            "3 different ids, from 1 to 1000000000; 0",
+        ),
+    ],
+)
+def test_wrong_labels_are_found_at_once(
+    kind: str, values: list, feature: object, message: str
+) -> None:
+    """All rows are read when the labels are, and the first wrong one is named."""
+    with pytest.raises(ValueError, match=message):
+        TargetedImages(labelled_by(values, feature), "y", kind)
+
+
+def test_ids_of_lists_can_be_renumbered() -> None:
+    images = labelled_by([[100, 7], [20000]], List(Value("int64")))
+    found = TargetedImages(images, "y", MULTI, renumber_labels=True)
+    assert found.id2label == {0: "7", 1: "100", 2: "20000"}
+    assert found.targets().tolist() == [[1, 1, 0], [0, 0, 1]]
+    images = labelled_by([[20000], []], List(Value("int64")))
+    other = TargetedImages(images, "y", MULTI, found.id2label, renumber_labels=True)
+    assert other.targets().tolist() == [[0, 0, 1], [0, 0, 0]]
+    named = labelled_by([[2], [0, 2]], List(ClassLabel(names=["a", "b", "c"])))
+    found = TargetedImages(named, "y", MULTI, renumber_labels=True)
+    assert (found.id2label, found.targets().tolist()) == ({0: "a", 1: "c"}, [[0, 1], [1, 1]])
+
+
+def test_labels_of_a_held_out_part_are_those_of_all_rows() -> None:
+    images = labelled_by([[str(i)] for i in range(20)], List(Value("string")))
+    train, held_out = images.hold_out(0.2)
+    data = TargetedImages(train, "y", MULTI)
+    other = TargetedImages(held_out, "y", MULTI, data.id2label)
+    assert len(data.id2label) == data.num_labels == other.num_labels == 20
+    for i in range(len(held_out)):
+        names = [data.id2label[k] for k in other.label(i).nonzero().flatten().tolist()]
+        assert names == [str(held_out.number(i))]

@@ -334,8 +334,8 @@ def test_trains(
 ) -> None:
     folder = train(script, f"--streaming --max_train_steps 3 {line}", data=data)
     assert weights(folder)
-    if "*" in data:  # one split, nothing held out
-        assert not (folder / "metrics.json").exists()
+    if "*" in data:  # one split, of which a tenth is held out
+        assert 3 <= json.loads((folder / "metrics.json").read_text())["images"] <= 6
         return
     assert json.loads((folder / "metrics.json").read_text())["images"] == 6
     if script == "classifier":
@@ -451,7 +451,10 @@ def test_corrupt_images_in_a_run(
         if k == 1:
             images[5] = b"no image"
         write_parquet(tmp_path / "broken" / f"train-{k}.parquet", images, shards.labels[part])
-    data, line = f"--train_data_dir {tmp_path / 'broken'}", "--streaming --max_train_steps 12"
+    data, line = (
+        f"--train_data_dir {tmp_path / 'broken'}",
+        "--streaming --max_train_steps 12 --validation_fraction 0",
+    )
     # of the first sixteen
     with pytest.raises(SystemExit, match="the image of row 5 of shard 1 can't be read: "):
         train("classifier", line, "ends", data)
@@ -576,3 +579,38 @@ def test_captions_of_a_column_are_refused() -> None:
         train_clip.ClipOptions(
             train_data_dir="x", streaming=True, max_train_steps=1, caption_column="text"
         )
+
+
+# A share that is held out
+
+
+@pytest.mark.parametrize(("kind", "world"), [("parquet", 1), ("parquet", 2), ("tars", 4)])
+def test_a_share_of_a_stream_is_held_out(shards: SimpleNamespace, kind: str, world: int) -> None:
+    """Always the same rows, of all shards; the others are read once an epoch in total."""
+    source = stream(vars(shards)[kind])
+    source.held_out_fraction = 0.25
+    rows = [row.image["bytes"] for row in source.rows() if source.is_held_out(row)]
+    assert 9 <= len(rows) <= 15  # a quarter of 48
+    held_out = source.in_memory(100, source.id2label)
+    found = [shards.images.index(image) for image in rows]
+    expected = [shards.labels[i] if kind == "parquet" else 0 for i in found]
+    assert found == sorted(found) and held_out.labels_of_rows() == expected
+    assert [row_name(held_out.number(0))] == [
+        row_name(next(row.number for row in source.rows() if source.is_held_out(row)))
+    ]
+    parts = [epochs(source, 2, rank=rank, world=world) for rank in range(world)]
+    for epoch in range(2):
+        images = Counter(image for part in parts for image in part[epoch])
+        assert images == Counter(shards.images[:48]) - Counter(rows)
+    uninterrupted = batches(source, 20 // world, 0, world, size=3)
+    items = [(read(batch), uninterrupted.position(k + 1)) for k, batch in enumerate(uninterrupted)]
+    for k in range(1, len(items)):
+        resumed = batches(source, 20 // world, 0, world, size=3, first=k, position=items[k - 1][1])
+        again = [(read(batch), resumed.position(j)) for j, batch in enumerate(resumed, start=k + 1)]
+        assert again == items[k:]
+
+
+def test_numbers_of_labels_are_bounded() -> None:
+    assert len(parse_labels("100000")) == 100_000
+    with pytest.raises(ValueError, match="--labels 1000000000: up to 100000 classes are allowed"):
+        parse_labels("1000000000")

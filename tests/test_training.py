@@ -101,7 +101,7 @@ def test_unconditional_unet_of_unlabelled_colours(train: Callable[..., Path]) ->
     assert (
         pipeline.scheduler.config.prediction_type == "sample" and pipeline.config.id2label is None
     )
-    assert not (folder / "metrics.json").exists()  # nothing is held out
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 1  # a tenth of 8
     assert PILImage.open(folder / "samples-1.png").size == (24, 8)
 
 
@@ -981,3 +981,171 @@ def test_recipe_configs_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
             module.UNetOptions if module is train_unet else module.ClassifierOptions, None
         )
         assert (TRAINING.parent / parsed.model_config_name_or_path).is_file()
+
+
+# A folder that was used
+
+
+def save_images(folder: Path, names: list[str]) -> str:
+    """Noise as image files; the option that names them as the data."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        PILImage.fromarray(pixels).save(folder / name)
+    return f"--train_data_dir {folder}"
+
+
+def test_a_used_folder_is_refused_or_emptied_by_name(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    first = "--max_train_steps 1 --diagnosis_images 5"
+    folder = train("classifier", first)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "unet").mkdir()
+    (folder / "unet" / "mine.bin").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    # another task, the same without --resume, another script; also where there are no checkpoints
+    for script, line in (
+        ("classifier", "--max_train_steps 1 --diagnosis_images 0"),
+        ("classifier", first),
+        ("classifier", first + " --learning_rate 1e-5 --resume_from_checkpoint latest"),
+        ("unet", "--max_train_steps 1"),
+        ("unet", "--max_train_steps 1 --resume_from_checkpoint latest"),
+    ):
+        with pytest.raises(SystemExit, match="has .*config.json.* of another.*--overwrite_output"):
+            train(script, line)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    weight = weights(folder)
+    train("classifier", first + " --resume_from_checkpoint latest --progress")  # the same again
+    assert apart(weights(folder), weight) == 0 and (folder / "diagnosis.json").exists()
+
+    capsys.readouterr()
+    line = "--max_train_steps 2 --checkpointing_steps 1 --overwrite_output_dir"
+    train("unet", line)
+    removed = re.search("removes from .*: (.*)", capsys.readouterr().out)[1].split(", ")
+    expected = "config.json curves.png diagnosis.json diagnosis.png metrics.json options.json"
+    weight_file = "diffusion_pytorch_model.safetensors"
+    expected = {*expected.split(), weight_file, "guided_diffusers_classifier.py", "tracker_run"}
+    assert set(removed) == expected
+    assert not (folder / "diagnosis.json").exists() and not (folder / weight_file).exists()
+    assert (folder / "notes.txt").read_text() == (folder / "unet" / "mine.bin").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["held_out"][0].keys() == {
+        "timestep",
+        "loss",
+    }
+    train("unet", line)  # with checkpoints, and the model's folders
+    assert "checkpoint-1, checkpoint-2" in capsys.readouterr().out
+    assert (folder / "unet" / "mine.bin").exists() and len(list_checkpoints(folder)) == 2
+    with pytest.raises(ValueError, match="--overwrite_output_dir removes what .* only one of the"):
+        Options(train_data_dir="x", overwrite_output_dir=True, resume_from_checkpoint="latest")
+
+
+def test_a_folder_of_something_else_is_not_emptied(train: Callable[..., Path]) -> None:
+    folder = train("classifier", "--max_train_steps 1")
+    (folder / "options.json").unlink()
+    with pytest.raises(SystemExit, match="but no options.json of a training; nothing is removed"):
+        train("classifier", "--max_train_steps 1 --overwrite_output_dir")
+    assert (folder / "config.json").exists()
+
+
+def test_a_failed_start_leaves_the_used_folder(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = train("classifier", "--max_train_steps 1")
+    before = sorted(folder.rglob("*"))
+    data = save_images(tmp_path / "broken", [f"{'ab'[i % 2]}/{i}.png" for i in range(9)])
+    (tmp_path / "broken" / "a" / "4.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="4.png"):
+        train("classifier", "--max_train_steps 1 --overwrite_output_dir", data=data)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_within_the_data_is_refused(
+    train: Callable[..., Path], tmp_path: Path, place: SimpleNamespace
+) -> None:
+    data = save_images(tmp_path / "photos", ["a/0.png", "b/1.png"])
+    for output in ("photos", "photos/out"):
+        with pytest.raises(SystemExit, match="--output_dir .* is in the folder of the data"):
+            train("classifier", "--max_train_steps 1", output, data=data)
+
+
+# What is held out
+
+
+def test_a_flat_folder_of_classes_is_evaluated(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A tenth of each label, the same whatever the script and the seed; and a resumed run is the same."""
+    data = save_images(tmp_path / "flat", [f"{'ab'[i % 2]}/{i:02d}.png" for i in range(42)])
+    line = "--max_train_steps 4 --checkpointing_steps 2 --checkpoints_total_limit 0 --seed 3 "
+    whole = train("classifier", line + "--diagnosis_images 4", "whole", data)
+    said = capsys.readouterr().out
+    assert "data: 38 training images, grey" in said and "4 images of 'train' are held out" in said
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["images"] == 4 and (whole / "diagnosis.json").exists()
+    assert f"saved to {whole}; next:\n    guided-diffusers inspect {whole} --dataset" in said
+    assert f"guided-diffusers assemble --unet UNET --classifier {whole} --output" in said
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    shutil.rmtree(parts / "checkpoint-4")
+    train("classifier", line + "--resume_from_checkpoint latest", "parts", data)
+    assert apart(weights(whole), weights(parts)) == 0
+    with pytest.raises(SystemExit, match="of another run: images 38, here 42"):
+        train(
+            "classifier",
+            line + "--resume_from_checkpoint latest --validation_fraction 0",
+            "parts",
+            data,
+        )
+    none = train("unet", "--max_train_steps 1 --validation_fraction 0", "none", data)
+    assert "no image is held out, so nothing is evaluated" in capsys.readouterr().out
+    assert not (none / "metrics.json").exists()
+
+
+def test_a_share_or_a_split_is_held_out(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train("classifier", "--max_train_steps 1 --validation_fraction 0.5", "share")  # not `test`
+    assert "19 images of 'train' are held out" in capsys.readouterr().out  # of 48 - 10
+    train("classifier", "--max_train_steps 1 --train_split test", "test")  # isn't its own test
+    assert "of 'test' are held out (--validation_fraction 0.1)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="both hold out images: only one of the two is allowed"):
+        Options(train_data_dir="x", validation_fraction=0.5, validation_split="test")
+    with pytest.raises(ValueError, match=r"--channels 2: 1 \(grey\) and 3 \(RGB\) are allowed"):
+        Options(train_data_dir="x", channels=2)
+
+
+def test_labels_are_read_where_they_are_used(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Pictures without labels in train and test, of which `datasets` makes labels that are missing."""
+    names = [f"{part}/{i}.png" for part in ("train", "test") for i in range(6)]
+    data = save_images(tmp_path / "plain", names)
+    folder = train("unet", "--max_train_steps 3", data=data)
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 6
+    for script, line in (("unet", "--class_conditional"), ("classifier", "")):
+        with pytest.raises(SystemExit, match="split 'train': .*: label None of row 0 is none"):
+            train(script, "--max_train_steps 1 " + line, "refused", data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "content", "message"),
+    [
+        ([0, 1, -1, 1], None, "split 'test': label_column='label': label -1 of row 2"),
+        ([0, 1, None, 1], None, "split 'test': label_column='label': label None of row 2"),
+        ([0, 1, 0, 1], b"text", "split 'test': the image of row 3 can't be read: its format"),
+    ],
+)
+def test_held_out_rows_are_read_before_the_first_step(
+    train: Callable[..., Path], tmp_path: Path, labels: list, content: bytes | None, message: str
+) -> None:
+    image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    images: list = [image] * 4
+    if content:
+        images[3] = {"bytes": content, "path": None}
+    for name, rows in (("train", ([image] * 4, [0, 1, 0, 1])), ("test", (images, labels))):
+        path = tmp_path / "data" / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        columns = dict(zip(("image", "label"), rows, strict=True))
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    with pytest.raises(SystemExit, match=message):
+        train("classifier", "--max_train_steps 1", data=f"--train_data_dir {tmp_path / 'data'}")
+    assert not (tmp_path / "out").exists()

@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,7 @@ from guided_diffusers.learning.held_out import held_out_metrics
 from guided_diffusers.learning.latents import load_vae, write_latents
 from guided_diffusers.learning.loop import Trainer, save_and_publish
 from guided_diffusers.learning.losses import LossSecondMomentSampler
-from guided_diffusers.learning.options import Options, changeable, option, parse
+from guided_diffusers.learning.options import Options, changeable, named_errors, option, parse
 from guided_diffusers.learning.prepare import (
     DEFAULT_CLASSIFIER,
     Images,
@@ -144,6 +145,8 @@ class ClassifierOptions(Options):
         if self.streaming and self.problem_type != SINGLE:
             kind = self.problem_type
             raise ValueError(f"--problem_type {kind} {all_labels} {SINGLE} is allowed")
+        if self.renumber_labels and self.problem_type == REGRESSION:
+            raise ValueError(f"--renumber_labels: --problem_type {REGRESSION} has numbers, no ids")
         if self.streaming and self.class_weights == "balanced":
             raise ValueError(f"--class_weights balanced {all_labels} numbers, a file are allowed")
         self._check_score_matching()
@@ -169,9 +172,12 @@ def set_targets(
     kind, column = options.problem_type, options.label_column
     if kind == SINGLE:
         return data, held_out
-    data = TargetedImages(data, column, kind)
+    with named_errors(f"split {options.train_split!r}"):
+        data = TargetedImages(data, column, kind, renumber_labels=options.renumber_labels)
     if held_out is not None:
-        held_out = TargetedImages(held_out, column, kind, data.id2label)
+        with named_errors("held-out images"):
+            names, renumber = data.id2label, options.renumber_labels
+            held_out = TargetedImages(held_out, column, kind, names, renumber)
         if held_out.num_labels != data.num_labels:
             counts = f"{data.num_labels} in the training and {held_out.num_labels} in the held-out"
             raise ValueError(f"--label_column {column}: numbers per image: {counts} split")
@@ -319,6 +325,23 @@ def write_diagnosis(
         print(*map(printable, lines), sep="\n")
 
 
+def next_steps(options: ClassifierOptions) -> list[str]:
+    """Commands that use the model."""
+    folder, data = quote(options.output_dir), quote(options.train_data_dir or options.dataset_name)
+    if options.max_timestep == 0:  # a judge
+        line = f"guided-diffusers evaluate IMAGES --dataset {data}"
+        return [f"{line} --judge {folder} --features {folder} --output EVALUATION"]
+    assemble = "guided-diffusers assemble --unet UNET --classifier"
+    commands = [f"{assemble} {folder} --output PIPELINE  # a model from train_unet.py"]
+    if options.problem_type == SINGLE and options.vae is None:
+        line = f"guided-diffusers inspect {folder} --dataset {data} --unet UNET"
+        columns = {"image": options.image_column, "label": options.label_column}
+        for name, column in columns.items():
+            line += f" --{name}-column {quote(column)}" if column else ""
+        commands.insert(0, f"{line} --output DIAGNOSIS  # is it fit to guide?")
+    return commands
+
+
 def main() -> None:
     options = parse(ClassifierOptions, __doc__)
     with exit_on_value_error():
@@ -326,9 +349,13 @@ def main() -> None:
         accelerator = make_accelerator(options)
         vae = load_vae(options.vae)
         single = options.problem_type == SINGLE  # other labels are read by `set_targets`
-        image_options = options if single else replace(options, label_column=None)
-        images = load_data(image_options, accelerator, vae)
+        images = load_data(options, accelerator, vae, labelled=single)
         data, held_out = set_targets(options, *images)
+        if not single:
+            kind = "numbers" if options.problem_type == REGRESSION else "labels"
+            names = ", ".join(list(data.id2label.values())[:10])
+            column = f"{data.num_labels} {kind} in {options.label_column!r}"
+            accelerator.print(f"data: {column}{names and ': '}{names}")
 
         # 2. Noise schedule, model, loss
         initial = load_initial_model(options.init_from)
@@ -351,7 +378,8 @@ def main() -> None:
 
     # 3. Train, save, publish
     evaluate = partial(evaluate_classifier, options, loss, held_out, trainer.steps)
-    save_and_publish(options, accelerator, trainer.train(loss, evaluate))
+    model = trainer.train(loss, evaluate)
+    save_and_publish(options, accelerator, model, next_steps(options))
 
 
 if __name__ == "__main__":

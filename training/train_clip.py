@@ -49,7 +49,7 @@ from transformers import (
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.cli_options import run_program
 from guided_diffusers.clip import MODEL_ARGUMENTS, NoiseAwareCLIP, image_config, last_layer
-from guided_diffusers.learning.annotations import CaptionedImages
+from guided_diffusers.learning.annotations import CaptionedImages, is_captions
 from guided_diffusers.learning.batches import Batch, StepRandom, collate
 from guided_diffusers.learning.data import LabelledImages
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
@@ -150,9 +150,8 @@ def load_captions(
             labels = f"the labels {sorted(by_name)}, the dataset {sorted(id2label.values())}"
             raise ValueError(f"--captions {path}: {part!r} has {labels}")
         for name, texts in by_name.items():
-            is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            if not is_list or not texts:
-                value = f"{texts!r} for {name!r}; a list of strings is allowed"
+            if not is_captions(texts):
+                value = f"{texts!r} for {name!r}; a list of strings that aren't empty is allowed"
                 raise ValueError(f"--captions {path}: {part!r} has {value}")
         captions[part] = {i: by_name[name] for i, name in id2label.items()}
     return captions["train"], captions.get("held_out")
@@ -349,9 +348,11 @@ def main() -> None:
     with exit_on_value_error():
         # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
-        images, held_out = load_data(options, accelerator)
+        by_label = options.captions is not None
+        images, held_out = load_data(options, accelerator, labelled=by_label)
         captions, held_out_captions = load_captions(options.captions, images.id2label)
-        data = CaptionedImages(images, options.caption_column, captions)
+        with named_errors(f"split {options.train_split!r}"):
+            data = CaptionedImages(images, options.caption_column, captions)
         scheduler = load_scheduler(options)
         schedule = trained_schedule(scheduler, options.max_timestep)
         num_timesteps = schedule["num_train_timesteps"]
@@ -359,8 +360,9 @@ def main() -> None:
         clip = make_clip(options, images, data, schedule)
         tokenizer, length = clip.tokenizer, clip.text_encoder.config.max_position_embeddings
         if held_out is not None:
-            by_label = held_out_captions or captions
-            held_out = CaptionedImages(held_out, options.caption_column, by_label)
+            of_label = held_out_captions or captions
+            with named_errors("held-out images"):
+                held_out = CaptionedImages(held_out, options.caption_column, of_label)
             held_out = TokenizedImages(held_out, tokenizer, length)
         stream = images if options.streaming else None
         data = TokenizedImages(data, tokenizer, length)
@@ -382,7 +384,11 @@ def main() -> None:
         names, score = make_score(model, scheduler, held_out, held_out_captions)
         return held_out_metrics(accelerator, options, held_out, num_timesteps, names, score)
 
-    save_and_publish(options, accelerator, trainer.train(loss, evaluate))
+    model = trainer.train(loss, evaluate)
+    usage = (
+        f'NoiseAwareCLIP.from_pretrained("{options.output_dir}")  # in Python: guides by captions'
+    )
+    save_and_publish(options, accelerator, model, [usage])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -345,13 +346,26 @@ def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> 
     make_image_grid(images, rows, len(images) // rows).save(path)
 
 
+def next_steps(options: UNetOptions) -> list[str]:
+    """Commands that use the model."""
+    folder = quote(options.output_dir)
+    commands = [
+        f"guided-diffusers assemble --unet {folder} --classifier CLASSIFIER --output PIPELINE  "
+        "# with a classifier of the same images, from train_classifier.py"
+    ]
+    if options.class_conditional:
+        line = f"guided-diffusers sample --model {folder} --label all --guidance-scale 0"
+        commands.insert(0, f"{line} --output samples.png")
+    return commands
+
+
 def main() -> None:
     options = parse(UNetOptions, __doc__)
     with exit_on_value_error():
         # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
         vae = load_vae(options.vae)
-        data, held_out = load_data(options, accelerator, vae)
+        data, held_out = load_data(options, accelerator, vae, labelled=options.class_conditional)
         scheduler, saved_scheduler = make_schedulers(options)
         loss = DenoisingLoss(options, accelerator, scheduler, len(data.id2label))
         set_seed(options.seed)
@@ -372,7 +386,8 @@ def main() -> None:
     make_sampler = partial(make_pipeline, scheduler=sampler)
     evaluate = partial(evaluate_denoiser, loss, make_sampler, held_out, trainer.steps)
     model = trainer.train(loss, evaluate)
-    save_and_publish(options, accelerator, make_pipeline(unet=model, scheduler=saved_scheduler))
+    pipeline = make_pipeline(unet=model, scheduler=saved_scheduler)
+    save_and_publish(options, accelerator, pipeline, next_steps(options))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def inspect(
         ValueError: for a model without a classifier, a wrong split or labels, and as `diagnose`.
         OSError: for files that are missing or broken.
     """
-    from ..learning.data import LabelledImages, load_splits
+    from ..learning.data import LabelledImages, are_renumbered, load_splits
 
     classifier, pipeline = load_classifier(model)
     if unet is not None:
@@ -217,7 +217,10 @@ def inspect(
     if split not in splits:
         raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
     columns = image_column, label_column
-    data = LabelledImages(splits[split], *columns, size, center_crop=True, channels=channels)
+    names = (module_config(classifier).get("id2label") or {}).items()
+    settings = {"center_crop": True, "channels": channels}
+    settings["renumber_labels"] = are_renumbered({int(i): name for i, name in names})
+    data = LabelledImages(splits[split], *columns, size, **settings)
     if not data.id2label:
         raise ValueError("dataset: it has no labels; name their column with label_column")
     data, notes = match_labels(data, module_config(classifier).get("id2label"))

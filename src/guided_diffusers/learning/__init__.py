@@ -6,4 +6,5 @@ classifier_objective, warm_start         what a classifier learns, and its initi
 options, prepare                         the options, and what a training starts with
 batches, loop, ema, held_out             the loop, its random numbers, EMA, evaluation, the Hub
 checkpointing, distributed               checkpoints, processes
+data_checks, output_folder               what is checked before the first step
 """

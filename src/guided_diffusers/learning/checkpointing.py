@@ -164,7 +164,8 @@ def find_checkpoints(resume_from: str | None, output_dir: str) -> list[Path]:
     if resume_from is None and existing:
         raise ValueError(
             f"--output_dir {output_dir} has {existing[-1].name} of another run: go on with "
-            "--resume_from_checkpoint latest, or give another folder"
+            "--resume_from_checkpoint latest, give another folder, or remove what is in it with "
+            "--overwrite_output_dir"
         )
     if resume_from in (None, "latest"):
         return existing[::-1]

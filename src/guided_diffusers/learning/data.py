@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from glob import glob
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +28,14 @@ from datasets import (
 )
 from PIL import Image as PILImage
 
+from .batches import generator_for
+
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
 GREY_MODES = {"1", "L", "LA", *SIXTEEN_BIT_MODES}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # Pillow's
 MAX_ATTEMPTS = 100  # images that are tried in place of a corrupt one
+COLOUR_TOLERANCE = 8  # of 255, by which red, green and blue differ in a grey JPEG
+MAX_LABELS_PER_ID = 10  # labels that integer ids may make, for each id that occurs
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}  # builders of `datasets`
 SHARD_STRIDE = 2**32  # row r of shard s of a stream has the number (s + 1) SHARD_STRIDE + r
 
@@ -83,6 +89,78 @@ def find_column(
     return name
 
 
+def integer_label_names(ids: Iterable[int], column: str, renumber: bool = False) -> dict[int, str]:
+    """Label names by id: the ids up to the largest, or with `renumber` those that occur.
+
+    Raises:
+        ValueError: without `renumber`, for an id below 0, or ids that most labels don't have.
+    """
+    distinct = sorted(set(ids))
+    if renumber:
+        return dict(enumerate(map(str, distinct)))
+    count, allowed = distinct[-1] + 1, MAX_LABELS_PER_ID * len(distinct)
+    if distinct[0] < 0 or count > allowed:
+        raise ValueError(
+            f"label_column={column!r} has {len(distinct)} different ids, from {distinct[0]} to "
+            f"{distinct[-1]}; 0 to {allowed - 1} are allowed, and any with renumber_labels "
+            "(--renumber_labels)"
+        )
+    return {i: str(i) for i in range(count)}
+
+
+def are_renumbered(names: Mapping[int, str]) -> bool:
+    """Whether label names by id are integers other than the ids, as with `renumber_labels`."""
+    integers = all(name.removeprefix("-").isdecimal() for name in names.values())
+    return integers and any(name != str(i) for i, name in names.items())
+
+
+def original_name(label: object, feature: object) -> str | None:
+    """Name of a stored label before it's renumbered; None if it has none."""
+    if isinstance(feature, ClassLabel):
+        is_id = isinstance(label, int) and 0 <= label < feature.num_classes
+        return feature.names[label] if is_id else None
+    return None if label is None else str(label)
+
+
+def held_out_rows(labels: Sequence[int], fraction: float) -> list[int]:
+    """Rows to hold out, in their order: a share of those of each label, of which one or more stay.
+
+    They depend on the labels and the fraction alone.
+    """
+    ids, generator = np.asarray(labels), generator_for(0, 5)
+    order = torch.randperm(len(ids), generator=generator).numpy()
+    order = order[np.argsort(ids[order], kind="stable")]
+    order = order[1:][ids[order][1:] == ids[order][:-1]]  # without the first row of each label
+    shares = np.ceil((np.arange(len(order) + 1) * fraction).round(6))
+    return np.sort(order[np.diff(shares) > 0]).tolist()
+
+
+def evenly_spread(length: int, count: int) -> list[int]:
+    """At most `count` of the numbers from 0 to length - 1."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
+def mode_of_complete(image: dict[str, Any]) -> str | None:
+    """Pillow's mode of an undecoded image, if a look at the file shows that it's complete.
+
+    That is a PNG with right checksums, or a JPEG with its end; None for all others.
+    """
+    content = image.get("bytes")
+    try:
+        with BytesIO(content) if content else open(image["path"], "rb") as file:
+            opened = PILImage.open(file)
+            mode, kind = opened.mode, opened.format
+            if kind == "PNG":
+                opened.verify()
+            elif kind == "JPEG":
+                file.seek(-2, 2)
+                kind = None if file.read() != b"\xff\xd9" else kind
+            return mode if kind in ("PNG", "JPEG") else None
+    except (*DECODING_ERRORS, KeyError, TypeError):
+        return None
+
+
 class CorruptImage(ValueError):
     """An image that can't be read; the message names its row."""
 
@@ -116,8 +194,12 @@ class ImageRows(torch.utils.data.Dataset):
     channels: int | None = None
     labels: dict[int, str] | None = None
     skip_corrupt_images: bool = False
+    labelled: bool = True
+    renumber_labels: bool = False
+    refuse_colour: bool = False
 
     def __post_init__(self) -> None:
+        self.refuse_colour |= self.channels is None
         names, features = self.dataset.column_names, self.dataset.features
         self.image_column = find_column(self.dataset, self.image_column, "image_column", Image)
         feature, columns = features[self.image_column], [self.image_column]
@@ -129,8 +211,12 @@ class ImageRows(torch.utils.data.Dataset):
                 f"image_column={self.image_column!r} holds {feature}, not images; the dataset has "
                 f"the columns {names}"
             )
-        column = self.label_column or None
-        if column or any(isinstance(value, ClassLabel) for value in features.values()):
+        column = (self.label_column or None) if self.labelled else None
+        if (
+            column
+            or self.labelled
+            and any(isinstance(value, ClassLabel) for value in features.values())
+        ):
             column = find_column(self.dataset, column, "label_column", ClassLabel)
             columns.append(column)
         self.label_column = column
@@ -150,6 +236,8 @@ class ImageRows(torch.utils.data.Dataset):
             return {}
         feature, labels = self.dataset.features[self.label_column], self.labels
         if isinstance(feature, ClassLabel):
+            if self.renumber_labels:
+                return labels
             names = dict(enumerate(feature.names))
             if labels not in (None, names):
                 raise ValueError(
@@ -158,7 +246,7 @@ class ImageRows(torch.utils.data.Dataset):
                 )
             return names
         dtype = feature.dtype if isinstance(feature, Value) else ""
-        return labels if "int" in dtype or dtype == "string" else None
+        return labels if "int" in dtype or "string" in dtype else None
 
     def _item(self, keys: Iterable[Any], seed: int) -> dict[str, torch.Tensor | int]:
         """The item of the first row; with `skip_corrupt_images` of the first that can be read."""
@@ -184,9 +272,11 @@ class ImageRows(torch.utils.data.Dataset):
         """Image, label, number of its row, and that of the first row if it is another, else -1."""
         tried: list[int] = []
         for key in keys:
-            tried.append(key if isinstance(key, int) else key.number)
+            is_index = isinstance(key, int)
+            tried.append(self.number(key) if is_index else key.number)
             try:
-                return *self._image(key), tried[-1], tried[0] if len(tried) > 1 else -1
+                row = key if is_index else key.number
+                return *self._image(key), row, tried[0] if len(tried) > 1 else -1
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
@@ -198,6 +288,7 @@ class ImageRows(torch.utils.data.Dataset):
     def _image(self, row: Row) -> tuple[PILImage.Image, int]:
         """A row's image, grey or RGB, its shorter side resized, and its label's id."""
         image = self._decode(row)
+        self._check_colour(image, row)
         if image.mode in SIXTEEN_BIT_MODES:  # Pillow's convert would clip at 255
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if self.channels == 1 else "RGB")
@@ -210,13 +301,40 @@ class ImageRows(torch.utils.data.Dataset):
     def _label(self, label: object, number: int) -> int:
         if self.label_column is None:
             return 0
-        label = self._ids.get(label, label) if isinstance(label, str) else label
-        if label not in self.id2label:
+        feature = self.dataset.features[self.label_column]
+        key = original_name(label, feature) if self.renumber_labels else label
+        key = self._ids.get(key, key) if isinstance(key, str) else key
+        if key not in self.id2label:
             raise ValueError(
-                f"label {label!r} of {row_name(number)} is none of the {len(self.id2label)} labels "
-                f"{list(self.id2label.values())[:20]}"
+                f"label_column={self.label_column!r}: label {label!r} of {row_name(number)} is none "
+                f"of the {len(self.id2label)} labels {list(self.id2label.values())[:20]}"
             )
-        return int(label)
+        return int(key)
+
+    def check_image(self, row: Row, decode: bool = False) -> None:
+        """Raise a `ValueError` for an image that can't be read, or is coloured where grey is needed.
+
+        Without `decode`, only files of which `mode_of_complete` knows too little are decoded.
+        """
+        mode = None if decode else mode_of_complete(row.image)
+        if mode is None or self.channels == 1 and mode not in GREY_MODES:
+            self._check_colour(self._decode(row), row)
+
+    def _check_colour(self, image: PILImage.Image, row: Row) -> None:
+        """Raise a `ValueError` for a coloured image that `refuse_colour` keeps from becoming grey."""
+        if self.channels != 1 or not self.refuse_colour or image.mode in GREY_MODES:
+            return
+        levels = np.asarray(image.convert("RGB"), dtype=np.int16)
+        if np.ptp(levels, axis=2).max() > COLOUR_TOLERANCE:
+            raise ValueError(
+                f"the image of {self._place(row)} has colours, but 16 sampled images are grey; "
+                "channels=3 (--channels 3) keeps colours, channels=1 (--channels 1) makes all grey"
+            )
+
+    def _place(self, row: Row) -> str:
+        """Number and file of a row."""
+        path = row.image.get("path")
+        return row_name(row.number) + (f" ({path})" if path else "")
 
     def _guess_channels(self, rows: Iterable[Row]) -> int:
         """1 if the images of all rows that can be read are grey, else 3."""
@@ -237,10 +355,12 @@ class ImageRows(torch.utils.data.Dataset):
             image = self._decoder.decode_example(row.image)
             image.load()
             return image
+        except PILImage.UnidentifiedImageError as error:
+            raise CorruptImage(
+                f"the image of {self._place(row)} can't be read: its format is unknown"
+            ) from error
         except DECODING_ERRORS as error:
-            path = row.image.get("path")
-            name = row_name(row.number) + (f" ({path})" if path else "")
-            raise CorruptImage(f"the image of {name} can't be read: {error}") from error
+            raise CorruptImage(f"the image of {self._place(row)} can't be read: {error}") from error
 
 
 @dataclass(eq=False, repr=False)
@@ -262,9 +382,15 @@ class LabelledImages(ImageRows):
         channels: 1 (grey) or 3 (RGB); by default 1 if sixteen images, evenly spread, are all grey.
         labels: label names of another split, where ids must mean the same.
         skip_corrupt_images: replace an image that can't be read by that of another row, with its
-            label, which the seed and the index alone decide. Items then also have "row", the number
-            of the row that was read, and "corrupt", that of the row that couldn't be read, or -1.
+            label, which the seed and the index alone decide. Items then also have "row", the index
+            of the row that was read, and "corrupt", the number of the row that couldn't be read, or
+            -1.
+        labelled: False reads no labels: every label is 0 and `id2label` is empty.
+        renumber_labels: only ids that occur are labels, numbered from 0 and named as they were.
+        refuse_colour: raise an error for a coloured image where `channels` is 1, instead of making
+            it grey; always so if `channels` isn't given.
         cache_images: keep decoded and resized images in the memory of the process that read them.
+        numbers: the rows' numbers in the split they're of, for messages; by default 0, 1, ...
 
     Raises:
         ValueError: if a column is missing or holds something else, or the labels differ from
@@ -272,11 +398,13 @@ class LabelledImages(ImageRows):
     """
 
     cache_images: bool = False
+    numbers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if (count := len(self.dataset)) == 0:
             raise ValueError("dataset: the split has no rows")
         super().__post_init__()
+        self.whole = self.dataset  # of which `select` leaves a part
         self._cache: dict[int, tuple[PILImage.Image, int]] = {}
         self._labels = self._rows.select_columns([self.label_column]) if self.label_column else None
         if not self.channels:
@@ -285,22 +413,66 @@ class LabelledImages(ImageRows):
 
     def _row(self, index: int) -> Row:
         values = self._rows[index]
-        return Row(index, values[self.image_column] or {}, values.get(self.label_column))
+        return Row(
+            self.number(index), values[self.image_column] or {}, values.get(self.label_column)
+        )
+
+    def number(self, index: int) -> int:
+        """The number in the dataset's split of a row of these."""
+        return index if self.numbers is None else self.numbers[index]
+
+    def rows(self, indices: Sequence[int]) -> Iterator[Row]:
+        """The rows of some indices."""
+        numbers = map(self.number, indices)
+        for batch in self._rows.select(indices).iter(100):
+            labels = batch.get(self.label_column, [None] * len(batch[self.image_column]))
+            for image, label in zip(batch[self.image_column], labels, strict=True):
+                yield Row(next(numbers), image or {}, label)
+
+    def select(self, indices: Sequence[int], **attributes: Any) -> LabelledImages:
+        """These rows alone, with the same label ids, and with other attributes, if they are given."""
+        part = copy(self)
+        part.dataset, part._rows = self.dataset.select(indices), self._rows.select(indices)
+        part._labels = None if self._labels is None else self._labels.select(indices)
+        part.numbers, part._cache = [self.number(i) for i in indices], {}
+        for name, value in attributes.items():
+            setattr(part, name, value)
+        return part
+
+    def hold_out(self, fraction: float) -> tuple[LabelledImages, LabelledImages | None]:
+        """The rows to train on, and those of `held_out_rows`, without augmentation; None: no row."""
+        labels = self.labels_of_rows() if self.label_column else [0] * len(self)
+        if not (rows := held_out_rows(labels, fraction)):
+            return self, None
+        others = np.setdiff1d(np.arange(len(self)), rows).tolist()
+        plain = {"center_crop": True, "random_flip": False, "random_shift": 0}
+        return self.select(others), self.select(rows, **plain, cache_images=False)
 
     def _all_label_names(self) -> dict[int, str]:
         if (names := self._label_names()) is not None:
             return names
-        feature = self._rows.features[self.label_column]
-        values = self._rows.unique(self.label_column)
+        feature, column = self._rows.features[self.label_column], self.label_column
+        if isinstance(feature, ClassLabel):
+            ids = [i for i in self._rows.unique(column) if i is not None]
+            return dict(enumerate(feature.names[i] for i in sorted(ids) if i >= 0))
         dtype = feature.dtype if isinstance(feature, Value) else ""
-        if dtype == "string" and None not in values:
+        if "string" not in dtype and "int" not in dtype:
+            raise ValueError(
+                f"label_column={column!r} holds {feature}, from {self._rows[0][column]!r} on; class "
+                "ids, integers from 0 or strings, in every row, can be labels"
+            )
+        values = self._rows.unique(column)
+        for value in values:
+            missing = value is None or isinstance(value, str) and not value.strip()
+            if missing or isinstance(value, int) and value < 0 and not self.renumber_labels:
+                row = row_name(self._rows[column][:].index(value))
+                raise ValueError(
+                    f"label_column={column!r} holds {value!r} in {row}; class ids, integers from 0 "
+                    "or strings, in every row, can be labels"
+                )
+        if "string" in dtype:
             return dict(enumerate(sorted(values)))
-        if "int" in dtype and None not in values and min(values) >= 0:
-            return {i: str(i) for i in range(max(values) + 1)}
-        raise ValueError(
-            f"label_column={self.label_column!r} holds {feature}, from {values[0]!r} on; class "
-            "ids, integers from 0 or strings, in every row, can be labels"
-        )
+        return integer_label_names(values, column, self.renumber_labels)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -329,3 +501,13 @@ class LabelledImages(ImageRows):
         if self._labels is None:
             return 0
         return self._label(self._labels[index][self.label_column], index)
+
+    def labels_of_rows(self) -> list[int]:
+        """The labels of all rows; a `ValueError` names the first that is none."""
+        if self._labels is None:
+            return [0] * len(self)
+        ids: dict[object, int] = {}
+        for index, label in enumerate(values := self._labels[self.label_column][:]):
+            if label not in ids:
+                ids[label] = self._label(label, self.number(index))
+        return [ids[label] for label in values]

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from .batches import Batch, collate, generator_for
+from .data import evenly_spread
 from .options import Options
 
 # (batch, eps, t) -> one number per metric and image, (M, B)
@@ -37,9 +38,8 @@ def held_out_metrics(
     if data is None:
         return {}
     timesteps = sorted({int((part + 0.5) * num_timesteps / 10 - 1e-6) for part in range(10)})
-    count, device = min(options.validation_samples, len(data)), accelerator.device
-    share = [i * len(data) // count for i in range(count)]
-    share = share[accelerator.process_index :: accelerator.num_processes]
+    indices, device = evenly_spread(len(data), options.validation_samples), accelerator.device
+    count, share = len(indices), indices[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(len(timesteps), len(names), device=device)
     skipped = torch.zeros((), device=device)
     for start in range(0, len(share), options.train_batch_size):

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from diffusers import AutoencoderKL, AutoModel, VQModel
 from safetensors import safe_open
 from safetensors.torch import save, save_file
@@ -91,6 +92,13 @@ class LatentImages(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def whole(self) -> Dataset:
+        return self.images.whole
+
+    def number(self, index: int) -> int:
+        return self.images.number(index)
 
     def label(self, index: int) -> int:
         return self.images.label(index)

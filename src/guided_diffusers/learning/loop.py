@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -49,6 +49,7 @@ from .distributed import (
 )
 from .ema import EMA
 from .options import Options, named_errors
+from .output_folder import OPTIONS_FILE, check_output_dir, remove
 from .prepare import make_optimizer
 from .streaming import StreamedBatches, StreamedImages
 
@@ -121,8 +122,12 @@ class Trainer:
             size = CHECKPOINT_BYTES * sum(weight.numel() for weight in model.parameters())
             with named_errors("--output_dir"):
                 check_writable(self.folder, "a checkpoint in", folder=True, size=size)
+        checkpoints = []
+        if not options.overwrite_output_dir:
+            checkpoints = find_checkpoints(options.resume_from_checkpoint, options.output_dir)
+        self.to_remove = check_output_dir(options)
         self._prepare(model)
-        self._resume(find_checkpoints(options.resume_from_checkpoint, options.output_dir))
+        self._resume(checkpoints)
 
     def _prepare(self, model: torch.nn.Module) -> None:
         """Model, optimizer, learning rate and EMA, all part of checkpoints."""
@@ -345,13 +350,21 @@ class Trainer:
     # Logs
 
     def _open_logs(self) -> None:
-        """Write options.json; open the trackers, without what was logged after the checkpoint."""
+        """Write options.json; open the trackers, without what was logged after the checkpoint.
+
+        With --overwrite_output_dir, what an earlier training wrote is removed first.
+        """
+        self.accelerator.wait_for_everyone()  # all processes have seen what is to be removed
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.to_remove:
+                names = [str(path.relative_to(self.folder)) for path in self.to_remove]
+                print(f"--overwrite_output_dir removes from {self.folder}: {', '.join(names)}")
+                remove(self.to_remove, self.folder)
             for partial in self.folder.glob("checkpoint-*.partial"):  # of a killed run
                 shutil.rmtree(partial)
             settings, run_id = asdict(self.options), self.folder / "tracker_run"
-            write_json(settings, self.folder / "options.json")
+            write_json(settings, self.folder / OPTIONS_FILE)
             if not run_id.exists():
                 run_id.write_text(uuid4().hex)
             trackers = {
@@ -411,14 +424,19 @@ def _print_error(message: str) -> None:
     print(one_line(message), file=sys.stderr, flush=True)
 
 
-def save_and_publish(options: Options, accelerator: Accelerator, model: Any) -> None:
+def save_and_publish(
+    options: Options, accelerator: Accelerator, model: Any, next_steps: Sequence[str]
+) -> None:
     """Save a model or pipeline in --output_dir, end the training, and publish with --push_to_hub.
 
     The repository gets the metrics and options in --output_dir, too. Called on every process.
+    `next_steps` are commands to print.
     """
     folder = Path(options.output_dir)
     if accelerator.is_main_process:
         model.save_pretrained(folder)
+    lines = "".join(f"\n    {command}" for command in next_steps)
+    accelerator.print(f"saved to {folder}; next:{lines}")
     end_training(accelerator)
     if accelerator.is_main_process and options.push_to_hub:
         name, private = options.repository, options.hub_private or None

@@ -101,6 +101,14 @@ class Options:
     )
     train_split: str = option("train", "split to train on")
     validation_split: str | None = changeable(None, "held-out split (default: validation or test)")
+    validation_fraction: float | None = changeable(
+        None,
+        "share of the training split that is held out instead, of each label; by default 0.1 if "
+        "there is no held-out split; 0: none",
+        0,
+        1,
+        open=True,
+    )
     image_column: str | None = option(None, "image column; by default the first with images")
     label_column: str | None = option(None, "label column; by default the first of class ids")
     streaming: bool = option(False, "never load all data at once; needs --max_train_steps")
@@ -111,6 +119,15 @@ class Options:
         None,
         "with --streaming: labels of a column of integers or strings: names such as cat,dog, a "
         "JSON file with a list of names, or the number of classes; not for columns of class ids",
+    )
+    renumber_labels: bool = changeable(
+        False, "only ids that training images have are labels, numbered from 0"
+    )
+    channels: int | None = changeable(
+        None, "1 (grey) or 3 (RGB); by default 1 if 16 sampled images are grey"
+    )
+    check_images: int = changeable(
+        100_000, "files to check before the first step, of each split, evenly spread; 0: none", 0
     )
     resolution: int = option(64, "size in pixels, to which the shorter side is resized", 1, 2**14)
     center_crop: bool = option(False, "crop the center instead of a random place")
@@ -125,6 +142,9 @@ class Options:
     )
     latents_cache: str | None = changeable(None, "folder of latents (default: in --output_dir)")
     output_dir: str = changeable("output", "folder of the model, its checkpoints and its metrics")
+    overwrite_output_dir: bool = changeable(
+        False, "remove what an earlier training wrote into --output_dir, by name; nothing else"
+    )
     seed: int = option(0, "seed of initial weights, data order and noise", 0, 2**32 - 1)
     model_config_name_or_path: str | None = changeable(
         None, "model config: a JSON file, a model's folder or Hub id; by default of medium size"
@@ -188,6 +208,8 @@ class Options:
                 "one of the two is needed, and only one"
             )
         check_ranges(self)
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"--channels {self.channels}: 1 (grey) and 3 (RGB) are allowed")
         self._check_needed()
         self._check_excluded()
         if self.scheduler and not self.has_default_schedule:
@@ -217,6 +239,11 @@ class Options:
         """Whether the --ddpm options are left at their defaults."""
         return (self.ddpm_num_steps, self.ddpm_beta_schedule) == (1000, "linear")
 
+    @property
+    def held_out_fraction(self) -> float:
+        """The share of the training split to hold out, where no other split is held out."""
+        return 0.1 if self.validation_fraction is None else self.validation_fraction
+
     def _check_needed(self) -> None:
         """Raise a `ValueError` for an option without another one that it needs."""
         needed = {"latents_cache": "vae", "shuffle_buffer": "streaming", "labels": "streaming"}
@@ -245,6 +272,14 @@ class Options:
             ("skip_corrupt_images", "vae"): f"--skip_corrupt_images: {once}",
             ("streaming", "vae"): f"{once}, which --streaming can't",
             ("streaming", "cache_images"): "--cache_images keeps all images, --streaming none",
+            ("streaming", "renumber_labels"): "--renumber_labels needs all labels before the first "
+            "step, which --streaming doesn't have (--labels can name them)",
+            ("channels", "vae"): f"--channels {self.channels}: --vae {self.vae} has its own",
+            ("validation_split", "validation_fraction"): "--validation_split "
+            f"{self.validation_split} and --validation_fraction {self.validation_fraction} both "
+            "hold out images",
+            ("overwrite_output_dir", "resume_from_checkpoint"): "--overwrite_output_dir removes "
+            "what --resume_from_checkpoint goes on from",
         }
         for (first, second), reason in reasons.items():
             if getattr(self, first) and getattr(self, second):

@@ -12,6 +12,7 @@ from datasets import DatasetDict, IterableDatasetDict
 from diffusers import DDPMScheduler, ModelMixin
 
 from .data import LabelledImages, is_pattern, load_splits
+from .data_checks import check_data, describe_data
 from .latents import Autoencoder, LatentImages
 from .options import Options, named_errors
 from .streaming import StreamedImages, parse_labels
@@ -29,9 +30,15 @@ DEFAULT_CLASSIFIER = {
 
 
 def load_data(
-    options: Options, accelerator: Accelerator, vae: Autoencoder | None = None
+    options: Options,
+    accelerator: Accelerator,
+    vae: Autoencoder | None = None,
+    labelled: bool = True,
 ) -> tuple[Images, Images | None]:
-    """The training split, and the held-out split if there is one; latents with --vae."""
+    """The images to train on, and those that are held out, if any are; latents with --vae.
+
+    Labels and files are checked (`check_data`). `labelled` False: labels aren't read.
+    """
     if options.vae is not None and vae is None:
         raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     splits, held_out = _load_splits(options, accelerator)
@@ -40,30 +47,42 @@ def load_data(
         StreamedImages if options.streaming else LabelledImages,
         resolution=options.resolution,
         skip_corrupt_images=options.skip_corrupt_images,
+        labelled=labelled,
+        renumber_labels=options.renumber_labels,
+        refuse_colour=options.channels is None and vae is None,
     )
-    train = make(
-        splits[options.train_split],
-        options.image_column,
-        options.label_column,
-        center_crop=options.center_crop,
-        random_flip=options.random_flip and vae is None,
-        random_shift=options.random_shift,
-        channels=None if vae is None else vae.config.in_channels,
-        labels=labels,
-        **({"cache_images": True} if options.cache_images else {}),
-    )
-    validation = None
-    if held_out is not None:
-        validation = make(
-            splits[held_out],
-            train.image_column,
-            train.label_column,
-            center_crop=True,
-            channels=train.channels,
-            labels=labels if options.streaming else train.id2label,
+    with named_errors(f"split {options.train_split!r}"):
+        train = make(
+            splits[options.train_split],
+            options.image_column,
+            options.label_column,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip and vae is None,
+            random_shift=options.random_shift,
+            channels=options.channels if vae is None else vae.config.in_channels,
+            labels=labels,
+            **({"cache_images": True} if options.cache_images else {}),
         )
-        if options.streaming:
-            validation = validation.in_memory(options.validation_samples, train.id2label)
+    fraction, validation = options.held_out_fraction, None
+    with named_errors(f"split {held_out or options.train_split!r}"):
+        if held_out is not None:
+            validation = make(
+                splits[held_out],
+                train.image_column,
+                train.label_column,
+                center_crop=True,
+                channels=train.channels,
+                labels=labels if options.streaming else train.id2label,
+            )
+            if options.streaming:
+                validation = validation.in_memory(options.validation_samples, train.id2label)
+        elif fraction and options.streaming:
+            train.held_out_fraction = fraction
+            validation = train.in_memory(options.validation_samples, train.id2label)
+        elif fraction:
+            train, validation = train.hold_out(fraction)
+    describe_data(options, accelerator, train, validation, held_out)
+    check_data(options, accelerator, train, validation, held_out or options.train_split)
     if vae is None:
         return train, validation
     folder = Path(options.latents_cache or Path(options.output_dir) / "latents")
@@ -80,12 +99,19 @@ def _load_splits(
     source = getattr(options, name)
     if name == "train_data_dir" and not (Path(source).expanduser().is_dir() or is_pattern(source)):
         raise ValueError(f"--train_data_dir {source}: there is no such folder")
+    output, folder = Path(options.output_dir).resolve(), Path(source).expanduser().resolve()
+    if folder.is_dir() and (folder == output or folder in output.parents):
+        raise ValueError(
+            f"--output_dir {options.output_dir} is in the folder of the data, --{name} {source}, "
+            "where its pictures would become images to train on; another folder is allowed"
+        )
     with accelerator.main_process_first():
         with named_errors(f"--{name} {source}"):
             splits = load_splits(source, options.dataset_config_name, options.streaming)
     held_out = options.validation_split
-    if held_out is None:
-        held_out = next((split for split in ("validation", "test") if split in splits), None)
+    if held_out is None and not options.validation_fraction:
+        names = (split for split in ("validation", "test") if split != options.train_split)
+        held_out = next((split for split in names if split in splits), None)
     for name, split in (("train", options.train_split), ("validation", held_out)):
         if split is not None and split not in splits:
             raise ValueError(f"--{name}_split {split}: the dataset has {sorted(splits)}")

@@ -22,11 +22,13 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from torch.utils.data import Sampler
 
 from .batches import item_seed
-from .data import SHARD_STRIDE, ImageRows, LabelledImages, Row
+from .data import SHARD_STRIDE, ImageRows, LabelledImages, Row, evenly_spread
 
 AnyItem = TypeVar("AnyItem")
 DEFAULT_WINDOW = 1000  # rows that are shuffled together
 ROWS_PER_READ = 50
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
+MAX_LABELS = 100_000  # whose number --labels may be
 START = {"epoch": 0, "shard": 0, "row": 0, "passed": 0, "window": 0, "taken": 0}
 Item = tuple[tuple[list[Row], int], int]  # ((rows, i), seed)
 
@@ -38,7 +40,12 @@ class StreamedImages(ImageRows):
     `skip_corrupt_images`, if its image can't be read, that of another of these rows, which the seed
     decides. By default `channels` is 1 if the first sixteen images are all grey. `label_column` may
     be a field of a column of JSON, e.g. "json.label"; `labels` names integers or strings by id.
+
+    Args:
+        held_out_fraction: share of the rows that `StreamedBatches` leaves out, for `in_memory`.
     """
+
+    held_out_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dataset.features is None:
@@ -58,7 +65,13 @@ class StreamedImages(ImageRows):
     def kind(self, window: int | None, processes: int) -> str:
         """Description of the order that positions refer to; a resumed run must have the same."""
         window = "all" if self.of_files else window or DEFAULT_WINDOW
-        return f"{self.num_shards} shards streamed to {processes} processes, {window} shuffled together"
+        kind = f"{self.num_shards} shards streamed to {processes} processes, {window} shuffled together"
+        return kind + (f", without {self.held_out_fraction:g}" if self.held_out_fraction else "")
+
+    def is_held_out(self, row: Row) -> bool:
+        """Whether a row is held out: the same in every run, evenly spread over each shard."""
+        share = self.held_out_fraction
+        return share > 0 and row.number * GOLDEN % 2**64 < share * 2**64
 
     def shard_rows(self, shard: int, first: int = 0) -> Iterator[Row]:
         """The rows of a shard in their order, from number `first` on."""
@@ -75,11 +88,18 @@ class StreamedImages(ImageRows):
         for shard in range(self.num_shards):
             yield from self.shard_rows(shard)
 
-    def in_memory(self, count: int, labels: dict[int, str]) -> LabelledImages:
-        """The first rows, or of an image folder evenly spread rows, with another split's labels."""
-        rows = list(islice(self.rows(), None if self.of_files else count))
-        count = min(count, len(rows))
-        rows = [rows[i * len(rows) // count] for i in range(count)]
+    def in_memory(self, count: int, labels: dict[int, str]) -> LabelledImages | None:
+        """The first rows, or of an image folder evenly spread rows, with another split's labels.
+
+        With `held_out_fraction`, of the rows that are held out; None if there are none.
+        """
+        rows = self.rows()
+        if self.held_out_fraction:
+            rows = filter(self.is_held_out, rows)
+        rows = list(islice(rows, None if self.of_files else count))
+        if not rows:
+            return None
+        rows = [rows[i] for i in evenly_spread(len(rows), count)]
         columns = {self.image_column: [row.image or None for row in rows]}
         features = {self.image_column: Image()}
         if self.label_column is not None:
@@ -94,6 +114,9 @@ class StreamedImages(ImageRows):
             channels=self.channels,
             labels=labels,
             skip_corrupt_images=self.skip_corrupt_images,
+            labelled=self.labelled,
+            refuse_colour=self.refuse_colour,
+            numbers=[row.number for row in rows],
         )
 
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor | int]:
@@ -148,6 +171,8 @@ def parse_labels(text: str | None) -> dict[int, str] | None:
         return None
     try:
         if text.isdecimal():
+            if int(text) > MAX_LABELS:
+                raise ValueError(f"up to {MAX_LABELS} classes are allowed")
             names = [str(i) for i in range(int(text))]
         elif Path(text).is_file():
             names = json.loads(Path(text).read_text())
@@ -256,8 +281,10 @@ class StreamedBatches(Sampler[list[Item]]):
             shards = shards[self.rank :: self.world]
         while position["shard"] < len(shards):
             for row in self.source.shard_rows(shards[position["shard"]], position["row"]):
-                number = position["passed"]
                 position["row"] += 1
+                if self.source.is_held_out(row):
+                    continue
+                number = position["passed"]
                 position["passed"] += 1
                 if by_shard or number % self.world == self.rank:
                     yield row
