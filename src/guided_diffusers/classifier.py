@@ -307,9 +307,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             return {}
         if __name__ != "guided_diffusers.classifier":  # already such a file
             return {f"{FILE}.py": Path(__file__).read_text()}
-        from guided_diffusers.standalone import self_contained
-
-        return {f"{FILE}.py": self_contained(type(self))}
+        standalone = import_module("guided_diffusers.standalone")
+        return {f"{FILE}.py": standalone.self_contained(type(self))}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
