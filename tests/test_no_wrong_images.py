@@ -130,21 +130,57 @@ def test_warnings_are_logged_by_the_pipeline_and_by_guide(caplog: pytest.LogCapt
     [
         ("DDIMScheduler", {"steps_offset": 1}, 1000, "has 1000, .* 0 to 999; .*steps_offset=1"),
         ("PNDMScheduler", {"steps_offset": 1}, 1000, "has 1000, .* 0 to 999; .*steps_offset=1"),
-        ("EulerDiscreteScheduler", {"steps_offset": 1, "timestep_spacing": "leading"}, 1000, "1000"),
-        ("DDPMScheduler", {"timestep_spacing": "leading"}, 1, "starts at sigma/alpha=0.01, .*trailing"),
-        ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}, 1, "starts at sigma/alpha=0.01"),
-        ("DPMSolverMultistepScheduler", {}, 1001, "num_inference_steps: 1001 steps .*repeat the noise"),
-        ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}, 1000, "repeat the noise level"),
+        (
+            "EulerDiscreteScheduler",
+            {"steps_offset": 1, "timestep_spacing": "leading"},
+            1000,
+            "1000",
+        ),
+        (
+            "DDPMScheduler",
+            {"timestep_spacing": "leading"},
+            1,
+            "starts at sigma/alpha=0.01, .*trailing",
+        ),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_spacing": "linspace"},
+            1,
+            "starts at sigma/alpha=0.01",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {},
+            1001,
+            "num_inference_steps: 1001 steps .*repeat the noise",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {"timestep_spacing": "leading"},
+            1000,
+            "repeat the noise level",
+        ),
         ("UniPCMultistepScheduler", {}, 1000, "repeat the noise level of timestep"),
         ("LMSDiscreteScheduler", {"timestep_spacing": "trailing"}, 1001, "repeat the noise level"),
         ("DPMSolverSDEScheduler", {"timestep_spacing": "trailing"}, 1001, "repeat the noise level"),
+        (
+            "PNDMScheduler",
+            {"timestep_spacing": "trailing"},
+            1001,
+            "=1001: PNDMScheduler allows at most",
+        ),
         ("EDMEulerScheduler", {"sigma_data": 0.0}, 5, "sigma_data=0.0"),
-        ("EDMEulerScheduler", {"sigma_min": 80.0, "sigma_max": 1.0}, 5, "noise of EDMEuler.* rises"),
+        (
+            "EDMEulerScheduler",
+            {"sigma_min": 80.0, "sigma_max": 1.0},
+            5,
+            "noise of EDMEuler.* rises",
+        ),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 0.0}, 5, "has no noise level"),
         ("UnCLIPScheduler", {}, 1, "num_inference_steps=1: UnCLIPScheduler can't take it"),
         ("DDIMScheduler", {"num_train_timesteps": 50, "trained_betas": [0.1] * 10}, 25, "0 to 9;"),
     ],
-)  # fmt: skip
+)
 def test_steps_that_give_no_images_are_refused(
     name: str, config: dict[str, Any], steps: int, message: str
 ) -> None:

@@ -133,7 +133,7 @@ def test_a_folder_of_an_earlier_version_is_resumed(make: Make, tmp_path: Path) -
 def test_a_run_that_dies_at_any_moment_goes_on(
     format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"format": format, "num_images": 5, "num_inference_steps": 1}
+    settings = {"format": format, "num_images": 5, "num_inference_steps": 2}
     make("whole", **settings)
     whole, moved = files(tmp_path / "whole"), 0
     while True:

@@ -431,11 +431,10 @@ def check_custom_steps(scheduler: SchedulerMixin, name: str, steps: Any) -> list
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name}: {kind} takes no custom ones")
     try:
-        if not isinstance(steps, torch.Tensor):
-            steps = torch.from_numpy(np.array(steps, order="C"))
-        values = steps.detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}={steps!r:.80}: a list of numbers is allowed ({error})") from None
+        array = steps.detach().cpu() if isinstance(steps, torch.Tensor) else np.array(steps)
+        values = torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={steps!r:.80}: a list of numbers is allowed") from None
     if values.ndim != 1 or not len(values) or values.dtype in (torch.bool, torch.complex128):
         raise ValueError(f"{name}={steps!r:.80}: a list of at least one number is allowed")
     numbers, exact = values.tolist(), values.double()
@@ -561,11 +560,20 @@ def stride_warning(scheduler: SchedulerMixin, first: int = 0) -> str | None:
 
     The noise of a sample then differs from that of the timestep at which the network is evaluated,
     by a factor that is followed here for data that is 0: x_s = sigma_s / sigma_t x_t.
+
+    Raises:
+        ValueError: for more steps than timesteps.
     """
     owner = next(cls.__name__ for cls in type(scheduler).__mro__ if "step" in vars(cls))
     if owner not in FIXED_STRIDE:
         return None
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    if not stride:
+        raise ValueError(
+            f"num_inference_steps={scheduler.num_inference_steps}: {owner} allows at most "
+            f"num_train_timesteps={scheduler.config.num_train_timesteps}; with more, its steps stand "
+            "still"
+        )
     timesteps = list(dict.fromkeys(scheduler.timesteps[first:].tolist()))
     if owner == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
         timesteps = [t for t in timesteps if t not in scheduler.prk_timesteps]  # half steps
