@@ -371,7 +371,10 @@ def no_parameter_grad(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     flags = []
     for module in modules:
         for layer in module.modules():
-            flags += [(layer, name) for name, p in layer._parameters.items() if p is not None]
+            for name, parameter in layer._parameters.items():
+                # one made in inference mode can't change, nor be part of a gradient
+                if parameter is not None and not parameter.is_inference():
+                    flags.append((layer, name))
     with _false(flags):
         yield
 

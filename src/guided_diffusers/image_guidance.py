@@ -51,8 +51,8 @@ class ImageClassifierGuidance(Guidance):
     `start` above 0, or a `sigma_interval`, leaves those steps out.
 
     Args:
-        classifier: an image classification model of `transformers`, or any module in evaluation
-            that maps images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
+        classifier: an image classification model of `transformers`, or any module that maps
+            images (B, C, H, W) to `.logits`, or to logits (B, num_labels).
         label, target, std, joint_temperature, marginal_temperature, softplus: as in
             `ClassifierGuidance`, with `id2label` and `problem_type` of the classifier's config.
         scale, start, stop, sigma_interval: as in `Guidance`; scale 0 is off.
