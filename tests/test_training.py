@@ -1040,12 +1040,21 @@ def test_a_used_folder_is_refused_or_emptied_by_name(
         Options(train_data_dir="x", overwrite_output_dir=True, resume_from_checkpoint="latest")
 
 
-def test_a_folder_of_something_else_is_not_emptied(train: Callable[..., Path]) -> None:
+def test_a_folder_of_something_else_is_not_emptied(
+    train: Callable[..., Path], place: SimpleNamespace
+) -> None:
     folder = train("classifier", "--max_train_steps 1")
     (folder / "options.json").unlink()
     with pytest.raises(SystemExit, match="but no options.json of a training; nothing is removed"):
         train("classifier", "--max_train_steps 1 --overwrite_output_dir")
     assert (folder / "config.json").exists()
+    (folder / "unet").symlink_to(place.root)
+    (place.root / "config.json").write_text("mine")
+    with pytest.raises(SystemExit, match="unet is a link; nothing is removed"):
+        train("unet", "--max_train_steps 1 --overwrite_output_dir")
+    assert (place.root / "config.json").read_text() == "mine"
+    with pytest.raises(SystemExit, match="config.json is a file; a folder is allowed"):
+        train("unet", "--max_train_steps 1", "out/config.json")
 
 
 def test_a_failed_start_leaves_the_used_folder(train: Callable[..., Path], tmp_path: Path) -> None:
@@ -1110,6 +1119,21 @@ def test_a_share_or_a_split_is_held_out(
         Options(train_data_dir="x", validation_fraction=0.5, validation_split="test")
     with pytest.raises(ValueError, match=r"--channels 2: 1 \(grey\) and 3 \(RGB\) are allowed"):
         Options(train_data_dir="x", channels=2)
+
+
+def test_names_in_one_split_and_ids_in_the_other_are_refused(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Sorted names 1, 10, 2 are not the ids 1, 10, 2."""
+    image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
+    (tmp_path / "data").mkdir()
+    for name, labels in (("train", ["1", "2", "10"]), ("test", [1, 2, 10])):
+        dataset = datasets.Dataset.from_dict({"image": [image] * 3, "y": labels})
+        dataset = dataset.cast_column("image", datasets.Image())
+        dataset.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    data = f"--train_data_dir {tmp_path / 'data'} --label_column y"
+    with pytest.raises(SystemExit, match="--label_column y: .*string.*int64.*; the same kind"):
+        train("classifier", "--max_train_steps 1", data=data)
 
 
 def test_labels_are_read_where_they_are_used(train: Callable[..., Path], tmp_path: Path) -> None:

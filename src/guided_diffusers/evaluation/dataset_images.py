@@ -15,7 +15,7 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-from ..learning.data import LabelledImages
+from ..learning.data import LabelledImages, integer_label_names
 
 Shape = tuple[int, int, int]  # (C, H, W)
 Item = tuple[torch.Tensor, int]  # (C, H, W) in [-1, 1], and its label id or -1
@@ -72,7 +72,9 @@ class NativeSizeImages(DatasetImages):
         names: dict[int, str] | None = None,
         shape: Shape | None = None,
     ):
-        self._column = LabelledImages(dataset, image_column, label_column, channels=1).image_column
+        self._column = LabelledImages(
+            dataset, image_column, channels=1, labelled=False
+        ).image_column
         encoded = dataset.select_columns([self._column])
         self._encoded = encoded.cast_column(self._column, datasets.Image(decode=False))
         channels, height, width = shape or (None, *self._size(0)[::-1])
@@ -130,18 +132,10 @@ class ParquetImages:
         self._groups = [group for file in files for group in _row_groups(file)]
         if not self._groups:
             raise ValueError(f"images: the Parquet files of {files[0].parent} have no rows")
-        self.names, self.shape = None, None  # taken from the first images
+        self.names, self.shape = _label_names(files, label_column), None
         first = self._open(self._groups[0])
         self.names, self.shape, self.labelled = first.names, first.shape, first.labelled
         self.description: dict[str, Any] = {}
-        column = first.items.label_column
-        feature = first.items.dataset.features[column] if self.labelled else None
-        if self.labelled and not isinstance(feature, datasets.ClassLabel):
-            table = pyarrow.parquet.read_table(files, columns=[column])  # labels of all files
-            values = sorted(table[column].unique().to_pylist())
-            self.names = dict(enumerate(values))
-            if not isinstance(values[0], str):
-                self.names = {i: str(i) for i in range(values[-1] + 1)}
 
     def _open(self, group: RowGroup) -> NativeSizeImages:
         try:
@@ -193,3 +187,17 @@ def _rows_of_file(group: RowGroup) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(re.sub(r"\brow (\d+)", in_file, str(error), count=1)) from error
+
+
+def _label_names(files: Sequence[Path], column: str | None) -> dict[int, str] | None:
+    """Label names by id of a column of integers or strings in Parquet files; None: of another."""
+    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
+    dtype = features[column].dtype if isinstance(features.get(column), datasets.Value) else ""
+    if "int" not in dtype and "string" not in dtype:
+        return None
+    values = pyarrow.parquet.read_table(files, columns=[column])[column].unique().to_pylist()
+    if None in values:  # `LabelledImages` raises an error
+        return None
+    return (
+        integer_label_names(values, column) if "int" in dtype else dict(enumerate(sorted(values)))
+    )

@@ -103,7 +103,7 @@ def integer_label_names(ids: Iterable[int], column: str, renumber: bool = False)
         raise ValueError(
             f"label_column={column!r} has {len(distinct)} different ids, from {distinct[0]} to "
             f"{distinct[-1]}; 0 to {allowed - 1} are allowed, and any with renumber_labels "
-            "(--renumber_labels)"
+            "(--renumber_labels in training)"
         )
     return {i: str(i) for i in range(count)}
 

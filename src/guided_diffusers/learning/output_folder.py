@@ -39,6 +39,8 @@ def check_output_dir(options: Options) -> list[Path]:
         ValueError: if the folder has results that this run neither goes on from nor may remove.
     """
     folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; a folder is allowed")
     results = list_results(folder)
     names = [str(path.relative_to(folder)) for path in results]
     if options.overwrite_output_dir:
