@@ -998,7 +998,7 @@ def broken(tmp_path: Path, how: str) -> Path:
         ("an npz of unknown labels", "they have the labels .*; ids 0 to 2 are allowed"),
         ("an unfinished run", "is incomplete according to its manifest"),
         ("a manifest of more", "has 60 images, its manifest says 61"),
-        ("no manifest", "manifest.json can't be read"),
+        ("no manifest", "manifest.json is no JSON"),
     ],
 )
 def test_broken_images_are_named_and_nothing_is_written(
@@ -1020,10 +1020,10 @@ def test_broken_images_are_named_and_nothing_is_written(
         ),
         (["--split", "valid"], r"no split 'valid'; the dataset has \['test', 'train'\]"),
         (["--training-split", "test"], "--training-split test: the real images are of that split"),
-        (["--bootstrap", "-1"], "bootstrap=-1: at least 0"),
+        (["--bootstrap", "-1"], "--bootstrap -1: an integer, 0 or more"),
         (["--max-features", "5"], "max_features=5: at least 6"),
-        (["--nearest", "0"], "nearest=0"),
-        (["--batch-size", "0"], "batch_size=0"),
+        (["--nearest", "0"], "--nearest 0: an integer, 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0: an integer, 1 or more"),
         (["--confidence", "1"], "confidence=1.0: a number between 0 and 1"),
         (["--bits-per-dim", "5"], "--bits-per-dim 5, --model None: use both or neither"),
         (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),

@@ -478,7 +478,7 @@ def test_wrong_arguments_of_python(make: Make, tmp_path: Path) -> None:
     [
         (["--output", "x.png", "--format", "npz"], "--format npz: --output x.png is a picture"),
         (["--output", "x.png", "--shard-size", "9"], "--shard-size 9: --output x.png is a picture"),
-        (["--output", "x", "--shard-size", "0"], "--shard-size 0: at least 1"),
+        (["--output", "x", "--shard-size", "0"], "--shard-size 0: an integer, 1 or more"),
         (
             ["--output", "x", "--batch-size", "9", "--shard-size", "3"],
             "batch_size=9: at most shard_size=3",

@@ -556,9 +556,9 @@ def test_the_pipeline_s_own_are_used_and_saved(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"guidance_every": 0}, "guidance_every=0: a whole number from 1 on is allowed"),
-        ({"guidance_every": 1.5}, "guidance_every=1.5: a whole number"),
-        ({"guidance_tolerance": 0.0}, "guidance_tolerance=0.0: a positive number"),
+        ({"guidance_every": 0}, "guidance_every=0: an integer, 1 or more, is allowed"),
+        ({"guidance_every": 1.5}, "guidance_every=1.5: an integer"),
+        ({"guidance_tolerance": 0.0}, "guidance_tolerance=0.0: a finite number above 0"),
         ({"guidance_tolerance": float("inf")}, "guidance_tolerance=inf"),
         (
             {"guidance_every": 2, "guidance_tolerance": 0.1},

@@ -144,7 +144,7 @@ def test_how_guidance_acts_is_part_of_a_point() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (([-1], ["ddim"], [5]), "scales: -1 is not allowed; use 0"),
+        (([float("inf")], ["ddim"], [5]), "scales: inf is not allowed; use finite"),
         (([float("nan")], ["ddim"], [5]), "scales: nan"),
         (([1], ["ddim"], [0]), "steps: 0 is not allowed"),
         (([1], [], [5]), "at least one value of each"),
@@ -823,7 +823,7 @@ def test_what_is_wrong_is_said(model: Path, data: Path, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     for more, message in (
         (["--schedulers", "nonsense"], "scheduler 'nonsense' is unknown"),
-        (["--scales", "-1"], "scales: -1.0 is not allowed"),
+        (["--scales", "nan"], "--scales nan: a finite number is allowed"),
         (["--num-images", "3"], "num_images=3: at least"),
         (["--max-features", "5"], "max_features=5: at least 6"),
         (["--reference", str(few)], "has 4 images; at least 6"),

@@ -617,7 +617,7 @@ def test_a_scale_that_is_a_function_gives_its_numbers(mixture: Mixture) -> None:
     ).active(0, 10, level)
     for wrong in (float("nan"), [1.0, float("inf")], [[1.0]]):
         with pytest.raises(
-            ValueError, match="scale is .*; a finite number or one per image is allowed"
+            ValueError, match="scale=.*: a finite number or one per image is allowed"
         ):
             Pull(lambda level, wrong=wrong: wrong).active(0, 10, level)
     with pytest.raises(ValueError, match="scale holds 2 numbers for 3 images"):
