@@ -12,8 +12,9 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
+from ..guidance import evaluating
 from ..noise import module_config, schedule_config
-from ..utils import evaluating, load_pipeline, printable, weights_digest, write_json
+from ..utils import load_pipeline, printable, weights_digest, write_json
 from .levels import Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS
