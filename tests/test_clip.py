@@ -23,7 +23,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import DDPMScheduler, UNet2DModel
 from helpers import TRAINING, load_script
 from PIL import Image as PILImage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -34,6 +34,7 @@ from guided_diffusers.learning.batches import generator_for
 from guided_diffusers.learning.data import LabelledImages
 from guided_diffusers.learning.options import parse
 from guided_diffusers.noise import schedule_config
+from guided_diffusers.utils import weights_digest
 
 train_clip = load_script("train_clip")
 
@@ -454,6 +455,7 @@ def test_it_learns_and_its_figures_are_of_the_saved_model(
     assert schedule_config(model)["num_train_timesteps"] == 50
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["step"], metrics["images"]) == (60, 10)
+    assert metrics["weights"] == weights_digest(model)
     held_out = Dataset.from_parquet(str(root / "data" / "test.parquet"))
     x0 = (
         torch.stack(
@@ -619,6 +621,10 @@ def test_warm_starts(train: Callable[..., Path], root: Path) -> None:
             BY_LABEL + "--text_encoder {root}/unprojected --freeze_text_encoder",
             r"has no \['text_projection.weight'\]",
         ),
+        (
+            BY_LABEL + "--text_encoder {root}/incomplete",
+            r"incomplete lacks 1 weights .*final_layer_norm.bias",
+        ),
         (BY_LABEL + "--image_encoder {root}/none", "--image_encoder .*none: "),
         (BY_LABEL + "--image_encoder {root}/unet", "--image_encoder .*unet: "),
         (
@@ -644,6 +650,11 @@ def test_wrong_options_are_named(
         ("string", {"train": {"dark": "dark", "light": ["light"]}}),
     ):
         (root / f"{name}.json").write_text(json.dumps(content))
+    incomplete = shutil.copytree(root / "text", root / "incomplete", dirs_exist_ok=True)
+    state = load_file(incomplete / "model.safetensors")
+    lost = next(name for name in state if name.endswith("final_layer_norm.bias"))
+    state.pop(lost)
+    save_file(state, incomplete / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit) as end:
         train(line, "refused")
     said = capsys.readouterr().err + str(end.value)

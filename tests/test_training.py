@@ -49,6 +49,7 @@ from guided_diffusers.learning.checkpointing import list_checkpoints
 from guided_diffusers.learning.data import LabelledImages
 from guided_diffusers.learning.options import Options, parse
 from guided_diffusers.noise import TrainedSchedule
+from guided_diffusers.utils import weights_digest
 
 train_unet, train_classifier = load_script("train_unet"), load_script("train_classifier")
 
@@ -73,6 +74,7 @@ def test_unet_becomes_a_pipeline(train: Callable[..., Path]) -> None:
 
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["step"], metrics["images"]) == (2, 6)
+    assert metrics["weights"] == weights_digest(pipeline.unet)
     assert [row["timestep"] for row in metrics["held_out"]] == list(range(0, 20, 2))
     assert all(0 < row["loss"] < 10 for row in metrics["held_out"])
     assert PILImage.open(folder / "samples-2.png").size == (16, 80)  # a row a label

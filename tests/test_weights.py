@@ -157,12 +157,15 @@ def test_a_component_that_is_needed_is_null(plain: Path) -> None:
         ClassifierGuidedPipeline.from_pretrained(plain)
 
 
-def test_a_network_without_values_is_refused() -> None:
-    pipeline = make_pipeline()
+def test_a_network_without_values_is_refused(plain: Path) -> None:
+    """If it was loaded; a network made without values, such as to count its weights, isn't."""
+    edit(plain / "unet" / WEIGHTS, EDITS["nothing"][0])
+    unet = UNet2DModel.from_pretrained(plain / "unet")
+    with pytest.raises(ValueError, match="unet: .* UNet2DModel from .*/unet have no values"):
+        ClassifierGuidedPipeline(unet, DDIMScheduler())
     with torch.device("meta"):
         unet = UNet2DModel(8, 1, 1, **BLOCKS)
-    with pytest.raises(ValueError, match="unet: .* weights of the UNet2DModel .*have no values"):
-        ClassifierGuidedPipeline(unet, pipeline.scheduler)
+    ClassifierGuidedPipeline(unet, DDIMScheduler())
 
 
 class Ticking(ModelMixin, ConfigMixin):

@@ -278,7 +278,7 @@ def check_values(name: str, model: torch.nn.Module | None) -> None:
     """Refuse a model that was loaded, but not by this package, from a file of other weights.
 
     Diffusers leaves weights that the file lacks without values. A file that has them all is read
-    again; one without them may have been replaced since.
+    again; one without them may have been replaced since. A model made on "meta" is left alone.
 
     Raises:
         ValueError: naming the model's folder and the weights.
@@ -288,9 +288,9 @@ def check_values(name: str, model: torch.nn.Module | None) -> None:
         return
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     missing = [key for part in parts[:1] for key, value in part.named_parameters() if value.is_meta]
-    if missing:
+    if missing and source:
         raise ValueError(
-            f"{name}: {len(missing)} weights of the {type(model).__name__} from {source or 'memory'} "
+            f"{name}: {len(missing)} weights of the {type(model).__name__} from {source} "
             f"have no values ({', '.join(missing[:MAX_NAMED_WEIGHTS])}); load a file that has them"
         )
     if isinstance(model, ModelMixin) and source and Path(source).is_dir():
