@@ -1089,3 +1089,22 @@ def test_names_of_classes_in_the_table_and_the_picture(tmp_path: Path) -> None:
     assert r"red\x1b[31m\nx" in text and "コート" in text
     draw_confusion([[1, 0, 0]] * 3, names[:3], tmp_path / "confusion.png")
     assert Image.open(tmp_path / "confusion.png").width > 100
+
+
+@pytest.mark.parametrize("ids", [[39, 0, 4, 17], [10**9, 1, 1, 1]])
+def test_ids_of_parquet_files_are_those_of_all_groups(ids: list[int], tmp_path: Path) -> None:
+    """A group alone may have one id, such as 39, which needs no label for each smaller one."""
+    arrays, _ = pixels(40, 0)
+    features = Features({"image": ImageFeature(), "number": Value("int64")})
+    labels = [ids[k // 10] + k % 10 * (ids[0] < 40 and k > 9) for k in range(40)]
+    rows = {"image": [{"bytes": png(a, tmp_path / "x" / "x.png")} for a in arrays]}
+    dataset = Dataset.from_dict({**rows, "number": labels}, features=features)
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    dataset.to_parquet(folder / "a.parquet", batch_size=10)  # a row group for each id
+    if ids[0] > 40:
+        with pytest.raises(ValueError, match="'number' has 2 different ids, from 1 to 1000000000"):
+            open_generated(folder, label_column="number")
+        return
+    images = open_generated(folder, label_column="number")
+    assert len(images.names) == 40 and [label for _, label in images.read(0, 40)] == labels

@@ -307,11 +307,11 @@ def test_terms_in_a_sum_keep_their_own_intervals() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": float("nan")}, "scale is nan; a finite number or one per image is allowed"),
-        ({"scale": [[1.0]]}, "scale is .*; a finite number or one per image is allowed"),
-        ({"start": -0.1}, "start=-0.1, stop=1.0: 0 <= start <= stop <= 1 is allowed"),
+        ({"scale": float("nan")}, "scale=nan: a finite number or one per image is allowed"),
+        ({"scale": [[1.0]]}, "scale=.*: a finite number or one per image is allowed"),
+        ({"start": -0.1}, "start=-0.1: a finite number from 0 to 1 is allowed"),
         ({"start": 0.6, "stop": 0.5}, "start=0.6, stop=0.5"),
-        ({"stop": 1.5}, "start=0.0, stop=1.5"),
+        ({"stop": 1.5}, "stop=1.5: a finite number from 0 to 1 is allowed"),
     ],
 )
 def test_wrong_scales_and_intervals_are_refused(arguments: dict, message: str) -> None:
@@ -793,14 +793,13 @@ def test_a_correction_beyond_the_range_of_the_network_is_refused() -> None:
 
 
 def test_a_sample_that_the_network_broke_is_not_blamed_on_guidance(mixture: Mixture) -> None:
-    pipeline = quiet(
-        OracleUNet(mixture, "epsilon", Clock()), DDIMScheduler(), OracleClassifier(mixture)
-    )
-    latents = torch.full((1, 1, 4, 4), float("nan"), dtype=torch.float64)
+    network = OracleUNet(mixture, "epsilon", Clock())
+    pipeline = quiet(network, DDIMScheduler(), OracleClassifier(mixture))
+    network.register_forward_hook(lambda module, inputs, output: (output[0] * float("nan"),))
     with pytest.raises(
-        FloatingPointError, match="step 0 of 4 .*sample was not finite before: look at the network"
+        FloatingPointError, match="step 1 of 4 .*sample was not finite before: look at the network"
     ):
-        sample(pipeline, 0, latents=latents, num_inference_steps=4)
+        sample(pipeline, 0, guidance_start=0.25, num_inference_steps=4)
 
 
 def test_noise_scale_of_the_classifier_is_its_own(mixture: Mixture) -> None:
@@ -910,7 +909,7 @@ def test_guidance_is_a_term_a_sum_or_a_list() -> None:
     assert torch.equal(sample(pipeline, guidance=[Pull(0.1), Pull(0.2)], **call), both)
     assert torch.equal(sample(pipeline, guidance=[], **call), sample(pipeline, **call))
     with pytest.raises(
-        ValueError, match=r"guidance: \['int'\]; a term of guidance, a sum or a list of them is"
+        ValueError, match=r"guidance=\[3\]: a term of guidance, a sum or a list of them is"
     ):
         sample(pipeline, guidance=[3], **call)
 

@@ -1123,21 +1123,6 @@ def test_a_share_or_a_split_is_held_out(
         Options(train_data_dir="x", channels=2)
 
 
-def test_names_in_one_split_and_ids_in_the_other_are_refused(
-    train: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Sorted names 1, 10, 2 are not the ids 1, 10, 2."""
-    image = PILImage.fromarray(np.zeros((8, 8), np.uint8))
-    (tmp_path / "data").mkdir()
-    for name, labels in (("train", ["1", "2", "10"]), ("test", [1, 2, 10])):
-        dataset = datasets.Dataset.from_dict({"image": [image] * 3, "y": labels})
-        dataset = dataset.cast_column("image", datasets.Image())
-        dataset.to_parquet(tmp_path / "data" / f"{name}.parquet")
-    data = f"--train_data_dir {tmp_path / 'data'} --label_column y"
-    with pytest.raises(SystemExit, match="--label_column y: .*string.*int64.*; the same kind"):
-        train("classifier", "--max_train_steps 1", data=data)
-
-
 def test_labels_are_read_where_they_are_used(train: Callable[..., Path], tmp_path: Path) -> None:
     """Pictures without labels in train and test, of which `datasets` makes labels that are missing."""
     names = [f"{part}/{i}.png" for part in ("train", "test") for i in range(6)]

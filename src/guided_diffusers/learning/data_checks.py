@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from accelerate import Accelerator
-from datasets import ClassLabel
 from tqdm.auto import tqdm
 
 from .data import LabelledImages, evenly_spread
@@ -60,14 +59,6 @@ def check_data(
     Raises:
         ValueError: naming split, row and file, for a label or an image that can't be used.
     """
-    if train.label_column and held_out is not None:
-        stored = [images.dataset.features[train.label_column] for images in (train, held_out)]
-        if "string" in stored[0].dtype and stored[1].dtype.startswith(("int", "uint")):
-            if not isinstance(stored[1], ClassLabel):
-                raise ValueError(
-                    f"--label_column {train.label_column}: the split {options.train_split!r} holds "
-                    f"{stored[0]}, {split!r} {stored[1]}; the same kind is needed in both"
-                )
     if options.streaming:
         accelerator.print("data: --streaming checks training images and labels as it reads them")
     parts: list[tuple[str, LabelledImages, int]] = []
