@@ -49,7 +49,7 @@ def push(
     Raises:
         ValueError: for a folder without a model, or with files that must not be published.
     """
-    check_target(repo_id, token, revision, commit_message)
+    check_target(repo_id, revision, commit_message)
     check_datasets(card.get("datasets") or ())
     with tempfile.TemporaryDirectory() as directory:
         stage = Path(directory) / "repository"
@@ -104,7 +104,7 @@ def push_to_hub(
     Raises:
         ValueError: as `push`, or for `safe_serialization=False`.
     """
-    check_target(repo_id, token, revision, commit_message)
+    check_target(repo_id, revision, commit_message)
     check_datasets(card.get("datasets") or ())
     if figures is not None and not Path(figures).is_dir():
         raise ValueError(f"figures={str(figures)!r} is no folder")
