@@ -114,8 +114,12 @@ def _card_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_push(options: argparse.Namespace) -> None:
+    from huggingface_hub import get_token
+
     from . import push
 
+    if get_token() is None:
+        raise ValueError(f"{options.repo}: a token is needed: `hf auth login`, or set HF_TOKEN")
     commit = push(
         options.folder,
         options.repo,

@@ -59,7 +59,7 @@ def push(
             without a token.
         OSError: for a Hub that can't be reached, or refuses.
     """
-    check_target(repo_id, token, revision, commit_message)
+    check_target(repo_id, revision, commit_message)
     check_datasets(card.get("datasets") or ())
     api = HfApi(token=token)
     with hub_time_limit(), tempfile.TemporaryDirectory() as directory:
@@ -130,7 +130,7 @@ def push_to_hub(
     Raises:
         ValueError: as `push`, or for `safe_serialization=False`.
     """
-    check_target(repo_id, token, revision, commit_message)
+    check_target(repo_id, revision, commit_message)
     check_datasets(card.get("datasets") or ())
     if figures is not None and not Path(figures).is_dir():
         raise ValueError(f"figures={str(figures)!r} is no folder")

@@ -5,21 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 #: a branch's name that git allows, in plain characters
 BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))\w[\w./+@#-]*(?<![./])")
 
 
-def check_target(
-    repo_id: str, token: str | bool | None, revision: str | None, commit_message: str | None
-) -> None:
+def check_target(repo_id: str, revision: str | None, commit_message: str | None) -> None:
     """Check the arguments of `push`.
 
     Raises:
-        ValueError: for a repository or branch that can't have this name, an empty message, or
-            without a token.
+        ValueError: for a repository or branch that can't have this name, or an empty message.
     """
     check_id(repo_id, "repo", "user/model")
     if revision is not None and not BRANCH.fullmatch(revision):
@@ -28,10 +24,6 @@ def check_target(
         )
     if commit_message is not None and not commit_message.strip():
         raise ValueError(f"commit_message {commit_message!r}: a text is needed, or None")
-    if not token and get_token() is None:
-        raise ValueError(
-            f"{repo_id} can't be published without a token: `hf auth login`, or set HF_TOKEN"
-        )
 
 
 def check_id(repo_id: str, argument: str, allowed: str) -> None:
