@@ -23,7 +23,6 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -275,7 +274,9 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             if is_main_process:
                 self.save_code(Path(save_directory))
             super().save_pretrained(save_directory, is_main_process, **options)
-        except (OSError, SafetensorError) as error:  # the latter is no OSError
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+                raise
             raise OSError(f"{save_directory} can't be written: {error}") from error
         if push_to_hub and is_main_process:
             self.push_to_hub(
@@ -365,6 +366,8 @@ def check_model_folder(name: Any, subfolder: str | None = None) -> None:
         r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", str(name)
     ):
         raise ValueError(f"{str(name)!r}: no such folder, and a Hub id is user/model")
+    if Path(name).is_file():
+        raise ValueError(f"{str(name)!r} is a file; a folder or a Hub id, user/model, is allowed")
     path = Path(name) / (subfolder or "") / "config.json"
     if not path.is_file():
         return

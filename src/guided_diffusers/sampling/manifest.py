@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from ..checks import read_json
 from ..defaults import DEFAULTS
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
@@ -123,7 +124,7 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
             )
         write_manifest(folder, settings, complete=False)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         manifest.pop("complete")
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(

@@ -50,7 +50,7 @@ class Store:
             protocol = record["settings"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if path not in self._unreadable:
                 logger.warning(
                     f"{path} is unreadable ({type(error).__name__}: {error}) and is measured again"
