@@ -463,8 +463,8 @@ def test_a_folder_of_something_else_is_refused(make: Make, tmp_path: Path) -> No
 
 def test_wrong_arguments_of_python(make: Make, tmp_path: Path) -> None:
     for changed, message in (
-        ({"num_images": 0}, "num_images=0: at least 1"),
-        ({"shard_size": 0}, "shard_size=0: at"),
+        ({"num_images": 0}, "num_images=0: an integer from 1"),
+        ({"shard_size": 0}, "shard_size=0: an integer"),
         ({"batch_size": 4}, "batch_size=4: at most shard_size=3 is allowed"),
         ({"format": "zip"}, "format='zip': imagefolder, parquet, npz are allowed"),
     ):

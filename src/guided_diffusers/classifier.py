@@ -365,6 +365,8 @@ def check_model_folder(name: Any, subfolder: str | None = None) -> None:
         r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", str(name)
     ):
         raise ValueError(f"{str(name)!r}: no such folder, and a Hub id is user/model")
+    if Path(name).is_file():
+        raise ValueError(f"{str(name)!r} is a file; a folder or a Hub id, user/model, is allowed")
     path = Path(name) / (subfolder or "") / "config.json"
     if not path.is_file():
         return

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from ..arguments import resolve_settings
+from ..checks import read_json
 from ..defaults import DEFAULTS
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
@@ -131,7 +132,7 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
         with suppress(FileExistsError):  # of another process, whose settings are compared below
             write_json({**settings, "complete": False}, path, exclusive=True)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         manifest.pop("complete")
         manifest.pop("failed", None)
     except (ValueError, KeyError, AttributeError) as error:

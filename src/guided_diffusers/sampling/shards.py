@@ -146,7 +146,14 @@ class Shards:
                 actual = (self.folder / name).stat().st_size
                 if actual != size:
                     raise ValueError(f"{self.folder / name} has {actual} bytes instead of {size}")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             logger.warning(one_line(f"shard {shard} of {self.folder} is generated again: {error}"))
             record.unlink(missing_ok=True)
             return False

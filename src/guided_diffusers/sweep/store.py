@@ -49,7 +49,7 @@ class Store:
             protocol = record["settings"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if path not in self._unreadable:
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(one_line(f"{path} is unreadable ({reason}) and is measured again"))
