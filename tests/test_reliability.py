@@ -618,6 +618,8 @@ def test_a_process_that_fails_ends_all_with_its_message(
         str(place.classifier),
         "--max_train_steps",
         "1000",
+        "--check_images",  # else it'd be found before the first step
+        "0",
         "--output_dir",
         str(tmp_path / "out"),
     ]
