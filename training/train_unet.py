@@ -199,9 +199,9 @@ def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
     }
     config: dict[str, Any] = {}
     if options.model_config_name_or_path is not None:
-        with suppress(OSError, ValueError):  # make_model raises a better message
+        with suppress(OSError, ValueError, RecursionError):  # make_model raises a better message
             config = UNet2DModel.load_config(options.model_config_name_or_path)
-    if config.get("_class_name") == DiTTransformer2DModel.__name__:
+    if isinstance(config, dict) and config.get("_class_name") == DiTTransformer2DModel.__name__:
         return make_dit(options, data, settings)
     settings["num_class_embeds"] = len(data.id2label) + 1 if options.class_conditional else None
     model = make_model(UNet2DModel, options, DEFAULT_UNET, **settings)

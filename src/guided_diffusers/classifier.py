@@ -38,8 +38,13 @@ FILE = "guided_diffusers_classifier"  # what this file is called beside the weig
 MAX_SHOWN = 200  # characters of a value in a message
 #: larger ones are of no real network, and would take for ever to build
 MAX_WIDTH, MAX_LEVELS = 2**16, 16
-LARGEST = {"in_channels": MAX_WIDTH, "num_labels": 10**6, "layers_per_block": 100}
-LARGEST |= {"norm_num_groups": MAX_WIDTH, "num_train_timesteps": 10**6}
+LARGEST = {
+    "in_channels": MAX_WIDTH,
+    "num_labels": 10**6,
+    "layers_per_block": 100,
+    "norm_num_groups": MAX_WIDTH,
+    "num_train_timesteps": 10**6,
+}
 PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",

@@ -151,8 +151,13 @@ def check_config(folder: Path) -> None:
     for name in ("config.json", "scheduler_config.json"):
         path = folder / name
         if path.exists():
-            for entry, value in read_json(path).items():
-                _check_config_value(f"{path}: {entry}", value, "layers" in entry)
+            check_config_values(path, read_json(path))
+
+
+def check_config_values(source: Any, config: Mapping[str, Any]) -> None:
+    """Refuse numbers of no real model; ValueError naming the source and the entry."""
+    for entry, value in config.items():
+        _check_config_value(f"{source}: {entry}", value, "layers" in entry)
 
 
 def _check_config_value(where: str, value: Any, layers: bool) -> None:

@@ -90,6 +90,9 @@ def named_errors(option: str) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{option}: {error}") from error
+    except (AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
+        kind = type(error).__name__  # a config with values of wrong kinds
+        raise ValueError(f"{option}: a value in its config is wrong: {kind}: {error}") from error
 
 
 @dataclass

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from datasets import DatasetDict, IterableDatasetDict
 from diffusers import DDPMScheduler, ModelMixin
 
+from ..checks import shown
+from ..repository import check_config_values
 from .data import LabelledImages, is_pattern, load_splits
 from .data_checks import check_data, describe_data
 from .latents import Autoencoder, LatentImages
@@ -169,6 +171,9 @@ def make_model(
     path = options.model_config_name_or_path
     with named_errors(f"--model_config_name_or_path {path}, --resolution {options.resolution}"):
         config = default if path is None else model_class.load_config(path)
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {shown(config)}; a JSON object {{...}} is allowed")
+        check_config_values(path, config)
         names = [name for name in config if not name.startswith("_") and name != "auto_map"]
         return model_class(**{name: config[name] for name in names} | settings)
 
