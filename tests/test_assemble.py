@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from test_guidance import NAMES, small_classifier, small_unet
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.cli import main
 from guided_diffusers.hub import assembled
+from guided_diffusers.sampling import grid, sample
 
 
 @pytest.fixture
@@ -75,6 +77,50 @@ def test_a_network_alone_samples(parts: Path) -> None:
     assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.classifier is None
     assert not pipeline.scheduler.config.clip_sample
     pipeline("cat", num_inference_steps=2)
+
+
+def test_sample_takes_the_parts(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it takes the folder that they are assembled to."""
+    classifier = ("--classifier", str(parts / "classifier"))
+    assemble(parts, *classifier)
+    call = ["--label", "all", "--num-images", "3", "--num-inference-steps", "2", "--output"]
+    unet = ["--unet", str(parts / "unet")]
+    main(["sample", *unet, *classifier, *call, str(parts / "a.png")])
+    main(["sample", "--model", str(parts / "out"), *call, str(parts / "b.png")])
+    assert (parts / "a.png").read_bytes() == (parts / "b.png").read_bytes()
+    main(["sample", *unet, *call, str(parts / "alone.png"), "--resolution", "4x6"])
+    assert "guidance scale 0," in capsys.readouterr().out
+    with Image.open(parts / "alone.png") as picture:
+        assert picture.size[1] * 6 == 3 * 4 * (84 // 6 * 6)  # three rows of images 84 wide
+    for options, message in (
+        (classifier, "--classifier .*: --unet is needed, too"),
+        ((*unet, "--model", "x"), "--unet .*: --model and --revision can't be given, too"),
+        ((*unet, "--resolution", "4x"), "--resolution 4x: height x width such as 48x32"),
+        ((*unet, "--resolution", "0x3"), "--resolution 0x3: height x width"),
+        ((*unet, "--resolution", "5x3"), "height=5, width=3: multiples of 2, at least 2, are"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["sample", *options, *call, str(parts / "no.png")])
+    with pytest.raises(SystemExit, match="--label is needed: names, ids, or `all` .*: cat, dog"):
+        main(["sample", *unet, "--output", str(parts / "no.png")])
+
+
+def test_a_network_without_labels_samples(tmp_path: Path) -> None:
+    pipeline = ClassifierGuidedPipeline(small_unet(), DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "unet")
+    call = ["--num-images", "4", "--num-inference-steps", "2", "--batch-size", "3"]
+    call += ["--unet", str(tmp_path / "unet"), "--output"]
+    main(["sample", *call, str(tmp_path / "a.png")])
+    images = [
+        image
+        for _, batch in sample(
+            assembled(tmp_path / "unet"), [None], 0, 3, range(4), num_inference_steps=2
+        )
+        for image in batch
+    ]
+    assert grid(images).tobytes() == Image.open(tmp_path / "a.png").tobytes()
+    with pytest.raises(SystemExit, match="of a network without labels, a picture"):
+        main(["sample", *call, str(tmp_path / "folder")])
 
 
 def test_flow_matching_keeps_its_scheduler(tmp_path: Path) -> None:

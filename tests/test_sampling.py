@@ -12,7 +12,7 @@ import time
 import tracemalloc
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -411,6 +411,40 @@ def test_broken_images_make_the_folder_incomplete_until_they_are_there(
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"] is False
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("before", "existing"), [(4, 3), (6, 6)])  # of shards of 3
+def test_a_folder_is_extended(
+    format: str,
+    before: int,
+    existing: int,
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if that dies at any moment; the files are those of a run of the larger number."""
+    make("all", format=format)
+    expected = files(tmp_path / "all")
+    make("a", format=format, num_images=before)
+    result = make("a", format=format)
+    assert result.before == (0 if format == "npz" else existing) and result.images == 10
+    assert files(tmp_path / "a") == expected
+    move = os.replace
+    for after in range(8):
+        moves = iter(range(after))
+
+        def replace(*arguments: Any, moves: Iterator[int] = moves) -> None:
+            if next(moves, None) is None:
+                raise Crash
+            move(*arguments)
+
+        make(f"{after}", format=format, num_images=before)
+        with monkeypatch.context() as patch, suppress(Crash):
+            patch.setattr(os, "replace", replace)
+            make(f"{after}", format=format)
+        make(f"{after}", format=format)
+        assert files(tmp_path / f"{after}") == expected, after
+
+
 def test_a_run_of_other_settings_is_refused(
     make: Make,
     pipeline: ClassifierGuidedPipeline,
@@ -420,7 +454,8 @@ def test_a_run_of_other_settings_is_refused(
     before = files(tmp_path / "a")
     for changed, message in (
         ({"seed": 1}, "seed is 0, here 1"),
-        ({"num_images": 11}, "num_images is 10, here 11"),
+        ({"num_images": 9}, "num_images is 10, here 9"),
+        ({"num_images": 11, "seed": 1}, "num_images is 10, here 11; seed is 0, here 1"),
         ({"guidance_scale": 3.0}, "guidance_scale is 2.0, here 3.0"),
         ({"batch_size": 1, "eta": 0.5}, "batch_size is 2, here 1; eta is None, here 0.5"),
         ({"format": "npz"}, "format is imagefolder, here npz"),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+MAX_PIXELS = 2**14  # of a side of an image
+DEFAULT_MODEL = "fashion-mnist"
 #: environment variable that asks for tracebacks of errors
 TRACEBACK = "GUIDED_DIFFUSERS_TRACEBACK"
 #: errors whose message is written for users; any other is a bug
@@ -55,6 +57,17 @@ def number(
             raise argparse.ArgumentTypeError(f"{text}: {allowed}") from None
 
     return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """A `type` of argparse: (height, width) of "48x32", or of "32" for a square."""
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not (0 < height <= MAX_PIXELS and 0 < width <= MAX_PIXELS):
+        raise argparse.ArgumentTypeError(
+            f"{text}: height x width such as 48x32, or one number, from 1 to {MAX_PIXELS} is allowed"
+        )
+    return height, width
 
 
 #: of guidance: any finite number; a negative one steers away from the label
@@ -136,7 +149,7 @@ ANSWER_SECONDS = 5.0  # in which the processes that wait tell each other
 
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
-        "default": "fashion-mnist",
+        "default": DEFAULT_MODEL,
         "help": "a bundled model, a pipeline folder or a Hub id (default: %(default)s)",
     },
     "--revision": {"help": "of a model on the Hub: a branch, a tag or a commit (default: main)"},
@@ -146,7 +159,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--judge": {
         "metavar": "NETWORK",
         "help": "a classifier of clean images with the same labels that was never used for "
-        "guidance: as --features; `none`: no judge",
+        "guidance, which says whether an image has its label: as --features; `none`: no judge. "
+        "Train one by train_classifier.py --max_timestep 0",
     },
     "--features": {
         "metavar": "NETWORK",

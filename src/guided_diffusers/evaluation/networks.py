@@ -235,6 +235,7 @@ def default_features(manifest: Mapping[str, Any] | None) -> str:
     except ValueError as error:
         raise ValueError(
             "features: the images weren't made by a bundled model, so a network must be named: "
-            "inception, a bundled model, or the folder or Hub id of a vision model"
+            "inception, a bundled model, or the folder or Hub id of a vision model. For one of your "
+            "labels train a judge: train_classifier.py --max_timestep 0"
         ) from error
     return model

@@ -40,7 +40,7 @@ class WarnOnce(logging.Filter):
 
 def sample(
     pipeline: ClassifierGuidedPipeline,
-    labels: Sequence[Label],
+    labels: Sequence[Label | None],
     seed: int = 0,
     batch_size: int = 64,
     indices: Sequence[int] | None = None,
@@ -54,7 +54,7 @@ def sample(
     floating-point error, and in a few pixels after rounding to 8 bits.
 
     Args:
-        labels: ids, names or mixtures.
+        labels: ids, names or mixtures; [None] for a network without labels.
         indices: indices of the images to generate. None: 0 to len(labels) - 1.
         failed: collects the indices of images that are not finite, which are then left out. None:
             such an image ends the run.
@@ -77,7 +77,7 @@ def sample(
 
 def _sample_batch(
     pipeline: ClassifierGuidedPipeline,
-    labels: Sequence[Label],
+    labels: Sequence[Label | None],
     seed: int,
     batch: list[int],
     failed: list[int] | None,
@@ -87,9 +87,11 @@ def _sample_batch(
     rows = finite = batch
     while finite:
         generators = [image_generator(seed, i) for i in rows]
-        batch_labels = [labels[i % len(labels)] for i in rows]
+        of_labels: dict[str, Any] = {"label": [labels[i % len(labels)] for i in rows]}
+        if None in labels:
+            of_labels = {"num_images_per_label": len(rows)}
         try:
-            images = pipeline(batch_labels, generator=generators, **call).images
+            images = pipeline(**of_labels, generator=generators, **call).images
         except FloatingPointError as error:
             not_finite = sorted({rows[row] for row in getattr(error, "images", ())})
             if not not_finite:

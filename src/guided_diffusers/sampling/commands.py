@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli_options import (
+    DEFAULT_MODEL,
+    add_part_options,
     add_shared_option,
     add_shared_options,
     count,
@@ -19,6 +21,7 @@ from ..cli_options import (
     number,
     scale,
     select_device,
+    size,
 )
 from ..defaults import ALGORITHMS, DEFAULTS
 
@@ -46,9 +49,12 @@ def add_sample_command(commands: Any) -> None:
     )
     command.set_defaults(run=run_sample)
     add_shared_options(command, "--model", "--revision")
+    add_part_options(
+        command.add_argument_group("parts", "What was just trained, instead of a --model.")
+    )
     option = command.add_argument
-    help = "names or ids; `all`: every label of the model"
-    option("--label", nargs="+", required=True, metavar="LABEL", help=help)
+    help = "names or ids; `all`: every label of the model. Only a network without labels needs none"
+    option("--label", nargs="+", metavar="LABEL", help=help)
     option(
         "--num-images", type=count, help="total, with the labels in turn (default: 10 per label)"
     )
@@ -83,6 +89,8 @@ def _add_call_options(command: ArgumentParser) -> None:
     help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
     group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
     group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
+    help = "size of the images, such as 48x32 (height x width), if the networks allow others"
+    group.add_argument("--resolution", type=size, metavar="HxW", help=help)
 
 
 def _add_output_options(command: ArgumentParser) -> None:
@@ -107,6 +115,7 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
+    from ..hub import assembled
     from ..utils import load_pipeline, printable, scheduler_for
     from .batches import list_images
 
@@ -118,19 +127,32 @@ def run_sample(options: Namespace) -> None:
         disable_progress_bar()
     if is_main:
         check_outputs(options)
-    pipeline = load_pipeline(options.model, options.revision)
+    if options.unet is not None:
+        pipeline = assembled(options.unet, options.classifier, options.vae)
+        options.model, options.revision = options.unet, None
+    else:
+        pipeline = load_pipeline(options.model, options.revision)
     pipeline.to(select_device(options.device, processes))
     if options.scheduler is not None:
         pipeline.scheduler = scheduler_for(pipeline.scheduler, options.scheduler)
     labels = parse_label_options(options.label, pipeline)
+    if labels == [None] and not is_picture(options.output):
+        raise ValueError(
+            f"--output {options.output}: of a network without labels, a picture "
+            f"({', '.join(PICTURE_FORMATS)}) is allowed"
+        )
     options.num_images = options.num_images or 10 * len(labels)
     call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
     call["conditional"] = options.conditional
+    if "resolution" in options:
+        call["height"], call["width"] = options.resolution
     diagnostics = None
     if options.diagnostics:
         from ..diagnosis import GuidanceDiagnostics
 
-        diagnostics = call["callback_on_step_end"] = GuidanceDiagnostics(labels)
+        diagnostics = call["callback_on_step_end"] = GuidanceDiagnostics(
+            [] if labels == [None] else labels
+        )
 
     if is_picture(options.output):
         timing, failed = make_picture(pipeline, labels, call, options)
@@ -144,9 +166,10 @@ def run_sample(options: Namespace) -> None:
     if is_main:
         id2label = pipeline.config.id2label or {}
         names = ", ".join(printable(id2label.get(label, label)) for label in labels)
+        of_labels = f" of {names}" if options.label else ""
         settings = describe_settings(pipeline, call, options.seed)
         count = options.num_images - len(failed)
-        print(f"{count} images of {names} ({settings}) {timing}: {printable(options.output)}")
+        print(f"{count} images{of_labels} ({settings}) {timing}: {printable(options.output)}")
         if failed:
             print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
 
@@ -179,6 +202,11 @@ def is_picture(path: Path) -> bool:
 
 def check_options(options: Namespace) -> None:
     """Check the options before any computation."""
+    for name in ("classifier", "vae"):
+        if options.unet is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} {getattr(options, name)}: --unet is needed, too")
+    if options.unet is not None and (options.model, options.revision) != (DEFAULT_MODEL, None):
+        raise ValueError(f"--unet {options.unet}: --model and --revision can't be given, too")
     world_size, output = launched_world_size(), options.output
     if output.suffix.lower() in OTHER_FILES and not output.is_dir():
         raise ValueError(
@@ -229,10 +257,21 @@ def check_outputs(options: Namespace) -> None:
         check_writable(options.diagnostics, "--diagnostics")
 
 
-def parse_label_options(values: list[str], pipeline: ClassifierGuidedPipeline) -> list[int]:
-    """Ids of the values of --label."""
+def parse_label_options(
+    values: list[str] | None, pipeline: ClassifierGuidedPipeline
+) -> list[int | None]:
+    """Ids of the values of --label; [None] for a network that takes none."""
     from .folder import label_ids
 
+    takes_labels = pipeline.classifier is not None or pipeline.num_class_embeds is not None
+    if not values:
+        if takes_labels:
+            names = list((pipeline.config.id2label or {}).values())
+            known = f": {', '.join(map(str, names[:10]))}" if names else ""
+            raise ValueError(
+                f"--label is needed: names, ids, or `all` of the model's labels{known}"
+            )
+        return [None]
     if values == ["all"]:
         if not pipeline.num_labels:
             raise ValueError("--label all: the model's number of labels is unknown; use their ids")
@@ -258,7 +297,7 @@ def make_picture(
 
     start, count = time.perf_counter(), options.num_images
     names = None
-    if count % len(labels) == 0:
+    if count % len(labels) == 0 and labels != [None]:
         id2label = pipeline.config.id2label or {}
         names = [id2label.get(label, str(label)) for label in labels]
     failed: list[int] | None = [] if options.skip_failed else None

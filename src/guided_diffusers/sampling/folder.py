@@ -71,7 +71,8 @@ def sample_to_folder(
 
     Args:
         labels: ids or names.
-        folder: a new or empty folder, or one of a run with the same settings, which is resumed.
+        folder: a new or empty folder, or one of a run with the same settings, which is resumed, or
+            extended if that had fewer images.
             With several machines, a folder that all of them share.
         batch_size: images per batch; at most `shard_size`.
         shard_size: images written together; a process that is killed loses at most these.
@@ -216,7 +217,7 @@ def _missing_shards(
     is_main = processes is None or processes.is_main_process
     missing: list[int] = []
     if is_main:
-        open_or_resume(shards.folder, settings)
+        open_or_resume(shards.folder, settings, extend=shards.extend)
         missing = shards.missing()
         if missing:
             write_manifest(shards.folder, settings, complete=False)

@@ -111,11 +111,19 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = False) -> None:
+def open_or_resume(
+    folder: Path,
+    settings: Mapping[str, Any],
+    created: bool = False,
+    extend: Callable[[int], None] | None = None,
+) -> None:
     """Write the manifest of a new folder, or check that an existing one has these settings.
 
-    With `created`, another process has opened it; otherwise temporary files of processes that have
-    ended are removed, too.
+    Args:
+        created: another process has opened it; otherwise temporary files of processes that have
+            ended are removed, too.
+        extend: called with the number of images of a folder that differs in having fewer; None: it
+            is refused.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -140,6 +148,12 @@ def open_or_resume(folder: Path, settings: Mapping[str, Any], created: bool = Fa
             f"{path} can't be read ({error!r}), so the run can't be resumed; use another folder"
         ) from error
     different = {name: (old, new) for name, old, new in differences(manifest, settings)}
+    before, after = different.get("num_images", (None, None))
+    if extend is not None and not different.keys() - {"model", "num_images"}:
+        if isinstance(before, int) and isinstance(after, int) and before < after:
+            extend(before)
+            write_manifest(folder, settings, complete=False)
+            different = {}
     if different.keys() - {"model"}:  # the revision identifies the model, wherever it is stored
         texts = (f"{name} is {old}, here {new}" for name, (old, new) in different.items())
         raise ValueError(

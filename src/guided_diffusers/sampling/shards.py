@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -103,8 +104,7 @@ class Shards:
             for i, label, png in zip(indices, labels, content, strict=True):
                 yield f"{self.folders[label]}/{i:06d}.png", png
         elif self.format == "parquet":
-            name = f"data/train-{shard:05d}-of-{len(self):05d}.parquet"
-            yield name, parquet(content, labels, self.names)
+            yield self._parquet_name(shard), parquet(content, labels, self.names)
         else:
             buffer = io.BytesIO()
             np.save(buffer, np.stack(content) if content else np.zeros((0, 0, 0, 3), np.uint8))
@@ -128,6 +128,27 @@ class Shards:
         for path in self.records.glob("*.json"):
             failed += json.loads(path.read_text()).get("failed", [])
         return sorted(set(failed))
+
+    def extend(self, before: int) -> None:
+        """Make a folder of `before` images one of more, whose further shards are missing.
+
+        Missing is also a last shard that wasn't full, and with format npz all that were joined.
+        """
+        last, is_partial = divmod(before, self.shard_size)
+        if is_partial:
+            self._record(last).unlink(missing_ok=True)
+        self._record(ARCHIVE).unlink(missing_ok=True)
+        for path in (self.folder / "data").glob("train-*-of-*.parquet"):
+            shard = int(path.name.split("-")[1])
+            name = self._parquet_name(shard)  # which tells how many there are
+            os.replace(path, self.folder / name)
+            if self._record(shard).exists():
+                record = json.loads(self._record(shard).read_text())
+                sizes = {name: (self.folder / name).stat().st_size}
+                self._write_record(shard, sizes, record.get("failed", ()))
+
+    def _parquet_name(self, shard: int) -> str:
+        return f"data/train-{shard:05d}-of-{len(self):05d}.parquet"
 
     def missing(self) -> list[int]:
         """Shards that aren't finished, or have changed; the records of the latter are removed."""
