@@ -13,8 +13,8 @@ from PIL import Image
 from test_guidance import NAMES, small_classifier, small_unet
 
 from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.assembly import assembled
 from guided_diffusers.cli import main
-from guided_diffusers.hub import assembled
 from guided_diffusers.sampling import grid, sample
 
 

@@ -17,18 +17,10 @@ from PIL import Image
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
+from guided_diffusers.files import check_writable
 from guided_diffusers.sampling import grid, image_generator, sample
-from guided_diffusers.utils import (
-    check_writable,
-    code_literal,
-    find_scheduler,
-    is_hub_id,
-    markdown,
-    markdown_code,
-    model_folder,
-    one_line,
-    printable,
-)
+from guided_diffusers.text import code_literal, markdown, markdown_code, one_line, printable
+from guided_diffusers.utils import find_scheduler, is_hub_id, model_folder
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 

@@ -39,8 +39,8 @@ from guided_diffusers.diagnosis import (
 from guided_diffusers.diagnosis.levels import SamplingRun
 from guided_diffusers.diagnosis.metrics import calibration_floor, logit_scale
 from guided_diffusers.diagnosis.verdict import edges, rounded, status, useful_levels
+from guided_diffusers.files import write_json
 from guided_diffusers.guidance import gradient
-from guided_diffusers.utils import write_json
 
 NAMES = {0: "boot", 1: "coat", 2: "7"}
 

@@ -28,10 +28,11 @@ from guided_diffusers import (
     gradient,
     noise_levels,
 )
-from guided_diffusers.guidance import GuidanceSum, no_parameter_grad
-from guided_diffusers.guider import FiniteCheck
+from guided_diffusers.guidance import GuidanceSum
 from guided_diffusers.likelihood import parse_labels
+from guided_diffusers.networks import no_parameter_grad
 from guided_diffusers.noise import x0_coefficients
+from guided_diffusers.run_checks import FiniteCheck
 
 SPACES = {
     "epsilon": lambda s: (1 / hypot(1, s), s / hypot(1, s)),

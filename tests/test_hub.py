@@ -33,7 +33,7 @@ from guided_diffusers.hub.staging import collect
 from guided_diffusers.learning.distributed import exit_on_value_error
 from guided_diffusers.openai import ADMDDIMScheduler, ADMDDPMScheduler, ADMUNet2DModel
 from guided_diffusers.standalone import self_contained
-from guided_diffusers.utils import printable
+from guided_diffusers.text import printable
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = {

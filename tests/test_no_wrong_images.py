@@ -24,20 +24,19 @@ from test_schedulers import CASES
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, noise_levels
 from guided_diffusers.attach import guide
-from guided_diffusers.guider import Guider, check_images
+from guided_diffusers.guider import Guider
 from guided_diffusers.noise import (
     TrainedSchedule,
-    ending_warning,
     reads_variance,
     sampling_timesteps,
     scale_model_input,
     schedule_config,
     set_begin_index,
     starting_sigma,
-    starting_warning,
     step_fn,
-    stride_warning,
 )
+from guided_diffusers.run_checks import check_images
+from guided_diffusers.schedule_checks import ending_warning, starting_warning, stride_warning
 
 SMOOTH = {"clip_sample": False, "clip_denoised": False, "skip_prk_steps": True}
 

@@ -34,6 +34,7 @@ from guided_diffusers.cli import main
 from guided_diffusers.cli_options import launched_processes
 from guided_diffusers.evaluation import evaluate, open_generated, wrap_module
 from guided_diffusers.evaluation.labels import match_labels
+from guided_diffusers.files import aside, write_json
 from guided_diffusers.sampling import (
     grid,
     image_generator,
@@ -1003,14 +1004,14 @@ def test_a_run_warns_once_not_once_a_batch(
 
 
 def test_an_error_while_a_file_is_written_leaves_the_old_one(tmp_path: Path) -> None:
-    utils.write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
-    with pytest.raises(ValueError, match="mine"), utils.aside(tmp_path / "x.json") as partial:
+    write_json({"a": [1.0, float("nan")]}, tmp_path / "x.json")
+    with pytest.raises(ValueError, match="mine"), aside(tmp_path / "x.json") as partial:
         partial.write_text("half")
         raise ValueError("mine")
     assert files(tmp_path) == {"x.json": b'{\n  "a": [\n    1.0,\n    null\n  ]\n}\n'}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/x.json can't be written"):
-        utils.write_json({}, tmp_path / "file" / "x.json")
+        write_json({}, tmp_path / "file" / "x.json")
 
 
 def test_a_label_that_is_a_mixture_is_refused(
@@ -1101,7 +1102,7 @@ def test_a_process_waits_for_others_as_long_as_they_finish_shards(tmp_path: Path
     def finish() -> None:
         for shard in range(6):
             time.sleep(0.3)
-            utils.write_json({"files": {}}, parts.records / f"{shard:05d}.json")
+            write_json({"files": {}}, parts.records / f"{shard:05d}.json")
 
     other = Thread(target=finish)
     other.start()

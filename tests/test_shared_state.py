@@ -35,7 +35,7 @@ from guided_diffusers import (
     ImageClassifierGuidance,
 )
 from guided_diffusers.attach import guide
-from guided_diffusers.guidance import evaluating, relu_as_softplus
+from guided_diffusers.networks import evaluating, relu_as_softplus
 
 BUSY = "scheduler: this .*Scheduler counts the steps of another call in progress in "
 

@@ -22,7 +22,8 @@ from guided_diffusers import (
     speed,
 )
 from guided_diffusers.defaults import DEFAULTS
-from guided_diffusers.guidance import gradient, no_parameter_grad
+from guided_diffusers.guidance import gradient
+from guided_diffusers.networks import no_parameter_grad
 from guided_diffusers.speed import computing_in, gradients_in, optimize
 
 ONE_LEVEL = {"block_out_channels": (8,), "layers_per_block": 1}

@@ -191,7 +191,7 @@ def test_all_features_work(expected: dict[str, torch.Tensor | str]) -> None:
         name for name in standalone_script.SCHEDULERS if torch.is_tensor(expected[f"plain: {name}"])
     ]
     assert len(working) > 30, working
-    assert expected["plain: guidance of a wrong type"].startswith("ValueError: guidance: ['str']")
+    assert expected["plain: guidance of a wrong type"].startswith("ValueError: guidance=['energy']")
     assert expected["plain: image"].startswith("ValueError: image")
 
 

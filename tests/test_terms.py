@@ -22,7 +22,7 @@ from guided_diffusers import (
     StepContext,
     gradient,
 )
-from guided_diffusers.guidance import relu_as_softplus
+from guided_diffusers.networks import relu_as_softplus
 
 CLOCK = Clock()
 #: the classifiers are asked at a timestep of their own where these are met exactly, at little, middle and much noise

@@ -31,10 +31,10 @@ from guided_diffusers.evaluation import (
     summarise,
     wrap_module,
 )
+from guided_diffusers.files import file_lock, folder_lock, is_abandoned, partial_path, write_json
 from guided_diffusers.openai import convert
 from guided_diffusers.sampling import sample_to_folder
 from guided_diffusers.sampling.manifest import open_or_resume
-from guided_diffusers.utils import file_lock, folder_lock, is_abandoned, partial_path, write_json
 
 FORK = multiprocessing.get_context("fork")  # a process that needs no imports
 

@@ -73,7 +73,7 @@ from guided_diffusers.learning.warm_start import (
     last_layer_names,
     load_initial_model,
 )
-from guided_diffusers.utils import printable
+from guided_diffusers.text import printable
 
 
 @dataclass

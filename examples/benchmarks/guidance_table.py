@@ -34,9 +34,10 @@ from guided_diffusers import (
 )
 from guided_diffusers.bundled import folder
 from guided_diffusers.evaluation.metrics import frechet_distance, precision_recall
+from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.sampling import grid, image_generator
-from guided_diffusers.utils import exchanged, write_json
+from guided_diffusers.utils import exchanged
 
 SCALES = {
     "classifier": 8.0,

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
+from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.sampling import sample
-from guided_diffusers.utils import exchanged, write_json
+from guided_diffusers.utils import exchanged
 
 GIVES_LABEL = {"classifier": False, "network-and-classifier": True}  # whether the network gets it
 

@@ -46,18 +46,13 @@ import torch
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, Guidance, StepContext
 from guided_diffusers.arguments import DEFAULTS
 from guided_diffusers.evaluation import load_network
+from guided_diffusers.files import write_bytes, write_json
 from guided_diffusers.sampling import sample
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import Result, SweepSetting, measure_points
 from guided_diffusers.sweep.measure import DTYPES, quiet_copy
-from guided_diffusers.utils import (
-    exchanged,
-    load_pipeline,
-    markdown_table,
-    scheduler_for,
-    write_bytes,
-    write_json,
-)
+from guided_diffusers.text import markdown_table
+from guided_diffusers.utils import exchanged, load_pipeline, scheduler_for
 
 PARTS = ("quality", "solvers", "directions", "preset")
 SOLVERS = {

@@ -24,8 +24,9 @@ from guidance_table import Judge, generate, quality, test_features
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
 from guided_diffusers.diagnosis import diagnose
+from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
-from guided_diffusers.utils import exchanged, write_json
+from guided_diffusers.utils import exchanged
 
 CURVES = {
     "accuracy": "accuracy",

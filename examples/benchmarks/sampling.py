@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from guided_diffusers import ClassifierGuidedPipeline
+from guided_diffusers.files import write_json
 from guided_diffusers.sampling import image_generator, sample_to_folder
-from guided_diffusers.utils import write_json
 
 
 def bare_loop(pipeline: ClassifierGuidedPipeline, options: argparse.Namespace) -> list[Any]:

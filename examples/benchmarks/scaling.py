@@ -29,8 +29,8 @@ import torch
 from diffusers import UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.files import aside, write_json
 from guided_diffusers.sampling import sample
-from guided_diffusers.utils import aside, write_json
 
 STEPS = 3
 

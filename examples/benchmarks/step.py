@@ -35,8 +35,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.files import write_json
 from guided_diffusers.speed import optimize
-from guided_diffusers.utils import write_json
 
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
 SIZES: dict[str, dict[str, Any]] = {  # that of the bundled models, and 64 channels at 64x64

@@ -33,7 +33,7 @@ from guided_diffusers import (
     NoiseAwareCLIP,
     NoiseAwareCLIPGuidance,
 )
-from guided_diffusers.utils import write_json
+from guided_diffusers.files import write_json
 
 BATCH, SIZE, STEPS_PER_CALL = 8, 32, 6
 TEXT = {

@@ -25,11 +25,12 @@ from guided_diffusers import (
     NoiseLevel,
 )
 from guided_diffusers.bundled import folder
+from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.likelihood import logits_of
 from guided_diffusers.noise import x0_coefficients
 from guided_diffusers.sampling import image_generator
-from guided_diffusers.utils import exchanged, write_json
+from guided_diffusers.utils import exchanged
 
 
 def level_at(pipeline: ClassifierGuidedPipeline, t: int) -> NoiseLevel:

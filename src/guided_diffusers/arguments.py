@@ -19,11 +19,11 @@ from .guidance import (
     GuidanceSum,
     check_devices,
     check_interval,
-    check_module,
     scale_tensor,
 )
 from .images import check_precision, down_sampling, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
+from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory

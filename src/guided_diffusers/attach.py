@@ -24,9 +24,10 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
-from .guidance import Guidance, GuidanceSum, check_devices, evaluating
+from .guidance import Guidance, GuidanceSum, check_devices
 from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
 from .images import decode, one_by_one
+from .networks import evaluating
 from .noise import is_instance_by_name, prediction_type, scale_model_input, split_variance
 
 if TYPE_CHECKING:

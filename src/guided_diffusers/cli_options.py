@@ -16,7 +16,7 @@ from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checks import MAX_SEED, check_number
-from .utils import one_line
+from .text import one_line
 
 if TYPE_CHECKING:
     import torch

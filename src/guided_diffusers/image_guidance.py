@@ -23,13 +23,11 @@ from .guidance import (
     NoiseAwareGuidance,
     Scale,
     StepContext,
-    check_softplus,
-    evaluating,
-    relu_as_softplus,
     rescale_to_score,
     x0_gradient,
 )
 from .likelihood import Label, logits_of, make_likelihood
+from .networks import check_softplus, evaluating, relu_as_softplus
 from .noise import module_config
 from .preprocess import Preprocess, as_tensor
 from .utils import parameter_dtype

@@ -73,6 +73,11 @@ def _scaling(
     return scaling, config.get("shift_factor") or 0.0
 
 
+def as_pair(size: Any) -> tuple[int, ...]:
+    """(height, width) of a `sample_size`, a number or a pair."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def down_sampling(config: Mapping[str, Any]) -> int:
     """How many times smaller the innermost features of a UNet, or the latents of an autoencoder,
     are than its input; 1 if its config doesn't say so."""

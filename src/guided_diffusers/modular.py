@@ -22,8 +22,9 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import BlockState, ComponentSpec, InputParam, ModularPipelineBlocks
 
-from .guidance import ClassifierGuidance, check_devices, evaluating
+from .guidance import ClassifierGuidance, check_devices
 from .guider import Guider, Prediction, StepFinder
+from .networks import evaluating
 from .noise import split_variance
 
 

@@ -33,15 +33,14 @@ from .arguments import (
 )
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
-from .guidance import Guidance, check_module, evaluating, no_parameter_grad
-from .guider import Guider, Prediction, check_images, exclusive_use
+from .guidance import Guidance
+from .guider import Guider, Prediction, exclusive_use
 from .images import convert, decode, join_low_resolution
 from .likelihood import REGRESSION, Labels
+from .networks import check_module, evaluating, no_parameter_grad
 from .noise import (
     NoiseLevel,
-    check_custom_steps,
     check_scheduler,
-    check_start,
     module_config,
     reads_variance,
     sampling_timesteps,
@@ -52,6 +51,8 @@ from .noise import (
     step_fn,
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
+from .run_checks import check_images
+from .schedule_checks import check_custom_steps, check_start
 from .weights import check_values
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .inspection import Diagnosis, diagnose, inspect
     from .levels import EvalLevel
     from .metrics import GAPS, calibration_error, calibration_gaps, with_calibration
-    from .mismatches import network_mismatches
     from .report import BASELINES, COLUMNS, CURVES, plot
     from .steps import GuidanceDiagnostics, check_output
     from .verdict import Verdict
@@ -39,7 +38,6 @@ __all__ = [
     "calibration_gaps",
     "diagnose",
     "inspect",
-    "network_mismatches",
     "plot",
     "with_calibration",
 ]

@@ -56,7 +56,9 @@ def run_inspect(options: argparse.Namespace) -> None:
     """Run the command and print the table and the verdict."""
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..utils import check_writable, folder_lock, printable, require_matplotlib
+    from ..files import check_writable, folder_lock
+    from ..text import printable
+    from ..utils import require_matplotlib
     from . import inspect
 
     if options.picture:

@@ -12,9 +12,11 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
-from ..guidance import evaluating
+from ..files import write_json
+from ..networks import evaluating
 from ..noise import module_config, schedule_config
-from ..utils import load_pipeline, printable, weights_digest, write_json
+from ..text import printable
+from ..utils import load_pipeline, weights_digest
 from .levels import Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS

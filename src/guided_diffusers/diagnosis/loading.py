@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..classifier import NoiseAwareClassifier
-from ..images import down_sampling
+from ..images import as_pair, down_sampling
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import load_pipeline
-from .levels import as_pair
 from .statistics import Item
 
 if TYPE_CHECKING:

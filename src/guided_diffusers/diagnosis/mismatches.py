@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.nn import Module
 
+from ..assembly import network_mismatches
 from ..noise import TrainedSchedule, module_config, schedule_config
-from .levels import SamplingRun, as_pair
+from .levels import SamplingRun
 
 
 def config_mismatches(
@@ -30,26 +31,6 @@ def config_mismatches(
         mismatches.append(
             f"the classifier was trained up to sigma/alpha {trained:.3g}, and the run starts at "
             f"{start:.3g}; above its highest training noise level it is evaluated at that level"
-        )
-    return mismatches
-
-
-def network_mismatches(config: Mapping[str, Any], unet_config: Mapping[str, Any]) -> list[str]:
-    """Differences of a classifier's config and a network's: size, channels and number of labels."""
-    mismatches = []
-    size, unet_size = config.get("sample_size"), unet_config.get("sample_size")
-    if None not in (size, unet_size) and as_pair(size) != as_pair(unet_size):
-        mismatches.append(f"the classifier's size is {size}, the network's {unet_size}")
-    channels, unet_channels = config.get("in_channels"), unet_config.get("in_channels")
-    upsampling = unet_channels == unet_config.get("out_channels") == 2 * (channels or 0)
-    if None not in (channels, unet_channels) and channels != unet_channels and not upsampling:
-        mismatches.append(
-            f"the classifier's number of channels is {channels}, the network's {unet_channels}"
-        )
-    embeddings, labels = unet_config.get("num_class_embeds"), config.get("num_labels")
-    if embeddings and labels and embeddings not in (labels, labels + 1):
-        mismatches.append(
-            f"the classifier has {labels} labels, the network {embeddings} class embeddings"
         )
     return mismatches
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..utils import aside, require_matplotlib
+from ..files import aside
+from ..utils import require_matplotlib
 
 CURVES = {
     "accuracy": "accuracy",

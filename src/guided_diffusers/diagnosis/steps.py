@@ -25,11 +25,12 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
+from ..files import write_json
 from ..guidance import ClassifierGuidance, Guidance, GuidanceSum, NoiseAwareGuidance, StepContext
 from ..guider import Guider
 from ..likelihood import Label
 from ..noise import NoiseLevel
-from ..utils import require_matplotlib, write_json
+from ..utils import require_matplotlib
 from .report import saved_axes
 
 PLOTS = {

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..guidance import evaluating
 from ..learning.losses import Process, bits_per_dim
+from ..networks import evaluating
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import image_generator

@@ -84,7 +84,9 @@ def add_evaluate_command(commands: Any) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from ..utils import folder_lock, printable, require_matplotlib
+    from ..files import folder_lock
+    from ..text import printable
+    from ..utils import require_matplotlib
     from .evaluation import Evaluation
 
     if bool(options.bits_per_dim) != (options.model is not None):
@@ -127,7 +129,7 @@ def _disable_progress_bars() -> None:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Check, before the work, that the output and the cache can be written."""
-    from ..utils import check_writable
+    from ..files import check_writable
     from .evaluation import FILES
 
     for name in FILES:

@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..files import write_json
 from ..sampling import module_hash
-from ..utils import write_json
 from .images import Images
 from .labels import common_labels
 from .memorisation import Pair, memorisation, nearest_pairs

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..utils import aside, plot_text, printable, require_matplotlib
+from ..files import aside
+from ..text import plot_text, printable
+from ..utils import require_matplotlib
 from .memorisation import Pair
 
 if TYPE_CHECKING:

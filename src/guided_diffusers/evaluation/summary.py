@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..guidance import evaluating
-from ..utils import aside, check_writable, file_lock
+from ..files import aside, check_writable, file_lock
+from ..networks import evaluating
 from .images import Images, read_image
 from .metrics import Accumulator, ClassScore, ConfusionMatrix, FeatureSample, Moments, gather
 from .networks import Network

@@ -18,11 +18,11 @@ from ..lazy import lazy_imports
 
 if TYPE_CHECKING:
     from .download import pull
-    from .parts import assemble, assembled
+    from .parts import assemble
     from .publish import push, push_to_hub
     from .staging import card, prepare
     from .verification import check
 
-__all__ = ["assemble", "assembled", "card", "check", "prepare", "pull", "push", "push_to_hub"]
+__all__ = ["assemble", "card", "check", "prepare", "pull", "push", "push_to_hub"]
 
 __getattr__, __dir__ = lazy_imports(__name__)

@@ -17,7 +17,8 @@ from diffusers.utils.logging import get_logger
 
 from ..checks import read_json
 from ..diagnosis import COLUMNS
-from ..utils import markdown, markdown_table, printable, weights_digest
+from ..text import markdown, markdown_table, printable
+from ..utils import weights_digest
 from ..weights import saved_variants, weight_files
 
 Row = dict[str, Any]

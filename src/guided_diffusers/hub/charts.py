@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from diffusers.utils.logging import get_logger
 
 from ..diagnosis import BASELINES, CURVES
-from ..utils import aside, plot_text
+from ..files import aside
+from ..text import plot_text
 from .card_metrics import GUIDED_METRICS, Row, is_number, words
 
 if TYPE_CHECKING:

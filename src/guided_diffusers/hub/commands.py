@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_options import add_part_options, add_shared_option
-from ..utils import printable
+from ..text import printable
 
 FOLDER = "a folder with a pipeline, a classifier or a CLIP"
 

@@ -13,9 +13,11 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..files import check_writable, write_json
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import check_index
-from ..utils import check_writable, hub_time_limit, printable, write_json
+from ..text import printable
+from ..utils import hub_time_limit
 from .files import safetensors_header
 from .target import check_id
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 from huggingface_hub import get_token
 
-from ..utils import printable
+from ..text import printable
 from ..weights import weights_stem
 
 #: suffixes of a model's own files, in lower case; those of code are in `is_generated_code`

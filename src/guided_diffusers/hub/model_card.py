@@ -17,15 +17,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..arguments import DEFAULTS
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
+from ..files import aside
 from ..noise import prediction_type
-from ..utils import (
-    aside,
-    code_literal,
-    markdown,
-    markdown_code,
-    markdown_table,
-    printable,
-)
+from ..text import code_literal, markdown, markdown_code, markdown_table, printable
 from .card_metrics import (
     Metrics,
     Row,

@@ -1,66 +1,17 @@
-"""A pipeline's folder from a trained network, a classifier and an autoencoder."""
+"""A pipeline's folder from trained parts, with their metrics for the model card."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoModel, SchedulerMixin
-
+from ..assembly import assembled
 from ..classifier import NoiseAwareClassifier
-from ..diagnosis import network_mismatches
-from ..noise import module_config
+from ..files import write_json
 from ..pipeline import ClassifierGuidedPipeline
-from ..utils import exchanged, is_hub_id, load_pipeline, write_json
 from .staging import METRICS_NAMES, training_metrics
-
-DPM_SOLVER = "DPMSolverMultistepScheduler"
-
-
-def assembled(
-    unet: str | Path,
-    classifier: str | Path | None = None,
-    vae: str | Path | None = None,
-    scheduler: str | None = None,
-    defaults: Mapping[str, Any] | None = None,
-) -> ClassifierGuidedPipeline:
-    """The pipeline of trained parts, each given as a folder or a Hub id.
-
-    Args:
-        unet: output of `train_unet.py`, or any pipeline with a `unet` and a scheduler.
-        classifier: output of `train_classifier.py`. None: that of `unet`, if it has one.
-        vae: an autoencoder of Diffusers. None: that of `unet`, if it has one.
-        scheduler: name of a scheduler, as in `utils.find_scheduler`. None: DPM-Solver++, or the
-            network's own where that doesn't fit, as with flow matching.
-        defaults: the pipeline's preset.
-
-    Raises:
-        ValueError: for parts that don't fit each other, or an unknown scheduler.
-        OSError: for a part that can't be read.
-    """
-    trained = load_pipeline(unet)
-    guide, autoencoder = trained.classifier, trained.vae
-    if classifier is not None:
-        guide = _load(NoiseAwareClassifier, "classifier", classifier)
-    if vae is not None:
-        autoencoder = _load(AutoModel, "vae", vae)
-        if not hasattr(autoencoder, "decode"):
-            kind = type(autoencoder).__name__
-            raise ValueError(f"vae={str(vae)!r} is a {kind}; an autoencoder is allowed")
-    pipeline = ClassifierGuidedPipeline(
-        trained.unet,
-        _scheduler(trained.scheduler, scheduler),
-        guide,
-        autoencoder,
-        trained.config.id2label,
-        {**trained.config.defaults, **(defaults or {})},
-    )
-    _check_fit(pipeline, trained.config.id2label)
-    return pipeline
 
 
 def assemble(
@@ -99,40 +50,3 @@ def assemble(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return pipeline
-
-
-def _load(cls: Any, argument: str, part: str | Path) -> torch.nn.Module:
-    if not Path(part).exists() and not is_hub_id(part):
-        raise ValueError(
-            f"{argument}={str(part)!r}: no such folder; a folder or a Hub id is allowed"
-        )
-    return cls.from_pretrained(part)
-
-
-def _scheduler(trained: SchedulerMixin, name: str | None) -> SchedulerMixin:
-    """The scheduler called `name`, whose runs start at pure noise."""
-    if name is None:
-        compatible = {cls.__name__ for cls in trained.compatibles}
-        name = DPM_SOLVER if DPM_SOLVER in compatible else type(trained).__name__
-    scheduler = exchanged(trained, name)
-    changes = {"timestep_spacing": "trailing", "clip_sample": False}
-    changes = {key: value for key, value in changes.items() if key in scheduler.config}
-    return type(scheduler).from_config(scheduler.config, **changes)
-
-
-def _check_fit(pipeline: ClassifierGuidedPipeline, network_names: Mapping[int, str] | None) -> None:
-    """Refuse a classifier of other images or labels than the network's."""
-    config, unet = module_config(pipeline.classifier), module_config(pipeline.unet)
-    mismatches = network_mismatches(config, unet) if pipeline.classifier is not None else []
-    names = pipeline.config.id2label
-    if network_names and names and network_names != names:
-        mismatches.append(
-            f"the network's labels are {_listed(network_names)}, the classifier's {_listed(names)}"
-        )
-    if mismatches:
-        raise ValueError(f"the parts don't fit each other: {'; '.join(mismatches)}")
-
-
-def _listed(names: Mapping[int, str]) -> str:
-    text = ", ".join(f"{i}: {name}" for i, name in list(names.items())[:10])
-    return text + (", ..." if len(names) > 10 else "")

@@ -13,7 +13,8 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..utils import hub_time_limit, printable
+from ..text import printable
+from ..utils import hub_time_limit
 from ..weights import weight_patterns, weights_stem
 from .files import is_link_out
 from .model_card import is_generated, write_card

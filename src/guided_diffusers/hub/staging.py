@@ -15,9 +15,10 @@ from diffusers.utils.logging import get_logger
 from ..checks import read_json
 from ..classifier import NoiseAwareClassifier
 from ..clip import NoiseAwareCLIP
+from ..files import check_writable, write_json
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import LIBRARIES
-from ..utils import check_writable, printable, write_json
+from ..text import printable
 from .card_metrics import stale_metrics
 from .files import check_files, is_generated_code, select_files
 from .model_card import is_generated, write_card

@@ -21,7 +21,7 @@ from diffusers import ConfigMixin
 from safetensors import SafetensorError
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from ..utils import write_json
+from ..files import write_json
 from .distributed import SHARDED
 from .options import Options
 

@@ -25,7 +25,9 @@ from accelerate.utils import (
 from torch.distributed.tensor import DTensor
 
 from ..cli_options import timeout_message
-from ..utils import check_writable, folder_lock, hub_time_limit, one_line
+from ..files import check_writable, folder_lock
+from ..text import one_line
+from ..utils import hub_time_limit
 from .options import Options, named_errors
 
 # Units that FSDP gathers at a time, if its config names none.

@@ -29,7 +29,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import check_writable, one_line, printable, weights_digest, write_json
+from ..files import check_writable, write_json
+from ..text import one_line, printable
+from ..utils import weights_digest
 from .batches import Batch, ShuffledBatches, StepRandom, collate, generator_for, limited_wait
 from .checkpointing import (
     LOAD_ERRORS,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import read_json
 from ..cli_options import add_shared_option
-from ..utils import printable
+from ..text import printable
 from .presets import PRESETS
 
 

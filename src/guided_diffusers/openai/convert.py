@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..checks import shorten, shown
 from ..classifier import NoiseAwareClassifier
+from ..files import check_writable, file_lock, is_abandoned, partial_path
 from ..pipeline import ClassifierGuidedPipeline
-from ..utils import check_writable, file_lock, is_abandoned, partial_path
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
 from .presets import find_preset

@@ -115,8 +115,9 @@ def _add_output_options(command: ArgumentParser) -> None:
 def run_sample(options: Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
-    from ..hub import assembled
-    from ..utils import load_pipeline, printable, scheduler_for
+    from ..assembly import assembled
+    from ..text import printable
+    from ..utils import load_pipeline, scheduler_for
     from .batches import list_images
 
     check_options(options)
@@ -250,7 +251,7 @@ def check_options(options: Namespace) -> None:
 
 def check_outputs(options: Namespace) -> None:
     """Check, before the work, that the output can be written."""
-    from ..utils import check_writable
+    from ..files import check_writable
 
     check_writable(options.output, "--output", folder=not is_picture(options.output))
     if options.diagnostics:

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from ..checks import MAX_SEED, check_number, shown
 from ..cli_options import TIMEOUT_MINUTES
+from ..files import folder_lock
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
-from ..utils import folder_lock
 from .batches import WarnOnce, progress_bars, sample
 from .manifest import open_or_resume, resolve_defaults, run_settings, unique_names, write_manifest
 from .shards import Shards

@@ -20,9 +20,10 @@ from huggingface_hub import try_to_load_from_cache
 from ..arguments import resolve_settings
 from ..checks import read_json
 from ..defaults import DEFAULTS
+from ..files import finite, is_abandoned, is_lock, write_json
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
-from ..utils import finite, is_abandoned, is_hub_id, is_lock, write_json
+from ..utils import is_hub_id
 
 MANIFEST = "manifest.json"
 MAX_FOLDER_BYTES = 240  # of 255, so that a number that makes it unique fits

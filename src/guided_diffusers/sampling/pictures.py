@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils import aside, printable
+from ..files import aside
+from ..text import printable
 
 #: largest width and height that a format allows
 MAX_PIXELS = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}

@@ -16,7 +16,8 @@ import numpy as np
 from diffusers.utils.logging import get_logger
 from PIL import Image
 
-from ..utils import aside, one_line, write_bytes, write_json
+from ..files import aside, write_bytes, write_json
+from ..text import one_line
 from .manifest import folder_names
 
 logger = get_logger(__name__)

@@ -114,7 +114,8 @@ def run_sweep(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
     from ..evaluation import default_features, load_network
-    from ..utils import load_pipeline, printable, require_matplotlib
+    from ..text import printable
+    from ..utils import load_pipeline, require_matplotlib
     from .run import check_output, sweep
 
     require_matplotlib()  # before the computation

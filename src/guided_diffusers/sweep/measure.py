@@ -28,7 +28,7 @@ from ..evaluation import (
     compare,
     summarise,
 )
-from ..guidance import evaluating
+from ..networks import evaluating
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import LIBRARIES, sample, save_image
 from ..speed import computing_in

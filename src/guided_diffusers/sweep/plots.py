@@ -7,7 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils import aside, require_matplotlib
+from ..files import aside
+from ..utils import require_matplotlib
 from .metrics import ACCURACY, FRECHET, METRICS, Result, group_by_curve
 from .verdict import Verdict
 

@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from ..files import write_bytes, write_json
 from ..sampling import grid, save_image
-from ..utils import markdown, printable, write_bytes, write_json
+from ..text import markdown, printable
 from .metrics import ACCURACY, FRECHET, METRICS, PICTURES, Result, group_by_curve
 from .plots import draw
 from .settings import Curve, format_scales

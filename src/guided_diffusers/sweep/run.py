@@ -14,15 +14,10 @@ from tqdm.auto import tqdm
 
 from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
+from ..files import check_writable, folder_lock
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, resolve_defaults, weights_hash
-from ..utils import (
-    check_writable,
-    folder_lock,
-    require_matplotlib,
-    scheduler_for,
-    scheduler_name,
-)
+from ..utils import require_matplotlib, scheduler_for, scheduler_name
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report

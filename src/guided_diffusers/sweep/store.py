@@ -12,8 +12,9 @@ from typing import Any
 
 from diffusers.utils.logging import get_logger
 
+from ..files import file_lock, finite, write_json
 from ..sampling import differences
-from ..utils import file_lock, finite, one_line, write_json
+from ..text import one_line
 from .metrics import Result
 from .settings import SweepSetting
 
