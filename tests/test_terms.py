@@ -218,9 +218,9 @@ def test_scale_0_is_off_for_one_image_also_with_a_threshold_and_rescale() -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rescale": -0.1}, r"rescale=-0.1: 0 \(off\) to 1 is allowed"),
+        ({"rescale": -0.1}, "rescale=-0.1: a finite number from 0 to 1 is allowed"),
         ({"rescale": 1.1}, "rescale=1.1"),
-        ({"threshold": 0.0}, "threshold=0.0: above 0, up to 1, or None is allowed"),
+        ({"threshold": 0.0}, "threshold=0.0: a finite number above 0, up to 1, is allowed"),
         ({"threshold": 2}, "threshold=2"),
         (
             {"null": -1},
@@ -350,7 +350,7 @@ def test_an_exact_regressor_gives_the_exact_conditional(level: NoiseLevel, targe
         ("regression", {"label": 0, "target": 1.0}, "regression needs a target and no label"),
         ("regression", {}, "regression needs a target and no label"),
         ("regression", {"target": float("nan")}, "target=nan: finite numbers are allowed"),
-        ("regression", {"target": 1.0, "std": 0.0}, "std=0.0: a positive number is allowed"),
+        ("regression", {"target": 1.0, "std": 0.0}, "std=0.0: a finite number above 0 is allowed"),
         ("regression", {"target": 1.0, "std": float("inf")}, "std=inf"),
         (
             "regression",
@@ -376,12 +376,12 @@ def test_an_exact_regressor_gives_the_exact_conditional(level: NoiseLevel, targe
         (
             None,
             {"label": 0, "joint_temperature": 0.0},
-            "joint_temperature=0.0, .*: above 0, and 0 or above, are allowed",
+            "joint_temperature=0.0: a finite number above 0 is allowed",
         ),
         (
             None,
             {"label": 0, "marginal_temperature": -1.0},
-            "marginal_temperature=-1.0: above 0, and 0 or above",
+            "marginal_temperature=-1.0: a finite number, 0 or more, is allowed",
         ),
         (
             "multi_label_classification",
@@ -406,7 +406,7 @@ def test_an_exact_regressor_gives_the_exact_conditional(level: NoiseLevel, targe
         (
             None,
             {"label": 0, "softplus": 0.0},
-            "softplus=0.0: a positive number, or None, is allowed",
+            "softplus=0.0: a finite number above 0 is allowed",
         ),
     ],
 )

@@ -711,7 +711,7 @@ def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
             TOLD,
             "cat",
             {"classifier_free_scale": float("nan")},
-            "scale is .*nan.*; a finite number or one per image is all",
+            "guidance_scale=nan: a finite number or one per image is all",
         ),
         (
             TOLD,

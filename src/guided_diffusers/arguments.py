@@ -77,7 +77,7 @@ class CallArguments:
             ValueError: for a scale above 0 in a call that began with 0.
         """
         scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, 1)
-        if _is_on(self.settings["guidance_scale"]):
+        if _is_on("guidance_scale", self.settings["guidance_scale"]):
             return self.terms[0].with_scale(scale), *self.terms[1:]
         if scale.any():
             raise ValueError(
@@ -117,7 +117,9 @@ def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
     try:
         for name in ("guidance_scale", "classifier_free_scale"):
             check_number(name, values[name])
-        check_number("num_inference_steps", values["num_inference_steps"], 1, integer=True)
+        check_number(
+            "num_inference_steps", values["num_inference_steps"], 1, MAX_STEPS, integer=True
+        )
         check_settings(values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -180,7 +182,11 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
     if hidden or pipeline.num_class_embeds is None:
         return "classifier"
     is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
-    return "classifier_free" if is_free or _is_on(call["classifier_free_scale"]) else "label"
+    return (
+        "classifier_free"
+        if is_free or _is_on("classifier_free_scale", call["classifier_free_scale"])
+        else "label"
+    )
 
 
 def resolve_arguments(
@@ -397,7 +403,7 @@ def _label_terms(
     """Classifier and classifier-free guidance to the labels; none at scale 0."""
     names = ("guidance_scale", "classifier_free_scale")
     if not mixtures:
-        if any(_is_on(call[name]) for name in names):
+        if any(_is_on(name, call[name]) for name in names):
             raise ValueError(
                 f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
                 "label to steer to"
@@ -545,5 +551,5 @@ def _sample_size(
     return height // pixels, width // pixels
 
 
-def _is_on(scale: Any) -> bool:
-    return scale is not None and bool(scale_tensor("guidance_scale", scale).any())
+def _is_on(name: str, scale: Any) -> bool:
+    return scale is not None and bool(scale_tensor(name, scale).any())

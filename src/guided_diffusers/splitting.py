@@ -280,7 +280,7 @@ class GuidanceReuse:
         terms: Sequence[Guidance],
         step: StepContext,
         images: torch.Tensor,
-        record: Callable[[Guidance, StepContext, torch.Tensor], object],
+        record: Callable[[Guidance, StepContext, torch.Tensor], object] = lambda *_: None,
     ) -> torch.Tensor:
         """Score shift at this step: evaluated for `images`, extrapolated for the others.
 

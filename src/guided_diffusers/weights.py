@@ -128,7 +128,7 @@ def saved_aside(folder: Path) -> Iterator[Path]:
                     for path in (folder / file).parent.glob(pattern):
                         if path.relative_to(folder) not in files:
                             path.unlink()
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} can't be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -230,7 +230,7 @@ def _missing_shards(
 
 def label_ids(pipeline: ClassifierGuidedPipeline, labels: Sequence[Label]) -> list[int]:
     """Ids of labels given as ids or names; mixtures are refused."""
-    if not isinstance(labels, (list, tuple)) or not labels:
+    if not isinstance(labels, Sequence) or isinstance(labels, (str, bytes)) or not labels:
         raise ValueError(f"labels={shown(labels)}: a list of ids or names is allowed")
     ids = []
     weighted = parse_labels(list(labels), pipeline.config.id2label, pipeline.num_labels)
