@@ -1124,10 +1124,10 @@ from guided_diffusers.cli import main
 from guided_diffusers.sampling.shards import Shards
 
 write = Shards.write
-def stop(self, shard, content):
+def stop(self, shard, *rest):
     if shard == 3:
         os.kill(os.getpid(), signal.SIGSTOP)
-    write(self, shard, content)
+    write(self, shard, *rest)
 
 if os.environ["RANK"] == "1":
     Shards.write = stop
