@@ -27,6 +27,7 @@ from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
+MAX_SIZE = 2**14  # height and width of an image
 MAX_STEPS = 10**5  # of a run in continuous time
 #: of a call, which a preset is measured for: what the network gets, and what steers
 MODES = ("label", "classifier", "classifier_free", "upsampler")
@@ -77,7 +78,7 @@ class CallArguments:
             ValueError: for a scale above 0 in a call that began with 0.
         """
         scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, 1)
-        if _is_on(self.settings["guidance_scale"]):
+        if _is_on("guidance_scale", self.settings["guidance_scale"]):
             return self.terms[0].with_scale(scale), *self.terms[1:]
         if scale.any():
             raise ValueError(
@@ -180,7 +181,8 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
     if hidden or pipeline.num_class_embeds is None:
         return "classifier"
     is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
-    return "classifier_free" if is_free or _is_on(call["classifier_free_scale"]) else "label"
+    name = "classifier_free_scale"
+    return "classifier_free" if is_free or _is_on(name, call[name]) else "label"
 
 
 def resolve_arguments(
@@ -323,10 +325,12 @@ def _check_call(
 
 def _check_latents(latents: Any) -> None:
     is_tensor = isinstance(latents, torch.Tensor) and latents.is_floating_point()
+    is_tensor = is_tensor and latents.layout == torch.strided and not latents.is_meta
     if latents is not None and not is_tensor:
-        kind = latents.dtype if hasattr(latents, "dtype") else type(latents).__name__
+        names = [n for n in ("dtype", "layout", "device") if hasattr(latents, n)]
+        kind = ", ".join(str(getattr(latents, n)) for n in names)
         raise ValueError(
-            f"latents is a {type(latents).__name__} ({kind}); a floating-point torch.Tensor "
+            f"latents is a {type(latents).__name__} ({kind}); a dense floating-point torch.Tensor "
             "(B, C, H, W) is allowed"
         )
     if latents is not None and latents.ndim != 4:
@@ -397,7 +401,7 @@ def _label_terms(
     """Classifier and classifier-free guidance to the labels; none at scale 0."""
     names = ("guidance_scale", "classifier_free_scale")
     if not mixtures:
-        if any(_is_on(call[name]) for name in names):
+        if any(_is_on(name, call[name]) for name in names):
             raise ValueError(
                 f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
                 "label to steer to"
@@ -540,10 +544,13 @@ def _sample_size(
     width = own[1] * pixels if width is None else width
     unit = pixels * down_sampling(config)
     for value in (height, width):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % unit:
-            raise ValueError(f"{named}: multiples of {unit}, at least {unit}, are allowed")
+        is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+        if not is_size or value % unit:
+            raise ValueError(
+                f"{named}: multiples of {unit}, from {unit} to {MAX_SIZE}, are allowed"
+            )
     return height // pixels, width // pixels
 
 
-def _is_on(scale: Any) -> bool:
-    return scale is not None and bool(scale_tensor("guidance_scale", scale).any())
+def _is_on(name: str, scale: Any) -> bool:
+    return scale is not None and bool(scale_tensor(name, scale).any())
