@@ -22,7 +22,12 @@ from diffusers import (
 from test_guidance import Pull, normal, quiet, sample, small_classifier, small_unet
 from test_schedulers import CASES
 
-from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, noise_levels
+from guided_diffusers import (
+    ClassifierGuidance,
+    ClassifierGuidedPipeline,
+    EnergyGuidance,
+    noise_levels,
+)
 from guided_diffusers.attach import guide
 from guided_diffusers.guider import Guider
 from guided_diffusers.noise import (
@@ -36,7 +41,13 @@ from guided_diffusers.noise import (
     step_fn,
 )
 from guided_diffusers.run_checks import check_images
-from guided_diffusers.schedule_checks import ending_warning, starting_warning, stride_warning
+from guided_diffusers.schedule_checks import (
+    accuracy_warning,
+    ending_warning,
+    starting_warning,
+    stride_warning,
+    timestep_warning,
+)
 
 SMOOTH = {"clip_sample": False, "clip_denoised": False, "skip_prk_steps": True}
 
@@ -511,3 +522,218 @@ def test_the_bundled_pipeline_says_nothing(caplog: pytest.LogCaptureFixture) -> 
         )
         other("sneaker", num_inference_steps=10)
     assert not [r for r in caplog.records if r.name.startswith("guided_diffusers")]
+
+
+# schedulers that remove too little noise, or tell the network another noise
+
+
+def ending_std(scheduler: Any, data_std: float) -> float:
+    """Of the final samples, with the exact network for normal data, from its posterior mean."""
+    levels, generator = noise_levels(scheduler), torch.Generator().manual_seed(1)
+    step = step_fn(scheduler, generator, 0.0, 1)
+    x = torch.randn(1, 1, 64, 64, generator=generator, dtype=torch.float64)
+    x = x * float(starting_sigma(scheduler))
+    for index, level in enumerate(levels):
+        gain = level.alpha * data_std**2 / (level.alpha**2 * data_std**2 + level.sigma**2)
+        x = step(level.output(x, gain * x), index, x).double()
+    return float(x.std())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "config", "is_wrong"),
+    [
+        ("HeunDiscreteScheduler", 2, {}, True),
+        ("HeunDiscreteScheduler", 3, {}, True),
+        ("HeunDiscreteScheduler", 10, {}, False),
+        ("KDPM2DiscreteScheduler", 2, {}, True),
+        ("KDPM2DiscreteScheduler", 20, {}, False),
+        ("KDPM2AncestralDiscreteScheduler", 3, {}, True),
+        ("KDPM2AncestralDiscreteScheduler", 25, {}, False),
+        ("SASolverScheduler", 20, {"use_beta_sigmas": True}, True),
+        ("SASolverScheduler", 20, {}, False),
+        ("DPMSolverSDEScheduler", 10, {}, False),
+    ],
+)
+def test_steps_too_long_for_a_scheduler_of_second_order_are_warned_of(
+    name: str, steps: int, config: dict[str, Any], is_wrong: bool
+) -> None:
+    scheduler = build(name, **config)
+    scheduler.set_timesteps(steps)
+    warning = accuracy_warning(scheduler, noise_levels(scheduler))
+    std = ending_std(scheduler, 0.5)
+    assert (warning is not None) == is_wrong == (std > 0.75), (warning, std)
+    if is_wrong:
+        told = re.search(r"would get ([\d.]+);", warning)
+        assert float(told[1]) == pytest.approx(std, rel=0.2)
+
+
+def test_the_check_of_accuracy_leaves_the_scheduler_and_the_global_generator_alone() -> None:
+    scheduler = build("KDPM2AncestralDiscreteScheduler")
+    scheduler.set_timesteps(3)
+    levels = noise_levels(scheduler)
+    state, index = torch.get_rng_state(), scheduler.step_index
+    assert accuracy_warning(scheduler, levels)
+    assert torch.equal(torch.get_rng_state(), state) and scheduler.step_index == index
+
+
+def test_timesteps_of_other_noise_than_the_samples_are_warned_of() -> None:
+    """Euler's "log_linear" spaces the sigmas anew and leaves the timesteps where they were."""
+    scheduler = EulerDiscreteScheduler(interpolation_type="log_linear")
+    scheduler.set_timesteps(20)
+    levels, timesteps = noise_levels(scheduler), scheduler.timesteps.tolist()
+    table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+    expected = float(table[round(timesteps[1])]), levels[1].sigma / levels[1].alpha
+    assert expected[0] > 1.1 * expected[1]
+    warning = timestep_warning(scheduler, levels, timesteps)
+    assert (
+        f"sigma/alpha={expected[1]:.3g}, the network was trained with {expected[0]:.3g}" in warning
+    )
+
+
+@pytest.mark.parametrize("name", sorted({case.scheduler for case in CASES}))
+def test_timesteps_that_are_only_rounded_are_not_warned_of(name: str) -> None:
+    for config in ({}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}):
+        for steps in (10, 20, 50):
+            scheduler = build(name, **config)
+            try:
+                scheduler.set_timesteps(steps)
+            except (ValueError, ZeroDivisionError):
+                continue
+            timesteps = sampling_timesteps(scheduler).tolist()
+            assert timestep_warning(scheduler, noise_levels(scheduler), timesteps) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "entry"),
+    [
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 0.0}, "clip_sample_range"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 0.01}, "sample_max_value"),
+        ("DDPMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 2}, "ratio=2"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 0}, "solver_order=0"),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 0}, "DPMSolverSinglestepScheduler"),
+        ("PNDMScheduler", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, "prediction_type="),
+        ("KDPM2DiscreteScheduler", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("DPMSolverSDEScheduler", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("DDIMScheduler", {"prediction_type": "flow"}, "prediction_type='flow'"),
+    ],
+)
+def test_config_entries_that_make_no_images_are_refused_by_name(
+    name: str, config: dict[str, Any], entry: str
+) -> None:
+    pipeline = quiet(small_unet(), build(name, **config))
+    with pytest.raises(ValueError, match=entry) as error:
+        sample(pipeline, num_inference_steps=10)
+    assert name in str(error.value)
+
+
+def test_one_step_of_pndm_with_linspace_is_refused_by_name() -> None:
+    pipeline = quiet(small_unet(), PNDMScheduler(timestep_spacing="linspace", skip_prk_steps=True))
+    with pytest.raises(ValueError, match="num_inference_steps=1: PNDMScheduler can't take it"):
+        sample(pipeline, num_inference_steps=1)
+
+
+# calls whose arguments have no effect, or another one than they say
+
+
+def ddim() -> Any:
+    return DDIMScheduler(clip_sample=False)
+
+
+def test_a_term_that_acts_at_no_step_is_warned_of(caplog: Any) -> None:
+    pipeline = quiet(small_unet(), ddim(), small_classifier())
+    sample(pipeline, "cat", num_inference_steps=8, guidance_start=0.99)
+    assert "ClassifierGuidance has no effect, none of the run's 8 steps" in caplog.text
+    caplog.clear()
+    sample(pipeline, "cat", num_inference_steps=8, guidance_start=0.99, guidance_scale=0.0)
+    sample(pipeline, "cat", num_inference_steps=8, guidance_start=1.0)
+    sample(pipeline, "cat", num_inference_steps=8, guidance_start=0.8)
+    assert not caplog.text
+
+
+def test_a_mixture_without_weight_is_refused() -> None:
+    pipeline = quiet(small_unet(), ddim(), small_classifier())
+    with pytest.raises(ValueError, match="all weights are 0"):
+        sample(pipeline, {"cat": 0.0, "dog": 0}, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, k: 5, "returned 5"),
+        (lambda p, k: {"latents": 5}, "a int of shape None"),
+        (lambda p, k: {"latents": k["latents"].numpy()}, "a ndarray"),
+        (lambda p, k: {"latents": k["latents"][:, :, :4]}, r"\(1, 1, 8, 8\) is allowed"),
+        (lambda p, k: {"x0": k["latents"] * 0}, "other \\['x0'\\]"),
+        (lambda p, k: p.scheduler.set_timesteps(5), "set its timesteps"),
+        (lambda p, k: p.register_modules(scheduler=ddim()), "exchanged the scheduler"),
+    ],
+)
+def test_what_a_callback_cannot_change_is_refused(change: Any, message: str) -> None:
+    pipeline = quiet(small_unet(), ddim(), small_classifier())
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        sample(
+            pipeline,
+            num_inference_steps=4,
+            callback_on_step_end=lambda p, i, t, tensors: change(p, tensors),
+        )
+
+
+def test_a_callback_may_return_what_it_got() -> None:
+    pipeline, names = quiet(small_unet(), ddim()), ["latents", "x0", "sample"]
+    options = {"callback_on_step_end_tensor_inputs": names, "num_inference_steps": 4}
+    same = sample(pipeline, callback_on_step_end=lambda p, i, t, k: k, **options)
+    assert torch.equal(same, sample(pipeline, num_inference_steps=4))
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(1, 3, 8, 8), "latents has 3 channels; the network's 1 are allowed"),
+        (torch.zeros(1, 1, 9, 8), r"latents has size \(9, 8\); multiples of 2"),
+        (torch.zeros(1, 1, 8, 8).to_sparse(), "sparse"),
+        (torch.zeros(1, 1, 8, 8, device="meta"), "meta"),
+        (torch.zeros(1, 1, 16, 16), r"the classifier allows only \(8, 8\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused_before_the_first_step(
+    latents: torch.Tensor, message: str
+) -> None:
+    pipeline = quiet(small_unet(), ddim(), small_classifier())
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline, "cat", latents=latents, num_inference_steps=2)
+
+
+def test_latents_that_are_no_noise_are_warned_of(caplog: Any) -> None:
+    pipeline = quiet(small_unet(), ddim())
+    sample(pipeline, latents=normal(1, 1, 8, 8), num_inference_steps=2)
+    assert not caplog.text
+    sample(pipeline, latents=50 * normal(1, 1, 8, 8), num_inference_steps=2)
+    assert "noise of unit variance" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "energy", [lambda x: x.detach().sum((1, 2, 3)), lambda x: torch.zeros(len(x))]
+)
+@pytest.mark.parametrize("through_network", [False, True])
+def test_an_energy_without_gradient_is_refused(energy: Any, through_network: bool) -> None:
+    term = EnergyGuidance(energy, through_network=through_network)
+    with pytest.raises(ValueError, match="has no gradient in the image"):
+        sample(quiet(small_unet(), ddim()), guidance=term, num_inference_steps=2)
+
+
+def test_a_term_that_is_not_finite_is_named_and_so_is_a_network() -> None:
+    nan = EnergyGuidance(lambda x: x.sum((1, 2, 3)) * float("nan"))
+    pipeline = quiet(small_unet(), ddim(), small_classifier())
+    with pytest.raises(FloatingPointError, match="a guidance term .*EnergyGuidance"):
+        sample(pipeline, "cat", guidance=nan, num_inference_steps=2)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the network's output is not finite"):
+        sample(pipeline, "cat", num_inference_steps=2)
+
+
+def test_an_autoencoder_of_other_channels_is_refused_before_the_first_step() -> None:
+    pipeline = quiet(small_unet(), ddim(), vae=diffusers.AutoencoderKL(norm_num_groups=32))
+    with pytest.raises(ValueError, match="vae: it decodes 4 channels"):
+        pipeline(num_inference_steps=2)

@@ -27,6 +27,7 @@ from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
+MAX_SIZE = 2**14  # height and width of an image
 MAX_STEPS = 10**5  # of a run in continuous time
 #: of a call, which a preset is measured for: what the network gets, and what steers
 MODES = ("label", "classifier", "classifier_free", "upsampler")
@@ -182,11 +183,8 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
     if hidden or pipeline.num_class_embeds is None:
         return "classifier"
     is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
-    return (
-        "classifier_free"
-        if is_free or _is_on("classifier_free_scale", call["classifier_free_scale"])
-        else "label"
-    )
+    name = "classifier_free_scale"
+    return "classifier_free" if is_free or _is_on(name, call[name]) else "label"
 
 
 def resolve_arguments(
@@ -329,10 +327,12 @@ def _check_call(
 
 def _check_latents(latents: Any) -> None:
     is_tensor = isinstance(latents, torch.Tensor) and latents.is_floating_point()
+    is_tensor = is_tensor and latents.layout == torch.strided and not latents.is_meta
     if latents is not None and not is_tensor:
-        kind = latents.dtype if hasattr(latents, "dtype") else type(latents).__name__
+        names = [n for n in ("dtype", "layout", "device") if hasattr(latents, n)]
+        kind = ", ".join(str(getattr(latents, n)) for n in names)
         raise ValueError(
-            f"latents is a {type(latents).__name__} ({kind}); a floating-point torch.Tensor "
+            f"latents is a {type(latents).__name__} ({kind}); a dense floating-point torch.Tensor "
             "(B, C, H, W) is allowed"
         )
     if latents is not None and latents.ndim != 4:
@@ -546,8 +546,11 @@ def _sample_size(
     width = own[1] * pixels if width is None else width
     unit = pixels * down_sampling(config)
     for value in (height, width):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % unit:
-            raise ValueError(f"{named}: multiples of {unit}, at least {unit}, are allowed")
+        is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+        if not is_size or value % unit:
+            raise ValueError(
+                f"{named}: multiples of {unit}, from {unit} to {MAX_SIZE}, are allowed"
+            )
     return height // pixels, width // pixels
 
 

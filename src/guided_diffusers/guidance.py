@@ -180,6 +180,8 @@ class Guidance(ABC):
         return (self,)
 
     def __add__(self, other: Guidance) -> Guidance:
+        if not isinstance(other, Guidance):
+            raise ValueError(f"+ {shown(other)}: only terms of guidance can be added")
         return GuidanceSum(self.terms() + other.terms())
 
 
@@ -305,7 +307,16 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
-        return torch.autograd.grad(function(x).sum(), x)[0]
+        return torch.autograd.grad(_differentiable(function(x)).sum(), x)[0]
+
+
+def _differentiable(value: torch.Tensor) -> torch.Tensor:
+    if not value.requires_grad:
+        raise ValueError(
+            "guidance: a term's value has no gradient in the image, which detach(), no_grad(), "
+            "integers and NumPy cut; compute it of the image by differentiable functions of torch"
+        )
+    return value
 
 
 def x0_gradient(
@@ -320,7 +331,8 @@ def x0_gradient(
     if through_network and step.graph is not None:
         x, x0 = step.graph
         with torch.enable_grad():
-            return torch.autograd.grad(function(x0).sum(), x, retain_graph=True)[0]
+            value = _differentiable(function(x0)).sum()
+            return torch.autograd.grad(value, x, retain_graph=True)[0]
     if through_network:
         return gradient(lambda x: function(step.predict(x)), step.sample)
     level = step.level

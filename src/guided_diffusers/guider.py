@@ -28,11 +28,13 @@ from .networks import no_parameter_grad
 from .noise import noise_levels, posterior_variance, sampling_timesteps
 from .run_checks import FiniteCheck, OvershootCheck, check_images, logger
 from .schedule_checks import (
+    accuracy_warning,
     check_schedule,
     clipping_warning,
     ending_warning,
     starting_warning,
     stride_warning,
+    timestep_warning,
 )
 from .splitting import GuidanceReuse, OperatorSplitting
 
@@ -142,8 +144,11 @@ class Guider:
             self.reuse = GuidanceReuse(self.levels[first:], every, tolerance)
         self._clipping_warning = clipping_warning(scheduler)  # until it is logged
         self._schedule_warnings = [stride_warning(scheduler, first), ending_warning(scheduler)]
+        self._schedule_warnings.append(timestep_warning(scheduler, self.levels, self.timesteps))
+        self._schedule_warnings.extend(map(self._interval_warning, self.terms))
         if from_noise and not first:
             self._schedule_warnings.append(starting_warning(scheduler, self.levels[0]))
+            self._schedule_warnings.append(accuracy_warning(scheduler, self.levels))
         self.index = first
         self.evaluations = 0
         self._active: list[Guidance] = []
@@ -158,6 +163,20 @@ class Guider:
     def count(self) -> int:
         """Number of steps in the run."""
         return len(self.levels) - self.first
+
+    def _interval_warning(self, term: Guidance) -> str | None:
+        """Warning about a term whose interval has none of the run's steps."""
+        levels = self.levels[self.first :]
+        is_off = not term._on or term.start == term.stop
+        if is_off or any(term.active(i, self.count, level) for i, level in enumerate(levels)):
+            return None
+        interval = f"start={term.start}, stop={term.stop}"
+        if term.sigma_interval is not None:
+            interval = f"sigma_interval={term.sigma_interval}"
+        return (
+            f"guidance: {type(term).__name__} has no effect, none of the run's {self.count} steps is in "
+            f"{interval}; widen it or take more steps"
+        )
 
     def active_terms(self, index: int) -> list[Guidance]:
         """The terms that have an effect at step `index` of the schedule."""

@@ -27,7 +27,7 @@ from .guidance import (
     x0_gradient,
 )
 from .likelihood import Label, logits_of, make_likelihood
-from .networks import check_softplus, evaluating, relu_as_softplus
+from .networks import check_module, check_softplus, evaluating, relu_as_softplus
 from .noise import module_config
 from .preprocess import Preprocess, as_tensor
 from .utils import parameter_dtype
@@ -84,6 +84,7 @@ class ImageClassifierGuidance(Guidance):
         normalize: bool = False,
     ):
         super().__init__(scale, start, stop, sigma_interval)
+        check_module("classifier", classifier)
         check_softplus(classifier, softplus)
         self.module, self.softplus = classifier, softplus
         self.through_network, self.normalize = through_network, normalize
@@ -166,9 +167,11 @@ class CLIPGuidance(Guidance):
         self.cutouts, self.smallest_cutout, self.seed = cutouts, smallest_cutout, seed
         from transformers import ProcessorMixin
 
+        vision = getattr(getattr(model, "config", None), "vision_config", None)
+        if vision is None:
+            raise ValueError(f"model={type(model).__name__}: a transformers.CLIPModel is allowed")
         if isinstance(processor, ProcessorMixin):
             tokenizer, processor = tokenizer or processor.tokenizer, processor.image_processor
-        vision = model.config.vision_config
         self.preprocess = Preprocess(processor, vision.num_channels, vision.image_size)
         self.tokenizer = tokenizer
         with evaluating(model):

@@ -214,6 +214,8 @@ def _parse_mixture(
                 "number for each label is allowed"
             )
         mixture[i] = float(weight)
+    if not any(mixture.values()):
+        raise ValueError(f"label {value!r}: all weights are 0, so it has no effect; use None")
     return mixture
 
 

@@ -39,6 +39,16 @@ FIXED_PREDICTION = {
     "CMStochasticIterativeScheduler": "consistency",
     "DDPMWuerstchenScheduler": "epsilon",
 }
+#: the only values of `prediction_type` that other schedulers of Diffusers know
+CONFIG_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+#: these don't know "sample"
+WITHOUT_SAMPLE = {
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+    "PNDMScheduler",
+}
 #: every second step starts at a mid-point, whose sigma is `sigmas_interpol[index - offset]`
 MIDPOINT_OFFSET = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": 1}
 #: the last of `timesteps` is the end of the run, not a step
@@ -83,7 +93,9 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise ValueError unless it is a scheduler, Diffusers' or one with the same methods."""
-    if not isinstance(scheduler, SchedulerMixin) and not hasattr(scheduler, "set_timesteps"):
+    is_object = not isinstance(scheduler, type)
+    is_scheduler = isinstance(scheduler, SchedulerMixin) or hasattr(scheduler, "set_timesteps")
+    if not (is_object and is_scheduler):
         raise ValueError(f"scheduler={shown(scheduler)}: a scheduler of Diffusers is allowed")
 
 
@@ -216,6 +228,7 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     """
     check_supported(scheduler)
     prediction = scheduler.config.get("prediction_type")
+    _check_prediction(scheduler, prediction)
     if name := is_instance_by_name(scheduler, FIXED_PREDICTION):
         prediction = FIXED_PREDICTION[name]
     if is_instance_by_name(scheduler, EDM):
@@ -234,6 +247,22 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     except ValueError as error:
         raise ValueError(f"scheduler {type(scheduler).__name__}: {error}") from None
     return prediction
+
+
+def _check_prediction(scheduler: SchedulerMixin, prediction: Any) -> None:
+    """Refuse what Diffusers refuses only in `step`."""
+    kind = type(scheduler)
+    has_own = is_flow(scheduler) or is_instance_by_name(scheduler, {*FIXED_PREDICTION, *EDM})
+    if has_own or not kind.__module__.startswith("diffusers."):
+        return
+    allowed = [*CONFIG_PREDICTIONS]
+    if is_instance_by_name(scheduler, WITHOUT_SAMPLE):
+        allowed.remove("sample")
+    if prediction not in allowed:
+        raise ValueError(
+            f"scheduler: prediction_type={shown(prediction)} in the config of {kind.__name__}: "
+            f"{', '.join(allowed)} are allowed"
+        )
 
 
 def sampling_timesteps(scheduler: SchedulerMixin) -> torch.Tensor:

@@ -33,9 +33,9 @@ from .arguments import (
 )
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
-from .guidance import Guidance
+from .guidance import Guidance, GuidanceSum
 from .guider import Guider, Prediction, exclusive_use
-from .images import convert, decode, join_low_resolution
+from .images import as_pair, convert, decode, down_sampling, join_low_resolution
 from .likelihood import REGRESSION, Labels
 from .networks import check_module, evaluating, no_parameter_grad
 from .noise import (
@@ -51,7 +51,7 @@ from .noise import (
     step_fn,
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
-from .run_checks import check_images
+from .run_checks import check_images, check_unchanged, check_unit_variance, replaced_latents
 from .schedule_checks import check_custom_steps, check_start
 from .weights import check_values
 
@@ -418,14 +418,17 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._set_timesteps(settings, timesteps, sigmas, device)
         from_noise = latents is None
         latents = self._starting_noise(arguments, generator, latents, device)
-        self._check_shapes(latents, condition, output_type)
+        self._check_shapes(latents, arguments, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         options = {"eta": eta, "from_noise": from_noise, **arguments.guider_options}
         guider = Guider(self.scheduler, terms, **options)
         if from_noise:
             check_start(self.scheduler, guider.levels[0])
+        else:
+            check_unit_variance(latents, guider.levels[0])
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
+        scheduler, scheduler_timesteps = self.scheduler, self.scheduler.timesteps
         self._interrupt, self._num_timesteps = False, len(guider.levels)
         self._guidance_scale = scale = settings["guidance_scale"]
 
@@ -449,8 +452,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                         **_sample_and_x0(sample, prediction, level),
                     }
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, t, tensors) or {}
-                    latents = changed.get("latents", latents)
+                    changed = callback_on_step_end(self, index, t, tensors)
+                    check_unchanged(self.scheduler, scheduler, scheduler_timesteps)
+                    latents = replaced_latents(changed, tensors, latents)
                     if self._guidance_scale is not scale:
                         scale = self._guidance_scale
                         guider.terms = arguments.terms_with_scale(scale)
@@ -488,10 +492,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler = type(self.scheduler).__name__
         try:
             self.scheduler.set_timesteps(**{name: value}, device=device)
-        except (TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
-            # it needs something else, or more
+        except Exception as error:  # it needs something else, or more, or other config entries
             raise ValueError(
-                f"{name}={shown(value)}: {scheduler} can't take it: {error}"
+                f"{name}={shown(value)}: {scheduler} can't take it with its config: {error}"
             ) from error
         is_whole = not self.scheduler.timesteps.is_floating_point()
         if name == "timesteps" and is_whole and any(t != int(t) for t in value):
@@ -536,8 +539,32 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError("latents has infinite or NaN values; finite ones are allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _check_shapes(self, latents: torch.Tensor, condition: Condition, output_type: str) -> None:
-        low_res, (batch_size, channels) = condition.low_res, latents.shape[:2]
+    def _check_shapes(
+        self, latents: torch.Tensor, arguments: CallArguments, output_type: str
+    ) -> None:
+        low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
+        size, config = tuple(latents.shape[2:]), module_config(self.unet)
+        known = (config.get("in_channels") or channels) - (
+            0 if low_res is None else low_res.shape[1]
+        )
+        if channels != known:
+            raise ValueError(f"latents has {channels} channels; the network's {known} are allowed")
+        unit = down_sampling(config) if isinstance(self.unet, UNet2DModel) else 1
+        if any(n % unit for n in size):
+            raise ValueError(f"latents has size {size}; multiples of {unit} are allowed")
+        of_vae = module_config(self.vae).get("latent_channels") or channels
+        if output_type != "latent" and of_vae != channels:
+            raise ValueError(
+                f"vae: it decodes {of_vae} channels and the network's samples have {channels}; use "
+                "the autoencoder of its training, or none for a network of pixels"
+            )
+        for module in GuidanceSum(arguments.terms).modules():
+            guide = module_config(module)
+            if guide.get("pool") == "attention" and as_pair(guide["sample_size"]) != size:
+                raise ValueError(
+                    f"height, width, latents: samples of size {size}; the classifier allows only "
+                    f"{as_pair(guide['sample_size'])}, as it has pool='attention'"
+                )
         if low_res is not None and len(low_res) not in (1, batch_size):
             raise ValueError(
                 f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "

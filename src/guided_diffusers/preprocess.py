@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .checks import shown
+
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
@@ -163,6 +165,11 @@ def _settings(processor: Any, size: int | Sequence[int] | None) -> dict[str, Any
                 f"size={settings['size']!r}, only with shortest_edge"
             )
     elif processor is not None:
+        if not callable(getattr(processor, "to_dict", None)):
+            raise ValueError(
+                f"processor={shown(processor)}: an image processor of transformers, or a mapping of "
+                "its settings, is allowed"
+            )
         switches = {name: bool(getattr(processor, name, False)) for name in SWITCHES}
         settings = processor.to_dict() | switches
     off = {name: None for switch, name in SWITCHES.items() if settings.get(switch) is False}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import hypot, sqrt
+from typing import Any
 
 import torch
 from diffusers.utils.logging import get_logger
 
+from .checks import shown
 from .guidance import Guidance, GuidanceSum, NoiseAwareGuidance, StepContext
 from .noise import NoiseLevel
 
@@ -48,6 +50,68 @@ def check_images(images: torch.Tensor, place: str) -> None:
     raise error
 
 
+def check_unit_variance(latents: torch.Tensor, level: NoiseLevel) -> None:
+    """Warn of a starting sample, (B, C, H, W), whose size is not that of its noise level; where
+    images show, it may be any."""
+    if level.sigma < 2 * level.alpha or latents[0].numel() < 64:
+        return
+    rms = latents.double().square().mean((1, 2, 3)).sqrt() / hypot(level.alpha, level.sigma)
+    if ((rms < 0.5) | (rms > 2)).any():
+        logger.warning(
+            "latents: their root mean square is %s; noise of unit variance is expected",
+            ", ".join(f"{value:.3g}" for value in rms.tolist()[:5]),
+        )
+
+
+def check_unchanged(scheduler: Any, of_call: Any, timesteps: torch.Tensor) -> None:
+    """Check that a callback left the call's scheduler and its timesteps alone.
+
+    Raises:
+        RuntimeError: if it didn't.
+    """
+    if scheduler is not of_call or scheduler.timesteps is not timesteps:
+        raise RuntimeError(
+            "callback_on_step_end: it exchanged the scheduler, or set its timesteps, within the call "
+            "that steps with it; do so after the call"
+        )
+
+
+def replaced_latents(
+    changed: Any, tensors: Mapping[str, Any], latents: torch.Tensor
+) -> torch.Tensor:
+    """The latents after a callback.
+
+    Args:
+        changed: what the callback returned.
+        tensors: what it got.
+        latents: of the step.
+
+    Raises:
+        ValueError: for anything but a dictionary whose "latents", if any, have the same shape, or
+            for other tensors in it than it got.
+    """
+    if changed is None:
+        return latents
+    if not isinstance(changed, Mapping):
+        raise ValueError(
+            f"callback_on_step_end returned {shown(changed)}; a dictionary or None is allowed"
+        )
+    other = [name for name in changed if name != "latents"]
+    if without_effect := [n for n in other if changed[n] is not tensors.get(n, tensors)]:
+        raise ValueError(
+            f"callback_on_step_end returned other {shown(without_effect)}; only 'latents' has an "
+            "effect"
+        )
+    replaced = changed.get("latents", latents)
+    shape = getattr(replaced, "shape", None)
+    if not isinstance(replaced, torch.Tensor) or shape != latents.shape:
+        raise ValueError(
+            f"callback_on_step_end returned latents that are a {type(replaced).__name__} of shape "
+            f"{shape}; a torch.Tensor {tuple(latents.shape)} is allowed"
+        )
+    return replaced
+
+
 def _guide_dtype(terms: Sequence[Guidance]) -> torch.dtype:
     for module in GuidanceSum(terms).modules():
         for parameter in module.parameters():
@@ -64,8 +128,9 @@ class FiniteCheck:
 
     def __init__(self, terms: Sequence[Guidance]):
         self.dtype = _guide_dtype(terms)
-        is_classifier = any(isinstance(term, NoiseAwareGuidance) for term in terms)
-        self.guide = "the classifier" if is_classifier else "a guidance term"
+        names = ", ".join(dict.fromkeys(type(term).__name__ for term in terms))
+        is_classifier = all(isinstance(term, NoiseAwareGuidance) for term in terms)
+        self.guide = "the classifier" if is_classifier else f"a guidance term ({names})"
         self._steps: list[tuple[torch.Tensor, torch.dtype, str]] = []
 
     def __call__(self, step: StepContext, score: torch.Tensor, guided: torch.Tensor) -> None:
@@ -102,7 +167,7 @@ class FiniteCheck:
 
     def _likely_cause(self, largest: Sequence[float], output_dtype: torch.dtype) -> str:
         """Of an image's largest values of the normalised sample, the score, the guided output."""
-        sample, score, *_ = largest
+        sample, score, guided = largest
         if not math.isfinite(sample):
             return "the sample was not finite before: look at the network and the scheduler"
         if not math.isfinite(score) and self.dtype == torch.float16:
@@ -125,6 +190,8 @@ class FiniteCheck:
                 "the gradient times the scale is infinite: lower guidance_scale, or look at the "
                 "classifier's gradient"
             )
+        if math.isnan(guided):
+            return "the network's output is not finite: look at its weights"
         return (
             f"the guided output left the range of {output_dtype}: lower guidance_scale or load the "
             "unet in float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import pairwise
 from math import hypot
 from typing import Any
@@ -12,7 +13,17 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from .noise import SMALLEST_ALPHA, NoiseLevel, is_flow, is_instance_by_name, sampling_timesteps
+from .checks import check_number
+from .noise import (
+    SMALLEST_ALPHA,
+    NoiseLevel,
+    is_flow,
+    is_instance_by_name,
+    sampling_timesteps,
+    set_begin_index,
+    starting_sigma,
+    step_fn,
+)
 
 #: schedulers whose step goes from timestep t to t - num_train_timesteps // num_inference_steps,
 #: whatever the next of their timesteps is
@@ -39,6 +50,10 @@ MULTISTEP = {
 
 #: |b| of the last step, the factor of the output's error in the image, above which it is no image
 MAX_OUTPUT_GAIN = 1e3
+
+
+#: standard deviation of samples over that of the data, above which there is a warning
+MAX_DEVIATION = 1.5
 
 
 #: noise of a sample over that of its level, or the inverse, above which there is a warning
@@ -114,6 +129,7 @@ def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> N
             scheduler that divides by their distance; as `_check_x0`.
     """
     name = type(scheduler).__name__
+    _check_config(scheduler)
     if not levels:
         raise ValueError(f"timesteps, sigmas: {name} has no steps with these; at least 1 is needed")
     if getattr(scheduler, "allows_inversion", False):
@@ -140,6 +156,26 @@ def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> N
                 f"{timesteps[i]:g}, and it divides by their distance; use fewer steps"
             )
     _check_x0(scheduler, levels, timesteps)
+
+
+def _check_config(scheduler: SchedulerMixin) -> None:
+    """Refuse entries of a config with which images are constant, or steps fail.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    if config.get("solver_order") is not None:
+        check_number(f"scheduler {name}: solver_order", config["solver_order"], 1, integer=True)
+    if config.get("clip_sample") and config.get("clip_sample_range") is not None:
+        entry = f"scheduler {name}: clip_sample_range"
+        check_number(entry, config["clip_sample_range"], 0, above=True)
+    if config.get("thresholding"):
+        for entry, low, high in (
+            ("dynamic_thresholding_ratio", 0, 1),
+            ("sample_max_value", 1, float("inf")),
+        ):
+            check_number(f"scheduler {name}: {entry}", config.get(entry), low, high)
 
 
 def _check_x0(
@@ -186,6 +222,59 @@ def check_start(scheduler: SchedulerMixin, level: NoiseLevel) -> None:
     if level.sigma < level.alpha:
         warning = starting_warning(scheduler, level)
         raise ValueError(f"num_inference_steps, timesteps, sigmas: {warning}")
+
+
+def timestep_warning(
+    scheduler: SchedulerMixin, levels: Sequence[NoiseLevel], timesteps: Sequence[float]
+) -> str | None:
+    """Warning about timesteps whose noise, in the schedule of the training, is not the sample's.
+
+    Schedulers round timesteps, and clamp them to the schedule.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    is_other = is_flow(scheduler) or scheduler.config.get("timestep_type") == "continuous"
+    if table is None or not hasattr(scheduler, "sigmas") or is_other:
+        return None
+    s = ((1 - table.double()) / table.double()).sqrt().clamp(max=4096).tolist()
+    for level, t in zip(levels, timesteps, strict=True):
+        noise = min(max(level.sigma / level.alpha, s[0]), s[-1])
+        low, high = s[max(int(t) - 1, 0)], s[min(int(t) + 2, len(s) - 1)]
+        if not low / MAX_NOISE_ERROR <= noise <= high * MAX_NOISE_ERROR:
+            return (
+                f"{type(scheduler).__name__}: at timestep {t:g} the sample has sigma/alpha={noise:.3g}"
+                f", the network was trained with {s[round(t)]:.3g} there; look at the entries of its "
+                "config that space sigmas"
+            )
+    return None
+
+
+def accuracy_warning(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> str | None:
+    """Warning about a run whose steps are too long for a scheduler of second order, so that noise
+    stays in the images.
+
+    The run is made with the exact prediction for normal data of standard deviation 0.5,
+    x0 = alpha / (4 sigma^2 + alpha^2) x.
+    """
+    may_diverge = getattr(scheduler, "order", 1) == 2
+    may_diverge = may_diverge or is_instance_by_name(scheduler, {"SASolverScheduler"})
+    if not may_diverge or not all(level.b for level in levels):
+        return None
+    probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
+    probe.timesteps = probe.timesteps.cpu()
+    set_begin_index(probe, 0)
+    step = step_fn(probe, generator, 0.0, 1)
+    x = torch.randn(1, 1, 16, 16, generator=generator) * starting_sigma(probe)
+    for index, level in enumerate(levels):
+        x0 = level.alpha / (4 * level.sigma**2 + level.alpha**2) * x
+        x = step(level.output(x, x0), index, x)
+    std = float(x.std())
+    if std <= 0.5 * MAX_DEVIATION:
+        return None
+    return (
+        f"{type(scheduler).__name__}: its {len(levels)} evaluations are too far apart, noise stays in "
+        f"the images: data of standard deviation 0.5 would get {std:.3g}; take more steps, other "
+        "spacing of its sigmas, or a scheduler of first order"
+    )
 
 
 def ending_warning(scheduler: SchedulerMixin) -> str | None:
