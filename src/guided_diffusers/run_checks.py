@@ -102,7 +102,7 @@ class FiniteCheck:
 
     def _likely_cause(self, largest: Sequence[float], output_dtype: torch.dtype) -> str:
         """Of an image's largest values of the normalised sample, the score, the guided output."""
-        sample, score, *_ = largest
+        sample, score, output = largest[:3]
         if not math.isfinite(sample):
             return "the sample was not finite before: look at the network and the scheduler"
         if not math.isfinite(score) and self.dtype == torch.float16:
@@ -125,6 +125,8 @@ class FiniteCheck:
                 "the gradient times the scale is infinite: lower guidance_scale, or look at the "
                 "classifier's gradient"
             )
+        if math.isnan(output) and output_dtype != torch.float16:
+            return "the network is not finite: its output is NaN for an ordinary sample"
         return (
             f"the guided output left the range of {output_dtype}: lower guidance_scale or load the "
             "unet in float32"
