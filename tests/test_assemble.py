@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 from test_guidance import NAMES, small_classifier, small_unet
+from test_two_processes import held, kill
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.assembly import assembled
@@ -162,3 +168,54 @@ def test_wrong_arguments_are_refused(parts: Path) -> None:
     with pytest.raises(SystemExit, match="exists; a new or an empty folder is allowed"):
         assemble(parts)
     assert (parts / "out" / "mine.txt").read_text() == "x"
+
+
+def test_where_a_pipeline_is_written(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The current folder, if it is empty, the home folder, and a name with control sequences."""
+    (parts / "here").mkdir()
+    monkeypatch.chdir(parts / "here")
+    monkeypatch.setenv("HOME", str(parts / "home"))
+    unet = str(parts / "unet")
+    for output, folder in ((".", parts / "here"), ("~/out", parts / "home" / "out")):
+        main(["assemble", "--unet", unet, "--output", output])
+        assert (folder / "model_index.json").is_file()
+    assert Path.cwd() == parts / "here" and not (parts / "here" / "~").exists()
+    main(["assemble", "--unet", unet, "--output", str(parts / "\x1b[31m")])
+    assert "\x1b" not in capsys.readouterr().out
+    (parts / "file").touch()
+    for output, message in (
+        (parts / "file" / "out", "--?output .*file/out can't be written: .*file is a file"),
+        (parts / "file", "exists; a new or an empty folder is allowed"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["assemble", "--unet", unet, "--output", str(output)])
+    with pytest.raises(SystemExit, match="--output '': a path is needed"):
+        main(["assemble", "--unet", unet, "--output", ""])
+    assert not list(parts.glob(".*"))
+
+
+def test_two_processes_and_what_a_killed_one_left(parts: Path) -> None:
+    with held(parts / ".out.lock") as first:
+        with pytest.raises(SystemExit, match=f"is being written by process {first.pid}"):
+            assemble(parts)
+        kill(first)
+        left = parts / f".out.{first.pid}.partial"
+        left.mkdir()
+        assemble(parts)
+    assert not list(parts.glob(".out*"))
+
+
+def test_parts_of_other_kinds(parts: Path) -> None:
+    vae = AutoencoderKL(
+        out_channels=1, block_out_channels=(4,), latent_channels=4, norm_num_groups=2
+    )
+    vae.save_pretrained(parts / "vae")
+    with pytest.raises(SystemExit, match="autoencoder has 4 latent channels, the network's out"):
+        assemble(parts, "--vae", str(parts / "vae"))
+    with pytest.raises(SystemExit, match="classifier='.*unet' is a pipeline; the folder of its"):
+        assemble(parts, "--classifier", str(parts / "unet"))
+    assemble(parts, "--scheduler", "sde-dpmsolver++")
+    scheduler = ClassifierGuidedPipeline.from_pretrained(parts / "out").scheduler
+    assert scheduler.config.algorithm_type == "sde-dpmsolver++"

@@ -21,6 +21,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
+from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
 from test_clip import make_clip
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP, hub
@@ -447,6 +449,26 @@ def test_links_and_special_files_are_not_published(folder: Path, tmp_path: Path)
     for include in ([], ["notes.md"]):
         with pytest.raises(ValueError, match="no part of a model: notes.md"):
             collect(folder, tmp_path / "x", include)
+
+
+def test_pictures_are_searched_for_texts_and_places(folder: Path, tmp_path: Path) -> None:
+    texts, picture = PngInfo(), PILImage.new("RGB", (4, 4))
+    texts.add_text("key", "hf_" + "x" * 34, zip=True)
+    picture.save(folder / "a.png", pnginfo=texts)
+    exif = PILImage.Exif()
+    exif.get_ifd(0x8825)[1] = "N"
+    picture.save(folder / "b.jpg", exif=exif)
+    with pytest.raises(ValueError, match="a.png contains a Hugging Face token; b.jpg contains the"):
+        hub.prepare(folder, tmp_path / "stage", None)
+
+
+def test_files_of_a_card_that_can_not_be_read(folder: Path, tmp_path: Path) -> None:
+    rows = [{"timestep": "a", "loss": 1.0}, {"timestep": 1, "loss": 1.0}]
+    (folder / "metrics.json").write_text(json.dumps({"held_out": rows}))
+    hub.prepare(folder, tmp_path / "stage", None, picture=False)
+    (folder / "README.md").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="README.md is no UTF-8 text"):
+        hub.prepare(folder, tmp_path / "again", None, picture=False)
 
 
 def test_the_environments_secrets_are_not_published(

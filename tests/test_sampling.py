@@ -402,6 +402,54 @@ def test_a_broken_file_is_made_again(
         )
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"files": {}}', '{"files": {}, "failed": 3}', '{"failed": ["a"]}', "[]", "[" * 100_000],
+)
+@pytest.mark.parametrize("number", [0, 99])
+def test_records_that_are_not_of_their_shard(
+    content: str, number: int, make: Make, tmp_path: Path
+) -> None:
+    """They are made again; others in the folder are ignored."""
+    make("whole")
+    make("parts")
+    whole = files(tmp_path / "whole")
+    record = tmp_path / "parts" / ".shards" / f"{number:05d}.json"
+    if "failed" in content and number == 0:
+        content = json.dumps({**json.loads(record.read_text()), **json.loads(content)})
+    record.write_text(content)
+    result = make("parts")
+    assert result.before == (7 if number == 0 else 10) and not result.failed
+    if number == 99:
+        record.unlink()
+    assert files(tmp_path / "parts") == whole
+
+
+def test_a_broken_array_is_named_and_made_again(make: Make, tmp_path: Path) -> None:
+    make("whole", format="npz")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Shards, "_join", lambda *_: (_ for _ in ()).throw(Crash))
+        make("parts", format="npz")
+    array = tmp_path / "parts" / ".shards" / "00001.npy"
+    array.write_bytes(b"x" * array.stat().st_size)
+    with pytest.raises(OSError, match="00001.npy is broken; run the same command"):
+        make("parts", format="npz")
+    make("parts", format="npz")
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_foreign_parquet_file_does_not_stop_an_extension(make: Make, tmp_path: Path) -> None:
+    make("a", format="parquet", num_images=4)
+    (tmp_path / "a" / "data" / "train-x-of-y.parquet").write_bytes(b"")
+    assert make("a", format="parquet").images == 10
+
+
+def test_more_images_than_can_be_recorded(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_images=.*: up to 1000000 shards of shard_size"):
+        make("a", num_images=10**14)
+    assert not (tmp_path / "a").exists()
+
+
 def test_broken_images_make_the_folder_incomplete_until_they_are_there(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

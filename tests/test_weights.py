@@ -142,11 +142,64 @@ def test_an_index_that_promises_more_than_the_shards_hold(tmp_path: Path) -> Non
         NoiseAwareClassifier.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000]
+)
 def test_a_broken_index_is_named(plain: Path, text: str) -> None:
     index = plain / "unet" / f"{WEIGHTS}.index.json"
     index.write_text(text)
     with pytest.raises(OSError, match=f"{index.name} is no index of weights, or is broken"):
+        ClassifierGuidedPipeline.from_pretrained(plain)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 7, b"version https://git-lfs.github.com/spec/v1"]
+)
+@pytest.mark.parametrize("part", ["classifier", "unet"])
+def test_a_broken_file_of_weights_is_named(plain: Path, part: str, content: bytes) -> None:
+    (plain / part / WEIGHTS).write_bytes(content)
+    message = f"{part}/{WEIGHTS} is missing, or no safetensors file"
+    with pytest.raises(OSError, match=message):
+        ClassifierGuidedPipeline.from_pretrained(plain)
+    if part == "classifier":
+        with pytest.raises(OSError, match=message):
+            NoiseAwareClassifier.from_pretrained(plain / part)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (WEIGHTS.replace(".safe", ".fp16.safe"), "it has those of the variant fp16"),
+        ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin is a pickle"),
+        ("notes.txt", f"{WEIGHTS} is needed$"),
+    ],
+)
+def test_weights_under_another_name_are_told(plain: Path, name: str, words: str) -> None:
+    (plain / "unet" / WEIGHTS).rename(plain / "unet" / name)
+    with pytest.raises(OSError, match=f"unet has no weights: {WEIGHTS} is needed.*{words}|{words}"):
+        ClassifierGuidedPipeline.from_pretrained(plain)
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "value"),
+    [
+        ("unet/config.json", "down_block_types", ["NoBlock"]),
+        ("unet/config.json", "norm_num_groups", 3),
+        ("unet/config.json", "act_fn", "nope"),
+        ("unet/config.json", "block_out_channels", [-8]),
+        ("classifier/config.json", "dropout", "much"),
+        ("classifier/config.json", "id2label", ["a"]),
+        ("scheduler/scheduler_config.json", "trained_betas", ["a"]),
+        ("scheduler/scheduler_config.json", "beta_schedule", "nope"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+    ],
+)
+def test_a_config_that_its_class_refuses_is_named(
+    plain: Path, file: str, entry: str, value: Any
+) -> None:
+    config = json.loads((plain / file).read_text())
+    (plain / file).write_text(json.dumps(config | {entry: value}))
+    with pytest.raises(ValueError, match=f"{plain / file}( is no config of a|: {entry})"):
         ClassifierGuidedPipeline.from_pretrained(plain)
 
 
@@ -418,6 +471,22 @@ def test_a_network_alone_with_an_adapter(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="lora.*merge or remove adapters"):
             model.save_pretrained(tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+
+def test_quantized_and_tied_weights_and_odd_variants(tmp_path: Path) -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(make_classifier(), {nn.Linear})
+    with pytest.raises(ValueError, match="can't be saved: its weights aren't those of"):
+        quantized.save_pretrained(tmp_path / "model")
+    tied = make_classifier()
+    resnets = tied.mid_block.resnets
+    resnets[1].conv1.weight = resnets[0].conv1.weight
+    with pytest.raises(ValueError, match="resnets.0.conv1.weight and .*1.weight share memory"):
+        tied.save_pretrained(tmp_path / "model")
+    for variant in ("a/b", "fp16.x", ""):
+        for model in (make_classifier(), make_clip(), make_pipeline()):
+            with pytest.raises(ValueError, match="variant='.*': letters, digits, _ and - are"):
+                model.save_pretrained(tmp_path / "model", variant=variant)
+    assert not (tmp_path / "model").exists()
 
 
 def test_none_is_no_network(tmp_path: Path) -> None:

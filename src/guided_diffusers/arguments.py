@@ -21,7 +21,7 @@ from .guidance import (
     check_interval,
     scale_tensor,
 )
-from .images import check_precision, down_sampling, low_resolution
+from .images import as_pair, check_precision, down_sampling, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
@@ -235,6 +235,8 @@ def resolve_arguments(
         settings |= {"guidance_scale": 0.0, "classifier_free_scale": 0.0}
     guider_options = _guider_options(pipeline, call, settings)
     terms = _label_terms(pipeline, mixtures, num_images_per_label, call, settings, condition)
+    if any(isinstance(term, ClassifierGuidance) for term in terms):
+        _check_classifier_size(pipeline.classifier, sample_size)
     terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
     return CallArguments(batch_size, sample_size, condition, terms, guider_options, settings)
@@ -513,6 +515,20 @@ def _batch_size(
         return len(mixtures)
     given = low_res if latents is None else latents
     return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
+
+
+def _check_classifier_size(classifier: Any, sample_size: tuple[int, int] | None) -> None:
+    """Refuse samples of a size that the classifier doesn't take, before the network computes."""
+    config = module_config(classifier)
+    if sample_size is None or config.get("pool") != "attention" or not config.get("sample_size"):
+        return
+    size = as_pair(config["sample_size"])
+    if size != tuple(sample_size):
+        raise ValueError(
+            "height and width: the samples have {} x {}, the classifier takes {} x {} only "
+            "(pool='attention' in its config); use that size, another classifier, or "
+            "guidance_scale=0".format(*sample_size, *size)
+        )
 
 
 def _sample_size(

@@ -13,7 +13,7 @@ from .classifier import NoiseAwareClassifier
 from .images import as_pair
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
-from .utils import exchanged, is_hub_id, load_pipeline
+from .utils import is_hub_id, load_pipeline, scheduler_for
 
 DPM_SOLVER = "DPMSolverMultistepScheduler"
 
@@ -31,7 +31,7 @@ def assembled(
         unet: output of `train_unet.py`, or any pipeline with a `unet` and a scheduler.
         classifier: output of `train_classifier.py`. None: that of `unet`, if it has one.
         vae: an autoencoder of Diffusers. None: that of `unet`, if it has one.
-        scheduler: name of a scheduler, as in `utils.find_scheduler`. None: DPM-Solver++, or the
+        scheduler: name of a scheduler, as in `utils.scheduler_for`. None: DPM-Solver++, or the
             network's own where that doesn't fit, as with flow matching.
         defaults: the pipeline's preset.
 
@@ -85,6 +85,11 @@ def _load(cls: Any, argument: str, part: str | Path) -> torch.nn.Module:
         raise ValueError(
             f"{argument}={str(part)!r}: no such folder; a folder or a Hub id is allowed"
         )
+    if (Path(part) / "model_index.json").is_file():
+        raise ValueError(
+            f"{argument}={str(part)!r} is a pipeline; the folder of its {argument} is needed, "
+            f"such as {str(Path(part) / argument)!r}"
+        )
     return cls.from_pretrained(part)
 
 
@@ -93,16 +98,21 @@ def _scheduler(trained: SchedulerMixin, name: str | None) -> SchedulerMixin:
     if name is None:
         compatible = {cls.__name__ for cls in trained.compatibles}
         name = DPM_SOLVER if DPM_SOLVER in compatible else type(trained).__name__
-    scheduler = exchanged(trained, name)
+    scheduler = scheduler_for(trained, name)
     changes = {"timestep_spacing": "trailing", "clip_sample": False}
     changes = {key: value for key, value in changes.items() if key in scheduler.config}
     return type(scheduler).from_config(scheduler.config, **changes)
 
 
 def _check_fit(pipeline: ClassifierGuidedPipeline, network_names: Mapping[int, str] | None) -> None:
-    """Refuse a classifier of other images or labels than the network's."""
+    """Refuse a classifier of other images or labels than the network's, or another autoencoder."""
     config, unet = module_config(pipeline.classifier), module_config(pipeline.unet)
     mismatches = network_mismatches(config, unet) if pipeline.classifier is not None else []
+    latents, channels = module_config(pipeline.vae).get("latent_channels"), unet.get("out_channels")
+    if latents and channels and channels not in (latents, 2 * latents):  # twice: with a variance
+        mismatches.append(
+            f"the autoencoder has {latents} latent channels, the network's output {channels}"
+        )
     names = pipeline.config.id2label
     if network_names and names and network_names != names:
         mismatches.append(

@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .weights import check_saveable, load_checked, saved_aside
+from .weights import check_saveable, check_variant, load_checked, saved_aside
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -274,6 +274,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             safe_serialization,
             "True, weights are saved as safetensors",
         )
+        check_variant(variant)
         check_saveable(type(self).__name__, self)
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         options = {

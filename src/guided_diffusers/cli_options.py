@@ -59,6 +59,16 @@ def number(
     return parse
 
 
+def path(text: str) -> Path:
+    """A `type` of argparse: a path, in which "~" is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': a path is needed")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 def size(text: str) -> tuple[int, int]:
     """A `type` of argparse: (height, width) of "48x32", or of "32" for a square."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)

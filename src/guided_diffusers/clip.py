@@ -23,7 +23,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .classifier import PUSH_ARGUMENTS, NoiseAwareClassifier, check_model_folder
-from .weights import check_saveable, load_checked, saved_aside
+from .weights import check_saveable, check_variant, load_checked, saved_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,6 +214,7 @@ class NoiseAwareCLIP(ModelMixin, ConfigMixin):
                 "safe_serialization is False; allowed: True, weights are saved as safetensors"
             )
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        check_variant(variant)
         check_saveable(type(self).__name__, self)
         with saved_aside(folder) as partial:
             super().save_pretrained(partial, is_main_process, variant=variant, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import math
@@ -253,6 +254,47 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
                 f"{folder} is in use by {owner}; wait until it is finished, or use another folder"
             )
         yield
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Context manager that writes a folder which appears when it is complete.
+
+    Yields:
+        A path beside it to save to; what killed processes left there is removed.
+
+    Raises:
+        ValueError: if `output` exists and isn't an empty folder, or if another process writes it.
+        OSError: if it can't be written.
+    """
+    _check_new(output)
+    check_writable(output, "output", folder=True)
+    folder = output.absolute()  # "." has no name
+    with file_lock(folder.with_name(f".{folder.name}.lock")) as owner:
+        if owner is not None:
+            raise ValueError(f"output {output} is being written by {owner}; give another folder")
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):
+            if is_abandoned(left) or left.name == f".{folder.name}.partial":  # of version 0.3
+                shutil.rmtree(left, ignore_errors=True)
+        partial = partial_path(folder)
+        try:
+            yield partial
+            _check_new(output)
+            if output.exists():  # it may be where somebody works, and stays
+                for path in list(partial.iterdir()):
+                    os.replace(path, output / path.name)
+            else:
+                os.replace(partial, output)
+        except OSError as error:
+            text = (error.strerror or str(error)).replace(str(partial), str(output))
+            raise OSError(f"output {output} can't be written: {text}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_new(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"output {output} exists; a new or an empty folder is allowed")
 
 
 def is_lock(path: Path) -> bool:

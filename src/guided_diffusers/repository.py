@@ -33,6 +33,7 @@ from .weights import (
     LOAD_FAULTS,
     check_class_weights,
     check_saveable,
+    check_variant,
     check_weights,
     saved_aside,
 )
@@ -87,10 +88,10 @@ def load_pipeline(
     try:
         with _without_layer_listing():
             pipeline = from_pretrained(folder, **kwargs)
-    except (*LOAD_FAULTS, ArithmeticError, MemoryError) as error:
+    except (*LOAD_FAULTS, ArithmeticError, MemoryError, OSError) as error:
         # such as of a weight's shape, but without the file's name
         _check_components(folder, classes, variant)
-        if isinstance(error, ValueError):
+        if isinstance(error, (ValueError, OSError)):
             raise
         raise ValueError(  # a config with values of wrong kinds
             f"{folder} can't be loaded; a value in its configs or model_index.json is wrong: "
@@ -103,7 +104,7 @@ def load_pipeline(
 
 
 def _check_components(folder: Path, components: Mapping[str, Any], variant: str | None) -> None:
-    """Refuse files without the weights of these networks, or of networks of these classes."""
+    """Refuse files without the weights of these networks, or that these classes refuse."""
     for name, component in components.items():
         # Diffusers looks in the pipeline's own folder next
         path = folder / name if (folder / name).is_dir() else folder
@@ -111,6 +112,14 @@ def _check_components(folder: Path, components: Mapping[str, Any], variant: str 
             check_weights(component, path, variant)
         elif isinstance(component, type) and issubclass(component, torch.nn.Module):
             check_class_weights(component, path, {"variant": variant})
+        elif isinstance(component, type) and (path / "scheduler_config.json").is_file():
+            try:
+                component.from_pretrained(path)
+            except Exception as error:  # of the scheduler's class, or of what it calls
+                raise ValueError(
+                    f"{path / 'scheduler_config.json'} is no config of a {component.__name__}: "
+                    f"{shorten(error)}"
+                ) from error
 
 
 def _local_folder(
@@ -158,6 +167,8 @@ def check_config_values(source: Any, config: Mapping[str, Any]) -> None:
     """Refuse numbers of no real model; ValueError naming the source and the entry."""
     for entry, value in config.items():
         _check_config_value(f"{source}: {entry}", value, "layers" in entry)
+        if entry == "num_train_timesteps" and isinstance(value, int) and value < 1:
+            raise ValueError(f"{source}: {entry} is {value}; 1 or more is allowed")
 
 
 def _check_config_value(where: str, value: Any, layers: bool) -> None:
@@ -249,6 +260,7 @@ def save_pipeline(
         ValueError: before anything is written, for a component that can't be saved.
         OSError: if the folder can't be written.
     """
+    check_variant(options.get("variant"))
     for name, component in pipeline.components.items():
         if component is not None or name not in pipeline._optional_components:
             check_saveable(name, component)

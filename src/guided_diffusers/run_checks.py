@@ -167,7 +167,7 @@ class FiniteCheck:
 
     def _likely_cause(self, largest: Sequence[float], output_dtype: torch.dtype) -> str:
         """Of an image's largest values of the normalised sample, the score, the guided output."""
-        sample, score, guided = largest
+        sample, score, guided = largest[:3]
         if not math.isfinite(sample):
             return "the sample was not finite before: look at the network and the scheduler"
         if not math.isfinite(score) and self.dtype == torch.float16:

@@ -3,7 +3,7 @@
 Diffusers loads a file that lacks weights, or has others: those that it lacks are then meta tensors
 or uninitialised memory. And it drops a component that it can't save. Both are refused here.
 
-Part of the code that is saved beside the weights: it imports nothing else of this package.
+Part of the code that is saved beside the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
+
+from .checks import shorten
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")  # of Diffusers, of transformers
 CONFIG_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
@@ -85,9 +87,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        content = json.loads(index.read_text())
+        shards = sorted(set(content["weight_map"].values()))
         others = [shard for shard in shards if Path(shard).name != shard]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content["metadata"]  # which Diffusers needs
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{index} is no index of weights, or is broken: {error!r}") from error
     if others:
         raise ValueError(f"{index}: {others[0]!r} has a path separator")
@@ -146,7 +150,7 @@ def load_checked(load: Callable[..., Any], name: str | Path, **options: Any) -> 
     variant = options.get("variant")
     try:
         loaded = load(name, **options)
-    except LOAD_FAULTS:  # of a weight's shape, but without the file's name
+    except (*LOAD_FAULTS, OSError):  # such as of a weight's shape, but without the file's name
         check_class_weights(load.__self__, name, options)
         raise
     model = loaded[0] if options.get("output_loading_info") else loaded
@@ -164,17 +168,41 @@ def _config_folder(name: str | Path, options: Mapping[str, Any]) -> Path:
 
 
 def check_class_weights(cls: type, name: str | Path, options: Mapping[str, Any]) -> None:
-    """`check_weights` of a Diffusers model that isn't loaded, by its config.
+    """Say why a Diffusers model can't be loaded, if it is its config or its weights.
 
     Raises:
-        ValueError: as `check_weights`.
+        ValueError: for a config that the class refuses, naming the file; as `check_weights`.
+        OSError: for weights that are missing or broken, naming the file.
     """
     try:
         folder = _config_folder(name, options)
-        model = empty_model(cls, cls.load_config(folder))
-    except Exception:  # not of the weights: loading the model says what it is
+        config = cls.load_config(folder)
+    except Exception:  # neither: loading the model says what it is
         return
-    check_weights(model, folder, options.get("variant"))
+    try:
+        model = empty_model(cls, config)
+    except Exception as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is no config of a {cls.__name__}: {shorten(error)}"
+        ) from error
+    variant = options.get("variant")
+    if not weight_files(folder, variant):
+        raise OSError(_without_weights(folder, variant))
+    check_weights(model, folder, variant)
+
+
+def _without_weights(folder: Path, variant: str | None) -> str:
+    """That a folder has no weights, and which other files it has."""
+    stem = WEIGHT_NAMES[0] + (f".{variant}" if variant else "")
+    message = f"{folder} has no weights: {stem}.safetensors is needed"
+    files = sorted(path.name for path in folder.iterdir())
+    variants = saved_variants(folder) - {None}
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if variants:
+        message += f"; it has those of the variant {', '.join(sorted(variants))}"
+    elif pickles:
+        message += f"; {pickles[0]} is a pickle, which isn't read: save it as safetensors"
+    return message
 
 
 def empty_model(cls: type, config: Mapping[str, Any]) -> torch.nn.Module:
@@ -325,7 +353,9 @@ def check_saveable(name: str, component: Any) -> None:
         )
     if not is_model or getattr(component, "hf_quantizer", None) is not None:
         return
-    if no_values := [key for key, value in component.state_dict().items() if value.is_meta]:
+    tensors = component.state_dict().items()
+    tensors = {key: value for key, value in tensors if isinstance(value, torch.Tensor)}
+    if no_values := [key for key, value in tensors.items() if value.is_meta]:
         raise ValueError(
             f"{name}: {len(no_values)} weights have no values here ({no_values[0]}, ...); load "
             "complete files, or turn off offloading before saving"
@@ -342,6 +372,26 @@ def check_saveable(name: str, component: Any) -> None:
         raise ValueError(
             f"{name} can't be saved: its weights aren't those of a {cls.__name__} with its config: "
             f"{problems}; merge or remove adapters and other changes of its layers first"
+        )
+    first: dict[int, str] = {}
+    for key, value in tensors.items():
+        other = first.setdefault(value.data_ptr(), key) if value.numel() else key
+        if other != key:
+            raise ValueError(
+                f"{name} can't be saved: its weights {other} and {key} share memory, which "
+                "safetensors don't store; clone one of them first"
+            )
+
+
+def check_variant(variant: str | None) -> None:
+    """Refuse a variant of which Diffusers wouldn't find the files again.
+
+    Raises:
+        ValueError: naming what is allowed.
+    """
+    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", str(variant)):
+        raise ValueError(
+            f"variant={variant!r}: letters, digits, _ and - are allowed, such as 'fp16'"
         )
 
 

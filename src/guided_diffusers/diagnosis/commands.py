@@ -11,6 +11,7 @@ from ..cli_options import (
     add_shared_options,
     count,
     count_or_none,
+    path,
     select_device,
 )
 
@@ -39,7 +40,7 @@ def add_inspect_command(commands: Any) -> None:
         "(default: MODEL, if that is a pipeline)",
     )
     help = "folder to write (default: %(default)s)"
-    option("--output", type=Path, default=Path("diagnosis"), help=help)
+    option("--output", type=path, default=Path("diagnosis"), help=help)
     for flag, kind, default, text in (
         ("--images", count, 1000, "largest number of images to use"),
         ("--gradient-images", count_or_none, 64, "number of these to take gradients of"),

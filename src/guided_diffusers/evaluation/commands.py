@@ -13,6 +13,7 @@ from ..cli_options import (
     count_or_none,
     launched_processes,
     number,
+    path,
     select_device,
 )
 
@@ -35,7 +36,7 @@ def add_evaluate_command(commands: Any) -> None:
         "The processes of `accelerate launch -m guided_diffusers evaluate ...` share the images.",
     )
     command.set_defaults(run=run_evaluate)
-    option, split, folder = command.add_argument, "SPLIT", {"type": Path, "metavar": "FOLDER"}
+    option, split, folder = command.add_argument, "SPLIT", {"type": path, "metavar": "FOLDER"}
     text = "a folder of `guided-diffusers sample`, an .npz file, an image folder, or a labelled "
     text += "dataset; optional with --bits-per-dim"
     option("images", nargs="?", metavar="IMAGES", help=text)

@@ -106,7 +106,7 @@ def level_rows(metrics: Metrics) -> dict[str, list[Row]]:
     by_name = {}
     for name, entry in metrics.items():
         rows = (entry.get("held_out") or entry.get("levels")) if isinstance(entry, dict) else None
-        if is_rows(rows) and all("timestep" in row for row in rows):
+        if is_rows(rows) and all(is_number(row.get("timestep")) for row in rows):
             by_name[name] = sorted(rows, key=lambda row: row["timestep"])
     return by_name
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..cli_options import add_part_options, add_shared_option
+from ..cli_options import add_part_options, add_shared_option, path
 from ..text import printable
 
 FOLDER = "a folder with a pipeline, a classifier or a CLIP"
@@ -21,7 +20,7 @@ def add_hub_commands(commands: Any) -> None:
         "of `hf auth login` or of HF_TOKEN.",
     )
     push.set_defaults(run=run_push)
-    push.add_argument("folder", type=Path, help=FOLDER)
+    push.add_argument("folder", type=path, help=FOLDER)
     push.add_argument("repo", metavar="REPO", help="user/model; created if missing")
     push.add_argument(
         "--private",
@@ -41,7 +40,7 @@ def add_hub_commands(commands: Any) -> None:
         description="Write a model card, README.md, and its pictures into a model's folder.",
     )
     card.set_defaults(run=run_card)
-    card.add_argument("folder", type=Path, help=FOLDER)
+    card.add_argument("folder", type=path, help=FOLDER)
     card.add_argument("--repo", help="user/model that the examples load (default: the folder)")
     _add_card_options(card)
 
@@ -52,7 +51,7 @@ def add_hub_commands(commands: Any) -> None:
     )
     pull.set_defaults(run=run_pull)
     pull.add_argument("repo", metavar="REPO", help="user/model")
-    pull.add_argument("folder", type=Path, help="where to write it")
+    pull.add_argument("folder", type=path, help="where to write it")
     add_shared_option(pull, "--revision", help="a branch, a tag or a commit (default: main)")
 
 
@@ -74,7 +73,7 @@ def add_assemble_command(commands: Any) -> None:
     ).add_argument
     preset("--guidance-scale", type=float, metavar="SCALE", help="of the classifier (default: 1)")
     preset("--num-inference-steps", type=int, metavar="N", help="scheduler steps (default: 50)")
-    option("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    option("--output", type=path, required=True, metavar="FOLDER", help="a new or empty folder")
 
 
 def run_assemble(options: argparse.Namespace) -> None:
@@ -89,9 +88,10 @@ def run_assemble(options: argparse.Namespace) -> None:
         scheduler=options.scheduler,
         defaults={name: value for name, value in vars(options).items() if name in DEFAULTS},
     )
+    output = printable(options.output)
     print(
-        f"saved to {options.output}, next: guided-diffusers sample --model {options.output} "
-        "--label all --output samples.png"
+        f"saved to {output}, next: guided-diffusers sample --model {output} --label all "
+        "--output samples.png"
     )
 
 
@@ -136,8 +136,8 @@ def run_push(options: argparse.Namespace) -> None:
 def run_card(options: argparse.Namespace) -> None:
     from . import card
 
-    path = card(options.folder, options.repo, **_card_options(options))
-    print(printable(f"{path} is written; read it before you publish"))
+    readme = card(options.folder, options.repo, **_card_options(options))
+    print(printable(f"{readme} is written; read it before you publish"))
 
 
 def run_pull(options: argparse.Namespace) -> None:

@@ -13,12 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
 from huggingface_hub import get_token
+from PIL import ExifTags, Image
 
 from ..text import printable
 from ..weights import weights_stem
 
 #: suffixes of a model's own files, in lower case; those of code are in `is_generated_code`
 MODEL_SUFFIXES = set(".json .txt .md .safetensors .png .jpg .jpeg .webp".split())
+PICTURE_SUFFIXES = set(".png .jpg .jpeg .webp".split())
 LEGAL_FILES = ("LICENSE", "LICENCE", "NOTICE")
 #: what training leaves in the folder, and is published only if a pattern includes it
 TRAINING_FILES = "checkpoint-* logs latents samples-*.png curves.png".split()
@@ -225,6 +227,10 @@ def _problems(
         yield "is code; only the code of guided-diffusers is allowed"
     if b"\0" in content and not is_weights:  # may be UTF-16
         content += content.replace(b"\0", b"")
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        content += picture_text(path)
+        if _has_place(path):
+            yield "contains the place where it was taken; save it without EXIF data"
     yield from (f"contains {kind}" for kind in _secrets(content))
     if name not in code and (is_weights or b"\0" not in content):
         if match := _absolute_path().search(content):
@@ -246,6 +252,25 @@ def is_pickle(path: Path, content: bytes) -> bool:
         return False
     ends_there = not content[opcodes[-1][2] + 1 :].strip()
     return ends_there and any(opcode.name in PICKLE_OPCODES for opcode, *_ in opcodes)
+
+
+def picture_text(path: Path) -> bytes:
+    """The texts in a picture's file, which may be compressed there; none for a broken file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            texts = [str(value) for value in image.info.values() if isinstance(value, (str, int))]
+    except Exception:  # Pillow has no common class of errors
+        return b""
+    return "\n".join(texts).encode(errors="replace")
+
+
+def _has_place(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return bool(image.getexif().get_ifd(ExifTags.IFD.GPSInfo))
+    except Exception:
+        return False
 
 
 def is_archive(path: Path, content: bytes) -> bool:

@@ -140,7 +140,10 @@ def is_generated(path: Path) -> bool:
     """Whether the card may be written: it is missing, or was generated and not edited since."""
     if not path.exists():
         return True
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
     mark = MARK_PATTERN.search(text)
     return mark is not None and mark[1] == digest(text[: mark.start()])
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..assembly import assembled
 from ..classifier import NoiseAwareClassifier
-from ..files import write_json
+from ..files import new_folder, write_json
 from ..pipeline import ClassifierGuidedPipeline
 from .staging import METRICS_NAMES, training_metrics
 
@@ -31,22 +29,16 @@ def assemble(
         unet, classifier, vae, options: as in `assembled`.
 
     Raises:
-        ValueError, OSError: as `assembled`; if `output` exists and isn't an empty folder.
+        ValueError, OSError: as `assembled`; as `new_folder`.
     """
     output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"output={str(output)!r} exists; a new or an empty folder is allowed")
-    pipeline = assembled(unet, classifier, vae, **options)
     metrics: dict[str, Any] = {}
     for part, cls in ((classifier, NoiseAwareClassifier), (unet, ClassifierGuidedPipeline)):
         if part is not None and Path(part).is_dir():
             metrics |= training_metrics(Path(part), METRICS_NAMES[cls])
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
+    with new_folder(output) as partial:
+        pipeline = assembled(unet, classifier, vae, **options)
         pipeline.save_pretrained(partial)
         if metrics:
             write_json(metrics, partial / "figures.json")
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return pipeline

@@ -110,7 +110,6 @@ def _standalone_output(folder: Path, variant: str | None) -> torch.Tensor:
                 "guided-diffusers"
             ) from error
         if run.returncode:
-            raise ValueError(
-                f"{folder} can't be loaded without guided-diffusers: {run.stderr.strip()[-2000:]}"
-            )
+            *_, reason = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+            raise ValueError(f"{folder} can't be loaded without guided-diffusers: {reason[-2000:]}")
         return load_file(output)["output"]

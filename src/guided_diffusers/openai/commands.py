@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..checks import read_json
-from ..cli_options import add_shared_option
+from ..cli_options import add_shared_option, path
 from ..text import printable
 from .presets import PRESETS
 
@@ -22,12 +21,12 @@ def add_convert_command(commands: Any) -> None:
     )
     command.set_defaults(run=run_convert)
     option = command.add_argument
-    option("--unet", type=Path, required=True, metavar="FILE", help="UNet, .pt or .safetensors")
-    option("--classifier", type=Path, metavar="FILE", help="classifier file (default: none)")
+    option("--unet", type=path, required=True, metavar="FILE", help="UNet, .pt or .safetensors")
+    option("--classifier", type=path, metavar="FILE", help="classifier file (default: none)")
     names = ", ".join(PRESETS)
     option("--preset", metavar="NAME", help=f"{names} (default: by the UNet's file name)")
-    option("--config", type=Path, metavar="JSON", help="the original's flags, instead of a preset")
-    option("--output", type=Path, required=True, metavar="FOLDER", help="folder, not yet existing")
+    option("--config", type=path, metavar="JSON", help="the original's flags, instead of a preset")
+    option("--output", type=path, required=True, metavar="FOLDER", help="folder, not yet existing")
     option(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -1,11 +1,8 @@
 """guided-diffusion's checkpoint files to a folder for `ClassifierGuidedPipeline`."""
 
-import glob
 import pickle
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..checks import shorten, shown
 from ..classifier import NoiseAwareClassifier
-from ..files import check_writable, file_lock, is_abandoned, partial_path
+from ..files import check_writable, new_folder
 from ..pipeline import ClassifierGuidedPipeline
 from .arguments import check
 from .networks import convert_classifier, convert_super_resolution, convert_unet, noise_schedule
@@ -142,7 +139,10 @@ def convert_checkpoint(
     defaults = {"guidance_algorithm": "mean", "guidance_scale": 0.0}
     defaults |= _default_steps(unet_flags.get("timestep_respacing"))
 
-    with _output_lock(output), tqdm(total=3, unit="step", disable=not progress) as bar:
+    with (
+        new_folder(output) as partial,
+        tqdm(total=3, unit="step", disable=not progress) as bar,
+    ):
         bar.set_description(f"convert {unet.name}")
         denoiser = _convert_file(_convert_denoiser, unet, unet_flags, source, dtype)
         learn_sigma = denoiser.config.out_channels == 2 * unet_flags.get("in_channels", 3)
@@ -158,29 +158,12 @@ def convert_checkpoint(
         bar.update()
         bar.set_description(f"save {output}")
         pipeline = ClassifierGuidedPipeline(denoiser, scheduler, guide, defaults=defaults)
-        partial = partial_path(output)
-        try:
-            pipeline.save_pretrained(partial)
-            _check_output(output)  # again: a rename would replace an empty folder
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        pipeline.save_pretrained(partial)
         bar.update()
 
 
 def _check_output(output: Path) -> None:
     check(not output.exists(), f"output {output} exists already; give another folder, or remove it")
-
-
-@contextmanager
-def _output_lock(output: Path) -> Iterator[None]:
-    """Context manager in which no other process writes `output`; removes what killed ones left."""
-    with file_lock(output.with_name(f".{output.name}.lock")) as owner:
-        check(owner is None, f"output {output} is being written by {owner}; give another folder")
-        for partial in output.parent.glob(f".{glob.escape(output.name)}.*partial"):
-            if is_abandoned(partial) or partial.name == f".{output.name}.partial":  # of version 0.3
-                shutil.rmtree(partial, ignore_errors=True)
-        yield
 
 
 def _split_flags(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,6 +19,7 @@ from ..cli_options import (
     launched_processes,
     launched_world_size,
     number,
+    path,
     scale,
     select_device,
     size,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+MAX_DIGITS = 18  # of a label's id
 #: suffixes of files that aren't written, so that no folder gets such a name by mistake
 OTHER_FILES = set(
     ".gif .bmp .tif .tiff .svg .pdf .npz .npy .parquet .arrow .zip .tar .gz .json .csv .txt .html "
@@ -96,7 +98,7 @@ def _add_call_options(command: ArgumentParser) -> None:
 def _add_output_options(command: ArgumentParser) -> None:
     option = command.add_argument_group("output").add_argument
     help = f"a picture ({', '.join(PICTURE_FORMATS)}) or a folder (default: %(default)s)"
-    option("--output", type=Path, default=Path("samples.png"), help=help)
+    option("--output", type=path, default=Path("samples.png"), help=help)
     help = (
         "of a folder: LABEL/NUMBER.png, Parquet files of `datasets`, or one samples.npz as "
         "evaluators read it (arr_0: RGB images, arr_1: labels) (default: imagefolder)"
@@ -109,7 +111,7 @@ def _add_output_options(command: ArgumentParser) -> None:
     )
     option("--skip-failed", action="store_true", help=help)
     help = "metrics (.json) or curves (.png) of guidance at each step; images stay the same"
-    option("--diagnostics", type=Path, metavar="FILE", help=help)
+    option("--diagnostics", type=path, metavar="FILE", help=help)
 
 
 def run_sample(options: Namespace) -> None:
@@ -209,7 +211,9 @@ def check_options(options: Namespace) -> None:
     if options.unet is not None and (options.model, options.revision) != (DEFAULT_MODEL, None):
         raise ValueError(f"--unet {options.unet}: --model and --revision can't be given, too")
     world_size, output = launched_world_size(), options.output
-    if output.suffix.lower() in OTHER_FILES and not output.is_dir():
+    suffixes = {output.suffix.lower(), output.name.lower()}  # ".png" is a name without a suffix
+    named_file = output.name.lower() in PICTURE_FORMATS or suffixes & OTHER_FILES
+    if named_file and not output.is_dir():
         raise ValueError(
             f"--output {output}: a picture ({', '.join(PICTURE_FORMATS)}) or a folder is allowed; "
             "--format chooses the files in a folder"
@@ -281,7 +285,7 @@ def parse_label_options(
     ids = {
         value: int(value)
         for value in values
-        if value.isascii() and value.isdecimal() and value not in names
+        if value.isascii() and value.isdecimal() and len(value) <= MAX_DIGITS and value not in names
     }
     return label_ids(pipeline, [ids.get(value, value) for value in values])
 

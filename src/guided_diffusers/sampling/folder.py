@@ -36,6 +36,7 @@ from .manifest import open_or_resume, resolve_defaults, run_settings, unique_nam
 from .shards import Shards
 
 logger = get_logger(__name__)
+MAX_SHARDS = 10**6  # each has a record, which is read at every start
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def sample_to_folder(
     sizes = {"num_images": num_images, "batch_size": batch_size, "shard_size": shard_size}
     for name, value in sizes.items():
         check_number(name, value, 1, MAX_SEED, integer=True)
+    if -(-num_images // shard_size) > MAX_SHARDS:
+        raise ValueError(
+            f"num_images={num_images}, shard_size={shard_size}: up to {MAX_SHARDS} shards of "
+            "shard_size images are allowed"
+        )
     if batch_size > shard_size:
         raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))

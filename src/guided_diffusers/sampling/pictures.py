@@ -13,6 +13,7 @@ from ..text import printable
 
 #: largest width and height that a format allows
 MAX_PIXELS = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+MAX_AREA = 2**30  # pixels of a picture, which is made in memory
 
 
 def grid(
@@ -60,12 +61,18 @@ class _Layout:
 def check_size(
     image: Image.Image, count: int, names: Sequence[str] | None, path: Path, smallest: int = 84
 ) -> None:
-    """Raise a ValueError if the grid of `count` images is too large for the file's format."""
+    """Raise a ValueError if the grid of `count` images is too large for the file's format, or for
+    the memory."""
     size, largest = _Layout(image, count, names, smallest).size, MAX_PIXELS.get(path.suffix.lower())
     if largest is not None and max(size) > largest:
         raise ValueError(
             f"--output {path}: {count} images are a picture of {size[0]} x {size[1]} pixels, of "
             f"which {path.suffix} allows {largest} a side; use .png or a folder"
+        )
+    if size[0] * size[1] > MAX_AREA:
+        raise ValueError(
+            f"--output {path}: {count} images are a picture of {size[0]} x {size[1]} pixels; up to "
+            f"{MAX_AREA} pixels are allowed; use a folder"
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import numpy as np
 from diffusers.utils.logging import get_logger
 from PIL import Image
 
+from ..checks import read_json, shown
 from ..files import aside, write_bytes, write_json
 from ..text import one_line
 from .manifest import folder_names
 
 logger = get_logger(__name__)
 FORMATS = ("imagefolder", "parquet", "npz")
+PARQUET_NAME = re.compile(r"train-(\d{5,})-of-\d{5,}\.parquet")
 ARCHIVE = "samples"  # name of the npz file that joins all shards, and of its record
 
 
@@ -84,11 +86,15 @@ class Shards:
             failed: indices of the shard's images that are missing in `content`.
         """
         sizes = {}
-        indices = [i for i in self.indices(shard) if i not in failed]
-        for name, data in self._files(shard, indices, content):
+        for name, data in self._files(shard, self._generated(shard, failed), content):
             write_bytes(data, self.folder / name)
             sizes[name] = len(data)
         self._write_record(shard, sizes, failed)
+
+    def _generated(self, shard: int | str, failed: Collection[int]) -> list[int]:
+        """Indices of a shard's images, or of all, without those that failed."""
+        indices = range(self.num_images) if shard == ARCHIVE else self.indices(shard)
+        return [i for i in indices if i not in failed]
 
     def _write_record(self, shard: int | str, sizes: dict[str, int], failed: Sequence[int]) -> None:
         record: dict[str, Any] = {"files": sizes}
@@ -100,16 +106,26 @@ class Shards:
         self, shard: int, indices: Sequence[int], content: Sequence[Any]
     ) -> Iterator[tuple[str, bytes]]:
         """Path in the folder and content of each file of a shard."""
-        labels = [self.label(i) for i in indices]
+        names = self._file_names(shard, indices)
         if self.format == "imagefolder":
-            for i, label, png in zip(indices, labels, content, strict=True):
-                yield f"{self.folders[label]}/{i:06d}.png", png
+            yield from zip(names, content, strict=True)
         elif self.format == "parquet":
-            yield self._parquet_name(shard), parquet(content, labels, self.names)
+            labels = [self.label(i) for i in indices]
+            yield names[0], parquet(content, labels, self.names)
         else:
             buffer = io.BytesIO()
             np.save(buffer, np.stack(content) if content else np.zeros((0, 0, 0, 3), np.uint8))
-            yield f".shards/{shard:05d}.npy", buffer.getvalue()
+            yield names[0], buffer.getvalue()
+
+    def _file_names(self, shard: int | str, indices: Sequence[int]) -> list[str]:
+        """Paths in the folder of a shard's files, or of the file that joins all."""
+        if shard == ARCHIVE:
+            return [f"{ARCHIVE}.npz"]
+        if self.format == "imagefolder":
+            return [f"{self.folders[self.label(i)]}/{i:06d}.png" for i in indices]
+        if self.format == "parquet":
+            return [self._parquet_name(shard)]
+        return [f".shards/{shard:05d}.npy"]
 
     def _record(self, shard: int | str) -> Path:
         return self.records / f"{shard:0>5}.json"
@@ -126,8 +142,9 @@ class Shards:
     def failed(self) -> list[int]:
         """Indices of the images that could not be generated, of finished shards."""
         failed = []
-        for path in self.records.glob("*.json"):
-            failed += json.loads(path.read_text()).get("failed", [])
+        for shard in (ARCHIVE, *range(len(self))):
+            if self._record(shard).exists():
+                failed += read_json(self._record(shard)).get("failed", [])
         return sorted(set(failed))
 
     def extend(self, before: int) -> None:
@@ -139,14 +156,18 @@ class Shards:
         if is_partial:
             self._record(last).unlink(missing_ok=True)
         self._record(ARCHIVE).unlink(missing_ok=True)
-        for path in (self.folder / "data").glob("train-*-of-*.parquet"):
-            shard = int(path.name.split("-")[1])
+        for path in list((self.folder / "data").glob("train-*-of-*.parquet")):
+            match = PARQUET_NAME.fullmatch(path.name)
+            if match is None:  # not ours
+                continue
+            shard = int(match[1])
             name = self._parquet_name(shard)  # which tells how many there are
             os.replace(path, self.folder / name)
-            if self._record(shard).exists():
-                record = json.loads(self._record(shard).read_text())
-                sizes = {name: (self.folder / name).stat().st_size}
-                self._write_record(shard, sizes, record.get("failed", ()))
+            try:
+                failed = read_json(self._record(shard)).get("failed", ())
+            except (OSError, ValueError):  # none, or a broken one: it is generated again
+                continue
+            self._write_record(shard, {name: (self.folder / name).stat().st_size}, failed)
 
     def _parquet_name(self, shard: int) -> str:
         return f"data/train-{shard:05d}-of-{len(self):05d}.parquet"
@@ -158,24 +179,23 @@ class Shards:
         return [shard for shard in range(len(self)) if not self._is_complete(shard)]
 
     def _is_complete(self, shard: int | str) -> bool:
-        """Whether a shard has a record, and all its files have the recorded sizes."""
+        """Whether a shard has a record of all its files, and these have the recorded sizes."""
         record = self._record(shard)
         if not record.exists():
             return False
         try:
-            for name, size in json.loads(record.read_text())["files"].items():
+            content = read_json(record)
+            indices = self._generated(shard, content.get("failed", ()))
+            if sorted(content["files"]) != sorted(self._file_names(shard, indices)):
+                raise ValueError(f"{record} is not of the files of this shard")
+            if not set(content.get("failed", ())) <= set(range(self.num_images)):
+                raise ValueError(f"{record}: failed is {shown(content['failed'])}")
+            for name, size in content["files"].items():
                 size = size[0] if isinstance(size, list) else size  # earlier: [size, CRC-32]
                 actual = (self.folder / name).stat().st_size
                 if actual != size:
                     raise ValueError(f"{self.folder / name} has {actual} bytes instead of {size}")
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             logger.warning(one_line(f"shard {shard} of {self.folder} is generated again: {error}"))
             record.unlink(missing_ok=True)
             return False
@@ -194,12 +214,21 @@ class Shards:
             self._record(shard).unlink(missing_ok=True)
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)
 
+    def _load(self, shard: int) -> np.ndarray:
+        """The images of a shard of format npz; one that is broken will be generated again."""
+        path = self.records / f"{shard:05d}.npy"
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            self._record(shard).unlink(missing_ok=True)
+            raise OSError(f"{path} is broken; run the same command to generate it again") from error
+
     def _join(self, path: Path, failed: Sequence[int] = ()) -> None:
         """Write all shards to one .npz file, with one shard at a time in memory."""
         failed = set(failed)
         finite = [i for i in range(self.num_images) if i not in failed]
         labels = np.array([self.label(i) for i in finite], np.int64)
-        shards = (np.load(self.records / f"{shard:05d}.npy") for shard in range(len(self)))
+        shards = map(self._load, range(len(self)))
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 header: dict[str, Any] = {"descr": "|u1", "fortran_order": False}

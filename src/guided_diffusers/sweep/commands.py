@@ -16,6 +16,7 @@ from ..cli_options import (
     fraction,
     launched_processes,
     number,
+    path,
     scale,
     select_device,
 )
@@ -103,7 +104,7 @@ def add_sweep_command(commands: Any) -> None:
     dtypes = ("float32", "bfloat16", "float16")
     option("--dtype", choices=dtypes, default="float32", help=f"{text} (default: %(default)s)")
     text = "new folder, or one with results under the same options, which the report then includes"
-    folder = {"type": Path, "default": Path("sweep"), "metavar": "FOLDER"}
+    folder = {"type": path, "default": Path("sweep"), "metavar": "FOLDER"}
     option("--output", **folder, help=f"{text} (default: %(default)s)")
     for flag in SHARED_FLAGS:
         add_shared_option(command, flag, **CHANGES.get(flag, {}))
