@@ -846,8 +846,22 @@ def test_help_explains(
             "classifier",
             "--train_data_dir {folder}",
             "--adam_beta1 1.5",
-            "--adam_beta1 1.5: 0 to 1 is allowed",
+            "--adam_beta1 1.5: 0 up to, not including, 1 is allowed",
         ),
+        (
+            "classifier",
+            "--train_data_dir {folder}",
+            "--adam_beta2 1",
+            "--adam_beta2 1.0: 0 up to, not including, 1 is allowed",
+        ),
+        (
+            "unet",
+            "--train_data_dir {folder}",
+            "--ema_inv_gamma 0",
+            "--ema_inv_gamma 0.0: 1e-06 or more is allowed",
+        ),
+        ("unet", "--train_data_dir ''", "", "--train_data_dir '': a text that isn't empty"),
+        ("unet", "--dataset_name ''", "", "--dataset_name '': a text that isn't empty"),
         (
             "unet",
             "--train_data_dir {folder}",
@@ -890,6 +904,13 @@ def test_wrong_options_are_named(
     assert re.search(message, said, re.DOTALL), said
     assert end.value.code not in (None, 0)
     assert not (tmp_path / "refused").exists()
+
+
+def test_metrics_that_are_not_finite_end_the_training(train: Callable[..., Path]) -> None:
+    """Weights of 1e29 are finite, and so is the loss before the first step with them."""
+    line = "--max_train_steps 2 --learning_rate 1e30 --no_use_ema"
+    with pytest.raises(FloatingPointError, match="loss of held-out images at timestep 49 is "):
+        train("unet", line, "diverged")
 
 
 def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> None:
