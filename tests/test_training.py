@@ -1099,6 +1099,15 @@ def test_a_folder_within_the_data_is_refused(
             train("classifier", "--max_train_steps 1", output, data=data)
 
 
+def test_names_of_labels_are_printed_without_control_sequences(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = save_images(tmp_path / "photos", [f"{'ab'[i % 2]}\x1b[31m/{i}.png" for i in range(8)])
+    train("classifier", "--max_train_steps 1", "names", data)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"2 labels (a\x1b[31m, b\x1b[31m)" in said
+
+
 # What is held out
 
 

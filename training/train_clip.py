@@ -248,6 +248,27 @@ def make_clip(
     return clip
 
 
+def check_captions(
+    captions: CaptionedImages, tokenizer: PreTrainedTokenizerBase, length: int
+) -> str | None:
+    """A warning of captions that are cut to `length` tokens, if there are any.
+
+    Raises:
+        ValueError: if all captions have the same tokens, from which nothing can be learned.
+    """
+    texts = sorted(set(captions.captions()))
+    ids = tokenizer(texts)["input_ids"]
+    if len({tuple(tokens[: length - 1]) for tokens in ids}) < 2:
+        raise ValueError(f"captions: all have the same first {length} tokens, as {texts[0][:50]!r}")
+    cut = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) > length]
+    if not cut:
+        return None
+    return (
+        f"data: {len(cut)} of {len(texts)} different captions are cut to {length} tokens, such as "
+        f"{cut[0][:50]!r}"
+    )
+
+
 class TokenizedImages(torch.utils.data.Dataset):
     """`CaptionedImages` with TEXT_INPUTS (L,), cut or padded to L, instead of the caption."""
 
@@ -359,6 +380,10 @@ def main() -> None:
         set_seed(options.seed)
         clip = make_clip(options, images, data, schedule)
         tokenizer, length = clip.tokenizer, clip.text_encoder.config.max_position_embeddings
+        with named_errors(f"split {options.train_split!r}"):
+            warning = check_captions(data, tokenizer, length)
+        if warning is not None:
+            accelerator.print(warning)
         if held_out is not None:
             of_label = held_out_captions or captions
             with named_errors("held-out images"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import tarfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
+from ..text import printable
 from .batches import generator_for
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
@@ -90,7 +92,10 @@ def _load_splits(
 
 
 def check_tar(path: Path) -> None:
-    """Raise a `ValueError` for a truncated tar file, of which `datasets` reads what is left."""
+    """Raise a `ValueError` for a truncated tar file, of which `datasets` reads what is left.
+
+    One that stops between two files is warned of, since some programs leave out the end.
+    """
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - END_OF_TAR))
         if file.read() == bytes(END_OF_TAR):
@@ -104,6 +109,9 @@ def check_tar(path: Path) -> None:
                 raise ValueError(f"no file starts at byte {archive.offset}")
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"dataset: {path} is damaged or truncated: {error}") from error
+    warnings.warn(
+        f"dataset: {printable(path)} lacks the end of a tar file: is it truncated?", stacklevel=2
+    )
 
 
 def is_pattern(name: str) -> bool:
