@@ -585,6 +585,11 @@ def test_warm_starts(train: Callable[..., Path], root: Path) -> None:
     ("line", "message"),
     [
         (DATA, "--caption_column None and --captions None: one of the two is needed"),
+        (BY_LABEL + "--train_batch_size 1", "--train_batch_size 1: .*2 or more are allowed"),
+        (
+            BY_LABEL + "--text_config {root}/image.json",
+            "--text_config .*image.json has .*'down_block_types'.*of CLIPTextConfig are allowed",
+        ),
         (
             BY_LABEL + "--caption_column one",
             "--caption_column one and --captions .*: only one of the two",

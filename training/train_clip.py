@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
+    CLIPTextConfig,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -186,6 +187,12 @@ def make_text_encoder(
         config = DEFAULT_TEXT
         if options.text_config is not None:
             config = read_json_object("text_config", options.text_config)
+            known = {*CLIPTextConfig().to_dict(), "architectures", "dtype", "torch_dtype"}
+            if unknown := {name for name in config if name[:1] != "_"} - known:
+                raise ValueError(
+                    f"--text_config {options.text_config} has {sorted(unknown)}; arguments of "
+                    "CLIPTextConfig are allowed"
+                )
         length = config.get("max_position_embeddings", 77)
         tokenizer = word_tokenizer(sorted(set(captions.captions())), length)
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -257,7 +264,7 @@ def check_captions(
         ValueError: if all captions have the same tokens, from which nothing can be learned.
     """
     texts = sorted(set(captions.captions()))
-    ids = tokenizer(texts)["input_ids"]
+    ids = tokenizer(texts, verbose=False)["input_ids"]
     if len({tuple(tokens[: length - 1]) for tokens in ids}) < 2:
         raise ValueError(f"captions: all have the same first {length} tokens, as {texts[0][:50]!r}")
     cut = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) > length]
@@ -369,6 +376,11 @@ def main() -> None:
     with exit_on_value_error():
         # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
+        if options.train_batch_size * accelerator.num_processes == 1:
+            raise ValueError(
+                "--train_batch_size 1: an image's caption is told from those of the others in the "
+                "batch, of all processes: 2 or more are allowed"
+            )
         by_label = options.captions is not None
         images, held_out = load_data(options, accelerator, labelled=by_label)
         captions, held_out_captions = load_captions(options.captions, images.id2label)
