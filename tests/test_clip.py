@@ -585,6 +585,11 @@ def test_warm_starts(train: Callable[..., Path], root: Path) -> None:
     ("line", "message"),
     [
         (DATA, "--caption_column None and --captions None: one of the two is needed"),
+        (BY_LABEL + "--train_batch_size 1", "--train_batch_size 1: .*2 or more are allowed"),
+        (
+            BY_LABEL + "--text_config {root}/image.json",
+            "--text_config .*image.json has .*'down_block_types'.*of CLIPTextConfig are allowed",
+        ),
         (
             BY_LABEL + "--caption_column one",
             "--caption_column one and --captions .*: only one of the two",
@@ -709,3 +714,21 @@ def test_missing_captions_are_found_at_once(wrong: object) -> None:
     with pytest.raises(ValueError, match="row 2 has the captions .* in caption_column='text'; one"):
         CaptionedImages(images, "text")
     assert CaptionedImages(images.select([1]), "text")[0]["caption"] == "black"
+
+
+def test_captions_that_are_cut_or_all_the_same(root: Path) -> None:
+    image, length = np.zeros((8, 8), np.uint8), 6
+
+    def check(texts: list[str]) -> str | None:
+        rows = {"image": [PILImage.fromarray(image)] * len(texts), "text": texts}
+        features = Features({"image": Image(), "text": Value("string")})
+        images = LabelledImages(Dataset.from_dict(rows, features=features), resolution=8)
+        tokenizer = train_clip.word_tokenizer(texts, length)
+        return train_clip.check_captions(CaptionedImages(images, "text"), tokenizer, length)
+
+    assert check(["a b c d", "a b c e", "a b c d"]) is None  # and [BOS], [EOS]
+    warning = "data: 1 of 2 different captions are cut to 6 tokens, such as 'a b c d e'"
+    assert check(["a b c d e", "b"]) == warning
+    for texts in (["a b", "A b"], ["a b c d e", "a b c d f"]):
+        with pytest.raises(ValueError, match="captions: all have the same first 6 tokens, as "):
+            check(texts)

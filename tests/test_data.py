@@ -7,6 +7,7 @@ import io
 import itertools
 import random
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -51,6 +52,13 @@ def scaled(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+def png(array: np.ndarray) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_pixels_span_minus_one_to_one() -> None:
     array = RAMP.copy()
     array[0, 0], array[7, 7] = 0, 255
@@ -78,6 +86,39 @@ def test_sixteen_bit_images_keep_their_range() -> None:
     data = LabelledImages(split([RAMP.astype(np.uint16) * 256 + 77]), resolution=8)
     assert data.channels == 1
     torch.testing.assert_close(data[0]["pixel_values"], scaled(RAMP))
+
+
+def stored(array: np.ndarray, kind: str) -> LabelledImages:
+    """A split of one image that is stored in a format of Pillow."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(array).save(buffer, kind)
+    rows = Dataset.from_dict({"picture": [{"bytes": buffer.getvalue(), "path": None}]})
+    return LabelledImages(rows.cast_column("picture", Image()), resolution=8)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (RAMP.astype(np.int32), "mode I. are from 0 to 252"),
+        (RAMP.astype(np.int32) * 2**16, "mode I. are from 0 to 16515072"),
+        (RAMP.astype(np.int32) * 256 - 1, "mode I. are from -1 to 64511"),
+        (RAMP.astype(np.float32) / 252, "mode F. are from 0.0 to 1.0"),
+        (RAMP.astype(np.float32) * 256, "mode F. are from 0.0 to 64512.0"),
+        (np.full((8, 8), np.nan, np.float32), "mode F. are from nan"),
+    ],
+)
+def test_32_bit_images_of_an_unknown_range_are_refused(array: np.ndarray, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"row 0 can't be read: .*{reason}.*8 and 16 bits"):
+        _ = stored(array, "TIFF")[0]
+
+
+def test_32_bit_images_of_a_known_range() -> None:
+    integers = stored(RAMP.astype(np.int32) * 256 + 77, "TIFF")[0]["pixel_values"]
+    torch.testing.assert_close(integers, scaled(RAMP))
+    floats = stored(RAMP.astype(np.float32), "TIFF")[0]["pixel_values"]
+    torch.testing.assert_close(floats[:1], scaled(RAMP))
+    black = stored(np.zeros((8, 8), np.int32), "TIFF")[0]["pixel_values"]
+    assert black.unique().tolist() == [-1]
 
 
 def test_resizes_the_shorter_side_and_crops_the_longer() -> None:
@@ -197,8 +238,9 @@ PLAIN, COLUMNS = split([RAMP]), r"the dataset has the columns \['picture'\]"
         (
             Dataset.from_dict({"y": [1]}),
             {},
-            r"image_column=None: the dataset has the columns \['y'\]",
+            r"image_column=None: the dataset has the columns \['y'\]; none is marked as one of Image",
         ),
+        (PLAIN, {"label_column": "picture"}, "label_column='picture': it is the column of the im"),
     ],
 )
 def test_wrong_columns(dataset: Dataset, options: dict, message: str) -> None:
@@ -257,6 +299,40 @@ def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
     for pattern, files in found.items():
         with pytest.raises(ValueError, match=f"matches {files}.*'.tar', '.parquet'"):
             load_splits(str(tmp_path / pattern))
+
+
+def write_tar(path: Path, count: int) -> bytes:
+    """A tar file of images and labels; returns its content."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            for kind, content in (("png", png(RAMP)), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{i:03}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_truncated_tar_file_is_refused(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` would take the images before the end as all there are."""
+    content = write_tar(tmp_path / "a.tar", 3)
+    used = len(content.rstrip(b"\0")) // 512 * 512 + 512
+    for size in (used - 512 - 100, used - 2000, 600, 100):
+        (tmp_path / "a.tar").write_bytes(content[:size])
+        for source in (tmp_path, tmp_path / "*.tar"):
+            with pytest.raises(ValueError, match=f"{tmp_path / 'a.tar'} is damaged or truncated"):
+                load_splits(str(source), streaming=streaming)
+    (tmp_path / "a.tar").write_bytes(content[:used])  # complete, without the optional end
+    with pytest.warns(UserWarning, match="a.tar lacks the end of a tar file"):
+        rows = list(load_splits(str(tmp_path), streaming=streaming)["train"])
+    assert [row["cls"] for row in rows] == [1, 1, 1]
+
+
+def test_damaged_parquet_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    split([RAMP], [1], Value("int64")).to_parquet(tmp_path / "train-0.parquet")
+    Dataset.from_dict({"other": [1]}).to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match="(?s)^dataset: it can't be read: .*column"):
+        load_splits(str(tmp_path))
 
 
 def test_rows_of_streams_have_names() -> None:

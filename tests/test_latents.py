@@ -435,6 +435,11 @@ def write_share(
             "--vae {root}/model",
             "--vae .*model holds a UNet2DModel; AutoencoderKL and VQModel are allowed",
         ),
+        (
+            "unet",
+            "--vae {root}/pipeline",
+            "--vae .*pipeline: it is a pipeline without a vae or vqvae",
+        ),
         ("classifier", "--vae {root}/wide", "--vae .*wide encodes 2 channels; 1 and 3 are allowed"),
         (
             "classifier",
@@ -463,7 +468,9 @@ def test_wrong_options_are_named(
     message: str,
 ) -> None:
     """With a message, before anything is encoded."""
-    UNet2DModel(**UNET, sample_size=8).save_pretrained(place.root / "model")
+    unet = UNet2DModel(**UNET, sample_size=8)
+    unet.save_pretrained(place.root / "model")
+    ClassifierGuidedPipeline(unet, DDPMScheduler()).save_pretrained(place.root / "pipeline")
     make_vae(in_channels=2).save_pretrained(place.root / "wide")
     with pytest.raises(SystemExit) as end:
         train(script, line, "refused")

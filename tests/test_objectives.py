@@ -405,7 +405,8 @@ def test_resumed_equals_uninterrupted(train: Callable[..., Path], dit: Path, lin
             "--flow_timestep_sampling uniform --objective hybrid",
             "--flow_timestep_sampling uniform with --objective hybrid",
         ),
-        ("{flow} --flow_shift 0", "--flow_shift 0.0: a finite number above 0 is allowed"),
+        ("{flow} --flow_shift 0", "--flow_shift 0.0: 0.001 to 1000.0 is allowed"),
+        ("{flow} --flow_shift 1e30", r"--flow_shift 1e\+30: 0.001 to 1000.0 is allowed"),
         ("--snr_gamma nan", "--snr_gamma nan: a finite number above 0 is allowed"),
         (
             "--snr_gamma 5 --objective bound",

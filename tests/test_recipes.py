@@ -712,6 +712,7 @@ def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> No
             {"label_smoothing": 0.1, "problem_type": REGRESSION},
             "--label_smoothing 0.1: none and 0 are allowed",
         ),
+        ({"output_dir": ""}, "--output_dir '': a text that isn't empty"),
     ],
 )
 def test_wrong_options_are_named(more: dict[str, Any], message: str) -> None:
@@ -723,6 +724,7 @@ def test_wrong_options_are_named(more: dict[str, Any], message: str) -> None:
     ("more", "message"),
     [
         ({"class_weights": "1,2"}, "--class_weights 1,2: 10 numbers"),
+        ({"class_weights": ",".join(["1e40"] * 10)}, "--class_weights 1e40.*: 10 numbers"),
         ({"class_weights": "rare"}, "--class_weights rare: .*`balanced`"),
         ({"min_timestep": 1000}, "--min_timestep 1000: 0 to 999"),
         ({"dlsm_weight": 1.0, "score_model": "nowhere"}, "--score_model nowhere: "),

@@ -846,8 +846,22 @@ def test_help_explains(
             "classifier",
             "--train_data_dir {folder}",
             "--adam_beta1 1.5",
-            "--adam_beta1 1.5: 0 to 1 is allowed",
+            "--adam_beta1 1.5: 0 up to, not including, 1 is allowed",
         ),
+        (
+            "classifier",
+            "--train_data_dir {folder}",
+            "--adam_beta2 1",
+            "--adam_beta2 1.0: 0 up to, not including, 1 is allowed",
+        ),
+        (
+            "unet",
+            "--train_data_dir {folder}",
+            "--ema_inv_gamma 0",
+            "--ema_inv_gamma 0.0: 1e-06 or more is allowed",
+        ),
+        ("unet", "--train_data_dir ''", "", "--train_data_dir '': a text that isn't empty"),
+        ("unet", "--dataset_name ''", "", "--dataset_name '': a text that isn't empty"),
         (
             "unet",
             "--train_data_dir {folder}",
@@ -890,6 +904,13 @@ def test_wrong_options_are_named(
     assert re.search(message, said, re.DOTALL), said
     assert end.value.code not in (None, 0)
     assert not (tmp_path / "refused").exists()
+
+
+def test_metrics_that_are_not_finite_end_the_training(train: Callable[..., Path]) -> None:
+    """Weights of 1e29 are finite, and so is the loss before the first step with them."""
+    line = "--max_train_steps 2 --learning_rate 1e30 --no_use_ema"
+    with pytest.raises(FloatingPointError, match="loss of held-out images at timestep 49 is "):
+        train("unet", line, "diverged")
 
 
 def test_checkpoints_of_another_run_are_refused(train: Callable[..., Path]) -> None:
@@ -1076,6 +1097,15 @@ def test_a_folder_within_the_data_is_refused(
     for output in ("photos", "photos/out"):
         with pytest.raises(SystemExit, match="--output_dir .* is in the folder of the data"):
             train("classifier", "--max_train_steps 1", output, data=data)
+
+
+def test_names_of_labels_are_printed_without_control_sequences(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = save_images(tmp_path / "photos", [f"{'ab'[i % 2]}\x1b[31m/{i}.png" for i in range(8)])
+    train("classifier", "--max_train_steps 1", "names", data)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"2 labels (a\x1b[31m, b\x1b[31m)" in said
 
 
 # What is held out

@@ -355,7 +355,7 @@ def main() -> None:
             kind = "numbers" if options.problem_type == REGRESSION else "labels"
             names = ", ".join(list(data.id2label.values())[:10])
             column = f"{data.num_labels} {kind} in {options.label_column!r}"
-            accelerator.print(f"data: {column}{names and ': '}{names}")
+            accelerator.print(printable(f"data: {column}{names and ': '}{names}"))
 
         # 2. Noise schedule, model, loss
         initial = load_initial_model(options.init_from)

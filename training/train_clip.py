@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
+    CLIPTextConfig,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -186,6 +187,12 @@ def make_text_encoder(
         config = DEFAULT_TEXT
         if options.text_config is not None:
             config = read_json_object("text_config", options.text_config)
+            known = {*CLIPTextConfig().to_dict(), "architectures", "dtype", "torch_dtype"}
+            if unknown := {name for name in config if name[:1] != "_"} - known:
+                raise ValueError(
+                    f"--text_config {options.text_config} has {sorted(unknown)}; arguments of "
+                    "CLIPTextConfig are allowed"
+                )
         length = config.get("max_position_embeddings", 77)
         tokenizer = word_tokenizer(sorted(set(captions.captions())), length)
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -246,6 +253,27 @@ def make_clip(
         clip.text_encoder.load_state_dict(text_encoder.state_dict())
         clip.text_encoder.requires_grad_(not options.freeze_text_encoder)
     return clip
+
+
+def check_captions(
+    captions: CaptionedImages, tokenizer: PreTrainedTokenizerBase, length: int
+) -> str | None:
+    """A warning of captions that are cut to `length` tokens, if there are any.
+
+    Raises:
+        ValueError: if all captions have the same tokens, from which nothing can be learned.
+    """
+    texts = sorted(set(captions.captions()))
+    ids = tokenizer(texts, verbose=False)["input_ids"]
+    if len({tuple(tokens[: length - 1]) for tokens in ids}) < 2:
+        raise ValueError(f"captions: all have the same first {length} tokens, as {texts[0][:50]!r}")
+    cut = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) > length]
+    if not cut:
+        return None
+    return (
+        f"data: {len(cut)} of {len(texts)} different captions are cut to {length} tokens, such as "
+        f"{cut[0][:50]!r}"
+    )
 
 
 class TokenizedImages(torch.utils.data.Dataset):
@@ -348,6 +376,11 @@ def main() -> None:
     with exit_on_value_error():
         # 1. Data, noise schedule, model
         accelerator = make_accelerator(options)
+        if options.train_batch_size * accelerator.num_processes == 1:
+            raise ValueError(
+                "--train_batch_size 1: an image's caption is told from those of the others in the "
+                "batch, of all processes: 2 or more are allowed"
+            )
         by_label = options.captions is not None
         images, held_out = load_data(options, accelerator, labelled=by_label)
         captions, held_out_captions = load_captions(options.captions, images.id2label)
@@ -359,6 +392,10 @@ def main() -> None:
         set_seed(options.seed)
         clip = make_clip(options, images, data, schedule)
         tokenizer, length = clip.tokenizer, clip.text_encoder.config.max_position_embeddings
+        with named_errors(f"split {options.train_split!r}"):
+            warning = check_captions(data, tokenizer, length)
+        if warning is not None:
+            accelerator.print(warning)
         if held_out is not None:
             of_label = held_out_captions or captions
             with named_errors("held-out images"):

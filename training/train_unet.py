@@ -115,6 +115,8 @@ class UNetOptions(Options):
         None,
         "flow_matching: s in [0, 1] becomes shift s / (1 + (shift - 1) s), in sampling too; above "
         "1 for large images; by default 1",
+        1e-3,
+        1e3,
     )
     timestep_sampler: Literal["uniform", "second_moment"] = option(
         "uniform", "second_moment: timesteps of large loss more often, meant for --objective bound"
@@ -127,9 +129,8 @@ class UNetOptions(Options):
         if self.vae is not None and self.bits_per_dim_images:
             value = f"--bits_per_dim_images {self.bits_per_dim_images}"
             raise ValueError(f"{value}: with --vae 0 is allowed, since they are bits of pixels")
-        for name in ("snr_gamma", "flow_shift"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} {value}: a finite number above 0 is allowed")
+        if (value := self.snr_gamma) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--snr_gamma {value}: a finite number above 0 is allowed")
         excluded, allowed = FLOW_OPTIONS, "flow_matching is"
         if self.flow_matching:
             excluded, allowed = DIFFUSION_OPTIONS, "simple, hybrid, hybrid_rescaled and bound are"

@@ -200,7 +200,8 @@ def parse_class_weights(
             weights = [float(by_name[name]) for name in names]
         else:
             weights = [float(word) for word in text.split(",")]
-        valid = len(weights) == len(names) and all(0 <= weight < math.inf for weight in weights)
+        maximum = torch.finfo(torch.float32).max
+        valid = len(weights) == len(names) and all(0 <= weight <= maximum for weight in weights)
         if not valid or not any(weights):
             raise ValueError(f"{len(names)} numbers, 0 or more and not all 0, are allowed")
     except (TypeError, ValueError) as error:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import random
+import tarfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
+from ..text import printable
 from .batches import generator_for
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
@@ -37,6 +41,7 @@ MAX_ATTEMPTS = 100  # images that are tried in place of a corrupt one
 COLOUR_TOLERANCE = 8  # of 255, by which red, green and blue differ in a grey JPEG
 MAX_LABELS_PER_ID = 10  # labels that integer ids may make, for each id that occurs
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}  # builders of `datasets`
+END_OF_TAR = 2 * tarfile.BLOCKSIZE  # bytes, all 0
 SHARD_STRIDE = 2**32  # row r of shard s of a stream has the number (s + 1) SHARD_STRIDE + r
 
 
@@ -52,10 +57,22 @@ def load_splits(
         streaming: read rows while iterating, never all of them at once.
 
     Raises:
-        ValueError: if a local path doesn't exist, or a pattern matches other files.
+        ValueError: if a local path doesn't exist, a pattern matches other files, or a file is
+            damaged.
     """
+    try:
+        return _load_splits(name_or_folder, config_name, streaming)
+    except DatasetGenerationError as error:  # whose message doesn't say why
+        raise ValueError(f"dataset: it can't be read: {error.__cause__ or error}") from error
+
+
+def _load_splits(
+    name_or_folder: str, config_name: str | None, streaming: bool
+) -> DatasetDict | IterableDatasetDict:
     folder = Path(name_or_folder).expanduser()
     if folder.exists():
+        for file in folder.rglob("*.tar"):
+            check_tar(file)
         return load_dataset(str(folder), config_name, streaming=streaming)
     if is_pattern(name_or_folder):
         files = sorted(glob(str(folder)))
@@ -65,10 +82,36 @@ def load_splits(
                 f"dataset: {name_or_folder!r} matches {len(files)} files of the kinds "
                 f"{sorted(kinds)}; one of {list(BUILDERS)} is allowed"
             )
+        for file in files:
+            if file.endswith(".tar"):
+                check_tar(Path(file))
         return load_dataset(BUILDERS[kinds.pop()], data_files={"train": files}, streaming=streaming)
     if name_or_folder.startswith((".", "/", "~")):
         raise ValueError(f"dataset: no folder {name_or_folder!r}")
     return load_dataset(name_or_folder, config_name, streaming=streaming)
+
+
+def check_tar(path: Path) -> None:
+    """Raise a `ValueError` for a truncated tar file, of which `datasets` reads what is left.
+
+    One that stops between two files is warned of, since some programs leave out the end.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END_OF_TAR))
+        if file.read() == bytes(END_OF_TAR):
+            return
+    try:
+        with tarfile.open(path, "r:") as archive:  # the end is optional
+            for _ in archive:
+                pass
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+                raise ValueError(f"no file starts at byte {archive.offset}")
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"dataset: {path} is damaged or truncated: {error}") from error
+    warnings.warn(
+        f"dataset: {printable(path)} lacks the end of a tar file: is it truncated?", stacklevel=2
+    )
 
 
 def is_pattern(name: str) -> bool:
@@ -85,7 +128,10 @@ def find_column(
     if name is None and matching:
         return matching[0]
     if name not in dataset.column_names:
-        raise ValueError(f"{argument}={name!r}: the dataset has the columns {dataset.column_names}")
+        allowed = f"the dataset has the columns {dataset.column_names}"
+        if name is None:
+            allowed += f"; none is marked as one of {feature_type.__name__}, so it must be named"
+        raise ValueError(f"{argument}={name!r}: {allowed}")
     return name
 
 
@@ -161,6 +207,19 @@ def mode_of_complete(image: dict[str, Any]) -> str | None:
         return None
 
 
+def check_range(image: PILImage.Image) -> None:
+    """Raise a `ValueError` for pixels of 32 bits whose white is neither 255 nor 65535."""
+    if image.mode not in ("I", "F") or image.format == "PNG":  # which has 16 bits
+        return
+    low, high = image.getextrema()
+    unclear, maximum = (1, 255) if image.mode == "F" else (255, 65535)
+    if low < 0 or 0 < high <= unclear or not high <= maximum:
+        raise ValueError(
+            f"its 32-bit pixels (mode {image.mode}) are from {low} to {high}, so their white "
+            "is unknown; 8 and 16 bits are allowed"
+        )
+
+
 class CorruptImage(ValueError):
     """An image that can't be read; the message names its row."""
 
@@ -218,6 +277,8 @@ class ImageRows(torch.utils.data.Dataset):
             and any(isinstance(value, ClassLabel) for value in features.values())
         ):
             column = find_column(self.dataset, column, "label_column", ClassLabel)
+            if column == self.image_column:
+                raise ValueError(f"label_column={column!r}: it is the column of the images")
             columns.append(column)
         self.label_column = column
         self._decoder = Image(mode=feature.mode)
@@ -354,6 +415,7 @@ class ImageRows(torch.utils.data.Dataset):
                 raise ValueError("there is none")
             image = self._decoder.decode_example(row.image)
             image.load()
+            check_range(image)
             return image
         except PILImage.UnidentifiedImageError as error:
             raise CorruptImage(

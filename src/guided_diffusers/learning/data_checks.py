@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..text import printable
 from .data import LabelledImages, evenly_spread
 from .options import Options, named_errors
 from .streaming import StreamedImages
@@ -31,7 +32,7 @@ def describe_data(
         labels = f"{len(names)} labels ({', '.join(names[:10])}{', ...' if names[10:] else ''})"
     if not options.streaming and len(train) < 2 * len(names):
         labels += ": less than two images per label"
-    accelerator.print(f"data: {count} training images, {channels}, {labels}")
+    accelerator.print(printable(f"data: {count} training images, {channels}, {labels}"))
     if held_out is None:
         source = "no image is held out, so nothing is evaluated; see --validation_fraction"
     elif split is None:
@@ -41,7 +42,7 @@ def describe_data(
         source = f"{len(held_out)} images of {split!r} are held out"
         if split == options.train_split:
             source += ", which are trained on, too: metrics don't hold for other images"
-    accelerator.print(f"data: {source}")
+    accelerator.print(printable(f"data: {source}"))
 
 
 def check_data(

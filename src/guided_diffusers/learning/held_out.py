@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,9 @@ def held_out_metrics(
     Returns:
         {"images": number of images, "held_out": [{"timestep": t, name: mean, ...}, ...]}, and
         "skipped_images", if some could not be read; empty without held-out images.
+
+    Raises:
+        FloatingPointError: if a mean is NaN or infinite, on every process.
     """
     if data is None:
         return {}
@@ -58,6 +62,12 @@ def held_out_metrics(
     rows = []
     for timestep, values in zip(timesteps, means, strict=True):
         metrics = {name: round(mean, 5) for name, mean in zip(names, values, strict=True)}
+        for name, mean in metrics.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"{name} of held-out images at timestep {timestep} is {mean}; try a smaller "
+                    "--learning_rate, or look at the images and labels"
+                )
         rows.append({"timestep": timestep, **metrics})
     skipped = int(accelerator.reduce(skipped, "sum"))
     return {"images": count, "held_out": rows} | ({"skipped_images": skipped} if skipped else {})

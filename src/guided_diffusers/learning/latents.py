@@ -50,9 +50,13 @@ def load_vae(path: str | None) -> Autoencoder | None:
             break
         except OSError as error:
             reason = error
+        except TypeError as error:  # AutoModel's, of a pipeline's model_index.json
+            reason = error
         except ValueError as error:
             raise ValueError(f"--vae {path}: {error}") from error
     else:
+        if (Path(path) / "model_index.json").is_file():
+            raise ValueError(f"--vae {path}: it is a pipeline without a vae or vqvae")
         raise ValueError(f"--vae {path}: {reason}") from reason
     name, channels = type(vae).__name__, vae.config.get("in_channels")
     for ok, message in (

@@ -437,8 +437,8 @@ def save_and_publish(
     folder = Path(options.output_dir)
     if accelerator.is_main_process:
         model.save_pretrained(folder)
-    lines = "".join(f"\n    {command}" for command in next_steps)
-    accelerator.print(f"saved to {folder}; next:{lines}")
+    lines = "".join(f"\n    {printable(command)}" for command in next_steps)
+    accelerator.print(printable(f"saved to {folder}; next:") + lines)
     end_training(accelerator)
     if accelerator.is_main_process and options.push_to_hub:
         name, private = options.repository, options.hub_private or None

@@ -166,8 +166,8 @@ class Options:
     learning_rate: float = option(1e-4, "learning rate after the warm-up", 0)
     lr_scheduler: LrScheduler = option("constant_with_warmup", "schedule of the learning rate")
     lr_warmup_steps: int = option(500, "steps in which the learning rate rises from 0", 0)
-    adam_beta1: float = option(0.9, "AdamW's first beta", 0, 1)
-    adam_beta2: float = option(0.999, "AdamW's second beta", 0, 1)
+    adam_beta1: float = option(0.9, "AdamW's first beta", 0, 1, open=True)
+    adam_beta2: float = option(0.999, "AdamW's second beta", 0, 1, open=True)
     adam_weight_decay: float = option(0.01, "AdamW's weight decay", 0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", 0)
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = option(
@@ -179,7 +179,9 @@ class Options:
     )
     gradient_checkpointing: bool = changeable(False, "recompute activations: less memory, slower")
     use_ema: bool = option(True, "evaluate and save an exponential moving average of the weights")
-    ema_inv_gamma: float = option(1.0, "EMA's decay: 1 - (1 + step / ema_inv_gamma) ** -ema_power")
+    ema_inv_gamma: float = option(
+        1.0, "EMA's decay: 1 - (1 + step / ema_inv_gamma) ** -ema_power", 1e-6
+    )
     ema_power: float = option(0.75, "see --ema_inv_gamma", 0)
     ema_max_decay: float = option(0.9999, "upper limit of the EMA's decay", 0, 1)
     validation_steps: int = changeable(1000, "steps between evaluations; 0: only at the end", 0)
@@ -211,6 +213,9 @@ class Options:
                 "one of the two is needed, and only one"
             )
         check_ranges(self)
+        for name in ("train_data_dir", "dataset_name", "output_dir"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name} '': a text that isn't empty is allowed")
         if self.channels not in (None, 1, 3):
             raise ValueError(f"--channels {self.channels}: 1 (grey) and 3 (RGB) are allowed")
         self._check_needed()
