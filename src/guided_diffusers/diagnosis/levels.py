@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
@@ -51,11 +50,6 @@ class EvalLevel:
 
 #: (x_t, label, eval_level) -> grad log p(y | x_t), (B, C, H, W)
 Reference = Callable[[Tensor, Tensor, EvalLevel], Tensor]
-
-
-def as_pair(size: Any) -> tuple[int, ...]:
-    """(height, width) of a `sample_size`, a number or a pair."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class SamplingRun:

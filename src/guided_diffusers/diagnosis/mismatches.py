@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.nn import Module
 
+from ..images import as_pair
 from ..noise import TrainedSchedule, module_config, schedule_config
-from .levels import SamplingRun, as_pair
+from .levels import SamplingRun
 
 
 def config_mismatches(
