@@ -139,6 +139,93 @@ def test_resizes_the_shorter_side_and_crops_the_longer() -> None:
     torch.testing.assert_close(smaller, scaled(np.asarray(expected)))
 
 
+def test_a_gradient_is_halved_and_cropped_to_height_and_width() -> None:
+    """Pixel r of a halved gradient is at 2 r + 1/2 of it, away from the edges."""
+    tall = np.repeat(4 * np.arange(32, dtype=np.uint8)[:, None], 24, axis=1)
+    wide = np.repeat(4 * np.arange(60, dtype=np.uint8)[None], 16, axis=0)
+    rows, columns = 4 * (2 * np.arange(4, 12) + 0.5), 4 * (2 * np.arange(9, 21) + 0.5)
+    for image, expected in ((tall, rows[:, None]), (wide, columns[None])):
+        data = LabelledImages(split([image]), resolution=(8, 12), center_crop=True)
+        assert data.resolution == (8, 12)
+        expected = np.broadcast_to(expected, (8, 12))
+        torch.testing.assert_close(data[0]["pixel_values"], scaled(expected))
+
+
+def test_an_image_is_resized_as_little_as_covers_the_resolution() -> None:
+    random_size = np.random.default_rng(0).integers(3, 60, (60, 2)).tolist()
+    sizes = [(8, 12), (8, 40), (30, 12), (16, 24), *random_size]
+    data = LabelledImages(split([np.zeros(s, np.uint8) for s in sizes]), resolution=(8, 12))
+    for i, (height, width) in enumerate(sizes):
+        image, _ = data._image(i)
+        assert image.height == 8 and image.width >= 12 or image.height > 8 and image.width == 12
+        ratio = image.width / image.height / (width / height)  # a side is off by half a pixel
+        assert abs(ratio - 1) < 0.5 / 8 + 0.01
+        assert data[i]["pixel_values"].shape == (1, 8, 12)
+
+
+def test_random_crops_reach_every_place() -> None:
+    for shape, places in (((8, 16), 5), ((11, 12), 4)):
+        image = np.arange(shape[0] * shape[1], dtype=np.uint8).reshape(shape)
+        data = LabelledImages(split([image]), resolution=(8, 12))
+        seen = set()
+        for seed in range(100):
+            crop = data[0, seed]["pixel_values"]
+            top, left = divmod(round((crop[0, 0, 0].item() + 1) * 127.5), shape[1])
+            torch.testing.assert_close(crop, scaled(image[top : top + 8, left : left + 12]))
+            seen.add((top, left))
+        assert len(seen) == places
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_squares_are_cropped_as_ever(center_crop: bool) -> None:
+    """Bit for bit as when all were squares: shorter side resized, then left and top drawn."""
+    random_numbers = np.random.default_rng(0)
+    for height, width in random_numbers.integers(5, 40, (30, 2)).tolist():
+        array = random_numbers.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        settings = {"center_crop": center_crop, "random_flip": True, "random_shift": 2}
+        data = LabelledImages(split([array]), resolution=9, **settings)
+        assert LabelledImages(split([array]), resolution=(9, 9)).resolution == data.resolution == 9
+        image, shorter = PILImage.fromarray(array), min(height, width)
+        if shorter != 9:
+            size = [max(9, round(side * (9 / shorter))) for side in image.size]
+            image = image.resize(size, PILImage.Resampling.BICUBIC)
+        draw = random.Random(5)
+        if center_crop:
+            left, top = (image.width - 9) // 2, (image.height - 9) // 2
+        else:
+            left, top = draw.randint(0, image.width - 9), draw.randint(0, image.height - 9)
+        expected = np.asarray(image.crop((left, top, left + 9, top + 9)))
+        if draw.random() < 0.5:
+            expected = expected[:, ::-1]
+        left, top = draw.randint(0, 4), draw.randint(0, 4)
+        expected = np.pad(expected, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        assert torch.equal(
+            data[0, 5]["pixel_values"], scaled(expected[top : top + 9, left : left + 9].copy())
+        )
+
+
+def test_wrong_sizes_are_refused() -> None:
+    for wrong in (0, -8, 8.5, "8x12", True, None, (8,), (8, 0), (8, 12, 3), [8, "12"]):
+        with pytest.raises(ValueError, match="resolution=.* is allowed"):
+            LabelledImages(split([RAMP]), resolution=wrong)
+    assert LabelledImages(split([RAMP]), resolution=[8, np.int64(12)]).resolution == (8, 12)
+
+
+def test_flip_and_shift_of_an_image_that_is_no_square() -> None:
+    image = np.arange(96, dtype=np.uint8).reshape(8, 12)
+    settings = {"resolution": (8, 12), "random_flip": True, "random_shift": 1}
+    data = LabelledImages(split([image]), **settings)
+    places = {}
+    for flip, y, x in itertools.product((False, True), range(3), range(3)):
+        padded = np.pad(image[:, ::-1] if flip else image, 1, mode="edge")
+        places[flip, y, x] = scaled(padded[y : y + 8, x : x + 12].copy())
+    seen = set()
+    for seed in range(200):
+        pixels = data[0, seed]["pixel_values"]
+        seen.add(next(place for place, expected in places.items() if torch.equal(pixels, expected)))
+    assert seen == set(places)
+
+
 def test_flip_is_of_half_the_images() -> None:
     data = LabelledImages(split([RAMP]), resolution=8, random_flip=True)
     flipped = 0

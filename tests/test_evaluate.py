@@ -991,7 +991,7 @@ def broken(tmp_path: Path, how: str) -> Path:
         ),
         ("a truncated npz", "samples.npz can't be read; it is truncated"),
         ("a damaged npz", "samples.npz can't be read: Bad CRC-32"),
-        ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, H, 1 or 3\) uint8"),
+        ("an npz of floats", r"arr_0 of .* is \(20, 8, 8, 3\) float64; \(N, H, W, 1 or 3\) uint8"),
         ("an npz of fewer labels", r"has 20 images and labels of shape \(19,\)"),
         ("an npz without labels", "judge: the generated images have no labels"),
         ("too few in an npz", "5 generated images: at least 6 are needed"),

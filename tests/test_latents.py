@@ -173,6 +173,31 @@ def test_scaled_latents_have_unit_variance_where_the_config_says_so() -> None:
         assert abs(scaled.mean()) < 1e-4 and scaled.std() == pytest.approx(1, abs=2e-2)
 
 
+def test_latents_of_images_that_are_no_squares(place: SimpleNamespace, tmp_path: Path) -> None:
+    rows = datasets.load_dataset(str(place.folder))["train"]
+    images = LabelledImages(rows, resolution=(8, 16), center_crop=True)
+    vae = make_vae()
+    data = write(latents.LatentImages(images, vae, tmp_path, random_flip=True), vae)
+    assert data.resolution == (4, 8)
+    pixels = images[9]["pixel_values"][None]
+    means = [encode(vae, view)[0][0] for view in (pixels, pixels.flip(-1))]
+    stored = next(iter(cached(tmp_path).values()))["mean"]
+    assert stored.shape[1:] == (2, 4, 4, 8)
+    assert any(
+        torch.allclose(row, torch.stack(means), atol=1e-5)
+        for tensors in cached(tmp_path).values()
+        for row in tensors["mean"]
+    )
+    assert data[9]["pixel_values"].shape == (4, 4, 8)
+    square = LabelledImages(rows, resolution=(8, 8), center_crop=True)
+    named = latents.fingerprint(square, vae, True)
+    same = latents.fingerprint(LabelledImages(rows, resolution=8, center_crop=True), vae, True)
+    assert named == same != data.files[0].parent.name
+    odd = LabelledImages(rows, resolution=(8, 15), center_crop=True)
+    with pytest.raises(ValueError, match="--resolution 8x15: the multiples of 2 are allowed with"):
+        latents.LatentImages(odd, vae, tmp_path)
+
+
 def test_a_vector_quantized_autoencoder_has_no_posterior(
     images: LabelledImages, tmp_path: Path
 ) -> None:
@@ -450,6 +475,11 @@ def write_share(
             "unet",
             "--vae {vae} --resolution 18",
             "--resolution 18: the multiples of 4 are allowed for a network of 2",
+        ),
+        (
+            "unet",
+            "--vae {vae} --resolution 16x18",
+            "--resolution 16x18: the multiples of 4 are allowed for a network of 2",
         ),
         (
             "unet",

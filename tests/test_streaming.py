@@ -233,12 +233,13 @@ def test_a_process_without_a_row_ends(shards: SimpleNamespace) -> None:
 # Items
 
 
+@pytest.mark.parametrize("resolution", [6, (6, 10)])
 @pytest.mark.parametrize("kind", ["parquet", "tars", "folder"])
 def test_items_are_those_of_labelled_images(
-    shards: SimpleNamespace, place: SimpleNamespace, kind: str
+    shards: SimpleNamespace, place: SimpleNamespace, kind: str, resolution: int | tuple[int, int]
 ) -> None:
     path = place.folder if kind == "folder" else vars(shards)[kind]
-    settings = {"random_flip": True, "random_shift": 1, "resolution": 6}
+    settings = {"random_flip": True, "random_shift": 1, "resolution": resolution}
     settings |= {"label_column": "cls"} if kind == "tars" else {}
     plain = LabelledImages(load_splits(str(path))["train"], **settings)
     labels = dict(enumerate(map(str, range(10)))) if kind == "tars" else None
@@ -251,6 +252,7 @@ def test_items_are_those_of_labelled_images(
         one, other = source[(rows, i), i + 100], plain[i, i + 100]
         assert torch.equal(one["pixel_values"], other["pixel_values"])
         assert one["label"] == other["label"]
+    assert source.in_memory(3, source.id2label).resolution == resolution
 
 
 def test_a_folders_images_are_shuffled_all_together(place: SimpleNamespace) -> None:

@@ -50,6 +50,7 @@ from transformers import (
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.cli_options import run_program
 from guided_diffusers.clip import MODEL_ARGUMENTS, NoiseAwareCLIP, image_config, last_layer
+from guided_diffusers.images import size_text
 from guided_diffusers.learning.annotations import CaptionedImages, is_captions
 from guided_diffusers.learning.batches import Batch, StepRandom, collate
 from guided_diffusers.learning.data import LabelledImages
@@ -243,12 +244,16 @@ def make_clip(
         clip = NoiseAwareCLIP(image_config(encoder.config), text_config, **schedule)
     if initial is not None:  # all weights but those of the last layer
         layer, source = last_layer(initial), f"--image_encoder {options.image_encoder}"
+        source += f", --resolution {size_text(options.resolution)}"
+        if initial.config.pool == "attention" and initial.size != clip.image_encoder.size:
+            size = size_text(initial.size)
+            raise ValueError(f"{source}: size mismatch: its positional embedding is for {size}")
         layer.weight, layer.bias = last_layer(clip.image_encoder).parameters()
         try:
             clip.image_encoder.load_state_dict(initial.state_dict())
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n\t")[:2])
-            raise ValueError(f"{source}, --resolution {options.resolution}: {reason}") from error
+            raise ValueError(f"{source}: {reason}") from error
     if text_encoder is not None:
         clip.text_encoder.load_state_dict(text_encoder.state_dict())
         clip.text_encoder.requires_grad_(not options.freeze_text_encoder)

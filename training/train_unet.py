@@ -57,6 +57,7 @@ from diffusers.utils import make_image_grid
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.cli_options import run_program
+from guided_diffusers.images import as_pair, size_text
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import held_out_metrics
@@ -72,7 +73,13 @@ from guided_diffusers.learning.losses import (
     draw_steps,
     weighted_mean,
 )
-from guided_diffusers.learning.options import Options, changeable, option, parse
+from guided_diffusers.learning.options import (
+    Options,
+    changeable,
+    check_multiple,
+    option,
+    parse,
+)
 from guided_diffusers.learning.prepare import Images, load_data, load_scheduler, make_model
 
 Denoiser = UNet2DModel | DiTTransformer2DModel
@@ -222,6 +229,12 @@ def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> Di
             f"--model_config_name_or_path {options.model_config_name_or_path}: a "
             "DiTTransformer2DModel needs a label: it is allowed with --class_conditional only"
         )
+    if not isinstance(data.resolution, int):
+        raise ValueError(
+            f"--resolution {size_text(options.resolution)}: a DiTTransformer2DModel "
+            f"(--model_config_name_or_path {options.model_config_name_or_path}) is for squares; one "
+            "number is allowed"
+        )
     # It adds the embedding of the null label, whose id is the number of labels.
     settings["num_embeds_ada_norm"] = len(data.id2label)
     model = make_model(DiTTransformer2DModel, options, {}, **settings)
@@ -239,10 +252,9 @@ def make_dit(options: UNetOptions, data: Images, settings: dict[str, Any]) -> Di
 
 
 def check_resolution(options: UNetOptions, data: Images, multiple: int, model: str) -> None:
-    """Raise a `ValueError` if the images' size isn't a multiple of a number."""
-    if data.resolution % multiple:
-        allowed = f"the multiples of {options.resolution // data.resolution * multiple} are allowed"
-        raise ValueError(f"--resolution {options.resolution}: {allowed} for a network of {model}")
+    """Raise a `ValueError` if a side of the images, or latents, isn't a multiple of a number."""
+    pixels = as_pair(options.resolution)[0] // as_pair(data.resolution)[0]
+    check_multiple(options.resolution, pixels * multiple, f"for a network of {model}")
 
 
 class DenoisingLoss:

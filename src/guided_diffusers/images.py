@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from .checks import shown
+from .checks import check_number, shown
 
 
 def encode(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,9 +73,32 @@ def _scaling(
     return scaling, config.get("shift_factor") or 0.0
 
 
-def as_pair(size: Any) -> tuple[int, ...]:
-    """(height, width) of a `sample_size`, a number or a pair."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+def as_pair(size: Any, name: str = "sample_size") -> tuple[int, int]:
+    """(height, width) of a size: an integer, of a square, or a pair.
+
+    Raises:
+        ValueError: naming it `name`, for anything else.
+    """
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"{name}={shown(size)}: an integer, or (height, width), is allowed")
+    height, width = (check_number(name, side, 1, integer=True) for side in sides)
+    return height, width
+
+
+def config_size(size: Any, name: str = "sample_size") -> int | tuple[int, int]:
+    """A size as configs hold it: an integer for a square, else (height, width).
+
+    Raises:
+        ValueError: as `as_pair`.
+    """
+    height, width = as_pair(size, name)
+    return height if height == width else (height, width)
+
+
+def size_text(size: Any) -> str:
+    """A size as on the command line: 28, or 48x32, the height first."""
+    return "x".join(map(str, dict.fromkeys(as_pair(size))))
 
 
 def down_sampling(config: Mapping[str, Any]) -> int:

@@ -43,17 +43,16 @@ def _is_pipeline(model: str) -> bool:
     return True
 
 
-def image_format(classifier: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[int, int]:
-    """Resolution and channels of the images that the classifier, or the autoencoder, reads."""
+def image_format(
+    classifier: torch.nn.Module, vae: torch.nn.Module | None
+) -> tuple[tuple[int, int], int]:
+    """(H, W) and channels of the images that the classifier, or the autoencoder, reads."""
     config, vae_config = module_config(classifier), module_config(vae)
     height, width = as_pair(config["sample_size"])
-    if height != width:
-        raise ValueError(
-            f"model: its images are {height} by {width}; only square ones can be inspected"
-        )
     if vae is None:
-        return height, config["in_channels"]
-    return height * down_sampling(vae_config), vae_config["in_channels"]
+        return (height, width), config["in_channels"]
+    scale = down_sampling(vae_config)
+    return (height * scale, width * scale), vae_config["in_channels"]
 
 
 class RelabeledDataset:

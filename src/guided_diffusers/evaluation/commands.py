@@ -186,6 +186,7 @@ def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) 
     """Add the bits per dimension of --model on the real images."""
     from accelerate import PartialState
 
+    from ..images import as_pair
     from ..noise import module_config
     from ..utils import load_pipeline
     from .bits import measure_bits_per_dim
@@ -194,8 +195,7 @@ def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) 
 
     pipeline = load_pipeline(options.model).to(device)
     config, columns = module_config(pipeline.unet), (options.image_column, options.label_column)
-    size = config["sample_size"]
-    shape = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    shape = (config["in_channels"], *as_pair(config["sample_size"]))
     with PartialState().main_process_first():
         real = open_real(options.dataset, shape, options.split, *columns)
     bootstrap = Bootstrap(options.bootstrap, options.confidence, options.seed)

@@ -61,8 +61,8 @@ class DatasetImages:
 
 
 class NativeSizeImages(DatasetImages):
-    """Images of a dataset in their own size: squares, of the size of `shape` (C, H, W) or of the
-    first one. `names` replaces the dataset's label names by id."""
+    """Images of a dataset in their own size: that of `shape` (C, H, W), or of the first one. `names`
+    replaces the dataset's label names by id."""
 
     def __init__(
         self,
@@ -78,10 +78,8 @@ class NativeSizeImages(DatasetImages):
         encoded = dataset.select_columns([self._column])
         self._encoded = encoded.cast_column(self._column, datasets.Image(decode=False))
         channels, height, width = shape or (None, *self._size(0)[::-1])
-        if width != height:
-            raise ValueError(f"images: they are {width} by {height} pixels; they must be square")
-        columns = (image_column, label_column)
-        data = LabelledImages(dataset, *columns, width, channels=channels, labels=names)
+        columns = (image_column, label_column, (height, width))
+        data = LabelledImages(dataset, *columns, channels=channels, labels=names)
         super().__init__(data, data.id2label, data.label_column is not None)
 
     def _size(self, i: int) -> tuple[int, int]:

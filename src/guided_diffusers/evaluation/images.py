@@ -15,6 +15,7 @@ import pyarrow
 import torch
 
 from ..checks import read_json
+from ..images import config_size
 from ..learning.data import LabelledImages, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
 
@@ -113,7 +114,8 @@ def open_real(
     if not split:
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     rows = _select_split(splits, split, "dataset")
-    options: dict[str, Any] = {"resolution": shape[1], "center_crop": True}
+    resolution = config_size(shape[1:])
+    options: dict[str, Any] = {"resolution": resolution, "center_crop": True}
     data = LabelledImages(rows, image_column, label_column, **options)
     if data.channels > shape[0]:
         raise ValueError(
@@ -123,7 +125,7 @@ def open_real(
     if data.channels < shape[0]:
         data = LabelledImages(rows, image_column, label_column, channels=shape[0], **options)
     images = DatasetImages(data, data.id2label, data.label_column is not None)
-    images.description = {"dataset": dataset, "split": split, "resolution": shape[1]}
+    images.description = {"dataset": dataset, "split": split, "resolution": resolution}
     images.description |= {"fingerprint": rows._fingerprint}
     images.description |= {"image_column": data.image_column, "label_column": data.label_column}
     return images
@@ -154,7 +156,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class NpzImages:
-    """An .npz file with arr_0, (N, H, H, 1 or 3) uint8, and for labels arr_1, (N,) ids.
+    """An .npz file with arr_0, (N, H, W, 1 or 3) uint8, and for labels arr_1, (N,) ids.
 
     One image at a time is in memory.
 
@@ -175,10 +177,10 @@ class NpzImages:
             raise ValueError(
                 f"images: {path} can't be read; it is truncated, or no .npz with arr_0 ({error})"
             ) from error
-        square = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3)
-        if not square or dtype != np.uint8 or fortran:
+        are_images = len(shape) == 4 and min(shape[1:3]) > 0 and shape[3] in (1, 3)
+        if not are_images or dtype != np.uint8 or fortran:
             raise ValueError(
-                f"images: arr_0 of {path} is {shape} {dtype}; (N, H, H, 1 or 3) uint8 in C order "
+                f"images: arr_0 of {path} is {shape} {dtype}; (N, H, W, 1 or 3) uint8 in C order "
                 "is allowed"
             )
         self._count, self.shape = shape[0], (shape[3], shape[1], shape[2])

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..images import config_size, size_text
 from ..noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, split_variance, x0_coefficients
 from ..pipeline import ClassifierGuidedPipeline
 from .annotations import TargetedImages
@@ -157,7 +158,7 @@ def check_score_model(
     unet, scheduler = pipeline.unet.config, pipeline.scheduler.config
     prediction, embeddings = scheduler.get("prediction_type"), unet.num_class_embeds
     is_known = prediction in ("epsilon", "sample", "v_prediction")
-    actual = (unet.in_channels, unet.sample_size or data.resolution)
+    actual = (unet.in_channels, config_size(unet.sample_size or data.resolution))
     expected = (data.channels, data.resolution)
     refusal = None
     if not is_known or not scheduler.get("beta_schedule"):
@@ -172,8 +173,8 @@ def check_score_model(
         )
     elif actual != expected:
         refusal = (
-            f" is for {actual[0]} channels of size {actual[1]}; {data.channels} of size "
-            f"{data.resolution} are allowed with this data"
+            f" is for {actual[0]} channels of size {size_text(actual[1])}; {data.channels} of size "
+            f"{size_text(data.resolution)} are allowed with this data"
         )
     if refusal:
         raise ValueError(f"--score_model {path}{refusal}")

@@ -31,6 +31,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
+from ..images import as_pair, config_size
 from ..text import printable
 from .batches import generator_for
 
@@ -246,7 +247,7 @@ class ImageRows(torch.utils.data.Dataset):
     dataset: Dataset | IterableDataset
     image_column: str | None = None
     label_column: str | None = None
-    resolution: int = 64
+    resolution: int | tuple[int, int] = 64
     center_crop: bool = False
     random_flip: bool = False
     random_shift: int = 0
@@ -259,6 +260,8 @@ class ImageRows(torch.utils.data.Dataset):
 
     def __post_init__(self) -> None:
         self.refuse_colour |= self.channels is None
+        self.size = as_pair(self.resolution, "resolution")
+        self.resolution = config_size(self.size)
         names, features = self.dataset.column_names, self.dataset.features
         self.image_column = find_column(self.dataset, self.image_column, "image_column", Image)
         feature, columns = features[self.image_column], [self.image_column]
@@ -312,19 +315,20 @@ class ImageRows(torch.utils.data.Dataset):
     def _item(self, keys: Iterable[Any], seed: int) -> dict[str, torch.Tensor | int]:
         """The item of the first row; with `skip_corrupt_images` of the first that can be read."""
         image, label, row, corrupt = self._first_readable(keys)
-        draw, size, (width, height) = random.Random(seed), self.resolution, image.size
+        draw, (height, width) = random.Random(seed), self.size
+        left, top = image.width - width, image.height - height
         if self.center_crop:
-            left, top = (width - size) // 2, (height - size) // 2
+            left, top = left // 2, top // 2
         else:
-            left, top = draw.randint(0, width - size), draw.randint(0, height - size)
-        image = image.crop((left, top, left + size, top + size))
-        pixels = np.asarray(image, dtype=np.float32).reshape(size, size, self.channels)
+            left, top = draw.randint(0, left), draw.randint(0, top)
+        image = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, self.channels)
         if self.random_flip and draw.random() < 0.5:
             pixels = pixels[:, ::-1]
         if reach := self.random_shift:
             left, top = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
             pixels = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            pixels = pixels[top : top + size, left : left + size]
+            pixels = pixels[top : top + height, left : left + width]
         pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 127.5 - 1.0
         item = {"pixel_values": pixels, "label": label}
         return item | {"row": row, "corrupt": corrupt} if self.skip_corrupt_images else item
@@ -347,15 +351,17 @@ class ImageRows(torch.utils.data.Dataset):
         )
 
     def _image(self, row: Row) -> tuple[PILImage.Image, int]:
-        """A row's image, grey or RGB, its shorter side resized, and its label's id."""
+        """A row's image, grey or RGB, resized to cover the resolution, and its label's id."""
         image = self._decode(row)
         self._check_colour(image, row)
         if image.mode in SIXTEEN_BIT_MODES:  # Pillow's convert would clip at 255
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if self.channels == 1 else "RGB")
-        size, shorter = self.resolution, min(image.size)
-        if shorter != size:
-            width, height = (max(size, round(side * (size / shorter))) for side in image.size)
+        height, width = self.size
+        scale = max(width / image.width, height / image.height)
+        if scale != 1:
+            width = max(width, round(image.width * scale))
+            height = max(height, round(image.height * scale))
             image = image.resize((width, height), PILImage.Resampling.BICUBIC)
         return image, self._label(row.label, row.number)
 
@@ -437,7 +443,8 @@ class LabelledImages(ImageRows):
         image_column: column of images, decoded or as bytes; by default the first of images.
         label_column: column of class ids, integers from 0 or strings; by default the first of class
             ids; without one every label is 0 and `id2label` is empty.
-        resolution: H = W; the shorter side is resized to it and the longer one cropped.
+        resolution: (H, W), or an integer for a square; an image is resized by the smallest scale
+            at which it covers H x W, and cropped to it. As an attribute, an integer for a square.
         center_crop: crop in the middle; otherwise at a random place.
         random_flip: flip horizontally with probability 1/2.
         random_shift: shift by up to this many pixels, the edge repeated; 0: off.

@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..cli_options import TIMEOUT_MINUTES
-from ..images import encode
+from ..images import config_size, encode
 from ..weights import load_checked
 from .batches import limited_wait
 from .data import LabelledImages
+from .options import check_multiple
 
 Autoencoder = AutoencoderKL | VQModel
 IMAGES_PER_FILE = 256
@@ -81,14 +82,10 @@ class LatentImages(torch.utils.data.Dataset):
         self, images: LabelledImages, vae: Autoencoder, root: Path, random_flip: bool = False
     ):
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        if images.resolution % scale:
-            raise ValueError(
-                f"--resolution {images.resolution}: the multiples of {scale} are allowed with this "
-                "--vae"
-            )
+        check_multiple(images.resolution, scale, "with this --vae")
         self.images, self.random_flip = images, random_flip
         self.dataset, self.id2label = images.dataset, images.id2label
-        self.resolution = images.resolution // scale
+        self.resolution = config_size([side // scale for side in images.size])
         self.channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
         count = math.ceil(len(images) / IMAGES_PER_FILE)
         folder = root / fingerprint(images, vae, random_flip)
@@ -174,7 +171,7 @@ def write_split(
     """Encode the images of one split that aren't cached yet."""
     rank, world, files = accelerator.process_index, accelerator.num_processes, data.files
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    batch_size = max(1, PIXELS_PER_BATCH // data.images.resolution**2)
+    batch_size = max(1, PIXELS_PER_BATCH // math.prod(data.images.size))
     batches: dict[int, list[list[int]]] = {}  # by file, of this process
     for k in range(rank, len(files), world):
         if not files[k].exists():

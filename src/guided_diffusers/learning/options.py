@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 
-from ..cli_options import MAX_TIMEOUT_MINUTES, TIMEOUT_MINUTES, Parser
+from ..cli_options import MAX_TIMEOUT_MINUTES, TIMEOUT_MINUTES, Parser, size
+from ..images import as_pair, config_size, size_text
 
 AnyOptions = TypeVar("AnyOptions")
+Size = int | tuple[int, int]  # of a square, or height and width
 LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
@@ -95,6 +97,14 @@ def named_errors(option: str) -> Iterator[None]:
         raise ValueError(f"{option}: a value in its config is wrong: {kind}: {error}") from error
 
 
+def check_multiple(resolution: Size, multiple: int, model: str) -> None:
+    """Raise a `ValueError` if a side of --resolution isn't a multiple of what the model needs."""
+    if any(side % multiple for side in as_pair(resolution)):
+        raise ValueError(
+            f"--resolution {size_text(resolution)}: the multiples of {multiple} are allowed {model}"
+        )
+
+
 @dataclass
 class Options:
     dataset_name: str | None = changeable(None, "dataset on the Hub, or a local dataset's folder")
@@ -132,7 +142,11 @@ class Options:
     check_images: int = changeable(
         100_000, "files to check before the first step, of each split, evenly spread; 0: none", 0
     )
-    resolution: int = option(64, "size in pixels, to which the shorter side is resized", 1, 2**14)
+    resolution: Size = option(
+        64,
+        "height x width in pixels, such as 48x32, or one number for a square; images are resized "
+        "to cover it, and cropped",
+    )
     center_crop: bool = option(False, "crop the center instead of a random place")
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     random_shift: int = option(0, "shift images by up to this many pixels", 0)
@@ -212,6 +226,7 @@ class Options:
                 f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir}: "
                 "one of the two is needed, and only one"
             )
+        self.resolution = config_size(self.resolution, "--resolution")
         check_ranges(self)
         for name in ("train_data_dir", "dataset_name", "output_dir"):
             if getattr(self, name) == "":
@@ -321,7 +336,7 @@ def parse(options: type[AnyOptions], description: str | None) -> AnyOptions:
 
 
 def _add_option(parser: _ActionsContainer, name: str, hint: Any, default: Any, help: str) -> None:
-    """Add the option of a dataclass field: a `Literal`, bool, int, float or str, or None."""
+    """Add the option of a dataclass field: a `Literal`, `Size`, bool, int, float or str, or None."""
     if type(None) in get_args(hint):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if default is not None and default is not False:
@@ -329,6 +344,8 @@ def _add_option(parser: _ActionsContainer, name: str, hint: Any, default: Any, h
     settings: dict[str, Any] = {"type": hint}
     if get_origin(hint) is Literal:
         settings = {"choices": get_args(hint)}
+    elif hint == Size:
+        settings = {"type": size, "metavar": "HxW"}
     elif hint is bool:
         settings = {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     parser.add_argument(f"--{name}", default=default, help=help, **settings)

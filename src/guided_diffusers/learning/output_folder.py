@@ -73,7 +73,7 @@ def is_same_run(options: Options, folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     defaults = {f.name: f.default for f in fields(options)}
-    current = asdict(options)
+    current = json.loads(json.dumps(asdict(options)))  # a tuple is a list in a file
     if not isinstance(saved, dict) or saved.keys() - current.keys():
         return False
     names = current.keys() - LOCAL_OPTIONS

@@ -12,6 +12,7 @@ from datasets import DatasetDict, IterableDatasetDict
 from diffusers import DDPMScheduler, ModelMixin
 
 from ..checks import shown
+from ..images import size_text
 from ..repository import check_config_values
 from .data import LabelledImages, is_pattern, load_splits
 from .data_checks import check_data, describe_data
@@ -169,7 +170,9 @@ def make_model(
 ) -> AnyModel:
     """The model of --model_config_name_or_path, or of `default`, with the data's `settings`."""
     path = options.model_config_name_or_path
-    with named_errors(f"--model_config_name_or_path {path}, --resolution {options.resolution}"):
+    with named_errors(
+        f"--model_config_name_or_path {path}, --resolution {size_text(options.resolution)}"
+    ):
         config = default if path is None else model_class.load_config(path)
         if not isinstance(config, dict):
             raise ValueError(f"it holds {shown(config)}; a JSON object {{...}} is allowed")
