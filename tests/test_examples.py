@@ -396,8 +396,11 @@ def test_python_code_of_a_readme_runs_in_its_order(
     tiny_stable_diffusion(tmp_path / "sd")
     tiny_image_classifier(tmp_path / "vit")
     tiny_data(tmp_path / "photos")
+    for line in commands((ROOT / path).read_text()):
+        if line.startswith("guided-diffusers assemble "):
+            main(shlex.split(line, comments=True)[1:])
     blocks = python_blocks(path)
-    assert len(blocks) >= 3 and 2 * len(blocks) == (ROOT / path).read_text().count("```")
+    assert len(blocks) >= 2 and 2 * len(blocks) == (ROOT / path).read_text().count("```")
     names: dict[str, Any] = {}
     for block in blocks:
         for name, folder in STAND_INS.items():
@@ -435,7 +438,7 @@ def commands(text: str) -> list[str]:
     return found + [span for span in spans if span.startswith(PROGRAMS) and " --" in span]
 
 
-class Parsed(Exception):
+class Parsed(BaseException):  # programs make one line of an Exception
     """A program has accepted its arguments."""
 
 

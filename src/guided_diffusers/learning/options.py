@@ -72,7 +72,7 @@ def check_ranges(options: Any) -> None:
     """Raise a `ValueError` for an option that is outside its allowed values."""
     for f in fields(options):
         value, limits = getattr(options, f.name), f.metadata["limits"]
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and (math.isinf(value) or limits is None and math.isnan(value)):
             raise ValueError(f"--{f.name} {value}: a finite number is allowed")
         if value is None or limits is None:
             continue
