@@ -26,8 +26,11 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
+from pyarrow import ArrowException
 
+from ..checks import shorten
 from .batches import generator_for
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
@@ -52,11 +55,15 @@ def load_splits(
         streaming: read rows while iterating, never all of them at once.
 
     Raises:
-        ValueError: if a local path doesn't exist, or a pattern matches other files.
+        ValueError: if a local path doesn't exist or can't be read, or a pattern matches other files.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.exists():
-        return load_dataset(str(folder), config_name, streaming=streaming)
+        try:
+            return load_dataset(str(folder), config_name, streaming=streaming)
+        except (DatasetsError, ArrowException, FileNotFoundError) as error:
+            reason = shorten(error.__cause__ or error)
+            raise ValueError(f"dataset: {name_or_folder} can't be read: {reason}") from error
     if is_pattern(name_or_folder):
         files = sorted(glob(str(folder)))
         kinds = {Path(file).suffix for file in files}
@@ -218,6 +225,8 @@ class ImageRows(torch.utils.data.Dataset):
             and any(isinstance(value, ClassLabel) for value in features.values())
         ):
             column = find_column(self.dataset, column, "label_column", ClassLabel)
+            if column == self.image_column:
+                raise ValueError(f"label_column={column!r} is the image column; use another one")
             columns.append(column)
         self.label_column = column
         self._decoder = Image(mode=feature.mode)
