@@ -186,7 +186,7 @@ def test_where_a_pipeline_is_written(
     assert "\x1b" not in capsys.readouterr().out
     (parts / "file").touch()
     for output, message in (
-        (parts / "file" / "out", "--?output .*file/out can't be written: .*file is a file"),
+        (parts / "file" / "out", "output .*file/out can't be written: Not a directory"),
         (parts / "file", "exists; a new or an empty folder is allowed"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -33,9 +33,14 @@ from guided_diffusers import (
 from guided_diffusers.checks import check_bool, check_number, nearest, read_json
 from guided_diffusers.cli import main
 from guided_diffusers.cli_options import one_line_errors
+from guided_diffusers.evaluation import open_generated
+from guided_diffusers.evaluation.networks import load_network
+from guided_diffusers.learning.data import load_splits
 from guided_diffusers.likelihood import parse_labels
+from guided_diffusers.openai import convert_checkpoint
 from guided_diffusers.sampling import sample_to_folder
 from guided_diffusers.sweep import Result, SweepSetting
+from guided_diffusers.utils import hub_time_limit
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 WRONG = [
@@ -484,3 +489,51 @@ def test_a_metric_that_was_not_measured_has_no_text() -> None:
     assert "class_diversity" not in result.metrics
     assert result.interval_text("recall") == "" and result.text("recall")
     assert result.interval_text("frechet_distance")
+
+
+def test_an_answer_of_the_hub_that_is_no_json() -> None:
+    with pytest.raises(OSError, match="the Hub, .*, answers with no JSON"), hub_time_limit():
+        json.loads("<html>")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--output", ""),
+        ("--output", ".png"),
+        ("--output", "a.png", "--num-images", "99999999999999"),
+        ("--output", "folder", "--num-images", "99999999999999"),
+        ("--output", "a.png", "--resolution", "16x8"),
+        ("--output", "a.png", "--label", "0" * 5000),
+    ],
+)
+def test_what_sample_refuses_before_the_work(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = line_of("sample", "--label", "0", "--num-inference-steps", "2", "--quiet", *options)
+    assert any(word in line for word in (options[0], "num_images", "height and width", "label"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_and_networks_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "a" / "0.png")
+    (tmp_path / "data" / "a" / "metadata.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="dataset: .*data can't be read"):
+        load_splits(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="nope': no such folder"):
+        load_network(tmp_path / "nope")
+    torch.save({"time_embed.0.weight": torch.zeros(())}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt doesn't fit .*(shape|tensors)"):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", preset="imagenet-64")
+
+
+@pytest.mark.parametrize("entry", [{"failed": 3}, {"num_images": "1"}])
+def test_a_manifest_of_other_kinds(entry: dict, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "0.png")
+    manifest = {"complete": True, "num_images": 1, **entry}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="manifest.json has num_images .* and failed .* allowed"):
+        open_generated(tmp_path)

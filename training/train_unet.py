@@ -139,8 +139,6 @@ class UNetOptions(Options):
         if self.vae is not None and self.bits_per_dim_images:
             value = f"--bits_per_dim_images {self.bits_per_dim_images}"
             raise ValueError(f"{value}: with --vae 0 is allowed, since they are bits of pixels")
-        if (value := self.snr_gamma) is not None and not 0 < value < math.inf:
-            raise ValueError(f"--snr_gamma {value}: a finite number above 0 is allowed")
         excluded, allowed = FLOW_OPTIONS, "flow_matching is"
         if self.flow_matching:
             excluded, allowed = DIFFUSION_OPTIONS, "simple, hybrid, hybrid_rescaled and bound are"

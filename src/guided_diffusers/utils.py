@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from . import bundled
 from .checks import nearest, shown
@@ -153,6 +156,8 @@ def hub_time_limit() -> Iterator[None]:
                 raise OSError(f"no answer for {HUB_GIVE_UP_S} seconds")
 
     def note_answer(response: Any) -> None:
+        if urlsplit(str(response.url)).path.startswith("/api/"):  # small, so soon complete
+            response.stream = LimitedStream(response.stream)
         if response.status_code < 500 and response.status_code != 429:
             unanswered.clear()
 
@@ -162,10 +167,34 @@ def hub_time_limit() -> Iterator[None]:
         client.event_hooks["response"].append(note_answer)
         return client
 
+    httpx = sys.modules[errors.HTTPError.__module__]  # its name differs between versions
+
+    class LimitedStream(httpx.SyncByteStream):
+        """A stream that ends with an error when it has not ended in time."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            start = time.monotonic()
+            for part in self.stream:
+                yield part
+                if time.monotonic() - start > HUB_WRITE_TIMEOUT_S / 4:
+                    raise httpx.ReadTimeout("the answer is not complete in time")
+
+        def close(self) -> None:
+            self.stream.close()
+
     factory = _http._GLOBAL_CLIENT_FACTORY
     _http.set_client_factory(limited_client)
     try:
         yield
+    except json.JSONDecodeError as error:
+        address = re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+        raise OSError(
+            f"the Hub, {address}, answers with no JSON ({error}); check HF_ENDPOINT, and whether the "
+            "network asks for a login"
+        ) from error
     except (errors.HTTPError, OSError) as error:
         is_answer = isinstance(error, errors.HfHubHTTPError)
         if is_answer or (isinstance(error, OSError) and not unanswered):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import torch
 
-from ..checks import read_json
+from ..checks import read_json, shown
 from ..images import config_size
 from ..learning.data import LabelledImages, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
@@ -88,7 +88,13 @@ def open_generated(
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one of them")
         dataset = _select_split(splits, split or next(iter(splits)), "images")
         images = NativeSizeImages(dataset, image_column, label_column)
-    expected = manifest.get("num_images", len(images)) - len(manifest.get("failed", ()))
+    expected, failed = manifest.get("num_images", len(images)), manifest.get("failed", [])
+    if not isinstance(expected, int) or not isinstance(failed, list):
+        raise ValueError(
+            f"images: {folder / 'manifest.json'} has num_images {shown(expected)} and failed "
+            f"{shown(failed)}; a number and a list are allowed"
+        )
+    expected -= len(failed)
     if len(images) != expected:
         raise ValueError(f"images: {folder} has {len(images)} images, its manifest says {expected}")
     images.description["path"] = str(path)

@@ -17,6 +17,7 @@ from ..classifier import NoiseAwareClassifier
 from ..likelihood import logits_of
 from ..preprocess import Preprocess
 from ..sampling import add_weights
+from ..utils import model_folder
 from ..weights import check_weights
 
 INCEPTION = "inception"
@@ -82,6 +83,9 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
         judge = NoiseAwareClassifier.from_pretrained(bundled.folder(name) / "judge")
         network = wrap_classifier(judge, f"{name}/judge")
     else:
+        model_folder(name)  # refuses paths that don't exist
+        if (Path(name) / "model_index.json").is_file():
+            raise ValueError(f"{name} is a pipeline; a network is needed, such as its classifier")
         with suppress(OSError, ValueError):  # of another kind of network
             config = NoiseAwareClassifier.load_config(name)
         if config.get("_class_name") == NoiseAwareClassifier.__name__:

@@ -93,7 +93,7 @@ class PullRecord:
         self.path = folder / ".cache" / "guided_diffusers" / "pull.json"
         self.files: dict[str, str] = {}
         self.is_same = False
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             content = json.loads(self.path.read_text())
             self.is_same = content["repo"] == repo_id
             self.files = dict(content["files"])
@@ -116,7 +116,7 @@ class PullRecord:
     def _etag(self, name: str) -> str | None:
         """The hash that `huggingface_hub` recorded, also of files of an interrupted pull."""
         metadata = _metadata(self.folder, name)
-        lines = metadata.read_text().splitlines() if metadata.is_file() else []
+        lines = metadata.read_text(errors="replace").splitlines() if metadata.is_file() else []
         return lines[1] if len(lines) > 1 else None
 
     def write(self, downloads: Collection[str] = ()) -> None:

@@ -28,9 +28,11 @@ from datasets import (
     Value,
     load_dataset,
 )
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
+from pyarrow import ArrowException
 
+from ..checks import shorten
 from ..images import as_pair, config_size
 from ..text import printable
 from .batches import generator_for
@@ -63,8 +65,9 @@ def load_splits(
     """
     try:
         return _load_splits(name_or_folder, config_name, streaming)
-    except DatasetGenerationError as error:  # whose message doesn't say why
-        raise ValueError(f"dataset: it can't be read: {error.__cause__ or error}") from error
+    except (DatasetsError, ArrowException, FileNotFoundError) as error:
+        reason = shorten(error.__cause__ or error)  # the error itself often doesn't say why
+        raise ValueError(f"dataset: {name_or_folder} can't be read: {reason}") from error
 
 
 def _load_splits(

@@ -207,6 +207,10 @@ def _convert_file(
         return convert(state_dict, flags)
     except ValueError as error:
         raise ValueError(f"{file} doesn't fit {source}: {error}") from error
+    except (IndexError, TypeError, RuntimeError) as error:  # of tensors of other shapes
+        raise ValueError(
+            f"{file} doesn't fit {source}: its tensors have other shapes ({shorten(error)})"
+        ) from error
 
 
 def _convert_denoiser(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> UNet2DModel:
