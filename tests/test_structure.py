@@ -23,7 +23,7 @@ CORE = {
     "checks": set(),
     "defaults": set(),
     "noise": {"checks"},
-    "schedule_checks": {"noise"},
+    "schedule_checks": {"checks", "noise"},
     "likelihood": {"checks"},
     "images": {"checks"},
     "weights": set(),
@@ -31,7 +31,7 @@ CORE = {
     "repository": {"checks", "weights"},
     "networks": {"checks"},
     "guidance": {"checks", "noise", "likelihood", "networks"},
-    "run_checks": {"noise", "guidance"},
+    "run_checks": {"checks", "noise", "guidance"},
     "splitting": {"checks", "noise", "guidance"},
     "guider": {"noise", "schedule_checks", "guidance", "networks", "run_checks", "splitting"},
     "arguments": {
