@@ -418,7 +418,7 @@ def test_a_truncated_tar_file_is_refused(tmp_path: Path, streaming: bool) -> Non
 def test_damaged_parquet_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     split([RAMP], [1], Value("int64")).to_parquet(tmp_path / "train-0.parquet")
     Dataset.from_dict({"other": [1]}).to_parquet(tmp_path / "train-1.parquet")
-    with pytest.raises(ValueError, match="(?s)^dataset: it can't be read: .*column"):
+    with pytest.raises(ValueError, match="(?s)^dataset: .* can't be read: .*column"):
         load_splits(str(tmp_path))
 
 

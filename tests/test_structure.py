@@ -26,7 +26,7 @@ CORE = {
     "schedule_checks": {"checks", "noise"},
     "likelihood": {"checks"},
     "images": {"checks"},
-    "weights": set(),
+    "weights": {"checks"},
     "classifier": {"weights"},
     "repository": {"checks", "weights"},
     "networks": {"checks"},
