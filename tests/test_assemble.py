@@ -103,7 +103,7 @@ def test_sample_takes_the_parts(parts: Path, capsys: pytest.CaptureFixture[str])
         ((*unet, "--model", "x"), "--unet .*: --model and --revision can't be given, too"),
         ((*unet, "--resolution", "4x"), "--resolution 4x: height x width such as 48x32"),
         ((*unet, "--resolution", "0x3"), "--resolution 0x3: height x width"),
-        ((*unet, "--resolution", "5x3"), "height=5, width=3: multiples of 2, at least 2, are"),
+        ((*unet, "--resolution", "5x3"), "height=5, width=3: multiples of 2, from 2 to 16384"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["sample", *options, *call, str(parts / "no.png")])

@@ -149,7 +149,7 @@ def test_an_unknown_prediction_is_refused() -> None:
     ):
         x0_coefficients("noise", 0.6, 0.8)
     with pytest.raises(
-        ValueError, match="scheduler DDPMScheduler: prediction 'noise' is not one of epsilon"
+        ValueError, match="prediction_type='noise' in the config of DDPMScheduler: epsilon, sample"
     ):
         prediction_type(DDPMScheduler(prediction_type="noise"))
     with pytest.raises(

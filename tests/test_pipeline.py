@@ -1034,8 +1034,11 @@ def test_images_of_another_size_are_those_of_latents_of_that_size(factor: int) -
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"height": 5}, "height=5: multiples of 2, at least 2, are allowed"),
-        ({"height": 0, "width": 4}, "height=0, width=4: multiples of 2, at least 2, are allowed"),
+        ({"height": 5}, "height=5: multiples of 2, from 2 to 16384, are allowed"),
+        (
+            {"height": 0, "width": 4},
+            "height=0, width=4: multiples of 2, from 2 to 16384, are allowed",
+        ),
         ({"width": -2}, "width=-2: multiples of 2"),
         ({"width": 8.0}, "width=8.0: multiples of 2"),
         ({"width": True}, "width=True: multiples of 2"),
