@@ -132,9 +132,8 @@ class UNetOptions(Options):
     sample_images: int = changeable(40, "images to sample at every evaluation; 0: none", 0)
 
     def __post_init__(self) -> None:
-        for name in ("snr_gamma", "flow_shift"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} {value}: a finite number above 0 is allowed")
+        if (value := self.snr_gamma) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--snr_gamma {value}: a finite number above 0 is allowed")
         super().__post_init__()
         if self.vae is not None and self.bits_per_dim_images:
             value = f"--bits_per_dim_images {self.bits_per_dim_images}"
