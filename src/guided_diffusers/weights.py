@@ -3,7 +3,7 @@
 Diffusers loads a file that lacks weights, or has others: those that it lacks are then meta tensors
 or uninitialised memory. And it drops a component that it can't save. Both are refused here.
 
-Part of the code that is saved beside the weights.
+Part of the code that is saved beside the weights: it imports nothing else of this package.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-
-from .checks import shorten
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")  # of Diffusers, of transformers
 CONFIG_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
@@ -182,8 +180,9 @@ def check_class_weights(cls: type, name: str | Path, options: Mapping[str, Any])
     try:
         model = empty_model(cls, config)
     except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{folder / 'config.json'} is no config of a {cls.__name__}: {shorten(error)}"
+            f"{folder / 'config.json'} is no config of a {cls.__name__}: {reason}"
         ) from error
     variant = options.get("variant")
     if not weight_files(folder, variant):
