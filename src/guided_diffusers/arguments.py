@@ -242,6 +242,26 @@ def resolve_arguments(
     return CallArguments(batch_size, sample_size, condition, terms, guider_options, settings)
 
 
+def check_generator(generator: Any) -> Any:
+    """One generator, or a list of them; a tuple becomes one, since Diffusers reads lists only.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(
+            f"generator={shown(generator)}: a torch.Generator, or a list of one per image, is allowed"
+        )
+    return generators if isinstance(generator, (list, tuple)) else generator
+
+
+def check_callback(callback: Any) -> None:
+    """Raise a ValueError for a callback_on_step_end that can't be called."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end={shown(callback)}: a function is allowed")
+
+
 def check_names(id2label: Any) -> dict[int, str] | None:
     """Names of labels by their integer ids; None without any.
 

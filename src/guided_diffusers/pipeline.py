@@ -26,7 +26,9 @@ from PIL import Image
 from .arguments import (
     CallArguments,
     Condition,
+    check_callback,
     check_defaults,
+    check_generator,
     check_names,
     check_steps,
     resolve_arguments,
@@ -378,12 +380,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
-        if isinstance(generator, tuple):  # Diffusers reads lists only
-            generator = list(generator)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"callback_on_step_end={shown(callback_on_step_end)}: a function is allowed"
-            )
+        generator = check_generator(generator)
+        check_callback(callback_on_step_end)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         call = {
@@ -422,13 +420,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         options = {"eta": eta, "from_noise": from_noise, **arguments.guider_options}
         guider = Guider(self.scheduler, terms, **options)
-        if from_noise:
-            check_start(self.scheduler, guider.levels[0])
-        else:
-            check_unit_variance(latents, guider.levels[0])
+        self._check_start(guider.levels[0], None if from_noise else latents)
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
-        scheduler, scheduler_timesteps = self.scheduler, self.scheduler.timesteps
+        schedule_of_call = self.scheduler, self.scheduler.timesteps
         self._interrupt, self._num_timesteps = False, len(guider.levels)
         self._guidance_scale = scale = settings["guidance_scale"]
 
@@ -453,7 +448,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     }
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors)
-                    check_unchanged(self.scheduler, scheduler, scheduler_timesteps)
+                    check_unchanged(self.scheduler, *schedule_of_call)
                     latents = replaced_latents(changed, tensors, latents)
                     if self._guidance_scale is not scale:
                         scale = self._guidance_scale
@@ -512,14 +507,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
         batch_size, low_res = arguments.batch_size, arguments.condition.low_res
-        many = isinstance(generator, list)
-        kinds = generator if many else [generator]
-        if not all(isinstance(g, torch.Generator) for g in kinds) and generator is not None:
-            raise ValueError(
-                f"generator={shown(generator)}: a torch.Generator, or a list of one per image, is "
-                "allowed"
-            )
-        if many and len(generator) != batch_size:
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the "
                 f"{batch_size} images, is allowed"
@@ -538,6 +526,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         elif not latents.isfinite().all():
             raise ValueError("latents has infinite or NaN values; finite ones are allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
+
+    def _check_start(self, level: NoiseLevel, given: torch.Tensor | None) -> None:
+        """Check the first noise level of a run from drawn noise, or from `given` samples."""
+        if given is None:
+            check_start(self.scheduler, level)
+        else:
+            check_unit_variance(given, level)
 
     def _check_shapes(
         self, latents: torch.Tensor, arguments: CallArguments, output_type: str
