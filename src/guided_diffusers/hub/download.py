@@ -13,7 +13,7 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..files import check_writable, write_json
+from ..files import check_writable, folder_lock, write_json
 from ..pipeline import ClassifierGuidedPipeline
 from ..repository import check_index
 from ..text import printable
@@ -45,9 +45,14 @@ def pull(
     folder = Path(folder)
     check_id(repo_id, "repo", "user/model")
     check_writable(folder, "folder", folder=True)
-    with hub_time_limit():
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
-        names = {file.rfilename for file in info.siblings or ()}
+    with hub_time_limit(), folder_lock(folder):
+        try:
+            info = HfApi(token=token).model_info(repo_id, revision=revision)
+            names = {file.rfilename for file in info.siblings or ()}
+        except (TypeError, KeyError, AttributeError) as error:  # of an answer of another form
+            raise OSError(f"the Hub's answer about {repo_id} can't be read: {error!r}") from error
+        if info.sha is None or not all(isinstance(name, str) for name in names):
+            raise OSError(f"the Hub's answer about {repo_id} has no commit, or files without names")
         _check_names(repo_id, names)
         _check_weights(repo_id, names)
         _check_hidden_weights(repo_id, folder, names)

@@ -322,7 +322,7 @@ def safetensors_header(path: Path) -> bytes:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is not a safetensors file, or is broken") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
