@@ -168,11 +168,14 @@ def run_sample(options: Namespace) -> None:
         processes.destroy_process_group()
     if is_main:
         id2label = pipeline.config.id2label or {}
-        names = ", ".join(printable(id2label.get(label, label)) for label in labels)
+        names = ", ".join(
+            printable(id2label.get(label, label)) for label in labels[: options.num_images]
+        )
         of_labels = f" of {names}" if options.label else ""
         settings = describe_settings(pipeline, call, options.seed)
         count = options.num_images - len(failed)
-        print(f"{count} images{of_labels} ({settings}) {timing}: {printable(options.output)}")
+        noun = "image" if count == 1 else "images"
+        print(f"{count} {noun}{of_labels} ({settings}) {timing}: {printable(options.output)}")
         if failed:
             print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
 
