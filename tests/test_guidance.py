@@ -258,7 +258,10 @@ def test_a_mixture_is_the_weighted_sum_and_negative_weights_steer_away(mixture: 
     pipeline = quiet(OracleUNet(mixture, "epsilon", Clock()), scheduler, OracleClassifier(mixture))
     counts = {}
     for weight in (-3.0, 0.0, 3.0):
-        images = sample(pipeline, {0: weight}, 32, num_inference_steps=20)
+        label = {0: weight} if weight else {0: 1.0, 1: 1e-9}
+        images = sample(
+            pipeline, label, 32, num_inference_steps=20, guidance_scale=1.0 if weight else 0.0
+        )
         counts[weight] = int((mixture.log_joint(images, 1.0, 0.01).argmax(-1) == 0).sum())
     assert counts[-3.0] < 3 < counts[0.0] < 25 < 29 < counts[3.0], counts
 

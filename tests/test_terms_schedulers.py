@@ -711,7 +711,7 @@ def test_classifier_free_scale_is_the_term(tmp_path: Path) -> None:
             TOLD,
             "cat",
             {"classifier_free_scale": float("nan")},
-            "guidance_scale=nan: a finite number or one per image is all",
+            "classifier_free_scale=nan: a finite number or one per image is all",
         ),
         (
             TOLD,

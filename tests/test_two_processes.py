@@ -30,8 +30,13 @@ from guided_diffusers.evaluation import (
     summarise,
     wrap_module,
 )
-from guided_diffusers.files import file_lock, folder_lock, is_abandoned, partial_path, write_json
-from guided_diffusers.openai import convert
+from guided_diffusers.files import (
+    file_lock,
+    folder_lock,
+    is_abandoned,
+    new_folder,
+    write_json,
+)
 from guided_diffusers.sampling import sample_to_folder
 from guided_diffusers.sampling.manifest import open_or_resume
 
@@ -260,13 +265,14 @@ def test_convert_is_refused_while_another_runs_and_takes_nothing_of_a_killed_one
         (tmp_path / name / "classifier" / "old.safetensors").touch()
     with held(tmp_path / ".adm.lock") as first:
         with pytest.raises(ValueError, match=f"adm is being written by process {first.pid};"):
-            with convert._output_lock(output):
+            with new_folder(output):
                 pytest.fail("entered")
         assert all((tmp_path / name).exists() for name in leftovers)
         kill(first)
-    with convert._output_lock(output):
-        assert not partial_path(output).exists()
-    assert not list(tmp_path.iterdir())
+    with new_folder(output) as partial:
+        assert not partial.exists()
+        partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["adm"] and not list(output.iterdir())
 
 
 def test_a_cache_is_waited_for_not_made_twice(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from .networks import no_parameter_grad
 from .noise import noise_levels, posterior_variance, sampling_timesteps
 from .run_checks import FiniteCheck, OvershootCheck, check_images, logger
 from .schedule_checks import (
-    accuracy_warning,
     check_schedule,
     clipping_warning,
     ending_warning,
@@ -148,7 +147,6 @@ class Guider:
         self._schedule_warnings.extend(map(self._interval_warning, self.terms))
         if from_noise and not first:
             self._schedule_warnings.append(starting_warning(scheduler, self.levels[0]))
-            self._schedule_warnings.append(accuracy_warning(scheduler, self.levels))
         self.index = first
         self.evaluations = 0
         self._active: list[Guidance] = []

@@ -53,8 +53,14 @@ from .noise import (
     step_fn,
 )
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
-from .run_checks import check_images, check_unchanged, check_unit_variance, replaced_latents
-from .schedule_checks import check_custom_steps, check_start
+from .run_checks import (
+    check_images,
+    check_unchanged,
+    check_unit_variance,
+    logger,
+    replaced_latents,
+)
+from .schedule_checks import accuracy_warning, check_custom_steps, check_start
 from .weights import check_values
 
 
@@ -420,7 +426,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         options = {"eta": eta, "from_noise": from_noise, **arguments.guider_options}
         guider = Guider(self.scheduler, terms, **options)
-        self._check_start(guider.levels[0], None if from_noise else latents)
+        self._check_start(guider.levels, None if from_noise else latents)
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
         schedule_of_call = self.scheduler, self.scheduler.timesteps
@@ -527,12 +533,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError("latents has infinite or NaN values; finite ones are allowed")
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
-    def _check_start(self, level: NoiseLevel, given: torch.Tensor | None) -> None:
-        """Check the first noise level of a run from drawn noise, or from `given` samples."""
-        if given is None:
-            check_start(self.scheduler, level)
-        else:
-            check_unit_variance(given, level)
+    def _check_start(self, levels: Sequence[NoiseLevel], given: torch.Tensor | None) -> None:
+        """Check the noise levels of a run from drawn noise, or from `given` samples."""
+        if given is not None:
+            check_unit_variance(given, levels[0])
+            return
+        check_start(self.scheduler, levels[0])
+        if warning := accuracy_warning(self.scheduler, levels):
+            logger.warning(warning)
 
     def _check_shapes(
         self, latents: torch.Tensor, arguments: CallArguments, output_type: str

@@ -32,7 +32,6 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 from pyarrow import ArrowException
 
-from ..checks import shorten
 from ..images import as_pair, config_size
 from ..text import printable
 from .batches import generator_for
@@ -66,7 +65,7 @@ def load_splits(
     try:
         return _load_splits(name_or_folder, config_name, streaming)
     except (DatasetsError, ArrowException, FileNotFoundError) as error:
-        reason = shorten(error.__cause__ or error)  # the error itself often doesn't say why
+        reason = " ".join(str(error.__cause__ or error).split())[:500]
         raise ValueError(f"dataset: {name_or_folder} can't be read: {reason}") from error
 
 
