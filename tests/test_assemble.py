@@ -57,6 +57,8 @@ def test_the_folder_is_the_pipeline_of_the_parts(
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     assert pipeline.scheduler.config.beta_end == 0.03
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    exchanged = DDIMScheduler.from_config(pipeline.scheduler.config).config
+    assert not exchanged.clip_sample and exchanged.timestep_spacing == "trailing"
     by_hand = ClassifierGuidedPipeline(
         small_unet(num_class_embeds=4),
         DPMSolverMultistepScheduler(beta_end=0.03, timestep_spacing="trailing"),

@@ -43,6 +43,7 @@ from guided_diffusers.noise import (
 from guided_diffusers.run_checks import check_images
 from guided_diffusers.schedule_checks import (
     accuracy_warning,
+    check_custom_steps,
     ending_warning,
     starting_warning,
     stride_warning,
@@ -574,6 +575,12 @@ def test_the_check_of_accuracy_leaves_the_scheduler_and_the_global_generator_alo
     state, index = torch.get_rng_state(), scheduler.step_index
     assert accuracy_warning(scheduler, levels)
     assert torch.equal(torch.get_rng_state(), state) and scheduler.step_index == index
+
+
+def test_sigmas_of_continuous_time_have_no_table() -> None:
+    config = {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_max": 700.0}
+    scheduler = EulerDiscreteScheduler(sigma_min=0.002, **config)
+    assert check_custom_steps(scheduler, "sigmas", [700.0, 54.0, 0.0]) == [700.0, 54.0, 0.0]
 
 
 def test_timesteps_of_other_noise_than_the_samples_are_warned_of() -> None:

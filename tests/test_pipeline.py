@@ -494,6 +494,17 @@ def test_modes_have_presets_of_their_own(tmp_path: Path) -> None:
     assert found == {"mode": "upsampler", **DEFAULTS, **PRESET, **NEUTRAL, **steps}
 
 
+def test_a_preset_of_the_usual_mode_leaves_its_limits() -> None:
+    defaults = {"guidance_start": 0.4, "modes": {"label": {"guidance_scale": 2.0}}}
+    pipeline = quiet(
+        small_unet(**CONDITIONAL), DDIMScheduler(), small_classifier(), defaults=defaults
+    )
+    settings = resolve_defaults(pipeline, {})
+    assert (settings["guidance_start"], settings["guidance_scale"]) == (0.4, 2.0)
+    hidden = resolve_defaults(pipeline, {"conditional": False})
+    assert (hidden["guidance_start"], hidden["guidance_scale"]) == (0.0, 1.0)
+
+
 def test_a_batch_of_two_modes_is_warned_of() -> None:
     parts = small_unet(**CONDITIONAL), DDIMScheduler(clip_sample=False), small_classifier()
     preset = quiet(*parts, defaults=PRESET)

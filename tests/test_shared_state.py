@@ -35,6 +35,7 @@ from guided_diffusers import (
     ImageClassifierGuidance,
 )
 from guided_diffusers.attach import guide
+from guided_diffusers.guider import exclusive_use
 from guided_diffusers.networks import evaluating, relu_as_softplus
 
 BUSY = "scheduler: this .*Scheduler counts the steps of another call in progress in "
@@ -215,6 +216,20 @@ def test_a_scheduler_set_again_during_a_guided_call_is_refused() -> None:
         modular_call(block, label="cat")
     hook.remove()
     assert modular_call(block, label="cat").isfinite().all()
+
+
+def test_a_pipeline_made_within_guide_makes_calls_of_its_own() -> None:
+    pipeline = stable_diffusion(scheduler=DDIMScheduler(**SD))
+    with guide(pipeline, Pull(0.1)):
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        other = pipeline.from_pipe(pipeline, scheduler=scheduler)
+        other.set_progress_bar_config(disable=True)
+        with exclusive_use(pipeline.scheduler):
+            images = other(**seeded()).images
+            with pytest.raises(RuntimeError, match="counts the steps of another call"):
+                pipeline(**sd_call())
+    unguided = stable_diffusion(scheduler=DDIMScheduler(**SD))
+    assert torch.equal(images, unguided(**seeded()).images)
 
 
 def test_guide_of_our_pipeline_counts_as_one_call() -> None:

@@ -166,9 +166,12 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     usual = _mode(pipeline, defaults, hidden=False)
     mode = _mode(pipeline, {**call, **preset, **given}, hidden)
     changes = (defaults.get("modes") or {}).get(mode)
-    if mode != usual or changes:
+    if mode != usual:
         preset |= {name: DEFAULTS[name] for name in LIMITS}
-        preset |= {name: value for name, value in (changes or {}).items() if value is not None}
+    changes = {name: value for name, value in (changes or {}).items() if value is not None}
+    if {"guidance_every", "guidance_tolerance"} & changes.keys():
+        preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
+    preset |= changes
     if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
         preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
     return {"mode": mode, **preset, **given}

@@ -101,7 +101,8 @@ def _scheduler(trained: SchedulerMixin, name: str | None) -> SchedulerMixin:
     scheduler = scheduler_for(trained, name)
     changes = {"timestep_spacing": "trailing", "clip_sample": False}
     changes = {key: value for key, value in changes.items() if key in scheduler.config}
-    return type(scheduler).from_config(scheduler.config, **changes)
+    # in one mapping: entries that the class doesn't read are kept for others
+    return type(scheduler).from_config({**scheduler.config, **changes})
 
 
 def _check_fit(pipeline: ClassifierGuidedPipeline, network_names: Mapping[int, str] | None) -> None:

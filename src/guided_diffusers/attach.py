@@ -124,6 +124,8 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
 
     @wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not pipeline:  # a copy, or one made by from_pipe, with a scheduler of its own
+            return cls.__call__(self, *args, **kwargs)
         uses_it_exclusively = is_instance_by_name(self, {"ClassifierGuidedPipeline"})
         with nullcontext() if uses_it_exclusively else exclusive_use(hook.scheduler):
             outer, hook.thread, hook.steps_in_call = hook.thread, get_ident(), 0

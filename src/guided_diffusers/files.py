@@ -51,7 +51,8 @@ def aside(path: Path, exclusive: bool = False) -> Iterator[Path]:
         else:
             os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, f"{path} can't be written: {error.strerror or error}") from error
+        text = f"{path} can't be written: {error.strerror or error}"
+        raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
     except SafetensorError as error:  # which is no OSError
         raise OSError(f"{path} can't be written: {error}") from error
     finally:

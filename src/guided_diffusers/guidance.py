@@ -244,6 +244,10 @@ class GuidanceSum(Guidance):
         super().__init__()
         self._terms = tuple(single for term in terms for single in term.terms())
 
+    def with_scale(self, scale: Scale) -> GuidanceSum:
+        """The sum of the terms, each with this scale."""
+        return GuidanceSum([term.with_scale(scale) for term in self._terms])
+
     def terms(self) -> tuple[Guidance, ...]:
         return self._terms
 

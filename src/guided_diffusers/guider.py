@@ -190,6 +190,7 @@ class Guider:
             The terms to evaluate, whose `conditions` the prediction must answer.
         """
         self.index, self._images, self._mean_shift, self.score_shift = index, None, None, None
+        self._log_schedule_warnings()
         self._active = self.active_terms(index)
         if self.splitting is not None and not self.splitting.needs_guidance(index):
             self._active = []
@@ -222,7 +223,9 @@ class Guider:
                 graph = prediction.graph_input, level.x0(prediction.graph_input, prediction.output)
             prediction.output, prediction.graph_input = prediction.output.detach(), None
         output = prediction.output
-        self._log_warnings()
+        if self._active and self._clipping_warning:
+            logger.warning(self._clipping_warning)
+            self._clipping_warning = None
         if self._active:
             with ExitStack() as stack:  # until the gradients are there
                 context = self._context(x, prediction, graph, stack)
@@ -262,19 +265,16 @@ class Guider:
         Raises:
             FloatingPointError: if one is not finite.
         """
+        sample, self._sample = self._sample, None  # also if the check of the guidance raises
         self._check.finish()
         self._overshoot.finish()
-        sample, self._sample = self._sample, None
         if sample is not None:
             check_images(
                 sample, f"after step {self.index} of {len(self.levels)} of the sampling run"
             )
 
-    def _log_warnings(self) -> None:
+    def _log_schedule_warnings(self) -> None:
         warnings, self._schedule_warnings = self._schedule_warnings, []
-        if self._active:
-            warnings.append(self._clipping_warning)
-            self._clipping_warning = None
         for warning in filter(None, warnings):
             logger.warning(warning)
 

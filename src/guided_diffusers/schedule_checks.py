@@ -114,7 +114,8 @@ def _largest_step(scheduler: SchedulerMixin, name: str) -> float:
     table = getattr(scheduler, "alphas_cumprod", None)
     if is_instance_by_name(scheduler, {"DDPMWuerstchenScheduler"}):
         return 1.0
-    if table is None or is_flow(scheduler):
+    is_continuous = scheduler.config.get("timestep_type") == "continuous"
+    if table is None or is_continuous or is_flow(scheduler):
         return float("inf")
     if name == "timesteps":
         return len(table) - 1
@@ -260,7 +261,9 @@ def accuracy_warning(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) ->
     if not may_diverge or not all(level.b for level in levels):
         return None
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
-    probe.timesteps = probe.timesteps.cpu()
+    for name, value in vars(probe).items():
+        if isinstance(value, torch.Tensor):
+            setattr(probe, name, value.cpu())
     set_begin_index(probe, 0)
     step = step_fn(probe, generator, 0.0, 1)
     x = torch.randn(1, 1, 16, 16, generator=generator) * starting_sigma(probe)

@@ -15,6 +15,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +208,10 @@ def _without_weights(folder: Path, variant: str | None) -> str:
 
 def empty_model(cls: type, config: Mapping[str, Any]) -> torch.nn.Module:
     """A Diffusers model without memory for its weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    without_memory = torch.device("meta")
+    if find_spec("accelerate"):  # it leaves other tensors alone, whose values `__init__` may read
+        without_memory = import_module("accelerate").init_empty_weights()
+    with torch.random.fork_rng(devices=[]), without_memory:
         return cls.from_config(config)
 
 

@@ -131,7 +131,7 @@ def run_sample(options: Namespace) -> None:
     if is_main:
         check_outputs(options)
     if options.unet is not None:
-        pipeline = assembled(options.unet, options.classifier, options.vae)
+        pipeline = assembled(options.unet, options.classifier, options.vae, options.scheduler)
         options.model, options.revision = options.unet, None
     else:
         pipeline = load_pipeline(options.model, options.revision)
@@ -350,7 +350,8 @@ def make_folder(
         shard_size=options.shard_size or max(256, options.batch_size),
         format=options.format or "imagefolder",
         skip_failed=options.skip_failed,
-        revision=hub_commit(options.model, options.revision),
+        # of assembled parts, the hash of all weights
+        revision=None if options.unet else hub_commit(options.model, options.revision),
         processes=processes,
         progress=not options.quiet,
         timeout_minutes=options.timeout_minutes,
