@@ -154,7 +154,11 @@ def untrusted_globals(checkpoint: Path) -> list[str]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        names = []  # also if the folder goes while it is read: it may be one that was only tried
+    steps = [name.removeprefix("checkpoint-") for name in names if name.startswith("checkpoint-")]
     return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
