@@ -383,8 +383,8 @@ def main() -> None:
         accelerator = make_accelerator(options)
         if options.train_batch_size * accelerator.num_processes == 1:
             raise ValueError(
-                "--train_batch_size 1: an image's caption is told from those of the others in the "
-                "batch, of all processes: 2 or more are allowed"
+                "--train_batch_size 1: an image's caption is distinguished from those of the others "
+                "in the batch, of all processes: 2 or more are allowed"
             )
         by_label = options.captions is not None
         images, held_out = load_data(options, accelerator, labelled=by_label)

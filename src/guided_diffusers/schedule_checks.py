@@ -328,7 +328,7 @@ def stride_warning(scheduler: SchedulerMixin, first: int = 0) -> str | None:
     return (
         f"{owner} steps by {stride} timesteps, its timesteps (timestep_spacing={spacing!r}, "
         f"{scheduler.num_inference_steps} steps) have another distance: at timestep {at} the sample "
-        f"has {worst:.3g} times the noise that the network is told. Use timestep_spacing='trailing' "
-        f"and a number of steps that divides {scheduler.config.num_train_timesteps}, or another "
-        "scheduler"
+        f"has {worst:.3g} times the noise of the level that the network gets. Use "
+        "timestep_spacing='trailing' and a number of steps that divides "
+        f"{scheduler.config.num_train_timesteps}, or another scheduler"
     )

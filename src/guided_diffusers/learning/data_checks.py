@@ -1,4 +1,4 @@
-"""What is read and said of the data before the first step."""
+"""What is read before the first step, and reported, of the data."""
 
 from __future__ import annotations
 
