@@ -17,6 +17,8 @@
         --label_column tags
     accelerate launch train_classifier.py ... --init_from out/unet --dlsm_weight 1 \\
         --score_model out/unet
+    accelerate launch train_classifier.py ... --init_from out/classifier --teacher out/classifier \\
+        --max_power 8                                                  # for guidance_power
     accelerate launch train_classifier.py ... --push_to_hub --hub_model_id user/classifier
     accelerate launch --multi_gpu --num_processes 2 train_classifier.py ...
     torchrun --standalone --nproc_per_node 2 train_classifier.py --cpu ...      # two CPU processes
@@ -43,7 +45,16 @@ from diffusers import DDPMScheduler, ModelMixin
 
 from guided_diffusers import NoiseAwareClassifier
 from guided_diffusers.cli_options import run_program
-from guided_diffusers.diagnosis import GAPS, calibration_gaps, diagnose, plot, with_calibration
+from guided_diffusers.diagnosis import (
+    GAPS,
+    calibration_error,
+    calibration_gaps,
+    diagnose,
+    logit_scale,
+    plot,
+    with_calibration,
+)
+from guided_diffusers.evaluation import load_network
 from guided_diffusers.learning.annotations import TargetedImages
 from guided_diffusers.learning.batches import Batch
 from guided_diffusers.learning.classifier_losses import METRICS, REGRESSION, SINGLE, held_out_scores
@@ -66,6 +77,7 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
+from guided_diffusers.learning.teacher import Teacher
 from guided_diffusers.learning.warm_start import (
     classifier_config,
     copy_weights,
@@ -122,6 +134,20 @@ class ClassifierOptions(Options):
         "diffusion model whose score that loss uses: folder or Hub id of a pipeline with a "
         "UNet2DModel, unconditional or with a null label",
     )
+    teacher: str | None = option(
+        None,
+        "classifier of clean images whose probabilities, calibrated on the held-out images, replace "
+        "the labels: folder or Hub id of a noise-aware classifier, evaluated without noise, or of "
+        "an image classifier of transformers",
+    )
+    max_power: float | None = option(
+        None,
+        "also learn E[p(y | x_0)^w | x_t] for powers w from 1 to this, for guidance_power; needs "
+        "--teacher",
+        1,
+        1000,
+        open=True,
+    )
     diagnosis_images: int = changeable(500, "held-out images of a diagnosis; 0: no diagnosis", 0)
 
     def __post_init__(self) -> None:
@@ -150,6 +176,7 @@ class ClassifierOptions(Options):
         if self.streaming and self.class_weights == "balanced":
             raise ValueError(f"--class_weights balanced {all_labels} numbers, a file are allowed")
         self._check_score_matching()
+        self._check_teacher()
 
     def _check_score_matching(self) -> None:
         weight = f"--dlsm_weight {self.dlsm_weight}"
@@ -163,6 +190,26 @@ class ClassifierOptions(Options):
         if self.dlsm_weight and self.gradient_checkpointing:
             twice = "differentiates twice, which --gradient_checkpointing can't"
             raise ValueError(f"{weight} {twice}: 0 is allowed with it")
+
+    def _check_teacher(self) -> None:
+        if self.max_power is not None and self.teacher is None:
+            raise ValueError(
+                f"--max_power {self.max_power:g} needs --teacher, whose p(y | x_0)^w are the targets"
+            )
+        others = {
+            "problem_type": SINGLE,
+            "class_weights": None,
+            "label_smoothing": 0,
+            "mixup": 0,
+            "dlsm_weight": 0,
+            "vae": None,
+        }
+        for name, allowed in others.items():
+            if self.teacher is not None and getattr(self, name) != allowed:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: {allowed} is allowed with --teacher, which "
+                    "gives the targets of single labels and needs images in pixels"
+                )
 
 
 def set_targets(
@@ -206,8 +253,44 @@ def make_classifier(
         id2label=data.id2label or None,
         label2id=None,
         problem_type=options.problem_type,
+        power_range=None if options.max_power is None else (1.0, options.max_power),
         **schedule,
     )
+
+
+def make_teacher(
+    options: ClassifierOptions, accelerator: Accelerator, data: Images, held_out: Images | None
+) -> Teacher | None:
+    """The calibrated --teacher; None without."""
+    name = options.teacher
+    if name is None:
+        return None
+    if held_out is None:
+        raise ValueError(
+            f"--teacher {name}: held-out images are needed to calibrate it: a validation split, or "
+            "--validation_fraction above 0"
+        )
+    with named_errors(f"--teacher {name}"):
+        network = load_network(name, accelerator.device)
+        if network.classes is None:
+            raise ValueError("it is no classifier")
+    network.module.requires_grad_(False)
+    teacher = Teacher(name, network, network.names, network.classes, data.id2label)
+    count, batch_size = options.validation_samples, options.train_batch_size
+    progress = options.progress and accelerator.is_main_process
+
+    def error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+        return calibration_error(calibration_gaps(logits, labels))
+
+    figures = teacher.calibrate(held_out, count, batch_size, logit_scale, error, progress)
+    accelerator.print(
+        printable(
+            f"teacher {name}: accuracy {figures['accuracy']:.4f}, temperature "
+            f"{figures['temperature']:.3f}; calibration error {figures['calibration_error']:.4f}, "
+            f"before {figures['calibration_error_before']:.4f}"
+        )
+    )
+    return teacher
 
 
 def make_loss(
@@ -216,6 +299,7 @@ def make_loss(
     scheduler: DDPMScheduler,
     max_timestep: int,
     data: Images | TargetedImages,
+    teacher: Teacher | None = None,
 ) -> ClassifierLoss:
     """The loss that the options define."""
     first, kind = options.min_timestep, options.problem_type
@@ -242,7 +326,8 @@ def make_loss(
     noise = accelerator, scheduler, len(data.id2label), first, max_timestep
     labels = kind, class_weights, variance, options.label_smoothing, options.mixup
     robust = options.robust_epsilon, options.robust_steps
-    return ClassifierLoss(*noise, *labels, *robust, score, options.dlsm_weight, sampler)
+    targets = teacher, options.max_power
+    return ClassifierLoss(*noise, *labels, *robust, score, options.dlsm_weight, sampler, *targets)
 
 
 def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
@@ -279,6 +364,7 @@ def evaluate_classifier(
     """Held-out metrics; the main process also writes the diagnosis, and at the end the curves."""
     kind, accelerator = options.problem_type, loss.accelerator
     calibration = GAPS if kind == SINGLE else ()
+    powers = power_names(options.max_power)
 
     def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         x_t, y = loss.scheduler.add_noise(batch["pixel_values"], eps, t), batch["label"]
@@ -286,10 +372,17 @@ def evaluate_classifier(
         scores = [*held_out_scores(logits, y, kind, loss.variance).values()]
         if calibration:
             scores += calibration_gaps(logits, y).T
+        for power in powers:
+            odds = model(x_t, t, power=power).logits
+            scores.append(odds.sigmoid().sum(dim=1))
+            scores.append((power * loss.teacher(batch["pixel_values"])).exp().sum(dim=1))
         return torch.stack(scores)
 
     names, num_timesteps = (*METRICS[kind], *calibration), loss.max_timestep + 1
+    names += tuple(name for pair in powers.values() for name in pair)
     metrics = held_out_metrics(accelerator, options, held_out, num_timesteps, names, score)
+    if metrics and loss.teacher is not None:
+        metrics["teacher"] = loss.teacher.figures
     if metrics and calibration:
         rows = metrics["held_out"] = [with_calibration(row) for row in metrics["held_out"]]
         if accelerator.is_main_process:
@@ -298,6 +391,15 @@ def evaluate_classifier(
             if options.diagnosis_images and loss.max_timestep:
                 write_diagnosis(options, model, held_out, verbose=step == last_step)
     return metrics
+
+
+def power_names(max_power: float | None) -> dict[float, tuple[str, str]]:
+    """By power, four from 1 to the largest: names of the metrics mean_x sum_y sigmoid(f_y), which
+    the classifier gives, and mean_x sum_y p(y | x_0)^w, which it should."""
+    if max_power is None:
+        return {}
+    powers = [round(max_power ** (k / 3), 3) for k in range(4)]
+    return {w: (f"power {w:g}", f"power {w:g} of the teacher") for w in powers}
 
 
 def write_diagnosis(
@@ -370,7 +472,8 @@ def main() -> None:
         if initial is not None:
             accelerator.print(copy_weights(model, initial, options.init_from))
         max_timestep = schedule["num_train_timesteps"] - 1
-        loss = make_loss(options, accelerator, scheduler, max_timestep, data)
+        teacher = make_teacher(options, accelerator, data, held_out)
+        loss = make_loss(options, accelerator, scheduler, max_timestep, data, teacher)
         trainer = Trainer(options, accelerator, model, data)
         settings = {"workers": options.dataloader_num_workers, "progress": options.progress}
         settings["timeout_minutes"] = options.timeout_minutes

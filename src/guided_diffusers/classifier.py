@@ -38,6 +38,7 @@ FILE = "guided_diffusers_classifier"  # what this file is called beside the weig
 MAX_SHOWN = 200  # characters of a value in a message
 #: larger ones are of no real network, and would take for ever to build
 MAX_WIDTH, MAX_LEVELS = 2**16, 16
+MAX_POWER = 1000
 LARGEST = {
     "in_channels": MAX_WIDTH,
     "num_labels": 10**6,
@@ -56,7 +57,8 @@ PUSH_ARGUMENTS = (
 
 @dataclass
 class NoiseAwareClassifierOutput(BaseOutput):
-    """Output of [`NoiseAwareClassifier`]: `logits` (B, num_labels), unnormalised log p(y | x_t)."""
+    """Output of [`NoiseAwareClassifier`]: `logits` (B, num_labels), unnormalised log p(y | x_t); with
+    a `power`, log odds."""
 
     logits: Tensor
 
@@ -125,6 +127,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas: The noise schedule
             of the training, as in `DDPMScheduler`: it maps a `timestep` to its noise level.
             Guidance reads it.
+        power_range: (1, MAX): the powers w for which the classifier also gives
+            E[p(y | x_0)^w | x_t], whose gradient is the exact guidance to p(x) p(y | x)^w
+            (Lu et al. 2023, "Contrastive energy prediction for exact energy-guided diffusion
+            sampling", section 3). For single labels. `None`: w = 1 only, the usual classifier.
 
     Raises:
         ValueError: For unknown or contradictory values; the message names argument, value and what
@@ -159,6 +165,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         beta_end: float = 0.02,
         trained_betas: list[float] | None = None,
         problem_type: str = "single_label_classification",
+        power_range: tuple[float, float] | None = None,
     ):
         super().__init__()
         config = self.config
@@ -167,6 +174,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         head_dims = _head_dims(attention_head_dim, block_out_channels)
         _check_architecture(config, size, head_dims)
         _check_schedule(config)
+        _check_power_range(config)
         id2label, label2id = _matched_labels(num_labels, id2label, label2id)
         self.register_to_config(id2label=id2label, label2id=label2id)
 
@@ -184,23 +192,39 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             **options,
         )
         self.head = _head(self.config, size, head_dims[-1])
-        last_layer = self.head[-1].out if pool == "attention" else self.head[-1]
-        nn.init.zeros_(last_layer.weight)
-        nn.init.zeros_(last_layer.bias)
+        last_layers = [self.head[-1].out if pool == "attention" else self.head[-1]]
+        if power_range is not None:
+            self.power_embedding = TimestepEmbedding(1, 4 * time_proj_dim)
+            last_layers.append(self.power_embedding.linear_2)
+        for layer in last_layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        return_dict: bool = True,
+        power: Tensor | float | None = None,
     ) -> NoiseAwareClassifierOutput | tuple[Tensor]:
-        """Logits of p(y | x_t).
+        """Logits of p(y | x_t), or the log odds of E[p(y | x_0)^w | x_t]:
+
+            sigmoid(f_y) = E[p(y | x_0)^w | x_t],    f_y = log p_y / (1 - p_y) + d_y log w
+
+        with p the softmax of the head's first `num_labels` outputs and d the others. At w = 1 this
+        is p(y | x_t), whatever the weights are.
 
         Args:
             sample: x_t, (B, C, H, W), as the training's forward process left it:
                 sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
             timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional
                 allowed: a number, or a tensor () or (B,).
+            power: w in `config.power_range`, a number, or a tensor () or (B,). None: the logits of
+                p(y | x_t), w = 1.
 
         Raises:
-            ValueError: If the shape of `sample` or `timestep` doesn't fit.
+            ValueError: If the shape of `sample` or `timestep` doesn't fit, or for a power out of
+                range (a tensor on an accelerator isn't checked, which would wait for it).
         """
         is_tensor = torch.is_tensor(sample) and sample.is_floating_point()
         _require(is_tensor, "sample", getattr(sample, "dtype", sample), "a floating-point tensor")
@@ -235,6 +259,9 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
 
         # The sinusoid is float32 whatever the weights are, as in the original.
         temb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
+        if power is not None:
+            log_w = self._log_power(power, sample)
+            temb = temb + log_w * self.power_embedding(log_w)
         hidden = self.conv_in(sample)
         features = (hidden,)
         for block in self.down_blocks:
@@ -244,7 +271,28 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         if self.config.pool in ("spatial", "spatial_v2"):
             hidden = torch.cat([feature.mean((2, 3)) for feature in (*features, hidden)], dim=1)
         logits = self.head(hidden)
+        if self.config.power_range is not None:
+            logits, d = logits.chunk(2, dim=1)
+        if power is not None:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = log_odds(wide) + log_w * d
         return NoiseAwareClassifierOutput(logits=logits) if return_dict else (logits,)
+
+    def _log_power(self, power: Tensor | float, sample: Tensor) -> Tensor:
+        """log w, (B, 1), in the weights' dtype."""
+        powers = self.config.power_range
+        allowed = "None, the classifier was trained without powers (--max_power)"
+        _require(powers is not None, "power", power, allowed)
+        allowed = f"a number from {powers[0]:g} to {powers[1]:g}, or a tensor () or (B,) of such"
+        if not torch.is_tensor(power):
+            _require(_is_number(power), "power", power, allowed)
+            power = torch.tensor(float(power))
+        fits = power.is_floating_point() and power.shape in ((), (1,), sample.shape[:1])
+        if fits and power.device.type == "cpu":
+            fits = bool(((power >= powers[0]) & (power <= powers[1])).all())
+        _require(fits, "power", power, allowed)
+        w = power.to(sample.device, torch.promote_types(self.dtype, torch.float32))
+        return w.log().expand(len(sample))[:, None].to(self.dtype)
 
     def save_pretrained(
         self,
@@ -359,6 +407,15 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
+def log_odds(logits: Tensor) -> Tensor:
+    """log p_k / (1 - p_k) of a softmax p of logits (B, K), accurate for p near 0 and 1, (B, K)."""
+    log_p = logits.log_softmax(dim=1)
+    is_top = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
+    log_rest = torch.log(-torch.expm1(log_p.masked_fill(is_top, -1.0)))
+    rest_of_top = log_p.masked_fill(is_top, -math.inf).logsumexp(dim=1, keepdim=True)
+    return log_p - torch.where(is_top, rest_of_top, log_rest)
+
+
 def check_model_folder(name: Any, subfolder: str | None = None) -> None:
     """Refuse what is neither a folder nor a Hub id, and a config that is no JSON object.
 
@@ -427,6 +484,7 @@ def _down_blocks(config: Any, head_dims: list[int], options: dict[str, Any]) -> 
 def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
     widths, depth, pool = list(config.block_out_channels), config.layers_per_block, config.pool
     channels, groups, eps = widths[-1], config.norm_num_groups, config.norm_eps
+    outputs = config.num_labels * (1 if config.power_range is None else 2)
     if pool in ("spatial", "spatial_v2"):
         # It sees conv_in, every residual block and down-sampler, and the middle block.
         seen = widths[0] + depth * sum(widths) + sum(widths[:-1]) + channels
@@ -435,15 +493,15 @@ def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
             (nn.GroupNorm(groups, SPATIAL_WIDTH, eps=eps), nn.SiLU()) if v2 else (nn.ReLU(),)
         )
         return nn.Sequential(
-            nn.Linear(seen, SPATIAL_WIDTH), *activation, nn.Linear(SPATIAL_WIDTH, config.num_labels)
+            nn.Linear(seen, SPATIAL_WIDTH), *activation, nn.Linear(SPATIAL_WIDTH, outputs)
         )
     normed = (nn.GroupNorm(groups, channels, eps=eps), nn.SiLU())
     if pool == "adaptive":
         return nn.Sequential(
-            *normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.num_labels)
+            *normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
         )
     grid = (size[0] >> (len(widths) - 1), size[1] >> (len(widths) - 1))
-    return nn.Sequential(*normed, AttentionPool2d(grid, channels, head_dim, config.num_labels))
+    return nn.Sequential(*normed, AttentionPool2d(grid, channels, head_dim, outputs))
 
 
 def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
@@ -582,6 +640,18 @@ def _check_schedule(config: Any) -> None:
             betas,
             allowed,
         )
+
+
+def _check_power_range(config: Any) -> None:
+    powers = config.power_range
+    if powers is None:
+        return
+    fits = isinstance(powers, (list, tuple)) and len(powers) == 2 and all(map(_is_number, powers))
+    fits = fits and powers[0] == 1 and 1 < powers[1] <= MAX_POWER
+    allowed = f"None or (1, a number above 1 and up to {MAX_POWER})"
+    _require(fits, "power_range", powers, allowed)
+    kind = config.problem_type
+    _require(kind == PROBLEM_TYPES[0], "problem_type", kind, f"{PROBLEM_TYPES[0]} with power_range")
 
 
 def _label_id(value: Any) -> int:

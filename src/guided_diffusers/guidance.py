@@ -456,7 +456,7 @@ class ClassifierGuidance(NoiseAwareGuidance):
             (one per image), or a tensor of ids. Negative weights steer away.
         scale: 0 is off. 1 samples p(x | y) if the classifier is exact and the network is
             unconditional, or gets no label. Larger: sharper samples of lower diversity, but not
-            p(x) p(y | x)^scale.
+            p(x) p(y | x)^scale, whose score isn't a multiple of this gradient; `power` is for that.
         start, stop, sigma_interval: when it is active, as in `Guidance`.
         target: instead of a label, the value for a regressor's outputs: a number, (num_labels,) or
             (B, num_labels).
@@ -469,6 +469,14 @@ class ClassifierGuidance(NoiseAwareGuidance):
             softplus(beta x) / beta with this beta while the gradient is taken, which makes it
             smooth (the same paper: 3 for a ResNet). None: off.
         normalize: as in `NoiseAwareGuidance`.
+        power: w, within the classifier's `config.power_range`: at scale 1, samples are of
+            p(x) p(y | x)^w, since then
+
+                score of p(x_t) p(y | x_t; w)  =  score of p(x_t) + grad log E[p(y | x_0)^w | x_t]
+
+            (Lu et al. 2023, "Contrastive energy prediction for exact energy-guided diffusion
+            sampling", eq. 8), and the classifier was trained to give this expectation. None:
+            log p(y | x_t), of any classifier.
 
     Raises:
         ValueError: for any other argument, or one without effect for this classifier.
@@ -489,16 +497,18 @@ class ClassifierGuidance(NoiseAwareGuidance):
         marginal_temperature: float = 1.0,
         softplus: float | None = None,
         normalize: bool = False,
+        power: float | None = None,
     ):
         super().__init__(classifier, scale, start, stop, sigma_interval, normalize)
-        self.classifier, self.softplus = classifier, softplus
-        self.likelihood = make_likelihood(
-            module_config(classifier), label, target, std, joint_temperature, marginal_temperature
-        )
+        self.classifier, self.softplus, self.power = classifier, softplus, power
+        options = (std, joint_temperature, marginal_temperature, power)
+        self.likelihood = make_likelihood(module_config(classifier), label, target, *options)
         check_softplus(classifier, softplus)
 
     def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        return self.likelihood(logits_of(relu_as_softplus(self.module, self.softplus)(z, t)))
+        options = {} if self.power is None else {"power": self.power}
+        module = relu_as_softplus(self.module, self.softplus)
+        return self.likelihood(logits_of(module(z, t, **options)))
 
     def select(self, images: slice | list[int], count: int) -> ClassifierGuidance:
         part = super().select(images, count)

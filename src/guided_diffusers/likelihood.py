@@ -27,7 +27,8 @@ class LabelLikelihood:
 
     Args:
         labels: {id: weight}, one, or one per image.
-        multi: independent labels, log sigmoid(f_y); else a softmax with the two temperatures.
+        multi: independent labels or log odds, log sigmoid(f_y); else a softmax with the two
+            temperatures.
 
     Raises:
         ValueError: when called, if the labels don't fit the logits.
@@ -111,11 +112,13 @@ def make_likelihood(
     std: float = 1.0,
     joint: float = 1.0,
     marginal: float = 1.0,
+    power: float | None = None,
 ) -> LabelLikelihood | TargetLikelihood:
     """Likelihood of the label or the target by a network with this config.
 
     Args:
-        config: with `problem_type`, `id2label` and `num_labels`.
+        config: with `problem_type`, `id2label`, `num_labels` and `power_range`.
+        power: with which the network is called: its outputs are then log odds.
 
     Raises:
         ValueError: for arguments that don't go together.
@@ -131,7 +134,30 @@ def make_likelihood(
             raise ValueError(f"target={shown(target)}: finite numbers are allowed")
         return TargetLikelihood(value, std)
     labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
-    return LabelLikelihood(labels, kind == MULTI, joint, marginal)
+    if power is not None:
+        _check_power(power, config.get("power_range"), labels, joint, marginal)
+    return LabelLikelihood(labels, kind == MULTI or power is not None, joint, marginal)
+
+
+def _check_power(
+    power: Any, powers: Any, labels: list[dict[int, float]], joint: float, marginal: float
+) -> None:
+    if powers is None:
+        raise ValueError(
+            f"power={shown(power)}: the classifier knows no powers; leave it None, or train one with "
+            "train_classifier.py --max_power"
+        )
+    check_number("power", power, *powers)
+    if any(list(mixture.values()) != [1] for mixture in labels):
+        raise ValueError(
+            f"label={shown(labels)}: with power={power} one label an image, of weight 1, is allowed; "
+            "mixtures need power=None"
+        )
+    if (joint, marginal) != (1, 1):
+        raise ValueError(
+            f"joint_temperature={joint}, marginal_temperature={marginal} have no effect with "
+            f"power={power}; leave them 1"
+        )
 
 
 def _check_arguments(

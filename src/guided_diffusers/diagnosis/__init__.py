@@ -19,7 +19,13 @@ from ..lazy import lazy_imports
 if TYPE_CHECKING:
     from .inspection import Diagnosis, diagnose, inspect
     from .levels import EvalLevel
-    from .metrics import GAPS, calibration_error, calibration_gaps, with_calibration
+    from .metrics import (
+        GAPS,
+        calibration_error,
+        calibration_gaps,
+        logit_scale,
+        with_calibration,
+    )
     from .report import BASELINES, COLUMNS, CURVES, plot
     from .steps import GuidanceDiagnostics, check_output
     from .verdict import Verdict
@@ -38,6 +44,7 @@ __all__ = [
     "calibration_gaps",
     "diagnose",
     "inspect",
+    "logit_scale",
     "plot",
     "with_calibration",
 ]

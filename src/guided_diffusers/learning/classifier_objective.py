@@ -25,12 +25,14 @@ from .classifier_losses import (
     label_losses,
     log_likelihood,
     mixup,
+    power_losses,
     score_matching_losses,
     soft_labels,
     worst_case,
 )
 from .losses import LossSecondMomentSampler, draw_steps, weighted_mean
 from .prepare import Images
+from .teacher import Teacher
 
 
 @dataclass
@@ -52,6 +54,8 @@ class ClassifierLoss:
     score: ScoreModel | None = None  # for `score_matching_losses`; None: off
     score_weight: float = 0.0
     sampler: LossSecondMomentSampler | None = None  # counts from `min_timestep`; None: uniform
+    teacher: Teacher | None = None  # whose probabilities are the targets; None: the labels
+    max_power: float | None = None  # of `power_losses`; None: off. Needs a teacher
 
     def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> Tensor:
         x0, y = batch["pixel_values"], batch["label"]
@@ -60,14 +64,21 @@ class ClassifierLoss:
         t, eps = self.min_timestep + k, draws.randn(*x0.shape[1:])
         if self.mixup_alpha:
             x0, y = mixup(x0, soft_labels(y, self.num_labels), self.mixup_shares(draws))
+        options, log_p = {}, None
+        if self.teacher is not None:
+            log_p = self.teacher(x0)
+            y = log_p.exp()
+        if self.max_power is not None:
+            options["power"] = torch.exp(draws.rand() * math.log(self.max_power))  # log-uniform
         x_t, score_losses = self.scheduler.add_noise(x0, eps, t), 0.0
 
         def of_logits(logits: Tensor) -> Tensor:
-            options = (self.problem_type, self.class_weights, self.label_smoothing, self.variance)
-            return label_losses(logits, y, *options)
+            kind = (self.problem_type, self.class_weights, self.label_smoothing, self.variance)
+            return label_losses(logits, y, *kind)
 
         def of_images(x: Tensor) -> Tensor:
-            return of_logits(model(x, t).logits)
+            logits = model(x, t, **options).logits
+            return power_losses(logits, log_p, **options) if options else of_logits(logits)
 
         if self.score is not None:
             with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative

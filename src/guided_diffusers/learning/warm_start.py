@@ -17,7 +17,7 @@ ARCHITECTURE = (
     "resnet_time_scale_shift attention_head_dim norm_eps dropout"
 ).split()
 MODELS = {"NoiseAwareClassifier": NoiseAwareClassifier, "UNet2DModel": UNet2DModel}
-NOT_ARCHITECTURE = (*SCHEDULE, "num_labels", "id2label", "label2id", "problem_type")
+NOT_ARCHITECTURE = (*SCHEDULE, "num_labels", "id2label", "label2id", "problem_type", "power_range")
 
 
 def load_initial_model(path: str | None) -> NoiseAwareClassifier | UNet2DModel | None:
@@ -61,9 +61,18 @@ def copy_weights(model: NoiseAwareClassifier, initial: ModelMixin, path: str) ->
     """Copy the parameters of the same name and shape into a classifier; returns what was copied.
 
     Of a UNet these are the encoder and the middle block; of a classifier all, except the last layer
-    if its labels differ. `path` is named in messages.
+    if its labels differ. Where only one of them knows powers, the last layer's common outputs are
+    copied. `path` is named in messages.
     """
     target, source = model.state_dict(), initial.state_dict()
+    if isinstance(initial, NoiseAwareClassifier):
+        for name in last_layer_names(model):
+            rows = source[name][: model.config.num_labels]
+            if (
+                rows.shape[0] == model.config.num_labels
+                and rows.shape[1:] == target[name].shape[1:]
+            ):
+                source[name] = torch.cat([rows, target[name][len(rows) :]])
     names = [name for name in target if name in source and source[name].shape == target[name].shape]
     if isinstance(initial, NoiseAwareClassifier) and initial.size != model.size:
         # 8 x 12 and 12 x 8 have as many places, but others
