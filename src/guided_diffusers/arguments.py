@@ -32,7 +32,13 @@ MAX_STEPS = 10**5  # of a run in continuous time
 #: of a call, which a preset is measured for: what the network gets, and what steers
 MODES = ("label", "classifier", "classifier_free", "upsampler")
 #: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
-LIMITS = ("guidance_start", "guidance_stop", "guidance_every", "guidance_tolerance")
+LIMITS = (
+    "guidance_power",
+    "guidance_start",
+    "guidance_stop",
+    "guidance_every",
+    "guidance_tolerance",
+)
 
 
 @dataclass
@@ -127,11 +133,13 @@ def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the interval, the algorithm and the rule of reuse.
+    """Check the power, the interval, the algorithm and the rule of reuse.
 
     Raises:
         ValueError: naming the argument, the value and what is allowed.
     """
+    if settings["guidance_power"] is not None:
+        check_number("guidance_power", settings["guidance_power"], 1)
     check_interval(settings["guidance_start"], settings["guidance_stop"], "guidance_")
     check_number("guidance_every", settings["guidance_every"], 1, integer=True)
     if settings["guidance_tolerance"] is not None:
@@ -428,6 +436,8 @@ def _label_terms(
     """Classifier and classifier-free guidance to the labels; none at scale 0."""
     names = ("guidance_scale", "classifier_free_scale")
     if not mixtures:
+        if call["guidance_power"] is not None:
+            raise ValueError(f"guidance_power={call['guidance_power']} needs a label to steer to")
         if any(_is_on(name, call[name]) for name in names):
             raise ValueError(
                 f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
@@ -439,10 +449,15 @@ def _label_terms(
         _image_scale(name, settings[name], len(mixtures), per_label) for name in names
     )
     terms: list[Guidance] = []
+    _check_power(pipeline, call, scale)
     if scale.any():
         _check_classifier(pipeline, scale)
-        interval = settings["guidance_start"], settings["guidance_stop"]
-        terms.append(ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval))
+        interval, power = (
+            (settings["guidance_start"], settings["guidance_stop"]),
+            settings["guidance_power"],
+        )
+        term = ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval, power=power)
+        terms.append(term)
     if free_scale.any():
         if class_labels is None or null is None:
             raise ValueError(
@@ -456,6 +471,22 @@ def _label_terms(
             )
         terms.append(ClassifierFreeGuidance(null, free_scale))
     return terms
+
+
+def _check_power(pipeline: Any, call: Mapping[str, Any], scale: torch.Tensor) -> None:
+    """Refuse the call's `guidance_power` where it has no effect."""
+    power = call["guidance_power"]
+    if power is None:
+        return
+    powers = module_config(pipeline.classifier).get("power_range")
+    if powers is None:
+        raise ValueError(
+            f"guidance_power={power}: the pipeline has no classifier that knows powers; leave it "
+            "None, or train one with train_classifier.py --max_power"
+        )
+    check_number("guidance_power", power, *powers)
+    if not scale.any():
+        raise ValueError(f"guidance_power={power} has no effect with guidance_scale=0; 1 is exact")
 
 
 def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:

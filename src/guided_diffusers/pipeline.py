@@ -104,11 +104,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             config; network and classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, if there is no classifier that has them.
         defaults: values of the call's arguments that are left at `None`, saved with the pipeline.
-            By default guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0,
+            By default guidance_scale=1.0, guidance_power=None, guidance_start=0.0, guidance_stop=1.0,
             classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
             guidance_every=1 and guidance_tolerance=None; a value of None is that default. They are
-            for the usual call: a network that can gets the label. For other calls, guidance_start,
-            guidance_stop, guidance_every and guidance_tolerance are ignored, and
+            for the usual call: a network that can gets the label. For other calls, guidance_power,
+            guidance_start, guidance_stop, guidance_every and guidance_tolerance are ignored, and
             defaults["modes"], {mode: {argument: value}}, is used: "classifier" where it alone
             steers (conditional=False, mixtures), "classifier_free" with classifier-free guidance,
             "upsampler" with image.
@@ -243,7 +243,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network, and so of the samples."""
-        return get_parameter_dtype(self.unet) or torch.float32
+        if next(self.unet.parameters(), None) is None:  # which Diffusers' function can't answer
+            return torch.float32
+        return get_parameter_dtype(self.unet)
 
     @property
     def num_labels(self) -> int | None:
@@ -317,6 +319,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guidance_tolerance: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        guidance_power: float | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -328,8 +331,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             guidance_scale: scale of the classifier's gradient; a number, or one per label or image.
                 (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
                 the classifier is, and the network doesn't get the label. Larger: sharper images of
-                lower diversity. A class-conditional network that gets the label is sharpened by any
-                scale above 0. The default is 0 without a classifier.
+                lower diversity, but not of p(x) p(y | x)^scale (`guidance_power`). A
+                class-conditional network that gets the label is sharpened by any scale above 0. The
+                default is 0 without a classifier.
             guidance_start, guidance_stop: the fractions of the run, in [0, 1], between which the
                 classifier guides.
             num_inference_steps: number of scheduler steps.
@@ -376,6 +380,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 `guidance_every` is given.
             height, width: size of the images in pixels, if the networks allow others than their own
                 (a UNet does; a classifier with `pool="attention"` doesn't).
+            guidance_power: w, for images of p(x) p(y | x)^w at guidance_scale 1, within the
+                `power_range` of the classifier's config (`ClassifierGuidance`); for labels, not
+                mixtures. None: the gradient of log p(y | x_t), which is w = 1.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -392,6 +399,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         call = {
             "guidance_scale": guidance_scale,
+            "guidance_power": guidance_power,
             "guidance_start": guidance_start,
             "guidance_stop": guidance_stop,
             "classifier_free_scale": classifier_free_scale,

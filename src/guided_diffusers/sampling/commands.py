@@ -75,6 +75,12 @@ def _add_call_options(command: ArgumentParser) -> None:
     group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
     for name, kind, metavar, help in (
         ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        (
+            "power",
+            number(1),
+            "W",
+            "sample p(x) p(y|x)^W exactly, with a classifier that was trained with --max_power",
+        ),
         ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
         ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
         ("every", count, "K", "evaluate the classifier every K steps"),
@@ -191,6 +197,8 @@ def describe_settings(pipeline: ClassifierGuidedPipeline, call: dict[str, Any], 
         f"seed {seed}",
         f"{values['num_inference_steps']} steps",
     ]
+    if values["guidance_power"] is not None:
+        parts.insert(1, f"power {values['guidance_power']:g}")
     interval = values["guidance_start"], values["guidance_stop"]
     if interval != (0, 1):
         parts.append("guided from {:g} to {:g}".format(*interval))

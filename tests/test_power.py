@@ -1,0 +1,260 @@
+"""Powers: p(x) p(y|x)^w by the expectation of p(y|x0)^w, in the classifier, the loss, guidance and the training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from helpers import NAMES
+from torch import Tensor, nn
+
+from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.classifier import log_odds
+from guided_diffusers.learning.classifier_losses import power_losses
+from guided_diffusers.learning.teacher import Teacher
+from guided_diffusers.learning.warm_start import classifier_config, copy_weights
+
+MEAN, WIDTH, PEAK = (
+    1.5,
+    1.0,
+    0.6,
+)  # p(0 | x0) = PEAK exp(-(x0 - MEAN)^2 / (2 WIDTH^2)); x0 ~ N(0, 1)
+BETAS = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+
+
+def random_classifier(**changes: Any) -> NoiseAwareClassifier:
+    config = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "num_labels": 3,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "power_range": (1.0, 8.0),
+    }
+    model = NoiseAwareClassifier(**config | changes)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.eval()
+
+
+class GaussianNetwork(nn.Module):
+    """E[eps | x_t] = sigma x_t of x0 ~ N(0, 1)."""
+
+    config = {"in_channels": 1, "sample_size": 1}
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return ((1 - BETAS.alphas_cumprod[int(timestep)]).sqrt() * sample,)
+
+
+class GaussianClassifier(nn.Module):
+    """E[p(y | x0)^w | x_t] in closed form: x0 given x_t is N(alpha x_t, sigma^2)."""
+
+    config = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "num_labels": 2,
+        "power_range": (1.0, 8.0),
+        "problem_type": "single_label_classification",
+    }
+
+    def forward(self, sample: Tensor, timestep: float, power: float = 1.0) -> SimpleNamespace:
+        alpha_bar = BETAS.alphas_cumprod[round(float(timestep))].double()
+        x, alpha, variance = sample.double().flatten(1), alpha_bar.sqrt(), 1 - alpha_bar
+        spread = WIDTH**2 / power  # p^w is a Gaussian function of this variance
+        log_q = power * math.log(PEAK) + 0.5 * torch.log(spread / (spread + variance))
+        log_q = log_q - (alpha * x - MEAN) ** 2 / (2 * (spread + variance))
+        odds = log_q - torch.log(-torch.expm1(log_q))
+        return SimpleNamespace(logits=torch.cat([odds, -odds], dim=1))
+
+
+def test_log_odds_are_those_of_the_softmax_also_where_it_saturates() -> None:
+    x = 5 * torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = x.softmax(dim=1)
+    torch.testing.assert_close(log_odds(x), p.log() - (1 - p).log(), rtol=1e-9, atol=1e-9)
+    x = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
+    odds = log_odds(x)
+    torch.testing.assert_close(odds, torch.tensor([[300.0, -300.0, -600.0]]))
+    odds.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_at_power_1_it_is_the_classifier() -> None:
+    model, x = random_classifier(), torch.randn(5, 1, 8, 8)
+    p = model(x, 30.5).logits.softmax(dim=1)
+    torch.testing.assert_close(model(x, 30.5, power=1.0).logits.sigmoid(), p)
+    odds = model(x, 30.5, power=4.0).logits
+    assert (odds.sigmoid() - p).abs().max() > 1e-3
+    each = torch.tensor([1.0, 4.0, 4.0, 1.0, 4.0])
+    rows = model(x, 30.5, power=each).logits.sigmoid()
+    torch.testing.assert_close(rows, torch.where(each[:, None] == 1, p, odds.sigmoid()))
+
+
+def test_untrained_powers_are_those_of_the_initial_classifier() -> None:
+    """Nothing is learned yet, so every power gives p(y | x_t)."""
+    initial, x = random_classifier(power_range=None), torch.randn(4, 1, 8, 8)
+    shape = {"sample_size": 8, "in_channels": 1, "num_labels": 3}
+    model = NoiseAwareClassifier(
+        **classifier_config(initial) | shape | {"power_range": (1.0, 8.0)}
+    ).eval()
+    copy_weights(model, initial, "initial")
+    p = initial(x, 10).logits.softmax(dim=1)
+    for power in (1.0, 3.0, 8.0):
+        torch.testing.assert_close(model(x, 10, power=power).logits.sigmoid(), p)
+    torch.testing.assert_close(model(x, 10).logits, initial(x, 10).logits)
+    # and back: an ordinary classifier from one of powers
+    back = NoiseAwareClassifier(**classifier_config(model) | shape).eval()
+    assert back.config.power_range is None
+    copy_weights(back, random_classifier(), "powers")
+    torch.testing.assert_close(back(x, 10).logits, random_classifier()(x, 10).logits)
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_every_head_has_powers(pool: str) -> None:
+    output = random_classifier(pool=pool)(torch.randn(2, 1, 8, 8), 3, power=2.5)
+    assert output.logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"power_range": (2.0, 8.0)}, "power_range"),
+        ({"power_range": (1.0, 1.0)}, "power_range"),
+        ({"power_range": 8.0}, "power_range"),
+        ({"power_range": (1.0, math.inf)}, "power_range"),
+        ({"power_range": ("a", 8.0)}, "power_range"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'"),
+    ],
+)
+def test_what_the_config_refuses(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        random_classifier(**changes)
+
+
+@pytest.mark.parametrize("power", [0.5, 8.5, "3", True, math.nan, torch.tensor([2.0, 9.0])])
+def test_powers_out_of_range(power: Any) -> None:
+    with pytest.raises(ValueError, match="power is .*from 1 to 8"):
+        random_classifier()(torch.randn(2, 1, 8, 8), 3, power=power)
+    if not torch.is_tensor(power):
+        with pytest.raises(ValueError, match="power=.*from 1"):
+            ClassifierGuidance(random_classifier(), 0, power=power)
+
+
+def test_powers_of_a_classifier_without() -> None:
+    plain = random_classifier(power_range=None)
+    with pytest.raises(ValueError, match="--max_power"):
+        plain(torch.randn(2, 1, 8, 8), 3, power=2.0)
+    with pytest.raises(ValueError, match="knows no powers"):
+        ClassifierGuidance(plain, 0, power=2.0)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"label": {0: 0.5, 1: 0.5}}, "one label an image"),
+        ({"label": {0: 2.0}}, "one label an image"),
+        ({"label": 0, "joint_temperature": 2.0}, "joint_temperature=2.0"),
+        ({"label": 0, "marginal_temperature": 0.5}, "marginal_temperature=0.5"),
+    ],
+)
+def test_what_has_no_exact_power(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ClassifierGuidance(random_classifier(), power=2.0, **options)
+
+
+def test_the_loss_is_least_at_the_expectation() -> None:
+    """Over x0 with p(y | x0) in {0.2, 0.9}, the best odds are those of the mean of p^w."""
+    log_p = torch.tensor([[0.2, 0.8], [0.9, 0.1]], dtype=torch.float64).log()
+    power = torch.full((2,), 3.0, dtype=torch.float64)
+    mean = torch.tensor([(0.2**3 + 0.9**3) / 2, (0.8**3 + 0.1**3) / 2], dtype=torch.float64)
+    f = torch.logit(mean).requires_grad_()
+    loss = power_losses(f.expand(2, 2), log_p, power).sum()
+    assert torch.autograd.grad(loss, f)[0].abs().max() < 1e-12
+    expected = -(mean * mean.log() + (1 - mean) * (1 - mean).log()).sum()
+    torch.testing.assert_close(loss.detach() / 2, expected)
+
+
+@pytest.mark.parametrize("power", [1.0, 3.0, 8.0])
+def test_samples_are_of_p_x_times_p_y_to_the_power(power: float) -> None:
+    """p(x) p(0|x)^w is Gaussian: its mean and variance, and what linear guidance makes of it."""
+    latents = torch.special.ndtri((torch.arange(400).double() + 0.5) / 400).float()
+    pipeline = ClassifierGuidedPipeline(GaussianNetwork(), BETAS, GaussianClassifier())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(**call: Any) -> Tensor:
+        options = {"num_inference_steps": 200, "output_type": "latent", **call}
+        return pipeline(0, 400, latents=latents.reshape(-1, 1, 1, 1), **options).images.flatten()
+
+    x = sample(guidance_power=power)
+    variance = 1 / (1 + power / WIDTH**2)
+    mean = variance * power * MEAN / WIDTH**2
+    assert abs(float(x.mean()) - mean) < 0.01
+    assert abs(float(x.std()) - variance**0.5) < 0.01
+    if power > 1:
+        assert abs(float(sample(guidance_scale=power).mean()) - mean) > 0.05
+        doubled = sample(guidance_power=power, guidance_scale=2.0)
+        assert abs(float(doubled.mean()) - mean) > 0.05  # a scale still multiplies the gradient
+
+
+def test_the_arguments_of_the_pipeline(tmp_path: Path) -> None:
+    network, classifier = GaussianNetwork(), GaussianClassifier()
+    pipeline = ClassifierGuidedPipeline(network, BETAS, classifier, defaults={"guidance_power": 3})
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 1, 1, 1)
+    options = {"latents": latents, "num_inference_steps": 5, "output_type": "latent"}
+    by_default = pipeline([0, 1], **options)
+    assert by_default.settings["guidance_power"] == 3
+    given = pipeline([0, 1], guidance_power=3.0, **options)
+    assert torch.equal(by_default.images, given.images)
+    for call, words in [
+        ({"guidance_power": 9.0}, "guidance_power=9.0.* 1.0 to 8.0"),
+        ({"guidance_power": 0.5}, "guidance_power=0.5"),
+        ({"guidance_power": 3.0, "guidance_scale": 0.0}, "no effect with guidance_scale=0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pipeline([0, 1], **options, **call)
+    with pytest.raises(ValueError, match="guidance_power=3.0 needs a label"):
+        pipeline(None, 2, guidance_power=3.0, **options)
+    with pytest.raises(ValueError, match="no classifier that knows powers"):
+        other = ClassifierGuidedPipeline(network, BETAS, random_classifier(power_range=None))
+        other([0, 1], guidance_power=3.0, **options)
+    with pytest.raises(ValueError, match="defaults: guidance_power"):
+        ClassifierGuidedPipeline(network, BETAS, classifier, defaults={"guidance_power": 0.2})
+
+
+def test_a_teacher_is_calibrated_and_its_labels_are_matched_by_name() -> None:
+    """Logits that are twice too large have the temperature 2."""
+    from guided_diffusers.diagnosis import calibration_error, calibration_gaps, logit_scale
+
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(4000, 3, generator=generator)
+    y = torch.multinomial(f.softmax(dim=1), 1, generator=generator)[:, 0]
+    items = [{"pixel_values": row, "label": int(label)} for row, label in zip(f, y, strict=True)]
+    order = [2, 0, 1]  # the teacher's own order of the labels
+    names = {k: NAMES[order[k]] for k in range(3)}
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, 2 * images[:, order]
+
+    data_names = {k: NAMES[k] for k in range(3)}
+    teacher = Teacher("t", network, names, 3, data_names)
+
+    def error(logits: Tensor, labels: Tensor) -> float:
+        return calibration_error(calibration_gaps(logits, labels))
+
+    figures = teacher.calibrate(items, 4000, 500, logit_scale, error, progress=False)
+    assert abs(figures["temperature"] - 2) < 0.1
+    assert figures["calibration_error"] < figures["calibration_error_before"] / 3
+    torch.testing.assert_close(teacher(f), f.log_softmax(dim=1), rtol=0, atol=0.2)
+    with pytest.raises(ValueError, match="doesn't know the data's labels"):
+        Teacher("t", network, names, 3, {0: "z"})
+    with pytest.raises(ValueError, match="4 labels without names and the data has 3"):
+        Teacher("t", network, {}, 4, data_names)
