@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import NAMES
+from helpers import NAMES, apart, weights
 from torch import Tensor, nn
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -258,3 +261,98 @@ def test_a_teacher_is_calibrated_and_its_labels_are_matched_by_name() -> None:
         Teacher("t", network, names, 3, {0: "z"})
     with pytest.raises(ValueError, match="4 labels without names and the data has 3"):
         Teacher("t", network, {}, 4, data_names)
+
+
+# ---------------------------------------------------------------- the training
+
+POWERS = "--max_power 8 --train_batch_size 16 --validation_samples 12 --learning_rate 1e-3"
+
+
+def test_training_with_powers(train: Callable[..., Path]) -> None:
+    """A tiny teacher of clean images, then a student of powers; resumed it ends the same."""
+    learn = "--max_train_steps 150 --train_batch_size 16 --learning_rate 3e-3 --no_use_ema"
+    teacher = train("classifier", f"{learn} --max_timestep 0", "teacher")
+    line = f"--teacher {teacher} {POWERS} --checkpointing_steps 3"
+    whole = train("classifier", f"{line} --max_train_steps 6", "whole")
+    part = shutil.copytree(whole, whole.with_name("part"))
+    shutil.rmtree(part / "checkpoint-6")
+    train("classifier", f"{line} --max_train_steps 6 --resume_from_checkpoint latest", "part")
+    assert apart(weights(whole), weights(part)) == 0
+    model = NoiseAwareClassifier.from_pretrained(whole)
+    assert model.config.power_range == [1.0, 8.0]
+    assert float(model.power_embedding.linear_2.weight.abs().max()) > 0  # it learned
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["teacher"]["images"] == 12 and metrics["teacher"]["temperature"] > 0
+    row = metrics["held_out"][0]
+    assert row["power 1"] == pytest.approx(1, abs=1e-4)
+    assert row["power 8 of the teacher"] < row["power 2 of the teacher"] < 1
+    # without --max_power: the teacher's probabilities as soft labels, an ordinary classifier
+    plain = train("classifier", f"--teacher {teacher} --max_train_steps 2", "plain")
+    assert NoiseAwareClassifier.from_pretrained(plain).config.power_range is None
+
+
+def test_the_loss_learns_the_expectation_of_a_known_teacher() -> None:
+    """x0 = +-1, p(0 | x0) = 0.9 or 0.2: at pure noise sigmoid(f_0) is the mean of p^w, w between."""
+    torch.manual_seed(0)
+    log_p = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
+    net = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(600):
+        side, power = torch.randint(2, (256,)), torch.exp(torch.rand(256) * math.log(8))
+        loss = power_losses(net(power.log()[:, None]), log_p[side], power).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for w in (1.0, 3.0, 8.0):
+        learned = net(torch.tensor([[math.log(w)]])).sigmoid()[0]
+        expected = (w * log_p).exp().mean(dim=0)
+        torch.testing.assert_close(learned, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--max_power 8", "--max_power 8 needs --teacher"),
+        ("--max_power 1 --teacher x", "--max_power 1: a number above 1"),
+        ("--teacher {folder}", "--teacher .*folder"),
+        ("--teacher x --mixup 0.2", "--mixup 0.2: 0 is allowed with --teacher"),
+        ("--teacher x --label_smoothing 0.1", "--label_smoothing 0.1"),
+        ("--teacher x --class_weights balanced", "--class_weights balanced"),
+    ],
+)
+def test_what_a_teacher_refuses(train: Callable[..., Path], line: str, words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        train("classifier", line)
+
+
+def test_inspect_says_whether_the_powers_are_consistent() -> None:
+    """The mean of E[p^w | x_t] is the same at all noise levels, if the classifier is exact."""
+    from guided_diffusers.diagnosis import diagnose
+
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(4000, generator=generator)
+    p = PEAK * torch.exp(-((x0 - MEAN) ** 2) / (2 * WIDTH**2))
+    label = (torch.rand(4000, generator=generator) > p).long()
+    data = [
+        {"pixel_values": x.reshape(1, 1, 1), "label": y} for x, y in zip(x0, label, strict=True)
+    ]
+
+    class Plain(GaussianClassifier):  # of label 0 alone, whose expectation is in closed form
+        error = 0.0
+
+        def forward(self, sample: Tensor, timestep: float, power: float = 1.0) -> SimpleNamespace:
+            odds = super().forward(sample, float(round(timestep)), power).logits
+            if power > 1:
+                odds = torch.stack([odds[:, 0], torch.full_like(odds[:, 0], -100.0)], dim=1)
+                odds = odds + self.error * timestep / 1000
+            return SimpleNamespace(logits=odds / 2 if power == 1 else odds)
+
+    exact, wrong = Plain(), Plain()
+    wrong.error = 1.0
+    options = {"gradient_images": 8, "images": 4000, "finite_differences": False, "progress": False}
+    sentence = diagnose(exact, data, batch_size=4000, **options).verdict.words[-1]
+    assert "guidance_power=8" in sentence and "(consistent)" in sentence, sentence
+    expected = float(torch.exp(8 * p.log()).mean())
+    assert abs(float(sentence.split(", and ")[1].split()[0]) - expected) < 0.01
+    sentence = diagnose(wrong, data, batch_size=4000, **options).verdict.words[-1]
+    assert "(inconsistent: train it longer)" in sentence

@@ -196,6 +196,8 @@ class ClassifierOptions(Options):
             raise ValueError(
                 f"--max_power {self.max_power:g} needs --teacher, whose p(y | x_0)^w are the targets"
             )
+        if self.max_power == 1:
+            raise ValueError("--max_power 1: a number above 1 is allowed, or none without powers")
         others = {
             "problem_type": SINGLE,
             "class_weights": None,

@@ -39,7 +39,8 @@ class Diagnosis:
             `information`, `ece`, `ece_floor`, `overconfidence`, `logit_scale`, `gradient_norm`,
             `cosine`, `finite_difference_error`, `status`; standard errors end in `_error`. With a
             reference also `reference_scale`: the guidance_scale at which the gradient is nearest to
-            it.
+            it; of a classifier that knows powers also `power_mean`, the mean of its p(y | x)^w
+            summed over the labels, at the largest `power` w.
         verdict: where and how strongly to guide.
         mismatches: inconsistencies of classifier, denoiser and data, in sentences.
         settings: of the measurement.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..guidance import ClassifierGuidance, StepContext, logits_of
 from ..images import encode
-from ..noise import NoiseLevel, TrainedSchedule, schedule_config
+from ..noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
 from ..utils import image_generator
 from .levels import EvalLevel, Reference
 from .metrics import level_metrics, mean_and_error
@@ -50,6 +50,9 @@ class LevelStatistics:
         self._logits: list[list[Tensor]] = [[] for _ in self.eval_levels]
         self._gradients: list[list[dict[str, Tensor]]] = [[] for _ in self.eval_levels]
         self._difference_errors: list[float] = []
+        powers = module_config(self.classifier).get("power_range")
+        self.max_power = None if powers is None else float(powers[1])
+        self._powered: list[list[Tensor]] = [[] for _ in self.eval_levels]
 
     def add(
         self, indices: Sequence[int], items: Sequence[Item], vae: torch.nn.Module | None
@@ -72,6 +75,9 @@ class LevelStatistics:
             eps = randn_tensor(x0.shape, generators, x0.device)
             x = _noised(x0, eps, eval_level.level)
             self._logits[k].append(self._evaluate(x, eval_level.level))
+            if self.max_power is not None:
+                odds = self._evaluate(x, eval_level.level, power=self.max_power)
+                self._powered[k].append(odds.sigmoid().sum(dim=1))
             images = x0[:count], eps[:count], label[:count], eval_level
             if count:
                 self._gradients[k].append(self._gradient_metrics(*images, generators[:count]))
@@ -79,10 +85,10 @@ class LevelStatistics:
                 self._difference_errors.append(self._difference_error(*images, generators[0]))
         self._labels.append(label.cpu())
 
-    def _evaluate(self, x: Tensor, level: NoiseLevel) -> Tensor:
+    def _evaluate(self, x: Tensor, level: NoiseLevel, **options: float) -> Tensor:
         """Logits at x_t, (B, K), evaluated as `NoiseAwareGuidance` does."""
         z = x / (level.alpha**2 + level.sigma**2) ** 0.5
-        output = self.classifier(z.to(self.dtype), self.schedule.timestep(level))
+        output = self.classifier(z.to(self.dtype), self.schedule.timestep(level), **options)
         return logits_of(output).cpu().double()
 
     def _gradient(self, x: Tensor, label: Tensor, level: NoiseLevel) -> Tensor:
@@ -159,6 +165,11 @@ class LevelStatistics:
             }
             if self._difference_errors:
                 row["finite_difference_error"] = self._difference_errors[k]
+            if self.max_power is not None:  # sum over y of E[p(y | x_0)^w | x_t]
+                row["power"] = self.max_power
+                row["power_mean"], row["power_mean_error"] = mean_and_error(
+                    torch.cat(self._powered[k])
+                )
             row["status"] = status(row, self.reference is not None)
             rows.append(row)
         return rows

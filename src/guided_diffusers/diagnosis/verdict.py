@@ -43,6 +43,7 @@ MIN_COSINE = 0.5**0.5  # to a reference that makes up half of the squared gradie
 CALIBRATED = 1.1  # a logit scale within this factor of 1 makes no visible difference
 LARGEST_SCALE = 3.0  # of the recommended guidance scales, in units of the exact one
 LOW_NOISE = 0.5  # a noise level is low where at least this fraction of the run is noisier
+POWER_TOLERANCE = 0.1  # share by which the mean of p(y|x)^w may differ between noise levels
 
 Row = Mapping[str, Any]
 
@@ -158,6 +159,7 @@ def assess(
             f"{max(cosines):.2f}; the scale at which it is nearest to the reference is "
             f"{min(scales):.2f} to {max(scales):.2f}."
         )
+    words += powers(rows)
     above = f"above sigma/alpha {high:.3g}"
     if start >= LOW_NOISE:
         above = (
@@ -168,6 +170,23 @@ def assess(
     summary = f"unfit {', and '.join(parts)}" if parts else "fit"
     sigmas = low, high
     return Verdict(summary, tuple(words), start, stop, sigmas, guidance_scale, kind, scale, error)
+
+
+def powers(rows: Sequence[Row]) -> list[str]:
+    """The sentence on the largest power w of a classifier that knows powers.
+
+    The mean over images of E[p(y | x_0)^w | x_t] is that of p(y | x_0)^w, at every noise level.
+    """
+    if "power_mean" not in rows[0]:
+        return []
+    means = [row["power_mean"] for row in rows]
+    clean, apart = means[-1], max(abs(mean / means[-1] - 1) for mean in means)
+    fit = "consistent" if apart < POWER_TOLERANCE else "inconsistent: train it longer"
+    return [
+        f"At guidance_power={rows[0]['power']:g} the mean of its p(y|x)^w, summed over the labels, is "
+        f"{min(means):.3f} to {max(means):.3f}, and {clean:.3f} at the lowest noise, where it should "
+        f"be at all levels ({fit})."
+    ]
 
 
 def _any_harmful(rows: Sequence[Row]) -> bool:
