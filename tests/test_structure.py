@@ -33,7 +33,16 @@ CORE = {
     "guidance": {"checks", "noise", "likelihood", "networks"},
     "run_checks": {"checks", "noise", "guidance"},
     "splitting": {"checks", "noise", "guidance"},
-    "guider": {"noise", "schedule_checks", "guidance", "networks", "run_checks", "splitting"},
+    "particles": {"noise", "guidance"},
+    "guider": {
+        "noise",
+        "schedule_checks",
+        "guidance",
+        "networks",
+        "run_checks",
+        "splitting",
+        "particles",
+    },
     "arguments": {
         "checks",
         "noise",
@@ -42,6 +51,7 @@ CORE = {
         "likelihood",
         "images",
         "networks",
+        "particles",
     },
     "pipeline": {
         "checks",

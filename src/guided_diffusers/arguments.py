@@ -25,12 +25,13 @@ from .images import as_pair, check_precision, down_sampling, low_resolution
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
+from .particles import Population
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
 MAX_SIZE = 2**14  # height and width of an image
 MAX_STEPS = 10**5  # of a run in continuous time
 #: of a call, which a preset is measured for: what the network gets, and what steers
-MODES = ("label", "classifier", "classifier_free", "upsampler")
+MODES = ("label", "classifier", "classifier_free", "upsampler", "particles")
 #: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
 LIMITS = (
     "guidance_power",
@@ -68,6 +69,8 @@ class CallArguments:
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
         settings: the `mode`, and the value of each argument in `DEFAULTS`.
+        particles: of each population; None: images have no weights.
+        resample: whether the images of a population get equal weights.
     """
 
     batch_size: int
@@ -76,6 +79,21 @@ class CallArguments:
     terms: list[Guidance]
     guider_options: dict[str, Any]
     settings: dict[str, Any]
+    particles: int | None
+    resample: bool
+
+    def population(
+        self, scheduler: Any, sample: torch.Tensor, generator: Any, eta: float
+    ) -> Population | None:
+        """Weights of the run's images; None without particles.
+
+        Raises:
+            ValueError: as `Population`.
+        """
+        if self.particles is None:
+            return None
+        options = self.particles, eta, self.resample
+        return Population(scheduler, self.terms, sample, generator, *options)
 
     def terms_with_scale(self, scale: Any) -> tuple[Guidance, ...]:
         """The terms with another scale of the classifier, a number or one per image.
@@ -158,7 +176,8 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     measured for the pipeline's usual mode: "label", without class embeddings "classifier", with a
     `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
     guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
-    for that mode does.
+    for that mode does. In the mode "particles", only its number of steps applies: a scale is no
+    matter of taste there.
 
     Args:
         call: the call's arguments.
@@ -176,6 +195,9 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     changes = (defaults.get("modes") or {}).get(mode)
     if mode != usual:
         preset |= {name: DEFAULTS[name] for name in LIMITS}
+    if mode == "particles":
+        preset |= {"guidance_algorithm": "output", "classifier_free_scale": 0.0}
+        preset["guidance_scale"] = float(pipeline.classifier is not None)
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
     if {"guidance_every", "guidance_tolerance"} & changes.keys():
         preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
@@ -189,6 +211,8 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
     terms = call.get("guidance")
     terms = terms if isinstance(terms, (list, tuple)) else (terms,)
     terms = GuidanceSum([term for term in terms if isinstance(term, Guidance)]).terms()
+    if call.get("particles") is not None:
+        return "particles"
     if call.get("image") is not None:
         return "upsampler"
     if hidden or pipeline.num_class_embeds is None:
@@ -201,7 +225,7 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
 def resolve_arguments(
     pipeline: Any,
     label: Labels | None,
-    num_images_per_label: int,
+    num_images_per_label: int | None,
     call: Mapping[str, Any],
     *,
     conditional: bool | None,
@@ -215,7 +239,7 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
-        call: the arguments in `DEFAULTS`, `guidance` and `image`.
+        call: the arguments in `DEFAULTS`, `guidance`, `image`, `particles` and `resample`.
         size: height and width.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
@@ -229,6 +253,9 @@ def resolve_arguments(
     if conditional is not None:
         conditional = check_bool("conditional", conditional)
     clip_x0 = check_bool("clip_x0", clip_x0)
+    particles, resample = _check_particles(call, num_images_per_label)
+    if num_images_per_label is None:
+        num_images_per_label = particles or 1
     _check_call(pipeline, num_images_per_label, output_type, tensor_inputs)
     device = pipeline._execution_device
     _check_latents(latents)
@@ -250,11 +277,64 @@ def resolve_arguments(
         _check_classifier_size(pipeline.classifier, sample_size)
     terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
-    return CallArguments(batch_size, sample_size, condition, terms, guider_options, settings)
+    if particles is not None:
+        _check_populations(batch_size, particles, low_res)
+        terms = [term for term in terms if term.is_on]  # what is off is no part of the density
+    return CallArguments(
+        batch_size,
+        sample_size,
+        condition,
+        terms,
+        guider_options,
+        settings,
+        particles,
+        resample,
+    )
 
 
-def check_generator(generator: Any) -> Any:
+def _check_particles(call: Mapping[str, Any], num_images: Any) -> tuple[int | None, bool]:
+    """`particles` and `resample` of a call; refuses arguments that have no meaning with them."""
+    particles, resample = call["particles"], check_bool("resample", call["resample"])
+    if particles is None:
+        if not resample:
+            raise ValueError("resample=False has no effect without particles")
+        return None, True
+    particles = check_number("particles", particles, 1, MAX_IMAGES, integer=True)
+    if isinstance(num_images, int) and num_images % particles:
+        raise ValueError(
+            f"num_images_per_label={num_images}, particles={particles}: whole populations, a multiple of "
+            "particles, are allowed"
+        )
+    for name in ("guidance_every", "guidance_tolerance"):
+        if call[name] not in (None, DEFAULTS[name]):
+            raise ValueError(
+                f"{name}={shown(call[name])}: with particles, guidance is evaluated at every step, "
+                "since its values are their weights; leave it out"
+            )
+    if call["guidance_algorithm"] in ("lie_trotter", "strang"):
+        raise ValueError(
+            f"guidance_algorithm={call['guidance_algorithm']!r}: with particles, guidance must be part "
+            "of the scheduler's step; 'output' and 'mean' are allowed"
+        )
+    return particles, resample
+
+
+def _check_populations(batch_size: int, particles: int, low_res: torch.Tensor | None) -> None:
+    if batch_size % particles:
+        raise ValueError(
+            f"particles={particles}: the call has {batch_size} images; whole populations are allowed"
+        )
+    if low_res is not None and len(low_res) > 1:
+        raise ValueError(
+            f"image holds {len(low_res)} images; with particles, which are samples of one density, one is "
+            "allowed"
+        )
+
+
+def check_generator(generator: Any, particles: int | None = None) -> Any:
     """One generator, or a list of them; a tuple becomes one, since Diffusers reads lists only.
+
+    With particles, whose noise is drawn twice, None becomes one that is seeded by torch's own.
 
     Raises:
         ValueError: for anything else.
@@ -264,6 +344,8 @@ def check_generator(generator: Any) -> Any:
         raise ValueError(
             f"generator={shown(generator)}: a torch.Generator, or a list of one per image, is allowed"
         )
+    if generator is None and particles is not None:
+        return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
     return generators if isinstance(generator, (list, tuple)) else generator
 
 

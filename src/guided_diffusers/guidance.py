@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -68,6 +68,8 @@ class StepContext:
             x0 itself.
         graph: (x, x0) with the autograd graph between them, if a term needs the gradient through
             the network and the loop could keep the graph of its own call.
+        log_factors: to which `score` appends its term's `log_factor`, (B,), where it computes that
+            on the way.
     """
 
     sample: torch.Tensor
@@ -80,6 +82,7 @@ class StepContext:
     condition_x0: tuple[torch.Tensor, ...] = ()
     decode: Callable[[torch.Tensor], torch.Tensor] = lambda x0: x0
     graph: tuple[torch.Tensor, torch.Tensor] | None = None
+    log_factors: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def score(self) -> torch.Tensor:
@@ -130,9 +133,19 @@ class Guidance(ABC):
         self.scale = scale if callable(scale) else scale_tensor("scale", scale)
         self._on = callable(scale) or bool(self.scale.any())
 
+    @property
+    def is_on(self) -> bool:
+        """Whether its scale is another than 0, or a function of the noise level."""
+        return self._on
+
     @abstractmethod
     def score(self, step: StepContext) -> torch.Tensor:
         """What is added to the score grad log p(sample): (B, C, H, W), the scale included."""
+
+    def log_factor(self, step: StepContext) -> torch.Tensor | None:
+        """The logarithm of the factor by which the term multiplies the density of the images, (B,),
+        up to a constant; None: it has none, and can't weight a population (`Population`)."""
+        return None
 
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         """Whether the term has an effect at step `index` of `count`; not at scale 0, nor without
@@ -274,14 +287,15 @@ def total_score(
     record: Callable[[Guidance, StepContext, torch.Tensor], object] = lambda *_: None,
 ) -> torch.Tensor:
     """Sum of the terms' scores; `step.condition_x0` are the predictions for the conditions of all,
-    in order. `record` is called with each term, the step and the term's score."""
+    in order. `record` is called with each term, the term's step and its score."""
     if not terms:
         return torch.zeros_like(step.sample)
     scores, remaining = [], step.condition_x0
     for term in terms:
         count = len(term.conditions)
-        scores.append(term.score(replace(step, condition_x0=remaining[:count])))
-        record(term, step, scores[-1])
+        part = replace(step, condition_x0=remaining[:count], log_factors=[])
+        scores.append(term.score(part))
+        record(term, part, scores[-1])
         remaining = remaining[count:]
     return sum(scores[1:], scores[0])
 
@@ -306,12 +320,20 @@ def check_devices(terms: Sequence[Guidance], device: torch.device) -> None:
 # ---------------------------------------------------------------- gradients
 
 
-def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Gradient of `function(x).sum()`, in the dtype of `x`; works in `torch.no_grad` and
+def value_and_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`function(x)` and the gradient of its sum, in the dtype of `x`; works in `torch.no_grad` and
     `inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
-        return torch.autograd.grad(_differentiable(function(x)).sum(), x)[0]
+        value = _differentiable(function(x))
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The gradient of `value_and_gradient`."""
+    return value_and_gradient(function, x)[1]
 
 
 def _differentiable(value: torch.Tensor) -> torch.Tensor:
@@ -326,7 +348,14 @@ def _differentiable(value: torch.Tensor) -> torch.Tensor:
 def x0_gradient(
     function: Callable[[torch.Tensor], torch.Tensor], step: StepContext, through_network: bool
 ) -> torch.Tensor:
-    """Gradient in x_t of `function(x0).sum()` at the predicted x0, (B, C, H, W).
+    """The gradient of `x0_value_and_gradient`."""
+    return x0_value_and_gradient(function, step, through_network)[1]
+
+
+def x0_value_and_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], step: StepContext, through_network: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`function(x0)` at the predicted x0, and the gradient of its sum in x_t, (B, C, H, W).
 
     Through the network it is exact and costs the network's forward and backward pass. Otherwise the
     Jacobian of x0 is taken as alpha / (alpha^2 + sigma^2), its value for Gaussian data of unit
@@ -335,12 +364,13 @@ def x0_gradient(
     if through_network and step.graph is not None:
         x, x0 = step.graph
         with torch.enable_grad():
-            value = _differentiable(function(x0)).sum()
-            return torch.autograd.grad(value, x, retain_graph=True)[0]
+            value = _differentiable(function(x0))
+            return value.detach(), torch.autograd.grad(value.sum(), x, retain_graph=True)[0]
     if through_network:
-        return gradient(lambda x: function(step.predict(x)), step.sample)
+        return value_and_gradient(lambda x: function(step.predict(x)), step.sample)
     level = step.level
-    return level.alpha / (level.alpha**2 + level.sigma**2) * gradient(function, step.x0)
+    value, grad = value_and_gradient(function, step.x0)
+    return value, level.alpha / (level.alpha**2 + level.sigma**2) * grad
 
 
 def rescale_to_score(grad: torch.Tensor, step: StepContext) -> torch.Tensor:
@@ -409,13 +439,19 @@ class NoiseAwareGuidance(Guidance):
         dtype = next((p.dtype for p in self.module.parameters()), z.dtype)
         return self.log_likelihood(z.to(dtype), t)
 
+    def log_factor(self, step: StepContext) -> torch.Tensor:
+        """log p(y | x_t), (B,), whatever the scale: that only shapes how samples get there."""
+        z, t, _ = self.network_input(step.sample, step.level)
+        return self.log_probability(z, t)
+
     def score(self, step: StepContext) -> torch.Tensor:
         z, t, norm = self.network_input(step.sample, step.level)
         faster = getattr(self.module, "input_gradient", None)  # set by `speed.gradients_in`
         if faster is not None:
-            grad = faster(self, z, t)
+            log_p, grad = faster(self, z, t)
         else:
-            grad = gradient(lambda z: self.log_probability(z, t), z)
+            log_p, grad = value_and_gradient(lambda z: self.log_probability(z, t), z)
+        step.log_factors.append(log_p)
         if self.normalize:
             return self.scale_at(step) * rescale_to_score(grad, step)
         return (self.scale_at(step) * (self.schedule.extrapolation_scale(step.level) / norm)) * grad
@@ -685,18 +721,28 @@ class EnergyGuidance(Guidance):
         self.through_network = through_network
         self.supports_pure_noise = not (through_network or normalize or of == "sample")
 
-    def score(self, step: StepContext) -> torch.Tensor:
-        if self.of == "sample":
-            grad = gradient(lambda x: self._evaluate(step, x, step.level), step.sample)
-        else:
-            view = step.decode if self.of == "image" else lambda x0: x0
-            grad = x0_gradient(
-                lambda x0: self._evaluate(step, view(x0)), step, self.through_network
-            )
-        return -self.scale_at(step) * (rescale_to_score(grad, step) if self.normalize else grad)
+    def log_factor(self, step: StepContext) -> torch.Tensor:
+        """-scale E, (B,), of the input that `of` selects: the predicted x0, unless "sample"."""
+        value = self._energy(step, step.sample if self.of == "sample" else step.x0)
+        return -self.scale_at(step).flatten() * value
 
-    def _evaluate(self, step: StepContext, *inputs: Any) -> torch.Tensor:
-        value = self.energy(*inputs)
+    def score(self, step: StepContext) -> torch.Tensor:
+        scale = self.scale_at(step)
+        if self.of == "sample":
+            value, grad = value_and_gradient(lambda x: self._energy(step, x), step.sample)
+        else:
+            value, grad = x0_value_and_gradient(
+                lambda x0: self._energy(step, x0), step, self.through_network
+            )
+        step.log_factors.append(-scale.flatten() * value)
+        return -scale * (rescale_to_score(grad, step) if self.normalize else grad)
+
+    def _energy(self, step: StepContext, x: torch.Tensor) -> torch.Tensor:
+        """E, (B,), of a noisy sample or an x0, as `of` says."""
+        if self.of == "sample":
+            value = self.energy(x, step.level)
+        else:
+            value = self.energy(step.decode(x) if self.of == "image" else x)
         if not isinstance(value, torch.Tensor):
             raise ValueError(
                 f"energy gave {shown(value)}; a tensor with one number per image, "

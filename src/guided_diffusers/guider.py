@@ -25,7 +25,8 @@ from diffusers import SchedulerMixin
 
 from .guidance import Guidance, GuidanceSum, StepContext, total_score
 from .networks import no_parameter_grad
-from .noise import noise_levels, posterior_variance, sampling_timesteps
+from .noise import NoiseLevel, noise_levels, posterior_variance, sampling_timesteps
+from .particles import Population
 from .run_checks import FiniteCheck, OvershootCheck, check_images, logger
 from .schedule_checks import (
     check_schedule,
@@ -105,11 +106,13 @@ class Guider:
         every, tolerance: when terms are evaluated, as in `GuidanceReuse`.
         first: the step of the schedule that the run starts with, such as in img2img.
         from_noise: whether a run that starts with step 0 starts from noise only.
+        population: weights of the samples, which are resampled by them; None: samples have none.
 
     Attributes:
         levels, timesteps: noise level and timestep of each step of the schedule.
         index: this step's number in the schedule; terms count from the run's `first` step.
         score_shift: what guidance added to the score at this step, (B, C, ...); None: nothing.
+        sample: this step's, (B, C, ...), as resampled.
         evaluations: how many times terms were evaluated, summed over the images.
 
     Raises:
@@ -127,7 +130,9 @@ class Guider:
         tolerance: float | None = None,
         first: int = 0,
         from_noise: bool = True,
+        population: Population | None = None,
     ):
+        self.population = population
         self.scheduler, self.algorithm, self.first = scheduler, algorithm, first
         self.terms = GuidanceSum(terms).terms()
         probe = copy(scheduler)  # reading the levels moves the position of some schedulers
@@ -148,6 +153,7 @@ class Guider:
         if from_noise and not first:
             self._schedule_warnings.append(starting_warning(scheduler, self.levels[0]))
         self.index = first
+        self.sample: torch.Tensor | None = None
         self.evaluations = 0
         self._active: list[Guidance] = []
         self._evaluated: list[Guidance] = []
@@ -156,6 +162,7 @@ class Guider:
         self._check = FiniteCheck(self.terms)
         self._overshoot = OvershootCheck(self.levels[first:], self.splitting is not None)
         self._sample: torch.Tensor | None = None  # of the last step, until it is checked
+        self._log_factors: list[torch.Tensor] = []  # of the active terms
 
     @property
     def count(self) -> int:
@@ -193,6 +200,8 @@ class Guider:
         self._log_schedule_warnings()
         self._active = self.active_terms(index)
         if self.splitting is not None and not self.splitting.needs_guidance(index):
+            self._active = []
+        if self.population is not None and not self.population.guides(index):
             self._active = []
         self._evaluated = self._active
         if self.reuse is not None and self._active:
@@ -238,6 +247,9 @@ class Guider:
                 )
             guided = output if self._mean_shift is None else self._mean_shift
             self._check(context, self.score_shift, guided)
+        if self.population is not None:
+            output, sample = self._weigh(output, sample, prediction)
+        self.sample = sample
         if self.splitting is None:
             return output, sample
         output, x = self.splitting.split(self.index, output, x, self.score_shift)
@@ -253,9 +265,13 @@ class Guider:
             sample = self.splitting.merge(self.index, sample)
         if self._mean_shift is not None:
             sample = sample + self._mean_shift.to(sample.dtype)
+        if self.population is not None:
+            sample = self.population.finish_step(self.index, sample)
         self._sample = sample
         if self.index + 1 == len(self.levels):
             self.check_finite()
+            if self.population is not None:
+                sample = self._finish_population(sample)
         return sample
 
     def check_finite(self) -> None:
@@ -272,6 +288,53 @@ class Guider:
             check_images(
                 sample, f"after step {self.index} of {len(self.levels)} of the sampling run"
             )
+
+    def _weigh(
+        self, output: torch.Tensor, sample: torch.Tensor, prediction: Prediction
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and sample after the population was weighted, and perhaps resampled, at this
+        sample."""
+        positions = [i for i, term in enumerate(self.terms) if term in self._active]
+        order = self.population.weigh(positions, self._log_factors)
+        self._log_factors = []
+        if order is not None:
+            output, sample, prediction.output = (
+                output[order],
+                sample[order],
+                prediction.output[order],
+            )
+            if self.score_shift is not None:
+                self.score_shift = self.score_shift[order]
+            if self._mean_shift is not None:
+                self._mean_shift = self._mean_shift[order]
+        self.population.start_step(self.index, prediction.output, sample)
+        self._decode = prediction.decode
+        return output, sample
+
+    def _finish_population(self, sample: torch.Tensor) -> torch.Tensor:
+        """The images, weighted by the terms' factors without noise, and perhaps resampled."""
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        clean = StepContext(
+            sample=x,
+            x0=x,
+            predict=lambda x, *_: x,
+            level=NoiseLevel(1.0, 0.0, 1.0, 0.0),
+            index=self.count,
+            count=self.count,
+            timestep=0.0,
+            decode=self._decode,
+        )
+        order = self.population.finish([term.log_factor(clean) for term in self.terms])
+        return sample if order is None else sample[order]
+
+    def _record(self, term: Guidance, step: StepContext, score: torch.Tensor) -> None:
+        """Check a term's score, and keep its log factor for the population."""
+        self._overshoot(term, step, score)
+        if self.population is not None:
+            factors = (
+                step.log_factors
+            )  # none, or of other samples, if its score isn't the usual one
+            self._log_factors.append(factors[0] if len(factors) == 1 else term.log_factor(step))
 
     def _log_schedule_warnings(self) -> None:
         warnings, self._schedule_warnings = self._schedule_warnings, []
@@ -315,9 +378,9 @@ class Guider:
     def _score(self, context: StepContext) -> torch.Tensor:
         if self._images is None:
             self.evaluations += len(context.sample)
-            return total_score(self._evaluated, context, self._overshoot)
+            return total_score(self._evaluated, context, self._record)
         self.evaluations += len(self._images)
-        return self.reuse.score(self._evaluated, context, self._images, self._overshoot)
+        return self.reuse.score(self._evaluated, context, self._images, self._record)
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], None]:

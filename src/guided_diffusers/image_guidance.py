@@ -24,7 +24,7 @@ from .guidance import (
     Scale,
     StepContext,
     rescale_to_score,
-    x0_gradient,
+    x0_value_and_gradient,
 )
 from .likelihood import Label, logits_of, make_likelihood
 from .networks import check_module, check_softplus, evaluating, relu_as_softplus
@@ -108,6 +108,10 @@ class ImageClassifierGuidance(Guidance):
         module = relu_as_softplus(self.module, self.softplus)
         output = module(pixels.to(parameter_dtype(self.module, pixels.dtype)))
         return self.likelihood(logits_of(output))
+
+    def log_factor(self, step: StepContext) -> Tensor:
+        """log p(y | decode(x0)), (B,), whatever the scale."""
+        return self.log_likelihood(step.decode(step.x0), step)
 
     def score(self, step: StepContext) -> Tensor:
         return image_score(self, step)
@@ -292,9 +296,10 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
 
 def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext) -> Tensor:
     """scale * grad_x log_likelihood(decode(x0)), (B, C, H, W)."""
-    grad = x0_gradient(
+    log_p, grad = x0_value_and_gradient(
         lambda x0: term.log_likelihood(step.decode(x0), step), step, term.through_network
     )
+    step.log_factors.append(log_p)
     if term.normalize:
         grad = rescale_to_score(grad, step)
     return term.scale_at(step) * grad

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import hypot, sqrt
 from typing import Any
@@ -404,6 +405,17 @@ def _check_table(scheduler: SchedulerMixin) -> None:
 
 
 # ---------------------------------------------------------------- steps
+
+
+def probe_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A copy on the CPU, at its first step, whose steps show what the scheduler does."""
+    probe = deepcopy(scheduler)
+    for name, value in vars(probe).items():
+        if isinstance(value, torch.Tensor):
+            setattr(probe, name, value.cpu())
+    noise_levels(probe)  # sets it to its first step
+    return probe
+
 
 StepFn = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None

@@ -73,10 +73,24 @@ class GuidedImageOutput(ImagePipelineOutput):
         guidance_evaluations: mean number of times that an image's guidance terms were evaluated.
         settings: the call's `mode` (see `resolve_settings`), and the values used of all arguments
             that have a default in `pipeline.config.defaults`.
+        log_weights: of the K particles of each of P populations, (P, K), normalized: the logarithms
+            of each row's weights, which add up to 1; all -log(K) with `resample`.
+        log_evidence: (P,): an estimate of log p(y), for a classifier that gives p(y | x), or of
+            log E[exp(-scale E(x))] for an energy E, over the images x without guidance. Its
+            exponential has no bias.
+        effective_sample_size: 1 / (sum of the squared weights), (P,), from 1 to K, before
+            `resample`.
+        ancestors: (P, K): from 0 to K - 1, of which starting noise in its population each image is.
+
+        Without `particles`, the last four are None.
     """
 
     guidance_evaluations: float = 0.0
     settings: dict[str, Any] | None = None
+    log_weights: torch.Tensor | None = None
+    log_evidence: torch.Tensor | None = None
+    effective_sample_size: torch.Tensor | None = None
+    ancestors: torch.Tensor | None = None
 
 
 def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,7 +309,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def __call__(
         self,
         label: Labels | None = None,
-        num_images_per_label: int = 1,
+        num_images_per_label: int | None = None,
         guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_start: float | None = None,
         guidance_stop: float | None = None,
@@ -320,6 +334,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
+        particles: int | None = None,
+        resample: bool = True,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -327,7 +343,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         Args:
             label: an id, a name, a mapping {id or name: weight}, a list of such, or a tensor of
                 ids. None: no label.
-            num_images_per_label: consecutive images of each label.
+            num_images_per_label: consecutive images of each label; by default `particles`, or 1.
             guidance_scale: scale of the classifier's gradient; a number, or one per label or image.
                 (In Diffusers this name is the scale of classifier-free guidance.) 0: off. 1: exact if
                 the classifier is, and the network doesn't get the label. Larger: sharper images of
@@ -383,6 +399,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             guidance_power: w, for images of p(x) p(y | x)^w at guidance_scale 1, within the
                 `power_range` of the classifier's config (`ClassifierGuidance`); for labels, not
                 mixtures. None: the gradient of log p(y | x_t), which is w = 1.
+            particles: each so many consecutive images are a population: samples with weights, and
+                resampled by them, of p(x) p(y | x), or p(x) exp(-scale E(x)) with an energy, where p
+                is the scheduler's density without guidance (`Population`). That is exact for any
+                `guidance_scale` and any number of them; with more, weights vary less. It takes a
+                scheduler with noise in each step, such as DDPM or DDIM with eta=1, terms with a
+                `log_factor`, and, of the defaults, num_inference_steps only. None: off.
+            resample: whether the images of a population are resampled to equal weights at the end;
+                else they have `.log_weights`.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -393,7 +417,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
-        generator = check_generator(generator)
+        generator = check_generator(generator, particles)
         check_callback(callback_on_step_end)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -409,6 +433,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "guidance_tolerance": guidance_tolerance,
             "guidance": guidance,
             "image": image,
+            "particles": particles,
+            "resample": resample,
         }
         arguments = resolve_arguments(
             self,
@@ -432,8 +458,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         latents = self._starting_noise(arguments, generator, latents, device)
         self._check_shapes(latents, arguments, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
-        options = {"eta": eta, "from_noise": from_noise, **arguments.guider_options}
-        guider = Guider(self.scheduler, terms, **options)
+        population = arguments.population(self.scheduler, latents, generator, eta)
+        options = {"eta": eta, "from_noise": from_noise, "population": population}
+        guider = Guider(self.scheduler, terms, **options, **arguments.guider_options)
         self._check_start(guider.levels, None if from_noise else latents)
         schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
@@ -451,19 +478,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 output, x = guider.correct(latents, prediction)
                 if prediction.variance is not None and reads_variance(self.scheduler):
                     output = torch.cat([output, prediction.variance], dim=1)
-                sample, latents = latents, guider.finish_step(scheduler_step(output, index, x))
+                latents = guider.finish_step(scheduler_step(output, index, x))
 
                 if callback_on_step_end is not None:
                     tensors = {
                         "latents": latents,
                         "model_output": output,
                         "score_shift": guider.score_shift,
-                        **_sample_and_x0(sample, prediction, level),
+                        **_sample_and_x0(guider.sample, prediction, level),
                     }
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
-                    latents = replaced_latents(changed, tensors, latents)
+                    latents = replaced_latents(changed, tensors, latents, population is not None)
                     if self._guidance_scale is not scale:
                         scale = self._guidance_scale
                         guider.terms = arguments.terms_with_scale(scale)
@@ -480,7 +507,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return GuidedImageOutput(images, guider.evaluations / batch_size, settings)
+        weights = {} if population is None else population.results()
+        return GuidedImageOutput(images, guider.evaluations / batch_size, settings, **weights)
 
     # ------------------------------------------------------------ schedule and noise
 

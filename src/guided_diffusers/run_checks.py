@@ -77,7 +77,7 @@ def check_unchanged(scheduler: Any, of_call: Any, timesteps: torch.Tensor) -> No
 
 
 def replaced_latents(
-    changed: Any, tensors: Mapping[str, Any], latents: torch.Tensor
+    changed: Any, tensors: Mapping[str, Any], latents: torch.Tensor, weighted: bool = False
 ) -> torch.Tensor:
     """The latents after a callback.
 
@@ -85,10 +85,11 @@ def replaced_latents(
         changed: what the callback returned.
         tensors: what it got.
         latents: of the step.
+        weighted: whether they have weights, which no other latents have.
 
     Raises:
         ValueError: for anything but a dictionary whose "latents", if any, have the same shape, or
-            for other tensors in it than it got.
+            for other tensors in it than it got, or other latents that have no weights.
     """
     if changed is None:
         return latents
@@ -108,6 +109,11 @@ def replaced_latents(
         raise ValueError(
             f"callback_on_step_end returned latents that are a {type(replaced).__name__} of shape "
             f"{shape}; a torch.Tensor {tuple(latents.shape)} is allowed"
+        )
+    if weighted and replaced is not latents:
+        raise ValueError(
+            "callback_on_step_end returned other latents, whose weights are unknown: with particles it "
+            "may only read them"
         )
     return replaced
 

@@ -20,7 +20,8 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 
-from .guidance import ClassifierGuidance, NoiseAwareGuidance, gradient
+from .guidance import ClassifierGuidance, NoiseAwareGuidance
+from .guidance import value_and_gradient as eager_value_and_gradient
 from .likelihood import logits_of
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
@@ -121,7 +122,7 @@ def gradients_in(
 
 @dataclass
 class InputGradient:
-    """(term, z, t) -> gradient of the term's log p(y | z) by z."""
+    """(term, z, t) -> the term's log p(y | z), (B,), and its gradient by z."""
 
     dtype: torch.dtype
     compiled: Callable[..., tuple[Tensor, Tensor]] | None
@@ -129,7 +130,7 @@ class InputGradient:
     num_labels: int | None
     largest_batch: int = 0
 
-    def __call__(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
+    def __call__(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         size = self.chunk_size or len(z)
         with torch.inference_mode(False), torch.no_grad():
             z = z.clone() if z.is_inference() else z.detach()
@@ -141,18 +142,19 @@ class InputGradient:
                     return self._gradient(term, z, t)
                 chunks = [slice(start, start + size) for start in range(0, len(z), size)]
                 parts = [self._gradient(term.select(c, len(z)), z[c], t) for c in chunks]
-                return torch.cat(parts)
+                values, gradients = zip(*parts, strict=True)
+                return torch.cat(values), torch.cat(gradients)
 
-    def _gradient(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> Tensor:
+    def _gradient(self, term: NoiseAwareGuidance, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         self.largest_batch = max(self.largest_batch, len(z))
         # every new size would be compiled anew: of a last batch, or with `guidance_tolerance`;
         # and so would the modules that softplus replaces at every step
         is_smaller = len(z) < self.largest_batch
         if self.compiled is None or is_smaller or getattr(term, "softplus", None) is not None:
-            return gradient(lambda z: term.log_probability(z, t), z)
+            return eager_value_and_gradient(lambda z: term.log_probability(z, t), z)
         # a tensor, because compiled code is specialised to the value of a float
         timestep = torch.full((), t, dtype=torch.float32, device=z.device)
-        return self.compiled(term, z, timestep)[1]
+        return self.compiled(term, z, timestep)
 
 
 def value_and_gradient(term: NoiseAwareGuidance, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ guidance, so any scheduler of any order can be used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from math import log
@@ -28,7 +27,7 @@ from .checks import check_number
 from .guidance import Guidance, NoiseAwareGuidance, StepContext, total_score
 from .noise import (
     NoiseLevel,
-    noise_levels,
+    probe_copy,
     reads_variance,
     sampling_timesteps,
     scale_model_input,
@@ -163,11 +162,7 @@ def step_weights(
     noise is nothing. Where a step forgets that number (a consistency model's x0, with new noise), r
     is 0. A weight below 1e-4 s, of a step that only corrects the previous one, is 0.
     """
-    probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
-    for name, value in vars(probe).items():
-        if isinstance(value, torch.Tensor):
-            setattr(probe, name, value.cpu())
-    noise_levels(probe)  # sets it to its first step
+    probe, generator = probe_copy(scheduler), torch.Generator().manual_seed(0)
     step = step_fn(probe, generator, eta, 1)
     huge, weights = torch.full((1, 1, 1, 1), 1e20, dtype=torch.float64), []
     x = huge
