@@ -196,7 +196,7 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     if mode != usual:
         preset |= {name: DEFAULTS[name] for name in LIMITS}
     if mode == "particles":
-        preset |= {"guidance_algorithm": "output", "classifier_free_scale": 0.0}
+        preset |= {"guidance_algorithm": "mean", "classifier_free_scale": 0.0}
         preset["guidance_scale"] = float(pipeline.classifier is not None)
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
     if {"guidance_every", "guidance_tolerance"} & changes.keys():
@@ -311,10 +311,10 @@ def _check_particles(call: Mapping[str, Any], num_images: Any) -> tuple[int | No
                 f"{name}={shown(call[name])}: with particles, guidance is evaluated at every step, "
                 "since its values are their weights; leave it out"
             )
-    if call["guidance_algorithm"] in ("lie_trotter", "strang"):
+    if call["guidance_algorithm"] not in (None, "mean"):
         raise ValueError(
-            f"guidance_algorithm={call['guidance_algorithm']!r}: with particles, guidance must be part "
-            "of the scheduler's step; 'output' and 'mean' are allowed"
+            f"guidance_algorithm={shown(call['guidance_algorithm'])}: with particles, 'mean' is allowed, "
+            "which shifts the mean of the scheduler's step"
         )
     return particles, resample
 
@@ -409,6 +409,8 @@ def _guider_options(
         settings["guidance_algorithm"],
         has_posterior_variance(pipeline.scheduler),
     )
+    if call.get("particles") is not None:
+        return {"algorithm": "mean"}  # of any step that is a Gaussian
     if algorithm == "mean" and not is_ancestral:
         if call["guidance_algorithm"] is not None:
             raise ValueError(

@@ -201,7 +201,7 @@ class Guider:
         self._active = self.active_terms(index)
         if self.splitting is not None and not self.splitting.needs_guidance(index):
             self._active = []
-        if self.population is not None and not self.population.guides(index):
+        if self.population is not None and not self.population.start_step(index):
             self._active = []
         self._evaluated = self._active
         if self.reuse is not None and self._active:
@@ -241,15 +241,15 @@ class Guider:
                 self.score_shift = self._score(context)
             if self.algorithm == "output":
                 output = level.corrected(output, _repeat(self.score_shift, prediction.repeats))
-            elif self.algorithm == "mean":
+            elif self.algorithm == "mean" and self.population is None:
                 self._mean_shift = self.score_shift * posterior_variance(
                     self.scheduler, self.timesteps, self.index, prediction.variance
                 )
             guided = output if self._mean_shift is None else self._mean_shift
             self._check(context, self.score_shift, guided)
-        if self.population is not None:
-            output, sample = self._weigh(output, sample, prediction)
-        self.sample = sample
+            if self.population is not None:
+                output, sample = self._weigh(sample, prediction)
+        self.sample, self._decode = sample, prediction.decode
         if self.splitting is None:
             return output, sample
         output, x = self.splitting.split(self.index, output, x, self.score_shift)
@@ -265,8 +265,6 @@ class Guider:
             sample = self.splitting.merge(self.index, sample)
         if self._mean_shift is not None:
             sample = sample + self._mean_shift.to(sample.dtype)
-        if self.population is not None:
-            sample = self.population.finish_step(self.index, sample)
         self._sample = sample
         if self.index + 1 == len(self.levels):
             self.check_finite()
@@ -290,26 +288,18 @@ class Guider:
             )
 
     def _weigh(
-        self, output: torch.Tensor, sample: torch.Tensor, prediction: Prediction
+        self, sample: torch.Tensor, prediction: Prediction
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and sample after the population was weighted, and perhaps resampled, at this
-        sample."""
+        """Weight the population at this sample; the network's output and the sample, which are
+        perhaps resampled, as the guidance then is."""
         positions = [i for i, term in enumerate(self.terms) if term in self._active]
         order = self.population.weigh(positions, self._log_factors)
         self._log_factors = []
         if order is not None:
-            output, sample, prediction.output = (
-                output[order],
-                sample[order],
-                prediction.output[order],
-            )
-            if self.score_shift is not None:
-                self.score_shift = self.score_shift[order]
-            if self._mean_shift is not None:
-                self._mean_shift = self._mean_shift[order]
-        self.population.start_step(self.index, prediction.output, sample)
-        self._decode = prediction.decode
-        return output, sample
+            sample, prediction.output = sample[order], prediction.output[order]
+            self.score_shift = self.score_shift[order]
+        self._mean_shift = self.population.mean_shift(self.score_shift)
+        return prediction.output, sample
 
     def _finish_population(self, sample: torch.Tensor) -> torch.Tensor:
         """The images, weighted by the terms' factors without noise, and perhaps resampled."""

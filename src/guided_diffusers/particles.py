@@ -3,20 +3,22 @@
 The twisted diffusion sampler (Wu et al. 2023, "Practical and asymptotically exact conditional
 sampling in diffusion models", algorithm 1) for the density p(x_0) psi_0(x_0) / Z, where p is the
 scheduler's with the network alone and psi_t(x_t) is the product of the terms' factors, such as
-p(y | x_t). Guided steps q propose, and the weight of each particle grows in the step t -> s by
+p(y | x_t). In the step t -> s, guidance shifts the mean of the scheduler's Gaussian,
+
+    p(x_s | x_t) = N(m, S^2),    q(x_s | x_t) = N(m + S^2 g, S^2),    g = sum of the terms' scores,
+
+as p(x_s | x_t) psi_s(x_s) is where psi is log-linear, and the weight of each particle grows by
 
     log w  +=  log psi_s(x_s) - log psi_t(x_t) + log p(x_s | x_t) - log q(x_s | x_t)
 
-where p and q are the Gaussians of the unguided and the guided step. Any q is valid, so any
-`guidance_scale` is: it changes the weights' variance, not the density. The mean weight estimates
-Z = E_p[psi_0(x_0)], which is p(y) for a classifier, without bias.
+Any g is valid, and so is any `guidance_scale`: it changes how much weights vary, not the density.
+The mean weight estimates Z = E_p[psi_0(x_0)], which is p(y) for a classifier, without bias.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from math import isfinite, log
 from typing import Any
 
@@ -91,10 +93,8 @@ class Population:
             )
         _check_terms(terms, particles)
         self.scheduler, self.resample, self._shape = scheduler, resample, sample.shape
+        self._device = sample.device
         self.stds, self.noise_dtype = step_noise(scheduler, eta, sample.dtype, particles)
-        self.unguided = deepcopy(scheduler)  # its history is of the unguided predictions
-        scale_model_input(self.unguided, sample, self.unguided.timesteps[0])  # else some warn
-        self._step = step_fn(self.unguided, _clones(generator), eta, len(sample))
         self._noise_generator = _clones(generator)
         shape = len(sample) // particles, particles
         self._generators = _resampling_generators(generator, *shape)
@@ -103,13 +103,12 @@ class Population:
         self.log_evidence = torch.zeros_like(self.log_weights[:, 0])
         self.effective_sample_size = self.log_evidence + particles
         self.ancestors = torch.arange(particles, device=sample.device).repeat(shape[0], 1)
-        self._next: torch.Tensor | None = None  # the next sample of an unguided step
-        self._noise: torch.Tensor | None = None  # of the step, of unit variance
 
-    def guides(self, index: int) -> bool:
-        """Whether guidance can act in step `index`: not without noise, where q would be no density
-        beside p."""
-        return self.stds[index] != 0
+    def start_step(self, index: int) -> bool:
+        """Begin step `index`; whether guidance can act in it: not without noise, S = 0."""
+        self._std = self.stds[index]
+        self._eps = randn_tensor(self._shape, self._noise_generator, self._device, self.noise_dtype)
+        return self._std != 0
 
     def weigh(
         self, positions: Sequence[int], log_factors: Sequence[torch.Tensor]
@@ -132,27 +131,20 @@ class Population:
         smallest = RESAMPLING_THRESHOLD * self.log_weights.shape[1]
         return self._resample([p for p, size in enumerate(self._sizes()) if size < smallest])
 
-    def start_step(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> None:
-        """Make the unguided step from `sample`, of the network's `output`, with the same noise."""
-        self._next = self._step(output, index, sample)
-        self._noise = randn_tensor(
-            sample.shape, self._noise_generator, sample.device, self.noise_dtype
-        )
+    def mean_shift(self, score_shift: torch.Tensor) -> torch.Tensor:
+        """S^2 g, by which guidance shifts the mean of the step, (P K, C, ...); the weights grow by
 
-    def finish_step(self, index: int, sample: torch.Tensor) -> torch.Tensor:
-        """The sample after step `index`, whose weights are updated by log p - log q.
+            log p - log q  =  (|x_s - m - S^2 g|^2 - |x_s - m|^2) / (2 S^2)  =  -S g eps - S^2 g^2 / 2
 
-        With d = m_q - m_p, the difference of the two steps' means, and x_s = m_q + S eps, it is
+        where eps is the noise that the scheduler is about to draw.
 
-            log p - log q  =  (|x_s - m_q|^2 - |x_s - m_p|^2) / (2 S^2)  =  -d eps / S - |d|^2 / (2 S^2)
+        Args:
+            score_shift: g, of the samples as resampled.
         """
-        std = self.stds[index]
-        if std == 0:
-            return self._next
-        d = ((sample - self._next) / std).double().flatten(1)
-        log_ratio = -(d * (self._noise.flatten(1) + d / 2)).sum(1)
+        shift = (self._std * score_shift).double()  # of x_s / S
+        log_ratio = -(shift * (self._eps + shift / 2)).flatten(1).sum(1)
         self.log_weights += log_ratio.reshape(self.log_weights.shape)
-        return sample
+        return self._std**2 * score_shift
 
     def finish(self, log_factors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Update the weights by the factors of all terms at the images; the images to return, as of
@@ -208,8 +200,7 @@ class Population:
         order[p] = order[p].gather(1, picked)
         order = order.flatten()
         self._factors = self._factors.flatten(1)[:, order].reshape(self._factors.shape)
-        for scheduler in (self.scheduler, self.unguided):
-            _select_history(scheduler, order, self._shape)
+        _select_history(self.scheduler, order, self._shape)
         return order
 
 

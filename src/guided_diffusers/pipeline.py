@@ -402,9 +402,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             particles: each so many consecutive images are a population: samples with weights, and
                 resampled by them, of p(x) p(y | x), or p(x) exp(-scale E(x)) with an energy, where p
                 is the scheduler's density without guidance (`Population`). That is exact for any
-                `guidance_scale` and any number of them; with more, weights vary less. It takes a
-                scheduler with noise in each step, such as DDPM or DDIM with eta=1, terms with a
-                `log_factor`, and, of the defaults, num_inference_steps only. None: off.
+                `guidance_scale` as their number grows. It takes a scheduler with noise in each step,
+                such as DDPM or DDIM with eta=1, and terms with a `log_factor`; guidance shifts the
+                mean of that step (guidance_algorithm="mean"), and of the defaults,
+                num_inference_steps applies only. None: off.
             resample: whether the images of a population are resampled to equal weights at the end;
                 else they have `.log_weights`.
 
