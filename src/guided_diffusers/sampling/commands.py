@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..pipeline import ClassifierGuidedPipeline
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+MAX_LINES = 20  # of labels with their evidence
 MAX_DIGITS = 18  # of a label's id
 #: suffixes of files that aren't written, so that no folder gets such a name by mistake
 OTHER_FILES = set(
@@ -97,6 +98,11 @@ def _add_call_options(command: ArgumentParser) -> None:
     help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
     group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
     group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
+    help = (
+        "each K images of a label are a population, weighted and resampled (--scheduler ddpm, or "
+        "another one with noise in each step)"
+    )
+    group.add_argument("--particles", type=count, metavar="K", help=help)
     help = "size of the images, such as 48x32 (height x width), if the networks allow others"
     group.add_argument("--resolution", type=size, metavar="HxW", help=help)
 
@@ -150,9 +156,13 @@ def run_sample(options: Namespace) -> None:
             f"--output {options.output}: of a network without labels, a picture "
             f"({', '.join(PICTURE_FORMATS)}) is allowed"
         )
-    options.num_images = options.num_images or 10 * len(labels)
+    particles = getattr(options, "particles", None)
+    options.num_images = options.num_images or (particles or 10) * len(labels)
+    check_number_of_images(options.num_images, particles)
     call = {name: value for name, value in vars(options).items() if name in DEFAULTS}
     call["conditional"] = options.conditional
+    if particles is not None:
+        call["particles"] = particles
     if "resolution" in options:
         call["height"], call["width"] = options.resolution
     diagnostics = None
@@ -164,9 +174,9 @@ def run_sample(options: Namespace) -> None:
         )
 
     if is_picture(options.output):
-        timing, failed = make_picture(pipeline, labels, call, options)
+        timing, failed, populations = make_picture(pipeline, labels, call, options)
     else:
-        timing, failed = make_folder(pipeline, labels, call, options, processes)
+        timing, failed, populations = make_folder(pipeline, labels, call, options, processes)
 
     if diagnostics is not None:
         diagnostics.save(options.diagnostics)
@@ -182,6 +192,8 @@ def run_sample(options: Namespace) -> None:
         count = options.num_images - len(failed)
         noun = "image" if count == 1 else "images"
         print(f"{count} {noun}{of_labels} ({settings}) {timing}: {printable(options.output)}")
+        for line in describe_populations(pipeline, labels, populations, particles):
+            print(line)
         if failed:
             print(f"{len(failed)} not finite, left out: {list_images(failed)}", file=sys.stderr)
 
@@ -208,6 +220,33 @@ def describe_settings(pipeline: ClassifierGuidedPipeline, call: dict[str, Any], 
     if values["guidance_tolerance"] is not None:
         parts.append(f"tolerance {values['guidance_tolerance']:g}")
     return ", ".join(parts)
+
+
+def describe_populations(
+    pipeline: ClassifierGuidedPipeline,
+    labels: Sequence[int | None],
+    populations: Sequence[dict[str, Any]],
+    particles: int | None,
+) -> Iterator[str]:
+    """A line for each label: the means over its populations."""
+    from statistics import fmean
+
+    from ..text import printable
+
+    names = pipeline.config.id2label or {}
+    for row, label in enumerate(labels[:MAX_LINES]):
+        own = [record for record in populations if record["population"] % len(labels) == row]
+        if own:
+            evidence, size, ancestors = (
+                fmean(record[name] for record in own)
+                for name in ("log_evidence", "effective_sample_size", "ancestors")
+            )
+            name = "samples" if label is None else printable(names.get(label, str(label)))
+            noun = "population" if len(own) == 1 else "populations"
+            yield (
+                f"{name}: log evidence {evidence:.2f}, effective sample size {size:.1f} of {particles}, "
+                f"{ancestors:.1f} ancestors ({len(own)} {noun})"
+            )
 
 
 def is_picture(path: Path) -> bool:
@@ -242,6 +281,11 @@ def check_options(options: Namespace) -> None:
         )
     if not options.diagnostics:
         return
+    if "particles" in options:
+        raise ValueError(
+            f"--diagnostics {options.diagnostics}: with --particles images are exchanged within the "
+            "run; only one of the two is allowed"
+        )
     if options.skip_failed:
         raise ValueError(
             f"--diagnostics {options.diagnostics}: with --skip-failed images are generated twice; "
@@ -261,6 +305,15 @@ def check_options(options: Namespace) -> None:
         raise ValueError(
             f"--diagnostics: {output} isn't empty, and its images would not be counted; use a new "
             "folder"
+        )
+
+
+def check_number_of_images(num_images: int, particles: int | None) -> None:
+    """Raise a ValueError unless the images are whole populations."""
+    if particles is not None and num_images % particles:
+        raise ValueError(
+            f"--num-images {num_images}: with --particles {particles}, whole populations, a multiple "
+            "of it, are allowed"
         )
 
 
@@ -303,24 +356,24 @@ def parse_label_options(
 
 def make_picture(
     pipeline: ClassifierGuidedPipeline, labels: list[int], call: dict[str, Any], options: Namespace
-) -> tuple[str, list[int]]:
-    """Save one picture with a row per label; the duration as text, and what `--skip-failed` left
-    out, which is white."""
+) -> tuple[str, list[int], Sequence[dict[str, Any]]]:
+    """Save one picture with a row per label; the duration as text, what `--skip-failed` left out,
+    which is white, and the populations."""
     from PIL import Image
 
-    from .batches import progress_bars, sample
+    from .batches import per_image, progress_bars, sample
     from .pictures import check_size, grid, save_image
 
     start, count = time.perf_counter(), options.num_images
     names = None
-    if count % len(labels) == 0 and labels != [None]:
+    if count % (len(labels) * (call.get("particles") or 1)) == 0 and labels != [None]:
         id2label = pipeline.config.id2label or {}
         names = [id2label.get(label, str(label)) for label in labels]
     failed: list[int] | None = [] if options.skip_failed else None
     images: dict[int, Image.Image] = {}
-    batches = sample(
-        pipeline, labels, options.seed, options.batch_size, range(count), failed, **call
-    )
+    populations: list[dict[str, Any]] = []
+    lists = range(count), failed, populations
+    batches = sample(pipeline, labels, options.seed, options.batch_size, *lists, **call)
     with progress_bars(pipeline, count, options.batch_size, show=not options.quiet) as bar:
         for indices, batch in batches:
             if not images:
@@ -331,11 +384,10 @@ def make_picture(
         raise FloatingPointError(f"none of the {count} images is finite")
     missing = Image.new("RGB", next(iter(images.values())).size, "white")
     seconds = time.perf_counter() - start
-    by_label = []
-    for row in range(len(labels)):
-        by_label += [images.get(i, missing) for i in range(row, count, len(labels))]
-    save_image(grid(by_label, names), options.output)
-    return f"in {seconds:.1f} s", failed or []
+    of_images = per_image(range(len(labels)), call.get("particles"))
+    order = sorted(range(count), key=lambda i: of_images[i % len(of_images)])
+    save_image(grid([images.get(i, missing) for i in order], names), options.output)
+    return f"in {seconds:.1f} s", failed or [], populations
 
 
 def make_folder(
@@ -344,9 +396,9 @@ def make_folder(
     call: dict[str, Any],
     options: Namespace,
     processes: PartialState | None,
-) -> tuple[str, Sequence[int]]:
-    """Generate the missing images of a folder; the duration and speed as text, and what
-    `--skip-failed` left out."""
+) -> tuple[str, Sequence[int], Sequence[dict[str, Any]]]:
+    """Generate the missing images of a folder; the duration and speed as text, what
+    `--skip-failed` left out, and the populations."""
     from .folder import sample_to_folder
     from .manifest import hub_commit
 
@@ -355,7 +407,7 @@ def make_folder(
         labels,
         **{name: getattr(options, name) for name in ("num_images", "seed", "batch_size", "model")},
         folder=options.output,
-        shard_size=options.shard_size or max(256, options.batch_size),
+        shard_size=options.shard_size or _shard_size(options.batch_size, call),
         format=options.format or "imagefolder",
         skip_failed=options.skip_failed,
         # of assembled parts, the hash of all weights
@@ -373,4 +425,11 @@ def make_folder(
         timing += f", {generated / result.seconds:.1f} images/s"
     if processes is not None:
         timing += f" by {processes.num_processes} processes"
-    return timing, result.failed
+    return timing, result.failed, result.populations
+
+
+def _shard_size(batch_size: int, call: dict[str, Any]) -> int:
+    """Images written together by default: of whole populations."""
+    particles = call.get("particles") or 1
+    size = max(256, batch_size, particles)
+    return size - size % particles

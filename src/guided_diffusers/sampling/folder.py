@@ -1,7 +1,8 @@
 """Large numbers of images in a folder, written in shards, by any number of processes, resumable.
 
     FOLDER/manifest.json                      settings, model revision, versions, "complete", and
-                                              "failed", the images that are not finite
+                                              "failed", the images that are not finite, and
+                                              "populations", the evidence of each, with particles
     FOLDER/LABEL/000012.png                   imagefolder, as `datasets` reads it
     FOLDER/data/train-00000-of-00196.parquet  parquet: `datasets.load_dataset(FOLDER)`
     FOLDER/samples.npz                        npz: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels
@@ -31,7 +32,7 @@ from ..cli_options import TIMEOUT_MINUTES
 from ..files import folder_lock
 from ..likelihood import Label, parse_labels
 from ..pipeline import ClassifierGuidedPipeline
-from .batches import WarnOnce, progress_bars, sample
+from .batches import WarnOnce, per_image, progress_bars, sample
 from .manifest import open_or_resume, resolve_defaults, run_settings, unique_names, write_manifest
 from .shards import Shards
 
@@ -48,6 +49,7 @@ class SampleResult:
     seconds: float
     labels: tuple[int, ...]  # ids
     failed: tuple[int, ...] = ()  # in the main process: indices of images that are not finite
+    populations: tuple[dict[str, Any], ...] = ()  # in the main process: of `population_summary`
 
 
 def sample_to_folder(
@@ -68,7 +70,7 @@ def sample_to_folder(
     timeout_minutes: float = TIMEOUT_MINUTES,
     **call: Any,
 ) -> SampleResult:
-    """Generate the missing ones of `num_images` images; image i has `labels[i % len(labels)]`.
+    """Generate the missing ones of `num_images` images; image i has the label as in `sample`.
 
     Args:
         labels: ids or names.
@@ -87,7 +89,8 @@ def sample_to_folder(
         timeout_minutes: how long a process waits for the others while none of them finishes a
             shard; three times its own slowest shard, if that is longer.
         call: further arguments of the pipeline's call. The manifest stores numbers, strings, lists
-            and mappings; of other objects (a guidance term) the name of the class.
+            and mappings; of other objects (a guidance term) the name of the class. With `particles`,
+            num_images and shard_size are multiples of it.
 
     Raises:
         ValueError: for an invalid argument; for a folder with other settings (the message lists
@@ -109,10 +112,18 @@ def sample_to_folder(
             f"num_images={num_images}, shard_size={shard_size}: up to {MAX_SHARDS} shards of "
             "shard_size images are allowed"
         )
+    particles = call.get("particles") or 1
+    for name in ("num_images", "shard_size"):
+        if sizes[name] % particles:
+            raise ValueError(
+                f"{name}={sizes[name]}: with particles={particles}, whole populations, a multiple of it, "
+                "are allowed"
+            )
     if batch_size > shard_size:
         raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))
-    shards = Shards(Path(folder), format, names, ids, num_images, shard_size)
+    of_images = per_image(ids, particles)
+    shards = Shards(Path(folder), format, names, of_images, num_images, shard_size)
     arguments = {"format": format, "num_images": num_images, "labels": ids, "seed": seed}
     arguments |= {**sizes, **resolve_defaults(pipeline, call)}
     settings = run_settings(pipeline, model, revision, arguments)
@@ -134,14 +145,17 @@ def sample_to_folder(
             wait_for_shards(shards, missing, processes, max(60 * timeout_minutes, 3 * slowest))
             processes.wait_for_everyone()
         failed: list[int] = []
+        populations: list[dict[str, Any]] = []
         if is_main:
             failed = shards.failed()
             if len(failed) == num_images:
                 raise FloatingPointError(f"none of the {num_images} images is finite")
             shards.finish()
-            write_manifest(shards.folder, settings, complete=True, failed=failed)
+            populations = shards.populations()
+            write_manifest(shards.folder, settings, True, failed, populations)
     seconds = time.perf_counter() - start
-    return SampleResult(num_images, before, seconds, tuple(ids), tuple(failed))
+    results = tuple(ids), tuple(failed), tuple(populations)
+    return SampleResult(num_images, before, seconds, *results)
 
 
 def _warn_of_renamed(shards: Shards) -> None:
@@ -175,14 +189,16 @@ def _write_shards(
     for shard in missing:
         began, content = time.monotonic(), []
         indices = shards.indices(shard)
-        for _, images in generate(indices=indices, failed=failed):
+        populations: list[dict[str, Any]] = []
+        for _, images in generate(indices=indices, failed=failed, populations=populations):
             content += map(shards.encode, images)
             if not is_checked:
                 shards.check_space(content, missing)
                 is_checked = True
             # the bar counts the finished shards of all processes
             bar.update(max(0, shards.num_recorded_images() + len(content) - bar.n))
-        shards.write(shard, content, [i for i in failed or () if i in indices])
+        missing_images = [i for i in failed or () if i in indices]
+        shards.write(shard, content, missing_images, populations)
         slowest = max(slowest, time.monotonic() - began)
     return slowest
 

@@ -144,6 +144,7 @@ def open_or_resume(
         manifest = read_json(path)
         manifest.pop("complete")
         manifest.pop("failed", None)
+        manifest.pop("populations", None)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} can't be read ({error!r}), so the run can't be resumed; use another folder"
@@ -172,12 +173,19 @@ def _is_temporary(path: Path) -> bool:
 
 
 def write_manifest(
-    folder: Path, settings: Mapping[str, Any], complete: bool, failed: Sequence[int] = ()
+    folder: Path,
+    settings: Mapping[str, Any],
+    complete: bool,
+    failed: Sequence[int] = (),
+    populations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the settings, whether all images exist, and which ones could not be generated."""
+    """Write the settings, whether all images exist, which ones could not be generated, and what is
+    known of each population."""
     content = {**settings, "complete": complete}
     if failed:
         content["failed"] = list(failed)
+    if populations:
+        content["populations"] = list(populations)
     write_json(content, folder / MANIFEST)
 
 

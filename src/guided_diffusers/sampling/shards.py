@@ -78,28 +78,41 @@ class Shards:
             )
 
     def write(
-        self, shard: int, content: Sequence[bytes | np.ndarray], failed: Sequence[int] = ()
+        self,
+        shard: int,
+        content: Sequence[bytes | np.ndarray],
+        failed: Sequence[int] = (),
+        populations: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write the files of a shard, given its encoded images, then its record.
 
         Args:
             failed: indices of the shard's images that are missing in `content`.
+            populations: `population_summary` of each of its populations.
         """
         sizes = {}
         for name, data in self._files(shard, self._generated(shard, failed), content):
             write_bytes(data, self.folder / name)
             sizes[name] = len(data)
-        self._write_record(shard, sizes, failed)
+        self._write_record(shard, sizes, failed, populations)
 
     def _generated(self, shard: int | str, failed: Collection[int]) -> list[int]:
         """Indices of a shard's images, or of all, without those that failed."""
         indices = range(self.num_images) if shard == ARCHIVE else self.indices(shard)
         return [i for i in indices if i not in failed]
 
-    def _write_record(self, shard: int | str, sizes: dict[str, int], failed: Sequence[int]) -> None:
+    def _write_record(
+        self,
+        shard: int | str,
+        sizes: dict[str, int],
+        failed: Sequence[int],
+        populations: Sequence[dict[str, Any]],
+    ) -> None:
         record: dict[str, Any] = {"files": sizes}
         if failed:
             record["failed"] = list(failed)
+        if populations:
+            record["populations"] = list(populations)
         write_json(record, self._record(shard))
 
     def _files(
@@ -141,11 +154,19 @@ class Shards:
 
     def failed(self) -> list[int]:
         """Indices of the images that could not be generated, of finished shards."""
-        failed = []
+        return sorted(set(self._recorded("failed")))
+
+    def populations(self) -> list[dict[str, Any]]:
+        """`population_summary` of all populations of finished shards, in their order."""
+        records = {record["population"]: record for record in self._recorded("populations")}
+        return [records[number] for number in sorted(records)]
+
+    def _recorded(self, name: str) -> list[Any]:
+        values = []
         for shard in (ARCHIVE, *range(len(self))):
             if self._record(shard).exists():
-                failed += read_json(self._record(shard)).get("failed", [])
-        return sorted(set(failed))
+                values += read_json(self._record(shard)).get(name, [])
+        return values
 
     def extend(self, before: int) -> None:
         """Make a folder of `before` images one of more, whose further shards are missing.
@@ -164,10 +185,11 @@ class Shards:
             name = self._parquet_name(shard)  # which tells how many there are
             os.replace(path, self.folder / name)
             try:
-                failed = read_json(self._record(shard)).get("failed", ())
+                record = read_json(self._record(shard))
             except (OSError, ValueError):  # none, or a broken one: it is generated again
                 continue
-            self._write_record(shard, {name: (self.folder / name).stat().st_size}, failed)
+            lists = record.get("failed", ()), record.get("populations", ())
+            self._write_record(shard, {name: (self.folder / name).stat().st_size}, *lists)
 
     def _parquet_name(self, shard: int) -> str:
         return f"data/train-{shard:05d}-of-{len(self):05d}.parquet"
@@ -209,7 +231,8 @@ class Shards:
             path, failed = self.folder / f"{ARCHIVE}.npz", self.failed()
             with aside(path) as partial:
                 self._join(partial, failed)
-            self._write_record(ARCHIVE, {path.name: path.stat().st_size}, failed)
+            sizes = {path.name: path.stat().st_size}
+            self._write_record(ARCHIVE, sizes, failed, self.populations())
         for shard in range(len(self)):
             self._record(shard).unlink(missing_ok=True)
             (self.records / f"{shard:05d}.npy").unlink(missing_ok=True)
