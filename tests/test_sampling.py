@@ -196,6 +196,96 @@ def test_other_batches_and_shards_make_the_same_images(
         assert np.abs(found - np.stack(expected)).max() <= 1
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_populations_are_whole_in_any_batch_and_resumed_with_their_evidence(
+    format: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two particles each of three labels in turn; batches and shards hold whole populations."""
+    options = {"particles": 2, "eta": 1.0, "format": format, "num_images": 12, "shard_size": 4}
+    made = make("a", **options)
+    _, labels = read(tmp_path / "a", format)
+    assert labels == [0, 0, 1, 1, 2, 2] * 2
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    records = manifest["populations"]
+    assert manifest["particles"] == 2 and list(made.populations) == records
+    assert [record["population"] for record in records] == list(range(6))
+    for record in records:
+        assert record["log_evidence"] < 0 and 1 <= record["effective_sample_size"] <= 2
+        assert record["ancestors"] in (1, 2)
+    one = make("b", **options, batch_size=1)  # one population, nevertheless
+    assert np.abs(read(tmp_path / "b", format)[0] - read(tmp_path / "a", format)[0]).max() <= 1
+    for first, second in zip(one.populations, made.populations, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    with dying(monkeypatch, after=5):
+        make("c", **options)
+    again = make("c", **options)
+    assert again.before > 0 and files(tmp_path / "c") == files(tmp_path / "a")
+    options["num_images"] = 16
+    extended = make("a", **options)
+    assert len(extended.populations) == 8 and list(extended.populations[:6]) == records
+
+
+def test_a_population_with_an_image_that_is_not_finite_is_left_out(
+    failing: Callable[..., ClassifierGuidedPipeline], tmp_path: Path
+) -> None:
+    options = {
+        **TEN,
+        "num_images": 12,
+        "batch_size": 6,
+        "shard_size": 6,
+        "particles": 2,
+        "eta": 1.0,
+    }
+    whole = sample_to_folder(failing(), [0, 1], tmp_path / "whole", **options)
+    model = failing(1, 8)
+    made = sample_to_folder(model, [0, 1], tmp_path / "out", skip_failed=True, **options)
+    assert made.failed == (0, 1, 8, 9)
+    assert list(made.populations) == [whole.populations[i] for i in (1, 2, 3, 5)]
+    written, expected = files(tmp_path / "out"), files(tmp_path / "whole")
+    pictures = [name for name in written if name.endswith(".png")]
+    assert len(pictures) == 8 and all(written[name] == expected[name] for name in pictures)
+
+
+def test_images_that_are_no_whole_populations_are_refused(
+    pipeline: ClassifierGuidedPipeline, make: Make
+) -> None:
+    with pytest.raises(ValueError, match="num_images=9: with particles=2, whole populations"):
+        make("a", particles=2, eta=1.0, num_images=9, shard_size=4)
+    with pytest.raises(ValueError, match="shard_size=3: with particles=2, whole populations"):
+        make("a", particles=2, eta=1.0)
+    with pytest.raises(ValueError, match="images 1, 2 are no population; .* such as 0 to 1"):
+        next(sample(pipeline, [0], indices=[1, 2], particles=2, eta=1.0))
+
+
+def test_the_program_samples_populations(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    picture = tmp_path / "a.png"
+    call = ["--label", "all", "--scheduler", "ddpm", "--particles", "4", "--output"]
+    run(folder, *call, str(picture))
+    printed = capsys.readouterr().out
+    assert "12 images" in printed and "guidance algorithm mean" in printed
+    lines = re.findall(
+        r"\w+: log evidence -\d\.\d\d, effective sample size \d\.\d of 4, \d\.\d ancestors "
+        r"\(1 population\)",
+        printed,
+    )
+    assert len(lines) == 3
+    with Image.open(picture) as image:  # a row of four for each label
+        assert image.height == 3 * image.height // 3 and image.width > 4 * image.height // 3
+    run(folder, *call, str(tmp_path / "folder"), "--num-images", "16")
+    assert "boot: log evidence" in (printed := capsys.readouterr().out)
+    assert "(2 populations)" in printed and "16 images" in printed
+    for more, message in (
+        (["--num-images", "10"], "--num-images 10: with --particles 4, whole populations"),
+        (["--diagnostics", str(tmp_path / "d.json")], "--diagnostics .*: with --particles"),
+        (["--scheduler", "ddim"], "particles=4: DDIMScheduler adds no noise in step 0 of 3"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run(folder, *call, str(tmp_path / "b.png"), *more)
+        assert re.search(message, str(error.value.code) + capsys.readouterr().err)
+
+
 def read(place: Path, format: str) -> tuple[np.ndarray, list[int]]:
     """Images (N, H, W) and labels by the libraries that users have."""
     if format == "npz":
