@@ -30,6 +30,7 @@ from guided_diffusers.cli import main
 from guided_diffusers.diagnosis import (
     Diagnosis,
     EvalLevel,
+    LabelEvidence,
     calibration_error,
     calibration_gaps,
     diagnose,
@@ -572,9 +573,28 @@ def test_the_unet_of_another_pipeline(folder: Path) -> None:
     )
 
 
+def test_the_evidences_of_all_labels_add_up_to_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Softmax values do, whatever the classifier; where weights are all on one particle, the
+    estimate is far off, and is said to be."""
+    arguments = folder / "pipeline", "--dataset", folder / "images", "--no-picture", "--images", 6
+    run(*arguments, "--output", tmp_path, "--evidence", 8)
+    found = json.loads((tmp_path / "diagnosis.json").read_text())["evidence"]
+    total, error = sum(found["evidence"]), np.hypot.reduce(found["error"])
+    assert len(found["evidence"]) == 3 and abs(total - 1) < max(0.1, 3 * error)
+    line = f"add up to {total:.2f} +- {error:.2f}, where 1 is exact"
+    assert line in capsys.readouterr().out
+    rest = {"particles": 8, "error": (0.01,) * 3, "effective_sample_size": (0.5,) * 3}
+    assert LabelEvidence(evidence=(0.3, 0.3, 0.35), **rest).is_consistent
+    bad = LabelEvidence(evidence=(0.3, 0.3, 0.1), **rest)
+    assert not bad.is_consistent and "0.70 +- 0.02" in str(bad) and "vary too much" in str(bad)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["classifier", "--evidence", "4"], "evidence=4 needs the network to be guided"),
         (["nothing-like-it"], "model 'nothing-like-it' is not bundled; allowed"),
         (["alone"], "is a pipeline without a classifier"),
         (["./nowhere/at-all"], "nowhere/at-all"),

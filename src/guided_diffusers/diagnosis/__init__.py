@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_imports
 
 if TYPE_CHECKING:
+    from .evidence import LabelEvidence, label_evidence
     from .inspection import Diagnosis, diagnose, inspect
     from .levels import EvalLevel
     from .metrics import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .verdict import Verdict
 
 __all__ = [
+    "LabelEvidence",
     "BASELINES",
     "COLUMNS",
     "CURVES",
@@ -44,6 +46,7 @@ __all__ = [
     "calibration_gaps",
     "diagnose",
     "inspect",
+    "label_evidence",
     "logit_scale",
     "plot",
     "with_calibration",

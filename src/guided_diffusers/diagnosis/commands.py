@@ -39,6 +39,11 @@ def add_inspect_command(commands: Any) -> None:
         "class-conditional with a null label, its gradient is the reference "
         "(default: MODEL, if that is a pipeline)",
     )
+    help = (
+        "check, by 4 populations of K particles a label, whether the labels' evidences add up to 1; "
+        "samples 4 K images of each label"
+    )
+    option("--evidence", type=count, metavar="K", help=help)
     help = "folder to write (default: %(default)s)"
     option("--output", type=path, default=Path("diagnosis"), help=help)
     for flag, kind, default, text in (
@@ -69,6 +74,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     if options.quiet:
         disable_progress_bar()
     names = ("split", "image_column", "label_column", "images", "gradient_images", "levels")
+    names += ("evidence",)
     diagnosis = inspect(
         options.model,
         options.dataset,

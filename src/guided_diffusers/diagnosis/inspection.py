@@ -17,6 +17,7 @@ from ..networks import evaluating
 from ..noise import module_config, schedule_config
 from ..text import printable
 from ..utils import load_pipeline, weights_digest
+from .evidence import LabelEvidence, label_evidence
 from .levels import Reference, SamplingRun, default_run, network_reference
 from .loading import image_format, load_classifier, match_labels
 from .metrics import BINS
@@ -44,12 +45,14 @@ class Diagnosis:
         verdict: where and how strongly to guide.
         mismatches: inconsistencies of classifier, denoiser and data, in sentences.
         settings: of the measurement.
+        evidence: of each label, if it was estimated.
     """
 
     levels: tuple[dict[str, Any], ...]
     verdict: Verdict
     mismatches: tuple[str, ...]
     settings: dict[str, Any]
+    evidence: LabelEvidence | None = None
 
     def __str__(self) -> str:
         lines = [table(self.levels), "", f"Verdict: {self.verdict.summary}.", *self.verdict.words]
@@ -66,6 +69,8 @@ class Diagnosis:
         names = ("verdict", "mismatches", "levels", "settings")
         content = asdict(self)
         content = {name: content[name] for name in names}
+        if self.evidence is not None:
+            content["evidence"] = asdict(self.evidence)
         content["weights"] = content["settings"].pop("weights", None)
         write_json(content, Path(folder) / "diagnosis.json")
         if picture:
@@ -188,6 +193,7 @@ def inspect(
     image_column: str | None = None,
     label_column: str | None = None,
     device: str | torch.device = "cpu",
+    evidence: int | None = None,
     **options: Any,
 ) -> Diagnosis:
     """`diagnose` a saved classifier.
@@ -199,10 +205,13 @@ def inspect(
         unet: folder, Hub id or bundled name of the pipeline whose network is to be guided.
         split, image_column, label_column: of the dataset; default: the first of validation, test
             and train, and the first columns that fit.
+        evidence: particles of each population by which `label_evidence` checks whether the labels'
+            evidences add up to 1; needs a network. None: off.
         options: of `diagnose`.
 
     Raises:
-        ValueError: for a model without a classifier, a wrong split or labels, and as `diagnose`.
+        ValueError: for a model without a classifier, evidence without a network, a wrong split or
+            labels, and as `diagnose`.
         OSError: for files that are missing or broken.
     """
     from ..learning.data import LabelledImages, are_renumbered, load_splits
@@ -210,6 +219,8 @@ def inspect(
     classifier, pipeline = load_classifier(model)
     if unet is not None:
         pipeline = load_pipeline(str(unet))
+    if evidence is not None and pipeline is None:
+        raise ValueError(f"evidence={evidence} needs the network to be guided, unet=PIPELINE")
     parts: dict[str, Any] = {}
     if pipeline is not None:
         parts = {name: getattr(pipeline, name) for name in ("scheduler", "unet", "vae")}
@@ -235,4 +246,11 @@ def inspect(
     diagnosis = diagnose(classifier, data, **parts, **options)
     settings = diagnosis.settings | {"model": str(model), "dataset": str(dataset), "split": split}
     settings["unet"] = None if unet is None else str(unet)
-    return replace(diagnosis, mismatches=(*notes, *diagnosis.mismatches), settings=settings)
+    diagnosis = replace(diagnosis, mismatches=(*notes, *diagnosis.mismatches), settings=settings)
+    if evidence is None:
+        return diagnosis
+    names = ("seed", "batch_size", "progress")
+    chosen = {name: options[name] for name in names if name in options}
+    found = label_evidence(pipeline, classifier, evidence, **chosen)
+    verdict = replace(diagnosis.verdict, words=(*diagnosis.verdict.words, str(found)))
+    return replace(diagnosis, verdict=verdict, evidence=found)
