@@ -203,7 +203,7 @@ def test_populations_are_whole_in_any_batch_and_resumed_with_their_evidence(
     """Two particles each of three labels in turn; batches and shards hold whole populations."""
     options = {"particles": 2, "eta": 1.0, "format": format, "num_images": 12, "shard_size": 4}
     made = make("a", **options)
-    _, labels = read(tmp_path / "a", format)
+    images, labels = read(tmp_path / "a", format, 12)
     assert labels == [0, 0, 1, 1, 2, 2] * 2
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     records = manifest["populations"]
@@ -213,10 +213,10 @@ def test_populations_are_whole_in_any_batch_and_resumed_with_their_evidence(
         assert record["log_evidence"] < 0 and 1 <= record["effective_sample_size"] <= 2
         assert record["ancestors"] in (1, 2)
     one = make("b", **options, batch_size=1)  # one population, nevertheless
-    assert np.abs(read(tmp_path / "b", format)[0] - read(tmp_path / "a", format)[0]).max() <= 1
+    assert np.abs(read(tmp_path / "b", format, 12)[0] - images).max() <= 1
     for first, second in zip(one.populations, made.populations, strict=True):
         assert first == pytest.approx(second, rel=1e-4)
-    with dying(monkeypatch, after=5):
+    with dying(monkeypatch, after=8):
         make("c", **options)
     again = make("c", **options)
     assert again.before > 0 and files(tmp_path / "c") == files(tmp_path / "a")
@@ -272,7 +272,7 @@ def test_the_program_samples_populations(
     )
     assert len(lines) == 3
     with Image.open(picture) as image:  # a row of four for each label
-        assert image.height == 3 * image.height // 3 and image.width > 4 * image.height // 3
+        assert image.height % 3 == 0 and image.width // (image.height // 3) in (4, 5)
     run(folder, *call, str(tmp_path / "folder"), "--num-images", "16")
     assert "boot: log evidence" in (printed := capsys.readouterr().out)
     assert "(2 populations)" in printed and "16 images" in printed
@@ -286,11 +286,11 @@ def test_the_program_samples_populations(
         assert re.search(message, str(error.value.code) + capsys.readouterr().err)
 
 
-def read(place: Path, format: str) -> tuple[np.ndarray, list[int]]:
+def read(place: Path, format: str, count: int = 10) -> tuple[np.ndarray, list[int]]:
     """Images (N, H, W) and labels by the libraries that users have."""
     if format == "npz":
         content = np.load(place / "samples.npz")
-        assert content["arr_0"].dtype == np.uint8 and content["arr_0"].shape == (10, 8, 8, 3)
+        assert content["arr_0"].dtype == np.uint8 and content["arr_0"].shape == (count, 8, 8, 3)
         assert (content["arr_0"] == content["arr_0"][..., :1]).all()  # grey
         return content["arr_0"][..., 0].astype(int), content["arr_1"].tolist()
     cache = place.with_name(place.name + "-cache")
@@ -302,7 +302,7 @@ def read(place: Path, format: str) -> tuple[np.ndarray, list[int]]:
     numbers = [int(Path(row["image"].filename).stem) for row in rows]
     ids = {name: i for i, name in NAMES.items()}
     found = sorted(zip(numbers, rows, strict=True), key=lambda pair: pair[0])
-    assert sorted(numbers) == list(range(10))
+    assert sorted(numbers) == list(range(count))
     return (
         np.stack([np.asarray(row["image"], int) for _, row in found]),
         [ids[rows.features["label"].names[row["label"]]] for _, row in found],
