@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .checks import check_bool, check_number, shown
 from .defaults import ALGORITHMS, DEFAULTS
@@ -349,10 +350,17 @@ def check_generator(generator: Any, particles: int | None = None) -> Any:
     return generators if isinstance(generator, (list, tuple)) else generator
 
 
-def check_callback(callback: Any) -> None:
-    """Raise a ValueError for a callback_on_step_end that can't be called."""
+def check_callback(callback: Any, tensor_inputs: Any) -> Any:
+    """Names of the tensors that a callback_on_step_end gets: its own, if it is Diffusers'.
+
+    Raises:
+        ValueError: for a callback that can't be called.
+    """
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end={shown(callback)}: a function is allowed")
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return callback.tensor_inputs
+    return tensor_inputs
 
 
 def check_names(id2label: Any) -> dict[int, str] | None:

@@ -18,7 +18,6 @@ from diffusers import (
     SchedulerMixin,
     UNet2DModel,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -419,9 +418,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
         generator = check_generator(generator, particles)
-        check_callback(callback_on_step_end)
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        tensor_inputs = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         call = {
             "guidance_scale": guidance_scale,
             "guidance_power": guidance_power,
@@ -433,10 +430,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "guidance_every": guidance_every,
             "guidance_tolerance": guidance_tolerance,
             "guidance": guidance,
-            "image": image,
-            "particles": particles,
-            "resample": resample,
         }
+        call |= {"image": image, "particles": particles, "resample": resample}
         arguments = resolve_arguments(
             self,
             label,
@@ -447,7 +442,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             latents=latents,
             clip_x0=clip_x0,
             output_type=output_type,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
+            tensor_inputs=tensor_inputs,
         )
         batch_size, condition, terms = arguments.batch_size, arguments.condition, arguments.terms
         device = self._execution_device
@@ -488,7 +483,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                         "score_shift": guider.score_shift,
                         **_sample_and_x0(guider.sample, prediction, level),
                     }
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = {name: tensors[name] for name in tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
                     latents = replaced_latents(changed, tensors, latents, population is not None)
