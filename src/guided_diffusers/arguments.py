@@ -541,7 +541,7 @@ def _label_terms(
         _image_scale(name, settings[name], len(mixtures), per_label) for name in names
     )
     terms: list[Guidance] = []
-    _check_power(pipeline, call, scale)
+    _check_guidance_power(pipeline, call, scale)
     if scale.any():
         _check_classifier(pipeline, scale)
         interval, power = (
@@ -565,7 +565,7 @@ def _label_terms(
     return terms
 
 
-def _check_power(pipeline: Any, call: Mapping[str, Any], scale: torch.Tensor) -> None:
+def _check_guidance_power(pipeline: Any, call: Mapping[str, Any], scale: torch.Tensor) -> None:
     """Refuse the call's `guidance_power` where it has no effect."""
     power = call["guidance_power"]
     if power is None:
