@@ -55,6 +55,7 @@ def assembled(
         autoencoder,
         trained.config.id2label,
         {**trained.config.defaults, **(defaults or {})},
+        trained.config.training_schedule,
     )
     _check_fit(pipeline, trained.config.id2label)
     return pipeline

@@ -34,6 +34,7 @@ from .arguments import (
 )
 from .checks import check_bool, shown
 from .classifier import NoiseAwareClassifier
+from .families import check_training_schedule, training_schedule, training_warning
 from .guidance import Guidance, GuidanceSum
 from .guider import Guider, Prediction, exclusive_use
 from .images import as_pair, convert, decode, down_sampling, join_low_resolution
@@ -125,6 +126,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             defaults["modes"], {mode: {argument: value}}, is used: "classifier" where it alone
             steers (conditional=False, mixtures), "classifier_free" with classifier-free guidance,
             "upsampler" with image.
+        training_schedule: of the network's training, `training_schedule(scheduler)` of its
+            scheduler; calls with a scheduler that differs in it log a warning. None: `scheduler`'s.
 
     Raises:
         ValueError: for other names in `defaults`, or a network that has weights without values.
@@ -147,6 +150,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         vae: AutoencoderKL | torch.nn.Module | None = None,
         id2label: dict | None = None,
         defaults: dict[str, Any] | None = None,
+        training_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         for name, module in (("unet", unet), ("classifier", classifier), ("vae", vae)):
@@ -159,6 +163,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         names = check_names(id2label)
         names = check_names(module_config(classifier).get("id2label")) or names
         self.register_to_config(id2label=names, defaults=check_defaults(defaults))
+        trained = check_training_schedule(training_schedule, scheduler)
+        self.register_to_config(training_schedule=trained)
 
     # ------------------------------------------------------------ loading and saving
 
@@ -197,6 +203,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         load = super().from_pretrained
         return load_pipeline(cls, load, pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> ClassifierGuidedPipeline:
+        """A pipeline that shares another one's components, as in Diffusers; `kwargs` replace them.
+
+        The network's `training_schedule` is that of `pipeline`, whatever scheduler replaces its own.
+        """
+        if "scheduler" in kwargs and "training_schedule" not in pipeline.config:
+            kwargs.setdefault("training_schedule", training_schedule(pipeline.scheduler))
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(
         self,
@@ -566,7 +582,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
 
     def _check_start(self, levels: Sequence[NoiseLevel], given: torch.Tensor | None) -> None:
-        """Check the noise levels of a run from drawn noise, or from `given` samples."""
+        """Check the noise levels of a run from drawn noise, or from `given` samples, and that the
+        network was trained for them."""
+        if warning := training_warning(self.scheduler, self.config.training_schedule):
+            logger.warning(warning)
         if given is not None:
             check_unit_variance(given, levels[0])
             return

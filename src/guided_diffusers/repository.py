@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from .checks import read_json, shorten, shown
+from .families import training_schedule
 from .weights import (
     LOAD_FAULTS,
     check_class_weights,
@@ -100,7 +101,23 @@ def load_pipeline(
     loaded = {name: part for name, part in pipeline.components.items() if name not in passed}
     _check_components(folder, loaded, variant)
     pipeline.register_to_config(_name_or_path=str(name))
+    if "scheduler" in passed and "training_schedule" not in kwargs:
+        _keep_training_schedule(pipeline, folder)
     return pipeline
+
+
+def _keep_training_schedule(pipeline: Any, folder: Path) -> None:
+    """Register the schedule of the scheduler in the folder, which another one was passed for, where
+    model_index.json has none."""
+    index, path = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    if "training_schedule" in read_json(index) or not path.is_file():
+        return
+    config = read_json(path)
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
+        with suppress(Exception):  # not used, so it may be one that this version can't make
+            schedule = training_schedule(cls.from_config(config))
+            pipeline.register_to_config(training_schedule=schedule)
 
 
 def _check_components(folder: Path, components: Mapping[str, Any], variant: str | None) -> None:

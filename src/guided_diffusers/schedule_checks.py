@@ -14,6 +14,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from .checks import check_number
+from .families import check_origin
 from .noise import (
     SMALLEST_ALPHA,
     NoiseLevel,
@@ -166,6 +167,7 @@ def _check_config(scheduler: SchedulerMixin) -> None:
         ValueError: naming the entry.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    check_origin(scheduler)
     if config.get("solver_order") is not None:
         check_number(f"scheduler {name}: solver_order", config["solver_order"], 1, integer=True)
     if config.get("clip_sample") and config.get("clip_sample_range") is not None:
