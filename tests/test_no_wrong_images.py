@@ -568,6 +568,55 @@ def test_steps_too_long_for_a_scheduler_of_second_order_are_warned_of(
         assert float(told[1]) == pytest.approx(std, rel=0.2)
 
 
+BETA = {"use_beta_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "config"),
+    [
+        ("KDPM2DiscreteScheduler", 7, {}),
+        ("KDPM2AncestralDiscreteScheduler", 10, {}),
+        ("KDPM2AncestralDiscreteScheduler", 20, {}),
+        ("EulerDiscreteScheduler", 25, BETA),
+        ("DPMSolverMultistepScheduler", 10, BETA),
+        ("DPMSolverMultistepScheduler", 50, {"beta_schedule": "squaredcos_cap_v2", **BETA}),
+        ("UniPCMultistepScheduler", 10, BETA),
+        ("DEISMultistepScheduler", 25, BETA),
+    ],
+)
+def test_noise_that_stays_in_data_of_low_contrast_and_smoothing_are_warned_of(
+    name: str, steps: int, config: dict[str, Any]
+) -> None:
+    """The exact network for data of standard deviation 0.3 gives less than half, or 1.22 times."""
+    scheduler = build(name, **config)
+    scheduler.set_timesteps(steps)
+    warning = accuracy_warning(scheduler, noise_levels(scheduler))
+    std = ending_std(scheduler, 0.3)
+    assert not 0.15 < std < 0.366
+    assert ("the images are smoothed" in warning) == (std < 0.15), (warning, std)
+    if told := re.search(r"deviation 0.3 would get ([\d.]+);", warning):
+        assert float(told[1]) == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_karras_sigmas": True}], ids=str)
+@pytest.mark.parametrize("steps", [25, 50])
+@pytest.mark.parametrize("name", sorted({case.scheduler for case in CASES}))
+def test_usual_runs_are_not_warned_of(name: str, steps: int, config: dict[str, Any]) -> None:
+    scheduler = build(name, **config)
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, ZeroDivisionError):  # SCM
+        return
+    assert accuracy_warning(scheduler, noise_levels(scheduler)) is None
+
+
+def test_the_bundled_preset_is_not_warned_of(caplog: Any) -> None:
+    pipeline = ClassifierGuidedPipeline.from_bundled()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(1)
+    assert not [r for r in caplog.records if r.name.startswith("guided_diffusers")]
+
+
 def test_the_check_of_accuracy_leaves_the_scheduler_and_the_global_generator_alone() -> None:
     scheduler = build("KDPM2AncestralDiscreteScheduler")
     scheduler.set_timesteps(3)

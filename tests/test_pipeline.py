@@ -19,6 +19,7 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
 )
 from diffusers.callbacks import PipelineCallback
 from test_guidance import NAMES, Pull, WithoutCount, counted, quiet, small_classifier, small_unet
@@ -28,11 +29,13 @@ from guided_diffusers import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClassifierGuidedPipeline,
+    EnergyGuidance,
     StepContext,
+    networks,
     noise_levels,
 )
 from guided_diffusers.arguments import DEFAULTS
-from guided_diffusers.noise import is_flow
+from guided_diffusers.noise import NoiseLevel, is_flow
 from guided_diffusers.sampling import resolve_defaults
 
 CONDITIONAL = {"num_class_embeds": 4}  # three labels and the null label
@@ -403,6 +406,61 @@ def test_a_callback_sets_the_scale_of_the_next_steps() -> None:
         images(pipeline, "cat", guidance_scale=1.0, callback_on_step_end=change([1, 2, 3]))
 
 
+def test_a_callback_sets_a_scale_for_each_label() -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), small_classifier())
+
+    def change(scale: Any) -> Any:
+        def callback(given: ClassifierGuidedPipeline, index: int, t: Any, tensors: dict) -> None:
+            given._guidance_scale = scale if index == 1 else given._guidance_scale
+
+        return callback
+
+    call = {"num_images_per_label": 2, "guidance_scale": 100.0}
+    of_labels, of_images = (
+        images(pipeline, ["cat", "dog"], callback_on_step_end=change(scale), **call)
+        for scale in ([300.0, 0.0], [300.0, 300.0, 0.0, 0.0])
+    )
+    assert torch.equal(of_labels, of_images)
+    assert not torch.equal(of_labels, images(pipeline, ["cat", "dog"], **call))
+
+
+def test_only_what_a_callback_reads_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x0 is computed once more at a step where it is among the tensor inputs."""
+    calls, x0 = [], NoiseLevel.x0
+    monkeypatch.setattr(NoiseLevel, "x0", lambda *args: calls.append(1) or x0(*args))
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
+    counts = {}
+    for names in (["latents"], ["latents", "x0"]):
+        calls.clear()
+        options = {"callback_on_step_end_tensor_inputs": names, "num_inference_steps": 4}
+        pipeline(callback_on_step_end=lambda p, i, t, k: None, output_type="latent", **options)
+        counts[names[-1]] = len(calls)
+    assert counts == {"latents": 0, "x0": 4}
+
+
+def test_parameters_are_frozen_once_a_step_for_a_term_through_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also for a term that decodes; and no parameter gets a gradient."""
+    contexts, freeze = [], networks._false
+
+    def count(flags: Any) -> Any:
+        if any(name != "training" for _, name in flags):
+            contexts.append(1)
+        return freeze(flags)
+
+    monkeypatch.setattr(networks, "_false", count)
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
+    energy = EnergyGuidance(lambda x: x.square().sum((1, 2, 3)), through_network=True)
+    counts = []
+    for steps in (2, 5):
+        contexts.clear()
+        pipeline(guidance=energy, num_inference_steps=steps, output_type="latent")
+        counts.append(len(contexts))
+    assert counts[1] - counts[0] == 3
+    assert all(p.grad is None and p.requires_grad for p in pipeline.unet.parameters())
+
+
 # presets
 
 PRESET = {
@@ -492,6 +550,28 @@ def test_modes_have_presets_of_their_own(tmp_path: Path) -> None:
     found = larger("cat", image=torch.zeros(1, 1, 4, 4), **call).settings
     steps = {"num_inference_steps": 2}
     assert found == {"mode": "upsampler", **DEFAULTS, **PRESET, **NEUTRAL, **steps}
+
+
+@pytest.mark.parametrize(
+    ("call", "steps"),
+    [
+        ({}, 7),
+        ({"num_inference_steps": 5}, 5),
+        ({"timesteps": [900, 500, 100]}, 3),
+        ({"timesteps": torch.tensor([900, 100]), "num_inference_steps": 9}, 2),
+    ],
+)
+def test_the_settings_are_those_used_wherever_they_are_said(call: dict, steps: int) -> None:
+    """In `output.settings` and in the folder of `sample`: the number of custom timesteps, and
+    "output" where a default of "mean" has no DDPM step."""
+    defaults = {"guidance_algorithm": "mean", "num_inference_steps": 7}
+    for scheduler, algorithm in ((DDPMScheduler(), "mean"), (LCMScheduler(), "output")):
+        pipeline = quiet(small_unet(), scheduler, small_classifier(), defaults=defaults)
+        found = pipeline("cat", output_type="latent", **call).settings
+        recorded = resolve_defaults(pipeline, call)
+        for settings in (found, recorded):
+            assert settings["num_inference_steps"] == steps == pipeline.num_timesteps
+            assert settings["guidance_algorithm"] == algorithm
 
 
 def test_a_preset_of_the_usual_mode_leaves_its_limits() -> None:

@@ -53,6 +53,7 @@ CORE = {
         "images",
         "networks",
         "particles",
+        "schedule_checks",
     },
     "pipeline": {
         "checks",

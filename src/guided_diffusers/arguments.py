@@ -27,6 +27,7 @@ from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 from .particles import Population
+from .schedule_checks import check_custom_steps
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
 MAX_SIZE = 2**14  # height and width of an image
@@ -65,6 +66,7 @@ class CallArguments:
 
     Attributes:
         batch_size: number of images.
+        num_images_per_label: of them, consecutive.
         sample_size: height and width of the samples, in pixels or latents.
         condition: of the network.
         terms: the guidance, without what is off.
@@ -75,6 +77,7 @@ class CallArguments:
     """
 
     batch_size: int
+    num_images_per_label: int
     sample_size: tuple[int, int] | None
     condition: Condition
     terms: list[Guidance]
@@ -97,12 +100,13 @@ class CallArguments:
         return Population(scheduler, self.terms, sample, generator, *options)
 
     def terms_with_scale(self, scale: Any) -> tuple[Guidance, ...]:
-        """The terms with another scale of the classifier, a number or one per image.
+        """The terms with another scale of the classifier, a number or one per label or image.
 
         Raises:
             ValueError: for a scale above 0 in a call that began with 0.
         """
-        scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, 1)
+        per_label = self.num_images_per_label
+        scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, per_label)
         if _is_on("guidance_scale", self.settings["guidance_scale"]):
             return self.terms[0].with_scale(scale), *self.terms[1:]
         if scale.any():
@@ -178,11 +182,15 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
     guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
     for that mode does. In the mode "particles", only its number of steps applies: a scale is no
-    matter of taste there.
+    matter of taste there. A default of "mean" is "output" where there is no DDPM step, and custom
+    timesteps or sigmas have their own number of steps.
 
     Args:
         call: the call's arguments.
         hidden: whether the network gets its null label instead of the label.
+
+    Raises:
+        ValueError: for wrong custom timesteps or sigmas.
     """
     defaults = pipeline.config.defaults
     given = {name: call[name] for name in DEFAULTS if call.get(name) is not None}
@@ -205,6 +213,12 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     preset |= changes
     if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
         preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
+    if preset["guidance_algorithm"] == "mean" and not has_posterior_variance(pipeline.scheduler):
+        preset["guidance_algorithm"] = "output"
+    for name in ("timesteps", "sigmas"):
+        if call.get(name) is not None:
+            steps = check_custom_steps(pipeline.scheduler, name, call[name])
+            given["num_inference_steps"] = len(steps)
     return {"mode": mode, **preset, **given}
 
 
@@ -240,7 +254,8 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
-        call: the arguments in `DEFAULTS`, `guidance`, `image`, `particles` and `resample`.
+        call: the arguments in `DEFAULTS`, `guidance`, `image`, `particles`, `resample`, `timesteps`
+            and `sigmas`.
         size: height and width.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
@@ -283,6 +298,7 @@ def resolve_arguments(
         terms = [term for term in terms if term.is_on]  # what is off is no part of the density
     return CallArguments(
         batch_size,
+        num_images_per_label,
         sample_size,
         condition,
         terms,
@@ -408,24 +424,18 @@ def _call_settings(
 
 
 def _guider_options(
-    pipeline: Any, call: Mapping[str, Any], settings: dict[str, Any]
+    pipeline: Any, call: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{algorithm, every, tolerance}; in `settings`, a default of "mean" becomes "output" where
-    there is no DDPM step."""
+    """{algorithm, every, tolerance}."""
     check_settings(settings)
-    algorithm, is_ancestral = (
-        settings["guidance_algorithm"],
-        has_posterior_variance(pipeline.scheduler),
-    )
     if call.get("particles") is not None:
         return {"algorithm": "mean"}  # of any step that is a Gaussian
-    if algorithm == "mean" and not is_ancestral:
-        if call["guidance_algorithm"] is not None:
-            raise ValueError(
-                "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
-                f"{type(pipeline.scheduler).__name__} the others are allowed"
-            )
-        algorithm = settings["guidance_algorithm"] = "output"
+    algorithm = settings["guidance_algorithm"]
+    if algorithm == "mean" and not has_posterior_variance(pipeline.scheduler):
+        raise ValueError(
+            "guidance_algorithm='mean' shifts the mean of a DDPM step; with "
+            f"{type(pipeline.scheduler).__name__} the others are allowed"
+        )
     every, tolerance = settings["guidance_every"], settings["guidance_tolerance"]
     return {"algorithm": algorithm, "every": every, "tolerance": tolerance}
 

@@ -79,7 +79,8 @@ class Prediction:
         decode: images in [-1, 1] of an x0; differentiable.
         modules: the networks that `predict` and `decode` run.
         variance: the learned variance, (B, C, ...), which guidance_algorithm="mean" needs.
-        graph_input: the sample, if `output` has the autograd graph from it.
+        graph_input: the sample, if `output` has the autograd graph from it; then the parameters of
+            `modules` need no gradient until `Guider.correct` returns.
         repeats: how many times `output` and the sample hold the images.
     """
 
@@ -340,9 +341,8 @@ class Guider:
     ) -> StepContext:
         level, images = self.levels[self.index], len(x) // prediction.repeats
         x = x[:images]
-        freeze = _once(lambda: stack.enter_context(no_parameter_grad(prediction.modules)))
-        if graph is not None:
-            freeze()
+        modules = prediction.modules if graph is None else ()  # else they are frozen already
+        freeze = _once(lambda: stack.enter_context(no_parameter_grad(modules)))
 
         def predict(x: torch.Tensor, *network: torch.nn.Module) -> torch.Tensor:
             freeze()

@@ -446,6 +446,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "guidance_every": guidance_every,
             "guidance_tolerance": guidance_tolerance,
             "guidance": guidance,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
         }
         call |= {"image": image, "particles": particles, "resample": resample}
         arguments = resolve_arguments(
@@ -484,10 +486,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             for index, (t, level) in enumerate(schedule):
                 # 3. The network's prediction, also under the conditions of the terms, in one call
                 evaluated = guider.start_step(index, batch_size)
-                prediction = self._predict(latents, t, level, evaluated, condition)
+                with no_parameter_grad(self._networks_with_graph(evaluated)):
+                    prediction = self._predict(latents, t, level, evaluated, condition)
 
-                # 4. Guidance, and the scheduler's step
-                output, x = guider.correct(latents, prediction)
+                    # 4. Guidance, and the scheduler's step
+                    output, x = guider.correct(latents, prediction)
                 if prediction.variance is not None and reads_variance(self.scheduler):
                     output = torch.cat([output, prediction.variance], dim=1)
                 latents = guider.finish_step(scheduler_step(output, index, x))
@@ -497,8 +500,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                         "latents": latents,
                         "model_output": output,
                         "score_shift": guider.score_shift,
-                        **_sample_and_x0(guider.sample, prediction, level),
+                        "sample": guider.sample.to(
+                            torch.promote_types(guider.sample.dtype, torch.float32)
+                        ),
                     }
+                    if "x0" in tensor_inputs:
+                        tensors["x0"] = level.x0(tensors["sample"], prediction.output)
                     tensors = {name: tensors[name] for name in tensor_inputs}
                     changed = callback_on_step_end(self, index, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
@@ -527,7 +534,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _set_timesteps(
         self, settings: dict[str, Any], timesteps: Any, sigmas: Any, device: torch.device
     ) -> None:
-        """Set the scheduler's, and the number of steps in `settings`."""
+        """Set the scheduler's."""
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: only one is allowed")
         if timesteps is not None:
@@ -537,7 +544,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         else:
             name = "num_inference_steps"
             value = check_steps(self.scheduler, settings[name])
-        settings["num_inference_steps"] = value if isinstance(value, int) else len(value)
         scheduler = type(self.scheduler).__name__
         try:
             self.scheduler.set_timesteps(**{name: value}, device=device)
@@ -632,6 +638,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------ the network
 
+    def _networks_with_graph(self, terms: Sequence[Guidance]) -> list[torch.nn.Module]:
+        """The networks, if a term goes through the network; else none."""
+        keep_graph = any(term.through_network for term in terms)
+        return [module for module in (self.unet, self.vae) if keep_graph and module is not None]
+
     def _predict(
         self,
         latents: torch.Tensor,
@@ -642,17 +653,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> Prediction:
         """The network's prediction at a step, with its autograd graph if a term goes through the
         network."""
-        networks = [module for module in (self.unet, self.vae) if module is not None]
         class_labels = [condition.class_labels]
         for term in terms:
             for extra in term.conditions:
                 class_labels.append(extra.get("class_labels", condition.class_labels))
-        keep_graph = any(term.through_network for term in terms)
+        keep_graph = bool(self._networks_with_graph(terms))
         x = latents
         if keep_graph:
             x = latents.to(torch.promote_types(latents.dtype, torch.float32)).detach()
             x.requires_grad_()
-        with torch.set_grad_enabled(keep_graph), no_parameter_grad(networks if keep_graph else ()):
+        with torch.set_grad_enabled(keep_graph):
             outputs, variance = self._evaluate(x, t, level, class_labels, condition)
         output, *others = outputs
         single = [condition.class_labels]
@@ -665,7 +675,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             condition_outputs=[other.detach() for other in others],
             predict=predict,
             decode=self._decode,
-            modules=networks,
+            modules=[module for module in (self.unet, self.vae) if module is not None],
             variance=None if variance is None else variance.detach(),
             graph_input=x if keep_graph else None,
         )
@@ -708,11 +718,3 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
-
-
-def _sample_and_x0(
-    sample: torch.Tensor, prediction: Prediction, level: NoiseLevel
-) -> dict[str, torch.Tensor]:
-    """What a callback gets of the network's prediction: the sample, and the x0 without guidance."""
-    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
-    return {"sample": sample, "x0": level.x0(sample, prediction.output)}

@@ -53,8 +53,8 @@ MULTISTEP = {
 MAX_OUTPUT_GAIN = 1e3
 
 
-#: standard deviation of samples over that of the data, above which there is a warning
-MAX_DEVIATION = 1.5
+#: {standard deviation of data: those of samples over it, outside of which there is a warning}
+DEVIATIONS = {0.5: (0.5, 1.5), 0.3: (0.5, 1.22)}
 
 
 #: noise of a sample over that of its level, or the inverse, above which there is a warning
@@ -253,14 +253,15 @@ def timestep_warning(
 
 def accuracy_warning(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> str | None:
     """Warning about a run whose steps are too long for a scheduler of second order, so that noise
-    stays in the images.
+    stays in the images, or too long where there is little noise, so that the images are smoothed
+    (`use_beta_sigmas`).
 
-    The run is made with the exact prediction for normal data of standard deviation 0.5,
-    x0 = alpha / (4 sigma^2 + alpha^2) x.
+    The run is made with the exact prediction for normal data of standard deviation d,
+    x0 = alpha d^2 / (sigma^2 + alpha^2 d^2) x.
     """
-    may_diverge = getattr(scheduler, "order", 1) == 2
-    may_diverge = may_diverge or is_instance_by_name(scheduler, {"SASolverScheduler"})
-    if not may_diverge or not all(level.b for level in levels):
+    is_checked = getattr(scheduler, "order", 1) == 2 or scheduler.config.get("use_beta_sigmas")
+    is_checked = is_checked or is_instance_by_name(scheduler, {"SASolverScheduler"})
+    if not is_checked or not all(level.b for level in levels):
         return None
     probe, generator = deepcopy(scheduler), torch.Generator().manual_seed(0)
     for name, value in vars(probe).items():
@@ -268,18 +269,23 @@ def accuracy_warning(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) ->
             setattr(probe, name, value.cpu())
     set_begin_index(probe, 0)
     step = step_fn(probe, generator, 0.0, 1)
-    x = torch.randn(1, 1, 16, 16, generator=generator) * starting_sigma(probe)
+    data = torch.tensor(list(DEVIATIONS)).reshape(1, -1, 1, 1)  # a channel each
+    x = torch.randn(1, len(data[0]), 64, 64, generator=generator) * starting_sigma(probe)
     for index, level in enumerate(levels):
-        x0 = level.alpha / (4 * level.sigma**2 + level.alpha**2) * x
+        x0 = level.alpha * data**2 / (level.sigma**2 + level.alpha**2 * data**2) * x
         x = step(level.output(x, x0), index, x)
-    std = float(x.std())
-    if std <= 0.5 * MAX_DEVIATION:
-        return None
-    return (
-        f"{type(scheduler).__name__}: its {len(levels)} evaluations are too far apart, noise stays in "
-        f"the images: data of standard deviation 0.5 would get {std:.3g}; take more steps, other "
-        "spacing of its sigmas, or a scheduler of first order"
-    )
+    for std, (expected, (low, high)) in zip(
+        x[0].flatten(1).std(1), DEVIATIONS.items(), strict=True
+    ):
+        if low * expected <= std <= high * expected:
+            continue
+        effect = "noise stays in the images" if std > expected else "the images are smoothed"
+        return (
+            f"{type(scheduler).__name__}: its {len(levels)} evaluations are too far apart, {effect}: data "
+            f"of standard deviation {expected} would get {float(std):.3g}; take more steps, other "
+            "spacing of its sigmas, or a scheduler of first order"
+        )
+    return None
 
 
 def ending_warning(scheduler: SchedulerMixin) -> str | None:
