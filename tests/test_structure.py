@@ -29,7 +29,7 @@ CORE = {
     "images": {"checks"},
     "weights": {"checks"},
     "classifier": {"weights"},
-    "repository": {"checks", "families", "weights"},
+    "repository": {"checks", "families", "noise", "weights"},
     "networks": {"checks"},
     "guidance": {"checks", "noise", "likelihood", "networks"},
     "run_checks": {"checks", "noise", "guidance"},

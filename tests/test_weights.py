@@ -221,6 +221,53 @@ def test_a_network_without_values_is_refused(plain: Path) -> None:
     ClassifierGuidedPipeline(unet, DDIMScheduler())
 
 
+@pytest.mark.parametrize("removed", [None, nn.Identity()], ids=["None", "Identity"])
+def test_a_network_may_have_lost_a_layer_since_it_was_loaded(plain: Path, removed: Any) -> None:
+    """But not if the file has weights that the config's network hasn't."""
+    unet = UNet2DModel.from_pretrained(plain / "unet")
+    unet.mid_block = removed
+    pipeline = ClassifierGuidedPipeline(unet, DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    if removed is None:
+        image = pipeline(0, num_inference_steps=2, output_type="latent").images
+        assert image.isfinite().all()
+    with pytest.raises(ValueError, match=r"unet can't be saved: .*missing \(mid_block"):
+        pipeline.save_pretrained(plain / "saved")
+    edit(plain / "unet" / WEIGHTS, EDITS["has another"][0])
+    unet = UNet2DModel.from_pretrained(plain / "unet")
+    unet.mid_block = removed
+    with pytest.raises(ValueError, match=r"1 unknown \(zz.weight\)"):
+        ClassifierGuidedPipeline(unet, DDIMScheduler())
+
+
+class Registered(UNet2DModel):
+    """A network with entries in its config that don't size it, and one that does."""
+
+    @register_to_config
+    def __init__(
+        self,
+        seed: int = 20261130,
+        mlp_layers: tuple[int, ...] = (2048, 2048),
+        num_layers: int = 1,
+        dataset_size: int = 10,
+    ):
+        super().__init__(8, 1, 1, **BLOCKS)
+
+
+def test_numbers_that_size_no_network_are_as_large_as_they_like(tmp_path: Path) -> None:
+    """And what couldn't be loaded isn't saved."""
+    pipeline = make_pipeline()
+    pipeline.unet = Registered(seed=10**12)
+    pipeline.save_pretrained(tmp_path / "right")
+    loaded = ClassifierGuidedPipeline.from_pretrained(tmp_path / "right").unet
+    assert loaded.config.seed == 10**12 and list(loaded.config.mlp_layers) == [2048, 2048]
+    for entry, value in (("num_layers", 2048), ("dataset_size", 5 * 10**7)):
+        pipeline.unet = Registered(**{entry: value})
+        with pytest.raises(ValueError, match=f"unet: {entry} is {value}; up to 10+ is allowed"):
+            pipeline.save_pretrained(tmp_path / entry)
+        assert not (tmp_path / entry).exists()
+
+
 class Ticking(ModelMixin, ConfigMixin):
     """Has a tied weight, a buffer that isn't saved, an integer buffer, and ignores a key."""
 

@@ -30,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .checks import read_json, shorten, shown
 from .families import training_schedule
+from .noise import module_config
 from .weights import (
     LOAD_FAULTS,
     check_class_weights,
@@ -45,6 +46,13 @@ ALLOWED_CLASSES = (
 )
 #: more, in a component's config, is no real model, and would take for ever to build
 MAX_LAYERS, MAX_CONFIG_NUMBER, MAX_CONFIG_LIST = 1000, 10**7, 10**5
+#: entries of a config that size a network or a schedule
+SIZES = re.compile(
+    "block|channel|class|depth|dim|embd|embed|expert|feature|group|head|height|hidden|label|layer|length|"
+    "mult|order|resolution|size|steps|units|vocab|width"
+)
+#: of them, numbers of layers, also one for each block; those of `mlp_layers` may be widths
+LAYER_COUNTS = re.compile("layers_per|n(um)?_?layers?|num_.*layers|depth")
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -183,18 +191,20 @@ def check_config(folder: Path) -> None:
 def check_config_values(source: Any, config: Mapping[str, Any]) -> None:
     """Refuse numbers of no real model; ValueError naming the source and the entry."""
     for entry, value in config.items():
-        _check_config_value(f"{source}: {entry}", value, "layers" in entry)
+        most = MAX_CONFIG_NUMBER if SIZES.search(entry) else float("inf")
+        if LAYER_COUNTS.search(entry) or "layers" in entry and not isinstance(value, list):
+            most = MAX_LAYERS
+        _check_config_value(f"{source}: {entry}", value, most)
         if entry == "num_train_timesteps" and isinstance(value, int) and value < 1:
             raise ValueError(f"{source}: {entry} is {value}; 1 or more is allowed")
 
 
-def _check_config_value(where: str, value: Any, layers: bool) -> None:
+def _check_config_value(where: str, value: Any, most: float) -> None:
     if isinstance(value, list):
         if len(value) > MAX_CONFIG_LIST:
             raise ValueError(f"{where} has {len(value)} items; up to {MAX_CONFIG_LIST} are allowed")
         for item in value:
-            _check_config_value(where, item, layers)
-    most = MAX_LAYERS if layers else MAX_CONFIG_NUMBER
+            _check_config_value(where, item, most)
     if isinstance(value, int) and abs(value) > most:
         raise ValueError(f"{where} is {shown(value)}; up to {most} is allowed")
 
@@ -281,6 +291,7 @@ def save_pipeline(
     for name, component in pipeline.components.items():
         if component is not None or name not in pipeline._optional_components:
             check_saveable(name, component)
+            check_config_values(name, module_config(component))  # else it can't be loaded
     with saved_aside(folder) as partial:
         save_pretrained(partial, **options)
         pipeline.save_code(partial)

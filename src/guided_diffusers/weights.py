@@ -310,7 +310,8 @@ def check_values(name: str, model: torch.nn.Module | None) -> None:
     """Refuse a model that was loaded, but not by this package, from a file of other weights.
 
     Diffusers leaves weights that the file lacks without values. A file that has them all is read
-    again; one without them may have been replaced since. A model made on "meta" is left alone.
+    again; one without them may have been replaced since. A model made on "meta" is left alone, and
+    so is one from which layers were removed after it was loaded.
 
     Raises:
         ValueError: naming the model's folder and the weights.
@@ -330,7 +331,10 @@ def check_values(name: str, model: torch.nn.Module | None) -> None:
         with suppress(OSError, ValueError):  # it isn't loaded from there again
             saved = saved_kinds(weight_files(Path(source)))
         if all(key in saved and saved[key][1] == shape for key, (_, shape) in kinds):
-            check_weights(model, Path(source))
+            try:
+                check_weights(model, Path(source))
+            except ValueError:  # unless the file is right for its config: a layer was removed since
+                check_weights(empty_model(type(model), model.config), Path(source))
 
 
 # ---------------------------------------------------------------- saving
