@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from helpers import load_script
 from PIL import Image as PILImage
 
+from guided_diffusers.evaluation.images import open_generated
 from guided_diffusers.learning.data import (
     SHARD_STRIDE,
     LabelledImages,
@@ -373,6 +374,36 @@ def test_image_folder_and_parquet_folder(tmp_path: Path) -> None:
 def test_missing_folder() -> None:
     with pytest.raises(ValueError, match="dataset: no folder './nowhere'"):
         load_splits("./nowhere")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "left_out"),
+    [
+        (["cat", "do\ng"], "do\\ng"),
+        (["car", "train", "boat"], "boat"),
+        (["cat", "dog", ".hidden", "__MACOSX"], None),
+        (["cat", "[dog]", "a b"], None),
+    ],
+)
+def test_label_folders_that_are_not_read_are_refused(
+    tmp_path: Path, labels: list[str], left_out: str | None, streaming: bool
+) -> None:
+    for label in labels:
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(2):
+            PILImage.new("L", (8, 8)).save(tmp_path / "photos" / label / f"{i}.png")
+    if left_out is None:
+        split = load_splits(str(tmp_path / "photos"), streaming=streaming)["train"]
+        shown = [label for label in labels if not label.startswith((".", "__"))]
+        assert len(list(split)) == 2 * len(shown) and split.features["label"].names == sorted(shown)
+        return
+    with pytest.raises(ValueError, match=r"^dataset: of \d images in .*aren't read") as error:
+        load_splits(str(tmp_path / "photos"), streaming=streaming)
+    assert left_out in str(error.value) and len(str(error.value).splitlines()) == 1
+    if left_out == "boat" and not streaming:
+        with pytest.raises(ValueError, match="aren't read"):
+            open_generated(tmp_path / "photos")
 
 
 def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ..checks import read_json, shown
 from ..images import config_size
-from ..learning.data import LabelledImages, load_splits
+from ..learning.data import LabelledImages, check_all_read, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
 
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError)
@@ -84,6 +84,8 @@ def open_generated(
             if manifest:  # each folder is a label, even a single one, or one named like a split
                 load = partial(load, data_files={"train": "**"}, drop_labels=False)
         splits = _load("images", path, load)
+        if not manifest and IMAGE_SUFFIXES & files.keys():
+            check_all_read(folder, splits)
         if split is None and len(splits) > 1:
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one of them")
         dataset = _select_split(splits, split or next(iter(splits)), "images")

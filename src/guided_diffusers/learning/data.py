@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tarfile
 import warnings
@@ -27,8 +28,10 @@ from datasets import (
     IterableDatasetDict,
     Value,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PILImage
 from pyarrow import ArrowException
 
@@ -76,7 +79,9 @@ def _load_splits(
     if folder.exists():
         for file in folder.rglob("*.tar"):
             check_tar(file)
-        return load_dataset(str(folder), config_name, streaming=streaming)
+        splits = load_dataset(str(folder), config_name, streaming=streaming)
+        check_all_read(folder, splits)
+        return splits
     if is_pattern(name_or_folder):
         files = sorted(glob(str(folder)))
         kinds = {Path(file).suffix for file in files}
@@ -92,6 +97,37 @@ def _load_splits(
     if name_or_folder.startswith((".", "/", "~")):
         raise ValueError(f"dataset: no folder {name_or_folder!r}")
     return load_dataset(name_or_folder, config_name, streaming=streaming)
+
+
+def check_all_read(folder: Path, splits: DatasetDict | IterableDatasetDict) -> None:
+    """Refuse an image folder of which `datasets` leaves out images.
+
+    It does so without a word for names with a line break, and beside a folder named like a split
+    (a label "train"). What begins with "." or "__" is hidden.
+
+    Raises:
+        ValueError: naming a folder.
+    """
+    files = []
+    for file in folder.rglob("*"):
+        parts = file.relative_to(folder).parts
+        if file.suffix.lower() in ImageFolder.EXTENSIONS and file.is_file():
+            if not any(part.startswith((".", "__")) for part in parts):
+                files.append(file)
+    if isinstance(splits, DatasetDict) and sum(map(len, splits.values())) >= len(files):
+        return
+    builder = load_dataset_builder(str(folder))
+    if not files or not isinstance(builder, ImageFolder):
+        return
+    read = {os.path.abspath(file) for split in builder.config.data_files.values() for file in split}
+    if left_out := [file for file in files if os.path.abspath(file) not in read]:
+        folders = sorted({str(file.parent) for file in left_out})
+        raise ValueError(
+            f"dataset: of {len(files)} images in {folder}, {len(left_out)} aren't read, such as "
+            f"{left_out[0].name!r} in {folders[0]!r} ({len(folders)} folders). Rename those with a line "
+            f"break in their name, or move them away; beside {sorted(builder.config.data_files)} "
+            "other folders aren't read"
+        )
 
 
 def check_tar(path: Path) -> None:
