@@ -64,6 +64,32 @@ def test_heads_without_position_take_any_size(pool: str) -> None:
     assert small(pool=pool)(images(1, 3, 20, 13), 3).logits.shape == (1, 3)
 
 
+@pytest.mark.parametrize(
+    "timestep", [-1, 1000, 999.5, float("nan"), [0, 1000], [-0.5, 3.0], [float("nan"), 0.0]]
+)
+def test_timesteps_beyond_the_schedule_are_refused(timestep: Any) -> None:
+    model = small()
+    sample = torch.zeros(2, 3, 16, 16)
+    for value in (timestep, torch.tensor(timestep)):
+        if torch.is_tensor(value) or not isinstance(value, list):
+            with pytest.raises(ValueError, match="^timestep is .*; allowed: .*0 to 999"):
+                model(sample, value)
+    for value in (0, 999, 998.5, torch.tensor([0, 999]), torch.tensor(0.5)):
+        assert model(sample, value).logits.isfinite().all()
+
+
+def test_an_empty_batch_and_another_dtype_than_the_weights_are_refused() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"sample.shape is \(0, 3, 16, 16\); .*B of at least 1"):
+        model(torch.zeros(0, 3, 16, 16), 5)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        sample = torch.zeros(2, 3, 16, 16, dtype=dtype)
+        with pytest.raises(ValueError, match=f"sample.dtype is {dtype}; .*float32, that of the we"):
+            model(sample, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), 5).logits.isfinite().all()
+
+
 def test_timesteps_broadcast_and_may_be_fractional() -> None:
     model, x = small(), images()
     logits = model(x, 12).logits

@@ -670,6 +670,10 @@ def test_timesteps_that_are_only_rounded_are_not_warned_of(name: str) -> None:
         ("KDPM2DiscreteScheduler", {"prediction_type": "sample"}, "prediction_type='sample'"),
         ("DPMSolverSDEScheduler", {"prediction_type": "sample"}, "prediction_type='sample'"),
         ("DDIMScheduler", {"prediction_type": "flow"}, "prediction_type='flow'"),
+        ("DDIMScheduler", {"timestep_spacing": "foo"}, "timestep_spacing='foo'"),
+        ("LCMScheduler", {"timestep_spacing": "foo"}, "timestep_spacing='foo'"),
+        ("DDPMScheduler", {"variance_type": "foo"}, "variance_type='foo'"),
+        ("SASolverScheduler", {"variance_type": "foo"}, "variance_type='foo'"),
     ],
 )
 def test_config_entries_that_make_no_images_are_refused_by_name(

@@ -424,6 +424,30 @@ def test_a_callback_sets_a_scale_for_each_label() -> None:
     assert not torch.equal(of_labels, images(pipeline, ["cat", "dog"], **call))
 
 
+def test_errors_of_a_users_code_say_where() -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False))
+    energy = EnergyGuidance(lambda x: x[5].sum())
+    calls = {
+        "in EnergyGuidance at step 0 (timestep 500)": {"guidance": energy},
+        "in callback_on_step_end at step 0 (timestep 500)": {
+            "callback_on_step_end": lambda p, i, t, k: k["nothing"]
+        },
+    }
+    for note, call in calls.items():
+        with pytest.raises((IndexError, KeyError)) as error:
+            images(pipeline, num_inference_steps=2, **call)
+        if hasattr(error.value, "add_note"):
+            assert error.value.__notes__ == [note]
+
+
+@pytest.mark.parametrize("name", ["unet", "classifier"])
+def test_one_layer_of_another_dtype_is_refused_by_name(name: str) -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(clip_sample=False), small_classifier())
+    getattr(pipeline, name).conv_in.double()
+    with pytest.raises(ValueError, match=f"^{name}: its weights are .*float32 and torch.float64"):
+        images(pipeline, "cat")
+
+
 def test_only_what_a_callback_reads_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """x0 is computed once more at a step where it is among the tensor inputs."""
     calls, x0 = [], NoiseLevel.x0

@@ -240,6 +240,27 @@ def test_a_network_may_have_lost_a_layer_since_it_was_loaded(plain: Path, remove
         ClassifierGuidedPipeline(unet, DDIMScheduler())
 
 
+@pytest.mark.parametrize(
+    ("name", "entry", "value"),
+    [
+        ("DDIMScheduler", "beta_schedule", "nope"),
+        ("DPMSolverSinglestepScheduler", "solver_order", 0),
+        ("DEISMultistepScheduler", "algorithm_type", "foo"),
+    ],
+)
+def test_an_entry_that_a_scheduler_refuses_is_named(
+    plain: Path, name: str, entry: str, value: Any
+) -> None:
+    config = plain / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": name, entry: value}))
+    index = json.loads((plain / "model_index.json").read_text()) | {
+        "scheduler": ["diffusers", name]
+    }
+    (plain / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{config} is no config of a {name}: {entry}={value!r}"):
+        ClassifierGuidedPipeline.from_pretrained(plain)
+
+
 class Registered(UNet2DModel):
     """A network with entries in its config that don't size it, and one that does."""
 

@@ -213,8 +213,11 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     preset |= changes
     if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
         preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
-    if preset["guidance_algorithm"] == "mean" and not has_posterior_variance(pipeline.scheduler):
+    without_mean = mode != "particles" and not has_posterior_variance(pipeline.scheduler)
+    if preset["guidance_algorithm"] == "mean" and without_mean:
         preset["guidance_algorithm"] = "output"
+    if call.get("timesteps") is not None and call.get("sigmas") is not None:
+        raise ValueError("timesteps and sigmas: only one is allowed")
     for name in ("timesteps", "sigmas"):
         if call.get(name) is not None:
             steps = check_custom_steps(pipeline.scheduler, name, call[name])

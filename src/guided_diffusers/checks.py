@@ -123,3 +123,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds {shown(content)}; {KINDS[kind]} is allowed")
     return content
+
+
+class noting:
+    """Context that adds where it was raised to an error of a user's code, in Python >= 3.11."""
+
+    def __init__(self, place: str):
+        self.place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and hasattr(error, "add_note"):
+            error.add_note(self.place)

@@ -223,22 +223,26 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
                 p(y | x_t), w = 1.
 
         Raises:
-            ValueError: If the shape of `sample` or `timestep` doesn't fit, or for a power out of
-                range (a tensor on an accelerator isn't checked, which would wait for it).
+            ValueError: If the shape or dtype of `sample` or `timestep` doesn't fit, or for a timestep
+                or power out of range (a tensor on an accelerator isn't checked, which would wait
+                for it).
         """
         is_tensor = torch.is_tensor(sample) and sample.is_floating_point()
         _require(is_tensor, "sample", getattr(sample, "dtype", sample), "a floating-point tensor")
         shape = tuple(sample.shape)
         allowed = f"(B, {self.config.in_channels}, H, W)"
-        _require(
-            len(shape) == 4 and shape[1] == self.config.in_channels, "sample.shape", shape, allowed
-        )
+        fits = len(shape) == 4 and shape[0] > 0 and shape[1] == self.config.in_channels
+        _require(fits, "sample.shape", shape, f"{allowed} with B of at least 1")
+        if not torch.is_autocast_enabled(sample.device.type):
+            allowed = f"{self.dtype}, that of the weights"
+            _require(sample.dtype == self.dtype, "sample.dtype", sample.dtype, allowed)
         smallest = _smallest_size(self.config)
         allowed = f"(B, C, H, W) with H and W of at least {smallest} for these levels"
         _require(min(shape[2:]) >= smallest, "sample.shape", shape, allowed)
         if self.config.pool == "attention":
             allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
             _require(shape[2:] == self.size, "sample.shape", shape, allowed)
+        last = self.config.num_train_timesteps - 1
         if torch.is_tensor(timestep):
             is_number = not timestep.is_complex() and timestep.dtype != torch.bool
             _require(is_number, "timestep.dtype", timestep.dtype, "integers or floats")
@@ -249,12 +253,14 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
                 tuple(timestep.shape),
                 allowed,
             )
+            if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = timestep.min().item(), timestep.max().item()
+                _require(low >= 0 and high <= last, "timestep", (low, high), f"0 to {last}")
             timesteps = timestep.to(sample.device).expand(shape[0])
         else:
             fits = isinstance(timestep, Real) and not isinstance(timestep, bool)
-            fits = fits and 0 <= timestep < self.config.num_train_timesteps
-            allowed = f"a number from 0 to {self.config.num_train_timesteps - 1}, or a tensor"
-            _require(fits, "timestep", timestep, allowed)
+            fits = fits and 0 <= timestep <= last
+            _require(fits, "timestep", timestep, f"a number from 0 to {last}, or a tensor")
             timesteps = torch.full(shape[:1], timestep, dtype=torch.float32, device=sample.device)
 
         # The sinusoid is float32 whatever the weights are, as in the original.

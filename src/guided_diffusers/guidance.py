@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 
-from .checks import check_bool, check_number, shown
+from .checks import check_bool, check_number, noting, shown
 from .likelihood import Labels, logits_of, make_likelihood
 from .networks import check_module, check_softplus, relu_as_softplus
 from .noise import NoiseLevel, TrainedSchedule, module_config, schedule_config
@@ -294,7 +294,8 @@ def total_score(
     for term in terms:
         count = len(term.conditions)
         part = replace(step, condition_x0=remaining[:count], log_factors=[])
-        scores.append(term.score(part))
+        with noting(f"in {type(term).__name__} at step {step.index} (timestep {step.timestep:g})"):
+            scores.append(term.score(part))
         record(term, part, scores[-1])
         remaining = remaining[count:]
     return sum(scores[1:], scores[0])

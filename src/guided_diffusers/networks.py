@@ -52,6 +52,29 @@ def no_parameter_grad(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming_dtypes(**modules: torch.nn.Module | None) -> Iterator[None]:
+    """Context in which an error about dtypes names the module with weights of several dtypes.
+
+    Raises:
+        ValueError: in place of a RuntimeError, if there is such a module.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "type" not in str(error):
+            raise
+        for name, module in modules.items():
+            parameters = () if module is None else module.parameters()
+            dtypes = sorted({str(p.dtype) for p in parameters if p.is_floating_point()})
+            if len(dtypes) > 1:
+                raise ValueError(
+                    f"{name}: its weights are {' and '.join(dtypes)}, which don't fit in one of its "
+                    f"layers; {name}.to(dtype) makes them one dtype ({error})"
+                ) from error
+        raise
+
+
 Flag = tuple[torch.nn.Module, str]  # `training`, or the parameter of this name: its requires_grad
 
 

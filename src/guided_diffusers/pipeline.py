@@ -32,14 +32,14 @@ from .arguments import (
     check_steps,
     resolve_arguments,
 )
-from .checks import check_bool, shown
+from .checks import check_bool, noting, shown
 from .classifier import NoiseAwareClassifier
 from .families import check_training_schedule, training_schedule, training_warning
 from .guidance import Guidance, GuidanceSum
 from .guider import Guider, Prediction, exclusive_use
 from .images import as_pair, convert, decode, down_sampling, join_low_resolution
 from .likelihood import REGRESSION, Labels
-from .networks import check_module, evaluating, no_parameter_grad
+from .networks import check_module, evaluating, naming_dtypes, no_parameter_grad
 from .noise import (
     NoiseLevel,
     check_scheduler,
@@ -60,7 +60,12 @@ from .run_checks import (
     logger,
     replaced_latents,
 )
-from .schedule_checks import accuracy_warning, check_custom_steps, check_start
+from .schedule_checks import (
+    accuracy_warning,
+    check_custom_steps,
+    check_scheduler_config,
+    check_start,
+)
 from .weights import check_values
 
 
@@ -99,7 +104,8 @@ def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(call)
     def exclusive_call(self: ClassifierGuidedPipeline, *args: Any, **kwargs: Any) -> Any:
-        with exclusive_use(self.scheduler), evaluating(self.unet, self.vae):
+        used = naming_dtypes(unet=self.unet, vae=self.vae, classifier=self.classifier)
+        with exclusive_use(self.scheduler), evaluating(self.unet, self.vae), used:
             return call(self, *args, **kwargs)
 
     return exclusive_call
@@ -507,7 +513,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     if "x0" in tensor_inputs:
                         tensors["x0"] = level.x0(tensors["sample"], prediction.output)
                     tensors = {name: tensors[name] for name in tensor_inputs}
-                    changed = callback_on_step_end(self, index, t, tensors)
+                    with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
+                        changed = callback_on_step_end(self, index, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
                     latents = replaced_latents(changed, tensors, latents, population is not None)
                     if self._guidance_scale is not scale:
@@ -535,8 +542,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self, settings: dict[str, Any], timesteps: Any, sigmas: Any, device: torch.device
     ) -> None:
         """Set the scheduler's."""
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("timesteps and sigmas: only one is allowed")
+        check_scheduler_config(self.scheduler)
         if timesteps is not None:
             name, value = "timesteps", check_custom_steps(self.scheduler, "timesteps", timesteps)
         elif sigmas is not None:

@@ -97,7 +97,7 @@ def load_pipeline(
     try:
         with _without_layer_listing():
             pipeline = from_pretrained(folder, **kwargs)
-    except (*LOAD_FAULTS, ArithmeticError, MemoryError, OSError) as error:
+    except (*LOAD_FAULTS, ArithmeticError, MemoryError, NameError, OSError) as error:
         # such as of a weight's shape, but without the file's name
         _check_components(folder, classes, variant)
         if isinstance(error, (ValueError, OSError)):
@@ -141,10 +141,22 @@ def _check_components(folder: Path, components: Mapping[str, Any], variant: str 
             try:
                 component.from_pretrained(path)
             except Exception as error:  # of the scheduler's class, or of what it calls
+                wrong = _entries_in(str(error), read_json(path / "scheduler_config.json"))
                 raise ValueError(
                     f"{path / 'scheduler_config.json'} is no config of a {component.__name__}: "
-                    f"{shorten(error)}"
+                    f"{wrong}{shorten(error)}"
                 ) from error
+
+
+def _entries_in(message: str, config: Mapping[str, Any]) -> str:
+    """Entries of a config whose value is a word of an error's message, or an order of 0; for its
+    start."""
+    words, entries = re.findall(r"\w+", message), []
+    for name, value in config.items():
+        is_named = isinstance(value, str) and value in words and not name.startswith("_")
+        if is_named or (name == "solver_order" and value == 0):
+            entries.append(f"{name}={value!r}")
+    return f"{', '.join(entries)}: " if entries else ""
 
 
 def _local_folder(

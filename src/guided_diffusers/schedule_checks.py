@@ -57,6 +57,16 @@ MAX_OUTPUT_GAIN = 1e3
 DEVIATIONS = {0.5: (0.5, 1.5), 0.3: (0.5, 1.22)}
 
 
+#: {entry of a scheduler's config: its values}, of which some classes of Diffusers ignore others
+ENTRIES = {
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "variance_type": (
+        *(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        *("learned", "learned_range"),
+    ),
+}
+
+
 #: noise of a sample over that of its level, or the inverse, above which there is a warning
 MAX_NOISE_ERROR = 1.05
 
@@ -131,7 +141,7 @@ def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> N
             scheduler that divides by their distance; as `_check_x0`.
     """
     name = type(scheduler).__name__
-    _check_config(scheduler)
+    check_scheduler_config(scheduler)
     if not levels:
         raise ValueError(f"timesteps, sigmas: {name} has no steps with these; at least 1 is needed")
     if getattr(scheduler, "allows_inversion", False):
@@ -160,7 +170,7 @@ def check_schedule(scheduler: SchedulerMixin, levels: Sequence[NoiseLevel]) -> N
     _check_x0(scheduler, levels, timesteps)
 
 
-def _check_config(scheduler: SchedulerMixin) -> None:
+def check_scheduler_config(scheduler: SchedulerMixin) -> None:
     """Refuse entries of a config with which images are constant, or steps fail.
 
     Raises:
@@ -168,6 +178,13 @@ def _check_config(scheduler: SchedulerMixin) -> None:
     """
     config, name = scheduler.config, type(scheduler).__name__
     check_origin(scheduler)
+    for entry, allowed in ENTRIES.items():
+        if type(scheduler).__module__.startswith("diffusers.") and entry in config:
+            if config[entry] not in allowed:
+                raise ValueError(
+                    f"scheduler {name}: {entry}={config[entry]!r:.80} in its config; one of {allowed} is "
+                    "allowed"
+                )
     if config.get("solver_order") is not None:
         check_number(f"scheduler {name}: solver_order", config["solver_order"], 1, integer=True)
     if config.get("clip_sample") and config.get("clip_sample_range") is not None:

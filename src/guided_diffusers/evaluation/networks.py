@@ -88,7 +88,13 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
             raise ValueError(f"{name} is a pipeline; a network is needed, such as its classifier")
         with suppress(OSError, ValueError):  # of another kind of network
             config = NoiseAwareClassifier.load_config(name)
-        if config.get("_class_name") == NoiseAwareClassifier.__name__:
+        kind = config.get("_class_name", NoiseAwareClassifier.__name__)
+        if kind != NoiseAwareClassifier.__name__:
+            raise ValueError(
+                f"{name} is a {kind} of Diffusers; a NoiseAwareClassifier, or a vision model of "
+                "transformers, is needed"
+            )
+        if "_class_name" in config:
             network = wrap_classifier(NoiseAwareClassifier.from_pretrained(name), name)
         else:
             network = _load_transformers_network(name)

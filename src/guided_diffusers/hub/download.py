@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,14 +71,22 @@ def pull(
                 "pull to another folder"
             )
         record.write()
-        snapshot_download(
-            repo_id,
-            revision=info.sha,
-            token=token,
-            local_dir=folder,
-            allow_patterns=[f"*.{suffix}" for suffix in SUFFIXES],
-            ignore_patterns=[".*", "*/.*"],
-        )
+        try:
+            snapshot_download(
+                repo_id,
+                revision=info.sha,
+                token=token,
+                local_dir=folder,
+                allow_patterns=[f"*.{suffix}" for suffix in SUFFIXES],
+                ignore_patterns=[".*", "*/.*"],
+            )
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                error.errno,
+                f"{folder} can't be written: {error.strerror}; make room and pull again to go on",
+            ) from error
     for path, metadata in stale:
         path.unlink()
         metadata.unlink()

@@ -114,10 +114,11 @@ def check_all_read(folder: Path, splits: DatasetDict | IterableDatasetDict) -> N
         if file.suffix.lower() in ImageFolder.EXTENSIONS and file.is_file():
             if not any(part.startswith((".", "__")) for part in parts):
                 files.append(file)
-    if isinstance(splits, DatasetDict) and sum(map(len, splits.values())) >= len(files):
+    is_complete = isinstance(splits, DatasetDict) and sum(map(len, splits.values())) >= len(files)
+    if not files or is_complete:
         return
     builder = load_dataset_builder(str(folder))
-    if not files or not isinstance(builder, ImageFolder):
+    if not isinstance(builder, ImageFolder):
         return
     read = {os.path.abspath(file) for split in builder.config.data_files.values() for file in split}
     if left_out := [file for file in files if os.path.abspath(file) not in read]:
