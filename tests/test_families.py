@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -72,6 +73,16 @@ def test_a_config_of_another_family_is_refused(name: str, of: str, entry: str) -
         sample(quiet(small_unet(), scheduler), num_inference_steps=4)
 
 
+@pytest.mark.parametrize("name", ["DDIM", "TCD", "EulerDiscrete"])
+def test_flow_sigmas_of_a_class_without_them_are_refused(name: str) -> None:
+    scheduler = swapped(name, as_saved(DPMSolverMultistepScheduler(**FLOW)))
+    with pytest.raises(ValueError, match="prediction_type='flow_prediction'"):
+        sample(quiet(small_unet(), scheduler), num_inference_steps=4)
+    scheduler = swapped(name, as_saved(DPMSolverMultistepScheduler(use_flow_sigmas=True)))
+    with pytest.raises(ValueError, match="its config has use_flow_sigmas=True"):
+        sample(quiet(small_unet(), scheduler), num_inference_steps=4)
+
+
 def test_guide_refuses_it_too() -> None:
     scheduler = swapped("FlowMatchEulerDiscrete", as_saved(FAMILIES["variance preserving"]))
     pipeline = DDPMPipeline(small_unet(), scheduler)
@@ -130,6 +141,7 @@ def test_another_family_than_the_trainings_is_warned_of_once_a_run(caplog: Any) 
             "time'",
         ),
         (UniPCMultistepScheduler(**FLOW), "family 'flow matching'"),
+        (CosineDPMSolverMultistepScheduler(), "family 'EDM with timesteps of a cosine schedule'"),
     ],
 )
 def test_default_constructors_are_warned_of(scheduler: Any, message: str) -> None:

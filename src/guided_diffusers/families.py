@@ -44,6 +44,8 @@ def scheduler_family(scheduler: SchedulerMixin) -> str:
     output for the same."""
     if is_flow(scheduler):
         return "flow matching"
+    if is_instance_by_name(scheduler, {"CosineDPMSolverMultistepScheduler"}):
+        return "EDM with timesteps of a cosine schedule"
     if is_instance_by_name(scheduler, EDM):
         return "EDM"
     if name := is_instance_by_name(scheduler, FIXED_PREDICTION):

@@ -89,7 +89,11 @@ def is_instance_by_name(scheduler: SchedulerMixin, names: Collection[str]) -> st
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's samples have alpha = 1 - sigma."""
-    return bool(is_instance_by_name(scheduler, FLOW) or scheduler.config.get("use_flow_sigmas"))
+    if is_instance_by_name(scheduler, FLOW) or not scheduler.config.get("use_flow_sigmas"):
+        return is_instance_by_name(scheduler, FLOW) is not None
+    # `from_config` keeps the entry for classes that don't know it, too
+    classes = type(scheduler).__mro__
+    return any("use_flow_sigmas" in inspect.signature(cls.__init__).parameters for cls in classes)
 
 
 def check_scheduler(scheduler: Any) -> None:
