@@ -406,6 +406,15 @@ def test_label_folders_that_are_not_read_are_refused(
             open_generated(tmp_path / "photos")
 
 
+def test_a_folder_beside_the_splits_is_warned_of(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "test/cat", "unlabelled"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        PILImage.new("L", (8, 8)).save(tmp_path / "photos" / folder / "0.png")
+    with pytest.warns(UserWarning, match="of 4 images .* 1 aren't read.*unlabelled"):
+        splits = load_splits(str(tmp_path / "photos"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 2, "test": 1}
+
+
 def test_a_pattern_of_files_is_the_training_split(tmp_path: Path) -> None:
     for k in range(3):
         split([RAMP], [k], Value("int64")).to_parquet(tmp_path / f"part-{k}.parquet")

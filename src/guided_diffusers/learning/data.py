@@ -103,7 +103,8 @@ def check_all_read(folder: Path, splits: DatasetDict | IterableDatasetDict) -> N
     """Refuse an image folder of which `datasets` leaves out images.
 
     It does so without a word for names with a line break, and beside a folder named like a split
-    (a label "train"). What begins with "." or "__" is hidden.
+    (a label "train"). What begins with "." or "__" is hidden. Beside several such folders, others
+    are warned of.
 
     Raises:
         ValueError: naming a folder.
@@ -123,12 +124,20 @@ def check_all_read(folder: Path, splits: DatasetDict | IterableDatasetDict) -> N
     read = {os.path.abspath(file) for split in builder.config.data_files.values() for file in split}
     if left_out := [file for file in files if os.path.abspath(file) not in read]:
         folders = sorted({str(file.parent) for file in left_out})
-        raise ValueError(
+        message = (
             f"dataset: of {len(files)} images in {folder}, {len(left_out)} aren't read, such as "
             f"{left_out[0].name!r} in {folders[0]!r} ({len(folders)} folders). Rename those with a line "
             f"break in their name, or move them away; beside {sorted(builder.config.data_files)} "
             "other folders aren't read"
         )
+        if len(builder.config.data_files) > 1 and not any(map(_has_break, left_out)):
+            warnings.warn(message, stacklevel=3)  # train, test and more
+            return
+        raise ValueError(message)
+
+
+def _has_break(file: Path) -> bool:
+    return len(str(file).splitlines()) > 1
 
 
 def check_tar(path: Path) -> None:
