@@ -10,7 +10,8 @@ the test images weighted by what was requested: for p(x) p(y|x)^w of all labels 
 
     sum over y of p(y | x_i)^w / Z_y,    Z_y = sum over i of p(y | x_i)^w
 
-with p(y|x) of the teacher, the guiding classifier without noise. Recall is the share of 1,000 test images in the
+with p(y|x) of the teacher, the guiding classifier without noise. The rows "exact" are what no sampler of p(x) p(y|x)^w
+can do better in: the unguided images with these weights, so p(x) is the network's, not that of the test images. Recall is the share of 1,000 test images in the
 manifold of the generated ones; ancestors is the share of starting noises that the images of a population stem from.
 Evaluations, of the network and of the classifier, are per image that the judge agrees with. Run it again to resume: a
 finished row is kept.
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
 from guided_diffusers.evaluation import load_network
-from guided_diffusers.evaluation.metrics import frechet_distance, precision_recall
+from guided_diffusers.evaluation.metrics import precision_recall
 from guided_diffusers.evaluation.metrics.frechet import gaussian_frechet_distance
 from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
@@ -40,7 +41,8 @@ from guided_diffusers.speed import optimize
 from guided_diffusers.utils import scheduler_for
 
 WEIGHTED = (1.0, 3.0, 8.0)
-ROWS: dict[str, dict[str, Any]] = {f"linear {w:g}": {"guidance_scale": w} for w in WEIGHTED}
+ROWS: dict[str, dict[str, Any]] = {"unguided": {"guidance_scale": 0.0}}
+ROWS |= {f"linear {w:g}": {"guidance_scale": w} for w in WEIGHTED}
 ROWS |= {f"power {w:g}": {"guidance_power": w} for w in WEIGHTED}
 ROWS |= {
     f"power {w:g}, {k} particles": {"guidance_power": w, "particles": k}
@@ -60,16 +62,17 @@ class Reference:
             logits = [teacher(part, 0).logits.double() for part in images]
         self.log_p = torch.cat(logits).log_softmax(dim=1)
 
-    def moments(self, power: float) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the features of p(x) p(y|x)^power, pooled over the labels."""
-        weights = (power * self.log_p).softmax(dim=0).mean(dim=1)[:, None]
-        mean = (weights * self.features).sum(dim=0)
-        centred = self.features - mean
-        return mean, (weights * centred).T @ centred
+    def distance(self, moments: tuple[Tensor, Tensor], power: float) -> float:
+        """Frechet distance to p(x) p(y|x)^power of the test images; 0: to all of them."""
+        weights = (power * self.log_p).softmax(dim=0).mean(dim=1)
+        return gaussian_frechet_distance(*moments, *weighted_moments(self.features, weights))
 
-    def distance(self, features: Tensor, power: float) -> float:
-        mean, covariance = features.double().mean(dim=0), features.double().T.cov()
-        return gaussian_frechet_distance(mean, covariance, *self.moments(power))
+
+def weighted_moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of features (N, D) with weights (N,) of sum 1."""
+    mean = weights @ features
+    centred = features - mean
+    return mean, (weights[:, None] * centred).T @ centred
 
 
 def evaluations(module: torch.nn.Module) -> list[int]:
@@ -120,16 +123,39 @@ def generate(
 def measure(
     images: Tensor, labels: Tensor, judge: Any, reference: Reference
 ) -> dict[str, float | list[float]]:
-    with torch.no_grad():
-        results = [judge(part) for part in images.split(250)]
-    features = torch.cat([features for features, _ in results])
-    predicted = torch.cat([logits for _, logits in results]).argmax(dim=1)
+    features, predicted = judged(images, judge)
+    moments = features.mean(dim=0), features.T.cov()
     subset = reference.features[:: max(1, len(reference.features) // 1000)].float()
     return {
         "agreement": float((predicted == labels).float().mean()),
-        "frechet_distance": frechet_distance(reference.features, features),
-        "weighted_frechet_distance": [reference.distance(features, w) for w in WEIGHTED],
-        "recall": precision_recall(subset, features)[1],
+        "frechet_distance": reference.distance(moments, 0.0),
+        "weighted_frechet_distance": [reference.distance(moments, w) for w in WEIGHTED],
+        "recall": precision_recall(subset, features.float())[1],
+    }
+
+
+@torch.no_grad()
+def judged(images: Tensor, judge: Any) -> tuple[Tensor, Tensor]:
+    """The judge's features, float64, and its labels."""
+    results = [judge(part) for part in images.split(250)]
+    features = torch.cat([features for features, _ in results]).double()
+    return features, torch.cat([logits for _, logits in results]).argmax(dim=1)
+
+
+@torch.no_grad()
+def exact_row(
+    images: Tensor, power: float, judge: Any, teacher: torch.nn.Module, reference: Reference
+) -> dict[str, Any]:
+    """Unguided images, weighted by p(y|x)^power for each label y."""
+    features, predicted = judged(images, judge)
+    logits = torch.cat([teacher(part, 0).logits.double() for part in images.split(250)])
+    weights = (power * logits.log_softmax(dim=1)).softmax(dim=0)  # a column a label, of sum 1
+    agreement = weights.gather(1, predicted[:, None]).sum() / weights.shape[1]
+    moments = weighted_moments(features, weights.mean(dim=1))
+    return {
+        "agreement": float(agreement),
+        "frechet_distance": reference.distance(moments, 0.0),
+        "weighted_frechet_distance": [reference.distance(moments, w) for w in WEIGHTED],
     }
 
 
@@ -142,22 +168,22 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None
     print("|---" * 9 + "|")
     for name, row in rows.items():
         distances = " | ".join(f"{d:.2f}" for d in row["weighted_frechet_distance"])
-        share = f"{row['ancestors']:.0%}" if "ancestors" in row else "-"
-        agreed = row["agreement"]
-        network, classifier = row["network_evaluations"], row["classifier_evaluations"]
-        print(
-            f"| {name} | {agreed:.1%} | {row['frechet_distance']:.2f} | {distances} | "
-            f"{row['recall']:.3f} | {share} | {network / agreed:.1f} + {classifier / agreed:.1f} |"
-        )
+        texts = [f"{name} | {row['agreement']:.1%} | {row['frechet_distance']:.2f} | {distances}"]
+        texts.append(f"{row['recall']:.3f}" if "recall" in row else "-")
+        texts.append(f"{row['ancestors']:.0%}" if "ancestors" in row else "-")
+        counts = [row.get(f"{kind}_evaluations") for kind in ("network", "classifier")]
+        shares = [f"{count / row['agreement']:.1f}" for count in counts if count is not None]
+        print(f"| {' | '.join(texts)} | {' + '.join(shares) or '-'} |")
     write_json(rows, options.output / "table.json")
     pictures = []
-    for name in rows:
+    drawn = [name for name in rows if name in ROWS]
+    for name in drawn:
         images = torch.load(options.output / f"{name}.pt", weights_only=True)
         step = len(images) // 10
         pictures += ClassifierGuidedPipeline.numpy_to_pil(
             ((images[::step][:10].float() + 1) / 2).permute(0, 2, 3, 1).numpy()
         )
-    grid(pictures, list(rows)).save(options.output / "table.png")
+    grid(pictures, drawn).save(options.output / "table.png")
 
 
 def main() -> None:
@@ -199,6 +225,11 @@ def main() -> None:
             torch.save(images.half(), options.output / f"{name}.pt")
             write_json({**measure(images, labels, judge, reference), **cost}, path)
         rows[name] = json.loads(path.read_text())
+        if name == "unguided":
+            images = torch.load(options.output / "unguided.pt", weights_only=True).float()
+            for w in WEIGHTED:
+                row = exact_row(images, w, judge, pipeline.classifier, reference)
+                rows[f"exact, w = {w:g}"] = row
         print(name, {key: rows[name][key] for key in ("agreement", "frechet_distance")}, flush=True)
     report(rows, options)
 
