@@ -11,10 +11,10 @@ the test images weighted by what was requested: for p(x) p(y|x)^w of all labels 
     sum over y of p(y | x_i)^w / Z_y,    Z_y = sum over i of p(y | x_i)^w
 
 with p(y|x) of the teacher, the guiding classifier without noise. The rows "exact" are what no sampler of p(x) p(y|x)^w
-can do better in: the unguided images with these weights, so p(x) is the network's, not that of the test images. Recall is the share of 1,000 test images in the
-manifold of the generated ones; ancestors is the share of starting noises that the images of a population stem from.
-Evaluations, of the network and of the classifier, are per image that the judge agrees with. Run it again to resume: a
-finished row is kept.
+can do better in: the unguided images with these weights, so p(x) is the network's, not that of the test images. Recall
+is the share of 1,000 test images in the manifold of the generated ones; ancestors is the share of starting noises that
+the images of a population stem from. Evaluations, of the network and of the classifier, are per image that the judge
+agrees with. Run it again to resume: a finished row is kept.
 """
 
 from __future__ import annotations
