@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.files import write_json
+from guided_diffusers.speed import optimize
 from guided_diffusers.utils import scheduler_for
 
 SCHEDULERS: dict[str, tuple[SchedulerMixin, dict[str, Any]]] = {
@@ -109,22 +110,24 @@ def labels(particles: int, repeats: int, steps: int, scheduler: str, seed: int) 
     pipeline, names = bundled(scheduler), ("log_evidence", "effective_sample_size", "ancestors")
     table: dict[str, dict[str, list[float]]] = {}
     call = {"conditional": False, "num_inference_steps": steps, "output_type": "latent"}
-    for label in tqdm(range(10)):
-        name = pipeline.config.id2label[label]
-        table[name] = {column: [] for column in names}
-        for repeat in range(repeats):
-            generator = torch.Generator().manual_seed(seed + 100 * label + repeat)
-            result = pipeline(label, particles=particles, generator=generator, **call)
-            table[name]["log_evidence"].append(float(result.log_evidence))
-            table[name]["effective_sample_size"].append(float(result.effective_sample_size))
-            table[name]["ancestors"].append(len(result.ancestors.unique()))
-        row = table[name]
-        middle = median(row["log_evidence"])
-        tqdm.write(
-            f"{name:12} median log evidence {middle:6.2f} ({middle - log(0.1):+.2f} from log 0.1); "
-            f"all {', '.join(f'{value:.2f}' for value in row['log_evidence'])}; effective size "
-            f"{median(row['effective_sample_size']):.1f}, ancestors {median(row['ancestors'])}"
-        )
+    with optimize(pipeline, batch_size=particles * repeats) as chosen:
+        print(chosen)
+        for label in tqdm(range(10)):
+            generator, name = (
+                torch.Generator().manual_seed(seed + label),
+                pipeline.config.id2label[label],
+            )
+            result = pipeline(
+                label, particles * repeats, particles=particles, generator=generator, **call
+            )
+            row = table[name] = {column: getattr(result, column).tolist() for column in names}
+            row["ancestors"] = [len(set(of_population)) for of_population in row["ancestors"]]
+            middle = median(row["log_evidence"])
+            tqdm.write(
+                f"{name:12} median log evidence {middle:6.2f} ({middle - log(0.1):+.2f} from log 0.1); "
+                f"all {', '.join(f'{value:.2f}' for value in row['log_evidence'])}; effective size "
+                f"{median(row['effective_sample_size']):.1f}, ancestors {median(row['ancestors'])}"
+            )
     return {"particles": particles, "steps": steps, "scheduler": scheduler, "labels": table}
 
 
