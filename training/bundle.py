@@ -14,12 +14,15 @@
         --modes training/configs/fashion_mnist_modes.json \\
         --output src/guided_diffusers/bundled/fashion-mnist
 
-The first command makes the folder. Its scheduler is DDIM with trailing spacing and without clipping,
-which would change x0 but not eps and so spoil guided samples. Judge and CLIP are stored in half
-precision. `figures.json` has the held-out metrics of the training scripts, with their options. The
-last command adds the scheduler and the defaults that were measured to be best, and by --modes those
-for calls in which the classifier alone steers, or classifier-free guidance does. Both may be one
-command.
+    python training/bundle.py --classifier out/fashion-mnist-power \\
+        --output src/guided_diffusers/bundled/fashion-mnist
+
+The first command makes the folder; the last one exchanges a part. Its scheduler is DDIM with trailing
+spacing and without clipping, which would change x0 but not eps and so spoil guided samples. Judge and
+CLIP are stored in half precision. `figures.json` has the held-out metrics of the training scripts,
+with their options. --preset adds the scheduler and the defaults that were measured to be best, and
+by --modes those for calls in which the classifier alone steers, or classifier-free guidance does.
+All may be one command.
 """
 
 from __future__ import annotations
@@ -54,10 +57,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=name == "output", help=help)
     options = parser.parse_args()
     missing = [name for name in PARTS if getattr(options, name) is None]
-    if missing and len(missing) < len(PARTS):
-        parser.error(f"--{', --'.join(missing)}: all four, or none, are needed")
-    if missing and options.preset is None:
-        parser.error("the trained parts, --preset, or both are needed")
+    if missing and not (options.output / "model_index.json").is_file():
+        parser.error(f"--{', --'.join(missing)}: needed, as {options.output} holds no model")
+    if len(missing) == len(PARTS) and options.preset is None:
+        parser.error("trained parts, --preset, or both are needed")
     if options.modes and options.preset is None:
         parser.error(f"--modes {options.modes}: only with --preset")
     return options
@@ -84,14 +87,18 @@ def main() -> None:
     options = parse_arguments()
 
     # 1. The parts: trained ones, or those in --output
-    if options.unet is not None:
-        folders = {name: getattr(options, name) for name in PARTS}
-        pipeline = make_pipeline(folders["unet"], folders["classifier"])
-        metrics = {name: training_metrics(folder) for name, folder in folders.items()}
-    else:
-        folders = {name: options.output / name for name in PARTS}
-        pipeline = ClassifierGuidedPipeline.from_pretrained(options.output)
+    folders, metrics = {}, {}
+    if (options.output / "figures.json").is_file():
         metrics = json.loads((options.output / "figures.json").read_text())
+    for name in PARTS:
+        folders[name] = getattr(options, name) or options.output / name
+        if getattr(options, name) is not None:
+            metrics[name] = training_metrics(folders[name])
+    if options.unet is not None:
+        pipeline = make_pipeline(folders["unet"], folders["classifier"])
+    else:
+        classifier = NoiseAwareClassifier.from_pretrained(folders["classifier"])
+        pipeline = ClassifierGuidedPipeline.from_pretrained(options.output, classifier=classifier)
     judge = NoiseAwareClassifier.from_pretrained(folders["judge"]).half()
     clip = NoiseAwareCLIP.from_pretrained(folders["clip"]).half()
 

@@ -51,3 +51,7 @@ python examples/benchmarks/quality_cost.py --reference data/fashion-mnist --mode
     --judge "$OUT/fashion-mnist/judge" --part preset --output "$OUT/preset"
 python training/bundle.py --preset "$OUT/preset/preset.json" --modes training/configs/fashion_mnist_modes.json \
     --output "$OUT/fashion-mnist"
+
+# The classifier learns powers 1 to 8.
+SOURCE="$SOURCE" OUT="$OUT" sh training/fashion_mnist_power.sh
+python training/bundle.py --classifier "$OUT/fashion-mnist-power" --output "$OUT/fashion-mnist"

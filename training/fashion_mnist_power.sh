@@ -5,8 +5,8 @@
 set -e
 cd "$(dirname "$0")/.."
 SOURCE=${SOURCE:-/usr/share/datasets/fashion-mnist}
-START=${START:-out/recipes/plain}
 OUT=${OUT:-out}
+START=${START:-$OUT/recipes/plain}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 test -d data/fashion-mnist || python training/prepare_fashion_mnist.py --source "$SOURCE" --output data/fashion-mnist
