@@ -589,3 +589,14 @@ def test_an_imagenet_classifier_of_pypi_becomes_surer_of_its_label(
         row["rise"] > 0 for row in rows
     )
     assert rows[-1]["rose"] == 2 and (tmp_path / "picture.png").exists()
+
+
+def test_the_evidence_of_populations_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    arguments = ["--part", "closed-form", "--populations", "50", "--steps", "10", "--output", "a"]
+    run("benchmarks/populations", arguments, tmp_path, monkeypatch)
+    rows = json.loads((tmp_path / "a" / "closed-form.json").read_text())
+    assert len(rows) == 4 * 2 * 2 and {row["particles"] for row in rows} == {4, 64}
+    assert all(abs(row["evidence"] - 0.25) < 5 * row["error"] < 0.2 for row in rows)

@@ -7,13 +7,15 @@
 closed-form: four Gaussians at the corners of a square, of which one has the label: p(y) = 1/4 by symmetry, also of the
 samples of any scheduler. The mean of exp(log_evidence) of many populations, and how many standard errors it is from
 1/4. labels: the bundled Fashion-MNIST model without the label, whose labels are equally frequent; the median
-log_evidence of a few populations, against log 0.1. cost: CPU time of a call with particles over one of the same images
+log_evidence of a few populations, against log 0.1, and, with --reference 1000, against the labels of so many images
+without guidance; run it again to resume. cost: CPU time of a call with particles over one of the same images
 without, both of the same steps, in turns; the median of the pairs' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from math import log
 from pathlib import Path
@@ -105,30 +107,58 @@ def bundled(scheduler: str) -> ClassifierGuidedPipeline:
     return pipeline
 
 
-def labels(particles: int, repeats: int, steps: int, scheduler: str, seed: int) -> dict[str, Any]:
-    """log_evidence, effective sample size and ancestors of each label's populations."""
-    pipeline, names = bundled(scheduler), ("log_evidence", "effective_sample_size", "ancestors")
-    table: dict[str, dict[str, list[float]]] = {}
-    call = {"conditional": False, "num_inference_steps": steps, "output_type": "latent"}
+def labels(options: argparse.Namespace) -> dict[str, Any]:
+    """log_evidence, effective sample size and ancestors of each label's populations; a label that
+    the file has is kept."""
+    path, particles, repeats = options.output / "labels.json", options.particles, options.repeats
+    settings = {"particles": particles, "repeats": repeats, "steps": options.steps}
+    settings |= {
+        "scheduler": options.scheduler,
+        "seed": options.seed,
+        "reference": options.reference,
+    }
+    results: dict[str, Any] = {"settings": settings, "labels": {}}
+    if path.exists() and json.loads(path.read_text())["settings"] == settings:
+        results = json.loads(path.read_text())
+    pipeline, call = bundled(options.scheduler), {"conditional": False, "output_type": "latent"}
+    call["num_inference_steps"] = options.steps
     with optimize(pipeline, batch_size=particles * repeats) as chosen:
         print(chosen)
-        for label in tqdm(range(10)):
-            generator, name = (
-                torch.Generator().manual_seed(seed + label),
-                pipeline.config.id2label[label],
+        if options.reference and "unguided" not in results:
+            results["unguided"] = unguided(pipeline, options.reference, options.seed, call)
+        for label, name in pipeline.config.id2label.items():
+            if name not in results["labels"]:
+                call["generator"] = torch.Generator().manual_seed(options.seed + int(label))
+                found = pipeline(int(label), particles * repeats, particles=particles, **call)
+                results["labels"][name] = {
+                    "log_evidence": found.log_evidence.tolist(),
+                    "effective_sample_size": found.effective_sample_size.tolist(),
+                    "ancestors": [len(set(row)) for row in found.ancestors.tolist()],
+                }
+                write_json(results, path)
+            row = results["labels"][name]
+            middle, size = median(row["log_evidence"]), median(row["effective_sample_size"])
+            free = f", unguided {results['unguided'][name]:.2f}" if options.reference else ""
+            print(
+                f"{name:12} median log evidence {middle:6.2f} ({middle - log(0.1):+.2f} from log 0.1)"
+                f"{free}; all {', '.join(f'{value:.2f}' for value in row['log_evidence'])}; effective "
+                f"size {size:.1f}, ancestors {median(row['ancestors'])}",
+                flush=True,
             )
-            result = pipeline(
-                label, particles * repeats, particles=particles, generator=generator, **call
-            )
-            row = table[name] = {column: getattr(result, column).tolist() for column in names}
-            row["ancestors"] = [len(set(of_population)) for of_population in row["ancestors"]]
-            middle = median(row["log_evidence"])
-            tqdm.write(
-                f"{name:12} median log evidence {middle:6.2f} ({middle - log(0.1):+.2f} from log 0.1); "
-                f"all {', '.join(f'{value:.2f}' for value in row['log_evidence'])}; effective size "
-                f"{median(row['effective_sample_size']):.1f}, ancestors {median(row['ancestors'])}"
-            )
-    return {"particles": particles, "steps": steps, "scheduler": scheduler, "labels": table}
+    return results
+
+
+def unguided(
+    pipeline: ClassifierGuidedPipeline, images: int, seed: int, call: dict[str, Any]
+) -> dict[str, float]:
+    """log of the mean p(y | x) of images without guidance, which the evidence estimates."""
+    generator, probabilities = torch.Generator().manual_seed(seed), []
+    for _ in tqdm(range(-(-images // 100)), desc="unguided"):
+        found = pipeline(num_images_per_label=100, generator=generator, **call).images
+        with torch.no_grad():
+            probabilities.append(pipeline.classifier(found, 0.0).logits.softmax(-1))
+    mean = torch.cat(probabilities).mean(0).log().tolist()
+    return {name: mean[int(label)] for label, name in pipeline.config.id2label.items()}
 
 
 def cost(particles: int, pairs: int, steps: int) -> dict[str, Any]:
@@ -165,19 +195,19 @@ def main() -> None:
         ("--repeats", int, 5, "populations of each label, pairs of calls of cost"),
         ("--steps", int, 25, "of a run"),
         ("--scheduler", str, "ddpm", "of labels"),
+        ("--reference", int, 0, "of labels: images without guidance, to compare p(y) with"),
         ("--seed", int, 0, "of the noise"),
         ("--output", Path, Path("out/populations"), "folder of PART.json"),
     ):
         option(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     if options.part == "closed-form":
         results: Any = closed_form(options.populations, options.steps, options.seed)
     elif options.part == "labels":
-        names = ("particles", "repeats", "steps", "scheduler", "seed")
-        results = labels(*(getattr(options, name) for name in names))
+        results = labels(options)
     else:
         results = cost(options.particles, options.repeats, options.steps)
-    options.output.mkdir(parents=True, exist_ok=True)
     write_json(results, options.output / f"{options.part}.json")
 
 
