@@ -621,9 +621,9 @@ class Recorder:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = own(scheduler, *args, **kwargs)
             if nudge and not self.steps:  # both halves of DiT's alike
-                rows = normal(2, *result[0].shape[1:], seed=8).repeat(
-                    len(result[0]) // 2, *[1] * (result[0].ndim - 1)
-                )
+                count = len(result[0])
+                rows = normal(2, *result[0].shape[1:], seed=8)
+                rows = rows.repeat(1 + count // 2, *[1] * (result[0].ndim - 1))[:count]
                 result[0].add_(nudge * rows.to(result[0]))
             names = ("model_output", "timestep", "sample")
             self.steps.append({**dict(zip(names, args, strict=False)), **kwargs, "next": result[0]})

@@ -11,11 +11,12 @@ A pipeline's loop calls its network, combines the outputs, and passes the result
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from threading import get_ident
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,56 +25,87 @@ from diffusers.utils.logging import get_logger
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._pytree import tree_map
 
+from .checks import shown
 from .guidance import Guidance, GuidanceSum, check_devices
 from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
-from .images import decode, one_by_one
-from .networks import evaluating
-from .noise import is_instance_by_name, prediction_type, scale_model_input, split_variance
+from .latent_images import DECODERS, Frames, check_frames, decode_x0, stepping_frame
+from .network_calls import (
+    NO_REPEAT,
+    DenoiserCall,
+    OutputCombination,
+    clone_if_inference,
+    concat_batch,
+    differ,
+    find_sample,
+    has_rows,
+    is_doubled,
+    with_condition,
+)
+from .networks import evaluating, evaluation_mode
+from .noise import (
+    NoiseLevel,
+    is_instance_by_name,
+    prediction_type,
+    scale_model_input,
+    split_variance,
+)
+from .pipeline_graph import PipelineGraph
 
 if TYPE_CHECKING:
     from diffusers import ModularPipeline
 
 logger = get_logger(__name__)
-DENOISERS = ("unet", "transformer", "prior")
-DECODERS = ("vae", "vqvae", "movq")
+DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
 @contextmanager
-def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> Iterator[Any]:
+def guide(
+    pipeline: DiffusionPipeline | ModularPipeline,
+    *terms: Guidance,
+    network: str | None = None,
+    frames: Frames = "all",
+) -> Iterator[Any]:
     """Apply the sum of the terms to every call of a Diffusers pipeline; the pipeline is restored on
     exit.
 
     A term gets the pipeline's own prediction, including its classifier-free guidance. Where no term
     is active, at scale 0, the images are those of the unguided pipeline, bit for bit. The fractions
     `start` and `stop` of a term count from where the run begins (img2img: after the skipped steps)
-    to the end of the schedule. Where the network is evaluated again (`through_network`, another
-    network), its other arguments stay as the pipeline passed them. That includes a ControlNet's
-    residuals, so its own Jacobian is left out of the gradient. Copies of the scheduler or the
-    network that are made within aren't guided.
+    to the end of the schedule. A gradient through the network (`through_network`) passes through
+    all that the pipeline does between two steps. At the first step of a run, and for conditions or
+    another network, the network is evaluated again with the other arguments as the pipeline passed
+    them, so a ControlNet's own Jacobian is left out of the gradient there. Copies of the scheduler
+    or the network that are made within aren't guided.
 
     Args:
-        pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer` or
-            `prior`.
+        pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer`,
+            `prior` or `decoder`; one that takes over during the run (`transformer_2`) belongs to it.
         terms: the guidance. Their `conditions` name arguments that the pipeline passes to its
-            network, nested in the same way: {"added_cond_kwargs": {"text_embeds": ...}}.
+            network, nested in the same way: {"added_cond_kwargs": {"text_embeds": ...}}. Terms that
+            look at images get what the pipeline would decode: (B, C, H, W), or a video, (B, C, F,
+            H, W), in [-1, 1].
+        network: name of the pipeline's component that is the network, where it is another one.
+        frames: what such terms get of a video: "all"; "middle", that frame, (B, C, H, W); or a list
+            of frame numbers.
 
     Within, the networks of the terms, the pipeline's denoiser and its decoder are in evaluation
     mode.
 
     Raises:
         ValueError: for a pipeline or a term that can't be used, now or at the first step; for a
-            scheduler that is exchanged within, at the next call.
+            scheduler that is exchanged within, at the next call; at the end, for a scheduler whose
+            last step doesn't give the predicted x0.
         FloatingPointError: if the guidance or the final sample becomes infinite or NaN.
         RuntimeError: for a call of the pipeline while another one is in progress.
     """
     name = type(pipeline).__name__
     scheduler = getattr(pipeline, "scheduler", None)
-    denoiser = _component(pipeline, DENOISERS)
-    if scheduler is None or denoiser is None:
+    denoisers = _denoisers(pipeline, network)
+    if scheduler is None or not denoisers:
         missing = "scheduler" if scheduler is None else " or ".join(DENOISERS)
         raise ValueError(
             f"pipeline {name} has no {missing}; guide needs the scheduler and the network that it "
-            "steps with"
+            'steps with, which network="..." can name'
         )
     if not terms or not all(isinstance(term, Guidance) for term in terms):
         raise ValueError(
@@ -86,17 +118,20 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
         )
     prediction_type(scheduler)
     total = GuidanceSum(terms)
-    decoder = _component(pipeline, DECODERS)
-    hook = GuidanceHook(pipeline, denoiser, decoder, partial(_decode, pipeline), total)
+    hook = GuidanceHook(pipeline, denoisers, total, check_frames(frames))
     # forward hooks, not a replaced `forward`: offloading exchanges that after each call of the
     # pipeline
-    with (
-        evaluating(*total.modules(), denoiser, decoder),
-        _one_call_at_a_time(pipeline, hook),
-        _replaced_step(scheduler, hook.step),
-        denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True),
-        denoiser.register_forward_hook(hook.after_call, with_kwargs=True),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(*total.modules()))
+        stack.enter_context(evaluation_mode(*denoisers, *hook.decoders))
+        stack.enter_context(_one_call_at_a_time(pipeline, hook))
+        stack.enter_context(_replaced_step(scheduler, hook.step))
+        for denoiser in denoisers:
+            before = denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True)
+            after = denoiser.register_forward_hook(hook.after_call, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        stack.callback(hook.graph.stop)
         scheduler.step.guided_by = total
         yield pipeline
     hook.finish_run()
@@ -107,11 +142,26 @@ def guide(pipeline: DiffusionPipeline | ModularPipeline, *terms: Guidance) -> It
         )
 
 
-def _component(pipeline: Any, names: Sequence[str]) -> torch.nn.Module | None:
-    for name in names:
-        if (component := getattr(pipeline, name, None)) is not None:
-            return component
-    return None
+def _denoisers(pipeline: Any, network: str | None) -> list[torch.nn.Module]:
+    """The network that a pipeline steps with, and one that takes over during the run.
+
+    Raises:
+        ValueError: for the name of no network.
+    """
+    if network is not None:
+        module = getattr(pipeline, network, None) if isinstance(network, str) else None
+        if not isinstance(module, torch.nn.Module):
+            components = getattr(pipeline, "components", {})
+            networks = [k for k, v in components.items() if isinstance(v, torch.nn.Module)]
+            raise ValueError(
+                f"network={shown(network)}: pipeline {type(pipeline).__name__} has {networks}"
+            )
+        return [module]
+    for name in DENOISERS:
+        found = [getattr(pipeline, name, None), getattr(pipeline, f"{name}_2", None)]
+        if found := [module for module in found if isinstance(module, torch.nn.Module)]:
+            return found
+    return []
 
 
 @contextmanager
@@ -127,12 +177,17 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
         if self is not pipeline:  # a copy, or one made by from_pipe, with a scheduler of its own
             return cls.__call__(self, *args, **kwargs)
         uses_it_exclusively = is_instance_by_name(self, {"ClassifierGuidedPipeline"})
+        hook.has_foreign_loop = not uses_it_exclusively
         with nullcontext() if uses_it_exclusively else exclusive_use(hook.scheduler):
             outer, hook.thread, hook.steps_in_call = hook.thread, get_ident(), 0
+            callback = kwargs.get("callback_on_step_end")
+            if callable(callback) and not hasattr(callback, "tensor_inputs"):
+                kwargs["callback_on_step_end"] = hook.graph.wrapped(callback)
             try:
                 return cls.__call__(self, *args, **kwargs)
             finally:
                 hook.thread = outer
+                hook.graph.stop()
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call, **names})
@@ -181,96 +236,31 @@ def _replaced_step(scheduler: SchedulerMixin, method: Callable[..., Any]) -> Ite
             delattr(scheduler, name)
 
 
-def _decode(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] of a pipeline's predicted x0."""
-    decoder = _component(pipeline, DECODERS)
-    if decoder is None:
-        return x0
-    if x0.ndim != 4:
-        raise ValueError(
-            f"pipeline {type(pipeline).__name__}: its latents {tuple(x0.shape)} are packed, or no "
-            "images; terms that look at images need (B, C, H, W)"
-        )
-    if (
-        getattr(pipeline, "movq", None) is decoder
-    ):  # Kandinsky: no scaling, no gradient of quantization
-        x0 = x0.to(decoder.dtype)
-        return one_by_one(lambda z: decoder.decode(z, force_not_quantize=True).sample, x0)
-    return decode(decoder, x0)
-
-
-class DenoiserCall:
-    """A call of the network between two steps.
-
-    Attributes:
-        arguments: the pipeline's, by name; the first is the network's noisy input.
-        conditions: those of the terms that are expected to be active at the step.
-        output, condition_outputs: the network's output for the pipeline, and under each of the
-            conditions.
-    """
-
-    output: torch.Tensor
-
-    def __init__(
-        self, arguments: inspect.BoundArguments, conditions: tuple[Mapping[str, Any], ...]
-    ):
-        arguments.arguments = _copy_arguments(arguments.arguments)
-        self.arguments, self.conditions = arguments, conditions
-        self.condition_outputs: list[torch.Tensor] = []
-
-    @property
-    def input_name(self) -> str:
-        """Name of the first argument."""
-        return next(iter(self.arguments.arguments))
-
-    @property
-    def input(self) -> torch.Tensor:
-        return self.arguments.arguments[self.input_name]
-
-    def with_changes(self, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the call, with some arguments replaced."""
-        arguments = copy(self.arguments)
-        arguments.arguments = {**_copy_arguments(self.arguments.arguments), **changes}
-        return arguments.args, arguments.kwargs
-
-
-class OutputCombination:
-    """How a pipeline made its prediction (B, C, ...) from the network's outputs in the calls since
-    the last step."""
-
-    def __init__(self, calls: Sequence[DenoiserCall], made: torch.Tensor):
-        self.calls, self.made = calls, made
-
-    @cached_property
-    def weights(self) -> list[float]:
-        return combination_weights(torch.cat([call.output for call in self.calls]), self.made)
-
-    def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The prediction that the pipeline would make of these outputs, one per call."""
-        parts = torch.cat(list(outputs))[:, : self.made.shape[1]].split(len(self.made))
-        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
-
-
 class GuidanceHook:
     """The state of `guide` between a call of the network and the scheduler's step.
 
     Attributes:
+        decoders: the pipeline's decoders of images.
+        graph: of the pipeline's arithmetic between two steps, for terms that need its gradient.
         steps: number of steps so far, over all runs.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        denoiser: torch.nn.Module,
-        decoder: torch.nn.Module | None,
-        decode: Callable[[torch.Tensor], torch.Tensor],
+        denoisers: Sequence[torch.nn.Module],
         terms: GuidanceSum,
+        frames: Frames,
     ):
         self.pipeline, self.scheduler = pipeline, (scheduler := pipeline.scheduler)
-        self.denoiser, self.decoder = denoiser, decoder
-        self.decode, self.terms, self.steps = decode, terms, 0
+        self.name = type(pipeline).__name__
+        self.denoisers, self.terms, self.frames, self.steps = denoisers, terms, frames, 0
+        decoders = [getattr(pipeline, name, None) for name in DECODERS]
+        self.decoders = [module for module in decoders if isinstance(module, torch.nn.Module)]
+        self.modules = list({id(m): m for m in (*denoisers, *self.decoders)}.values())
         self.scheduler_step, self.step_signature = scheduler.step, inspect.signature(scheduler.step)
-        self.denoiser_signature = inspect.signature(unwrap_module(denoiser).forward)
+        self.signatures = [inspect.signature(unwrap_module(m).forward) for m in denoisers]
+        self.graph = PipelineGraph(_networks(pipeline))
         self.guider: Guider | None = None  # of the run
         self.finder: StepFinder | None = None
         self.repeats: int | None = (
@@ -282,6 +272,7 @@ class GuidanceHook:
         self._predicting = False  # whether the network is called by this object
         self.thread: int | None = None  # of the pipeline's call; None: a loop of the user's
         self.steps_in_call = 0  # by the pipeline's call so far
+        self.has_foreign_loop = True  # False: the loop is this package's, which keeps its graph
 
     def __deepcopy__(self, memo: Any) -> GuidanceHook:
         return self  # of a copied network, which it doesn't guide
@@ -304,7 +295,12 @@ class GuidanceHook:
         self.forget_previous_run()
         if self.guider is None:
             self.finder = StepFinder(self.scheduler, timestep)
-            self.guider = Guider(self.scheduler, [self.terms], first=self.finder.first)
+            self.guider = Guider(
+                self.scheduler,
+                [self.terms],
+                first=self.finder.first,
+                noise_scale=getattr(self.pipeline, "config", {}).get("noise_scale") or 1.0,
+            )
 
     def forget_previous_run(self) -> None:
         """Drop the state of a run when another one begins, even if it was broken off.
@@ -313,6 +309,7 @@ class GuidanceHook:
             FloatingPointError: if that run's guidance or images were not finite.
         """
         if self._timesteps is not self.scheduler.timesteps:
+            self.graph.stop()
             in_progress = self.steps_in_call and self.guider.index + 1 < len(self.guider.levels)
             if self._is_elsewhere() or (self.thread is not None and in_progress):
                 raise RuntimeError(
@@ -341,11 +338,12 @@ class GuidanceHook:
     ) -> tuple[tuple, dict] | None:
         """Extend the batch of the pipeline's call of its network by the conditions of the active
         terms."""
-        if self._predicting or module is not self.denoiser or self._is_elsewhere():
+        if self._is_other_call(module):
             return None
         self.check_scheduler()
         self.forget_previous_run()
-        self._open_call, bound = None, self.denoiser_signature.bind(*args, **kwargs)
+        signature = self.signatures[self._index_of(module)]
+        self._open_call, bound = None, signature.bind(*args, **kwargs)
         if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):
             return None  # a list of images, as in Z-Image
         conditions: tuple[Mapping[str, Any], ...] = ()
@@ -354,28 +352,44 @@ class GuidanceHook:
             self.start_run(timestep)
             index = self.finder.next(as_number(timestep))
             conditions = GuidanceSum(self.guider.active_terms(index)).conditions
-        call = self._open_call = DenoiserCall(bound, conditions)
+        arguments = dict(bound.arguments)
+        call = self._open_call = DenoiserCall(module, bound, conditions)
         if not conditions:
             return None
-        arguments = dict(bound.arguments)
         name = type(unwrap_module(module)).__name__
-        variants = [_with_condition(arguments, condition, name) for condition in conditions]
-        joined = tree_map(partial(_concat_batch, len(call.input)), arguments, *variants)
+        variants = [with_condition(arguments, condition, name) for condition in conditions]
+        joined = tree_map(partial(concat_batch, len(call.input)), arguments, *variants)
         return call.with_changes(**joined)
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Store the network's output, and return the pipeline's part of it."""
-        if self._predicting or module is not self.denoiser or self._is_elsewhere():
-            return None
-        if self._open_call is None:
+        if self._is_other_call(module) or self._open_call is None:
             return None
         call, self._open_call = self._open_call, None
+        first = output if isinstance(output, torch.Tensor) else _first(output)
+        rows = len(call.input)
+        if not isinstance(first, torch.Tensor) or len(first) % rows:
+            return self._check_has_output(call)  # it only filled a cache, or gave a list
         self._calls.append(call)
-        rows, total = len(call.input), len(output[0])
-        call.output, *call.condition_outputs = output[0].split(rows)
+        call.output, *call.condition_outputs = first.detach().split(rows)
         if not call.condition_outputs:
             return None
-        return tree_map(lambda value: value[:rows] if _has_rows(value, total) else value, output)
+        total = len(first)
+        return tree_map(lambda value: value[:rows] if has_rows(value, total) else value, output)
+
+    def _check_has_output(self, call: DenoiserCall) -> None:
+        if call.conditions:
+            raise ValueError(
+                f"pipeline {self.name}: its {type(call.module).__name__} gives no batch of "
+                "predictions, so terms with conditions can't be used"
+            )
+
+    def _is_other_call(self, module: torch.nn.Module) -> bool:
+        """Whether a call is not one of the guided pipeline's."""
+        return self._predicting or self._index_of(module) is None or self._is_elsewhere()
+
+    def _index_of(self, module: torch.nn.Module) -> int | None:
+        return next((i for i, own in enumerate(self.denoisers) if own is module), None)
 
     # ------------------------------------------------------------ the scheduler's step
 
@@ -385,34 +399,41 @@ class GuidanceHook:
         output, timestep, sample = (
             bound.arguments[name] for name in ("model_output", "timestep", "sample")
         )
+        graph_input = self.graph.end(sample, output)
         self.start_run(timestep)
         calls, self._calls, self.steps = self._calls, [], self.steps + 1
         self.steps_in_call += 1
         terms = self.guider.start_step(self.finder.advance(timestep), len(sample))
         if terms:
+            frame = stepping_frame(self.pipeline, sys._getframe(1))
+            level = self.guider.levels[self.guider.index]
+            step = PipelineStep(self.scheduler, bound.arguments, calls, frame, level, graph_input)
             with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients
-                bound.arguments["model_output"] = self.correct(
-                    terms, calls, timestep, clone_if_inference(output), clone_if_inference(sample)
-                )
+                bound.arguments["model_output"] = self.correct(terms, step)
+            bound.arguments["sample"] = sample.detach()
             args, kwargs = bound.args, bound.kwargs
         result = self.scheduler_step(*args, **kwargs)
+        if terms:
+            check_ending(self.name, self.scheduler, self.guider.index, step, bound, result[0])
         self.guider.finish_step(result[0][: len(sample) // (self.repeats or 1)])
-        return result
+        return self.graph.begin(result) if self._needs_graph() else result
 
-    def correct(
-        self,
-        terms: Sequence[Guidance],
-        calls: Sequence[DenoiserCall],
-        timestep: Any,
-        output: torch.Tensor,
-        sample: torch.Tensor,
-    ) -> torch.Tensor:
+    def _needs_graph(self) -> bool:
+        """Whether a term of the next step needs the gradient through the pipeline's network."""
+        if self.thread is None or self.repeats == 2 or not self.has_foreign_loop:
+            return False
+        terms = self.guider.active_terms(self.guider.index + 1)
+        return any(term.through_network for term in terms)
+
+    def correct(self, terms: Sequence[Guidance], step: PipelineStep) -> torch.Tensor:
         """The corrected output (B, C or 2C, ...); a learned variance stays as it is."""
+        sample, calls = step.sample, step.calls
         if self.repeats is None:
-            self.check_first_step(terms, calls, timestep, sample)
-            self.repeats = 2 if len(calls) == 1 and _is_doubled(calls[0], output, sample) else 1
+            self.check_first_step(terms, step)
+            doubled = len(calls) == 1 and is_doubled(calls[0], step.output, sample)
+            self.repeats = 2 if doubled else 1
         conditions = GuidanceSum(terms).conditions
-        if any(_differ(call.conditions, conditions) for call in calls):
+        if any(differ(call.conditions, conditions) for call in calls):
             expected = self.guider.timesteps[self.guider.index]
             raise ValueError(
                 f"timestep: the network got another than the scheduler's {expected:g}, so which "
@@ -420,203 +441,218 @@ class GuidanceHook:
                 "the run"
             )
         if conditions:
-            _check_calls(calls)
-        combine = OutputCombination(calls, output[: len(sample) // self.repeats, : sample.shape[1]])
+            self.check_calls(calls)
+        images = len(sample) // self.repeats
+        combine = OutputCombination(
+            calls, step.output[:images, : sample.shape[1]].detach(), sample[:images]
+        )
         condition_outputs = [
-            combine([clone_if_inference(call.condition_outputs[i]) for call in calls])
+            step.to_prediction(
+                combine([clone_if_inference(call.condition_outputs[i]) for call in calls])
+            )
             for i in range(len(conditions))
         ]
-        prediction, variance = split_variance(output, sample.shape[1])
+        with torch.enable_grad():  # of the graph, if there is one
+            prediction, variance = split_variance(step.output, sample.shape[1])
+            prediction = step.to_prediction(prediction)
         with (
             ExitStack() as stack
         ):  # until the gradients are there: their backward pass decodes again
 
             def decode_images(x0: torch.Tensor) -> torch.Tensor:
-                stack.enter_context(_in_float32(self.decoder))
-                return self.decode(x0)
+                for decoder in self.decoders:
+                    stack.enter_context(_in_float32(decoder))
+                x0 = x0.repeat(self.repeats, *[1] * (x0.ndim - 1))
+                return decode_x0(self.pipeline, step.frame, x0, self.frames)
 
+            before = prediction.detach()
             corrected, _ = self.guider.correct(
                 sample,
                 Prediction(
                     output=prediction,
                     condition_outputs=condition_outputs,
-                    predict=partial(self.predict, combine, timestep),
+                    predict=partial(self.predict, combine, step),
                     decode=decode_images,
-                    modules=[m for m in (self.denoiser, self.decoder) if m is not None],
+                    modules=self.modules,
+                    graph_input=step.graph_input,
                     repeats=self.repeats,
                 ),
             )
+        corrected = step.from_prediction(corrected, before)
         return corrected if variance is None else torch.cat([corrected, variance], dim=1)
 
     def predict(
         self,
         combine: OutputCombination,
-        timestep: Any,
+        step: PipelineStep,
         x: torch.Tensor,
         network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """The output for another sample, or of another network, as the pipeline would have made
         it."""
-        _check_calls(combine.calls)
-        scaled, outputs = scale_model_input(self.scheduler, x, timestep), []
+        self.check_calls(combine.calls)
+        images = len(step.sample) // self.repeats
+        timestep, outputs = step.arguments["timestep"], []
+        own, scaled = (
+            scale_model_input(self.scheduler, one, timestep) for one in (step.sample[:images], x)
+        )
         self._predicting = True
         try:
             for call in combine.calls:
-                if call.input.shape[2:] != x.shape[2:]:
+                arguments = call.with_sample(scaled, own)
+                if arguments is None:
                     raise ValueError(
-                        f"the network's input {tuple(call.input.shape)} is not the sample "
-                        f"{tuple(x.shape)} with more channels behind it, so the network can't be "
-                        "evaluated again"
+                        f"pipeline {self.name}: the sample {tuple(x.shape)} is no part of its "
+                        f"network's input {tuple(call.input.shape)}, so {NO_REPEAT}"
                     )
-                repeats = len(call.input) // len(x), *[1] * (x.ndim - 1)
-                extra = clone_if_inference(call.input)[:, x.shape[1] :]
-                joined = torch.cat([scaled.to(call.input.dtype).repeat(repeats), extra], dim=1)
-                args, kwargs = call.with_changes(**{call.input_name: joined})
-                outputs.append((network or self.denoiser)(*args, **kwargs)[0])
+                args, kwargs = arguments
+                outputs.append((network or call.module)(*args, **kwargs)[0])
         finally:
             self._predicting = False
-        return combine(outputs)
+        return step.to_prediction(combine(outputs, x))
 
-    def check_first_step(
-        self,
-        terms: Sequence[Guidance],
-        calls: Sequence[DenoiserCall],
-        timestep: Any,
-        sample: torch.Tensor,
-    ) -> None:
+    def check_calls(self, calls: Sequence[DenoiserCall]) -> None:
+        """Refuse to evaluate the network again where no call of it was seen."""
+        if not calls:
+            raise ValueError(
+                f"pipeline {self.name}: between two steps none of its {', '.join(DENOISERS)} was "
+                f"called with a batch, so {NO_REPEAT}"
+            )
+
+    def check_first_step(self, terms: Sequence[Guidance], step: PipelineStep) -> None:
         """Refuse, at the first guided step, what can't be guided.
 
         Raises:
             ValueError: for a classifier on another device, or a pipeline whose sample is not the
                 scheduler's.
         """
+        sample = step.sample
         check_devices(terms, sample.device)
-        if not calls or calls[0].input.shape[2:] != sample.shape[2:]:
-            return
-        if len(calls[0].input) % len(sample):
-            return
-        seen = calls[0].input[:, : sample.shape[1]].float()
-        scaled = scale_model_input(self.scheduler, sample, timestep)
-        expected = scaled.repeat(len(seen) // len(sample), *[1] * (sample.ndim - 1)).float()
-        if (seen - expected).norm() > 0.02 * expected.norm():
+        if step.frame is not None and _names_argument(step.frame.f_code, "pred_original_sample"):
             raise ValueError(
-                "pipeline: its network was not given the sample as "
+                f"pipeline {self.name}: it steps its scheduler twice with each prediction, once to "
+                "make an x0 of it, which guide can't tell apart; this pipeline can't be guided"
+            )
+        scaled = scale_model_input(self.scheduler, sample, step.arguments["timestep"])
+        if not step.calls or torch.equal(scaled, sample):
+            return
+        network_input = step.calls[0].input
+        has_its_size = network_input.shape[2:] == sample.shape[2:]
+        if has_its_size and find_sample(network_input, scaled) is None:
+            raise ValueError(
+                f"pipeline {self.name}: its network was not given the sample as "
                 f"{type(self.scheduler).__name__} scales it, so the sample's noise level isn't "
                 "known; use a scheduler that doesn't scale, as DDIMScheduler or "
                 "DPMSolverMultistepScheduler"
             )
 
 
-def clone_if_inference(value: Any) -> Any:
-    """The value; a clone that autograd can use, of a tensor made in inference mode."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+class PipelineStep:
+    """A pipeline's call of `scheduler.step`.
+
+    Attributes:
+        arguments: of the call, by name.
+        calls: of the network since the last step.
+        frame: of the pipeline's method that made the call; None: there is none.
+        level: the noise level of the sample.
+        graph_input: the sample from which the autograd graph leads to the output; None: there is
+            none.
+        output, sample: what the pipeline predicts, and at what.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        arguments: Mapping[str, Any],
+        calls: Sequence[DenoiserCall],
+        frame: FrameType | None,
+        level: NoiseLevel,
+        graph_input: torch.Tensor | None,
+    ):
+        self.arguments, self.calls, self.frame, self.level = arguments, calls, frame, level
+        output, self.graph_input = arguments["model_output"], graph_input
+        self.output = clone_if_inference(output if graph_input is not None else output.detach())
+        self.sample = clone_if_inference(arguments["sample"].detach())
+        per_token = arguments.get("per_token_timesteps")
+        self.token_factor: torch.Tensor | None = None
+        if per_token is not None:
+            sigma = per_token.float() / scheduler.config.num_train_timesteps
+            self.token_factor = (-sigma / level.sigma)[..., None]
+
+    def to_prediction(self, output: torch.Tensor) -> torch.Tensor:
+        """The output whose x0 at the step's noise level is that of the scheduler's step.
+
+        With a timestep for each token, `FlowMatchEulerDiscreteScheduler` goes from a token's own
+        sigma_i to 0 by `sample + sigma_i * output`: the opposite sign.
+        """
+        return output if self.token_factor is None else self.token_factor * output
+
+    def from_prediction(self, corrected: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """The scheduler's output, after `to_prediction` of it was corrected. The x0 of a token with
+        less noise moves less, by sigma_i^2 / sigma^2."""
+        if self.token_factor is None:
+            return corrected
+        shift = self.token_factor * (corrected - before)
+        return self.output.detach() + shift.to(self.output.dtype)
 
 
-def _copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in new containers: some networks empty the lists that they get."""
-    return tree_map(clone_if_inference, dict(arguments))
+#: schedulers whose step to sigma = 0 gives the predicted x0
+ENDS_AT_X0 = {
+    "FlowMatchEulerDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EDMEulerScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+}
 
 
-def _check_calls(calls: Sequence[DenoiserCall]) -> None:
-    if not calls:
-        raise ValueError(
-            f"pipeline: between two steps none of its {', '.join(DENOISERS)} was called with a "
-            "batch, so the network can't be evaluated again: use through_network=False, no "
-            "conditions and no other network"
-        )
-
-
-def _differ(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether these are conditions of different terms; they hold tensors, which `!=` would compare."""
-    return len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True))
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows
-
-
-def _with_condition(
-    arguments: Mapping[str, Any], condition: Mapping[str, Any], network: str
-) -> dict[str, Any]:
-    """The arguments with those of the condition in their place, also within nested mappings."""
-    changed = dict(arguments)
-    for name, value in condition.items():
-        if changed.get(name) is None:
-            passed = sorted(key for key, argument in arguments.items() if argument is not None)
-            raise ValueError(
-                f"guidance: a term has the condition {name!r}; the pipeline passes its {network} "
-                f"{passed}"
-            )
-        if isinstance(value, Mapping):
-            value = _with_condition(changed[name], value, network)
-        changed[name] = value
-    return changed
-
-
-def _concat_batch(rows: int, value: Any, *variants: Any) -> Any:
-    """An argument with the rows of several calls: the pipeline's, and one for each condition."""
-    same = all(variant is value for variant in variants)
-    if not isinstance(value, torch.Tensor) or (same and not _has_rows(value, rows)):
-        return value
-    batches = []
-    for variant in (value, *variants):
-        batch = torch.atleast_1d(torch.as_tensor(variant)).to(value.device, value.dtype)
-        if rows % len(batch) or batch.shape[1:] != value.shape[1:]:
-            raise ValueError(
-                f"guidance: a condition has shape {tuple(batch.shape)} in the place of "
-                f"{tuple(value.shape)}; one row, or one per image, of that shape is allowed"
-            )
-        batches.append(batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1)))
-    return torch.cat(batches)
-
-
-def _is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Whether the batch holds each image twice, as in DiT: two equal halves went into the network,
-    came out different, and go into the step equal, the guided half twice. Two images of one seed
-    and label come out equal."""
-    if len(sample) % 2 or len(call.input) != len(sample):
-        return False
-    halves = [tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)]
-    same_input, same_output, same_guided = (torch.equal(*half) for half in halves)
-    return same_input and same_guided and not same_output
-
-
-def combination_weights(outputs: torch.Tensor, made: torch.Tensor) -> list[float]:
-    """w of `made = sum_i w_i part_i`, sum_i w_i = 1: how a pipeline combined the parts of its
-    network's batch.
-
-    Classifier-free guidance is made = first + s (second - first), and perturbed-attention guidance
-    has three parts. Solved by least squares.
-
-    Args:
-        outputs: (k B, C or 2C, ...), the network's.
-        made: (B, C, ...).
+def check_ending(
+    name: str,
+    scheduler: SchedulerMixin,
+    index: int,
+    step: PipelineStep,
+    bound: inspect.BoundArguments,
+    result: torch.Tensor,
+) -> None:
+    """Check, where a step ends at sigma = 0, that it gives the x0 that guidance took the network to
+    predict.
 
     Raises:
-        ValueError: if it is no such combination, as with guidance rescale.
+        ValueError: if it doesn't: guidance would then have had another effect than it should.
     """
-    images, channels = made.shape[:2]
-    fits = (
-        len(outputs) % images == 0
-        and outputs.shape[2:] == made.shape[2:]
-        and outputs.shape[1] >= channels
+    sigmas = getattr(scheduler, "sigmas", None)
+    is_known = is_instance_by_name(scheduler, ENDS_AT_X0) and not scheduler.config.get(
+        "thresholding"
     )
-    if fits:
-        parts = [part.double().flatten().cpu() for part in outputs[:, :channels].split(images)]
-        target = made.double().flatten().cpu()
-        steps = torch.stack([part - parts[0] for part in parts], dim=1)
-        normal_matrix = torch.linalg.pinv(steps.mT @ steps)
-        weights = (normal_matrix @ (steps.mT @ (target - parts[0]))).tolist()
-        weights[0] = 1 - sum(weights[1:])
-        scaled = [weight * part for weight, part in zip(weights, parts, strict=True)]
-        eps = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, made))
-        largest = max(part.norm() for part in (target, *scaled))
-        fits = (sum(scaled) - target).norm() <= 8 * eps * largest
-    if not fits:
+    if not is_known or sigmas is None or index + 1 >= len(sigmas) or sigmas[index + 1] != 0:
+        return
+    output = bound.arguments["model_output"][:, : step.sample.shape[1]]
+    x0 = step.level.x0(step.sample.float(), step.to_prediction(output.float()))
+    noise = (x0 - step.sample.float()).norm()
+    rounding = torch.finfo(result.dtype).eps * step.sample.float().norm()
+    if result.shape == x0.shape and (result.float() - x0).norm() > 0.1 * noise + 8 * rounding:
         raise ValueError(
-            "the pipeline makes of its network's output what is no weighted mean of the batch's "
-            "parts (guidance rescale, thresholding, ...), so it can't be made again: use "
-            "through_network=False, no conditions and no other network, or the pipeline without "
-            "it"
+            f"pipeline {name}: the last step of its {type(scheduler).__name__} gave another result "
+            "than the predicted x0, so its network predicts something else than the scheduler's "
+            "config says, and guidance was wrong; this pipeline can't be guided"
         )
-    return weights
+
+
+def _names_argument(code: CodeType, name: str) -> bool:
+    """Whether a method has a call with an argument of this name."""
+    return any(isinstance(value, tuple) and name in value for value in code.co_consts)
+
+
+def _first(output: Any) -> Any:
+    """The first value of a network's output; None of an empty one, or of what is no sequence."""
+    try:
+        return output[0]
+    except (TypeError, IndexError, KeyError):
+        return None
+
+
+def _networks(pipeline: Any) -> list[torch.nn.Module]:
+    """All networks of a pipeline."""
+    components = getattr(pipeline, "components", None) or vars(pipeline)
+    return [module for module in components.values() if isinstance(module, torch.nn.Module)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread, current_thread
 from typing import Any
 
@@ -108,6 +108,7 @@ class Guider:
         first: the step of the schedule that the run starts with, such as in img2img.
         from_noise: whether a run that starts with step 0 starts from noise only.
         population: weights of the samples, which are resampled by them; None: samples have none.
+        noise_scale: standard deviation of the pipeline's noise eps; 1 unless it scales it.
 
     Attributes:
         levels, timesteps: noise level and timestep of each step of the schedule.
@@ -132,6 +133,7 @@ class Guider:
         first: int = 0,
         from_noise: bool = True,
         population: Population | None = None,
+        noise_scale: float = 1.0,
     ):
         self.population = population
         self.scheduler, self.algorithm, self.first = scheduler, algorithm, first
@@ -139,7 +141,9 @@ class Guider:
         probe = copy(scheduler)  # reading the levels moves the position of some schedulers
         if "_step_index" in vars(probe):
             probe._step_index = None
-        self.levels = noise_levels(probe)
+        self.levels = [
+            replace(level, sigma=noise_scale * level.sigma) for level in noise_levels(probe)
+        ]
         check_schedule(probe, self.levels)
         self.timesteps: list[float] = sampling_timesteps(scheduler).tolist()
         self.splitting = self.reuse = self.score_shift = None

@@ -296,9 +296,17 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
 
 def image_score(term: ImageClassifierGuidance | CLIPGuidance, step: StepContext) -> Tensor:
     """scale * grad_x log_likelihood(decode(x0)), (B, C, H, W)."""
-    log_p, grad = x0_value_and_gradient(
-        lambda x0: term.log_likelihood(step.decode(x0), step), step, term.through_network
-    )
+
+    def log_likelihood(x0: Tensor) -> Tensor:
+        images = step.decode(x0)
+        if images.ndim != 4:
+            raise ValueError(
+                f"{type(term).__name__}: images (B, C, H, W) are allowed, not {tuple(images.shape)}; "
+                "of a video take a frame, guide(pipeline, term, frames='middle')"
+            )
+        return term.log_likelihood(images, step)
+
+    log_p, grad = x0_value_and_gradient(log_likelihood, step, term.through_network)
     step.log_factors.append(log_p)
     if term.normalize:
         grad = rescale_to_score(grad, step)

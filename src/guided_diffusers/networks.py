@@ -30,8 +30,15 @@ def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
     On exit each layer has its own mode again. None stands for a module that isn't used.
     """
     present = [module for module in modules if module is not None]
-    layers = [(layer, "training") for module in present for layer in module.modules()]
-    with _false(layers), no_parameter_grad(present):
+    with evaluation_mode(*present), no_parameter_grad(present):
+        yield
+
+
+@contextmanager
+def evaluation_mode(*modules: torch.nn.Module) -> Iterator[None]:
+    """Context in which the modules are in evaluation mode, as in `evaluating`; parameters stay as
+    they are, since torch rounds some products otherwise where they need no gradient."""
+    with _false([(layer, "training") for module in modules for layer in module.modules()]):
         yield
 
 

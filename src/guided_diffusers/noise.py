@@ -338,6 +338,8 @@ def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tupl
         sigma = float(scheduler.sigmas[index])
         if scheduler.config.get("invert_sigmas"):  # then it is the share of data, not of noise
             return sigma, 1 - sigma
+        if (scheduler.config.get("sigma_max") or 0) > 1:  # Cosmos 2: x0 + sigma eps
+            return 1.0, sigma
         return 1 - sigma, sigma
     if is_instance_by_name(scheduler, {"SASolverScheduler"}):
         scale = sqrt(1 + float(scheduler.sigmas[index]) ** 2)

@@ -1,0 +1,159 @@
+"""Tiny text encoders, tokenizers and processors in place of those that tests load from the Hub.
+
+    with without_hub():
+        components = config.get_dummy_components()
+
+Weights are random; a tokenizer's ids are a fixed function of the words. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import builtins
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+
+WIDTH = 32
+#: config entries of a tiny model, used where its config class has them
+SMALL = {
+    "vocab_size": 1000,
+    "hidden_size": WIDTH,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 37,
+    "intermediate_size": 37,
+    "num_layers": 2,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "projection_dim": WIDTH,
+    "max_position_embeddings": 512,
+    "image_size": 32,
+    "patch_size": 2,
+}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class StandInTokenizer:
+    """Callable as a tokenizer or a processor: each word has an id, the rest is padding."""
+
+    model_max_length, padding_side, pad_token, eos_token, bos_token = (
+        77,
+        "right",
+        "<0>",
+        "<2>",
+        "<1>",
+    )
+    unk_token, additional_special_tokens, vocab_size = "<3>", [], 1000
+    pad_token_id, bos_token_id, eos_token_id, unk_token_id = 0, 1, 2, 3
+    image_token, image_token_id, cls_token_id, sep_token_id = "<|image_pad|>", 5, 1, 2
+
+    def __init__(self) -> None:
+        self.tokenizer, self.init_kwargs, self.added_tokens_encoder = self, {}, {}
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+        texts = [text] if isinstance(text, str) or text is None else list(text)
+        rows = [self.encode(one, **options) for one in texts]
+        longest = max(map(len, rows))
+        if options.get("padding") == "max_length":
+            longest = options.get("max_length") or self.model_max_length
+        masks = [[1] * len(row[:longest]) + [0] * (longest - len(row)) for row in rows]
+        ids = [(row + [0] * longest)[:longest] for row in rows]
+        if options.get("return_tensors") is None:
+            single = isinstance(text, str)
+            ids, masks = (ids[0], masks[0]) if single else (ids, masks)
+        else:
+            ids, masks = torch.tensor(ids), torch.tensor(masks)
+        data = {"input_ids": ids, "attention_mask": masks}
+        if options.get("return_length"):
+            data["length"] = torch.tensor([longest] * len(rows))
+        return transformers.BatchEncoding(data)
+
+    def encode(self, text: Any, **options: Any) -> list[int]:
+        words = str(text).split()[:20]
+        ids = [1, *(10 + zlib.crc32(word.encode()) % 900 for word in words), 2]
+        return [7] * 130 * ("<|" in str(text)) + ids  # the instructions before a prompt are dropped
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        if not options.get("tokenize", True):
+            return "a chat"
+        batch = messages if isinstance(messages[0], list) else [messages]
+        encoded = self(["a chat"] * len(batch), **options)
+        return encoded if options.get("return_dict") else encoded["input_ids"]
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        return ["a text"] * len(ids)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return "a text"
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        return 5 if isinstance(tokens, str) else [5] * len(tokens)
+
+    def convert_ids_to_tokens(self, ids: Any, **options: Any) -> Any:
+        return [f"<{i}>" for i in ids]
+
+    def pad(self, encoded: Any, **options: Any) -> Any:
+        return transformers.BatchEncoding(
+            {key: torch.as_tensor(value) for key, value in encoded.items()}
+        )
+
+    def tokenize(self, text: str, **options: Any) -> list[str]:
+        return text.split()
+
+
+def small_config(cls: type) -> Any:
+    """A tiny config of a model's config class."""
+    config = cls()
+    names = {name: value for name, value in {**SMALL, **IDS}.items() if hasattr(config, name)}
+    if names.get("num_hidden_layers") and getattr(config, "layer_types", None):
+        names["layer_types"] = config.layer_types[:2]
+    return cls(**names)
+
+
+def small_model(cls: type, *args: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = options.get("config") or small_config(cls.config_class)
+    return cls(config).eval()
+
+
+def small_config_of_name(name: str, *args: Any, **options: Any) -> Any:
+    kinds = {
+        "t5": "T5Config",
+        "bert": "BertConfig",
+        "Llama": "LlamaConfig",
+        "gemma": "Gemma2Config",
+    }
+    kind = next((kind for key, kind in kinds.items() if key in str(name)), "T5Config")
+    return small_config(getattr(transformers, kind))
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Context in which `from_pretrained` of transformers gives stand-ins."""
+    tokenizer = classmethod(lambda cls, *args, **options: StandInTokenizer())
+    replacements = [
+        (transformers.PreTrainedTokenizerBase, tokenizer),
+        (transformers.AutoTokenizer, tokenizer),
+        (transformers.AutoProcessor, tokenizer),
+        (transformers.ProcessorMixin, tokenizer),
+        (transformers.AutoConfig, staticmethod(small_config_of_name)),
+        (transformers.PreTrainedModel, classmethod(small_model)),
+    ]
+    ftfy = SimpleNamespace(fix_text=str)  # which pipelines of Wan use without an import, if absent
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(builtins, "ftfy", ftfy, create=True))
+        for cls, replacement in replacements:
+            stack.enter_context(patch.object(cls, "from_pretrained", replacement))
+        yield

@@ -1,0 +1,290 @@
+"""Images of a predicted x0 as a Diffusers pipeline makes them of its final sample.
+
+Latents may be packed, normalized by statistics, folded into patches, or frames of a video; how is
+written in each pipeline, after its loop. `PipelineEnding` runs those statements on an x0: what the
+decoder gets there is what it would get if the x0 were the result of the last step. The decoder is
+then run here, a part at a time, with a gradient.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import lru_cache
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from .checks import shown
+from .images import decode, one_by_one
+from .noise import is_instance_by_name
+
+DECODERS = ("vae", "vqvae", "movq", "vqgan")
+#: decoders of images in [0, 1]
+UNIT_RANGE = {"PaellaVQModel"}
+#: variables of pipelines with the number of frames that are decoded at once
+CHUNKS = ("decode_chunk_size",)
+CALLBACKS = ("callback", "callback_on_step_end")
+Frames = str | Sequence[int]
+
+
+def check_frames(frames: Any) -> Frames:
+    """`frames` of `guide`.
+
+    Raises:
+        ValueError: unless it is "all", "middle" or a list of frame numbers.
+    """
+    if frames in ("all", "middle"):
+        return frames
+    is_list = isinstance(frames, (list, tuple)) and len(frames) > 0
+    if not is_list or not all(type(frame) is int for frame in frames):
+        raise ValueError(
+            f"frames={shown(frames)}: 'all', 'middle' or a list of frame numbers is allowed"
+        )
+    return list(frames)
+
+
+def decode_x0(
+    pipeline: Any, frame: FrameType | None, x0: torch.Tensor, frames: Frames = "all"
+) -> torch.Tensor:
+    """Images in [-1, 1] of a pipeline's predicted x0: (B, C, H, W), of a video (B, C, F, H, W).
+
+    Args:
+        frame: of the pipeline's method that steps the scheduler, during the step. None: a loop
+            of the user's, whose latents are decoded by the autoencoder's config.
+        frames: of a video: "all", "middle" for that one, (B, C, H, W), or their numbers.
+
+    Raises:
+        ValueError: if these are no images, or the pipeline doesn't decode them by a decoder.
+    """
+    if frame is None:
+        return _without_ending(pipeline, x0)
+    reached = PipelineEnding(pipeline, frame).decoder_input(x0)
+    if reached is None:
+        return _check_pixels(pipeline, x0)
+    images = reached.images(len(x0))
+    if images.ndim == 5 and images.shape[2] == 1:  # an image of a decoder of videos
+        return images[:, :, 0]
+    if images.ndim == 5:
+        images = _select_frames(images, frames)
+    elif frames not in ("all", "middle"):
+        raise ValueError(
+            f"frames={frames}: pipeline {type(pipeline).__name__} makes {tuple(images.shape)}, no "
+            "frames; 'all' is allowed"
+        )
+    return images
+
+
+def _without_ending(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
+    decoder = next(filter(None, (getattr(pipeline, name, None) for name in DECODERS)), None)
+    if decoder is None:
+        return _check_pixels(pipeline, x0)
+    if x0.ndim != 4:
+        raise ValueError(
+            f"pipeline {type(pipeline).__name__}: latents {tuple(x0.shape)} of a loop that is not "
+            "the pipeline's own can't be decoded; (B, C, H, W) are allowed, or of='x0'"
+        )
+    if getattr(pipeline, "movq", None) is decoder:  # Kandinsky: no scaling, no quantization
+        x0 = x0.to(decoder.dtype)
+        return one_by_one(lambda z: decoder.decode(z, force_not_quantize=True).sample, x0)
+    return decode(decoder, x0)
+
+
+def _check_pixels(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
+    """The x0 of a pipeline without a decoder, if it is an image."""
+    if x0.ndim != 4 or x0.shape[1] not in (1, 3):
+        raise ValueError(
+            f"pipeline {type(pipeline).__name__}: its predicted x0 {tuple(x0.shape)} is no image, "
+            "and it has no decoder that makes one of it: use a term with of='x0'"
+        )
+    return x0
+
+
+def _select_frames(images: torch.Tensor, frames: Frames) -> torch.Tensor:
+    count = images.shape[2]
+    if frames == "all":
+        return images
+    if frames == "middle":
+        return images[:, :, count // 2]
+    if max(frames) >= count or min(frames) < -count:
+        raise ValueError(f"frames={frames}: the video has {count} frames, numbered from 0")
+    return images[:, :, list(frames)]
+
+
+class DecoderInput(Exception):
+    """Arguments of a decoder's `decode`; raised in its place."""
+
+    def __init__(self, decoder: torch.nn.Module, z: torch.Tensor, args: tuple, kwargs: dict):
+        super().__init__("decode")
+        self.decoder, self.z, self.args_, self.kwargs = decoder, z, args, kwargs
+
+    def images(self, count: int) -> torch.Tensor:
+        """Decoded images of `count` samples; a row of z at a time where a gradient is needed."""
+        z = self.z.to(self.decoder.dtype)
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            images = self._decode(z, slice(None))
+        else:
+            size = self._rows_at_once(count)
+            parts = [slice(i, i + size) for i in range(0, len(z), size)]
+            images = torch.cat(
+                [checkpoint(self._decode, z[part], part, use_reentrant=False) for part in parts]
+            )
+        if is_instance_by_name(self.decoder, UNIT_RANGE):
+            images = 2 * images - 1
+        if images.ndim == 4 and len(images) > count and len(images) % count == 0:
+            images = images.unflatten(0, (count, -1)).transpose(1, 2)  # frames were in the batch
+        return images
+
+    def _rows_at_once(self, count: int) -> int:
+        is_temporal = "num_frames" in self.kwargs
+        return len(self.z) // count if is_temporal else 1
+
+    def _decode(self, z: torch.Tensor, part: slice) -> torch.Tensor:
+        def cut(value: Any) -> Any:
+            has_rows = isinstance(value, torch.Tensor) and value.ndim
+            return value[part] if has_rows and len(value) == len(self.z) else value
+
+        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
+        return self.decoder.decode(z, *map(cut, self.args_), **kwargs)[0]
+
+
+class _Decoder:
+    """A decoder that doesn't decode: it raises what it gets."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise DecoderInput(self._module, z, args, kwargs)
+
+
+class _LastStep(tuple):
+    """Result of a step, by position and by name, whatever of it a pipeline takes."""
+
+    prev_sample = pred_original_sample = denoised = property(lambda self: self[0])
+
+
+class _Scheduler:
+    """A scheduler whose step gives an x0."""
+
+    def __init__(self, scheduler: Any, x0: torch.Tensor):
+        self._scheduler, self._x0 = scheduler, x0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> _LastStep:
+        return _LastStep((self._x0, self._x0))
+
+
+class PipelineEnding:
+    """The statements of a pipeline from its scheduler's step to its decoder.
+
+    They run on copies of the pipeline and of the method's variables, as if the step were the last
+    one, without callbacks and without drawing from the generators.
+
+    Args:
+        frame: of the method, at the call of `scheduler.step`.
+    """
+
+    def __init__(self, pipeline: Any, frame: FrameType):
+        self.pipeline = pipeline
+        names = tuple(name for name in frame.f_locals if name.isidentifier())
+        self.variables = {name: frame.f_locals[name] for name in names}
+        self.function = FunctionType(
+            _ending_code(frame.f_code, frame.f_lineno, names), frame.f_globals
+        )
+
+    def decoder_input(self, x0: torch.Tensor) -> DecoderInput | None:
+        """What the pipeline would decode if x0 were the result of its last step; None if it ends
+        without a decoder."""
+        scheduler, replacements = self.pipeline.scheduler, {}
+        replacements[id(scheduler)] = _Scheduler(scheduler, x0)
+        pipeline = copy(self.pipeline)
+        for name, value in vars(self.pipeline).items():
+            if isinstance(value, torch.nn.Module) and hasattr(value, "decode"):
+                replacements[id(value)] = _Decoder(value)
+            if id(value) in replacements:
+                vars(pipeline)[name] = replacements[id(value)]
+        replacements[id(self.pipeline)] = pipeline
+        variables = {
+            name: replacements.get(id(value), _copy_variable(name, value))
+            for name, value in self.variables.items()
+        }
+        if isinstance(count := variables.get("timesteps"), (torch.Tensor, list)):
+            if "i" in variables:
+                variables["i"] = len(count) - 1
+        try:
+            self.function(**variables)
+        except DecoderInput as reached:
+            return reached.with_traceback(None)
+        return None
+
+
+def _copy_variable(name: str, value: Any) -> Any:
+    if name in CALLBACKS:
+        return None
+    if name in CHUNKS and value is not None:
+        return 10**6
+    if name == "output_type":
+        return "pt" if value == "latent" else value
+    if name == "generator" and value is None:
+        return torch.Generator()
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
+        return [_copy_variable("", one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if value.is_inference() else value.detach()
+    return tqdm(disable=True) if isinstance(value, tqdm) else value
+
+
+@lru_cache(maxsize=64)
+def _ending_code(method: CodeType, line: int, names: tuple[str, ...]) -> CodeType:
+    """Code of a function of the method's variables: the method from this line on."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    ast.increment_lineno(tree, method.co_firstlineno - 1)
+    function = tree.body[0]
+    function.body = list(_statements_from(function.body, line))
+    function.args = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
+    function.decorator_list, function.returns = [], None
+    code = compile(ast.fix_missing_locations(tree), method.co_filename, "exec")
+    return next(constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+
+def _statements_from(body: list[ast.stmt], line: int) -> Iterator[ast.stmt]:
+    """The statement at a line and those after it: in its block, and after the blocks around it."""
+    index = next(i for i, node in enumerate(body) if node.lineno <= line <= node.end_lineno)
+    statement = body[index]
+    blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+    inner = next((block for block in blocks if block and _contains(block, line)), None)
+    if inner is None:
+        yield statement
+    elif isinstance(statement, (ast.For, ast.While)):
+        once = ast.Name("_once", ast.Store())
+        rest = list(_statements_from(inner, line))  # a loop, for its `continue` and `break`
+        yield ast.For(once, ast.Tuple([ast.Constant(0)], ast.Load()), rest, [])
+    else:
+        yield from _statements_from(inner, line)
+    yield from body[index + 1 :]
+
+
+def _contains(block: list[ast.stmt], line: int) -> bool:
+    return block[0].lineno <= line <= block[-1].end_lineno
+
+
+def stepping_frame(pipeline: Any, frame: FrameType | None) -> FrameType | None:
+    """The frame of the pipeline's method that made a call, from the frame of what it called; None:
+    there is none."""
+    while frame is not None and frame.f_locals.get("self") is not pipeline:
+        frame = frame.f_back
+    return frame

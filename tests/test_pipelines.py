@@ -1,0 +1,355 @@
+"""Guiding pipelines whose latents are packed or frames of a video: what terms see, and where it leads.
+
+Checked without this package's formulas: images are those that the pipeline outputs, energies fall from
+the unguided run's, gradients are slopes between runs whose sample was moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from test_attach import (
+    PIPELINES,
+    TOKENS,
+    WIDTH,
+    Recorder,
+    Seen,
+    Spy,
+    flux,
+    flux_call,
+    lively,
+    normal,
+    pictures,
+    quiet,
+    sdxl,
+    sdxl_call,
+    vae,
+)
+
+from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
+from guided_diffusers.attach import guide
+
+EMBEDS = {
+    "prompt_embeds": normal(1, TOKENS, WIDTH, seed=1),
+    "negative_prompt_embeds": normal(1, TOKENS, WIDTH, seed=2),
+}
+COMMON = {"num_inference_steps": 3, "output_type": "pt"}
+
+
+def wan(two: bool = False) -> tuple[Any, dict[str, Any]]:
+    def network(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+        sizes = {"text_dim": WIDTH, "freq_dim": 16, "ffn_dim": 16, "rope_max_seq_len": 32}
+        return lively(
+            diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, **config, **sizes)
+        )
+
+    torch.manual_seed(1)
+    decoder = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    pipeline = diffusers.WanPipeline(
+        None,
+        None,
+        decoder.eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        network(0),
+        network(2) if two else None,
+        boundary_ratio=0.8 if two else None,
+    )
+    return quiet(pipeline), {**EMBEDS, **COMMON, "height": 16, "width": 16, "num_frames": 9}
+
+
+def ltx_condition() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=WIDTH,
+    )
+    blocks = {"latent_channels": 4, "patch_size": 1, "decoder_causal": False}
+    blocks |= {name: (8, 8) for name in ("block_out_channels", "decoder_block_out_channels")}
+    blocks |= {name: (1, 1, 1) for name in ("layers_per_block", "decoder_layers_per_block")}
+    scaling = {name: (True, True) for name in ("spatio_temporal_scaling",)}
+    scaling |= {"decoder_spatio_temporal_scaling": (True, True)}
+    scaling |= {"decoder_inject_noise": (False,) * 3, "upsample_residual": (False, False)}
+    scaling |= {"upsample_factor": (1, 1), "down_block_types": ("LTXVideoDownBlock3D",) * 2}
+    decoder = diffusers.AutoencoderKLLTXVideo(**blocks, **scaling).eval()
+    pipeline = diffusers.LTXConditionPipeline(
+        FlowMatchEulerDiscreteScheduler(), decoder, None, None, lively(transformer)
+    )
+    masks = {f"{name}prompt_attention_mask": torch.ones(1, TOKENS) for name in ("", "negative_")}
+    sizes = {"height": 32, "width": 32, "num_frames": 9, "image": pictures(32, 1)}
+    return quiet(pipeline), {**EMBEDS, **COMMON, **masks, **sizes, "guidance_scale": 3.0}
+
+
+def qwen_image() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    torch.manual_seed(1)
+    decoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.2, 0.0, -0.3],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    pipeline = diffusers.QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), decoder.eval(), None, None, lively(transformer)
+    )
+    masks = {
+        f"{name}prompt_embeds_mask": torch.ones(1, TOKENS).long() for name in ("", "negative_")
+    }
+    sizes = {"height": 16, "width": 16, "true_cfg_scale": 3.0}
+    return quiet(pipeline), {**EMBEDS, **COMMON, **masks, **sizes}
+
+
+def z_image() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[64, 16, 16],
+    )
+    with torch.no_grad():  # made by `torch.empty`
+        transformer.x_pad_token.fill_(1.0)
+        transformer.cap_pad_token.fill_(1.0)
+    pipeline = diffusers.ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae(shift_factor=0.1, scaling_factor=0.4),
+        None,
+        None,
+        lively(transformer),
+    )
+    embeds = {name: [value[0]] for name, value in EMBEDS.items()}
+    return quiet(pipeline), {**embeds, **COMMON, "height": 32, "width": 32, "guidance_scale": 3.0}
+
+
+def sdxl_rescaled() -> tuple[Any, dict[str, Any]]:
+    return sdxl(), {**sdxl_call(), "output_type": "pt", "guidance_rescale": 0.7}
+
+
+MODERN: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "Flux": lambda: (flux(), {**flux_call(), "output_type": "pt"}),
+    "Wan": wan,
+    "LTX condition": ltx_condition,
+    "Qwen-Image": qwen_image,
+    "Z-Image": z_image,
+    "SDXL rescaled": sdxl_rescaled,
+}
+VIDEOS = ("Wan", "LTX condition")
+
+
+def run(pipeline: Any, call: dict[str, Any], *terms: Guidance, **options: Any) -> torch.Tensor:
+    """The pipeline's images in [-1, 1], (B, C, H, W) or (B, C, F, H, W)."""
+    generator = torch.Generator().manual_seed(7)
+    with guide(pipeline, *terms, **options):
+        images = pipeline(**deepcopy(call), generator=generator)[0]
+    images = torch.as_tensor(images)
+    return 2 * (images.transpose(1, 2) if images.ndim == 5 else images) - 1
+
+
+class Looks(Guidance):
+    """Adds nothing, and keeps the images that it sees of the predicted x0."""
+
+    supports_pure_noise = True
+    images: torch.Tensor
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        self.images = step.decode(step.x0)
+        return torch.zeros_like(step.sample)
+
+
+def dark_left(images: torch.Tensor) -> torch.Tensor:
+    half = images[..., : images.shape[-1] // 2]
+    return (half + 1).square().flatten(1).sum(1)
+
+
+def red_first(images: torch.Tensor) -> torch.Tensor:
+    red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
+    return (images[:, :, 0] - red).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_terms_see_what_the_pipeline_outputs_and_take_it_where_they_say(name: str) -> None:
+    """At the last step the predicted x0 is the result. The energy is measured on the output."""
+    pipeline, call = MODERN[name]()
+    looks = Looks()
+    plain = run(pipeline, call, looks)
+    torch.testing.assert_close(looks.images.clamp(-1, 1), plain, rtol=0, atol=1e-4)
+    energy = red_first if name in VIDEOS else dark_left
+    values = [energy(plain).sum()]
+    for scale in (0.02, 0.1):
+        values.append(energy(run(pipeline, call, EnergyGuidance(energy, scale))).sum())
+    assert values[2] < values[1] < values[0]
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_the_image_gradient_reaches_the_latents_and_scale_0_is_off(name: str) -> None:
+    pipeline, call = MODERN[name]()
+    record, call = Recorder(pipeline), {**call, "output_type": "latent"}
+    plain = record(**call)
+    off = record(
+        EnergyGuidance(dark_left, 0.0), EnergyGuidance(dark_left, 0.0, through_network=True), **call
+    )
+    assert all(torch.equal(a["next"], b["next"]) for a, b in zip(plain, off, strict=True))
+    assert not torch.equal(
+        record(EnergyGuidance(dark_left, 0.1), **call)[0]["next"], plain[0]["next"]
+    )
+    requires = [p.requires_grad for p in pipeline.vae.parameters()]
+    assert all(requires) and torch.is_grad_enabled()
+
+
+def moved(pipeline: Any, call: dict[str, Any], nudge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sample, sum of sin(x0)) at the second step of an unguided run that was moved before it."""
+    term = Values(1.0, 0.3, 0.6)
+    steps = Recorder(pipeline)(term, nudge=nudge, **call)
+    return steps[1]["sample"].double(), term.value
+
+
+class Values(Guidance):
+    supports_pure_noise = True
+    value: torch.Tensor
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        self.value = step.x0.double().sin().sum()
+        return torch.zeros_like(step.sample)
+
+
+def wave(x0: torch.Tensor) -> torch.Tensor:
+    return x0.sin().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen-Image", "Z-Image", "SDXL rescaled", "Wan 2.2", "LTX condition"]
+)
+def test_the_gradient_through_the_network_is_the_slope_between_runs(name: str) -> None:
+    """Through lists, packing, two networks, and combinations of outputs that are not linear."""
+    pipeline, call = wan(two=True) if name == "Wan 2.2" else MODERN[name]()
+    call = {**call, "output_type": "latent"}
+    seen = Seen(EnergyGuidance(wave, 1.0, 0.3, 0.6, of="x0", through_network=True))
+    Recorder(pipeline)(seen.term, **call)
+    (score,), h = seen.scores, 2e-3
+    (above, up), (below, down) = moved(pipeline, call, h), moved(pipeline, call, -h)
+    along = -(score.double() * (above - below) / (2 * h)).sum()  # not of tokens that stay
+    slope, atol = (up - down) / (2 * h), 0.02 * float(score.norm())
+    torch.testing.assert_close(along, slope, rtol=0.03, atol=atol)
+
+
+def test_with_a_timestep_for_each_token_an_energy_falls_too() -> None:
+    """The scheduler takes the opposite sign of the output there."""
+    pipeline, call = ltx_condition()
+    call, record = {**call, "output_type": "latent"}, Recorder(pipeline)
+    energy = lambda x0: (x0 - 0.3).square().flatten(1).sum(1)  # noqa: E731
+    values = [
+        energy(record(EnergyGuidance(energy, scale, of="x0"), **call)[-1]["next"]).item()
+        for scale in (0.0, 0.01, 0.03, 0.1)
+    ]
+    assert values == sorted(values, reverse=True) and values[-1] < 0.95 * values[0]
+
+
+def test_a_last_step_that_does_not_give_the_predicted_x0_is_an_error() -> None:
+    """As of a pipeline whose network predicts the opposite."""
+
+    class Opposite(FlowMatchEulerDiscreteScheduler):
+        def step(self, model_output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+            return super().step(-model_output, timestep, sample, **options)
+
+    pipeline, call = MODERN["Flux"]()
+    pipeline.scheduler = Opposite()
+    with pytest.raises(
+        ValueError, match="FluxPipeline: the last step of its Opposite gave another"
+    ):
+        run(pipeline, call, EnergyGuidance(wave, 0.1, of="x0"))
+    run(pipeline, call, EnergyGuidance(wave, 0.0, of="x0"))
+
+
+def test_frames_of_a_video_can_be_chosen() -> None:
+    pipeline, call = wan()
+    every, one, some = Looks(), Looks(), Looks()
+    video = run(pipeline, call, every)
+    assert every.images.shape == video.shape == (1, 3, 9, 16, 16)
+    run(pipeline, call, one, frames="middle")
+    torch.testing.assert_close(one.images, every.images[:, :, 4])
+    run(pipeline, call, some, frames=[0, -1])
+    torch.testing.assert_close(some.images, every.images[:, :, [0, 8]])
+    with pytest.raises(ValueError, match=r"frames=\[9\]: the video has 9 frames"):
+        run(pipeline, call, some, frames=[9])
+    for frames in ("first", [], [0.5], 3):
+        with pytest.raises(
+            ValueError, match="frames=.*: 'all', 'middle' or a list of frame numbers"
+        ):
+            run(pipeline, call, some, frames=frames)
+    pipeline, call = MODERN["Flux"]()
+    with pytest.raises(ValueError, match=r"frames=\[0\]: pipeline FluxPipeline makes .*no frames"):
+        run(pipeline, call, some, frames=[0])
+
+
+def test_the_network_can_be_named() -> None:
+    pipeline, call = wan(two=True)
+    with pytest.raises(
+        ValueError, match="network='unet': pipeline WanPipeline has .*'transformer'"
+    ):
+        run(pipeline, call, Spy(0.1), network="unet")
+    null = {"encoder_hidden_states": EMBEDS["negative_prompt_embeds"]}
+    off = {**call, "guidance_scale": 1.0, "guidance_scale_2": 1.0}
+    torch.testing.assert_close(  # each of the two networks in its part of the run
+        run(pipeline, off, ClassifierFreeGuidance(null, 4.0)),
+        run(pipeline, {**call, "guidance_scale": 5.0}, Spy(0.0)),
+        rtol=0,
+        atol=2e-3,
+    )
+
+
+def test_what_is_no_image_is_refused_by_a_term_that_looks_at_images() -> None:
+    pipeline, call = PIPELINES["Kandinsky prior"]()
+    with pytest.raises(ValueError, match="KandinskyV22PriorPipeline: .*is no image.*of='x0'"):
+        run(pipeline, call, EnergyGuidance(wave, 0.1))
+
+
+def test_a_callback_gets_plain_tensors_and_may_change_them() -> None:
+    """While gradients are on between two steps, for a term that goes through the network."""
+    pipeline, call = MODERN["Qwen-Image"]()
+    term, kept = EnergyGuidance(wave, 0.1, of="x0", through_network=True), []
+
+    def callback(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        kept.append((tensors["latents"].requires_grad, torch.is_grad_enabled()))
+        tensors["latents"].numpy()
+        return tensors
+
+    expected = run(pipeline, call, term)
+    assert torch.equal(run(pipeline, {**call, "callback_on_step_end": callback}, term), expected)
+    assert kept == [(False, False)] * 3
