@@ -318,6 +318,26 @@ def test_frames_of_a_video_can_be_chosen() -> None:
         run(pipeline, call, some, frames=[0])
 
 
+def test_the_middle_of_a_long_video_takes_the_memory_of_four_frames() -> None:
+    """Counted as the activations that have an autograd graph; its latent frame gets the gradient."""
+    pipeline, call = wan()
+    counts: list[int] = []
+    for module in pipeline.vae.decoder.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(
+                lambda module, args, out: counts.append(out.requires_grad * out.numel())
+            )
+    sums = {}
+    for frames, number in ("all", 5), ("middle", 33):
+        seen = Seen(EnergyGuidance(wave, 0.1, 0.5, 0.8, of="image"))  # one step
+        counts.clear()
+        run(pipeline, {**call, "num_frames": number}, seen.term, frames=frames)
+        sums[number] = sum(counts)
+    assert 0 < sums[33] <= sums[5]
+    changed = seen.scores[0].abs().amax((0, 1, 3, 4)).nonzero().flatten().tolist()
+    assert changed == [4]  # of nine; frames 13 to 16
+
+
 def test_the_network_can_be_named() -> None:
     pipeline, call = wan(two=True)
     with pytest.raises(

@@ -75,7 +75,10 @@ CORE = {
 }
 # beside the core: of the core whatever they like, of the rest this
 BESIDE = {
-    "attach": set(),
+    "attach": {"latent_images", "network_calls", "pipeline_graph"},
+    "latent_images": set(),
+    "network_calls": set(),
+    "pipeline_graph": set(),
     "modular": set(),
     "standalone": set(),
     "preprocess": set(),

@@ -28,7 +28,14 @@ from torch.utils._pytree import tree_map
 from .checks import shown
 from .guidance import Guidance, GuidanceSum, check_devices
 from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
-from .latent_images import DECODERS, Frames, check_frames, decode_x0, stepping_frame
+from .latent_images import (
+    DECODERS,
+    Frames,
+    PipelineEnding,
+    check_frames,
+    decode_x0,
+    stepping_frame,
+)
 from .network_calls import (
     NO_REPEAT,
     DenoiserCall,
@@ -432,6 +439,8 @@ class GuidanceHook:
             self.check_first_step(terms, step)
             doubled = len(calls) == 1 and is_doubled(calls[0], step.output, sample)
             self.repeats = 2 if doubled else 1
+        if self.repeats == 2:
+            step.graph_input = None
         conditions = GuidanceSum(terms).conditions
         if any(differ(call.conditions, conditions) for call in calls):
             expected = self.guider.timesteps[self.guider.index]
@@ -463,7 +472,7 @@ class GuidanceHook:
                 for decoder in self.decoders:
                     stack.enter_context(_in_float32(decoder))
                 x0 = x0.repeat(self.repeats, *[1] * (x0.ndim - 1))
-                return decode_x0(self.pipeline, step.frame, x0, self.frames)
+                return decode_x0(self.pipeline, step.ending(self.pipeline), x0, self.frames)
 
             before = prediction.detach()
             corrected, _ = self.guider.correct(
@@ -570,6 +579,7 @@ class PipelineStep:
         graph_input: torch.Tensor | None,
     ):
         self.arguments, self.calls, self.frame, self.level = arguments, calls, frame, level
+        self._ending: PipelineEnding | None = None
         output, self.graph_input = arguments["model_output"], graph_input
         self.output = clone_if_inference(output if graph_input is not None else output.detach())
         self.sample = clone_if_inference(arguments["sample"].detach())
@@ -578,6 +588,12 @@ class PipelineStep:
         if per_token is not None:
             sigma = per_token.float() / scheduler.config.num_train_timesteps
             self.token_factor = (-sigma / level.sigma)[..., None]
+
+    def ending(self, pipeline: Any) -> PipelineEnding | None:
+        """What the pipeline does after its loop."""
+        if self._ending is None and self.frame is not None:
+            self._ending, self.frame = PipelineEnding(pipeline, self.frame), None
+        return self._ending
 
     def to_prediction(self, output: torch.Tensor) -> torch.Tensor:
         """The output whose x0 at the step's noise level is that of the scheduler's step.

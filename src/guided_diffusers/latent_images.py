@@ -12,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
@@ -51,28 +52,31 @@ def check_frames(frames: Any) -> Frames:
 
 
 def decode_x0(
-    pipeline: Any, frame: FrameType | None, x0: torch.Tensor, frames: Frames = "all"
+    pipeline: Any, ending: PipelineEnding | None, x0: torch.Tensor, frames: Frames = "all"
 ) -> torch.Tensor:
     """Images in [-1, 1] of a pipeline's predicted x0: (B, C, H, W), of a video (B, C, F, H, W).
 
     Args:
-        frame: of the pipeline's method that steps the scheduler, during the step. None: a loop
-            of the user's, whose latents are decoded by the autoencoder's config.
+        ending: of the pipeline's method that steps the scheduler. None: a loop of the user's, whose
+            latents are decoded by the autoencoder's config.
         frames: of a video: "all", "middle" for that one, (B, C, H, W), or their numbers.
 
     Raises:
         ValueError: if these are no images, or the pipeline doesn't decode them by a decoder.
     """
-    if frame is None:
+    if ending is None:
         return _without_ending(pipeline, x0)
-    reached = PipelineEnding(pipeline, frame).decoder_input(x0)
+    reached = ending.decoder_input(x0)
     if reached is None:
         return _check_pixels(pipeline, x0)
+    if frames != "all" and reached.decodes_in_turn:
+        return reached.chosen_frames(frames)
     images = reached.images(len(x0))
     if images.ndim == 5 and images.shape[2] == 1:  # an image of a decoder of videos
-        return images[:, :, 0]
+        images = images[:, :, 0]
     if images.ndim == 5:
-        images = _select_frames(images, frames)
+        numbers = frame_numbers(frames, images.shape[2])
+        images = images[:, :, numbers[0] if frames == "middle" else numbers]
     elif frames not in ("all", "middle"):
         raise ValueError(
             f"frames={frames}: pipeline {type(pipeline).__name__} makes {tuple(images.shape)}, no "
@@ -106,15 +110,19 @@ def _check_pixels(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
     return x0
 
 
-def _select_frames(images: torch.Tensor, frames: Frames) -> torch.Tensor:
-    count = images.shape[2]
+def frame_numbers(frames: Frames, count: int) -> list[int]:
+    """The numbers of the chosen ones of `count` frames.
+
+    Raises:
+        ValueError: for a number that the video doesn't have.
+    """
     if frames == "all":
-        return images
+        return list(range(count))
     if frames == "middle":
-        return images[:, :, count // 2]
+        return [count // 2]
     if max(frames) >= count or min(frames) < -count:
         raise ValueError(f"frames={frames}: the video has {count} frames, numbered from 0")
-    return images[:, :, list(frames)]
+    return [frame % count for frame in frames]
 
 
 class DecoderInput(Exception):
@@ -141,6 +149,40 @@ class DecoderInput(Exception):
             images = images.unflatten(0, (count, -1)).transpose(1, 2)  # frames were in the batch
         return images
 
+    @property
+    def decodes_in_turn(self) -> bool:
+        """Whether the decoder makes the frames of one latent frame after the other, of it and those
+        before, as Wan's does."""
+        has_cache = self.z.ndim == 5 and hasattr(self.decoder, "clear_cache")
+        return has_cache and not getattr(self.decoder, "use_tiling", False)
+
+    def chosen_frames(self, frames: Frames) -> torch.Tensor:
+        """Some frames of a video, (B, C, F, H, W), or its middle, (B, C, H, W).
+
+        A frame's gradient is that in its own latent frame; those before are only the context in
+        which it is decoded. Memory then holds the activations of one latent frame.
+        """
+        ratio = 2 ** sum(self.decoder.config.temperal_downsample)
+        numbers = frame_numbers(frames, 1 + ratio * (self.z.shape[2] - 1))
+        rows = range(len(self.z))
+        chosen = [
+            torch.cat([self._frame(slice(row, row + 1), number, ratio) for row in rows])
+            for number in numbers
+        ]
+        return chosen[0] if frames == "middle" else torch.stack(chosen, dim=2)
+
+    def _frame(self, row: slice, number: int, ratio: int) -> torch.Tensor:
+        last = -(-number // ratio)  # the first latent frame makes one frame, each other `ratio`
+        z = self.z[row, :, : last + 1].to(self.decoder.dtype)
+
+        def decode_last(z: torch.Tensor) -> torch.Tensor:
+            with _without_graph(self.decoder.decoder, last):
+                return self._decode(z, row)[:, :, number - ratio * last - 1]
+
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return decode_last(z)
+        return checkpoint(decode_last, z, use_reentrant=False)
+
     def _rows_at_once(self, count: int) -> int:
         is_temporal = "num_frames" in self.kwargs
         return len(self.z) // count if is_temporal else 1
@@ -152,6 +194,22 @@ class DecoderInput(Exception):
 
         kwargs = {name: cut(value) for name, value in self.kwargs.items()}
         return self.decoder.decode(z, *map(cut, self.args_), **kwargs)[0]
+
+
+@contextmanager
+def _without_graph(module: torch.nn.Module, calls: int) -> Iterator[None]:
+    """Context in which the first calls of a module have no autograd graph."""
+    remaining = [calls]
+
+    def detach(module: torch.nn.Module, args: tuple) -> tuple | None:
+        remaining[0] -= 1
+        return (args[0].detach(), *args[1:]) if remaining[0] >= 0 else None
+
+    handle = module.register_forward_pre_hook(detach)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Decoder:
@@ -193,7 +251,7 @@ class PipelineEnding:
     one, without callbacks and without drawing from the generators.
 
     Args:
-        frame: of the method, at the call of `scheduler.step`.
+        frame: of the method, at the call of `scheduler.step`; its variables are read at once.
     """
 
     def __init__(self, pipeline: Any, frame: FrameType):
