@@ -13,14 +13,17 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from accelerate import cpu_offload_with_hook
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from test_attach import (
     PIPELINES,
+    SD,
     TOKENS,
     WIDTH,
     Recorder,
     Seen,
     Spy,
+    conditional_unet,
     flux,
     flux_call,
     lively,
@@ -373,3 +376,81 @@ def test_a_callback_gets_plain_tensors_and_may_change_them() -> None:
     expected = run(pipeline, call, term)
     assert torch.equal(run(pipeline, {**call, "callback_on_step_end": callback}, term), expected)
     assert kept == [(False, False)] * 3
+
+
+# manners
+
+
+@pytest.mark.parametrize("name", ["slicing", "tiling", "offloading"])
+def test_ways_to_save_memory_change_no_guided_image(name: str) -> None:
+    pipeline, call = MODERN["Flux"]()
+    term = EnergyGuidance(dark_left, 0.1)
+    expected = run(pipeline, call, term)
+    if name == "slicing":
+        pipeline.vae.enable_slicing()
+    elif name == "tiling":  # of the size of the image, so that nothing is blended
+        pipeline.vae.enable_tiling()
+    else:  # as `enable_model_cpu_offload` does, which wants an accelerator
+        hook = None
+        for module in (pipeline.transformer, pipeline.vae):
+            _, hook = cpu_offload_with_hook(module, "cpu", hook)
+        pipeline._all_hooks = [hook]
+    torch.testing.assert_close(run(pipeline, call, term), expected, rtol=0, atol=1e-5)
+    assert not torch.equal(run(pipeline, call, EnergyGuidance(dark_left, 0.0)), expected)
+
+
+def test_weights_that_a_callback_changes_count_from_the_next_step() -> None:
+    """As of adapters that are switched during a run; also in the gradient through the network."""
+    pipeline, call = MODERN["Qwen-Image"]()
+    weight = pipeline.transformer.proj_out.weight
+
+    def callback(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == 0:
+            with torch.no_grad():
+                weight.mul_(2)
+        return tensors
+
+    seen = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
+    run(pipeline, {**call, "callback_on_step_end": callback}, seen.term)
+    doubled = seen.scores[0]
+    after = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
+    run(pipeline, call, after.term)  # doubled from the start: the same step from another sample
+    assert not torch.equal(doubled, after.scores[0])
+    with torch.no_grad():
+        weight.div_(2)
+    before = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
+    run(pipeline, call, before.term)
+    torch.testing.assert_close(before.steps[0].sample, seen.steps[0].sample)
+    assert not torch.allclose(before.scores[0], doubled)
+
+
+class InPlace(diffusers.DiffusionPipeline):
+    """Writes each step into its latents, and clears a cache after the loop, which decoding must not."""
+
+    def __init__(self, unet: Any, vae: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, output_type: str = "pt") -> tuple[torch.Tensor]:
+        self.scheduler.set_timesteps(3)
+        latents, cache, images = normal(1, 8, 8, 8), [1], []
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(latents[:, :4], t, normal(1, TOKENS, WIDTH)).sample
+            if not cache or i >= 3:
+                break
+            latents[:, :4] = self.scheduler.step(output, t, latents[:, :4], return_dict=False)[0]
+        assert cache
+        cache.clear()
+        for part in latents[:, :4].split(1):
+            images.append(self.vae.decode(part / 2).sample)
+        return (torch.cat(images),)
+
+
+def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:
+    pipeline = InPlace(conditional_unet(), vae(), EulerDiscreteScheduler(**SD))
+    plain = pipeline()[0]
+    looks = Looks()
+    with guide(pipeline, looks):
+        assert torch.equal(pipeline()[0], plain)
+    torch.testing.assert_close(looks.images, plain)

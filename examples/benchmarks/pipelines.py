@@ -193,6 +193,7 @@ class Check:
             supports_pure_noise = True
 
             def score(self, step: StepContext) -> torch.Tensor:
+                kept["sample"] = step.sample.double()
                 kept["value"] = step.x0.float().sin().flatten(1).sum(1)
                 return torch.zeros_like(step.sample)
 
@@ -206,14 +207,15 @@ class Check:
             return "yes (one step only, not compared)"
         noise = torch.randn(self.plain[0].shape, generator=torch.Generator().manual_seed(8))
         size = 3e-3 * self.plain[0].float().std().item()
-        values = []
+        values, samples = [], []
         for sign in (1, -1):
             moved = (sign * size * noise).to(self.plain[0])
             set_up.run(Value(1.0, max(0, begin), end), nudge=(at - 1, moved))
-            values.append(kept["value"])
-        gradient = kept["gradient"]
-        expected = (values[0] - values[1]).double().sum().item() / (2 * size)
-        along = -(gradient * noise[: len(gradient)]).double().sum().item()
+            values.append(kept["value"].double().sum().item())
+            samples.append(kept["sample"])
+        gradient, direction = kept["gradient"], (samples[0] - samples[1]) / (2 * size)
+        expected = (values[0] - values[1]) / (2 * size)
+        along = -(gradient.double() * direction).sum().item()
         spread = gradient.double().norm().item()
         error = abs(along - expected) / max(spread, 1e-12)
         return "yes" if error < 0.05 else f"slope {along:.4g}, finite difference {expected:.4g}"
@@ -338,6 +340,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
+    logging.get_logger("guided_diffusers.guider").setLevel("ERROR")
     sys.path.insert(0, str(options.diffusers))
     signal.signal(signal.SIGALRM, expire)
     results = json.loads(options.json.read_text()) if options.json.exists() else {}

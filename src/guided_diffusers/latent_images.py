@@ -248,7 +248,8 @@ class PipelineEnding:
     """The statements of a pipeline from its scheduler's step to its decoder.
 
     They run on copies of the pipeline and of the method's variables, as if the step were the last
-    one, without callbacks and without drawing from the generators.
+    one, without callbacks, without drawing from the generators, and without calls that have only
+    effects.
 
     Args:
         frame: of the method, at the call of `scheduler.step`; its variables are read at once.
@@ -302,7 +303,7 @@ def _copy_variable(name: str, value: Any) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
         return [_copy_variable("", one) for one in value]
     if isinstance(value, torch.Tensor):
-        return value.detach().clone() if value.is_inference() else value.detach()
+        return value.detach().clone()  # pipelines write into their latents
     return tqdm(disable=True) if isinstance(value, tqdm) else value
 
 
@@ -312,11 +313,22 @@ def _ending_code(method: CodeType, line: int, names: tuple[str, ...]) -> CodeTyp
     tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     ast.increment_lineno(tree, method.co_firstlineno - 1)
     function = tree.body[0]
-    function.body = list(_statements_from(function.body, line))
+    function.body = [_EffectDropper().visit(node) for node in _statements_from(function.body, line)]
     function.args = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
     function.decorator_list, function.returns = [], None
     code = compile(ast.fix_missing_locations(tree), method.co_filename, "exec")
     return next(constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+
+class _EffectDropper(ast.NodeTransformer):
+    """Leaves out calls whose value isn't used (progress bars, caches that are cleared, hooks),
+    except for what changes a list or a tensor."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:  # noqa: N802, as ast wants it
+        function = getattr(node.value, "func", None)
+        name = getattr(function, "attr", "")
+        is_kept = name in ("append", "extend", "insert") or name.endswith("_")
+        return node if is_kept else ast.copy_location(ast.Pass(), node)
 
 
 def _statements_from(body: list[ast.stmt], line: int) -> Iterator[ast.stmt]:
