@@ -487,3 +487,18 @@ def test_the_variance_is_ddpms_own(variance_type: str, timesteps: list[int] | No
         if "small" in variance_type or variance_type == "learned"
         else 0 < float(last) < 0.01
     )
+
+
+def test_flow_matching_up_to_sigma_80_is_variance_exploding() -> None:
+    """As Cosmos 2 sets it up: the noise of x0 + sigma eps leads back to x0, at each of its levels."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(0, 1, 5, dtype=torch.float64))
+    x0, eps = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64, generator=torch.Generator())
+    levels = noise_levels(scheduler)
+    assert [level.alpha for level in levels] == [1.0] * 5 and levels[0].sigma > 70
+    sample = x0 + levels[0].sigma * eps
+    for t, level in zip(scheduler.timesteps, levels, strict=True):
+        torch.testing.assert_close(level.x0(sample, eps), x0, rtol=0, atol=1e-4)
+        sample = scheduler.step(eps, t, sample, return_dict=False)[0].double()
+    torch.testing.assert_close(sample, x0, rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from threading import get_ident
 from types import CodeType, FrameType
@@ -412,7 +412,7 @@ class GuidanceHook:
         self.steps_in_call += 1
         terms = self.guider.start_step(self.finder.advance(timestep), len(sample))
         if terms:
-            frame = stepping_frame(self.pipeline, sys._getframe(1))
+            frame = stepping_frame(sys._getframe(1))
             level = self.guider.levels[self.guider.index]
             step = PipelineStep(self.scheduler, bound.arguments, calls, frame, level, graph_input)
             with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients
@@ -472,7 +472,7 @@ class GuidanceHook:
                 for decoder in self.decoders:
                     stack.enter_context(_in_float32(decoder))
                 x0 = x0.repeat(self.repeats, *[1] * (x0.ndim - 1))
-                return decode_x0(self.pipeline, step.ending(self.pipeline), x0, self.frames)
+                return decode_x0(self.pipeline, step.ending(), x0, self.frames)
 
             before = prediction.detach()
             corrected, _ = self.guider.correct(
@@ -589,10 +589,12 @@ class PipelineStep:
             sigma = per_token.float() / scheduler.config.num_train_timesteps
             self.token_factor = (-sigma / level.sigma)[..., None]
 
-    def ending(self, pipeline: Any) -> PipelineEnding | None:
-        """What the pipeline does after its loop."""
+    def ending(self) -> PipelineEnding | None:
+        """What the pipeline does after its loop; None for a loop that is not a pipeline's own."""
         if self._ending is None and self.frame is not None:
-            self._ending, self.frame = PipelineEnding(pipeline, self.frame), None
+            frame, self.frame = self.frame, None
+            with suppress(LookupError):
+                self._ending = PipelineEnding(frame)
         return self._ending
 
     def to_prediction(self, output: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from .checks import shown
 from .images import decode, one_by_one
 from .noise import is_instance_by_name
 
+PACKAGE = str(Path(__file__).parent)
 DECODERS = ("vae", "vqvae", "movq", "vqgan")
 #: decoders of images in [0, 1]
 UNIT_RANGE = {"PaellaVQModel"}
@@ -253,10 +256,13 @@ class PipelineEnding:
 
     Args:
         frame: of the method, at the call of `scheduler.step`; its variables are read at once.
+
+    Raises:
+        LookupError: if the method doesn't call it itself, or has no source.
     """
 
-    def __init__(self, pipeline: Any, frame: FrameType):
-        self.pipeline = pipeline
+    def __init__(self, frame: FrameType):
+        self.pipeline = frame.f_locals["self"]
         names = tuple(name for name in frame.f_locals if name.isidentifier())
         self.variables = {name: frame.f_locals[name] for name in names}
         self.function = FunctionType(
@@ -310,7 +316,10 @@ def _copy_variable(name: str, value: Any) -> Any:
 @lru_cache(maxsize=64)
 def _ending_code(method: CodeType, line: int, names: tuple[str, ...]) -> CodeType:
     """Code of a function of the method's variables: the method from this line on."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except OSError as error:
+        raise LookupError(f"{method.co_name} has no source") from error
     ast.increment_lineno(tree, method.co_firstlineno - 1)
     function = tree.body[0]
     function.body = [_EffectDropper().visit(node) for node in _statements_from(function.body, line)]
@@ -338,6 +347,8 @@ def _statements_from(body: list[ast.stmt], line: int) -> Iterator[ast.stmt]:
     blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
     inner = next((block for block in blocks if block and _contains(block, line)), None)
     if inner is None:
+        if not any(getattr(node, "attr", "") == "step" for node in ast.walk(statement)):
+            raise LookupError(f"line {line} has no call of step")
         yield statement
     elif isinstance(statement, (ast.For, ast.While)):
         once = ast.Name("_once", ast.Store())
@@ -352,9 +363,11 @@ def _contains(block: list[ast.stmt], line: int) -> bool:
     return block[0].lineno <= line <= block[-1].end_lineno
 
 
-def stepping_frame(pipeline: Any, frame: FrameType | None) -> FrameType | None:
-    """The frame of the pipeline's method that made a call, from the frame of what it called; None:
-    there is none."""
-    while frame is not None and frame.f_locals.get("self") is not pipeline:
+def stepping_frame(frame: FrameType | None) -> FrameType | None:
+    """The frame of the innermost pipeline's method around a frame; None: there is none."""
+    while frame is not None:
+        is_method = isinstance(frame.f_locals.get("self"), DiffusionPipeline)
+        if is_method and not frame.f_code.co_filename.startswith(PACKAGE):
+            return frame
         frame = frame.f_back
-    return frame
+    return None
