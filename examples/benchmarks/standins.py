@@ -3,7 +3,9 @@
     with without_hub():
         components = config.get_dummy_components()
 
-Weights are random; a tokenizer's ids are a fixed function of the words. Nothing is downloaded.
+Weights are random; a tokenizer's ids are a fixed function of the words. Nothing is downloaded. Used by
+
+    python examples/benchmarks/pipelines.py --diffusers ~/diffusers
 """
 
 from __future__ import annotations

@@ -453,7 +453,7 @@ class GuidanceHook:
             self.check_calls(calls)
         images = len(sample) // self.repeats
         combine = OutputCombination(
-            calls, step.output[:images, : sample.shape[1]].detach(), sample[:images]
+            self.name, calls, step.output[:images, : sample.shape[1]].detach(), sample[:images]
         )
         condition_outputs = [
             step.to_prediction(

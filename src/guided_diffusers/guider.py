@@ -234,7 +234,8 @@ class Guider:
         graph = None
         if prediction.graph_input is not None:
             with torch.enable_grad():
-                graph = prediction.graph_input, level.x0(prediction.graph_input, prediction.output)
+                start = prediction.graph_input
+                graph = start, level.x0(start.to(x.dtype), prediction.output)
             prediction.output, prediction.graph_input = prediction.output.detach(), None
         output = prediction.output
         if self._active and self._clipping_warning:

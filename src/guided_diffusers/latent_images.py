@@ -32,6 +32,8 @@ PACKAGE = str(Path(__file__).parent)
 DECODERS = ("vae", "vqvae", "movq", "vqgan")
 #: decoders of images in [0, 1]
 UNIT_RANGE = {"PaellaVQModel"}
+#: decoders of videos (B, F, C, H, W)
+FRAMES_FIRST = {"AutoencoderKLAllegro"}
 #: variables of pipelines with the number of frames that are decoded at once
 CHUNKS = ("decode_chunk_size",)
 CALLBACKS = ("callback", "callback_on_step_end")
@@ -75,14 +77,13 @@ def decode_x0(
     if frames != "all" and reached.decodes_in_turn:
         return reached.chosen_frames(frames)
     images = reached.images(len(x0))
-    if images.ndim == 5 and images.shape[2] == 1:  # an image of a decoder of videos
-        images = images[:, :, 0]
     if images.ndim == 5:
         numbers = frame_numbers(frames, images.shape[2])
-        images = images[:, :, numbers[0] if frames == "middle" else numbers]
-    elif frames not in ("all", "middle"):
+        is_one = frames == "middle" or images.shape[2] == 1  # an image, of a decoder of videos
+        return images[:, :, numbers[0] if is_one else numbers]
+    if frames != "all":
         raise ValueError(
-            f"frames={frames}: pipeline {type(pipeline).__name__} makes {tuple(images.shape)}, no "
+            f"frames={frames!r}: pipeline {type(pipeline).__name__} makes {tuple(images.shape)}, no "
             "frames; 'all' is allowed"
         )
     return images
@@ -148,6 +149,8 @@ class DecoderInput(Exception):
             )
         if is_instance_by_name(self.decoder, UNIT_RANGE):
             images = 2 * images - 1
+        if is_instance_by_name(self.decoder, FRAMES_FIRST):
+            images = images.transpose(1, 2)
         if images.ndim == 4 and len(images) > count and len(images) % count == 0:
             images = images.unflatten(0, (count, -1)).transpose(1, 2)  # frames were in the batch
         return images

@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 NO_REPEAT = (
-    "the network can't be evaluated again: use through_network=False, no conditions and no other "
-    "network"
+    "the network can't be evaluated again: use through_network=False, or a start after the first "
+    "step, no conditions and no other network"
 )
 
 
@@ -96,17 +96,25 @@ class OutputCombination:
     the last step, and from its sample.
 
     Args:
+        name: of the pipeline.
         sample: (B, C, ...), whose weight is not 0 in some pipelines: x0 or a velocity is made of it.
     """
 
-    def __init__(self, calls: Sequence[DenoiserCall], made: torch.Tensor, sample: torch.Tensor):
-        self.calls, self.made, self.sample = calls, made, sample
+    def __init__(
+        self, name: str, calls: Sequence[DenoiserCall], made: torch.Tensor, sample: torch.Tensor
+    ):
+        self.name, self.calls, self.made, self.sample = name, calls, made, sample
 
     @cached_property
     def weights(self) -> list[float]:
-        return combination_weights(
-            torch.cat([call.output for call in self.calls]), self.made, self.sample
-        )
+        outputs = torch.cat([call.output for call in self.calls])
+        weights = combination_weights(outputs, self.made, self.sample)
+        if weights is None:
+            raise ValueError(
+                f"pipeline {self.name}: it makes of its network's output what is no weighted mean of "
+                f"the batch's parts (guidance rescale, thresholding, ...), so {NO_REPEAT}"
+            )
+        return weights
 
     def __call__(
         self, outputs: Sequence[torch.Tensor], sample: torch.Tensor | None = None
@@ -188,7 +196,7 @@ def is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) -
 
 def combination_weights(
     outputs: torch.Tensor, made: torch.Tensor, sample: torch.Tensor
-) -> list[float]:
+) -> list[float] | None:
     """w of `made = sum_i w_i part_i + w_sample sample`: how a pipeline combined the parts of its
     network's batch. The last number is w_sample.
 
@@ -200,8 +208,8 @@ def combination_weights(
         outputs: (k B, C or 2C, ...), the network's.
         made, sample: (B, C, ...).
 
-    Raises:
-        ValueError: if it is no such combination, as with guidance rescale.
+    Returns:
+        None if it is no such combination, as with guidance rescale.
     """
     images, channels = made.shape[:2]
     fits = (
@@ -222,10 +230,7 @@ def combination_weights(
         weights = _least_squares(parts, target)
         if _is_sum(weights, parts, target, eps):
             return weights
-    raise ValueError(
-        "the pipeline makes of its network's output what is no weighted mean of the batch's "
-        "parts (guidance rescale, thresholding, ...), so " + NO_REPEAT
-    )
+    return None
 
 
 def _least_squares(columns: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:
