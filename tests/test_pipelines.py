@@ -6,8 +6,10 @@ the unguided run's, gradients are slopes between runs whose sample was moved.
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -359,7 +361,9 @@ def test_the_network_can_be_named() -> None:
 
 def test_what_is_no_image_is_refused_by_a_term_that_looks_at_images() -> None:
     pipeline, call = PIPELINES["Kandinsky prior"]()
-    with pytest.raises(ValueError, match="KandinskyV22PriorPipeline: .*is no image.*of='x0'"):
+    with pytest.raises(
+        ValueError, match="KandinskyV22PriorPipeline: its predicted x0 can't.*of='x0'"
+    ):
         run(pipeline, call, EnergyGuidance(wave, 0.1))
 
 
@@ -454,3 +458,27 @@ def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:
     with guide(pipeline, looks):
         assert torch.equal(pipeline()[0], plain)
     torch.testing.assert_close(looks.images, plain)
+
+
+# the examples
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
+
+
+def test_the_examples_of_a_packed_and_of_a_video_pipeline_do_what_they_say() -> None:
+    pipeline, call = MODERN["Flux"]()
+    packed, energy = example("energy_packed"), example("energy_packed")["ENERGIES"]["dark left"]
+    values = []
+    for scale in (0.0, 100.0):
+        call["generator"] = torch.Generator().manual_seed(7)
+        values.append(energy(2 * packed["make_images"](pipeline, "dark left", scale, **call) - 1))
+    assert (values[1] < 0.9 * values[0]).all()
+    pipeline, call = wan()
+    video, values = example("energy_video"), []
+    for scale in (0.0, 100.0):
+        call["generator"] = torch.Generator().manual_seed(7)
+        frames = 2 * video["make_video"](pipeline, "red", scale, **call).transpose(1, 2) - 1
+        values.append(video["ENERGIES"]["red"][0](frames[:, :, :1]))
+    assert (values[1] < values[0]).all()

@@ -231,6 +231,20 @@ class _Decoder:
         raise DecoderInput(self._module, z, args, kwargs)
 
 
+class _Network:
+    """A network that is not evaluated: pipelines that go on with it after the last step, to make
+    further frames, have nothing to decode yet."""
+
+    def __init__(self, module: torch.nn.Module, name: str):
+        self._module, self._name = module, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"it evaluates its {self._name} after that")
+
+
 class _LastStep(tuple):
     """Result of a step, by position and by name, whatever of it a pipeline takes."""
 
@@ -281,6 +295,8 @@ class PipelineEnding:
         for name, value in vars(self.pipeline).items():
             if isinstance(value, torch.nn.Module) and hasattr(value, "decode"):
                 replacements[id(value)] = _Decoder(value)
+            elif isinstance(value, torch.nn.Module):
+                replacements[id(value)] = _Network(value, name)
             if id(value) in replacements:
                 vars(pipeline)[name] = replacements[id(value)]
         replacements[id(self.pipeline)] = pipeline
@@ -295,6 +311,11 @@ class PipelineEnding:
             self.function(**variables)
         except DecoderInput as reached:
             return reached.with_traceback(None)
+        except Exception as error:
+            raise ValueError(
+                f"pipeline {type(self.pipeline).__name__}: its predicted x0 can't be decoded within a "
+                f"run ({error}): use a term with of='x0'"
+            ) from error
         return None
 
 

@@ -1,0 +1,152 @@
+"""Time and peak memory of a term of images in a packed-latent and in a video pipeline, over their floor.
+
+    python examples/benchmarks/image_term.py
+    python examples/benchmarks/image_term.py --steps 12 --output out/image_term.json
+
+The floor of a step is the pipeline's own step, then decoding what the term looks at once forward and once backward by
+the plain decoder, with checkpointing as in `guide`; of a single frame of a video, that of two latent frames, which make
+five. Each case runs in a process of its own, whose largest memory is read from the operating system; that of the loaded
+process is subtracted. Networks are small and have random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from guided_diffusers import EnergyGuidance, guide
+from guided_diffusers.files import write_json
+
+WIDTH = 32
+
+
+def energy(images: torch.Tensor) -> torch.Tensor:
+    return images.square().flatten(1).sum(1)
+
+
+def make_flux() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        shift_factor=0.0,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.FluxPipeline(scheduler, vae, None, None, None, None, transformer)
+    embeds = {"prompt_embeds": torch.randn(1, 8, WIDTH), "height": 256, "width": 256}
+    return pipeline, {**embeds, "pooled_prompt_embeds": torch.randn(1, WIDTH)}
+
+
+def make_wan(frames: int) -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.WanTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=1,
+        text_dim=WIDTH,
+        freq_dim=32,
+        ffn_dim=64,
+    )
+    statistics_of_latents = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=16, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, **statistics_of_latents
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.WanPipeline(None, None, vae, scheduler, transformer)
+    embeds = {
+        name: torch.randn(1, 8, WIDTH) for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    return pipeline, {**embeds, "height": 64, "width": 64, "num_frames": frames}
+
+
+#: name: (pipeline and call, `frames` of guide, shape of the latents that the floor decodes)
+CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], Any, tuple[int, ...]]] = {
+    "Flux, 256x256": (make_flux, "all", (1, 4, 64, 64)),
+    "Wan, 9 frames, all": (lambda: make_wan(9), "all", (1, 4, 3, 8, 8)),
+    "Wan, 33 frames, middle": (lambda: make_wan(33), "middle", (1, 4, 2, 8, 8)),
+}
+
+
+def measure(name: str, guided: bool, steps: int) -> dict[str, float]:
+    """Seconds of a step (median), and MiB above those of the loaded process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    make, frames, shape = CASES[name]
+    pipeline, call = make()
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.vae, pipeline.transformer):
+        module.eval().requires_grad_(False)
+    times, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def floor() -> None:
+        z = torch.randn(shape, requires_grad=True)
+        images = checkpoint(lambda z: pipeline.vae.decode(z).sample, z, use_reentrant=False)
+        torch.autograd.grad(energy(images).sum(), z)
+
+    def callback(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not guided:
+            with torch.enable_grad():
+                floor()
+        times.append(time.process_time())
+        return tensors
+
+    call |= {
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "callback_on_step_end": callback,
+    }
+    term = EnergyGuidance(energy, 1e-6 if guided else 0.0)
+    with guide(pipeline, term, frames=frames):
+        pipeline(**call)
+    seconds = [after - begin for begin, after in zip(times[1:-1], times[2:], strict=True)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"seconds": statistics.median(seconds), "mib": peak / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=8, help="per run (default: %(default)s)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    options = parser.parse_args()
+    results, context = {}, multiprocessing.get_context("fork")
+    print(
+        f"{'case':>24} {'floor s':>8} {'guided s':>8} {'ratio':>6} {'floor MiB':>9} {'guided MiB':>10}"
+    )
+    for name in options.cases:
+        row = {}
+        for kind in ("floor", "guided"):
+            with context.Pool(1) as pool:
+                row[kind] = pool.apply(measure, (name, kind == "guided", options.steps))
+        results[name] = row
+        (s0, m0), (s1, m1) = (row[kind].values() for kind in ("floor", "guided"))
+        print(f"{name:>24} {s0:8.3f} {s1:8.3f} {s1 / s0:6.3f} {m0:9.1f} {m1:10.1f}", flush=True)
+    if options.output:
+        write_json(results, options.output)
+
+
+if __name__ == "__main__":
+    main()
