@@ -359,6 +359,36 @@ def test_the_network_can_be_named() -> None:
     )
 
 
+def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_refused() -> None:
+    """During a long run, or at the end of a short one; at scale 0 there is nothing to refuse."""
+
+    class Copies(diffusers.DiffusionPipeline):
+        def __init__(self, unet: Any, scheduler: Any):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+        @torch.no_grad()
+        def __call__(self, steps: int) -> tuple[torch.Tensor]:
+            self.scheduler.set_timesteps(steps)
+            scheduler, self.latents = deepcopy(self.scheduler), normal(1, 4, 8, 8)
+            for self.index, t in enumerate(scheduler.timesteps):
+                output = self.unet(self.latents, t, normal(1, TOKENS, WIDTH)).sample
+                self.latents = scheduler.step(output, t, self.latents).prev_sample
+            return (self.latents,)
+
+    pipeline = Copies(conditional_unet(), DDIMScheduler(clip_sample=False, **SD))
+    plain = pipeline(3)[0]
+    for steps, last in ((3, 2), (40, 17)):
+        with (
+            pytest.raises(ValueError, match="pipeline Copies: it steps copies of its scheduler"),
+            guide(pipeline, Spy(0.1)),
+        ):
+            pipeline(steps)
+        assert pipeline.index == last
+    with guide(pipeline, Spy(0.0)):
+        assert torch.equal(pipeline(3)[0], plain)
+
+
 def test_what_is_no_image_is_refused_by_a_term_that_looks_at_images() -> None:
     pipeline, call = PIPELINES["Kandinsky prior"]()
     with pytest.raises(

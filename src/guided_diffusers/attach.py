@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from diffusers import ModularPipeline
 
 logger = get_logger(__name__)
+#: calls of the network before a pipeline's first step, above which it steps another scheduler
+MOST_CALLS = 16
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
@@ -114,15 +116,7 @@ def guide(
             f"pipeline {name} has no {missing}; guide needs the scheduler and the network that it "
             'steps with, which network="..." can name'
         )
-    if not terms or not all(isinstance(term, Guidance) for term in terms):
-        raise ValueError(
-            f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are "
-            "allowed"
-        )
-    if hasattr(scheduler.step, "guided_by"):
-        raise ValueError(
-            f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)"
-        )
+    _check_terms(name, scheduler, terms)
     prediction_type(scheduler)
     total = GuidanceSum(terms)
     hook = GuidanceHook(pipeline, denoisers, total, check_frames(frames))
@@ -135,9 +129,9 @@ def guide(
         stack.enter_context(_replaced_step(scheduler, hook.step))
         for denoiser in denoisers:
             before = denoiser.register_forward_pre_hook(hook.before_call, with_kwargs=True)
+            stack.enter_context(before)
             after = denoiser.register_forward_hook(hook.after_call, with_kwargs=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            stack.enter_context(after)
         stack.callback(hook.graph.stop)
         scheduler.step.guided_by = total
         yield pipeline
@@ -146,6 +140,18 @@ def guide(
         logger.warning(
             f"nothing was guided: {type(scheduler).__name__}.step of the {name} was not called "
             "within guide"
+        )
+
+
+def _check_terms(name: str, scheduler: SchedulerMixin, terms: Sequence[Guidance]) -> None:
+    if not terms or not all(isinstance(term, Guidance) for term in terms):
+        raise ValueError(
+            f"terms: {[type(term).__name__ for term in terms]}; one or more terms of guidance are "
+            "allowed"
+        )
+    if hasattr(scheduler.step, "guided_by"):
+        raise ValueError(
+            f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)"
         )
 
 
@@ -191,10 +197,12 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
             if callable(callback) and not hasattr(callback, "tensor_inputs"):
                 kwargs["callback_on_step_end"] = hook.graph.wrapped(callback)
             try:
-                return cls.__call__(self, *args, **kwargs)
+                result = cls.__call__(self, *args, **kwargs)
             finally:
                 hook.thread = outer
                 hook.graph.stop()
+            hook.check_steps()
+            return result
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call, **names})
@@ -297,6 +305,22 @@ class GuidanceHook:
                 "aren't guided; exchange it before guide"
             )
 
+    def check_steps(self, most_calls: int = 0) -> None:
+        """Refuse a pipeline that steps other schedulers than its own.
+
+        Args:
+            most_calls: of the network without a step.
+
+        Raises:
+            ValueError: if there were more, and no step of the pipeline's call.
+        """
+        is_on = any(term._on for term in self.terms.terms())
+        if is_on and not self.steps_in_call and len(self._calls) > most_calls:
+            raise ValueError(
+                f"pipeline {self.name}: it steps copies of its scheduler, or another one, which guide "
+                "doesn't reach, so it can't be guided"
+            )
+
     def start_run(self, timestep: Any) -> None:
         """Read the noise levels at the first timestep of a run."""
         self.forget_previous_run()
@@ -349,6 +373,8 @@ class GuidanceHook:
             return None
         self.check_scheduler()
         self.forget_previous_run()
+        if self.thread is not None:
+            self.check_steps(MOST_CALLS)
         signature = self.signatures[self._index_of(module)]
         self._open_call, bound = None, signature.bind(*args, **kwargs)
         if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):
