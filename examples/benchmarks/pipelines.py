@@ -145,7 +145,7 @@ class Check:
         return "yes" if all(same) else f"differs at step {same.index(False)}"
 
     def _energies(self, of: str, start: float, value: Callable[[], float]) -> str:
-        for scale in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3):
+        for scale in (1e-7, 1e-5, 1e-3, 1e-1, 10.0, 1e3):
             self.set_up.run(EnergyGuidance(energy, scale, start, of=of))
             after = value()
             if after == after and abs(after - self.before) > 1e-5 * self.before:
