@@ -504,7 +504,7 @@ def test_the_examples_of_a_packed_and_of_a_video_pipeline_do_what_they_say() -> 
     for scale in (0.0, 100.0):
         call["generator"] = torch.Generator().manual_seed(7)
         values.append(energy(2 * packed["make_images"](pipeline, "dark left", scale, **call) - 1))
-    assert (values[1] < 0.9 * values[0]).all()
+    assert (values[1] < 0.96 * values[0]).all()
     pipeline, call = wan()
     video, values = example("energy_video"), []
     for scale in (0.0, 100.0):
