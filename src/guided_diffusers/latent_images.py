@@ -171,13 +171,14 @@ class DecoderInput(Exception):
         ratio = 2 ** sum(self.decoder.config.temperal_downsample)
         numbers = frame_numbers(frames, 1 + ratio * (self.z.shape[2] - 1))
         rows = range(len(self.z))
-        chosen = [
-            torch.cat([self._frame(slice(row, row + 1), number, ratio) for row in rows])
-            for number in numbers
-        ]
+        is_single = len(rows) * len(numbers) == 1  # then nothing is decoded twice
+        chosen = []
+        for number in numbers:
+            images = [self._frame(slice(i, i + 1), number, ratio, is_single) for i in rows]
+            chosen.append(torch.cat(images))
         return chosen[0] if frames == "middle" else torch.stack(chosen, dim=2)
 
-    def _frame(self, row: slice, number: int, ratio: int) -> torch.Tensor:
+    def _frame(self, row: slice, number: int, ratio: int, is_single: bool) -> torch.Tensor:
         last = -(-number // ratio)  # the first latent frame makes one frame, each other `ratio`
         z = self.z[row, :, : last + 1].to(self.decoder.dtype)
 
@@ -185,7 +186,7 @@ class DecoderInput(Exception):
             with _without_graph(self.decoder.decoder, last):
                 return self._decode(z, row)[:, :, number - ratio * last - 1]
 
-        if not (torch.is_grad_enabled() and z.requires_grad):
+        if is_single or not (torch.is_grad_enabled() and z.requires_grad):
             return decode_last(z)
         return checkpoint(decode_last, z, use_reentrant=False)
 
