@@ -59,6 +59,8 @@ def outcomes(pipeline: Any, kind: str, guidance: ModuleType) -> dict[str, torch.
         add("guidance", guidance=energy)
         add("guidance of a wrong type", guidance=["energy"])
         add("image", image=torch.zeros(1, 1, 4, 4))
+        start = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+        add("image and strength", image=start, strength=0.7)
         add("every", guidance_every=2)
         add("tolerance", guidance_tolerance=0.1)
         for algorithm in ("lie_trotter", "strang"):
@@ -73,10 +75,25 @@ def outcomes(pipeline: Any, kind: str, guidance: ModuleType) -> dict[str, torch.
         pipeline.register_modules(vae=AutoencoderKL.from_pretrained("latent/vae"))
         add("vae")
         pipeline.register_modules(vae=None)
+        results |= edits(pipeline, start)
     else:
         add("DDIMScheduler", diffusers.DDIMScheduler)
     pipeline.scheduler = saved_scheduler
     return results
+
+
+def edits(pipeline: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inversion, an edit within a mask, and maps."""
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    steps = {"num_inference_steps": 3, "strength": 0.7}
+    output = pipeline.edit(image, "boot", output_type="pt", mask=image[1, 0] > 0.5, **steps)
+    return {
+        "plain: invert": pipeline.invert(image, **steps),
+        "plain: edit": output.images,
+        "plain: difference": output.difference,
+        "plain: probabilities": output.probabilities_after,
+        "plain: anomaly": pipeline.anomaly(image, "boot", **steps).maps,
+    }
 
 
 def load(folder: str) -> tuple[Any, ModuleType]:

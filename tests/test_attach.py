@@ -1088,6 +1088,26 @@ def test_a_classifier_steers_stable_diffusion_by_names_and_scales_an_image() -> 
         record(ClassifierGuidance(classifier, [0, 1, 2]), **call)
 
 
+@pytest.mark.parametrize("name", ["img2img", "img2img Euler", "inpainting 9", "inpainting 4"])
+def test_images_that_exist_are_guided_to_a_lower_energy(name: str) -> None:
+    pipeline, call = PIPELINES[name]()
+    call |= {"output_type": "latent", "strength": 0.7, "num_inference_steps": 10}
+
+    def energy(latents: torch.Tensor) -> torch.Tensor:
+        return latents.float()[..., :4].square().mean((1, 2, 3))
+
+    def run(scale: float) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        with guide(pipeline, EnergyGuidance(energy, scale, of="x0")):
+            return pipeline(**{**call, "generator": generators})[0]
+
+    plain, guided, more = run(0.0), run(20.0), run(60.0)
+    assert (energy(guided) < energy(plain)).all() and (energy(more) < energy(guided)).all()
+    if name == "inpainting 4":  # outside the mask the pipeline puts the image back
+        torch.testing.assert_close(guided[..., 4:], plain[..., 4:])
+        assert not torch.equal(guided[..., :4], plain[..., :4])
+
+
 def test_a_sum_of_terms_is_one_guidance() -> None:
     pipeline, call = PIPELINES["SD without"]()
     record, null = Recorder(pipeline), {"encoder_hidden_states": embeds()["negative_prompt_embeds"]}

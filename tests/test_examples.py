@@ -178,6 +178,33 @@ def test_the_table_of_guidances_goes_on_where_it_stopped(
     assert not np.array_equal(upper[:, -280:], lower[:, -280:])
 
 
+def test_edits_are_measured_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--data", tiny_data(tmp_path / "data"), "--output", "edits", "--images", "4"]
+    arguments += [
+        "--per-pair",
+        "1",
+        "--steps",
+        "2",
+        "--strengths",
+        "0.5",
+        "--round-trip-steps",
+        "3",
+    ]
+    run("benchmarks/editing", [*arguments, "--parts", "round-trip"], tmp_path, monkeypatch)
+    lines = json.loads((tmp_path / "edits/editing.json").read_text())
+    assert [line["images"] for line in lines.values()] == [4, 4]
+    capsys.readouterr()
+    arguments += ["--parts", "round-trip", "anomaly", "--report", "report"]
+    run("benchmarks/editing", arguments, tmp_path, monkeypatch)
+    again = json.loads((tmp_path / "report/editing.json").read_text())
+    assert again.items() > lines.items() and len(again) == 5
+    assert all(0 <= again[f"maps {name} 0.5"]["auroc"] <= 1 for name in ("anomaly", "round trip"))
+    with Image.open(tmp_path / "report/anomaly_maps.png") as picture:
+        assert picture.width > 400
+
+
 def test_what_each_term_costs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(
         "benchmarks/terms",

@@ -185,6 +185,8 @@ def test_all_features_work(expected: dict[str, torch.Tensor | str]) -> None:
     cases += [f"{kind}: DDIMScheduler" for kind in KINDS if kind != "spared"]
     features = ("guidance", "mean", "lie_trotter", "strang", "every", "tolerance", "vae")
     cases += [f"plain: {name}" for name in (*features, "use_flow_sigmas", *EXCHANGED)]
+    editing = ("image and strength", "invert", "edit", "difference", "probabilities", "anomaly")
+    cases += [f"plain: {name}" for name in editing]
     for case in cases:
         assert isinstance(expected[case], torch.Tensor), (case, expected[case])
     working = [

@@ -55,7 +55,20 @@ CORE = {
         "particles",
         "schedule_checks",
     },
+    "inversion": {"noise"},
+    "edits": {
+        "checks",
+        "noise",
+        "likelihood",
+        "images",
+        "networks",
+        "run_checks",
+        "arguments",
+        "inversion",
+    },
     "pipeline": {
+        "edits",
+        "inversion",
         "checks",
         "families",
         "noise",
@@ -94,7 +107,7 @@ BESIDE = {
     "image_guidance": {"preprocess", "utils"},
     "speed": {"utils"},
 }
-ROOMS = ("sampling", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
+ROOMS = ("sampling", "editing", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
 # a room is used through its package, or through these modules of it
 PUBLIC_MODULES = {"evaluation.metrics", "learning.data", "learning.losses"}
 
@@ -278,7 +291,7 @@ def test_help_takes_less_than_a_second_and_imports_no_torch() -> None:
     code = """
 import sys
 from guided_diffusers.cli import main
-for words in ([], ["sample"], ["convert"], ["inspect"], ["evaluate"], ["sweep"], ["push"]):
+for words in ([], ["sample"], ["edit"], ["convert"], ["inspect"], ["evaluate"], ["sweep"], ["push"]):
     try:
         main([*words, "--help"])
     except SystemExit as end:
@@ -292,7 +305,16 @@ assert not {"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)
 
 
 def test_names_imported_at_first_use_are_those_of_all() -> None:
-    for package in ("", ".sampling", ".evaluation", ".sweep", ".diagnosis", ".hub", ".openai"):
+    for package in (
+        "",
+        ".sampling",
+        ".editing",
+        ".evaluation",
+        ".sweep",
+        ".diagnosis",
+        ".hub",
+        ".openai",
+    ):
         module = importlib.import_module(f"guided_diffusers{package}")
         assert set(module.__all__) <= set(dir(module))
         for name in module.__all__:

@@ -22,7 +22,7 @@ from .guidance import (
     check_interval,
     scale_tensor,
 )
-from .images import as_pair, check_precision, down_sampling, low_resolution
+from .images import as_pair, check_precision, down_sampling, low_resolution, start_image
 from .likelihood import MULTI, SINGLE, Labels, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
@@ -74,6 +74,8 @@ class CallArguments:
         settings: the `mode`, and the value of each argument in `DEFAULTS`.
         particles: of each population; None: images have no weights.
         resample: whether the images of a population get equal weights.
+        start: images to start from, (1 or B, C, ...); None: noise, or the call's latents.
+        strength: the fraction of the run that is made; None: all of it, from noise.
     """
 
     batch_size: int
@@ -85,6 +87,8 @@ class CallArguments:
     settings: dict[str, Any]
     particles: int | None
     resample: bool
+    start: torch.Tensor | None
+    strength: float | None
 
     def population(
         self, scheduler: Any, sample: torch.Tensor, generator: Any, eta: float
@@ -231,7 +235,7 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
     terms = GuidanceSum([term for term in terms if isinstance(term, Guidance)]).terms()
     if call.get("particles") is not None:
         return "particles"
-    if call.get("image") is not None:
+    if call.get("image") is not None and call.get("strength") is None:
         return "upsampler"
     if hidden or pipeline.num_class_embeds is None:
         return "classifier"
@@ -257,8 +261,8 @@ def resolve_arguments(
 
     Args:
         pipeline: the `ClassifierGuidedPipeline`.
-        call: the arguments in `DEFAULTS`, `guidance`, `image`, `particles`, `resample`, `timesteps`
-            and `sigmas`.
+        call: the arguments in `DEFAULTS`, `guidance`, `image`, `strength`, `particles`, `resample`,
+            `timesteps` and `sigmas`.
         size: height and width.
         tensor_inputs: callback_on_step_end_tensor_inputs.
 
@@ -279,12 +283,11 @@ def resolve_arguments(
     device = pipeline._execution_device
     _check_latents(latents)
     mixtures = _resolve_labels(pipeline, label, num_images_per_label)
-    low_res = None
-    if call["image"] is not None:
-        low_res = low_resolution(call["image"], pipeline.unet.config.in_channels)
-        low_res = low_res.to(device, pipeline.dtype)
-    batch_size = _batch_size(mixtures, num_images_per_label, latents, low_res)
-    sample_size = _sample_size(pipeline, *size, latents)
+    low_res, start, strength = _images_of_call(pipeline, call, latents, particles)
+    given = latents if start is None else start
+    batch_size = _batch_size(mixtures, num_images_per_label, given, low_res)
+    _check_count(start, batch_size)
+    sample_size = _sample_size(pipeline, *size, given)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
     settings = _call_settings(pipeline, call, class_labels)
@@ -309,7 +312,102 @@ def resolve_arguments(
         settings,
         particles,
         resample,
+        start,
+        strength,
     )
+
+
+def _images_of_call(
+    pipeline: Any, call: Mapping[str, Any], latents: torch.Tensor | None, particles: int | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, float | None]:
+    """(low-resolution images, images to start from, strength) of a call; None where it has none.
+
+    With `strength`, `image` is one to start from; without, an up-sampling network's.
+    """
+    image, strength = call["image"], call.get("strength")
+    if strength is None:
+        if image is None:
+            return None, None, None
+        low_res = _low_resolution(pipeline, image)
+        return low_res.to(pipeline._execution_device, pipeline.dtype), None, None
+    strength = check_number("strength", strength, 0, 1)
+    if particles is not None:
+        raise ValueError(
+            f"strength={strength}, particles={particles}: a population starts from noise, so only one "
+            "of the two is allowed"
+        )
+    if (image is None) == (latents is None):
+        both = "only one of the two" if image is not None else "one of the two"
+        raise ValueError(
+            f"strength={strength}: the run starts midway, from image (with noise of that level) or "
+            f"from latents (samples of that level); {both} is allowed"
+        )
+    return None, None if image is None else read_start(pipeline, image), strength
+
+
+def _check_count(start: torch.Tensor | None, batch_size: int) -> None:
+    if start is not None and len(start) not in (1, batch_size):
+        raise ValueError(
+            f"image holds {len(start)} images; one, or one for each of the {batch_size}, is allowed"
+        )
+
+
+def read_start(pipeline: Any, image: Any) -> torch.Tensor:
+    """Images to start from, (B, C, ...), of a size that the pipeline's networks take.
+
+    Raises:
+        ValueError: for others.
+    """
+    config, vae = module_config(pipeline.unet), module_config(pipeline.vae)
+    channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
+    start = start_image(image, channels)
+    unit = down_sampling(vae)
+    if any(n % unit for n in start.shape[2:]):
+        raise ValueError(
+            f"image has size {tuple(start.shape[2:])}; multiples of {unit} are allowed"
+        )
+    return start
+
+
+def image_labels(pipeline: Any, label: Labels | None, count: int) -> list[dict[int, float]]:
+    """{id: weight} for each of `count` images, of one label or one per image; empty without.
+
+    Raises:
+        ValueError: for another number of labels, or unknown ones.
+    """
+    mixtures = _resolve_labels(pipeline, label, 1)
+    if len(mixtures) not in (0, 1, count):
+        raise ValueError(
+            f"label holds {len(mixtures)} labels; one, or one for each of {count} images, is allowed"
+        )
+    return mixtures * count if len(mixtures) == 1 else mixtures
+
+
+def image_condition(pipeline: Any, name: str, label: Labels | None, count: int) -> Condition:
+    """What the network gets to invert `count` images of a label, or without one of none.
+
+    Args:
+        name: of the label's argument, for messages.
+
+    Raises:
+        ValueError: for a label that the network can't get, or a network that needs one.
+    """
+    if label is not None and pipeline.num_class_embeds is None:
+        raise ValueError(
+            f"{name}={shown(label)} has no effect: the network is unconditional; use None"
+        )
+    mixtures = image_labels(pipeline, label, count)
+    conditional = None if label is None else True
+    device = pipeline._execution_device
+    class_labels = _class_labels(pipeline, mixtures, count, conditional, device)
+    return Condition(class_labels, None, False)
+
+
+def _low_resolution(pipeline: Any, image: Any) -> torch.Tensor:
+    try:
+        return low_resolution(image, pipeline.unet.config.in_channels)
+    except ValueError as error:
+        raise ValueError(f"{error}; to start from an image, give strength, too") from None
 
 
 def _check_particles(call: Mapping[str, Any], num_images: Any) -> tuple[int | None, bool]:
@@ -450,16 +548,21 @@ def _check_call(
     if pipeline.vae is not None and output_type != "latent":
         check_precision(pipeline.vae)
     check_number("num_images_per_label", num_images_per_label, 1, MAX_IMAGES, integer=True)
-    if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(
-            f"output_type={shown(output_type)}: 'pil', 'np', 'pt' and 'latent' are allowed"
-        )
+    check_output_type(output_type)
     known = pipeline._callback_tensor_inputs
     is_list = isinstance(tensor_inputs, (list, tuple, set, frozenset))
     if not is_list or any(name not in known for name in tensor_inputs):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs={shown(tensor_inputs)}: a list of names among "
             f"{known} is allowed"
+        )
+
+
+def check_output_type(output_type: Any) -> None:
+    """Raise a ValueError unless it is one of the four that the call knows."""
+    if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(
+            f"output_type={shown(output_type)}: 'pil', 'np', 'pt' and 'latent' are allowed"
         )
 
 
@@ -699,7 +802,10 @@ def _sample_size(
     named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     if latents is not None:
         if named:
-            raise ValueError(f"{named}: latents has a size, so only one of the two is allowed")
+            raise ValueError(
+                f"{named}: latents has a size, and so has an image to start from; only one of the two "
+                "is allowed"
+            )
         return None
     config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
     size = config.get("sample_size")

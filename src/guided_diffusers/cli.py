@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from .cli_options import Parser, one_line_errors
 from .diagnosis.commands import add_inspect_command
+from .editing.commands import add_edit_command
 from .evaluation.commands import add_evaluate_command
 from .hub.commands import add_assemble_command, add_hub_commands
 from .openai.commands import add_convert_command
@@ -36,6 +37,7 @@ def make_parser() -> Parser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample_command(commands)
+    add_edit_command(commands)
     add_convert_command(commands)
     add_assemble_command(commands)
     add_inspect_command(commands)

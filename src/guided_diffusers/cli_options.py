@@ -16,6 +16,7 @@ from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checks import MAX_SEED, check_number
+from .defaults import ALGORITHMS
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -211,6 +212,41 @@ def add_shared_options(command: argparse.ArgumentParser, *flags: str) -> None:
     """Add options of `SHARED` to a command as they are."""
     for flag in flags:
         add_shared_option(command, flag)
+
+
+def add_call_options(command: argparse.ArgumentParser) -> Any:
+    """Add the arguments of the pipeline's call; those left out are missing in the parsed options.
+
+    Returns:
+        Their group.
+    """
+    description = "Options left out have the model's defaults."
+    group = command.add_argument_group("sampling", description, argument_default=argparse.SUPPRESS)
+    for name, kind, metavar, help in (
+        ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        (
+            "power",
+            number(1),
+            "W",
+            "sample p(x) p(y|x)^W exactly, with a classifier that was trained with --max_power",
+        ),
+        ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
+        ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
+        ("every", count, "K", "evaluate the classifier every K steps"),
+        (
+            "tolerance",
+            number(0, above=True),
+            "T",
+            "or when the estimated error exceeds T, in units of [-1, 1]",
+        ),
+    ):
+        group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
+    help = "of classifier-free guidance, for a network with a null label; 0: off"
+    group.add_argument("--classifier-free-scale", type=scale, metavar="SCALE", help=help)
+    help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
+    group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
+    group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
+    return group
 
 
 def add_part_options(command: Any, required: bool = False) -> None:

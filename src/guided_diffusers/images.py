@@ -127,6 +127,63 @@ def one_by_one(function: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([checkpoint(function, z, use_reentrant=False) for z in latents.split(1)])
 
 
+def start_image(image: Any, channels: int) -> torch.Tensor:
+    """Images to start from, (B, C, ...) in float32; pictures are in [-1, 1].
+
+    Args:
+        image: PIL, one or several; a floating-point tensor of that form; or an array of pictures as
+            `output_type="np"` gives them, (B, H, W, C) in [0, 1].
+        channels: C.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim != 4 or image.dtype.kind != "f" or not (0 <= image.min() <= image.max() <= 1):
+            raise ValueError(
+                f"image is an array {image.shape} of {image.dtype}; floating-point numbers in "
+                "[0, 1], (B, H, W, C), are allowed"
+            )
+        image = torch.from_numpy(image).movedim(-1, 1).float() * 2 - 1
+    elif not isinstance(image, torch.Tensor):
+        if channels not in (1, 3):
+            raise ValueError(f"image: pictures have 1 or 3 channels, the network's are {channels}")
+        image = read_pictures(image, "L" if channels == 1 else "RGB", "(B, C, ...)")
+    if not image.is_floating_point() or image.ndim < 3 or image.shape[1] != channels:
+        raise ValueError(
+            f"image has shape {tuple(image.shape)}, {image.dtype}; floating-point numbers (B, C, ...)"
+            f" with the network's {channels} channels are allowed (an up-sampling network's "
+            "low-resolution image is given without strength)"
+        )
+    if not image.isfinite().all():
+        raise ValueError("image has infinite or NaN values; finite ones are allowed")
+    return image.float()
+
+
+def read_pictures(image: Any, mode: str, tensor: str) -> torch.Tensor:
+    """PIL images of one size, one or a list, as a tensor (B, C, H, W) in [-1, 1].
+
+    Args:
+        mode: "L" or "RGB".
+        tensor: the shape of tensors that are allowed, too, for the message.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    pictures = [image] if isinstance(image, Image.Image) else image
+    is_list = isinstance(pictures, (list, tuple)) and pictures
+    if not is_list or not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise ValueError(
+            f"image={shown(image)}: a PIL image, a list of them, or a tensor {tensor} in "
+            "[-1, 1] is allowed"
+        )
+    if len({picture.size for picture in pictures}) > 1:
+        sizes = sorted({picture.size for picture in pictures})
+        raise ValueError(f"image has pictures of the sizes {sizes}; one size is allowed")
+    arrays = [np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
 def low_resolution(
     image: Image.Image | Sequence[Image.Image] | torch.Tensor, channels: int
 ) -> torch.Tensor:
@@ -140,21 +197,7 @@ def low_resolution(
         ValueError: for another shape.
     """
     if not isinstance(image, torch.Tensor):
-        images = [image] if isinstance(image, Image.Image) else image
-        is_list = isinstance(images, (list, tuple)) and images
-        if not is_list or not all(isinstance(picture, Image.Image) for picture in images):
-            raise ValueError(
-                f"image={shown(image)}: a PIL image, a list of them, or a tensor (B, C, h, w) in "
-                "[-1, 1] is allowed"
-            )
-        if len({picture.size for picture in images}) > 1:
-            sizes = sorted({picture.size for picture in images})
-            raise ValueError(f"image has pictures of the sizes {sizes}; one size is allowed")
-        mode = "L" if channels == 2 else "RGB"
-        arrays = [
-            np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) for picture in images
-        ]
-        image = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+        image = read_pictures(image, "L" if channels == 2 else "RGB", "(B, C, h, w)")
     if image.ndim != 4 or 2 * image.shape[1] != channels:
         raise ValueError(
             f"image has shape {tuple(image.shape)}; (B, C, h, w) is allowed, C half of the "

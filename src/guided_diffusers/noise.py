@@ -318,6 +318,53 @@ def set_begin_index(scheduler: SchedulerMixin, index: int) -> None:
         scheduler.set_begin_index(index)
 
 
+def first_step(scheduler: SchedulerMixin, count: int, strength: float) -> int:
+    """Index of the first of a run's `count` evaluations of which the last fraction `strength` is
+    made, rounded down to whole steps as in Diffusers' img2img; `count` for a strength of 0.
+
+    Raises:
+        ValueError: for a strength above 0 that is less than a step.
+    """
+    order = getattr(scheduler, "order", 1)
+    steps = -(-count // order)
+    made = int(steps * strength + 1e-9)
+    if strength > 0 and made == 0:
+        raise ValueError(
+            f"strength={strength}: less than one of the run's {steps} steps; 0, or from "
+            f"{1 / steps:.3g} to 1, is allowed"
+        )
+    return count if made == 0 else (steps - made) * order
+
+
+def begin_midway(scheduler: SchedulerMixin, first: int) -> int:
+    """Prepare the scheduler to start with step `first` of its schedule.
+
+    Returns:
+        The step's index in `sampling_timesteps`, of which two schedulers need a shorter list: they
+        take their first steps, which have no history, by their number.
+
+    Raises:
+        ValueError: for PNDM with Runge-Kutta steps, which are its first ones.
+    """
+    if first and is_instance_by_name(scheduler, {"LMSDiscreteScheduler"}):
+        scheduler.timesteps = scheduler.timesteps[first:]
+        scheduler.sigmas = scheduler.sigmas[first:]
+        first = 0
+    if first and is_instance_by_name(scheduler, {"PNDMScheduler"}):
+        if not scheduler.config.skip_prk_steps:
+            raise ValueError(
+                "strength: PNDMScheduler with skip_prk_steps=False can't start midway; use "
+                "skip_prk_steps=True, or another scheduler"
+            )
+        rest = scheduler.timesteps[
+            max(first, 2) :
+        ]  # after t0, t1, t1, which its first two steps need
+        scheduler.timesteps = torch.cat([rest[:2], rest[1:]])
+        first = 0
+    set_begin_index(scheduler, first)
+    return first
+
+
 def _alpha_sigma(scheduler: SchedulerMixin, index: int, t: torch.Tensor) -> tuple[float, float]:
     """(alpha, sigma) of the sample that step number `index` of the scheduler takes.
 

@@ -4,6 +4,7 @@ classifier."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
@@ -30,20 +31,26 @@ from .arguments import (
     check_generator,
     check_names,
     check_steps,
+    read_start,
     resolve_arguments,
 )
-from .checks import check_bool, noting, shown
+from .checks import check_bool, check_number, noting, shown
 from .classifier import NoiseAwareClassifier
+from .edits import AnomalyOutput, EditOutput, anomalies, edited, inverted
 from .families import check_training_schedule, training_schedule, training_warning
 from .guidance import Guidance, GuidanceSum
 from .guider import Guider, Prediction, exclusive_use
-from .images import as_pair, convert, decode, down_sampling, join_low_resolution
+from .images import as_pair, convert, decode, down_sampling, encode, join_low_resolution
+from .inversion import ProbabilityFlow
 from .likelihood import REGRESSION, Labels
 from .networks import check_module, evaluating, naming_dtypes, no_parameter_grad
 from .noise import (
     NoiseLevel,
+    begin_midway,
     check_scheduler,
+    first_step,
     module_config,
+    noise_levels,
     reads_variance,
     sampling_timesteps,
     scale_model_input,
@@ -357,6 +364,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guidance_power: float | None = None,
         particles: int | None = None,
         resample: bool = True,
+        strength: float | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -382,7 +390,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 False: it gets its null label (id `num_labels`), as for dropped labels in training.
             generator: one, or one per image; with the latter an image is the same in any batch.
             latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by
-                default.
+                default. With `strength`: samples of that noise level, in the scheduler's own space,
+                with which the run goes on.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
                 final sample.
             return_dict: `GuidedImageOutput` with `.images`, `.guidance_evaluations` and
@@ -403,8 +412,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 any scheduler (Dhariwal & Nichol in DDIM). A scheduler with `clip_sample=True` clips
                 the guided x0.
             guidance: one or more terms that are added to the classifier's.
-            image: low-resolution images for an up-sampling network (its input has twice the
-                sample's channels), one or one per image: PIL, or (B, C, h, w) in [-1, 1].
+            image: one, or one per image: PIL, or (B, C, H, W) in [-1, 1]. With `strength`: images to
+                start from, also as an array (B, H, W, C) in [0, 1]. Without: low-resolution images
+                for an up-sampling network (its input has twice the sample's channels).
             classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
                 with a null label; a number, or one per label or image. 0: off. It is Diffusers'
                 `guidance_scale` less 1: for 7.5 pass 6.5. The default applies only where the network
@@ -429,6 +439,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 num_inference_steps applies only. None: off.
             resample: whether the images of a population are resampled to equal weights at the end;
                 else they have `.log_weights`.
+            strength: the fraction of the run that is made, its end, in [0, 1]: `image` gets noise of
+                the level where that begins, as in Diffusers' img2img. 0 returns the image, 1 starts
+                from the run's first level. Guidance intervals count from there.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -454,6 +467,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "guidance": guidance,
             "timesteps": timesteps,
             "sigmas": sigmas,
+            "strength": strength,
         }
         call |= {"image": image, "particles": particles, "resample": resample}
         arguments = resolve_arguments(
@@ -469,27 +483,31 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             tensor_inputs=tensor_inputs,
         )
         batch_size, condition, terms = arguments.batch_size, arguments.condition, arguments.terms
-        device = self._execution_device
 
-        # 2. The schedule and the starting noise
+        # 2. The schedule, and the sample that it starts with
         settings = arguments.settings
-        self._set_timesteps(settings, timesteps, sigmas, device)
-        from_noise = latents is None
-        latents = self._starting_noise(arguments, generator, latents, device)
+        self._set_timesteps(settings, timesteps, sigmas, self._execution_device)
+        if arguments.strength == 0:
+            images = self._without_steps(arguments, latents, output_type)
+            return self._output(images, output_type, return_dict, settings=settings)
+        first = self._begin(arguments.strength)
+        from_noise = latents is None and strength is None
+        latents = self._starting_sample(arguments, generator, latents, first)
         self._check_shapes(latents, arguments, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         population = arguments.population(self.scheduler, latents, generator, eta)
-        options = {"eta": eta, "from_noise": from_noise, "population": population}
+        options = {"eta": eta, "first": first, "from_noise": from_noise, "population": population}
         guider = Guider(self.scheduler, terms, **options, **arguments.guider_options)
-        self._check_start(guider.levels, None if from_noise else latents)
-        schedule = zip(sampling_timesteps(self.scheduler), guider.levels, strict=True)
+        levels = guider.levels[first:]
+        self._check_start(levels, None if from_noise else latents)
+        schedule = [*enumerate(zip(sampling_timesteps(self.scheduler), guider.levels, strict=True))]
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
         schedule_of_call = self.scheduler, self.scheduler.timesteps
-        self._interrupt, self._num_timesteps = False, len(guider.levels)
+        self._interrupt, self._num_timesteps = False, len(levels)
         self._guidance_scale = scale = settings["guidance_scale"]
 
-        with evaluating(*guides), self.progress_bar(total=len(guider.levels)) as bar:
-            for index, (t, level) in enumerate(schedule):
+        with evaluating(*guides), self.progress_bar(total=len(levels)) as bar:
+            for index, (t, level) in schedule[first:]:
                 # 3. The network's prediction, also under the conditions of the terms, in one call
                 evaluated = guider.start_step(index, batch_size)
                 with no_parameter_grad(self._networks_with_graph(evaluated)):
@@ -514,7 +532,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                         tensors["x0"] = level.x0(tensors["sample"], prediction.output)
                     tensors = {name: tensors[name] for name in tensor_inputs}
                     with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
-                        changed = callback_on_step_end(self, index, t, tensors)
+                        changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
                     latents = replaced_latents(changed, tensors, latents, population is not None)
                     if self._guidance_scale is not scale:
@@ -526,15 +544,100 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     break
 
         # 5. Images
-        latent = output_type == "latent"
-        images = latents if latent else self._decode(latents)
+        images = latents if output_type == "latent" else self._decode(latents)
+        results = {} if population is None else population.results()
+        results |= {"guidance_evaluations": guider.evaluations / batch_size, "settings": settings}
+        return self._output(images, output_type, return_dict, **results)
+
+    def _output(
+        self, images: torch.Tensor, output_type: str, return_dict: bool, **results: Any
+    ) -> GuidedImageOutput | tuple[Any]:
+        """What the call returns, of images in [-1, 1] or latents, and its other results."""
         check_images(images, "in the output")
-        images = images if latent else convert(images, output_type)
+        output = images if output_type == "latent" else convert(images, output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        weights = {} if population is None else population.results()
-        return GuidedImageOutput(images, guider.evaluations / batch_size, settings, **weights)
+        return GuidedImageOutput(output, **results) if return_dict else (output,)
+
+    # ------------------------------------------------------------ editing
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Any,
+        strength: float = 1.0,
+        label: Labels | None = None,
+        num_inference_steps: int | None = None,
+    ) -> torch.Tensor:
+        """The noise that deterministic sampling maps to an image (see `inversion`).
+
+        `pipeline(latents=noise, strength=strength, num_inference_steps=...)` decodes it, as exactly
+        as the scheduler follows the probability flow; `edit` decodes between the same levels.
+
+        Args:
+            image: as in the call with `strength`.
+            strength: up to which level: that at which this fraction of the scheduler's run is left,
+                in (0, 1].
+            label: what the network gets, one or one per image. None: its null label.
+            num_inference_steps: of the run, each two evaluations of the network. None: the default
+                in `pipeline.config.defaults`.
+
+        Returns:
+            The samples of that level, (B, C, H, W), in the scheduler's own space.
+
+        Raises:
+            ValueError: for any other argument, or a network that can't be inverted.
+        """
+        strength = check_number("strength", strength, 0, 1, above=True)
+        start = read_start(self, image)
+        decoder, samples = inverted(self, start, strength, label, num_inference_steps)
+        flow = decoder.scheduler
+        return samples[0] * (flow.alpha / flow.levels[0].alpha)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Any,
+        label: Labels | None = None,
+        strength: float = 0.6,
+        source_label: Labels | None = None,
+        mask: Any = None,
+        num_inference_steps: int | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        **call: Any,
+    ) -> EditOutput:
+        """Change images to a label: invert them, and decode them guided.
+
+        Args:
+            image: as in the call with `strength`.
+            label: the new label, in any form of the call's, one or one per image. None: no label.
+            strength: the fraction of the run that is inverted and made again, in [0, 1]. 0: the
+                images as they are. More changes more.
+            source_label: the label that the network gets while it inverts, one or one per image.
+                None: its null label.
+            mask: where the images may change: PIL, in which white may, or numbers from 0 to 1, (H,
+                W) or (B, H, W). Outside, the images stay bit for bit. None: everywhere.
+            num_inference_steps: as in `invert`, for both directions.
+            output_type: as in the call.
+            call: further arguments of the call, such as `guidance_scale`, `guidance`,
+                `classifier_free_scale` and `guidance_tolerance`. The run is deterministic and has no
+                `eta`, `generator`, `timesteps` or `sigmas`.
+
+        Raises:
+            ValueError, FloatingPointError: as the call and `invert`.
+        """
+        arguments = (label, strength, source_label, mask, num_inference_steps, output_type, call)
+        return edited(self, image, *arguments)
+
+    def anomaly(self, image: Any, label: Labels, **arguments: Any) -> AnomalyOutput:
+        """Maps of what is unusual for a label, such as "healthy": where `edit` to it changes images.
+
+        Args:
+            image, label, arguments: as of `edit`, which returns them as `output_type="pt"`.
+
+        Raises:
+            ValueError, FloatingPointError: as `edit`.
+        """
+        return anomalies(self, image, label, **arguments)
 
     # ------------------------------------------------------------ schedule and noise
 
@@ -564,20 +667,36 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             self.scheduler, 0
         )  # else two equal first timesteps make some start at the second
 
-    def _starting_noise(
+    def _begin(self, strength: float | None) -> int:
+        """Let the scheduler start with the step at which the fraction `strength` of the run is
+        left; the step's index."""
+        if strength is None:
+            return 0
+        count = len(sampling_timesteps(self.scheduler))
+        return begin_midway(self.scheduler, first_step(self.scheduler, count, strength))
+
+    def _starting_sample(
         self,
         arguments: CallArguments,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
-        device: torch.device,
+        first: int,
     ) -> torch.Tensor:
-        """Noise of the scheduler's starting sigma, (B, C, H, W), in the network's dtype."""
+        """The sample that step `first` takes, (B, C, H, W), in the network's dtype."""
         batch_size, low_res = arguments.batch_size, arguments.condition.low_res
+        device = self._execution_device
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; one, or one for each of the "
                 f"{batch_size} images, is allowed"
             )
+        if arguments.start is not None:
+            x0 = self._encode(arguments.start).expand(
+                batch_size, *[-1] * (arguments.start.ndim - 1)
+            )
+            noise = randn_tensor(x0.shape, generator, device, self.dtype)
+            level = noise_levels(copy(self.scheduler))[first]
+            return (level.alpha * x0 + level.sigma * noise).to(self.dtype)
         if latents is None:
             channels = module_config(self.unet).get("in_channels")
             if not channels:
@@ -591,12 +710,29 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         elif not latents.isfinite().all():
             raise ValueError("latents has infinite or NaN values; finite ones are allowed")
-        return latents.to(device, self.dtype) * starting_sigma(self.scheduler)
+        latents = latents.to(device, self.dtype)
+        return (
+            latents if arguments.strength is not None else latents * starting_sigma(self.scheduler)
+        )
+
+    def _without_steps(
+        self, arguments: CallArguments, latents: torch.Tensor | None, output_type: str
+    ) -> torch.Tensor:
+        """The output of a run of strength 0: the start image, or the images of `latents`."""
+        batch_size, start = arguments.batch_size, arguments.start
+        if start is None:
+            latents = latents.to(self._execution_device, self.dtype)
+            return latents if output_type == "latent" else self._decode(latents)
+        images = self._encode(start) if output_type == "latent" else start
+        return images.expand(batch_size, *[-1] * (images.ndim - 1))
 
     def _check_start(self, levels: Sequence[NoiseLevel], given: torch.Tensor | None) -> None:
         """Check the noise levels of a run from drawn noise, or from `given` samples, and that the
         network was trained for them."""
-        if warning := training_warning(self.scheduler, self.config.training_schedule):
+        scheduler = self.scheduler
+        if isinstance(scheduler, ProbabilityFlow):
+            scheduler = scheduler.scheduler
+        if warning := training_warning(scheduler, self.config.training_schedule):
             logger.warning(warning)
         if given is not None:
             check_unit_variance(given, levels[0])
@@ -605,11 +741,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if warning := accuracy_warning(self.scheduler, levels):
             logger.warning(warning)
 
-    def _check_shapes(
-        self, latents: torch.Tensor, arguments: CallArguments, output_type: str
-    ) -> None:
-        low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
-        size, config = tuple(latents.shape[2:]), module_config(self.unet)
+    def _check_channels(self, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> None:
+        channels, size = latents.shape[1], tuple(latents.shape[2:])
+        config = module_config(self.unet)
         known = (config.get("in_channels") or channels) - (
             0 if low_res is None else low_res.shape[1]
         )
@@ -618,6 +752,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         unit = down_sampling(config) if isinstance(self.unet, UNet2DModel) else 1
         if any(n % unit for n in size):
             raise ValueError(f"latents has size {size}; multiples of {unit} are allowed")
+
+    def _check_shapes(
+        self, latents: torch.Tensor, arguments: CallArguments, output_type: str
+    ) -> None:
+        low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
+        size = tuple(latents.shape[2:])
+        self._check_channels(latents, low_res)
         of_vae = module_config(self.vae).get("latent_channels") or channels
         if output_type != "latent" and of_vae != channels:
             raise ValueError(
@@ -724,3 +865,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]."""
         return latents if self.vae is None else decode(self.vae, latents)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents, of images in [-1, 1]: the mean that the autoencoder gives them."""
+        images = images.to(self._execution_device)
+        return images if self.vae is None else encode(self.vae, images)[0]

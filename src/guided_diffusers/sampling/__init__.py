@@ -22,10 +22,14 @@ if TYPE_CHECKING:
         as_folder,
         differences,
         folder_names,
+        hub_commit,
         module_hash,
+        open_or_resume,
         resolve_defaults,
+        run_settings,
         unique_names,
         weights_hash,
+        write_manifest,
     )
     from .pictures import grid, save_image
 
@@ -37,14 +41,18 @@ __all__ = [
     "differences",
     "folder_names",
     "grid",
+    "hub_commit",
     "image_generator",
     "module_hash",
+    "open_or_resume",
     "resolve_defaults",
+    "run_settings",
     "sample",
     "sample_to_folder",
     "save_image",
     "unique_names",
     "weights_hash",
+    "write_manifest",
 ]
 
 __getattr__, __dir__ = lazy_imports(__name__)

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli_options import (
     DEFAULT_MODEL,
+    add_call_options,
     add_part_options,
     add_shared_option,
     add_shared_options,
     count,
-    fraction,
     launched_processes,
     launched_world_size,
-    number,
     path,
-    scale,
     select_device,
     size,
 )
-from ..defaults import ALGORITHMS, DEFAULTS
+from ..defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -66,45 +64,15 @@ def add_sample_command(commands: Any) -> None:
     add_shared_options(command, *flags)
     help = "random seed; image i depends only on the seed and i (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)
-    _add_call_options(command)
-    _add_output_options(command)
-
-
-def _add_call_options(command: ArgumentParser) -> None:
-    """Arguments of the pipeline's call; options left out are missing in the parsed options."""
-    description = "Options left out have the model's defaults."
-    group = command.add_argument_group("sampling", description, argument_default=SUPPRESS)
-    for name, kind, metavar, help in (
-        ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
-        (
-            "power",
-            number(1),
-            "W",
-            "sample p(x) p(y|x)^W exactly, with a classifier that was trained with --max_power",
-        ),
-        ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
-        ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),
-        ("every", count, "K", "evaluate the classifier every K steps"),
-        (
-            "tolerance",
-            number(0, above=True),
-            "T",
-            "or when the estimated error exceeds T, in units of [-1, 1]",
-        ),
-    ):
-        group.add_argument(f"--guidance-{name}", type=kind, metavar=metavar, help=help)
-    help = "of classifier-free guidance, for a network with a null label; 0: off"
-    group.add_argument("--classifier-free-scale", type=scale, metavar="SCALE", help=help)
-    help = "guide the network's output, the mean of a DDPM step, or by operator splitting"
-    group.add_argument("--guidance-algorithm", choices=ALGORITHMS, help=help)
-    group.add_argument("--num-inference-steps", type=count, help="scheduler steps")
+    group = add_call_options(command)
     help = (
         "each K images of a label are a population, weighted and resampled (--scheduler ddpm, or "
         "another one with noise in each step)"
     )
-    group.add_argument("--particles", type=count, metavar="K", help=help)
+    group.add_argument("--particles", type=count, metavar="K", help=help, default=SUPPRESS)
     help = "size of the images, such as 48x32 (height x width), if the networks allow others"
-    group.add_argument("--resolution", type=size, metavar="HxW", help=help)
+    group.add_argument("--resolution", type=size, metavar="HxW", help=help, default=SUPPRESS)
+    _add_output_options(command)
 
 
 def _add_output_options(command: ArgumentParser) -> None:
