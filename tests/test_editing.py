@@ -317,6 +317,10 @@ def test_strength_0_is_the_image(vae: bool) -> None:
             {"strength": 0.5, "image": torch.zeros(1, 1, 8, 8), "height": 8},
             "height=8: .* only one of the two",
         ),
+        (
+            {"strength": 0.5, "image": torch.zeros(1, 1, 8, 8), "particles": 2},
+            "strength=0.5, particles=2: a population starts from noise",
+        ),
     ],
 )
 def test_wrong_starts_are_refused(call: dict[str, Any], message: str) -> None:
