@@ -296,7 +296,7 @@ def anomaly_picture(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = ["image", "pasted", *maps]
+    count, titles = min(count, len(images)), ["image", "pasted", *maps]
     parts = [images[:count, 0], where[:count, 0].float(), *(m[:count] for m in maps.values())]
     figure, axes = pyplot.subplots(len(parts), count, figsize=(count * 1.1, len(parts) * 1.15))
     for row, (title, part) in enumerate(zip(titles, parts, strict=True)):
