@@ -269,6 +269,14 @@ def test_forms_of_an_image_are_one() -> None:
         assert np.array_equal(np.asarray(picture), np.asarray(same))
 
 
+def test_a_tensor_that_looks_like_an_output_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    pipeline, image = tiny(), random_image(1)
+    pipeline("boot", image=image, strength=0)
+    assert not [w for w in recwarn if "image" in str(w.message)]
+    with pytest.warns(UserWarning, match="all values are from 0 to 1; tensors of pictures are in"):
+        pipeline("boot", image=convert(image, "pt"), strength=0)
+
+
 @pytest.mark.parametrize("vae", [False, True])
 def test_strength_0_is_the_image(vae: bool) -> None:
     pipeline, image = tiny(vae=vae), random_image(size=16 if vae else 8)

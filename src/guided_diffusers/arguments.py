@@ -361,6 +361,12 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
     config, vae = module_config(pipeline.unet), module_config(pipeline.vae)
     channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
     start = start_image(image, channels)
+    if isinstance(image, torch.Tensor) and 0 <= start.min() and 0.5 < start.max() <= 1:
+        warnings.warn(
+            "image: all values are from 0 to 1; tensors of pictures are in [-1, 1] (output_type='pt' "
+            "gives [0, 1]: use 2 * image - 1)",
+            stacklevel=3,
+        )
     unit = down_sampling(vae)
     if any(n % unit for n in start.shape[2:]):
         raise ValueError(
