@@ -387,7 +387,7 @@ def test_terms_and_latents_that_have_no_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="particles=4: Push multiplies the density by no factor"):
         pipeline(0, guidance=Push(), **call)
     other = ClassifierGuidance(pipeline.classifier, [0, 0, 1, 1])
-    with pytest.raises(ValueError, match="different labels for the 4 particles of a population"):
+    with pytest.raises(ValueError, match="different labels or targets for the 4 particles of a population"):
         pipeline(0, guidance=other, **call)
     per_population = ClassifierGuidance(pipeline.classifier, [0] * 4 + [1] * 4)
     assert pipeline(0, 8, guidance=per_population, **call).log_evidence.shape == (2,)
@@ -409,4 +409,36 @@ def test_an_interrupted_run_has_the_weights_of_its_last_step() -> None:
 
     pipeline, call = make()
     result = pipeline(0, particles=4, generator=seeded(), callback_on_step_end=stop, **call)
-    assert result.log_evidence.isfinite().all() and result.log_weights.shape == (1, 4)
+    assert result.log_evidence.isfinite().all() and result.log_evidence.abs().min() > 0
+    torch.testing.assert_close(result.log_weights.logsumexp(1), torch.zeros(1).double())
+
+
+def test_a_callback_that_draws_from_the_generator_changes_no_weights() -> None:
+    """What the scheduler draws is known at each step, whatever was drawn before."""
+    pipeline, call = make()
+    generator = seeded()
+
+    def draw(*_: Any) -> dict:
+        torch.rand(1, generator=generator)
+        return {}
+
+    options = {"particles": 64, "num_images_per_label": 64 * 50, **call}
+    result = pipeline(0, generator=generator, callback_on_step_end=draw, **options)
+    evidence = result.log_evidence.exp()
+    error = float(evidence.std() / len(evidence) ** 0.5)
+    usual = pipeline(0, generator=seeded(), **options).log_evidence.exp()
+    assert abs(float(evidence.mean() - usual.mean())) < 4 * (error + float(usual.std()) / 50**0.5)
+
+
+@pytest.mark.parametrize("kind", ["energy", "function", "target"])
+def test_a_population_is_of_one_density(kind: str) -> None:
+    pipeline, call = make()
+    if kind == "target":
+        regressor = Classifier(Corners())
+        regressor.config = {**regressor.config, "problem_type": "regression"}
+        term = ClassifierGuidance(regressor, target=[[-1.0], [1.0], [0.0], [3.0]])
+    else:
+        scale = [0.0, 5.0, 1.0, -5.0] if kind == "energy" else lambda level: level.sigma
+        term = EnergyGuidance(lambda x: x.flatten(1).square().sum(1), scale, of="x0")
+    with pytest.raises(ValueError, match="different (scales|labels|targets).* of a population"):
+        pipeline(None, particles=4, guidance=term, generator=seeded(), **call)

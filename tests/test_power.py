@@ -226,7 +226,7 @@ def test_the_arguments_of_the_pipeline(tmp_path: Path) -> None:
             pipeline([0, 1], **options, **call)
     with pytest.raises(ValueError, match="guidance_power=3.0 needs a label"):
         pipeline(None, 2, guidance_power=3.0, **options)
-    with pytest.raises(ValueError, match="no classifier that knows powers"):
+    with pytest.raises(ValueError, match="guidance_power=3.0: the classifier knows no powers"):
         other = ClassifierGuidedPipeline(network, BETAS, random_classifier(power_range=None))
         other([0, 1], guidance_power=3.0, **options)
     with pytest.raises(ValueError, match="defaults: guidance_power"):
@@ -356,3 +356,38 @@ def test_inspect_says_whether_the_powers_are_consistent() -> None:
     assert abs(float(sentence.split(", and ")[1].split()[0]) - expected) < 0.01
     sentence = diagnose(wrong, data, batch_size=4000, **options).verdict.words[-1]
     assert "(inconsistent: train it longer)" in sentence
+
+
+def test_the_bundled_preset_is_exact_with_a_power() -> None:
+    """Its limits and scales are for linear guidance; and the classifier can still be a judge."""
+    from guided_diffusers.bundled import folder
+    from guided_diffusers.evaluation import load_network
+
+    pipeline = ClassifierGuidedPipeline.from_bundled()
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "latent", "conditional": False}
+    settings = pipeline("dress", guidance_power=3.0, **options).settings
+    expected = {"guidance_power": 3.0, "guidance_scale": 1.0, "guidance_start": 0.0}
+    expected |= {"guidance_stop": 1.0, "guidance_every": 1, "guidance_tolerance": None}
+    assert {name: settings[name] for name in expected} == expected
+    assert pipeline("dress", guidance_power=3.0).settings["num_inference_steps"] == 15
+    settings = pipeline({"dress": 1, "coat": 1}, **options).settings
+    assert settings["guidance_scale"] == 3.0 and settings["guidance_power"] is None
+    classifier = load_network(str(folder("fashion-mnist") / "classifier"))
+    features, logits = classifier(torch.zeros(2, 1, 28, 28))
+    assert features.shape == (2, 96) and logits.shape == (2, 10)
+
+
+def test_power_1_is_for_any_classifier_and_mixtures_ignore_a_default() -> None:
+    plain, powers = random_classifier(power_range=None), random_classifier()
+    assert ClassifierGuidance(plain, 0, power=1.0).power is None
+    assert ClassifierGuidance(powers, 0, power=1.0).power == 1.0
+    with pytest.raises(ValueError, match="power=2.0 has no effect on regression"):
+        regressor = random_classifier(power_range=None, problem_type="regression")
+        ClassifierGuidance(regressor, target=1.0, power=2.0)
+    network = GaussianNetwork()
+    defaults = {"guidance_power": 3}
+    pipeline = ClassifierGuidedPipeline(network, BETAS, GaussianClassifier(), defaults=defaults)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    assert pipeline({0: 1.0, 1: 0.5}, **options).settings["guidance_power"] is None

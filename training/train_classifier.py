@@ -87,6 +87,8 @@ from guided_diffusers.learning.warm_start import (
 )
 from guided_diffusers.text import printable
 
+TEACHER_IMAGES = 5000  # held-out images, at most, that the teacher is calibrated on
+
 
 @dataclass
 class ClassifierOptions(Options):
@@ -278,7 +280,7 @@ def make_teacher(
             raise ValueError("it is no classifier")
     network.module.requires_grad_(False)
     teacher = Teacher(name, network, network.names, network.classes, data.id2label)
-    count, batch_size = options.validation_samples, options.train_batch_size
+    count, batch_size = TEACHER_IMAGES, options.train_batch_size
     progress = options.progress and accelerator.is_main_process
 
     def error(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -400,8 +402,8 @@ def power_names(max_power: float | None) -> dict[float, tuple[str, str]]:
     the classifier gives, and mean_x sum_y p(y | x_0)^w, which it should."""
     if max_power is None:
         return {}
-    powers = [round(max_power ** (k / 3), 3) for k in range(4)]
-    return {w: (f"power {w:g}", f"power {w:g} of the teacher") for w in powers}
+    powers = [max_power ** (k / 3) for k in range(3)] + [max_power]
+    return {w: (f"power {w:.3g}", f"power {w:.3g} of the teacher") for w in powers}
 
 
 def write_diagnosis(

@@ -23,7 +23,7 @@ from .guidance import (
     scale_tensor,
 )
 from .images import as_pair, check_precision, down_sampling, low_resolution, start_image
-from .likelihood import MULTI, SINGLE, Labels, parse_labels
+from .likelihood import MULTI, SINGLE, Labels, check_power, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
 from .particles import Population
@@ -185,9 +185,9 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     measured for the pipeline's usual mode: "label", without class embeddings "classifier", with a
     `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
     guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
-    for that mode does. In the mode "particles", only its number of steps applies: a scale is no
-    matter of taste there. A default of "mean" is "output" where there is no DDPM step, and custom
-    timesteps or sigmas have their own number of steps.
+    for that mode does. In the mode "particles", and where the call gives a `guidance_power`, only the
+    number of steps of presets applies, and scale 1, which is exact. A default of "mean" is "output"
+    where there is no DDPM step, and custom timesteps or sigmas have their own number of steps.
 
     Args:
         call: the call's arguments.
@@ -206,12 +206,16 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     usual = _mode(pipeline, defaults, hidden=False)
     mode = _mode(pipeline, {**call, **preset, **given}, hidden)
     changes = (defaults.get("modes") or {}).get(mode)
-    if mode != usual:
+    is_exact = call.get("guidance_power") is not None  # samples of p(x) p(y|x)^w
+    if mode != usual or is_exact:
         preset |= {name: DEFAULTS[name] for name in LIMITS}
     if mode == "particles":
         preset |= {"guidance_algorithm": "mean", "classifier_free_scale": 0.0}
         preset["guidance_scale"] = float(pipeline.classifier is not None)
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
+    if is_exact:
+        preset["guidance_scale"] = float(pipeline.classifier is not None)
+        changes = {name: x for name, x in changes.items() if name == "num_inference_steps"}
     if {"guidance_every", "guidance_tolerance"} & changes.keys():
         preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
     preset |= changes
@@ -666,10 +670,10 @@ def _label_terms(
     _check_guidance_power(pipeline, call, scale)
     if scale.any():
         _check_classifier(pipeline, scale)
-        interval, power = (
-            (settings["guidance_start"], settings["guidance_stop"]),
-            settings["guidance_power"],
-        )
+        interval = settings["guidance_start"], settings["guidance_stop"]
+        power = settings["guidance_power"]
+        if call["guidance_power"] is None and any(list(m.values()) != [1] for m in mixtures):
+            power = settings["guidance_power"] = None  # a default is for single labels
         term = ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval, power=power)
         terms.append(term)
     if free_scale.any():
@@ -688,17 +692,11 @@ def _label_terms(
 
 
 def _check_guidance_power(pipeline: Any, call: Mapping[str, Any], scale: torch.Tensor) -> None:
-    """Refuse the call's `guidance_power` where it has no effect."""
+    """Refuse the call's `guidance_power` where the classifier doesn't know it or is off."""
     power = call["guidance_power"]
     if power is None:
         return
-    powers = module_config(pipeline.classifier).get("power_range")
-    if powers is None:
-        raise ValueError(
-            f"guidance_power={power}: the pipeline has no classifier that knows powers; leave it "
-            "None, or train one with train_classifier.py --max_power"
-        )
-    check_number("guidance_power", power, *powers)
+    check_power("guidance_power", power, module_config(pipeline.classifier).get("power_range"))
     if not scale.any():
         raise ValueError(f"guidance_power={power} has no effect with guidance_scale=0; 1 is exact")
 

@@ -192,13 +192,18 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             **options,
         )
         self.head = _head(self.config, size, head_dims[-1])
-        last_layers = [self.head[-1].out if pool == "attention" else self.head[-1]]
+        last_layers = [self.last_layer]
         if power_range is not None:
             self.power_embedding = TimestepEmbedding(1, 4 * time_proj_dim)
             last_layers.append(self.power_embedding.linear_2)
         for layer in last_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head[-1].out if self.config.pool == "attention" else self.head[-1]
 
     def forward(
         self,
@@ -292,8 +297,12 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         allowed = f"a number from {powers[0]:g} to {powers[1]:g}, or a tensor () or (B,) of such"
         if not torch.is_tensor(power):
             _require(_is_number(power), "power", power, allowed)
-            power = torch.tensor(float(power))
-        fits = power.is_floating_point() and power.shape in ((), (1,), sample.shape[:1])
+            in_range = powers[0] <= power <= powers[1]
+            _require(in_range, "power", power, allowed)
+            w = torch.full((), power, device=sample.device, dtype=torch.float32)
+            return w.log().expand(len(sample))[:, None].to(self.dtype)
+        is_number = power.dtype != torch.bool and not power.is_complex()
+        fits = is_number and power.shape in ((), (1,), sample.shape[:1])
         if fits and power.device.type == "cpu":
             fits = bool(((power >= powers[0]) & (power <= powers[1])).all())
         _require(fits, "power", power, allowed)

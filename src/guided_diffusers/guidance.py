@@ -147,6 +147,11 @@ class Guidance(ABC):
         up to a constant; None: it has none, and can't weight a population (`Population`)."""
         return None
 
+    def differs_within(self, particles: int) -> str | None:
+        """What of the term's factor differs within the groups of so many images, in the plural; None:
+        nothing."""
+        return None
+
     def active(self, index: int, count: int, level: NoiseLevel) -> bool:
         """Whether the term has an effect at step `index` of `count`; not at scale 0, nor without
         noise."""
@@ -248,6 +253,12 @@ def scale_tensor(name: str, scale: Any) -> torch.Tensor:
     if not valid or numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
         raise ValueError(f"{name}={shown(scale)}: a finite number or one per image is allowed")
     return numbers
+
+
+def differ_within(values: Sequence[Any], particles: int) -> bool:
+    """Whether values, one for all images or one an image, differ within groups of images."""
+    is_each = len(values) > 1
+    return is_each and any(value != values[i - i % particles] for i, value in enumerate(values))
 
 
 class GuidanceSum(Guidance):
@@ -537,15 +548,21 @@ class ClassifierGuidance(NoiseAwareGuidance):
         power: float | None = None,
     ):
         super().__init__(classifier, scale, start, stop, sigma_interval, normalize)
-        self.classifier, self.softplus, self.power = classifier, softplus, power
-        options = (std, joint_temperature, marginal_temperature, power)
-        self.likelihood = make_likelihood(module_config(classifier), label, target, *options)
+        self.classifier, self.softplus = classifier, softplus
+        config, options = module_config(classifier), (std, joint_temperature, marginal_temperature)
+        self.likelihood = make_likelihood(config, label, target, *options, power)
+        self.power = None if config.get("power_range") is None else power  # else it is 1 or None
         check_softplus(classifier, softplus)
 
     def log_likelihood(self, z: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         options = {} if self.power is None else {"power": self.power}
         module = relu_as_softplus(self.module, self.softplus)
         return self.likelihood(logits_of(module(z, t, **options)))
+
+    def differs_within(self, particles: int) -> str | None:
+        return (
+            "labels or targets" if differ_within(self.likelihood.conditions(), particles) else None
+        )
 
     def select(self, images: slice | list[int], count: int) -> ClassifierGuidance:
         part = super().select(images, count)
@@ -723,9 +740,16 @@ class EnergyGuidance(Guidance):
         self.supports_pure_noise = not (through_network or normalize or of == "sample")
 
     def log_factor(self, step: StepContext) -> torch.Tensor:
-        """-scale E, (B,), of the input that `of` selects: the predicted x0, unless "sample"."""
+        """-scale E, (B,), of the input that `of` selects: the predicted x0, unless "sample"; with a
+        scale function, that of the noise level."""
         value = self._energy(step, step.sample if self.of == "sample" else step.x0)
         return -self.scale_at(step).flatten() * value
+
+    def differs_within(self, particles: int) -> str | None:
+        if callable(self.scale):
+            return "scales at each noise level, so no density,"
+        scales = self.scale.flatten().tolist()
+        return "scales" if differ_within(scales, particles) else None
 
     def score(self, step: StepContext) -> torch.Tensor:
         scale = self.scale_at(step)

@@ -237,6 +237,8 @@ class Guider:
                 start = prediction.graph_input
                 graph = start, level.x0(start.to(x.dtype), prediction.output)
             prediction.output, prediction.graph_input = prediction.output.detach(), None
+        if self.population is not None:  # whose weights are of steps in the sample's precision
+            prediction.output = prediction.output.to(sample.dtype)
         output = prediction.output
         if self._active and self._clipping_warning:
             logger.warning(self._clipping_warning)
@@ -277,6 +279,19 @@ class Guider:
             if self.population is not None:
                 sample = self._finish_population(sample)
         return sample
+
+    def stop(self, sample: torch.Tensor) -> torch.Tensor:
+        """The images of a run that ends after this step, before its last: the sample, as
+        resampled by the weights so far.
+
+        Raises:
+            FloatingPointError: as `check_finite`.
+        """
+        self.check_finite()
+        if self.population is None or self.index + 1 == len(self.levels):
+            return sample
+        order = self.population.finish([])
+        return sample if order is None else sample[order]
 
     def check_finite(self) -> None:
         """Check the guidance of all steps so far, and the sample after the last of them; warn of a
@@ -327,9 +342,8 @@ class Guider:
         """Check a term's score, and keep its log factor for the population."""
         self._overshoot(term, step, score)
         if self.population is not None:
-            factors = (
-                step.log_factors
-            )  # none, or of other samples, if its score isn't the usual one
+            # none, or of other samples, if its score isn't the usual one
+            factors = step.log_factors
             self._log_factors.append(factors[0] if len(factors) == 1 else term.log_factor(step))
 
     def _log_schedule_warnings(self) -> None:

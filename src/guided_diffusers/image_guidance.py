@@ -23,6 +23,7 @@ from .guidance import (
     NoiseAwareGuidance,
     Scale,
     StepContext,
+    differ_within,
     rescale_to_score,
     x0_value_and_gradient,
 )
@@ -286,6 +287,9 @@ class NoiseAwareCLIPGuidance(NoiseAwareGuidance):
 
     def log_likelihood(self, z: Tensor, t: float) -> Tensor:
         return self.module.scale * inner_product(self.module.encode_image(z, t), self.direction)
+
+    def differs_within(self, particles: int) -> str | None:
+        return "prompts" if differ_within(self.direction.tolist(), particles) else None
 
     def select(self, images: slice | list[int], count: int) -> NoiseAwareCLIPGuidance:
         part = super().select(images, count)

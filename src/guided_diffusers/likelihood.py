@@ -68,6 +68,10 @@ class LabelLikelihood:
         with torch.inference_mode(False):  # kept, and then used where gradients are taken
             return torch.tensor(rows, device=logits.device)
 
+    def conditions(self) -> list[dict[int, float]]:
+        """What each image, or all of them, is conditioned on."""
+        return self.labels
+
     def select(self, images: slice | list[int]) -> LabelLikelihood:
         """The likelihood of some of the images."""
         part = copy(self)
@@ -99,6 +103,10 @@ class TargetLikelihood:
             )
         return -((outputs - target) ** 2).sum(dim=-1) / (2 * self.std**2)
 
+    def conditions(self) -> list[list[float]]:
+        """What each image, or all of them, is conditioned on."""
+        return self.target.tolist() if self.target.ndim > 1 else [self.target.tolist()]
+
     def select(self, images: slice | list[int]) -> TargetLikelihood:
         """The likelihood of some of the images."""
         one_an_image = self.target.ndim > 1 and len(self.target) > 1
@@ -125,6 +133,10 @@ def make_likelihood(
     """
     kind = config.get("problem_type") or (SINGLE if target is None else REGRESSION)
     std, joint, marginal = _check_arguments(kind, label, target, std, joint, marginal)
+    if power is not None:
+        if kind == REGRESSION:
+            raise ValueError(f"power={shown(power)} has no effect on {kind}; leave it None")
+        check_power("power", power, config.get("power_range"))
     if kind == REGRESSION:
         try:
             value = torch.as_tensor(target, dtype=torch.float64)
@@ -134,20 +146,30 @@ def make_likelihood(
             raise ValueError(f"target={shown(target)}: finite numbers are allowed")
         return TargetLikelihood(value, std)
     labels = parse_labels(label, config.get("id2label"), config.get("num_labels"))
-    if power is not None:
-        _check_power(power, config.get("power_range"), labels, joint, marginal)
-    return LabelLikelihood(labels, kind == MULTI or power is not None, joint, marginal)
+    is_powered = power is not None and config.get("power_range") is not None
+    if is_powered:
+        _check_exact(power, labels, joint, marginal)
+    return LabelLikelihood(labels, kind == MULTI or is_powered, joint, marginal)
 
 
-def _check_power(
-    power: Any, powers: Any, labels: list[dict[int, float]], joint: float, marginal: float
-) -> None:
-    if powers is None:
+def check_power(name: str, power: Any, powers: Sequence[float] | None) -> None:
+    """Check the power w of a classifier with this `power_range`; without one it is w = 1.
+
+    Raises:
+        ValueError: naming the argument, the value and what is allowed.
+    """
+    if powers is None and power != 1:
         raise ValueError(
-            f"power={shown(power)}: the classifier knows no powers; leave it None, or train one with "
-            "train_classifier.py --max_power"
+            f"{name}={shown(power)}: the classifier knows no powers; 1 or None is allowed, or train one "
+            "with train_classifier.py --max_power"
         )
-    check_number("power", power, *powers)
+    check_number(name, power, *(powers or (1, 1)))
+
+
+def _check_exact(
+    power: float, labels: list[dict[int, float]], joint: float, marginal: float
+) -> None:
+    """Refuse what isn't p(y | x)^power of one label."""
     if any(list(mixture.values()) != [1] for mixture in labels):
         raise ValueError(
             f"label={shown(labels)}: with power={power} one label an image, of weight 1, is allowed; "

@@ -11,8 +11,9 @@ as p(x_s | x_t) psi_s(x_s) is where psi is log-linear, and the weight of each pa
 
     log w  +=  log psi_s(x_s) - log psi_t(x_t) + log p(x_s | x_t) - log q(x_s | x_t)
 
-Any g is valid, and so is any `guidance_scale`: it changes how much weights vary, not the density.
-The mean weight estimates Z = E_p[psi_0(x_0)], which is p(y) for a classifier, without bias.
+Any g is valid, and so is any `guidance_scale` of a classifier: it changes how much weights vary, not
+the density; an energy's scale is part of psi. The mean weight estimates Z = E_p[psi_0(x_0)] without
+bias. For a classifier Z is p(y) if the network doesn't get the label, and E[p(y | x)^w] with a power.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Population:
         self.scheduler, self.resample, self._shape = scheduler, resample, sample.shape
         self._device = sample.device
         self.stds, self.noise_dtype = step_noise(scheduler, eta, sample.dtype, particles)
-        self._noise_generator = _clones(generator)
+        self._noise_generator = generator
         shape = len(sample) // particles, particles
         self._generators = _resampling_generators(generator, *shape)
         self._factors = torch.zeros(len(terms), *shape, dtype=torch.float64, device=sample.device)
@@ -107,7 +108,8 @@ class Population:
     def start_step(self, index: int) -> bool:
         """Begin step `index`; whether guidance can act in it: not without noise, S = 0."""
         self._std = self.stds[index]
-        self._eps = randn_tensor(self._shape, self._noise_generator, self._device, self.noise_dtype)
+        copies = _clones(self._noise_generator)  # the scheduler draws the same afterwards
+        self._eps = randn_tensor(self._shape, copies, self._device, self.noise_dtype)
         return self._std != 0
 
     def weigh(
@@ -147,8 +149,8 @@ class Population:
         return self._std**2 * score_shift
 
     def finish(self, log_factors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Update the weights by the factors of all terms at the images; the images to return, as of
-        `weigh`."""
+        """Update the weights by the factors of all terms at the images, none if the run is cut short;
+        the images to return, as of `weigh`."""
         self._multiply(range(len(log_factors)), log_factors)
         everything = range(len(self._sizes()))
         order = self._resample(everything if self.resample else [])
@@ -174,8 +176,8 @@ class Population:
         failed = [p for p, size in enumerate(sizes) if not isfinite(size)]
         if failed:
             error = FloatingPointError(
-                f"particles: all {count} weights of population {', '.join(map(str, failed))} are 0 or not "
-                "finite; look at the terms' log factors, or use more particles"
+                f"particles: of population {', '.join(map(str, failed))}, a weight is not finite, or all "
+                f"{count} are 0; look at the terms' log factors, or use more particles"
             )
             error.images = [p * count + i for p in failed for i in range(count)]
             raise error
@@ -342,10 +344,8 @@ def _check_terms(terms: Sequence[Guidance], particles: int) -> None:
                 "that its samples can't be weighted; use ClassifierGuidance, EnergyGuidance, or "
                 "another term with a log_factor"
             )
-        labels = getattr(getattr(term, "likelihood", None), "labels", ())
-        for i, label in enumerate(labels if len(labels) > 1 else ()):
-            if label != labels[i - i % particles]:
-                raise ValueError(
-                    f"guidance: {name} has different labels for the {particles} particles of a population; "
-                    f"one for all is allowed, {particles} times in a row"
-                )
+        if differs := term.differs_within(particles):
+            raise ValueError(
+                f"guidance: {name} has different {differs} for the {particles} particles of a population; "
+                f"one for all is allowed, {particles} times in a row"
+            )

@@ -520,17 +520,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 latents = guider.finish_step(scheduler_step(output, index, x))
 
                 if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "model_output": output,
-                        "score_shift": guider.score_shift,
-                        "sample": guider.sample.to(
-                            torch.promote_types(guider.sample.dtype, torch.float32)
-                        ),
-                    }
-                    if "x0" in tensor_inputs:
-                        tensors["x0"] = level.x0(tensors["sample"], prediction.output)
-                    tensors = {name: tensors[name] for name in tensor_inputs}
+                    tensors = {"latents": latents, "model_output": output}
+                    tensors = _callback_tensors(tensor_inputs, guider, prediction, tensors)
                     with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
                         changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
@@ -540,7 +531,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                         guider.terms = arguments.terms_with_scale(scale)
                 bar.update()
                 if self._interrupt:
-                    guider.check_finite()
+                    latents = guider.stop(latents)
                     break
 
         # 5. Images
@@ -870,3 +861,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Latents, of images in [-1, 1]: the mean that the autoencoder gives them."""
         images = images.to(self._execution_device)
         return images if self.vae is None else encode(self.vae, images)[0]
+
+
+def _callback_tensors(
+    names: Sequence[str], guider: Guider, prediction: Prediction, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    """What a callback gets: of `tensors` and of the step the tensors of these names; x0 is
+    the network's, without guidance."""
+    sample = guider.sample.to(torch.promote_types(guider.sample.dtype, torch.float32))
+    tensors = {**tensors, "score_shift": guider.score_shift, "sample": sample}
+    if "x0" in names:
+        tensors["x0"] = guider.levels[guider.index].x0(sample, prediction.output)
+    return {name: tensors[name] for name in names}

@@ -179,11 +179,14 @@ def wrap_classifier(
             f"judge: {name} has problem_type={problem!r}, num_labels={classes}; a single-label "
             "classifier with two or more labels is needed"
         )
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].out_features != classes:
-        raise ValueError(
-            f"features: the last layer of {name} must be a linear one with {classes} outputs"
-        )
+    if isinstance(model, NoiseAwareClassifier):  # whose last outputs may be those of powers
+        linear = [model.last_layer]
+    else:
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if not linear or linear[-1].out_features != classes:
+            raise ValueError(
+                f"features: the last layer of {name} must be a linear one with {classes} outputs"
+            )
     if logits_fn is None:
         preprocess = Preprocess(None, config.get("in_channels") or config.get("num_channels"))
         timestep = (0,) if isinstance(model, NoiseAwareClassifier) else ()

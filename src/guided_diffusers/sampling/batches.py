@@ -72,6 +72,10 @@ def sample(
     if indices is None:
         indices = range(len(labels))
     particles = call.get("particles") or 1
+    if call.get("resample") is False:
+        raise ValueError(
+            "resample=False: images are sampled to be of equal weight; call the pipeline for weighted ones"
+        )
     check_populations(indices, particles)
     labels = per_image(labels, particles)
     batch_size = max(batch_size - batch_size % particles, particles)
