@@ -8,8 +8,8 @@ closed-form: four Gaussians at the corners of a square, of which one has the lab
 samples of any scheduler. The mean of exp(log_evidence) of many populations, and how many standard errors it is from
 1/4. labels: the bundled Fashion-MNIST model without the label, whose labels are equally frequent; the median
 log_evidence of a few populations, against log 0.1, and, with --reference 1000, against the labels of so many images
-without guidance; run it again to resume. cost: CPU time of a call with particles over one of the same images
-without, both of the same steps, in turns; the median of the pairs' ratios.
+without guidance; run it again to resume. cost: CPU time of a call with particles, and of one with guidance_power, over
+one of the same images without, of the same steps, in turns; the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -162,25 +162,29 @@ def unguided(
 
 
 def cost(particles: int, pairs: int, steps: int) -> dict[str, Any]:
-    """CPU seconds of one population with its weights and of the same images without."""
-    pipeline, times = bundled("ddpm"), {"with": [], "without": []}
+    """CPU seconds of images as one population, and with a power, over those without."""
+    pipeline, results = bundled("ddpm"), {}
+    # all steps are guided, and evaluated, in each
     call = {"conditional": False, "num_inference_steps": steps, "guidance_scale": 1.0}
-    # of the same steps without particles, all are guided, and evaluated, too
-    without = {"guidance_start": 0.0, "guidance_every": 1, "guidance_algorithm": "mean"}
-    for pair in tqdm(range(pairs + 1)):  # the first warms up
-        for name, more in (("with", {"particles": particles}), ("without", without))[
-            :: (-1) ** pair
-        ]:
-            generator = [torch.Generator().manual_seed(i) for i in range(particles)]
-            start = time.process_time()
-            pipeline(7, particles, generator=generator, **call, **more)
-            times[name].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)][1:]
-    print(f"with over without particles: median {median(ratios):.3f} of {pairs} pairs")
-    print(
-        f"  from {min(ratios):.3f} to {max(ratios):.3f}; {median(times['without']):.2f} s without"
-    )
-    return {"particles": particles, "steps": steps, "ratio": median(ratios), "ratios": ratios}
+    call |= {"guidance_start": 0.0, "guidance_every": 1}
+    without = {**call, "guidance_algorithm": "mean"}
+    kinds = {
+        "particles": ({**call, "particles": particles, "guidance_every": None}, without),
+        "power": ({**without, "guidance_power": 3.0}, without),
+    }
+    for kind, calls in kinds.items():
+        times: tuple[list[float], list[float]] = ([], [])
+        for pair in tqdm(range(pairs + 1)):  # the first warms up
+            for k in (0, 1)[:: (-1) ** pair]:
+                generator = [torch.Generator().manual_seed(i) for i in range(particles)]
+                start = time.process_time()
+                pipeline(7, particles, generator=generator, **calls[k])
+                times[k].append(time.process_time() - start)
+        ratios = [a / b for a, b in zip(*times, strict=True)][1:]
+        print(f"with {kind} over without: median {median(ratios):.3f} of {pairs} pairs")
+        print(f"  from {min(ratios):.3f} to {max(ratios):.3f}; {median(times[1]):.2f} s without")
+        results[kind] = {"images": particles, "steps": steps, "ratios": ratios}
+    return results
 
 
 def main() -> None:
