@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from guided_diffusers import ClassifierGuidance, StepContext
 from guided_diffusers.classifier import NoiseAwareClassifier
+from guided_diffusers.noise import NoiseLevel, TrainedSchedule, schedule_config, x0_coefficients
 from guided_diffusers.standalone import self_contained
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -125,6 +127,61 @@ def test_the_input_gradient_is_the_slope(pool: str) -> None:
 
 
 @pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("plain", [{}, PLAIN], ids=["resnet", "conv"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_guidance_of_any_dimension_is_the_slope(dims: int, plain: dict, pool: str) -> None:
+    """scale * grad log p(y | x_t) of `ClassifierGuidance` against finite differences."""
+    size = SIZES[dims]
+    model = small(dims=dims, sample_size=size, pool=pool, **plain).double()
+    x, direction = (
+        images(2, 3, *size).double(),
+        images(2, 3, *size[::-1]).double().reshape(2, 3, *size),
+    )
+    level = NoiseLevel(0.6, 0.8, *x0_coefficients("epsilon", 0.6, 0.8))
+    step = StepContext(x, x, lambda x: x, level, 0, 1, 0.0)
+    score = ClassifierGuidance(model, [1, 2], scale=2.0).score(step)
+    t = TrainedSchedule(schedule_config(model), pure_noise=False).timestep(level)
+
+    def log_p(x: Tensor) -> Tensor:
+        return model(x, t).logits.log_softmax(1)[[0, 1], [1, 2]].sum()
+
+    with torch.no_grad():
+        slope = (log_p(x + 1e-5 * direction) - log_p(x - 1e-5 * direction)) / 2e-5
+    assert score.shape == x.shape
+    torch.testing.assert_close((score * direction).sum(), 2 * slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_signals_and_volumes_are_classified_saved_and_loaded(dims: int, tmp_path: Path) -> None:
+    size = SIZES[dims]
+    model, x = small(dims=dims, sample_size=size), images(2, 3, *size)
+    logits = model(x, 40).logits
+    assert logits.shape == (2, 3)
+    model.save_pretrained(tmp_path)
+    loaded = NoiseAwareClassifier.from_pretrained(tmp_path)
+    assert loaded.config.dims == dims and torch.equal(loaded(x, 40).logits, logits)
+    free = small(dims=dims, sample_size=8, pool="adaptive")
+    assert free.size == (8,) * dims and free(x, 40).logits.shape == (2, 3)
+
+
+def test_a_constant_axis_changes_nothing_of_an_average() -> None:
+    """A 3-D classifier whose kernels act in the first plane only is the 2-D one on its planes."""
+    plane, volume = (
+        small(dims=dims, pool="adaptive", sample_size=8, dropout=0.0).double() for dims in (2, 3)
+    )
+    weights = plane.state_dict()
+    for name, weight in volume.state_dict().items():
+        if weight.ndim == 5:
+            weight.zero_()
+            weight[..., weight.shape[-1] // 2] = weights[name]
+        else:
+            weight.copy_(weights[name])
+    x = images(2, 3, 8, 8).double()
+    repeated = x[..., None].expand(-1, -1, -1, -1, 4)
+    torch.testing.assert_close(volume(repeated, 40).logits, plane(x, 40).logits)
+
+
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(pool: str, dtype: torch.dtype) -> None:
     model = small(pool=pool)
@@ -160,11 +217,12 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(pool: str, tmp_path: Path) -> 
     assert NoiseAwareClassifier.from_config(loaded.config).config.id2label == LABELS
 
 
-@pytest.mark.parametrize("changes", [{}, PLAIN])
+@pytest.mark.parametrize("changes", [{}, PLAIN, {"dims": 1}])
 def test_gradient_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model, x = small(**changes).train(), images().requires_grad_()
+        model = small(**changes).train()
+        x = images(2, 3, *[16] * model.config.dims).requires_grad_()
         if checkpointing:
             model.enable_gradient_checkpointing()
         model(x, 40).logits.log_softmax(1)[:, 0].sum().backward()
@@ -189,6 +247,7 @@ EFFECTS: list[dict[str, Any]] = [
     {"time_proj_dim": 64},
     *({"pool": pool} for pool in POOLS[1:]),
 ]
+SIZES = {1: (24,), 2: (16, 12), 3: (8, 4, 6)}  # sample sizes by `dims`
 
 
 @pytest.mark.parametrize("changes", EFFECTS, ids=str)
@@ -251,7 +310,13 @@ def test_labels_are_derived_and_normalised() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sample_size": 15}, r"sample_size is 15; allowed: .*multiples of 2"),
-    ({"sample_size": (16, 16, 16)}, r"sample_size is \(16, 16, 16\)"),
+    ({"sample_size": (16, 16, 16)}, r"sample_size is \(16, 16, 16\).*one or two integers.*dims=2"),
+    (
+        {"sample_size": (16, 16), "dims": 1},
+        r"sample_size is \(16, 16\); allowed: an integer .*dims=1",
+    ),
+    ({"dims": 4}, "dims is 4; allowed: 1, 2 or 3"),
+    ({"dims": 2.0}, "dims is 2.0; allowed: 1, 2 or 3"),
     ({"sample_size": 0, "pool": "adaptive"}, "sample_size is 0"),
     ({"in_channels": 0}, "in_channels is 0; allowed: a positive integer"),
     ({"num_labels": 0}, "num_labels is 0; allowed: a positive integer"),

@@ -1,7 +1,8 @@
 """A classifier of noisy images: p(y | x_t), the encoder half of a diffusion UNet with a pooling
 head.
 
-It imports little on purpose: this file and `weights` travel to the Hub beside the weights, as one.
+It imports little on purpose: this file, `unet_blocks` and `weights` travel to the Hub beside the
+weights, as one.
 """
 
 import json
@@ -20,10 +21,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .unet_blocks import DownBlock, MidBlock, layer_class
 from .weights import check_saveable, check_variant, load_checked, saved_aside
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -32,6 +33,7 @@ DOWN_BLOCK_TYPES = {
     "conv": ("DownBlock2D", "AttnDownBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
 }
+SHAPES = {1: "(B, C, L)", 2: "(B, C, H, W)", 3: "(B, C, D, H, W)"}  # of samples, by `dims`
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial heads, fixed in the published architecture
 FILE = "guided_diffusers_classifier"  # what this file is called beside the weights
@@ -63,19 +65,19 @@ class NoiseAwareClassifierOutput(BaseOutput):
     logits: Tensor
 
 
-class AttentionPool2d(nn.Module):
-    """The attention output of the mean token over the mean token and all H * W tokens of a (B, C,
-    H, W) feature map.
+class AttentionPool(nn.Module):
+    """The attention output of the mean token over the mean token and the tokens of all places of a
+    (B, C, ...) feature map.
 
     Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021),
     section 2.4.
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, head_dim: int, out_features: int):
+    def __init__(self, size: tuple[int, ...], channels: int, head_dim: int, out_features: int):
         super().__init__()
         self.heads = channels // head_dim
         self.positional_embedding = nn.Parameter(
-            torch.randn(size[0] * size[1] + 1, channels) / channels**0.5
+            torch.randn(math.prod(size) + 1, channels) / channels**0.5
         )
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out_features)
@@ -101,13 +103,13 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     so an untrained classifier is uniform and its guidance is zero.
 
     Args:
-        sample_size: Height and width of the images, an integer if square. Fixed with
-            `pool="attention"`, whose positional embedding needs a multiple of 2 ** (levels - 1);
-            the other heads take any size.
+        sample_size: Height and width of the images, or the sizes of samples of other `dims`, an
+            integer if they are equal. Fixed with `pool="attention"`, whose positional embedding
+            needs a multiple of 2 ** (levels - 1); the other heads take any size.
         num_labels: Number of classes.
         down_block_types: One per level. "AttnDownBlock2D" has attention and down-samples by
             `downsample_type`; "DownBlock2D" ("conv") and "ResnetDownsampleBlock2D" ("resnet") have
-            none, and must agree with it.
+            none, and must agree with it. The names are the same for all `dims`.
         downsample_type: "resnet" (residual blocks with average pooling, as ADM) or "conv" (strided
             convolutions).
         resnet_time_scale_shift: "scale_shift" (the timestep scales and shifts the normalised
@@ -131,6 +133,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             E[p(y | x_0)^w | x_t], whose gradient is the exact guidance to p(x) p(y | x)^w
             (Lu et al. 2023, "Contrastive energy prediction for exact energy-guided diffusion
             sampling", section 3). For single labels. `None`: w = 1 only, the usual classifier.
+        dims: Dimensions of the samples: 1 (signals, (B, C, L)), 2 (images, (B, C, H, W)) or 3
+            (volumes, (B, C, D, H, W)). The architecture is the same.
 
     Raises:
         ValueError: For unknown or contradictory values; the message names argument, value and what
@@ -143,7 +147,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int | tuple[int, int] = 64,
+        sample_size: int | tuple[int, ...] = 64,
         in_channels: int = 3,
         num_labels: int = 1000,
         block_out_channels: tuple[int, ...] = (64, 128, 192, 256),
@@ -166,11 +170,12 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         trained_betas: list[float] | None = None,
         problem_type: str = "single_label_classification",
         power_range: tuple[float, float] | None = None,
+        dims: int = 2,
     ):
         super().__init__()
         config = self.config
         _check_kinds(config)
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = (sample_size,) * dims if isinstance(sample_size, int) else tuple(sample_size)
         head_dims = _head_dims(attention_head_dim, block_out_channels)
         _check_architecture(config, size, head_dims)
         _check_schedule(config)
@@ -182,15 +187,12 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         time_proj_dim = time_proj_dim or block_out_channels[0]
         self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_proj_dim, 4 * time_proj_dim)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.conv_in = layer_class("Conv", dims)(
+            in_channels, block_out_channels[0], kernel_size=3, padding=1
+        )
         options = _block_options(config, 4 * time_proj_dim)
         self.down_blocks = _down_blocks(config, head_dims, options)
-        self.mid_block = UNetMidBlock2D(
-            block_out_channels[-1],
-            attention_head_dim=head_dims[-1],
-            attn_groups=norm_num_groups,
-            **options,
-        )
+        self.mid_block = MidBlock(block_out_channels[-1], head_dims[-1], options)
         self.head = _head(self.config, size, head_dims[-1])
         last_layers = [self.last_layer]
         if power_range is not None:
@@ -220,7 +222,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         is p(y | x_t), whatever the weights are.
 
         Args:
-            sample: x_t, (B, C, H, W), as the training's forward process left it:
+            sample: x_t, (B, C, H, W) for `dims=2`, as the training's forward process left it:
                 sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with x0 in [-1, 1].
             timestep: t in [0, num_train_timesteps - 1] of the schedule in the config, fractional
                 allowed: a number, or a tensor () or (B,).
@@ -235,18 +237,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         is_tensor = torch.is_tensor(sample) and sample.is_floating_point()
         _require(is_tensor, "sample", getattr(sample, "dtype", sample), "a floating-point tensor")
         shape = tuple(sample.shape)
-        allowed = f"(B, {self.config.in_channels}, H, W)"
-        fits = len(shape) == 4 and shape[0] > 0 and shape[1] == self.config.in_channels
-        _require(fits, "sample.shape", shape, f"{allowed} with B of at least 1")
+        self._check_shape(shape)
         if not torch.is_autocast_enabled(sample.device.type):
             allowed = f"{self.dtype}, that of the weights"
             _require(sample.dtype == self.dtype, "sample.dtype", sample.dtype, allowed)
-        smallest = _smallest_size(self.config)
-        allowed = f"(B, C, H, W) with H and W of at least {smallest} for these levels"
-        _require(min(shape[2:]) >= smallest, "sample.shape", shape, allowed)
-        if self.config.pool == "attention":
-            allowed = f"(B, C, {self.size[0]}, {self.size[1]}) with pool='attention'"
-            _require(shape[2:] == self.size, "sample.shape", shape, allowed)
         last = self.config.num_train_timesteps - 1
         if torch.is_tensor(timestep):
             is_number = not timestep.is_complex() and timestep.dtype != torch.bool
@@ -280,7 +274,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             features += outputs
         hidden = self.mid_block(hidden, temb)
         if self.config.pool in ("spatial", "spatial_v2"):
-            hidden = torch.cat([feature.mean((2, 3)) for feature in (*features, hidden)], dim=1)
+            places = tuple(range(2, hidden.ndim))
+            hidden = torch.cat([feature.mean(places) for feature in (*features, hidden)], dim=1)
         logits = self.head(hidden)
         if self.config.power_range is not None:
             logits, d = logits.chunk(2, dim=1)
@@ -288,6 +283,20 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits = log_odds(wide) + log_w * d
         return NoiseAwareClassifierOutput(logits=logits) if return_dict else (logits,)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Check the shape of a sample."""
+        dims, channels = self.config.dims, self.config.in_channels
+        allowed = SHAPES[dims].replace("C", str(channels)) + f" for dims={dims}"
+        fits = len(shape) == dims + 2 and shape[0] > 0 and shape[1] == channels
+        _require(fits, "sample.shape", shape, f"{allowed}, B of at least 1")
+        smallest = _smallest_size(self.config)
+        allowed = f"{SHAPES[dims]} with sizes of at least {smallest} for these levels"
+        _require(min(shape[2:]) >= smallest, "sample.shape", shape, allowed)
+        if self.config.pool == "attention":
+            sizes = ", ".join(map(str, self.size))
+            allowed = f"(B, C, {sizes}) with pool='attention'"
+            _require(shape[2:] == self.size, "sample.shape", shape, allowed)
 
     def _log_power(self, power: Tensor | float, sample: Tensor) -> Tensor:
         """log w, (B, 1), in the weights' dtype."""
@@ -467,12 +476,12 @@ def _head_dims(attention_head_dim: Any, block_out_channels: tuple[int, ...]) -> 
 def _block_options(config: Any, temb_channels: int) -> dict[str, Any]:
     """What all residual blocks share."""
     return {
+        "dims": config.dims,
         "temb_channels": temb_channels,
+        "groups": config.norm_num_groups,
+        "eps": config.norm_eps,
         "dropout": config.dropout,
-        "resnet_eps": config.norm_eps,
-        "resnet_act_fn": "silu",
-        "resnet_groups": config.norm_num_groups,
-        "resnet_time_scale_shift": config.resnet_time_scale_shift,
+        "time_scale_shift": config.resnet_time_scale_shift,
     }
 
 
@@ -481,22 +490,19 @@ def _down_blocks(config: Any, head_dims: list[int], options: dict[str, Any]) -> 
     widths = config.block_out_channels
     blocks = nn.ModuleList()
     for level, kind in enumerate(config.down_block_types):
-        block = get_down_block(
-            kind,
+        block = DownBlock(
+            widths[max(level - 1, 0)],
+            widths[level],
             num_layers=config.layers_per_block,
-            in_channels=widths[max(level - 1, 0)],
-            out_channels=widths[level],
-            add_downsample=level < len(widths) - 1,
-            downsample_padding=1,
-            downsample_type=config.downsample_type,
-            attention_head_dim=head_dims[level],
-            **options,
+            head_dim=head_dims[level] if "Attn" in kind else None,
+            downsample_type=config.downsample_type if level < len(widths) - 1 else None,
+            options=options,
         )
         blocks.append(block)
     return blocks
 
 
-def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
+def _head(config: Any, size: tuple[int, ...], head_dim: int) -> nn.Sequential:
     widths, depth, pool = list(config.block_out_channels), config.layers_per_block, config.pool
     channels, groups, eps = widths[-1], config.norm_num_groups, config.norm_eps
     outputs = config.num_labels * (1 if config.power_range is None else 2)
@@ -512,11 +518,10 @@ def _head(config: Any, size: tuple[int, int], head_dim: int) -> nn.Sequential:
         )
     normed = (nn.GroupNorm(groups, channels, eps=eps), nn.SiLU())
     if pool == "adaptive":
-        return nn.Sequential(
-            *normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
-        )
-    grid = (size[0] >> (len(widths) - 1), size[1] >> (len(widths) - 1))
-    return nn.Sequential(*normed, AttentionPool2d(grid, channels, head_dim, outputs))
+        average = layer_class("AdaptiveAvgPool", config.dims)(1)
+        return nn.Sequential(*normed, average, nn.Flatten(), nn.Linear(channels, outputs))
+    grid = tuple(n >> (len(widths) - 1) for n in size)
+    return nn.Sequential(*normed, AttentionPool(grid, channels, head_dim, outputs))
 
 
 def _require(ok: bool, argument: str, value: Any, allowed: str) -> None:
@@ -542,9 +547,14 @@ def _check_kinds(config: Any) -> None:
     for name in ("dropout", "norm_eps", "beta_start", "beta_end"):
         _require(_is_number(config[name]), name, config[name], "a number")
     size, width = config.sample_size, config.time_proj_dim
-    sizes = size if isinstance(size, (list, tuple)) else (size, size)
-    fits = len(sizes) == 2 and all(_is_integer(n, MAX_WIDTH) for n in sizes)
-    _require(fits, "sample_size", size, f"one or two integers up to {MAX_WIDTH}")
+    dims, names = (
+        config.dims,
+        {1: "an integer", 2: "one or two integers", 3: "one or three integers"},
+    )
+    _require(_is_integer(dims, 3, 1), "dims", dims, "1, 2 or 3")
+    sizes = size if isinstance(size, (list, tuple)) else (size,) * dims
+    fits = len(sizes) == dims and all(_is_integer(n, MAX_WIDTH) for n in sizes)
+    _require(fits, "sample_size", size, f"{names[dims]} up to {MAX_WIDTH} for dims={dims}")
     _require(width is None or _is_integer(width, MAX_WIDTH), "time_proj_dim", width, "an integer")
     for name, kind in (("block_out_channels", Integral), ("down_block_types", str)):
         values = config[name]
@@ -620,10 +630,10 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
     _require(width is None or (width >= 2 and width % 2 == 0), "time_proj_dim", width, allowed)
     step = 2 ** (levels - 1) if pool == "attention" else 1
     smallest = _smallest_size(config)
-    allowed = f"one or two positive multiples of {step} for {levels} levels and pool={pool!r}"
+    allowed = f"positive multiples of {step} for {levels} levels and pool={pool!r}"
     allowed += f", at least {smallest}" if smallest > step else ""
     _require(
-        len(size) == 2 and all(n >= smallest and n % step == 0 for n in size),
+        all(n >= smallest and n % step == 0 for n in size),
         "sample_size",
         config.sample_size,
         allowed,
@@ -631,7 +641,7 @@ def _check_architecture(config: Any, size: tuple[int, ...], head_dims: list[int]
 
 
 def _smallest_size(config: Any) -> int:
-    """Smallest height and width of which the last level has a pixel left."""
+    """Smallest size of which the last level has a place left."""
     halves = len(config.block_out_channels) - 1
     return 2**halves if config.downsample_type == "resnet" else 1  # a convolution rounds up
 

@@ -51,7 +51,8 @@ def self_contained(cls: type) -> str:
     if is_pipeline:
         bodies.append(FOOTER)
     header = HEADER.format(name=cls.__name__) + _import_lines(imports)
-    return header + "\n" + "\n\n".join(bodies)
+    gap = "\n\n" if bodies[0].startswith(("def ", "class ", "@")) else "\n"
+    return header + gap + "\n\n".join(bodies)
 
 
 def _read(module: str) -> str:

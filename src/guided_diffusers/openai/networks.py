@@ -190,6 +190,8 @@ def _original_arguments(model: UNet2DModel | NoiseAwareClassifier) -> Arguments:
     config = model.config
     size, widths = config.sample_size, config.block_out_channels
     check(isinstance(size, int), f"sample_size is {size!r}; guided-diffusion allows an integer.")
+    dims = config.get("dims", 2)
+    check(dims == 2, f"dims is {dims}; only networks of images, dims=2, can be converted.")
     model_channels = config.get("time_proj_dim") or widths[0]
     attended = ["Attn" in name for name in config.down_block_types]
     residual = config.downsample_type == "resnet"
