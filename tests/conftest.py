@@ -37,9 +37,15 @@ SHAPE = (1, 4, 4)
 class Mixture:
     """Two classes, x0 | k ~ N(mean_k, std^2 I); at (alpha, sigma), x | k ~ N(alpha mean_k, (alpha std)^2 + sigma^2)."""
 
-    def __init__(self, seed: int = 0, std: float = 0.3, prior: tuple[float, float] = (0.4, 0.6)):
+    def __init__(
+        self,
+        seed: int = 0,
+        std: float = 0.3,
+        prior: tuple[float, float] = (0.4, 0.6),
+        shape: tuple[int, ...] = SHAPE,
+    ):
         generator = torch.Generator().manual_seed(seed)
-        self.means = 0.6 * torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
+        self.means = 0.6 * torch.randn(2, *shape, generator=generator, dtype=torch.float64)
         self.std, self.prior = std, torch.tensor(prior, dtype=torch.float64)
 
     def log_joint(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
@@ -58,7 +64,7 @@ class Mixture:
         if label is not None:
             return each[:, label]
         weights = self.log_joint(x, alpha, sigma).softmax(-1)
-        return (weights[:, :, None, None, None] * each).sum(1)
+        return (weights.reshape(*weights.shape, *[1] * (x.ndim - 1)) * each).sum(1)
 
 
 class Clock:
@@ -126,7 +132,9 @@ class OracleUNet(torch.nn.Module):
         self.sigma_data = sigma_data
         self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.config = SimpleNamespace(
-            sample_size=SHAPE[1:], in_channels=SHAPE[0], out_channels=SHAPE[0]
+            sample_size=tuple(mixture.means.shape[2:]),
+            in_channels=mixture.means.shape[1],
+            out_channels=mixture.means.shape[1],
         )
         self.calls = 0
 

@@ -919,7 +919,7 @@ def test_plain_modules_are_components() -> None:
     assert pipeline.num_labels == 3 and pipeline.dtype == torch.float32
     with pytest.raises(
         ValueError,
-        match="height and width, or latents, are needed: the network's config has no sample_size",
+        match="height and width, sample_shape, or latents, are needed: the network's config has no sample_size",
     ):
         images(pipeline, "owl")
     latents = torch.randn(1, 1, 8, 8)

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import Clock, Mixture, OracleClassifier, OracleUNet
+from conftest import SHAPE, Clock, Mixture, OracleClassifier, OracleUNet
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseLevel, StepContext
 from guided_diffusers.noise import x0_coefficients
@@ -230,9 +230,9 @@ def path(
     return states
 
 
-def difference(case: Case) -> tuple[float, float, int]:
+def difference(case: Case, shape: tuple[int, ...] = SHAPE) -> tuple[float, float, int]:
     """(largest difference of the paths, distance of the conditional's mean image from the class mean, gradients)"""
-    mixture, scheduler = Mixture(), getattr(diffusers, case.scheduler)(**case.config)
+    mixture, scheduler = Mixture(shape=shape), getattr(diffusers, case.scheduler)(**case.config)
     clock = (
         Clock(case.clock, scheduler.alphas_cumprod) if case.clock == "ddpm" else Clock(case.clock)
     )
@@ -271,6 +271,48 @@ def test_guided_unconditional_is_conditional(capsys: pytest.CaptureFixture) -> N
         print(f"{count} configurations")
     assert not wrong, "\n".join(wrong)
     assert count >= 60
+
+
+#: of each family of schedulers one or two
+OF_ANY_RANK = [
+    "DDPM epsilon",
+    "DDIM v_prediction",
+    "DDIM sample",
+    "PNDM epsilon skip_prk_steps=True",
+    "DPMSolverMultistep epsilon",
+    "DPMSolverMultistep v_prediction algorithm_type=sde-dpmsolver++",
+    "UniPCMultistep v_prediction",
+    "SASolver epsilon",
+    "LCM epsilon num_inference_steps=10",
+    "EulerDiscrete epsilon",
+    "EulerAncestralDiscrete epsilon",
+    "HeunDiscrete v_prediction",
+    "KDPM2Discrete epsilon",
+    "EDMDPMSolverMultistep edm_epsilon",
+    "FlowMatchEulerDiscrete flow shift=3.0",
+    "FlowMatchHeunDiscrete flow",
+    "IPNDM v_prediction",
+    "SCM trigflow num_inference_steps=2",
+]
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 8), (1, 2, 4, 2)], ids=["rank 2", "rank 3", "rank 5"])
+def test_guided_unconditional_is_conditional_at_any_rank(
+    shape: tuple[int, ...], capsys: pytest.CaptureFixture
+) -> None:
+    """Signals, volumes and vectors to the tolerance of images, in a table."""
+    by_name, lines, wrong = {case.name: case for case in CASES}, [], []
+    for name in OF_ANY_RANK:
+        apart, off, calls = difference(by_name[name], shape)
+        lines.append(f"{apart:9.1e}  {by_name[name].tolerance:7.0e}  {off:9.2f}  {name}")
+        if not (apart <= by_name[name].tolerance and off < 0.35 and calls > 0):
+            wrong.append(lines[-1])
+    with capsys.disabled():
+        print(
+            f"\nsamples of shape {shape}: guided - conditional path; allowed; mean; configuration"
+        )
+        print("\n".join(lines))
+    assert not wrong, "\n".join(wrong)
 
 
 def test_score_network_in_a_loop_of_ones_own() -> None:

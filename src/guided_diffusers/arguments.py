@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet1DModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .checks import check_bool, check_number, shown
+from .checks import check_bool, check_number, scalar, shown
 from .defaults import ALGORITHMS, DEFAULTS
 from .guidance import (
     ClassifierFreeGuidance,
@@ -22,7 +23,7 @@ from .guidance import (
     check_interval,
     scale_tensor,
 )
-from .images import as_pair, check_precision, down_sampling, low_resolution, start_image
+from .images import as_sizes, check_precision, down_sampling, low_resolution, start_image
 from .likelihood import MULTI, SINGLE, Labels, check_power, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
@@ -31,6 +32,7 @@ from .schedule_checks import check_custom_steps
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
 MAX_SIZE = 2**14  # height and width of an image
+MAX_LENGTH = 2**31 - 1  # of a dimension of any sample
 MAX_STEPS = 10**5  # of a run in continuous time
 #: of a call, which a preset is measured for: what the network gets, and what steers
 MODES = ("label", "classifier", "classifier_free", "upsampler", "particles")
@@ -67,7 +69,9 @@ class CallArguments:
     Attributes:
         batch_size: number of images.
         num_images_per_label: of them, consecutive.
-        sample_size: height and width of the samples, in pixels or latents.
+        sample_size: height and width of the samples, in pixels or latents, or the sizes of samples
+            of another rank; None: those of the call's latents.
+        channels: of the samples; None: as the network's config says.
         condition: of the network.
         terms: the guidance, without what is off.
         guider_options: `algorithm`, `every` and `tolerance` of `Guider`.
@@ -80,7 +84,7 @@ class CallArguments:
 
     batch_size: int
     num_images_per_label: int
-    sample_size: tuple[int, int] | None
+    sample_size: tuple[int, ...] | None
     condition: Condition
     terms: list[Guidance]
     guider_options: dict[str, Any]
@@ -89,6 +93,7 @@ class CallArguments:
     resample: bool
     start: torch.Tensor | None
     strength: float | None
+    channels: int | None = None
 
     def population(
         self, scheduler: Any, sample: torch.Tensor, generator: Any, eta: float
@@ -256,6 +261,7 @@ def resolve_arguments(
     *,
     conditional: bool | None,
     size: tuple[int | None, int | None],
+    sample_shape: Sequence[int] | None,
     latents: torch.Tensor | None,
     clip_x0: bool,
     output_type: str,
@@ -285,13 +291,17 @@ def resolve_arguments(
         num_images_per_label = particles or 1
     _check_call(pipeline, num_images_per_label, output_type, tensor_inputs)
     device = pipeline._execution_device
-    _check_latents(latents)
+    _check_latents(pipeline, latents)
     mixtures = _resolve_labels(pipeline, label, num_images_per_label)
     low_res, start, strength = _images_of_call(pipeline, call, latents, particles)
     given = latents if start is None else start
     batch_size = _batch_size(mixtures, num_images_per_label, given, low_res)
     _check_count(start, batch_size)
-    sample_size = _sample_size(pipeline, *size, given)
+    channels, sample_size = None, None
+    if sample_shape is None:
+        sample_size = _sample_size(pipeline, *size, given)
+    else:
+        channels, *sample_size = _check_sample_shape(sample_shape, *size, given)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
     settings = _call_settings(pipeline, call, class_labels)
@@ -318,6 +328,7 @@ def resolve_arguments(
         resample,
         start,
         strength,
+        channels,
     )
 
 
@@ -576,7 +587,7 @@ def check_output_type(output_type: Any) -> None:
         )
 
 
-def _check_latents(latents: Any) -> None:
+def _check_latents(pipeline: Any, latents: Any) -> None:
     is_tensor = isinstance(latents, torch.Tensor) and latents.is_floating_point()
     is_tensor = is_tensor and latents.layout == torch.strided and not latents.is_meta
     if latents is not None and not is_tensor:
@@ -586,8 +597,12 @@ def _check_latents(latents: Any) -> None:
             f"latents is a {type(latents).__name__} ({kind}); a dense floating-point torch.Tensor "
             "(B, C, H, W) is allowed"
         )
-    if latents is not None and latents.ndim != 4:
+    if latents is None:
+        return
+    if isinstance(pipeline.unet, UNet2DModel) and latents.ndim != 4:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; (B, C, H, W) is allowed")
+    if latents.ndim < 2:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; (B, C, ...) is allowed")
 
 
 def _resolve_labels(pipeline: Any, label: Labels | None, per_label: int) -> list[dict[int, float]]:
@@ -783,25 +798,71 @@ def _batch_size(
     return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
 
 
-def _check_classifier_size(classifier: Any, sample_size: tuple[int, int] | None) -> None:
+def _check_classifier_size(classifier: Any, sample_size: Sequence[int] | None) -> None:
     """Refuse samples of a size that the classifier doesn't take, before the network computes."""
     config = module_config(classifier)
-    if sample_size is None or config.get("pool") != "attention" or not config.get("sample_size"):
+    if sample_size is None:
         return
-    size = as_pair(config["sample_size"])
-    if size != tuple(sample_size):
+    dims = config.get("dims")
+    if dims is not None and dims != len(sample_size):
         raise ValueError(
-            "height and width: the samples have {} x {}, the classifier takes {} x {} only "
-            "(pool='attention' in its config); use that size, another classifier, or "
-            "guidance_scale=0".format(*sample_size, *size)
+            f"samples of {len(sample_size)} dimensions, {tuple(sample_size)}, and a classifier with "
+            f"dims={dims} in its config: use another classifier, or guidance_scale=0"
         )
+    if config.get("pool") != "attention" or not config.get("sample_size"):
+        return
+    size = as_sizes(config["sample_size"], dims or 2)
+    if size != tuple(sample_size):
+        names = "height and width" if len(size) == 2 else "sample_shape"
+        have, takes = (" x ".join(map(str, sizes)) for sizes in (sample_size, size))
+        raise ValueError(
+            f"{names}: the samples have {have}, the classifier takes {takes} only "
+            "(pool='attention' in its config); use that size, another classifier, or "
+            "guidance_scale=0"
+        )
+
+
+def _check_sample_shape(
+    sample_shape: Any, height: int | None, width: int | None, latents: torch.Tensor | None
+) -> list[int]:
+    """The shape of a sample, (C, ...), as a list."""
+    others = {"height": height, "width": width, "latents": latents}
+    if named := [name for name, value in others.items() if value is not None]:
+        raise ValueError(
+            f"sample_shape={shown(sample_shape)} with {', '.join(named)}: only one of them is allowed"
+        )
+    is_list = isinstance(sample_shape, (list, tuple)) and len(sample_shape) > 0
+    sizes = [scalar(n) for n in sample_shape] if is_list else []
+    if not sizes or not all(type(n) is int and 1 <= n <= MAX_LENGTH for n in sizes):
+        raise ValueError(
+            f"sample_shape={shown(sample_shape)}: (channels, size, ...), positive integers, is "
+            "allowed"
+        )
+    return sizes
+
+
+def _network_size(network: Any) -> tuple[int | None, ...]:
+    """Sizes of a network's samples, by its config: a list of any length, or an integer, which stands
+    for all dimensions (`dims`, by default 2, of a UNet1DModel 1); None where it doesn't say."""
+    config = module_config(network)
+    size = config.get("sample_size")
+    if isinstance(size, (list, tuple)):
+        sizes = tuple(size)
+    else:
+        sizes = (size,) * (config.get("dims") or (1 if isinstance(network, UNet1DModel) else 2))
+    if not all(n is None or (isinstance(n, int) and n > 0) for n in sizes):
+        raise ValueError(
+            f"unet: sample_size of its config is {shown(size)}; positive integers, one or one a "
+            "dimension, are allowed"
+        )
+    return sizes
 
 
 def _sample_size(
     pipeline: Any, height: int | None, width: int | None, latents: torch.Tensor | None
-) -> tuple[int, int] | None:
+) -> tuple[int, ...] | None:
     """Height and width of the samples, from those of the images, which default to the network's;
-    None: those of `latents`."""
+    of samples of another rank the network's; None: those of `latents`."""
     given = {"height": height, "width": width}
     named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     if latents is not None:
@@ -812,16 +873,16 @@ def _sample_size(
             )
         return None
     config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
-    size = config.get("sample_size")
-    own = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if len(own) != 2 or not all(n is None or (isinstance(n, int) and n > 0) for n in own):
+    size, own = config.get("sample_size"), _network_size(pipeline.unet)
+    if named and len(own) != 2:
         raise ValueError(
-            f"unet: sample_size of its config is {shown(size)}; one or two positive integers are "
-            "allowed"
+            f"{named}: the network's samples have {len(own)} dimensions, {own}, so they are no "
+            "images; sample_shape=(C, ...) is allowed"
         )
     if None in own and None in (height, width):
         raise ValueError(
-            "height and width, or latents, are needed: the network's config has no sample_size"
+            "height and width, sample_shape, or latents, are needed: the network's config has no "
+            "sample_size"
         )
     if not named:
         return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,16 +74,26 @@ def _scaling(
     return scaling, config.get("shift_factor") or 0.0
 
 
+def as_sizes(size: Any, dims: int, name: str = "sample_size") -> tuple[int, ...]:
+    """One size a dimension: an integer stands for all.
+
+    Raises:
+        ValueError: naming it `name`, for anything else.
+    """
+    sides = size if isinstance(size, (list, tuple)) else (size,) * dims
+    if len(sides) != dims:
+        sizes = "(height, width)" if dims == 2 else f"{dims} of them"
+        raise ValueError(f"{name}={shown(size)}: an integer, or {sizes}, is allowed")
+    return tuple(check_number(name, side, 1, integer=True) for side in sides)
+
+
 def as_pair(size: Any, name: str = "sample_size") -> tuple[int, int]:
     """(height, width) of a size: an integer, of a square, or a pair.
 
     Raises:
         ValueError: naming it `name`, for anything else.
     """
-    sides = size if isinstance(size, (list, tuple)) else (size, size)
-    if len(sides) != 2:
-        raise ValueError(f"{name}={shown(size)}: an integer, or (height, width), is allowed")
-    height, width = (check_number(name, side, 1, integer=True) for side in sides)
+    height, width = as_sizes(size, 2, name)
     return height, width
 
 
@@ -211,6 +222,31 @@ def join_low_resolution(sample: torch.Tensor, low_res: torch.Tensor) -> torch.Te
     C, h, w) enlarged bilinearly."""
     enlarged = F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([sample, enlarged.expand(len(sample), -1, -1, -1)], dim=1)
+
+
+def check_data_scale(mean: Any, std: Any) -> tuple[Any, Any]:
+    """`data_mean` and `data_std` of a pipeline: both None, or numbers, one or one a channel.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if mean is None and std is None:
+        return None, None
+    values = []
+    for name, value, low in (("data_mean", mean, -math.inf), ("data_std", std, 0)):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [check_number(name, item, low, above=low == 0) for item in items]
+        values.append(numbers if isinstance(value, (list, tuple)) else numbers[0])
+    return values[0], values[1]
+
+
+def in_data_units(samples: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:
+    """Arrays of the data, (B, C, ...), of samples x of a network that was trained on (data - mean) /
+    std: mean + std * x, in float32."""
+    samples = samples.float()
+    shape = (-1, *[1] * (samples.ndim - 2))
+    mean, std = (samples.new_tensor(value).reshape(shape) for value in (mean, std))
+    return mean + std * samples
 
 
 def convert(images: torch.Tensor, output_type: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,20 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from .checks import check_number, shown
+
+
+def network_output(
+    network: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """Output of a network that is called (sample, timestep), whether it returns a tensor, a tuple that
+    begins with it, or an object that has it as `.sample`."""
+    parameters = inspect.signature(unwrap_module(network).forward).parameters.values()
+    if any(p.name == "return_dict" or p.kind is p.VAR_KEYWORD for p in parameters):
+        kwargs["return_dict"] = False
+    output = network(sample, timestep, **kwargs)
+    if isinstance(output, (tuple, list)):
+        return output[0]
+    return output if isinstance(output, torch.Tensor) else output.sample
 
 
 def check_module(name: str, module: Any) -> None:

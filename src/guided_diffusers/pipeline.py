@@ -40,10 +40,25 @@ from .edits import AnomalyOutput, EditOutput, anomalies, edited, inverted
 from .families import check_training_schedule, training_schedule, training_warning
 from .guidance import Guidance, GuidanceSum
 from .guider import Guider, Prediction, exclusive_use
-from .images import as_pair, convert, decode, down_sampling, encode, join_low_resolution
+from .images import (
+    as_sizes,
+    check_data_scale,
+    convert,
+    decode,
+    down_sampling,
+    encode,
+    in_data_units,
+    join_low_resolution,
+)
 from .inversion import ProbabilityFlow
 from .likelihood import REGRESSION, Labels
-from .networks import check_module, evaluating, naming_dtypes, no_parameter_grad
+from .networks import (
+    check_module,
+    evaluating,
+    naming_dtypes,
+    network_output,
+    no_parameter_grad,
+)
 from .noise import (
     NoiseLevel,
     begin_midway,
@@ -122,8 +137,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     """Generate images of a label by guiding a diffusion network with a noise-aware classifier.
 
     Args:
-        unet: the network, `UNet2DModel` or anything called like it: (sample, timestep[,
-            class_labels]) -> `.sample`. It predicts what the scheduler's `prediction_type` says.
+        unet: the network, `UNet2DModel`, `UNet1DModel` or anything called like them: (sample,
+            timestep[, class_labels]) -> `.sample`, a tuple or a tensor. The timestep is a tensor (),
+            and (B,) for samples of another rank than images. It predicts what the scheduler's
+            `prediction_type` says.
         scheduler: a Diffusers scheduler of continuous samples, except `noise.OUT_OF_REACH`.
         classifier: `NoiseAwareClassifier`, or any module (sample, timestep) -> `.logits` with the
             noise schedule of its training in its `config`; None: the network alone.
@@ -141,9 +158,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             "upsampler" with image.
         training_schedule: of the network's training, `training_schedule(scheduler)` of its
             scheduler; calls with a scheduler that differs in it log a warning. None: `scheduler`'s.
+        data_mean, data_std: the network was trained on (data - data_mean) / data_std; each a number,
+            or one a channel. The output is then in the data's units. None: images, whose [-1, 1]
+            becomes [0, 1], or samples of another rank, as they are.
 
     Raises:
-        ValueError: for other names in `defaults`, or a network that has weights without values.
+        ValueError: for other names in `defaults`, a `data_mean` without `data_std` or beside a
+            `vae`, or a network that has weights without values.
     """
 
     model_cpu_offload_seq = (
@@ -164,6 +185,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         defaults: dict[str, Any] | None = None,
         training_schedule: dict[str, Any] | None = None,
+        data_mean: float | list[float] | None = None,
+        data_std: float | list[float] | None = None,
     ):
         super().__init__()
         for name, module in (("unet", unet), ("classifier", classifier), ("vae", vae)):
@@ -178,6 +201,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.register_to_config(id2label=names, defaults=check_defaults(defaults))
         trained = check_training_schedule(training_schedule, scheduler)
         self.register_to_config(training_schedule=trained)
+        data_mean, data_std = check_data_scale(data_mean, data_std)
+        if data_mean is not None and vae is not None:
+            raise ValueError(
+                f"data_mean={shown(data_mean)}: None is allowed with a vae, which has the scaling of "
+                "its latents in its own config"
+            )
+        self.register_to_config(data_mean=data_mean, data_std=data_std)
 
     # ------------------------------------------------------------ loading and saving
 
@@ -365,6 +395,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         particles: int | None = None,
         resample: bool = True,
         strength: float | None = None,
+        sample_shape: Sequence[int] | None = None,
     ) -> GuidedImageOutput | tuple[Any]:
         """Generate images. Arguments left at `None` use `pipeline.config.defaults` where it has
         them.
@@ -389,11 +420,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 class embeddings and the label is a single one; mixtures are left to the classifier.
                 False: it gets its null label (id `num_labels`), as for dropped labels in training.
             generator: one, or one per image; with the latter an image is the same in any batch.
-            latents: the starting noise (B, C, H, W) of unit variance; drawn from `generator` by
-                default. With `strength`: samples of that noise level, in the scheduler's own space,
-                with which the run goes on.
+            latents: the starting noise (B, C, H, W) of unit variance, or (B, C, ...) of any rank;
+                drawn from `generator` by default. With `strength`: samples of that noise level, in
+                the scheduler's own space, with which the run goes on.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent": the
-                final sample.
+                final sample. Of samples of another rank than images, or with a `data_std` in the
+                pipeline's config: "np" or "pt", (B, C, ...) in the data's units, or "latent".
             return_dict: `GuidedImageOutput` with `.images`, `.guidance_evaluations` and
                 `.settings`, else a tuple (images,).
             callback_on_step_end: called as (pipeline, index, timestep, tensors) after each step;
@@ -442,6 +474,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             strength: the fraction of the run that is made, its end, in [0, 1]: `image` gets noise of
                 the level where that begins, as in Diffusers' img2img. 0 returns the image, 1 starts
                 from the run's first level. Guidance intervals count from there.
+            sample_shape: the shape of a sample, (C, ...) of any rank, where the network's config has
+                no `in_channels` and `sample_size`, or takes others.
 
         Raises:
             ValueError: for any other argument, or a scheduler that can't be guided.
@@ -477,6 +511,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             call,
             conditional=conditional,
             size=(height, width),
+            sample_shape=sample_shape,
             latents=latents,
             clip_x0=clip_x0,
             output_type=output_type,
@@ -545,7 +580,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> GuidedImageOutput | tuple[Any]:
         """What the call returns, of images in [-1, 1] or latents, and its other results."""
         check_images(images, "in the output")
-        output = images if output_type == "latent" else convert(images, output_type)
+        output = images if output_type == "latent" else self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return GuidedImageOutput(output, **results) if return_dict else (output,)
 
@@ -673,7 +708,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         first: int,
     ) -> torch.Tensor:
-        """The sample that step `first` takes, (B, C, H, W), in the network's dtype."""
+        """The sample that step `first` takes, (B, C, ...), in the network's dtype."""
         batch_size, low_res = arguments.batch_size, arguments.condition.low_res
         device = self._execution_device
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -689,13 +724,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             level = noise_levels(copy(self.scheduler))[first]
             return (level.alpha * x0 + level.sigma * noise).to(self.dtype)
         if latents is None:
-            channels = module_config(self.unet).get("in_channels")
+            channels = arguments.channels or module_config(self.unet).get("in_channels")
             if not channels:
-                raise ValueError("latents is needed: the network's config has no in_channels")
-            channels -= 0 if low_res is None else low_res.shape[1]
+                raise ValueError(
+                    "sample_shape, or latents, is needed: the network's config has no in_channels"
+                )
+            if not arguments.channels:
+                channels -= 0 if low_res is None else low_res.shape[1]
             shape = (batch_size, channels, *arguments.sample_size)
             latents = randn_tensor(shape, generator, device, self.dtype)
-        elif latents.ndim != 4 or latents.shape[0] != batch_size:
+        elif latents.shape[0] != batch_size:
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; ({batch_size}, C, H, W) is allowed"
             )
@@ -732,24 +770,31 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if warning := accuracy_warning(self.scheduler, levels):
             logger.warning(warning)
 
-    def _check_channels(self, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> None:
+    def _check_channels(
+        self, latents: torch.Tensor, low_res: torch.Tensor | None = None, has_shape: bool = False
+    ) -> None:
+        name = "sample_shape" if has_shape else "latents"
         channels, size = latents.shape[1], tuple(latents.shape[2:])
         config = module_config(self.unet)
         known = (config.get("in_channels") or channels) - (
             0 if low_res is None else low_res.shape[1]
         )
         if channels != known:
-            raise ValueError(f"latents has {channels} channels; the network's {known} are allowed")
+            raise ValueError(f"{name} has {channels} channels; the network's {known} are allowed")
+        if isinstance(self.unet, UNet2DModel) and len(size) != 2:
+            raise ValueError(
+                f"sample_shape={tuple(latents.shape[1:])}: the network, a UNet2DModel, allows (C, H, W)"
+            )
         unit = down_sampling(config) if isinstance(self.unet, UNet2DModel) else 1
         if any(n % unit for n in size):
-            raise ValueError(f"latents has size {size}; multiples of {unit} are allowed")
+            raise ValueError(f"{name} has size {size}; multiples of {unit} are allowed")
 
     def _check_shapes(
         self, latents: torch.Tensor, arguments: CallArguments, output_type: str
     ) -> None:
         low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
         size = tuple(latents.shape[2:])
-        self._check_channels(latents, low_res)
+        self._check_channels(latents, low_res, arguments.channels is not None)
         of_vae = module_config(self.vae).get("latent_channels") or channels
         if output_type != "latent" and of_vae != channels:
             raise ValueError(
@@ -758,15 +803,34 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         for module in GuidanceSum(arguments.terms).modules():
             guide = module_config(module)
-            if guide.get("pool") == "attention" and as_pair(guide["sample_size"]) != size:
+            dims = guide.get("dims") or len(size)
+            if dims != len(size):
                 raise ValueError(
-                    f"height, width, latents: samples of size {size}; the classifier allows only "
-                    f"{as_pair(guide['sample_size'])}, as it has pool='attention'"
+                    f"samples of {len(size)} dimensions, {size}; the classifier's {dims} are allowed"
+                )
+            if guide.get("pool") != "attention":
+                continue
+            if (allowed := as_sizes(guide["sample_size"], dims)) != size:
+                raise ValueError(
+                    f"height, width, sample_shape, latents: samples of size {size}; the classifier "
+                    f"allows only {allowed}, as it has pool='attention'"
                 )
         if low_res is not None and len(low_res) not in (1, batch_size):
             raise ValueError(
                 f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "
                 "allowed"
+            )
+        for name in ("data_mean", "data_std"):
+            values = self.config.get(name)
+            if isinstance(values, list) and len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name} in the pipeline's config is of {len(values)} channels; the samples have "
+                    f"{channels}"
+                )
+        if output_type == "pil" and self._are_arrays(latents):
+            raise ValueError(
+                f"output_type='pil': samples {('B', *latents.shape[1:])} of this pipeline are no "
+                "pictures but arrays; 'np', 'pt' and 'latent' are allowed"
             )
         if output_type == "pil" and self.vae is None and channels not in (1, 3, 4):
             raise ValueError(
@@ -839,8 +903,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if class_labels[0] is not None:
             rows = [labels.to(x.device).expand(batch_size) for labels in class_labels]
             kwargs["class_labels"] = torch.cat(rows)
-        t = t.expand(len(x)) if self._is_dit else t  # a DiT takes no timestep without a dimension
-        output = (network or self.unet)(x, t, **kwargs, return_dict=False)[0]
+        if self._is_dit or x.ndim != 4:  # a DiT takes no timestep without a dimension
+            t = t.expand(len(x))
+        output = network_output(network or self.unet, x, t, **kwargs)
         prediction, variance = split_variance(output, channels)
         if variance is None and network is None and reads_variance(self.scheduler):
             raise ValueError(
@@ -861,6 +926,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Latents, of images in [-1, 1]: the mean that the autoencoder gives them."""
         images = images.to(self._execution_device)
         return images if self.vae is None else encode(self.vae, images)[0]
+
+    def _are_arrays(self, samples: torch.Tensor) -> bool:
+        """Whether samples are arrays of data, rather than images in [-1, 1] or latents of such."""
+        has_scale = self.config.get("data_std") is not None
+        return has_scale or (self.vae is None and samples.ndim != 4)
+
+    def _convert(self, images: torch.Tensor, output_type: str) -> Any:
+        """What the call returns, of the final samples or decoded images."""
+        if not self._are_arrays(images):
+            return convert(images, output_type)
+        if self.config.get("data_std") is not None:
+            images = in_data_units(images, self.config.data_mean, self.config.data_std)
+        return images.float() if output_type == "pt" else images.float().cpu().numpy()
 
 
 def _callback_tensors(

@@ -51,11 +51,11 @@ def check_images(images: torch.Tensor, place: str) -> None:
 
 
 def check_unit_variance(latents: torch.Tensor, level: NoiseLevel) -> None:
-    """Warn of a starting sample, (B, C, H, W), whose size is not that of its noise level; where
+    """Warn of a starting sample, (B, C, ...), whose size is not that of its noise level; where
     images show, it may be any."""
     if level.sigma < 2 * level.alpha or latents[0].numel() < 64:
         return
-    rms = latents.double().square().mean((1, 2, 3)).sqrt() / hypot(level.alpha, level.sigma)
+    rms = latents.double().square().flatten(1).mean(1).sqrt() / hypot(level.alpha, level.sigma)
     if ((rms < 0.5) | (rms > 2)).any():
         logger.warning(
             "latents: their root mean square is %s; noise of unit variance is expected",
