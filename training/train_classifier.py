@@ -56,6 +56,7 @@ from guided_diffusers.diagnosis import (
 )
 from guided_diffusers.evaluation import load_network
 from guided_diffusers.learning.annotations import TargetedImages
+from guided_diffusers.learning.arrays import LabelledArrays
 from guided_diffusers.learning.batches import Batch
 from guided_diffusers.learning.classifier_losses import METRICS, REGRESSION, SINGLE, held_out_scores
 from guided_diffusers.learning.classifier_objective import (
@@ -258,8 +259,18 @@ def make_classifier(
         label2id=None,
         problem_type=options.problem_type,
         power_range=None if options.max_power is None else (1.0, options.max_power),
+        **array_settings(data),
         **schedule,
     )
+
+
+def array_settings(data: Images | TargetedImages) -> dict[str, Any]:
+    """Config entries of a classifier of arrays; none for images."""
+    data = data.images if isinstance(data, TargetedImages) else data
+    if not isinstance(data, LabelledArrays):
+        return {}
+    scale = {"data_mean": data.data_mean, "data_std": data.data_std}
+    return {"dims": len(data.size), **scale}
 
 
 def make_teacher(

@@ -28,6 +28,10 @@
 with --vae `vae`, and the label names. Beside them: `metrics.json` (held-out loss at ten noise
 levels) and `samples-STEP.png`. The model is a UNet2DModel, or a DiTTransformer2DModel if that is
 the `_class_name` of --model_config_name_or_path.
+
+Data may also be arrays, (C, ...) of any channels: a column of arrays or nested lists, or .npy files
+in one folder per label. Signals, (C, L), get a UNet1DModel, and others a model of the config's class.
+Their scale (--data_scale) is saved with the pipeline, whose samples are in the data's units.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
+import diffusers
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -50,6 +56,8 @@ from diffusers import (
     DDPMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UNet1DModel,
     UNet2DModel,
 )
 from diffusers.models.embeddings import LabelEmbedding
@@ -58,6 +66,7 @@ from diffusers.utils import make_image_grid
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.cli_options import run_program
 from guided_diffusers.images import as_pair, size_text
+from guided_diffusers.learning.arrays import LabelledArrays
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
 from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
 from guided_diffusers.learning.held_out import held_out_metrics
@@ -81,8 +90,9 @@ from guided_diffusers.learning.options import (
     parse,
 )
 from guided_diffusers.learning.prepare import Images, load_data, load_scheduler, make_model
+from guided_diffusers.networks import network_output
 
-Denoiser = UNet2DModel | DiTTransformer2DModel
+Denoiser = UNet2DModel | DiTTransformer2DModel | UNet1DModel | ModelMixin
 Scheduler = DDPMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
 DEFAULT_UNET = {
     "block_out_channels": [64, 128, 256, 256],
@@ -91,6 +101,16 @@ DEFAULT_UNET = {
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     "attention_head_dim": 64,
     "resnet_time_scale_shift": "scale_shift",
+}
+DEFAULT_UNET_1D = {
+    "block_out_channels": [64, 128, 256],
+    "down_block_types": ["DownResnetBlock1D"] * 3,
+    "up_block_types": ["UpResnetBlock1D"] * 2,
+    "mid_block_type": "MidResTemporalBlock1D",
+    "out_block_type": "OutConv1DBlock",
+    "time_embedding_type": "positional",
+    "use_timestep_embedding": True,
+    "act_fn": "mish",
 }
 DIFFUSION_OPTIONS = """prediction_type rescale_betas_zero_snr snr_gamma scheduler ddpm_num_steps
 ddpm_beta_schedule timestep_sampler bits_per_dim_images""".split()  # not for flow matching
@@ -160,8 +180,9 @@ class UNetOptions(Options):
         return self.objective not in ("simple", "flow_matching")
 
 
-def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
-    """The noise schedule to train with, and the scheduler that is saved.
+def make_schedulers(options: UNetOptions, has_range: bool) -> tuple[Scheduler, Scheduler]:
+    """The noise schedule to train with, and the scheduler that is saved, for data that are within
+    [-1, 1] or not.
 
     With zero terminal SNR the saved one starts at the noisiest timestep (trailing spacing; Lin et
     al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.3).
@@ -169,7 +190,7 @@ def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
     if options.flow_matching:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=options.flow_shift or 1.0)
         return scheduler, scheduler
-    scheduler = load_scheduler(options, options.prediction_type)
+    scheduler = load_scheduler(options, options.prediction_type, has_range)
     if options.rescale_betas_zero_snr:
         scheduler = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
     if options.learned_variance:
@@ -194,7 +215,7 @@ def make_schedulers(options: UNetOptions) -> tuple[Scheduler, Scheduler]:
 
 
 def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
-    """A UNet2DModel, or a DiTTransformer2DModel if the config is one's, for these images."""
+    """A UNet2DModel, of signals a UNet1DModel, or a model of the config's class, for these data."""
     if options.class_conditional and not data.id2label:
         raise ValueError(
             "--class_conditional: the dataset has no column of class ids; --label_column can name "
@@ -211,10 +232,47 @@ def make_denoiser(options: UNetOptions, data: Images) -> Denoiser:
             config = UNet2DModel.load_config(options.model_config_name_or_path)
     if isinstance(config, dict) and config.get("_class_name") == DiTTransformer2DModel.__name__:
         return make_dit(options, data, settings)
+    if isinstance(data, LabelledArrays) and (len(data.size) != 2 or is_other(config)):
+        return make_array_denoiser(options, data, settings, config)
     settings["num_class_embeds"] = len(data.id2label) + 1 if options.class_conditional else None
     model = make_model(UNet2DModel, options, DEFAULT_UNET, **settings)
     levels = len(model.config.block_out_channels)
     check_resolution(options, data, 2 ** (levels - 1), f"{levels} levels")
+    return model
+
+
+def is_other(config: dict[str, Any]) -> bool:
+    """Whether a config is of another model class of Diffusers than a UNet2DModel."""
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    is_model = isinstance(cls, type) and issubclass(cls, ModelMixin)
+    return is_model and not issubclass(cls, UNet2DModel)
+
+
+def make_array_denoiser(
+    options: UNetOptions, data: LabelledArrays, settings: dict[str, Any], config: dict[str, Any]
+) -> Denoiser:
+    """A UNet1DModel of signals, or a model of the config's class, called (sample, timestep)."""
+    path = options.model_config_name_or_path
+    if options.class_conditional:
+        raise ValueError(
+            "--class_conditional: it is allowed with images, and arrays of two dimensions, whose "
+            f"UNet2DModel has class embeddings; these arrays are {data.shape}, so guide by a "
+            "classifier"
+        )
+    if is_other(config):
+        return make_model(getattr(diffusers, config["_class_name"]), options, {}, **settings)
+    if len(data.size) != 1:
+        raise ValueError(
+            f"--model_config_name_or_path {path}: for arrays {data.shape} a config is needed whose "
+            "_class_name is that of a model of Diffusers that is called (sample, timestep)"
+        )
+    model = make_model(UNet1DModel, options, DEFAULT_UNET_1D, **settings)
+    unit = 2 ** (len(model.config.block_out_channels) - 1)
+    if data.size[0] % unit:
+        raise ValueError(
+            f"--model_config_name_or_path {path}: arrays of length {data.size[0]}; multiples of "
+            f"{unit} are allowed for a UNet1DModel of {len(model.config.block_out_channels)} levels"
+        )
     return model
 
 
@@ -292,10 +350,9 @@ class DenoisingLoss:
         snr_gamma: float | None = None,
     ) -> torch.Tensor:
         """The loss of each image, (B,)."""
-        x0, labels = batch["pixel_values"], None
-        if self.options.class_conditional:
-            labels = batch["label"]
-        output = model(self.process.noised(x0, eps, t), t, class_labels=labels).sample
+        x0 = batch["pixel_values"]
+        labels = {"class_labels": batch["label"]} if self.options.class_conditional else {}
+        output = network_output(model, self.process.noised(x0, eps, t), t, **labels)
         objective = "simple" if self.options.flow_matching else self.options.objective
         losses = diffusion_loss(self.process, output.float(), x0, eps, t, objective, snr_gamma)
         return losses["loss"]
@@ -345,18 +402,23 @@ def mean_bits_per_dim(loss: DenoisingLoss, held_out: Images, model: Denoiser) ->
 
 
 def draw_samples(pipeline: ClassifierGuidedPipeline, path: Path, count: int) -> None:
-    """Save a picture of about `count` samples, one row per label."""
+    """Save a picture of about `count` samples, one row per label; of arrays an .npz file."""
+    arrays = pipeline.config.data_std is not None
     pipeline.set_progress_bar_config(disable=True)
     labels = list(range(pipeline.num_labels or 0))[:count] or None
     rows = len(labels) if labels else 1
     images = pipeline(
         labels,
+        output_type="np" if arrays else "pil",
         num_images_per_label=max(1, count // rows),
         guidance_scale=0.0,
         num_inference_steps=min(50, pipeline.scheduler.config.num_train_timesteps),
         generator=torch.Generator().manual_seed(0),
     ).images
-    make_image_grid(images, rows, len(images) // rows).save(path)
+    if arrays:
+        np.savez(path.with_suffix(".npz"), images)
+    else:
+        make_image_grid(images, rows, len(images) // rows).save(path)
 
 
 def next_steps(options: UNetOptions) -> list[str]:
@@ -379,7 +441,11 @@ def main() -> None:
         accelerator = make_accelerator(options)
         vae = load_vae(options.vae)
         data, held_out = load_data(options, accelerator, vae, labelled=options.class_conditional)
-        scheduler, saved_scheduler = make_schedulers(options)
+        are_arrays = isinstance(data, LabelledArrays)
+        if are_arrays and options.bits_per_dim_images:
+            value = f"--bits_per_dim_images {options.bits_per_dim_images}"
+            raise ValueError(f"{value}: with arrays 0 is allowed, since they are bits of pixels")
+        scheduler, saved_scheduler = make_schedulers(options, has_range=not are_arrays)
         loss = DenoisingLoss(options, accelerator, scheduler, len(data.id2label))
         set_seed(options.seed)
         trainer = Trainer(options, accelerator, make_denoiser(options, data), data)
@@ -390,7 +456,8 @@ def main() -> None:
         vae.enable_slicing()  # decode the images of a picture one by one
     names = data.id2label if options.class_conditional else None
 
-    make_pipeline = partial(ClassifierGuidedPipeline, vae=vae, id2label=names)
+    scale = {"data_mean": data.data_mean, "data_std": data.data_std} if are_arrays else {}
+    make_pipeline = partial(ClassifierGuidedPipeline, vae=vae, id2label=names, **scale)
 
     # 2. Train, save, publish
     sampler = scheduler

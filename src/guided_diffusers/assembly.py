@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoModel, SchedulerMixin
 
 from .classifier import NoiseAwareClassifier
-from .images import as_pair
 from .noise import module_config
 from .pipeline import ClassifierGuidedPipeline
 from .utils import is_hub_id, load_pipeline, scheduler_for
@@ -56,6 +56,8 @@ def assembled(
         trained.config.id2label,
         {**trained.config.defaults, **(defaults or {})},
         trained.config.training_schedule,
+        trained.config.get("data_mean"),
+        trained.config.get("data_std"),
     )
     _check_fit(pipeline, trained.config.id2label)
     return pipeline
@@ -65,7 +67,9 @@ def network_mismatches(config: Mapping[str, Any], unet_config: Mapping[str, Any]
     """Differences of a classifier's config and a network's: size, channels and number of labels."""
     mismatches = []
     size, unet_size = config.get("sample_size"), unet_config.get("sample_size")
-    if None not in (size, unet_size) and as_pair(size) != as_pair(unet_size):
+    dims = config.get("dims") or 2
+    sizes = [tuple(n) if isinstance(n, (list, tuple)) else (n,) * dims for n in (size, unet_size)]
+    if None not in (size, unet_size) and sizes[0] != sizes[1]:
         mismatches.append(f"the classifier's size is {size}, the network's {unet_size}")
     channels, unet_channels = config.get("in_channels"), unet_config.get("in_channels")
     upsampling = unet_channels == unet_config.get("out_channels") == 2 * (channels or 0)
@@ -115,6 +119,11 @@ def _check_fit(pipeline: ClassifierGuidedPipeline, network_names: Mapping[int, s
         mismatches.append(
             f"the autoencoder has {latents} latent channels, the network's output {channels}"
         )
+    for name in ("data_mean", "data_std") if pipeline.classifier is not None else ():
+        guide, network = config.get(name), pipeline.config.get(name)
+        is_known = guide is not None and network is not None
+        if guide is not network and not (is_known and np.allclose(guide, network, rtol=1e-3)):
+            mismatches.append(f"the classifier's {name} is {guide}, the network's {network}")
     names = pipeline.config.id2label
     if network_names and names and network_names != names:
         mismatches.append(

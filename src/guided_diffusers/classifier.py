@@ -133,6 +133,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             E[p(y | x_0)^w | x_t], whose gradient is the exact guidance to p(x) p(y | x)^w
             (Lu et al. 2023, "Contrastive energy prediction for exact energy-guided diffusion
             sampling", section 3). For single labels. `None`: w = 1 only, the usual classifier.
+        data_mean, data_std: The data that it was trained on are (data - data_mean) / data_std; each
+            a number, or one a channel. A judge of arrays reads them. `None`: images in [-1, 1].
         dims: Dimensions of the samples: 1 (signals, (B, C, L)), 2 (images, (B, C, H, W)) or 3
             (volumes, (B, C, D, H, W)). The architecture is the same.
 
@@ -171,6 +173,8 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         problem_type: str = "single_label_classification",
         power_range: tuple[float, float] | None = None,
         dims: int = 2,
+        data_mean: float | list[float] | None = None,
+        data_std: float | list[float] | None = None,
     ):
         super().__init__()
         config = self.config
@@ -574,6 +578,15 @@ def _check_kinds(config: Any) -> None:
     betas = config.trained_betas
     fits = isinstance(betas, (list, tuple)) and all(map(_is_number, betas))
     _require(betas is None or fits, "trained_betas", betas, "None or a list of numbers")
+    for name in ("data_mean", "data_std"):
+        values = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
+        fits = (
+            values == [None]
+            or (len(values) in (1, config.in_channels))
+            and all(_is_number(value) and (name == "data_mean" or value > 0) for value in values)
+        )
+        fits = fits and (config.data_mean is None) == (config.data_std is None)
+        _require(fits, name, config[name], "None, or numbers, one or one a channel, with the other")
     for name in ("id2label", "label2id"):
         fits = isinstance(config[name], (Mapping, type(None)))
         _require(fits, name, config[name], "a mapping, or None")

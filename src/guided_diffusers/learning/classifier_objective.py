@@ -159,7 +159,8 @@ class ScoreModel:
         labels = None if self.null_label is None else torch.full_like(t, self.null_label)
         output = self.unet(x_t, timestep, class_labels=labels).sample.float()
         output, _ = split_variance(output, self.channels)
-        return c_x[:, None, None, None] * x_t + c_out[:, None, None, None] * output
+        c_x, c_out = (c.reshape(-1, *[1] * (x_t.ndim - 1)) for c in (c_x, c_out))
+        return c_x * x_t + c_out * output
 
 
 def check_score_model(

@@ -38,6 +38,7 @@ from pyarrow import ArrowException
 from ..images import as_pair, config_size
 from ..text import printable
 from .batches import generator_for
+from .npy import has_npy_files, load_npy_folder
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
 GREY_MODES = {"1", "L", "LA", *SIXTEEN_BIT_MODES}
@@ -56,9 +57,9 @@ def load_splits(
     """All splits of a dataset.
 
     Args:
-        name_or_folder: a name on the Hub, an image folder (one folder per label), a folder of
-            Parquet or tar files (WebDataset), or a pattern (`*`, `?`, `[...]`) of such files, which
-            become the split `train`.
+        name_or_folder: a name on the Hub, an image folder (one folder per label), such a folder of
+            .npy files (`load_npy_folder`), a folder of Parquet or tar files (WebDataset), or a
+            pattern (`*`, `?`, `[...]`) of such files, which become the split `train`.
         streaming: read rows while iterating, never all of them at once.
 
     Raises:
@@ -79,6 +80,8 @@ def _load_splits(
     if folder.exists():
         for file in folder.rglob("*.tar"):
             check_tar(file)
+        if has_npy_files(folder):
+            return load_npy_folder(folder)
         splits = load_dataset(str(folder), config_name, streaming=streaming)
         check_all_read(folder, splits)
         return splits
@@ -310,9 +313,9 @@ class ImageRows(torch.utils.data.Dataset):
         self.refuse_colour |= self.channels is None
         self.size = as_pair(self.resolution, "resolution")
         self.resolution = config_size(self.size)
-        names, features = self.dataset.column_names, self.dataset.features
+        names = self.dataset.column_names
         self.image_column = find_column(self.dataset, self.image_column, "image_column", Image)
-        feature, columns = features[self.image_column], [self.image_column]
+        feature = self.dataset.features[self.image_column]
         if feature == Value("binary") or isinstance(feature, dict) and "bytes" in feature:
             feature = Image()
             self.dataset = self.dataset.cast_column(self.image_column, feature)
@@ -321,6 +324,16 @@ class ImageRows(torch.utils.data.Dataset):
                 f"image_column={self.image_column!r} holds {feature}, not images; the dataset has "
                 f"the columns {names}"
             )
+        columns = [self.image_column, *self._find_label_column()]
+        self._decoder = Image(mode=feature.mode)
+        undecoded = Image(mode=feature.mode, decode=False)
+        self._rows = self.dataset.select_columns(columns).cast_column(self.image_column, undecoded)
+        self.id2label = self._all_label_names()
+        self._ids = {name: i for i, name in self.id2label.items()}
+
+    def _find_label_column(self) -> list[str]:
+        """The column of labels, in a list; an empty one without labels."""
+        features = self.dataset.features
         column = (self.label_column or None) if self.labelled else None
         if (
             column
@@ -330,13 +343,8 @@ class ImageRows(torch.utils.data.Dataset):
             column = find_column(self.dataset, column, "label_column", ClassLabel)
             if column == self.image_column:
                 raise ValueError(f"label_column={column!r}: it is the column of the images")
-            columns.append(column)
         self.label_column = column
-        self._decoder = Image(mode=feature.mode)
-        undecoded = Image(mode=feature.mode, decode=False)
-        self._rows = self.dataset.select_columns(columns).cast_column(self.image_column, undecoded)
-        self.id2label = self._all_label_names()
-        self._ids = {name: i for i, name in self.id2label.items()}
+        return [column] if column else []
 
     def _all_label_names(self) -> dict[int, str]:
         """Label names by id, of any column of labels."""

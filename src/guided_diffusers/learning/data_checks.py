@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..text import printable
+from .arrays import LabelledArrays
 from .data import LabelledImages, evenly_spread
 from .options import Options, named_errors
 from .streaming import StreamedImages
@@ -27,19 +28,22 @@ def describe_data(
     if options.channels is None and options.vae is None:
         other = "3 for RGB" if train.channels == 1 else "1 for grey"
         channels += f" as sampled images are (--channels {other})"
+    if isinstance(train, LabelledArrays):
+        channels = train.text
+    items = "examples" if isinstance(train, LabelledArrays) else "images"
     labels = "no labels"
     if names := list(train.id2label.values()):
         labels = f"{len(names)} labels ({', '.join(names[:10])}{', ...' if names[10:] else ''})"
     if not options.streaming and len(train) < 2 * len(names):
         labels += ": less than two images per label"
-    accelerator.print(printable(f"data: {count} training images, {channels}, {labels}"))
+    accelerator.print(printable(f"data: {count} training {items}, {channels}, {labels}"))
     if held_out is None:
         source = "no image is held out, so nothing is evaluated; see --validation_fraction"
     elif split is None:
-        source = f"{len(held_out)} images of {options.train_split!r} are held out"
+        source = f"{len(held_out)} {items} of {options.train_split!r} are held out"
         source += f" (--validation_fraction {options.held_out_fraction:g})"
     else:
-        source = f"{len(held_out)} images of {split!r} are held out"
+        source = f"{len(held_out)} {items} of {split!r} are held out"
         if split == options.train_split:
             source += ", which are trained on, too: metrics don't hold for other images"
     accelerator.print(printable(f"data: {source}"))

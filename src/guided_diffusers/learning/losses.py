@@ -204,7 +204,7 @@ def diffusion_loss(
     if objective == "bound":
         vb = variational_bound(process, output, x0, process.noised(x0, eps, k), k)
         return {"loss": len(process) * vb, "vb": vb}
-    mse = (process.target(x0, eps, k) - prediction).square().mean(dim=(1, 2, 3))
+    mse = (process.target(x0, eps, k) - prediction).square().flatten(1).mean(1)
     weighted = mse if snr_gamma is None else min_snr_weights(process, k, x0, snr_gamma) * mse
     if not hybrid:
         return {"loss": weighted, "mse": mse}
@@ -230,7 +230,7 @@ def variational_bound(
     kl = normal_kl(process.mean(x0, x_t, k), small.log(), predicted, log_sigma2)
     decoder = -discretized_log_likelihood(x0, predicted, 0.5 * log_sigma2)
     first = per_image((k == 0).to(x0.device), x0)
-    return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / log(2)
+    return torch.where(first, decoder, kl).flatten(1).mean(1) / log(2)
 
 
 def normal_kl(
@@ -303,12 +303,12 @@ def bits_per_dim(
         alpha, sigma = process.at(k, x_t, "alpha", "sigma")
         eps_error = (x_t - alpha * predicted) / sigma - eps
         columns["bound"].append(variational_bound(process, output, wide, x_t, k, clip))
-        columns["x0_mse"].append((predicted - wide).square().mean(dim=(1, 2, 3)))
-        columns["eps_mse"].append(eps_error.square().mean(dim=(1, 2, 3)))
+        columns["x0_mse"].append((predicted - wide).square().flatten(1).mean(1))
+        columns["eps_mse"].append(eps_error.square().flatten(1).mean(1))
     result = {name: torch.stack(terms[::-1], dim=1) for name, terms in columns.items()}
     alpha, sigma = process.at(torch.full((len(x0),), len(process) - 1), wide, "alpha", "sigma")
     zero = torch.zeros_like(wide)
-    prior = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).mean(dim=(1, 2, 3))
+    prior = normal_kl(alpha * wide, 2 * sigma.log(), zero, zero).flatten(1).mean(1)
     result["prior"] = prior / log(2)
     return result | {"total": result["bound"].sum(dim=1) + result["prior"]}
 

@@ -53,7 +53,8 @@ def option(
 GROUPS = {
     "data": "dataset_name dataset_config_name train_data_dir train_split validation_split "
     "image_column label_column streaming shuffle_buffer labels resolution center_crop random_flip "
-    "random_shift cache_images skip_corrupt_images vae latents_cache dataloader_num_workers",
+    "random_shift cache_images skip_corrupt_images data_scale channel_axis vae latents_cache "
+    "dataloader_num_workers",
     "model and noise schedule": "model_config_name_or_path scheduler ddpm_num_steps "
     "ddpm_beta_schedule",
     "optimization": "seed train_batch_size gradient_accumulation_steps num_train_epochs "
@@ -152,6 +153,14 @@ class Options:
     random_shift: int = option(0, "shift images by up to this many pixels", 0)
     cache_images: bool = changeable(False, "keep resized images in the memory of each process")
     skip_corrupt_images: bool = changeable(False, "replace and count images that can't be read")
+    data_scale: str = option(
+        "standard",
+        "of arrays: standard (each channel gets mean 0 and standard deviation 1), LOW,HIGH (these "
+        "become -1 and 1, --data_scale=-5,5), or none; saved with the model, and undone in samples",
+    )
+    channel_axis: Literal["first", "last", "none"] | None = option(
+        None, "of arrays: the axis of channels; by default none of one-dimensional ones, else first"
+    )
     vae: str | None = option(
         None,
         "train on the latents of this autoencoder (AutoencoderKL or VQModel): its folder or Hub "

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from ..checks import shown
 from ..images import size_text
 from ..repository import check_config_values
+from .arrays import LabelledArrays, find_array_column, parse_data_scale
 from .data import LabelledImages, is_pattern, load_splits
 from .data_checks import check_data, describe_data
 from .latents import Autoencoder, LatentImages
@@ -21,7 +22,7 @@ from .options import Options, named_errors
 from .streaming import StreamedImages, parse_labels
 
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
-Images = LabelledImages | LatentImages | StreamedImages
+Images = LabelledImages | LabelledArrays | LatentImages | StreamedImages
 # Config entries that define a noise schedule.
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 DEFAULT_CLASSIFIER = {
@@ -45,6 +46,11 @@ def load_data(
     if options.vae is not None and vae is None:
         raise ValueError(f"--vae {options.vae}: this script trains on pixels")
     splits, held_out = _load_splits(options, accelerator)
+    columns = options.image_column, options.label_column
+    column = find_array_column(splits[options.train_split], *columns)
+    if column is not None:
+        return _load_arrays(options, accelerator, splits, held_out, column, labelled)
+    _check_array_options(options)
     labels = parse_labels(options.labels)
     make = partial(
         StreamedImages if options.streaming else LabelledImages,
@@ -94,6 +100,75 @@ def load_data(
     return LatentImages(train, vae, folder, options.random_flip), validation
 
 
+#: options of images, and the value that they have with arrays
+OF_IMAGES = {
+    "streaming": False,
+    "channels": None,
+    "resolution": 64,
+    "center_crop": False,
+    "random_flip": False,
+    "random_shift": 0,
+    "cache_images": False,
+    "skip_corrupt_images": False,
+    "vae": None,
+}
+
+
+def _load_arrays(
+    options: Options,
+    accelerator: Accelerator,
+    splits: DatasetDict,
+    held_out: str | None,
+    column: str,
+    labelled: bool,
+) -> tuple[LabelledArrays, LabelledArrays | None]:
+    """The arrays to train on, and those that are held out."""
+    for name, value in OF_IMAGES.items():
+        if getattr(options, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(options, name)}: {value} is allowed with arrays (column "
+                f"{column!r}), which are used as they are"
+            )
+    make = partial(
+        LabelledArrays,
+        image_column=column,
+        labelled=labelled,
+        renumber_labels=options.renumber_labels,
+        channel_axis=options.channel_axis,
+    )
+    label_column, scale = options.label_column, parse_data_scale(options.data_scale)
+    with named_errors(f"split {options.train_split!r}"):
+        train = make(splits[options.train_split], label_column=label_column, scale=scale)
+    validation = None
+    if held_out is not None:
+        with named_errors(f"split {held_out!r}"):
+            validation = make(
+                splits[held_out],
+                label_column=train.label_column,
+                labels=train.id2label,
+                scale=(train.data_mean, train.data_std),
+            )
+            if validation.shape != train.shape:
+                raise ValueError(
+                    f"arrays {validation.shape}; {train.shape}, as in the training split, are allowed"
+                )
+    elif options.held_out_fraction:
+        train, validation = train.hold_out(options.held_out_fraction)
+    describe_data(options, accelerator, train, validation, held_out)
+    check_data(options, accelerator, train, validation, held_out or options.train_split)
+    return train, validation
+
+
+def _check_array_options(options: Options) -> None:
+    """Refuse options of arrays where the data are images."""
+    for name, default in (("data_scale", "standard"), ("channel_axis", None)):
+        if (value := getattr(options, name)) != default:
+            raise ValueError(
+                f"--{name} {value}: the data are images, whose pixels become -1 to 1; it is allowed "
+                "with arrays (a column of arrays or lists, .npy files)"
+            )
+
+
 def _load_splits(
     options: Options, accelerator: Accelerator
 ) -> tuple[DatasetDict | IterableDatasetDict, str | None]:
@@ -121,10 +196,15 @@ def _load_splits(
     return splits, held_out
 
 
-def load_scheduler(options: Options, prediction_type: str | None = None) -> DDPMScheduler:
-    """The schedule of --scheduler or the --ddpm options; `prediction_type` None: its own."""
+def load_scheduler(
+    options: Options, prediction_type: str | None = None, has_range: bool = True
+) -> DDPMScheduler:
+    """The schedule of --scheduler or the --ddpm options; `prediction_type` None: its own.
+
+    `has_range`: whether the data are within [-1, 1], as images are, and latents and arrays aren't.
+    """
     path = options.scheduler
-    changes = {"clip_sample": False} if options.vae else {}  # latents aren't within [-1, 1]
+    changes = {} if has_range and not options.vae else {"clip_sample": False}
     if path is None:
         return DDPMScheduler(
             num_train_timesteps=options.ddpm_num_steps,

@@ -17,7 +17,16 @@ ARCHITECTURE = (
     "resnet_time_scale_shift attention_head_dim norm_eps dropout"
 ).split()
 MODELS = {"NoiseAwareClassifier": NoiseAwareClassifier, "UNet2DModel": UNet2DModel}
-NOT_ARCHITECTURE = (*SCHEDULE, "num_labels", "id2label", "label2id", "problem_type", "power_range")
+NOT_ARCHITECTURE = (
+    *SCHEDULE,
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "power_range",
+    "data_mean",
+    "data_std",
+)
 
 
 def load_initial_model(path: str | None) -> NoiseAwareClassifier | UNet2DModel | None:
