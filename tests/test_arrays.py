@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
-from diffusers import UNet1DModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet1DModel, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.assembly import assembled
+from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
 from guided_diffusers.learning.arrays import LabelledArrays, find_array_column, parse_data_scale
 from guided_diffusers.learning.data import load_splits
+from guided_diffusers.sampling import sample_to_folder
+from guided_diffusers.utils import image_generator
 
 UNET_1D = {
     "block_out_channels": [8, 16],
@@ -29,6 +32,9 @@ UNET_1D = {
     "act_fn": "mish",
     "_class_name": "UNet1DModel",
 }
+
+
+UNET_1D_MODEL = {name: value for name, value in UNET_1D.items() if name != "_class_name"}
 
 
 def signals(count: int = 24, length: int = 8) -> tuple[np.ndarray, list[int]]:
@@ -195,6 +201,68 @@ def test_signals_are_trained_on_assembled_and_sampled_in_their_units(
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the classifier's data_mean is"):
         assembled(unet, tmp_path / "other")
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_arrays_are_sampled_to_files_and_evaluated_by_a_judge(form: str, tmp_path: Path) -> None:
+    """The judge gets the data's units undone; of real data as generated data it agrees as on the real."""
+    values, labels = signals(60)
+    pipeline = ClassifierGuidedPipeline(
+        UNet1DModel(sample_size=8, in_channels=2, out_channels=2, **UNET_1D_MODEL),
+        DDIMScheduler(clip_sample=False),
+        id2label=dict(enumerate("abc")),
+        data_mean=[5.0, -1.0],
+        data_std=[3.0, 0.5],
+    )
+    judge = NoiseAwareClassifier(
+        sample_size=8,
+        in_channels=2,
+        num_labels=3,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        downsample_type="conv",
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        pool="adaptive",
+        num_train_timesteps=1,
+        dims=1,
+        data_mean=[9.0, -1.0],
+        data_std=[5.0, 0.5],
+        id2label=dict(enumerate("abc")),
+    )
+    torch.manual_seed(0)
+    torch.nn.init.normal_(judge.head[-1].weight)
+    judge.save_pretrained(tmp_path / "judge")
+    pipeline.classifier = judge_like = NoiseAwareClassifier.from_config(
+        {**judge.config, "num_train_timesteps": 1000}
+    )
+    assert judge_like.config.data_std == [5.0, 0.5] and pipeline.has_arrays
+    folder = tmp_path / "samples"
+    options = {"seed": 0, "batch_size": 4, "shard_size": 4, "progress": False}
+    call = {"num_inference_steps": 2, "guidance_scale": 0.0}
+    sample_to_folder(pipeline, ["a", "c"], folder, 6, format=form, **options, **call)
+    generator = [image_generator(0, i) for i in range(6)]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(["a", "c"] * 3, generator=generator, output_type="np", **call).images
+    images = open_generated(folder)
+    assert images.shape == (2, 8) and images.labelled and len(images) == 6
+    read = list(images.read(0, 6))
+    np.testing.assert_allclose(torch.stack([x for x, _ in read]), expected, rtol=1e-4, atol=1e-3)
+    assert [label for _, label in read] == [0, 2] * 3
+    # the real data against themselves
+    real = open_real(str(write_npy(tmp_path / "data", values, labels)), (2, 8), "train")
+    network = load_network(str(tmp_path / "judge"))
+    batch = torch.stack([x for x, _ in real.read(0, 5)])
+    scaled = (batch - torch.tensor([9.0, -1.0])[:, None]) / torch.tensor([5.0, 0.5])[:, None]
+    torch.testing.assert_close(network(batch)[1], network.module(scaled, 0).logits)
+    result = evaluate(real, real, network, network, bootstrap=0, progress=False)
+    logits = network(torch.stack([x for x, _ in real.read(0, len(real))]))[1]
+    ids = torch.tensor([label for _, label in real.read(0, len(real))])
+    accuracy = float((logits.argmax(1) == ids).float().mean())
+    assert result.metrics["top_1"]["value"] == pytest.approx(accuracy, abs=1e-6)
+    with pytest.raises(ValueError, match="format='imagefolder': the pipeline's samples are arrays"):
+        sample_to_folder(pipeline, ["a"], tmp_path / "other", 2, format="imagefolder", **options)
 
 
 def test_fields_of_many_channels_and_volumes(train: Callable[..., Path], tmp_path: Path) -> None:

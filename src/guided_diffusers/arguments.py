@@ -841,7 +841,7 @@ def _check_sample_shape(
     return sizes
 
 
-def _network_size(network: Any) -> tuple[int | None, ...]:
+def network_size(network: Any) -> tuple[int | None, ...]:
     """Sizes of a network's samples, by its config: a list of any length, or an integer, which stands
     for all dimensions (`dims`, by default 2, of a UNet1DModel 1); None where it doesn't say."""
     config = module_config(network)
@@ -873,7 +873,7 @@ def _sample_size(
             )
         return None
     config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
-    size, own = config.get("sample_size"), _network_size(pipeline.unet)
+    size, own = config.get("sample_size"), network_size(pipeline.unet)
     if named and len(own) != 2:
         raise ValueError(
             f"{named}: the network's samples have {len(own)} dimensions, {own}, so they are no "

@@ -240,6 +240,13 @@ def check_data_scale(mean: Any, std: Any) -> tuple[Any, Any]:
     return values[0], values[1]
 
 
+def to_network_units(arrays: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:
+    """What a network that was trained on (data - mean) / std gets of arrays of the data, (B, C, ...)."""
+    shape = (-1, *[1] * (arrays.ndim - 2))
+    mean, std = (arrays.new_tensor(value).reshape(shape) for value in (mean, std))
+    return (arrays - mean) / std
+
+
 def in_data_units(samples: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:
     """Arrays of the data, (B, C, ...), of samples x of a network that was trained on (data - mean) /
     std: mean + std * x, in float32."""

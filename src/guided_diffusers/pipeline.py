@@ -31,6 +31,7 @@ from .arguments import (
     check_generator,
     check_names,
     check_steps,
+    network_size,
     read_start,
     resolve_arguments,
 )
@@ -926,6 +927,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Latents, of images in [-1, 1]: the mean that the autoencoder gives them."""
         images = images.to(self._execution_device)
         return images if self.vae is None else encode(self.vae, images)[0]
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether the samples are arrays of data, by the configs, rather than images."""
+        is_image = self.vae is not None or len(network_size(self.unet)) == 2
+        return self.config.get("data_std") is not None or not is_image
 
     def _are_arrays(self, samples: torch.Tensor) -> bool:
         """Whether samples are arrays of data, rather than images in [-1, 1] or latents of such."""

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import torch
 
 from ..checks import read_json, shown
 from ..images import config_size
+from ..learning.arrays import AXES, LabelledArrays, find_array_column
 from ..learning.data import LabelledImages, check_all_read, load_splits
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
 
@@ -62,7 +64,7 @@ def open_generated(
     """
     folder = Path(path).expanduser()
     if folder.suffix == ".npz":
-        return NpzImages(folder)
+        return open_npz(folder)
     manifest = _read_manifest(folder)
     if not manifest.get("complete", True):
         raise ValueError(
@@ -74,8 +76,12 @@ def open_generated(
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             files.setdefault(file.suffix.lower(), []).append(file)
     if len(files.get(".npz", [])) == 1:
-        images = NpzImages(files[".npz"][0])
-    elif ".parquet" in files and split is None:
+        images = open_npz(files[".npz"][0])
+    elif (
+        ".parquet" in files
+        and split is None
+        and not _has_arrays(files[".parquet"][0], image_column)
+    ):
         images = ParquetImages(files[".parquet"], image_column, label_column)
     else:
         load = partial(load_splits, str(path))
@@ -89,7 +95,11 @@ def open_generated(
         if split is None and len(splits) > 1:
             raise ValueError(f"images: {path} has the splits {sorted(splits)}; name one of them")
         dataset = _select_split(splits, split or next(iter(splits)), "images")
-        images = NativeSizeImages(dataset, image_column, label_column)
+        column = find_array_column(dataset, image_column, label_column)
+        if column is not None:
+            images = _array_images(dataset, column, label_column)
+        else:
+            images = NativeSizeImages(dataset, image_column, label_column)
     expected, failed = manifest.get("num_images", len(images)), manifest.get("failed", [])
     if not isinstance(expected, int) or not isinstance(failed, list):
         raise ValueError(
@@ -122,6 +132,12 @@ def open_real(
     if not split:
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     rows = _select_split(splits, split, "dataset")
+    column = find_array_column(rows, image_column, label_column)
+    if column is not None:
+        images = _array_images(rows, column, label_column, shape)
+        images.description = {"dataset": dataset, "split": split, "fingerprint": rows._fingerprint}
+        images.description |= {"image_column": column, "label_column": images.items.label_column}
+        return images
     resolution = config_size(shape[1:])
     options: dict[str, Any] = {"resolution": resolution, "center_crop": True}
     data = LabelledImages(rows, image_column, label_column, **options)
@@ -136,6 +152,60 @@ def open_real(
     images.description = {"dataset": dataset, "split": split, "resolution": resolution}
     images.description |= {"fingerprint": rows._fingerprint}
     images.description |= {"image_column": data.image_column, "label_column": data.label_column}
+    return images
+
+
+def _array_images(
+    rows: datasets.Dataset, column: str, label_column: str | None, shape: Shape | None = None
+) -> DatasetImages:
+    """Arrays (C, ...) in the data's units; with the axis of channels that gives them a shape."""
+    problem = None
+    for axis in (None, *AXES):
+        try:
+            data = LabelledArrays(rows, column, label_column, channel_axis=axis, scale=(0.0, 1.0))
+        except ValueError as error:  # of the arrays, or of this axis
+            problem = problem or error
+            continue
+        if shape is None or data.shape == tuple(shape):
+            return DatasetImages(data, data.id2label, data.label_column is not None)
+    raise problem or ValueError(
+        f"dataset: column {column!r} has no arrays of the shape {tuple(shape)} of the generated ones"
+    )
+
+
+def _has_arrays(file: Path, column: str | None) -> bool:
+    """Whether a Parquet file has a column of arrays, and none of images; False if it can't be read."""
+    try:
+        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+    except (pyarrow.ArrowException, OSError):
+        return False  # `ParquetImages` raises an error
+    rows = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    return find_array_column(rows, column, None) is not None
+
+
+def open_npz(path: Path) -> Images:
+    """Images of an .npz file, or arrays if arr_0 has floating-point numbers (N, C, ...)."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            _, _, dtype = _npy_header(member)
+            if dtype.kind != "f":
+                return NpzImages(path)
+            labels = _npz_labels(archive)
+        arrays = np.load(path, allow_pickle=False)["arr_0"].astype(np.float32)
+    except NPZ_ERRORS:
+        return NpzImages(path)  # which names the error
+    if arrays.ndim < 3 or (labels is not None and labels.shape != arrays.shape[:1]):
+        raise ValueError(
+            f"images: {path} has arr_0 {arrays.shape} and labels "
+            f"{None if labels is None else labels.shape}; (N, C, ...) and (N,) are allowed"
+        )
+    if not np.isfinite(arrays).all():
+        raise ValueError(f"images: {path} has infinite or NaN values; finite ones are allowed")
+    numbers = [-1] * len(arrays) if labels is None else labels.tolist()
+    rows = zip(torch.from_numpy(arrays), numbers, strict=True)
+    items = [{"pixel_values": array, "label": label} for array, label in rows]
+    images = DatasetImages(items, labelled=labels is not None)
+    images.description["path"] = str(path)
     return images
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import bundled
 from ..classifier import NoiseAwareClassifier
+from ..images import to_network_units
 from ..likelihood import logits_of
 from ..preprocess import Preprocess
 from ..sampling import add_weights
@@ -188,7 +190,10 @@ def wrap_classifier(
                 f"features: the last layer of {name} must be a linear one with {classes} outputs"
             )
     if logits_fn is None:
-        preprocess = Preprocess(None, config.get("in_channels") or config.get("num_channels"))
+        if config.get("data_std") is not None:
+            preprocess = partial(to_network_units, mean=config["data_mean"], std=config["data_std"])
+        else:
+            preprocess = Preprocess(None, config.get("in_channels") or config.get("num_channels"))
         timestep = (0,) if isinstance(model, NoiseAwareClassifier) else ()
 
         def logits_fn(images: Tensor) -> Any:

@@ -111,8 +111,13 @@ def draw_pairs(pairs: Sequence[Pair], path: Path) -> None:
         grid = figure.subplots(2, len(pairs), squeeze=False)
         for pair, column in zip(pairs, grid.T, strict=True):
             for image, axes in zip(pair.images, column, strict=True):
-                pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                axes.imshow(pixels.permute(1, 2, 0).numpy(), **style)
+                if image.ndim == 2:  # a signal
+                    axes.plot(image.T.numpy(), linewidth=0.8)
+                elif image.ndim == 3 and len(image) in (1, 3):
+                    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                    axes.imshow(pixels.permute(1, 2, 0).numpy(), **style)
+                else:  # a field's first channel, or a volume's middle slice of it
+                    axes.imshow(image[0] if image.ndim == 3 else image[0, image.shape[1] // 2])
                 axes.set(xticks=[], yticks=[])
             column[1].set_xlabel(f"{pair.distance:.3g}")
         grid[0, 0].set_ylabel("generated")

@@ -124,6 +124,11 @@ def run_sample(options: Namespace) -> None:
             f"--output {options.output}: of a network without labels, a picture "
             f"({', '.join(PICTURE_FORMATS)}) is allowed"
         )
+    if pipeline.has_arrays and is_picture(options.output):
+        raise ValueError(
+            f"--output {options.output}: the model's samples are arrays, not pictures; a folder, with "
+            "--format npz or parquet, is allowed"
+        )
     particles = getattr(options, "particles", None)
     options.num_images = options.num_images or (particles or 10) * len(labels)
     check_number_of_images(options.num_images, particles)

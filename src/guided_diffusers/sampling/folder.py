@@ -121,6 +121,11 @@ def sample_to_folder(
             )
     if batch_size > shard_size:
         raise ValueError(f"batch_size={batch_size}: at most shard_size={shard_size} is allowed")
+    kind = "np" if pipeline.has_arrays else "pil"
+    if pipeline.has_arrays and format == "imagefolder":
+        raise ValueError(
+            "format='imagefolder': the pipeline's samples are arrays; npz and parquet are allowed"
+        )
     names = unique_names(pipeline.config.id2label, max(pipeline.num_labels or 0, max(ids) + 1))
     of_images = per_image(ids, particles)
     shards = Shards(Path(folder), format, names, of_images, num_images, shard_size)
@@ -139,7 +144,7 @@ def sample_to_folder(
             share = missing[processes.process_index :: processes.num_processes]
         show = progress and is_main
         with WarnOnce(), progress_bars(pipeline, num_images, batch_size, show, before) as bar:
-            generate = partial(sample, pipeline, ids, seed, batch_size, output_type="pil", **call)
+            generate = partial(sample, pipeline, ids, seed, batch_size, output_type=kind, **call)
             slowest = _write_shards(shards, share, generate, skip_failed, bar)
         if processes is not None:
             wait_for_shards(shards, missing, processes, max(60 * timeout_minutes, 3 * slowest))

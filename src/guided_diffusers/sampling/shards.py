@@ -54,8 +54,11 @@ class Shards:
         """Label id of image i."""
         return self.labels[i % len(self.labels)]
 
-    def encode(self, image: Image.Image) -> bytes | np.ndarray:
-        """An image in the form that `write` takes: a PNG file, or for npz (H, W, 3) uint8."""
+    def encode(self, image: Image.Image | np.ndarray) -> bytes | np.ndarray:
+        """An image in the form that `write` takes: a PNG file, or for npz (H, W, 3) uint8; an array
+        (C, ...) as it is, in float32."""
+        if isinstance(image, np.ndarray):
+            return np.ascontiguousarray(image, np.float32)
         if self.format == "npz":
             return np.asarray(image.convert("RGB"))
         buffer = io.BytesIO()
@@ -254,9 +257,10 @@ class Shards:
         shards = map(self._load, range(len(self)))
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                header: dict[str, Any] = {"descr": "|u1", "fortran_order": False}
+                header: dict[str, Any] = {"fortran_order": False}
                 for images in filter(len, shards):
                     if "shape" not in header:
+                        header["descr"] = images.dtype.str
                         header["shape"] = (len(labels), *images.shape[1:])
                         np.lib.format.write_array_header_1_0(member, header)
                     member.write(images.data)
@@ -264,15 +268,24 @@ class Shards:
                 np.lib.format.write_array(member, labels)
 
 
-def parquet(pngs: Sequence[bytes], labels: Sequence[int], names: Sequence[str]) -> bytes:
-    """A Parquet file whose columns `image` and `label` are `datasets`' `Image` and `ClassLabel`."""
+def parquet(
+    images: Sequence[bytes | np.ndarray], labels: Sequence[int], names: Sequence[str]
+) -> bytes:
+    """A Parquet file whose columns `image` and `label` are `datasets`' `Image` and `ClassLabel`; of
+    arrays the column `array` has nested lists."""
     import pyarrow
     import pyarrow.parquet
-    from datasets import ClassLabel, Features
+    from datasets import ClassLabel, Features, List, Value
     from datasets import Image as ImageFeature
 
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(names))})
-    rows = {"image": [{"bytes": png, "path": None} for png in pngs], "label": list(labels)}
+    name, feature = "image", ImageFeature()
+    column: list[Any] = [{"bytes": image, "path": None} for image in images]
+    if images and isinstance(images[0], np.ndarray):
+        name, feature, column = "array", Value("float32"), [image.tolist() for image in images]
+        for _ in range(images[0].ndim):
+            feature = List(feature)
+    features = Features({name: feature, "label": ClassLabel(names=list(names))})
+    rows = {name: column, "label": list(labels)}
     buffer = io.BytesIO()
     table = pyarrow.Table.from_pydict(rows, features.arrow_schema)
     pyarrow.parquet.write_table(table, buffer)
