@@ -39,9 +39,16 @@ from ..images import as_pair, config_size
 from ..text import printable
 from .batches import generator_for
 from .npy import has_npy_files, load_npy_folder
+from .pixels import (
+    GREY_MODES,
+    SIXTEEN_BIT_MODES,
+    PixelStatistics,
+    check_range,
+    in_range,
+    stored_bits,
+    without_alpha,
+)
 
-SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B")
-GREY_MODES = {"1", "L", "LA", *SIXTEEN_BIT_MODES}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)  # Pillow's
 MAX_ATTEMPTS = 100  # images that are tried in place of a corrupt one
 COLOUR_TOLERANCE = 8  # of 255, by which red, green and blue differ in a grey JPEG
@@ -259,19 +266,6 @@ def mode_of_complete(image: dict[str, Any]) -> str | None:
         return None
 
 
-def check_range(image: PILImage.Image) -> None:
-    """Raise a `ValueError` for pixels of 32 bits whose white is neither 255 nor 65535."""
-    if image.mode not in ("I", "F") or image.format == "PNG":  # which has 16 bits
-        return
-    low, high = image.getextrema()
-    unclear, maximum = (1, 255) if image.mode == "F" else (255, 65535)
-    if low < 0 or 0 < high <= unclear or not high <= maximum:
-        raise ValueError(
-            f"its 32-bit pixels (mode {image.mode}) are from {low} to {high}, so their white "
-            "is unknown; 8 and 16 bits are allowed"
-        )
-
-
 class CorruptImage(ValueError):
     """An image that can't be read; the message names its row."""
 
@@ -308,6 +302,9 @@ class ImageRows(torch.utils.data.Dataset):
     labelled: bool = True
     renumber_labels: bool = False
     refuse_colour: bool = False
+    image_range: tuple[float, float] | None = None
+    alpha_background: tuple[int, int, int] | None = None
+    check_pixels: bool = False
 
     def __post_init__(self) -> None:
         self.refuse_colour |= self.channels is None
@@ -378,7 +375,7 @@ class ImageRows(torch.utils.data.Dataset):
         else:
             left, top = draw.randint(0, left), draw.randint(0, top)
         image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, self.channels)
+        pixels = np.array(image, dtype=np.float32).reshape(height, width, self.channels)
         if self.random_flip and draw.random() < 0.5:
             pixels = pixels[:, ::-1]
         if reach := self.random_shift:
@@ -412,7 +409,8 @@ class ImageRows(torch.utils.data.Dataset):
         self._check_colour(image, row)
         if image.mode in SIXTEEN_BIT_MODES:  # Pillow's convert would clip at 255
             image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        if not (image.mode == "F" and self.channels == 1):  # of `in_range`
+            image = image.convert("L" if self.channels == 1 else "RGB")
         height, width = self.size
         scale = max(width / image.width, height / image.height)
         if scale != 1:
@@ -459,16 +457,18 @@ class ImageRows(torch.utils.data.Dataset):
         path = row.image.get("path")
         return row_name(row.number) + (f" ({path})" if path else "")
 
-    def _guess_channels(self, rows: Iterable[Row]) -> int:
-        """1 if the images of all rows that can be read are grey, else 3."""
-        modes = set()
+    def _look_at(self, rows: Iterable[Row]) -> int:
+        """Check sampled images (`PixelStatistics`); 1 if all of those that can be read are grey,
+        else 3."""
+        statistics = PixelStatistics(self.image_range is not None)
         for row in rows:
             try:
-                modes.add(self._decode(row).mode)
+                statistics.add(self._decode(row), self._place(row))
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
-        return 1 if modes and modes <= GREY_MODES else 3
+        statistics.check()
+        return 1 if statistics.modes and statistics.modes <= {*GREY_MODES, "F"} else 3
 
     def _decode(self, row: Row) -> PILImage.Image:
         """A row's image as it is stored, or a `CorruptImage` error."""
@@ -477,11 +477,17 @@ class ImageRows(torch.utils.data.Dataset):
                 raise ValueError("there is none")
             image = self._decoder.decode_example(row.image)
             image.load()
+            image = without_alpha(image, self.alpha_background)
+            if self.image_range is not None:
+                return in_range(image, *self.image_range)
+            if bits := stored_bits(image):
+                return in_range(image, 0, 2**bits - 1)
             check_range(image)
             return image
         except PILImage.UnidentifiedImageError as error:
             raise CorruptImage(
-                f"the image of {self._place(row)} can't be read: its format is unknown"
+                f"the image of {self._place(row)} can't be read: its format is unknown, or its number "
+                "of channels is none of 1, 3 and 4 (those can be .npy arrays)"
             ) from error
         except DECODING_ERRORS as error:
             raise CorruptImage(f"the image of {self._place(row)} can't be read: {error}") from error
@@ -514,6 +520,10 @@ class LabelledImages(ImageRows):
         renumber_labels: only ids that occur are labels, numbered from 0 and named as they were.
         refuse_colour: raise an error for a coloured image where `channels` is 1, instead of making
             it grey; always so if `channels` isn't given.
+        image_range: the pixels that are black and white. None: as the file's format says.
+        alpha_background: the colour (R, G, B) under images that are transparent. None: alpha is
+            left out.
+        check_pixels: look at sixteen images (`PixelStatistics`) also if `channels` is given.
         cache_images: keep decoded and resized images in the memory of the process that read them.
         numbers: the rows' numbers in the split they're of, for messages; by default 0, 1, ...
 
@@ -532,9 +542,10 @@ class LabelledImages(ImageRows):
         self.whole = self.dataset  # of which `select` leaves a part
         self._cache: dict[int, tuple[PILImage.Image, int]] = {}
         self._labels = self._rows.select_columns([self.label_column]) if self.label_column else None
-        if not self.channels:
+        if self.check_pixels or not self.channels:
             sample = sorted({count * i // 16 for i in range(16)})
-            self.channels = self._guess_channels(map(self._row, sample))
+            channels = self._look_at(map(self._row, sample))
+            self.channels = self.channels or channels
 
     def _row(self, index: int) -> Row:
         values = self._rows[index]

@@ -127,6 +127,9 @@ def fingerprint(images: LabelledImages, vae: Autoencoder, random_flip: bool) -> 
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     names = ("image_column", "resolution", "channels", "center_crop")
     settings = {name: getattr(images, name) for name in names}
+    for name in ("image_range", "alpha_background"):  # without them, as caches were named before
+        if (value := getattr(images, name)) is not None:
+            settings[name] = value
     settings |= {"images": images.dataset._fingerprint, "shard": IMAGES_PER_FILE}
     settings |= {"random_flip": random_flip, "vae": [type(vae).__name__, config]}
     digest = sha256(json.dumps(settings, sort_keys=True).encode())

@@ -53,8 +53,8 @@ def option(
 GROUPS = {
     "data": "dataset_name dataset_config_name train_data_dir train_split validation_split "
     "image_column label_column streaming shuffle_buffer labels resolution center_crop random_flip "
-    "random_shift cache_images skip_corrupt_images data_scale channel_axis vae latents_cache "
-    "dataloader_num_workers",
+    "random_shift cache_images skip_corrupt_images image_range alpha_background "
+    "data_scale channel_axis vae latents_cache dataloader_num_workers",
     "model and noise schedule": "model_config_name_or_path scheduler ddpm_num_steps "
     "ddpm_beta_schedule",
     "optimization": "seed train_batch_size gradient_accumulation_steps num_train_epochs "
@@ -153,6 +153,14 @@ class Options:
     random_shift: int = option(0, "shift images by up to this many pixels", 0)
     cache_images: bool = changeable(False, "keep resized images in the memory of each process")
     skip_corrupt_images: bool = changeable(False, "replace and count images that can't be read")
+    image_range: str | None = option(
+        None,
+        "LOW,HIGH: the pixels that are black and white, such as 0,4095 of 16-bit files in which 12 "
+        "bits are used, or 0,1 of floating-point ones; by default as the file's format says",
+    )
+    alpha_background: str | None = option(
+        None, "colour under transparent images, white or #rrggbb; by default alpha is left out"
+    )
     data_scale: str = option(
         "standard",
         "of arrays: standard (each channel gets mean 0 and standard deviation 1), LOW,HIGH (these "
@@ -241,7 +249,10 @@ class Options:
             if getattr(self, name) == "":
                 raise ValueError(f"--{name} '': a text that isn't empty is allowed")
         if self.channels not in (None, 1, 3):
-            raise ValueError(f"--channels {self.channels}: 1 (grey) and 3 (RGB) are allowed")
+            raise ValueError(
+                f"--channels {self.channels}: 1 (grey) and 3 (RGB) are allowed; other numbers of "
+                "channels can be arrays, .npy files or a column of arrays"
+            )
         self._check_needed()
         self._check_excluded()
         if self.scheduler and not self.has_default_schedule:

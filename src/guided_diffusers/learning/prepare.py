@@ -19,6 +19,7 @@ from .data import LabelledImages, is_pattern, load_splits
 from .data_checks import check_data, describe_data
 from .latents import Autoencoder, LatentImages
 from .options import Options, named_errors
+from .pixels import parse_background, parse_image_range
 from .streaming import StreamedImages, parse_labels
 
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
@@ -59,6 +60,8 @@ def load_data(
         labelled=labelled,
         renumber_labels=options.renumber_labels,
         refuse_colour=options.channels is None and vae is None,
+        image_range=parse_image_range(options.image_range),
+        alpha_background=parse_background(options.alpha_background),
     )
     with named_errors(f"split {options.train_split!r}"):
         train = make(
@@ -70,6 +73,7 @@ def load_data(
             random_shift=options.random_shift,
             channels=options.channels if vae is None else vae.config.in_channels,
             labels=labels,
+            check_pixels=True,
             **({"cache_images": True} if options.cache_images else {}),
         )
     fraction, validation = options.held_out_fraction, None
@@ -110,6 +114,8 @@ OF_IMAGES = {
     "random_shift": 0,
     "cache_images": False,
     "skip_corrupt_images": False,
+    "image_range": None,
+    "alpha_background": None,
     "vae": None,
 }
 

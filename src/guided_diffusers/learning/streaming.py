@@ -60,7 +60,9 @@ class StreamedImages(ImageRows):
         if not first:
             raise ValueError("dataset: the split has no rows")
         self.of_files = all(row.image.get("path") and not row.image.get("bytes") for row in first)
-        self.channels = self.channels or self._guess_channels(first)
+        if self.check_pixels or not self.channels:
+            channels = self._look_at(first)
+            self.channels = self.channels or channels
 
     def kind(self, window: int | None, processes: int) -> str:
         """Description of the order that positions refer to; a resumed run must have the same."""
