@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet1DModel, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.assembly import assembled
+from guided_diffusers.diagnosis.loading import image_format
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
 from guided_diffusers.learning.arrays import LabelledArrays, find_array_column, parse_data_scale
 from guided_diffusers.learning.data import load_splits
@@ -189,6 +190,8 @@ def test_signals_are_trained_on_assembled_and_sampled_in_their_units(
     assert guide.config.id2label == dict(enumerate("abc"))
     pipeline = assembled(unet, classifier)
     pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="the classifier is one of arrays .*dims=1"):
+        image_format(guide, None)
     images, latents = (
         pipeline(["a", "c"], num_inference_steps=3, latents=torch.ones(2, 2, 8), output_type=kind)
         for kind in ("np", "latent")

@@ -433,7 +433,7 @@ def write_diagnosis(
         finite_differences=False,
         progress=False,
     )
-    if options.vae is not None:  # latents have no range
+    if options.vae is not None or isinstance(held_out, LabelledArrays):  # which have no range
         diagnosis = replace(diagnosis, mismatches=())
     diagnosis.save(Path(options.output_dir), picture=find_spec("matplotlib") is not None)
     if verbose:

@@ -48,6 +48,12 @@ def image_format(
 ) -> tuple[tuple[int, int], int]:
     """(H, W) and channels of the images that the classifier, or the autoencoder, reads."""
     config, vae_config = module_config(classifier), module_config(vae)
+    if config.get("dims", 2) != 2 or config.get("data_std") is not None:
+        raise ValueError(
+            f"the classifier is one of arrays (dims={config.get('dims')}, data_std="
+            f"{config.get('data_std')}); this is for images, and train_classifier.py writes the "
+            "diagnosis of one of arrays"
+        )
     height, width = as_pair(config["sample_size"])
     if vae is None:
         return (height, width), config["in_channels"]

@@ -23,7 +23,7 @@ MODEL_SUFFIXES = set(".json .txt .md .safetensors .png .jpg .jpeg .webp".split()
 PICTURE_SUFFIXES = set(".png .jpg .jpeg .webp".split())
 LEGAL_FILES = ("LICENSE", "LICENCE", "NOTICE")
 #: what training leaves in the folder, and is published only if a pattern includes it
-TRAINING_FILES = "checkpoint-* logs latents samples-*.png curves.png".split()
+TRAINING_FILES = "checkpoint-* logs latents samples-*.png samples-*.npz curves.png".split()
 #: what tools leave in any folder, and is never published
 TOOL_FILES = (
     ".git .gitattributes .gitignore .cache .DS_Store ._* .ipynb_checkpoints __pycache__ *.partial "

@@ -16,7 +16,7 @@ OPTIONS_FILE = "options.json"
 RESULTS = """model_index.json pipeline.py config.json guided_diffusers_*.py
 diffusion_pytorch_model*.safetensors* unet/config.json unet/diffusion_pytorch_model*.safetensors*
 scheduler/scheduler_config.json vae/config.json vae/diffusion_pytorch_model*.safetensors*
-tokenizer/*.json tokenizer/*.txt metrics.json diagnosis.json diagnosis.png curves.png samples-*.png
+tokenizer/*.json tokenizer/*.txt metrics.json diagnosis.json diagnosis.png curves.png samples-*.png samples-*.npz
 checkpoint-*""".split()
 RECORDS = (OPTIONS_FILE, "tracker_run")
 # Options that don't change what ends up in --output_dir.
