@@ -184,11 +184,12 @@ def _has_arrays(file: Path, column: str | None) -> bool:
 
 
 def open_npz(path: Path) -> Images:
-    """Images of an .npz file, or arrays if arr_0 has floating-point numbers (N, C, ...)."""
+    """Images of an .npz file, or arrays if arr_0 has floating-point numbers (N, C, ...); those of the
+    shape of images, (N, H, W, 1 or 3), are refused."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            _, _, dtype = _npy_header(member)
-            if dtype.kind != "f":
+            shape, _, dtype = _npy_header(member)
+            if dtype.kind != "f" or (len(shape) == 4 and shape[-1] in (1, 3)):
                 return NpzImages(path)
             labels = _npz_labels(archive)
         arrays = np.load(path, allow_pickle=False)["arr_0"].astype(np.float32)
