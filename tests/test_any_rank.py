@@ -251,13 +251,16 @@ def test_images_with_a_data_scale_are_arrays_in_its_units() -> None:
         ({"sample_shape": 16}, "sample_shape=16: "),
         ({"sample_shape": (2, 16), "width": 4}, "sample_shape=.* with width: only one"),
         ({"sample_shape": (2, 4, 4)}, "samples of 2 dimensions, .*dims=1"),
+        ({"image": torch.zeros(1, 2, 16), "strength": 0.5}, "image: the pipeline has a data scale"),
         ({"sample_shape": (2, 24)}, "sample_shape: the samples have 24, the classifier takes 16"),
         ({"latents": torch.zeros(1, 2, 8)}, r"samples of size \(8,\); the classifier allows only"),
         ({"latents": torch.zeros(1, 2, 4, 4)}, r"samples of 2 dimensions.* the classifier's 1"),
     ],
 )
 def test_refused_of_signals(call: dict[str, Any], message: str) -> None:
-    pipeline = quiet(ClassifierGuidedPipeline(unet_1d(), DDIMScheduler(**BETAS), classifier_1d()))
+    scale = {"data_mean": 0.0, "data_std": 1.0} if "image" in call else {}
+    networks = unet_1d(), DDIMScheduler(**BETAS), classifier_1d()
+    pipeline = quiet(ClassifierGuidedPipeline(*networks, **scale))
     with pytest.raises(ValueError, match=message):
         pipeline(0, num_inference_steps=2, **call)
 

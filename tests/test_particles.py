@@ -387,7 +387,9 @@ def test_terms_and_latents_that_have_no_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="particles=4: Push multiplies the density by no factor"):
         pipeline(0, guidance=Push(), **call)
     other = ClassifierGuidance(pipeline.classifier, [0, 0, 1, 1])
-    with pytest.raises(ValueError, match="different labels or targets for the 4 particles of a population"):
+    with pytest.raises(
+        ValueError, match="different labels or targets for the 4 particles of a population"
+    ):
         pipeline(0, guidance=other, **call)
     per_population = ClassifierGuidance(pipeline.classifier, [0] * 4 + [1] * 4)
     assert pipeline(0, 8, guidance=per_population, **call).log_evidence.shape == (2,)

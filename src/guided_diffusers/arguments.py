@@ -374,6 +374,11 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
         ValueError: for others.
     """
     config, vae = module_config(pipeline.unet), module_config(pipeline.vae)
+    if pipeline.config.get("data_std") is not None:
+        raise ValueError(
+            f"image: the pipeline has a data scale, data_std={shown(pipeline.config.data_std)}; to "
+            "start midway, latents with strength are allowed"
+        )
     channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
     start = start_image(image, channels)
     if isinstance(image, torch.Tensor) and 0 <= start.min() and 0.5 < start.max() <= 1:
