@@ -627,3 +627,38 @@ def test_the_evidence_of_populations_is_measured(
     rows = json.loads((tmp_path / "a" / "closed-form.json").read_text())
     assert len(rows) == 4 * 2 * 2 and {row["particles"] for row in rows} == {4, 64}
     assert all(abs(row["evidence"] - 0.25) < 5 * row["error"] < 0.2 for row in rows)
+
+
+def test_mnist1d_trains_samples_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On curves made here, with the trainings in this process."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+    from helpers import load_script, reset_accelerate
+
+    module = runpy.run_path(str(EXAMPLES / "mnist1d_signals.py"))
+    names = ClassLabel(names=[str(digit) for digit in range(10)])
+    features = Features({"signal": List(Value("float32")), "label": names})
+    curves = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    for split, rows in (("train", slice(0, 30)), ("test", slice(30, 40))):
+        part = {"signal": list(curves[rows]), "label": [i % 10 for i in range(40)][rows]}
+        (tmp_path / "out" / "data").mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(part, features=features).to_parquet(
+            tmp_path / "out" / "data" / f"{split}.parquet"
+        )
+
+    def run_here(command: list[str], **_: Any) -> None:
+        monkeypatch.setattr(sys, "argv", [*command[1:], "--no_progress"])
+        reset_accelerate()
+        load_script(Path(command[1]).stem).main()
+        reset_accelerate()
+
+    monkeypatch.setattr("subprocess.run", run_here)
+    arguments = "--steps 1 --per-class 1 --scales 0 2 --num-inference-steps 2 --output out"
+    arguments += " --picture picture.png"
+    run("mnist1d_signals", arguments.split(), tmp_path, monkeypatch)
+    with np.load(tmp_path / "out" / "scale-2.npz") as file:
+        assert file["arr_0"].shape == (10, 1, 40) and file["arr_1"].tolist() == list(range(10))
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size[0] == 14 * 80
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    with pytest.raises(SystemExit, match="pip install mnist1d"):
+        module["write_data"](tmp_path, 10)
