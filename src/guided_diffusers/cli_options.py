@@ -228,7 +228,8 @@ def add_call_options(command: argparse.ArgumentParser) -> Any:
             "power",
             number(1),
             "W",
-            "sample p(x) p(y|x)^W exactly, with a classifier that was trained with --max_power",
+            "sample p(x) p(y|x)^W, with a classifier trained with --max_power; with --no-conditional, if "
+            "the model knows labels",
         ),
         ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
         ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),

@@ -103,7 +103,9 @@ class GuidedImageOutput(ImagePipelineOutput):
             that have a default in `pipeline.config.defaults`.
         log_weights: of the K particles of each of P populations, (P, K), normalized: the logarithms
             of each row's weights, which add up to 1; all -log(K) with `resample`.
-        log_evidence: (P,): an estimate of log p(y), for a classifier that gives p(y | x), or of
+        log_evidence: (P,): an estimate of log p(y), for a classifier that gives p(y | x) and a
+            network that doesn't get the label (conditional=False), of log E[p(y | x)^w] with a
+            power, or of
             log E[exp(-scale E(x))] for an energy E, over the images x without guidance. Its
             exponential has no bias.
         effective_sample_size: 1 / (sum of the squared weights), (P,), from 1 to K, before
@@ -462,7 +464,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 (a UNet does; a classifier with `pool="attention"` doesn't).
             guidance_power: w, for images of p(x) p(y | x)^w at guidance_scale 1, within the
                 `power_range` of the classifier's config (`ClassifierGuidance`); for labels, not
-                mixtures. None: the gradient of log p(y | x_t), which is w = 1.
+                mixtures. p(x) is the network's, so conditional=False if it knows labels. Of the
+                defaults, num_inference_steps applies only. None: the gradient of log p(y | x_t),
+                which is w = 1.
             particles: each so many consecutive images are a population: samples with weights, and
                 resampled by them, of p(x) p(y | x), or p(x) exp(-scale E(x)) with an energy, where p
                 is the scheduler's density without guidance (`Population`). That is exact for any
