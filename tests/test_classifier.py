@@ -67,7 +67,7 @@ def test_heads_without_position_take_any_size(pool: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "timestep", [-1, 1000, 999.5, float("nan"), [0, 1000], [-0.5, 3.0], [float("nan"), 0.0]]
+    "timestep", [-1, 1000, 1000.0, float("nan"), [0, 1000], [-0.5, 3.0], [float("nan"), 0.0]]
 )
 def test_timesteps_beyond_the_schedule_are_refused(timestep: Any) -> None:
     model = small()

@@ -106,6 +106,7 @@ def test_the_command_writes_a_pipeline(
     assert pipeline.classifier.config.beta_schedule == "squaredcos_cap_v2"
     assert pipeline.config.defaults == {
         "guidance_scale": 2.5,
+        "guidance_power": None,
         "guidance_start": 0.0,
         "guidance_stop": 1.0,
         "classifier_free_scale": 0.0,
@@ -336,6 +337,7 @@ def test_every_preset_at_full_size(
     steps = 1000 if name.startswith("lsun") else 250
     assert pipeline.config.defaults == {
         "guidance_scale": SCALES.get(name, 0.0),
+        "guidance_power": None,
         "guidance_start": 0.0,
         "guidance_stop": 1.0,
         "classifier_free_scale": 0.0,

@@ -330,6 +330,7 @@ class Seen:
 
     def __init__(self, data: Mixture, w: torch.Tensor, y: torch.Tensor, r: float):
         self.data, self.w, self.y, self.r = data, w, y, r
+        self.means = data.means
 
     def denoised(
         self, x: torch.Tensor, alpha: float, sigma: float, label: int | None
@@ -381,6 +382,7 @@ class Tempered:
 
     def __init__(self, mixture: Mixture, joint: float, marginal: float, high: float):
         self.mixture, self.joint, self.marginal, self.high = mixture, joint, marginal, high
+        self.means = mixture.means
 
     def denoised(
         self, x: torch.Tensor, alpha: float, sigma: float, label: int | None

@@ -242,7 +242,9 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         _require(is_tensor, "sample", getattr(sample, "dtype", sample), "a floating-point tensor")
         shape = tuple(sample.shape)
         self._check_shape(shape)
-        if not torch.is_autocast_enabled(sample.device.type):
+        device = sample.device.type
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not is_cast:
             allowed = f"{self.dtype}, that of the weights"
             _require(sample.dtype == self.dtype, "sample.dtype", sample.dtype, allowed)
         last = self.config.num_train_timesteps - 1
@@ -258,11 +260,11 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             )
             if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = timestep.min().item(), timestep.max().item()
-                _require(low >= 0 and high <= last, "timestep", (low, high), f"0 to {last}")
+                _require(low >= 0 and high < last + 1, "timestep", (low, high), f"0 to {last}")
             timesteps = timestep.to(sample.device).expand(shape[0])
         else:
             fits = isinstance(timestep, Real) and not isinstance(timestep, bool)
-            fits = fits and 0 <= timestep <= last
+            fits = fits and 0 <= timestep < last + 1
             _require(fits, "timestep", timestep, f"a number from 0 to {last}, or a tensor")
             timesteps = torch.full(shape[:1], timestep, dtype=torch.float32, device=sample.device)
 

@@ -313,6 +313,8 @@ class PipelineEnding:
         except DecoderInput as reached:
             return reached.with_traceback(None)
         except Exception as error:
+            if not any(isinstance(value, _Decoder) for value in replacements.values()):
+                return None  # such as a conversion of pixels to NumPy
             raise ValueError(
                 f"pipeline {type(self.pipeline).__name__}: its predicted x0 can't be decoded within a "
                 f"run ({error}): use a term with of='x0'"

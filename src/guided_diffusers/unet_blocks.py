@@ -79,6 +79,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Sum of a sample, (B, C, ...), and of the attention of its places to one another."""
 
+    _from_deprecated_attn_block = True  # Diffusers then loads weights of older names, "query", ...
+
     def __init__(self, channels: int, head_dim: int, groups: int, eps: float):
         super().__init__()
         self.heads = channels // head_dim
