@@ -5,7 +5,7 @@
     python examples/mnist1d_signals.py --output out/mnist1d --picture examples/figures/mnist1d.png
 
 Trains an unconditional network, a noise-aware classifier and a judge with the scripts of training/,
-in a few minutes on two CPU cores; what is trained already is not trained again. Then it samples
+in about ten minutes of a CPU core; what is trained already is not trained again. Then it samples
 every class without and with guidance, has the judge say of which class each curve is, and draws
 curves. All curves are written to npz files, with labels.
 """
@@ -48,11 +48,11 @@ CLASSIFIER = {
 #: script, config, steps and further options of each network
 PARTS = {
     "judge": ("train_classifier.py", CLASSIFIER, 600, "--learning_rate 2e-3 --max_timestep 0"),
-    "classifier": ("train_classifier.py", CLASSIFIER, 2400, "--learning_rate 3e-3"),
+    "classifier": ("train_classifier.py", CLASSIFIER, 6000, "--learning_rate 3e-3"),
     "unet": (
         "train_unet.py",
         UNET,
-        600,
+        3000,
         "--learning_rate 2e-3 --sample_images 0 --prediction_type v_prediction",
     ),
 }
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/mnist1d"), help="folder")
     parser.add_argument("--picture", type=Path, default=Path("mnist1d.png"))
     parser.add_argument(
-        "--examples", type=int, default=10_000, help="of the data, 80%% to train on"
+        "--examples", type=int, default=50_000, help="of the data, 80%% to train on"
     )
     parser.add_argument("--steps", type=int, help="of each training (default: as in PARTS)")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 3.0, 5.0, 10.0])
