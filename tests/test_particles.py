@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,10 @@ from diffusers import (
     LCMScheduler,
     SASolverScheduler,
 )
+from test_guidance import quiet, small_classifier, small_unet
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import guided_diffusers.particles as particles_module
 from guided_diffusers import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -25,7 +29,9 @@ from guided_diffusers import (
     Guidance,
     StepContext,
 )
+from guided_diffusers.diagnosis import GuidanceDiagnostics
 from guided_diffusers.particles import Population, systematic
+from guided_diffusers.speed import optimize
 
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -324,7 +330,118 @@ def test_without_a_generator_torch_seeds_it() -> None:
     assert not torch.equal(first, second)
 
 
+def small(scheduler: Any) -> ClassifierGuidedPipeline:
+    return quiet(small_unet(), scheduler, small_classifier())
+
+
+@pytest.mark.parametrize("how", ["chunks", "bfloat16", "offloading", "from_pipe"])
+def test_populations_of_a_pipeline_that_is_made_faster_smaller_or_shared(how: str) -> None:
+    """The images, weights and ancestors are those of the pipeline as it is."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    call = {"particles": 4, "num_inference_steps": 4, "output_type": "latent"}
+    plain, other = small(scheduler), small(scheduler)
+    expected = plain(["cat", "owl"], generator=seeded(), **call)
+    if how == "offloading":
+        other.enable_model_cpu_offload(device="cpu")
+    if how == "from_pipe":
+        ddim = small(DDIMScheduler(clip_sample=False))
+        other = ClassifierGuidedPipeline.from_pipe(ddim, scheduler=scheduler)
+        other.set_progress_bar_config(disable=True)
+    faster: dict[str, dict[str, Any]] = {
+        "chunks": {"dtype": torch.float32, "chunk_size": 3},
+        "bfloat16": {"dtype": torch.bfloat16},
+    }
+    with optimize(other, **faster[how]) if how in faster else nullcontext(other):
+        result = other(["cat", "owl"], generator=seeded(), **call)
+    error = (result.log_evidence - expected.log_evidence).abs().max()
+    assert error < (0.05 if how == "bfloat16" else 1e-4)
+    if how != "bfloat16":
+        torch.testing.assert_close(result.images, expected.images, atol=1e-4, rtol=1e-4)
+        assert torch.equal(result.ancestors, expected.ancestors)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the device meta, as MPS does; what comes to the CPU from there is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        source = args[0] if args else None
+        to_cpu = str(kwargs.get("device")) == "cpu" and isinstance(source, torch.Tensor)
+        if to_cpu and source.device.type == "meta":
+            self.copies += 1
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        result = function(*args, **kwargs)
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, function
+        return result
+
+
+def test_no_float64_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a population computes; weights in float64 are on the CPU."""
+    monkeypatch.setattr(particles_module, "WITHOUT_FLOAT64", ("meta",))
+    scheduler = DDPMScheduler(**BETAS, clip_sample=False)
+    scheduler.set_timesteps(5)
+    term = EnergyGuidance(lambda x0: x0.flatten(1).sum(1))
+    x = torch.zeros(8, 1, 1, 2, device="meta")
+    with NoFloat64() as mode:
+        population = Population(scheduler, [term], x, seeded(), 4)
+        for index in range(5):
+            if population.start_step(index):
+                assert population.weigh([0], [torch.zeros(8, device="meta")]) is None
+                assert population.mean_shift(torch.ones_like(x)).shape == x.shape
+        order = population.finish([torch.zeros(8, device="meta")])
+    assert order.device.type == "meta" and mode.copies == 9
+    assert population.log_weights.device.type == "cpu"
+    assert population.log_weights.dtype == torch.float64
+    # and the weights themselves are those of float64, up to the rounding of a sum in float32
+    results = []
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(particles_module, "WITHOUT_FLOAT64", kinds)
+        pipeline, call = make()
+        call |= {"particles": 16, "num_images_per_label": 32, "resample": False}
+        pipeline.unet.float()
+        results.append(pipeline(0, generator=seeded(), **call))
+    torch.testing.assert_close(results[0].log_weights, results[1].log_weights, atol=1e-4, rtol=0)
+    torch.testing.assert_close(results[0].log_evidence, results[1].log_evidence, atol=1e-4, rtol=0)
+
+
 # ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "name", ["guidance_every", "guidance_tolerance", "guidance_algorithm", "classifier_free_scale"]
+)
+def test_a_preset_of_populations_has_what_acts_on_them(name: str) -> None:
+    value = "mean" if name == "guidance_algorithm" else 2
+    networks = small_unet(), DDPMScheduler(), small_classifier()
+    with pytest.raises(ValueError, match=rf"modes: particles: \['{name}'\] are unknown; allowed: "):
+        ClassifierGuidedPipeline(*networks, defaults={"modes": {"particles": {name: value}}})
+    preset = {"guidance_scale": 0.5, "num_inference_steps": 3, "guidance_stop": 0.9}
+    pipeline = ClassifierGuidedPipeline(*networks, defaults={"modes": {"particles": preset}})
+    pipeline.set_progress_bar_config(disable=True)
+    settings = pipeline("cat", particles=2, output_type="latent").settings
+    assert preset.items() <= settings.items()
+
+
+def test_a_record_of_the_steps_of_images_is_refused() -> None:
+    pipeline, call = make()
+    call |= {"particles": 4, "generator": seeded()}
+    record = GuidanceDiagnostics(0)
+    with pytest.raises(ValueError, match="particles=4: GuidanceDiagnostics follows each image"):
+        pipeline(0, callback_on_step_end=record, **call)
+    term = ClassifierGuidance(pipeline.classifier, 0)
+    with pytest.raises(ValueError, match="particles=4: GuidanceDiagnostics follows each image"):
+        pipeline(None, guidance=list(record.watch(term)), **call)
+    call.pop("particles")
+    pipeline(0, callback_on_step_end=record, **call)  # pipeline.particles is of this call
+    assert pipeline.particles is None and len(record.steps()) == 25
 
 
 @pytest.mark.parametrize(
@@ -395,6 +512,8 @@ def test_terms_and_latents_that_have_no_weights_are_refused() -> None:
     assert pipeline(0, 8, guidance=per_population, **call).log_evidence.shape == (2,)
     with pytest.raises(ValueError, match="returned other latents, whose weights are unknown"):
         pipeline(0, callback_on_step_end=lambda *a: {"latents": a[3]["latents"].clone()}, **call)
+    with pytest.raises(ValueError, match="changed the latents in place, whose weights are unknown"):
+        pipeline(0, callback_on_step_end=lambda *a: {"latents": a[3]["latents"].mul_(1.5)}, **call)
     half = torch.zeros(4, 1, 1, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="needs samples in float32"):
         Population(pipeline.scheduler, [other], half, seeded(), 2)

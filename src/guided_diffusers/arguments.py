@@ -45,6 +45,15 @@ LIMITS = (
     "guidance_tolerance",
 )
 
+#: what a preset of the mode "particles" may have: the rest has no effect on populations
+PARTICLE_SETTINGS = (
+    "guidance_scale",
+    "guidance_power",
+    "guidance_start",
+    "guidance_stop",
+    "num_inference_steps",
+)
+
 
 @dataclass
 class Condition:
@@ -141,7 +150,8 @@ def check_defaults(defaults: Any) -> dict[str, Any]:
     modes = values.get("modes") or {}
     _check_preset("defaults: modes", modes, MODES)
     for mode, preset in modes.items():
-        _check_preset(f"defaults: modes: {mode}", preset, DEFAULTS)
+        allowed = PARTICLE_SETTINGS if mode == "particles" else DEFAULTS
+        _check_preset(f"defaults: modes: {mode}", preset, allowed)
     return DEFAULTS | {name: value for name, value in values.items() if value is not None}
 
 
@@ -191,8 +201,9 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
     guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
     for that mode does. In the mode "particles", and where the call gives a `guidance_power`, only the
-    number of steps of presets applies, and scale 1, which is exact. A default of "mean" is "output"
-    where there is no DDPM step, and custom timesteps or sigmas have their own number of steps.
+    number of steps of presets applies, and scale 1, by which a classifier of the power samples
+    p(x) p(y | x)^w. A default of "mean" is "output" where there is no DDPM step, and custom timesteps
+    or sigmas have their own number of steps.
 
     Args:
         call: the call's arguments.
@@ -718,7 +729,9 @@ def _check_guidance_power(pipeline: Any, call: Mapping[str, Any], scale: torch.T
         return
     check_power("guidance_power", power, module_config(pipeline.classifier).get("power_range"))
     if not scale.any():
-        raise ValueError(f"guidance_power={power} has no effect with guidance_scale=0; 1 is exact")
+        raise ValueError(
+            f"guidance_power={power} has no effect with guidance_scale=0; 1 is p(x) p(y | x)^w"
+        )
 
 
 def _check_classifier(pipeline: Any, scale: torch.Tensor) -> None:

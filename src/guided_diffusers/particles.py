@@ -41,6 +41,8 @@ from .noise import (
 RESAMPLING_THRESHOLD = 0.5
 #: share of the largest noise of a step below which a step counts as one without noise
 SMALLEST_NOISE = 1e-6
+#: kinds of devices that have no float64; the weights of their samples are on the CPU
+WITHOUT_FLOAT64 = ("mps",)
 #: what to use instead of a scheduler whose steps are not Gaussian
 GAUSSIAN_SCHEDULERS = (
     "DDPMScheduler, DDIMScheduler with eta=1, EulerAncestralDiscreteScheduler, or "
@@ -94,16 +96,19 @@ class Population:
             )
         _check_terms(terms, particles)
         self.scheduler, self.resample, self._shape = scheduler, resample, sample.shape
-        self._device = sample.device
+        self._device = device = sample.device
+        self._dtype = torch.float64  # of sums over samples
+        if device.type in WITHOUT_FLOAT64:
+            self._dtype, device = torch.float32, torch.device("cpu")
         self.stds, self.noise_dtype = step_noise(scheduler, eta, sample.dtype, particles)
         self._noise_generator = generator
         shape = len(sample) // particles, particles
         self._generators = _resampling_generators(generator, *shape)
-        self._factors = torch.zeros(len(terms), *shape, dtype=torch.float64, device=sample.device)
-        self.log_weights = torch.zeros(shape, dtype=torch.float64, device=sample.device)
+        self._factors = torch.zeros(len(terms), *shape, dtype=torch.float64, device=device)
+        self.log_weights = torch.zeros(shape, dtype=torch.float64, device=device)
         self.log_evidence = torch.zeros_like(self.log_weights[:, 0])
         self.effective_sample_size = self.log_evidence + particles
-        self.ancestors = torch.arange(particles, device=sample.device).repeat(shape[0], 1)
+        self.ancestors = torch.arange(particles, device=device).repeat(shape[0], 1)
 
     def start_step(self, index: int) -> bool:
         """Begin step `index`; whether guidance can act in it: not without noise, S = 0."""
@@ -143,9 +148,9 @@ class Population:
         Args:
             score_shift: g, of the samples as resampled.
         """
-        shift = (self._std * score_shift).double()  # of x_s / S
+        shift = (self._std * score_shift).to(self._dtype)  # of x_s / S
         log_ratio = -(shift * (self._eps + shift / 2)).flatten(1).sum(1)
-        self.log_weights += log_ratio.reshape(self.log_weights.shape)
+        self.log_weights += self._of_weights(log_ratio)
         return self._std**2 * score_shift
 
     def finish(self, log_factors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -166,9 +171,13 @@ class Population:
     def _multiply(self, positions: Sequence[int], log_factors: Sequence[torch.Tensor]) -> None:
         before = self._factors.sum(0)
         for position, log_factor in zip(positions, log_factors, strict=True):
-            self._factors[position] = log_factor.reshape(self.log_weights.shape)
+            self._factors[position] = self._of_weights(log_factor)
         self.log_weights += self._factors.sum(0) - before
         self.effective_sample_size = 1 / self.log_weights.softmax(1).square().sum(1)
+
+    def _of_weights(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the images, (P K,), on the device of the weights, (P, K)."""
+        return values.to(self.log_weights.device).double().reshape(self.log_weights.shape)
 
     def _sizes(self) -> list[float]:
         """The effective sample sizes; an accelerator is waited for."""
@@ -202,6 +211,7 @@ class Population:
         order[p] = order[p].gather(1, picked)
         order = order.flatten()
         self._factors = self._factors.flatten(1)[:, order].reshape(self._factors.shape)
+        order = order.to(self._device)
         _select_history(self.scheduler, order, self._shape)
         return order
 

@@ -82,6 +82,7 @@ from .run_checks import (
     check_unit_variance,
     logger,
     replaced_latents,
+    version_of,
 )
 from .schedule_checks import (
     accuracy_warning,
@@ -175,7 +176,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     )
     _optional_components = ["classifier", "vae"]
     _interrupt = False
-    _guidance_scale = _num_timesteps = None  # before the first call
+    _guidance_scale = _num_timesteps = _particles = None  # before the first call
     _callback_tensor_inputs = ["latents", "model_output", "score_shift", "sample", "x0"]
 
     # `from_pipe` passes on only models of the classes in these annotations
@@ -356,6 +357,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int | None:
         """Number of the current or last call's steps."""
         return self._num_timesteps
+
+    @property
+    def particles(self) -> int | None:
+        """Particles of each population in the current or last call; None: images without weights."""
+        return self._particles
 
     @property
     def interrupt(self) -> bool:
@@ -544,6 +550,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
         schedule_of_call = self.scheduler, self.scheduler.timesteps
         self._interrupt, self._num_timesteps = False, len(levels)
+        self._particles = arguments.particles
         self._guidance_scale = scale = settings["guidance_scale"]
 
         with evaluating(*guides), self.progress_bar(total=len(levels)) as bar:
@@ -562,10 +569,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "model_output": output}
                     tensors = _callback_tensors(tensor_inputs, guider, prediction, tensors)
+                    version = None if population is None else version_of(latents)
                     with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
                         changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
-                    latents = replaced_latents(changed, tensors, latents, population is not None)
+                    latents = replaced_latents(changed, tensors, latents, version)
                     if self._guidance_scale is not scale:
                         scale = self._guidance_scale
                         guider.terms = arguments.terms_with_scale(scale)

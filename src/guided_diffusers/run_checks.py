@@ -77,7 +77,10 @@ def check_unchanged(scheduler: Any, of_call: Any, timesteps: torch.Tensor) -> No
 
 
 def replaced_latents(
-    changed: Any, tensors: Mapping[str, Any], latents: torch.Tensor, weighted: bool = False
+    changed: Any,
+    tensors: Mapping[str, Any],
+    latents: torch.Tensor,
+    weighted_version: int | None = None,
 ) -> torch.Tensor:
     """The latents after a callback.
 
@@ -85,11 +88,13 @@ def replaced_latents(
         changed: what the callback returned.
         tensors: what it got.
         latents: of the step.
-        weighted: whether they have weights, which no other latents have.
+        weighted_version: of latents that have weights, `version_of` them before the callback; None:
+            they have no weights, which no other latents have.
 
     Raises:
         ValueError: for anything but a dictionary whose "latents", if any, have the same shape, or
-            for other tensors in it than it got, or other latents that have no weights.
+            for other tensors in it than it got, or other latents that have no weights, also if they were
+            changed in place.
     """
     if changed is None:
         return latents
@@ -110,12 +115,20 @@ def replaced_latents(
             f"callback_on_step_end returned latents that are a {type(replaced).__name__} of shape "
             f"{shape}; a torch.Tensor {tuple(latents.shape)} is allowed"
         )
-    if weighted and replaced is not latents:
+    is_other = replaced is not latents or weighted_version != version_of(latents)
+    if weighted_version is not None and is_other:
+        how = (
+            "returned other latents" if replaced is not latents else "changed the latents in place"
+        )
         raise ValueError(
-            "callback_on_step_end returned other latents, whose weights are unknown: with particles it "
-            "may only read them"
+            f"callback_on_step_end {how}, whose weights are unknown: with particles it may only read them"
         )
     return replaced
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as torch counts; 0 for one of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _guide_dtype(terms: Sequence[Guidance]) -> torch.dtype:

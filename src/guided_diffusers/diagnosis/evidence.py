@@ -60,6 +60,26 @@ class LabelEvidence:
         )
 
 
+def evidence_pipeline(
+    pipeline: ClassifierGuidedPipeline, classifier: torch.nn.Module
+) -> ClassifierGuidedPipeline:
+    """The pipeline that estimates: the network without the label, by DDPM, guided by a classifier.
+
+    Raises:
+        ValueError: for a network that needs a label, or has no DDPM schedule.
+    """
+    scheduler = scheduler_for(pipeline.scheduler, "ddpm")
+    guided = ClassifierGuidedPipeline(pipeline.unet, scheduler, classifier, pipeline.vae)
+    if guided.num_class_embeds is not None and guided.null_label is None:
+        raise ValueError(
+            f"evidence: the network needs a label, as it has {guided.num_class_embeds} class embeddings "
+            f"for {guided.num_labels} labels and so no null label; a network without labels, or trained "
+            "with dropped labels, is allowed"
+        )
+    guided.set_progress_bar_config(disable=True)
+    return guided
+
+
 def label_evidence(
     pipeline: ClassifierGuidedPipeline,
     classifier: torch.nn.Module,
@@ -77,11 +97,9 @@ def label_evidence(
         batch_size: images at once; one population at least.
 
     Raises:
-        ValueError: for a network that needs a label, or has no DDPM schedule.
+        ValueError: as `evidence_pipeline`.
     """
-    scheduler = scheduler_for(pipeline.scheduler, "ddpm")
-    guided = ClassifierGuidedPipeline(pipeline.unet, scheduler, classifier, pipeline.vae)
-    guided.set_progress_bar_config(disable=True)
+    guided = evidence_pipeline(pipeline, classifier)
     generator = torch.Generator().manual_seed(seed)
     conditional = None if guided.num_class_embeds is None else False
     labels = [y for y in range(guided.num_labels) for _ in range(POPULATIONS)]

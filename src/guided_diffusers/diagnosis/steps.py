@@ -39,6 +39,10 @@ PLOTS = {
     "cosine": "cosine to the step before",
     "outside": "x0 outside [-1, 1], share of values",
 }
+NOT_OF_PARTICLES = (
+    "particles={}: GuidanceDiagnostics follows each image from step to step, and populations are "
+    "resampled between them; record a call without particles"
+)
 FORMATS = (".json", ".png", ".pdf", ".svg")
 
 
@@ -63,7 +67,7 @@ class GuidanceDiagnostics(PipelineCallback):
         images: number of images seen.
 
     Raises:
-        ValueError: at the first step, for a label that the classifier doesn't have.
+        ValueError: at the first step, for a label that the classifier doesn't have, or particles.
     """
 
     tensor_inputs = ["sample", "x0", "score_shift"]
@@ -88,7 +92,13 @@ class GuidanceDiagnostics(PipelineCallback):
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Record a step of `ClassifierGuidedPipeline`."""
+        """Record a step of `ClassifierGuidedPipeline`.
+
+        Raises:
+            ValueError: for a call with particles.
+        """
+        if particles := getattr(pipeline, "particles", None):
+            raise ValueError(NOT_OF_PARTICLES.format(particles))
         sample, x0, shift = (callback_kwargs[name] for name in self.tensor_inputs)
         if step_index == 0:
             self._levels = Guider(pipeline.scheduler, ()).levels
@@ -234,6 +244,12 @@ class _WatchedTerm(Guidance):
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         return self.term.modules()
+
+    def log_factor(self, step: StepContext) -> Tensor | None:
+        return self.term.log_factor(step)
+
+    def differs_within(self, particles: int) -> str | None:
+        raise ValueError(NOT_OF_PARTICLES.format(particles))
 
     def score(self, step: StepContext) -> Tensor:
         score = self.term.score(step)
