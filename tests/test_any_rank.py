@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, Clock, Mixture, OracleClassifier, OracleUNet
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet1DModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    UNet1DModel,
+    UNet2DModel,
+)
 
 from guided_diffusers import (
+    ClassifierGuidance,
     ClassifierGuidedPipeline,
     EnergyGuidance,
     NoiseAwareClassifier,
 )
+from guided_diffusers.attach import guide
 from guided_diffusers.networks import network_output
 
 RANKS = [(16,), (2, 8), (1, 2, 4, 2)]
@@ -251,7 +260,19 @@ def test_images_with_a_data_scale_are_arrays_in_its_units() -> None:
         ({"sample_shape": 16}, "sample_shape=16: "),
         ({"sample_shape": (2, 16), "width": 4}, "sample_shape=.* with width: only one"),
         ({"sample_shape": (2, 4, 4)}, "samples of 2 dimensions, .*dims=1"),
-        ({"image": torch.zeros(1, 2, 16), "strength": 0.5}, "image: the pipeline has a data scale"),
+        (
+            {"image": torch.zeros(1, 3, 16), "strength": 0.5},
+            r"image=an array \(1, 3, 16\): .* numbers \(B, C, ...\) with the network's 2 channels",
+        ),
+        (
+            {"image": torch.zeros(1, 2, 4, 4), "strength": 0.5},
+            r"image has shape \(1, 2, 4, 4\); \(B, C, L\) is allowed",
+        ),
+        (
+            {"image": np.full((1, 2, 16), np.inf), "strength": 0.5},
+            "image has infinite or NaN values",
+        ),
+        ({"image": [[1.0]], "strength": 0.5}, r"image=\[\[1.0\]\]: .* are arrays of data"),
         ({"sample_shape": (2, 24)}, "sample_shape: the samples have 24, the classifier takes 16"),
         ({"latents": torch.zeros(1, 2, 8)}, r"samples of size \(8,\); the classifier allows only"),
         ({"latents": torch.zeros(1, 2, 4, 4)}, r"samples of 2 dimensions.* the classifier's 1"),
@@ -282,3 +303,118 @@ def test_refused_data_scales(scale: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline = ClassifierGuidedPipeline(unet_1d(), DDIMScheduler(**BETAS), **scale)
         quiet(pipeline)(None, output_type="np", num_inference_steps=2)
+
+
+SCALE = {"data_mean": 3.0, "data_std": 2.0}
+
+
+@pytest.mark.parametrize("shape", RANKS)
+@pytest.mark.parametrize("kind", ["np", "pt"])
+def test_arrays_that_exist_are_started_from_inverted_and_edited_in_their_units(
+    shape: tuple[int, ...], kind: str
+) -> None:
+    """As images of the same exact networks without a scale are, in the network's units."""
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing")
+    plain = oracle_pipeline(SHAPE, scheduler)
+    scaled = oracle_pipeline(shape, scheduler)
+    scaled.register_to_config(**SCALE)
+    x = plain.unet.mixture.means[torch.tensor([0, 1, 0])].float() + 0.1
+    given = (3 + 2 * x).reshape(3, *shape)
+    data = given.numpy() if kind == "np" else given
+
+    def in_units(images: torch.Tensor) -> torch.Tensor:
+        return 3 + 2 * images.reshape(-1, *shape).float()
+
+    call = {"num_inference_steps": 8, "guidance_scale": 4.0}
+    start = {**call, "strength": 0.5}
+    noise = [[torch.Generator().manual_seed(i) for i in range(3)] for _ in range(2)]
+    expected = plain([1, 0, 1], image=x, generator=noise[0], output_type="latent", **start).images
+    output = scaled([1, 0, 1], image=data, generator=noise[1], output_type=kind, **start).images
+    torch.testing.assert_close(torch.as_tensor(output), in_units(expected), atol=1e-4, rtol=1e-4)
+    same = scaled([1, 0, 1], image=data, strength=0, output_type=kind).images
+    assert torch.equal(torch.as_tensor(same), given)  # bit for bit
+    # the noise of an array, and back
+    noises = scaled.invert(data, num_inference_steps=60)
+    reference = plain.invert(x, num_inference_steps=60)
+    torch.testing.assert_close(
+        noises.flatten(1), reference.flatten(1).to(noises), atol=1e-4, rtol=1e-4
+    )
+    closed = scaled.edit(data, None, 1.0, num_inference_steps=60, output_type=kind)
+    assert torch.as_tensor(closed.difference).abs().max() < 0.02
+    # edits, in a region and everywhere
+    edit = {"strength": 0.8, **call}
+    expected = plain.edit(x, [1, 0, 1], output_type="latent", **edit)
+    output = scaled.edit(data, [1, 0, 1], output_type=kind, **edit)
+    difference = torch.as_tensor(output.difference)
+    scaled_difference = 2 * expected.difference.reshape(3, *shape).float()
+    assert difference.abs().max() > 0.5
+    torch.testing.assert_close(difference, scaled_difference, atol=1e-3, rtol=1e-3)
+    after = expected.probabilities_after.to(output.probabilities_after)
+    torch.testing.assert_close(output.probabilities_after, after, atol=1e-3, rtol=1e-3)
+    if shape[1:]:
+        mask = torch.zeros(shape[1:])
+        mask.flatten()[: mask.numel() // 2] = 1
+        output = scaled.edit(data, [1, 0, 1], mask=mask, output_type=kind, **edit)
+        outside = (mask == 0).expand(3, *shape)
+        assert torch.equal(torch.as_tensor(output.images)[outside], given[outside])
+        assert torch.as_tensor(output.difference)[~outside].abs().max() > 0.1
+    maps = scaled.anomaly(data, 1, **edit)
+    torch.testing.assert_close(
+        maps.maps, scaled.edit(data, 1, output_type="pt", **edit).difference.abs().mean(1)
+    )
+    torch.testing.assert_close(maps.scores, maps.maps.reshape(3, -1).mean(1))
+    assert type(scaled.edit(data, 1, **edit).images) is np.ndarray
+    with pytest.raises(ValueError, match="output_type='pil': .* no pictures but arrays"):
+        scaled.edit(data, 1, output_type="pil", **edit)
+
+
+class OtherLoop(DiffusionPipeline):
+    """A pipeline of Diffusers' kind with a loop of its own, for samples of any rank."""
+
+    def __init__(self, unet: torch.nn.Module, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, steps: int, seed: int) -> list[torch.Tensor]:
+        """The sample after each step."""
+        generator, path = torch.Generator().manual_seed(seed), []
+        self.scheduler.set_timesteps(steps)
+        x = x * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
+            noise = {} if type(self.scheduler) is DDIMScheduler else {"generator": generator}
+            x = self.scheduler.step(output, t, x, **noise).prev_sample
+            path.append(x)
+        return path
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 2, 4, 2)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**BETAS, clip_sample=False),
+        DDPMScheduler(**BETAS, clip_sample=False),
+        EulerDiscreteScheduler(**BETAS),
+    ],
+    ids=["DDIM", "DDPM", "Euler"],
+)
+def test_guide_is_exact_at_ranks_3_and_5(shape: tuple[int, ...], scheduler: Any) -> None:
+    """Another pipeline's unconditional path, guided at scale 1, is the path of label 1; at 0 its own."""
+    mixture, paths = Mixture(shape=shape), {}
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for label in (None, 1):
+        clock = Clock("ddpm", scheduler.alphas_cumprod)
+        pipeline = OtherLoop(OracleUNet(mixture, "epsilon", clock, label), scheduler)
+        paths[label] = pipeline(x, 25, seed=1)
+        for scale in (0.0, 1.0) if label is None else ():
+            term = ClassifierGuidance(OracleClassifier(mixture), label=1, scale=scale)
+            with guide(pipeline, term):
+                paths["scale", scale] = pipeline(x, 25, seed=1)
+    for plain, off in zip(paths[None], paths["scale", 0.0], strict=True):
+        assert torch.equal(plain, off)
+    apart = max(
+        float((guided - exact).abs().max())
+        for guided, exact in zip(paths["scale", 1.0], paths[1], strict=True)
+    )
+    assert apart < 1e-3 < float((paths[1][-1] - paths[None][-1]).abs().max())

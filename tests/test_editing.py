@@ -26,7 +26,7 @@ from diffusers import (
 from PIL import Image as PILImage
 from test_hub import BLOCKS, make_classifier
 
-from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance
+from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, NoiseAwareClassifier
 from guided_diffusers.cli import main
 from guided_diffusers.edits import inverted
 from guided_diffusers.images import convert
@@ -610,3 +610,62 @@ def test_the_command_checks_before_it_works(
             main(["edit", *words, *([] if "--label" in words else ["--label", "coat"]), *FEW])
         assert re.search(message, str(error.value)), (words, error.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.png").exists()
+
+
+def test_arrays_in_files_are_edited_in_their_units(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A folder of .npy, resumed, and one file with a mask; written with the axes that they have."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    sizes = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1}
+    unet = UNet2DModel(**sizes, **blocks, block_out_channels=(8,), norm_num_groups=4)
+    config = {**make_classifier().config, "in_channels": 2}
+    names = ("sample_size", "in_channels", "num_labels", "block_out_channels", "down_block_types")
+    names += ("layers_per_block", "attention_head_dim", "norm_num_groups", "id2label")
+    guide = NoiseAwareClassifier(**{name: config[name] for name in names})
+    torch.nn.init.normal_(guide.head[-1].out.weight)
+    scale = {"data_mean": [5.0, -1.0], "data_std": [3.0, 0.5]}
+    pipeline = ClassifierGuidedPipeline(unet, DDIMScheduler(clip_sample=False), guide, **scale)
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    source, random = tmp_path / "in", np.random.default_rng(0)
+    (source / "more").mkdir(parents=True)
+    arrays = random.normal(size=(3, 2, 8, 8)).astype(np.float32) * 3
+    for name, array in zip(("a", "b", "more/c"), arrays, strict=True):
+        np.save(source / f"{name}.npy", np.moveaxis(array, 0, -1))  # channels last
+    line = ["--label", "boot", "--model", str(tmp_path / "model"), "--guidance-scale", "1e5", *FEW]
+    main(["edit", str(source), str(tmp_path / "out"), *line])
+    expected = pipeline.edit(arrays, "boot", num_inference_steps=3, guidance_scale=1e5)
+    for i, name in enumerate(("a", "b", "more/c")):
+        after = np.load(tmp_path / "out" / f"{name}.npy")
+        difference = np.load(tmp_path / "out" / "differences" / f"{name}.npy")
+        assert after.shape == (8, 8, 2)
+        np.testing.assert_allclose(
+            np.moveaxis(after, -1, 0), expected.images[i], rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(after - difference, np.moveaxis(arrays[i], 0, -1), atol=1e-5)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    change = float(np.abs(expected.difference[2]).mean())
+    assert results["more/c"]["change"] == pytest.approx(change, rel=1e-4)
+    assert "p(boot)" in results["a"]["after"]
+    main(["edit", str(source), str(tmp_path / "out"), *line])
+    assert "3 arrays, 3 of them existed" in capsys.readouterr().out
+    mask = np.zeros((8, 8))
+    mask[:4] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    files = [str(source / "a.npy"), str(tmp_path / "o.npy")]
+    main(["edit", *files, *line, "--mask", str(tmp_path / "mask.npy")])
+    before, after = map(np.load, files)
+    assert np.array_equal(before[4:], after[4:]) and not np.allclose(before[:4], after[:4])
+    assert np.abs(np.load(tmp_path / "o-difference.npy")[:4]).max() > 0.01
+    np.save(tmp_path / "long.npy", np.zeros((2, 9, 8)))
+    PILImage.new("L", (8, 8)).save(tmp_path / "a.png")
+    for words, message in (
+        ([str(tmp_path / "long.npy"), "o.npy"], r"long.npy has an array \(2, 9, 8\).*\(2, 8, 8\)"),
+        ([files[0], "o.png"], r"OUT o.png: an array \(.npy\) is allowed, as IN is one"),
+        ([str(tmp_path / "a.png"), "o.png"], "a.png: the model's samples are arrays; .npy are"),
+        ([*files, "--mask", str(tmp_path / "long.npy")], r"mask .*long.npy has shape .*\(8, 8\)"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["edit", *words, *line])

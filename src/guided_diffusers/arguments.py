@@ -23,7 +23,15 @@ from .guidance import (
     check_interval,
     scale_tensor,
 )
-from .images import as_sizes, check_precision, down_sampling, low_resolution, start_image
+from .images import (
+    as_sizes,
+    check_precision,
+    check_scale_channels,
+    down_sampling,
+    low_resolution,
+    start_array,
+    start_image,
+)
 from .likelihood import MULTI, SINGLE, Labels, check_power, parse_labels
 from .networks import check_module
 from .noise import has_posterior_variance, is_flow, module_config, prediction_type
@@ -379,17 +387,18 @@ def _check_count(start: torch.Tensor | None, batch_size: int) -> None:
 
 
 def read_start(pipeline: Any, image: Any) -> torch.Tensor:
-    """Images to start from, (B, C, ...), of a size that the pipeline's networks take.
+    """Images to start from, (B, C, ...), of a size that the pipeline's networks take; arrays are in
+    the data's units.
 
     Raises:
         ValueError: for others.
     """
     config, vae = module_config(pipeline.unet), module_config(pipeline.vae)
-    if pipeline.config.get("data_std") is not None:
-        raise ValueError(
-            f"image: the pipeline has a data scale, data_std={shown(pipeline.config.data_std)}; to "
-            "start midway, latents with strength are allowed"
-        )
+    if pipeline.are_arrays(image):
+        start = start_array(image, config.get("in_channels"))
+        check_scale_channels(pipeline.config, start.shape[1])
+        _check_rank(pipeline.unet, start)
+        return start
     channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
     start = start_image(image, channels)
     if isinstance(image, torch.Tensor) and 0 <= start.min() and 0.5 < start.max() <= 1:
@@ -404,6 +413,17 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
             f"image has size {tuple(start.shape[2:])}; multiples of {unit} are allowed"
         )
     return start
+
+
+def _check_rank(network: Any, start: torch.Tensor) -> None:
+    """Refuse arrays of another number of dimensions than a UNet's."""
+    dims = len(network_size(network))
+    if isinstance(network, (UNet1DModel, UNet2DModel)) and start.ndim != dims + 2:
+        sizes = "L" if dims == 1 else "H, W"
+        raise ValueError(
+            f"image has shape {tuple(start.shape)}; (B, C, {sizes}) is allowed, as the network is a "
+            f"{type(network).__name__}"
+        )
 
 
 def image_labels(pipeline: Any, label: Labels | None, count: int) -> list[dict[int, float]]:

@@ -23,7 +23,6 @@ from PIL import Image
 
 from .arguments import check_output_type, image_condition, image_labels, read_start
 from .checks import check_number, shown
-from .images import convert
 from .inversion import ProbabilityFlow, invert
 from .likelihood import MULTI, REGRESSION, Labels, logits_of
 from .networks import evaluating
@@ -38,7 +37,8 @@ class EditOutput(BaseOutput):
     Attributes:
         images: as `output_type` says.
         difference: images - originals, (B, H, W, C) of NumPy for "pil" and "np", else a tensor
-            (B, C, ...); 1 is from black to white, or for "latent" the latents' unit.
+            (B, C, ...); 1 is from black to white, or for "latent" the latents' unit. Of arrays, (B,
+            C, ...) in the data's units.
         probabilities_before, probabilities_after: p(label | image) by the pipeline's classifier at
             its lowest noise level, (B, num_labels); None without a classifier of labels.
         guidance_evaluations, settings: as of `GuidedImageOutput`.
@@ -57,9 +57,10 @@ class AnomalyOutput(BaseOutput):
     """Result of `ClassifierGuidedPipeline.anomaly`.
 
     Attributes:
-        maps: |image - edited image|, the mean over the channels, (B, ...); 1 is from black to white.
+        maps: |image - edited image|, the mean over the channels, (B, ...); 1 is from black to white,
+            or of arrays the data's unit.
         scores: the mean of each map, (B,).
-        images: the edited images, (B, C, ...) in [0, 1].
+        images: the edited images, (B, C, ...) in [0, 1], or arrays in the data's units.
     """
 
     maps: torch.Tensor
@@ -78,7 +79,7 @@ def inverted(
     """A copy of the pipeline that decodes by the probability flow, and the samples of `invert`.
 
     Args:
-        start: images, (B, C, ...).
+        start: of `read_start`, (B, C, ...).
         label: that the network gets, one or one per image; None: its null label, if it has labels.
         name: of that argument, for messages.
     """
@@ -112,14 +113,14 @@ def edited(
     source_label: Labels | None,
     mask: Any,
     num_inference_steps: int | None,
-    output_type: str,
+    output_type: str | None,
     call: Mapping[str, Any],
 ) -> EditOutput:
     """`ClassifierGuidedPipeline.edit`, whose further arguments are `call`."""
     _check_call_arguments(call)
     strength = check_number("strength", strength, 0, 1)
-    check_output_type(output_type)
     start = read_start(pipeline, image)
+    output_type = _output_type(output_type, pipeline.are_arrays(start))
     region = None if mask is None else read_mask(mask, start)
     steps = _steps(pipeline, num_inference_steps)
     options = {**call, "label": image_labels(pipeline, label, len(start)) or None}
@@ -136,11 +137,11 @@ def edited(
             options |= keep_outside(samples, before, region, call)
         output = decoder(**options, latents=samples[0], strength=1.0)
         after = output.images
-        images = pipeline._decode(after)
+        images = pipeline._in_units(after)
         if region is not None:
             images = torch.where(region.to(images.device), images, start.to(images))
     return EditOutput(
-        *_in_units(start, images, before, after, output_type),
+        *_outputs(pipeline, (start, images), (before, after), output_type),
         label_probabilities(pipeline.classifier, before),
         label_probabilities(pipeline.classifier, after),
         output.guidance_evaluations,
@@ -158,7 +159,7 @@ def anomalies(pipeline: Any, image: Any, label: Labels, **arguments: Any) -> Ano
     """`ClassifierGuidedPipeline.anomaly`."""
     output = pipeline.edit(image, label, output_type="pt", **arguments)
     maps = output.difference.abs().mean(1)
-    return AnomalyOutput(maps, maps.flatten(1).mean(1), output.images)
+    return AnomalyOutput(maps, maps.reshape(len(maps), -1).mean(1), output.images)
 
 
 #: arguments of the pipeline's call that have no meaning in `edit`
@@ -187,20 +188,40 @@ def _check_call_arguments(call: Mapping[str, Any]) -> None:
             )
 
 
-def _in_units(
-    start: torch.Tensor,
-    images: torch.Tensor,
-    before: torch.Tensor,
-    after: torch.Tensor,
+def _output_type(output_type: str | None, are_arrays: bool) -> str:
+    """The call's, or its default.
+
+    Raises:
+        ValueError: for another, or "pil" for arrays.
+    """
+    if output_type is None:
+        return "np" if are_arrays else "pil"
+    check_output_type(output_type)
+    if are_arrays and output_type == "pil":
+        raise ValueError(
+            "output_type='pil': the pipeline's samples are no pictures but arrays; 'np', 'pt' and "
+            "'latent' are allowed"
+        )
+    return output_type
+
+
+def _outputs(
+    pipeline: Any,
+    in_units: tuple[torch.Tensor, torch.Tensor],
+    latents: tuple[torch.Tensor, torch.Tensor],
     output_type: str,
 ) -> tuple[Any, Any]:
-    """(images, difference) as `output_type` says."""
+    """(images, difference) as `output_type` says, of those (before, after) the edit."""
     if output_type == "latent":
+        before, after = latents
         return after, after - before
-    difference = convert(images, "pt") - convert(start.to(images.device), "pt")
+    start, images = in_units
+    difference = pipeline._convert(images, "pt") - pipeline._convert(start.to(images.device), "pt")
     if output_type != "pt":
-        difference = difference.movedim(1, -1).cpu().numpy()
-    return convert(images, output_type), difference
+        are_arrays = pipeline.are_arrays(images)
+        difference = difference if are_arrays else difference.movedim(1, -1)
+        difference = difference.cpu().numpy()
+    return pipeline._convert(images, output_type), difference
 
 
 def read_mask(mask: Any, images: torch.Tensor) -> torch.Tensor:

@@ -171,6 +171,31 @@ def start_image(image: Any, channels: int) -> torch.Tensor:
     return image.float()
 
 
+def start_array(array: Any, channels: int | None) -> torch.Tensor:
+    """Arrays of data to start from, (B, C, ...) in float32, in the data's units.
+
+    Args:
+        array: such numbers, a tensor or a NumPy array.
+        channels: C; None: any.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    is_numpy = isinstance(array, np.ndarray) and array.dtype.kind in "fiu"
+    values = torch.from_numpy(array.astype(np.float32)) if is_numpy else array
+    is_tensor = isinstance(values, torch.Tensor) and not values.is_complex()
+    if not is_tensor or values.ndim < 2 or channels not in (None, values.shape[1]):
+        kind = f"an array {tuple(array.shape)}" if hasattr(array, "shape") else shown(array)
+        of_network = "" if channels is None else f" with the network's {channels} channels"
+        raise ValueError(
+            f"image={kind}: the pipeline's samples are arrays of data, so a tensor or a NumPy array of "
+            f"numbers (B, C, ...){of_network}, in the data's units, is allowed"
+        )
+    if not values.isfinite().all():
+        raise ValueError("image has infinite or NaN values; finite ones are allowed")
+    return values.float()
+
+
 def read_pictures(image: Any, mode: str, tensor: str) -> torch.Tensor:
     """PIL images of one size, one or a list, as a tensor (B, C, H, W) in [-1, 1].
 
@@ -238,6 +263,21 @@ def check_data_scale(mean: Any, std: Any) -> tuple[Any, Any]:
         numbers = [check_number(name, item, low, above=low == 0) for item in items]
         values.append(numbers if isinstance(value, (list, tuple)) else numbers[0])
     return values[0], values[1]
+
+
+def check_scale_channels(config: Mapping[str, Any], channels: int) -> None:
+    """Refuse samples of other channels than `data_mean` and `data_std` of a pipeline's config.
+
+    Raises:
+        ValueError: for such.
+    """
+    for name in ("data_mean", "data_std"):
+        values = config.get(name)
+        if isinstance(values, list) and len(values) not in (1, channels):
+            raise ValueError(
+                f"{name} in the pipeline's config is of {len(values)} channels; the samples have "
+                f"{channels}"
+            )
 
 
 def to_network_units(arrays: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:

@@ -44,12 +44,14 @@ from .guider import Guider, Prediction, exclusive_use
 from .images import (
     as_sizes,
     check_data_scale,
+    check_scale_channels,
     convert,
     decode,
     down_sampling,
     encode,
     in_data_units,
     join_low_resolution,
+    to_network_units,
 )
 from .inversion import ProbabilityFlow
 from .likelihood import REGRESSION, Labels
@@ -255,7 +257,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> ClassifierGuidedPipeline:
         """A pipeline that shares another one's components, as in Diffusers; `kwargs` replace them.
 
-        The network's `training_schedule` is that of `pipeline`, whatever scheduler replaces its own.
+        The network's `training_schedule` is that of `pipeline`, also if another scheduler replaces its own.
         """
         if "scheduler" in kwargs and "training_schedule" not in pipeline.config:
             kwargs.setdefault("training_schedule", training_schedule(pipeline.scheduler))
@@ -454,8 +456,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 the guided x0.
             guidance: one or more terms that are added to the classifier's.
             image: one, or one per image: PIL, or (B, C, H, W) in [-1, 1]. With `strength`: images to
-                start from, also as an array (B, H, W, C) in [0, 1]. Without: low-resolution images
-                for an up-sampling network (its input has twice the sample's channels).
+                start from, also as an array (B, H, W, C) in [0, 1]; where the output is no pictures
+                but arrays, (B, C, ...) in the data's units. Without: low-resolution images for an
+                up-sampling network (its input has twice the sample's channels).
             classifier_free_scale: scale of `ClassifierFreeGuidance`, of a class-conditional network
                 with a null label; a number, or one per label or image. 0: off. It is Diffusers'
                 `guidance_scale` less 1: for 7.5 pass 6.5. The default applies only where the network
@@ -583,7 +586,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     break
 
         # 5. Images
-        images = latents if output_type == "latent" else self._decode(latents)
+        images = latents if output_type == "latent" else self._in_units(latents)
         results = {} if population is None else population.results()
         results |= {"guidance_evaluations": guider.evaluations / batch_size, "settings": settings}
         return self._output(images, output_type, return_dict, **results)
@@ -591,7 +594,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def _output(
         self, images: torch.Tensor, output_type: str, return_dict: bool, **results: Any
     ) -> GuidedImageOutput | tuple[Any]:
-        """What the call returns, of images in [-1, 1] or latents, and its other results."""
+        """What the call returns, of `_in_units` or latents, and its other results."""
         check_images(images, "in the output")
         output = images if output_type == "latent" else self._convert(images, output_type)
         self.maybe_free_model_hooks()
@@ -621,7 +624,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 in `pipeline.config.defaults`.
 
         Returns:
-            The samples of that level, (B, C, H, W), in the scheduler's own space.
+            The samples of that level, (B, C, ...), in the scheduler's own space.
 
         Raises:
             ValueError: for any other argument, or a network that can't be inverted.
@@ -641,7 +644,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         source_label: Labels | None = None,
         mask: Any = None,
         num_inference_steps: int | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: Literal["pil", "np", "pt", "latent"] | None = None,
         **call: Any,
     ) -> EditOutput:
         """Change images to a label: invert them, and decode them guided.
@@ -654,9 +657,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             source_label: the label that the network gets while it inverts, one or one per image.
                 None: its null label.
             mask: where the images may change: PIL, in which white may, or numbers from 0 to 1, (H,
-                W) or (B, H, W). Outside, the images stay bit for bit. None: everywhere.
+                W) or (B, H, W), of arrays (...) or (B, ...). Outside, the images stay bit for bit.
+                None: everywhere.
             num_inference_steps: as in `invert`, for both directions.
-            output_type: as in the call.
+            output_type: as in the call. None: "pil", or for arrays of data "np".
             call: further arguments of the call, such as `guidance_scale`, `guidance`,
                 `classifier_free_scale` and `guidance_tolerance`. The run is deterministic and has no
                 `eta`, `generator`, `timesteps` or `sigmas`.
@@ -764,7 +768,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         batch_size, start = arguments.batch_size, arguments.start
         if start is None:
             latents = latents.to(self._execution_device, self.dtype)
-            return latents if output_type == "latent" else self._decode(latents)
+            return latents if output_type == "latent" else self._in_units(latents)
         images = self._encode(start) if output_type == "latent" else start
         return images.expand(batch_size, *[-1] * (images.ndim - 1))
 
@@ -833,14 +837,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "
                 "allowed"
             )
-        for name in ("data_mean", "data_std"):
-            values = self.config.get(name)
-            if isinstance(values, list) and len(values) not in (1, channels):
-                raise ValueError(
-                    f"{name} in the pipeline's config is of {len(values)} channels; the samples have "
-                    f"{channels}"
-                )
-        if output_type == "pil" and self._are_arrays(latents):
+        check_scale_channels(self.config, channels)
+        if output_type == "pil" and self.are_arrays(latents):
             raise ValueError(
                 f"output_type='pil': samples {('B', *latents.shape[1:])} of this pipeline are no "
                 "pictures but arrays; 'np', 'pt' and 'latent' are allowed"
@@ -936,9 +934,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents if self.vae is None else decode(self.vae, latents)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents, of images in [-1, 1]: the mean that the autoencoder gives them."""
+        """The network's samples of images in [-1, 1], of which an autoencoder gives the mean of its
+        latents, or of arrays in the data's units."""
         images = images.to(self._execution_device)
+        if self.config.get("data_std") is not None:
+            return to_network_units(images, self.config.data_mean, self.config.data_std)
         return images if self.vae is None else encode(self.vae, images)[0]
+
+    def _in_units(self, samples: torch.Tensor) -> torch.Tensor:
+        """What `_encode` takes, of final samples: images in [-1, 1], or arrays in the data's units."""
+        if self.config.get("data_std") is not None:
+            return in_data_units(samples, self.config.data_mean, self.config.data_std)
+        return self._decode(samples)
 
     @property
     def has_arrays(self) -> bool:
@@ -946,17 +953,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         is_image = self.vae is not None or len(network_size(self.unet)) == 2
         return self.config.get("data_std") is not None or not is_image
 
-    def _are_arrays(self, samples: torch.Tensor) -> bool:
-        """Whether samples are arrays of data, rather than images in [-1, 1] or latents of such."""
+    def are_arrays(self, samples: Any) -> bool:
+        """Whether samples, or what is given as such, are arrays of data, by the configs and their
+        rank, rather than images in [-1, 1] or latents of such."""
         has_scale = self.config.get("data_std") is not None
-        return has_scale or (self.vae is None and samples.ndim != 4)
+        return has_scale or (self.vae is None and getattr(samples, "ndim", 4) != 4)
 
     def _convert(self, images: torch.Tensor, output_type: str) -> Any:
-        """What the call returns, of the final samples or decoded images."""
-        if not self._are_arrays(images):
+        """What the call returns, of `_in_units`."""
+        if not self.are_arrays(images):
             return convert(images, output_type)
-        if self.config.get("data_std") is not None:
-            images = in_data_units(images, self.config.data_mean, self.config.data_std)
         return images.float() if output_type == "pt" else images.float().cpu().numpy()
 
 

@@ -1,4 +1,4 @@
-"""Pictures in files, edited: one, or a folder of them; the maps are in `edits` and the pipeline."""
+"""Pictures and arrays in files, edited: one, or a folder of them; the maps are in `edits` and the pipeline."""
 
 from typing import TYPE_CHECKING
 

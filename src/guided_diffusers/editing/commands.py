@@ -25,20 +25,24 @@ STRENGTH = 0.6
 def add_edit_command(commands: Any) -> None:
     command = commands.add_parser(
         "edit",
-        help="change pictures to another label",
+        help="change pictures, or arrays, to another label",
         description="Change pictures that exist: each is inverted to noise, by its own label or none, "
         "and decoded again with guidance to the new label, so that only what the label needs "
         "changes. Beside each edited picture, a comparison shows it before and after and their "
         "difference, with the classifier's probabilities. What changes on the way to a label such "
-        "as `healthy` is what is unusual for it: the difference is then an anomaly map. An "
-        "interrupted run on a folder is resumed when it is started again.",
+        "as `healthy` is what is unusual for it: the difference is then an anomaly map. Arrays "
+        "(.npy) are edited in their units, with the difference beside them. An interrupted run on "
+        "a folder is resumed when it is started again.",
     )
     command.set_defaults(run=run_edit)
     option = command.add_argument
-    option("source", metavar="IN", type=path, help="a picture, or a folder of pictures")
+    option(
+        "source", metavar="IN", type=path, help="a picture or an array (.npy), or a folder of them"
+    )
     help = (
-        "the edited picture, beside which NAME-comparison.png is written; or a folder, with the "
-        "same names, comparisons/ and results.json"
+        "the edited picture, beside which NAME-comparison.png is written (of an array "
+        "NAME-difference.npy); or a folder, with the same names, comparisons/ (differences/) and "
+        "results.json"
     )
     option("output", metavar="OUT", type=path, help=help)
     option("--label", required=True, help="the new label, a name or an id")
@@ -51,7 +55,7 @@ def add_edit_command(commands: Any) -> None:
     option("--strength", type=fraction, default=STRENGTH, help=help)
     help = (
         "a picture, or for a folder a folder of the same names: only where it is white may pictures "
-        "change; elsewhere they stay bit for bit"
+        "change; elsewhere they stay bit for bit. For arrays an array of 1, which may change, and 0"
     )
     option("--mask", type=path, help=help)
     add_shared_options(command, "--model", "--revision", "--conditional", "--device", "--quiet")
@@ -94,7 +98,7 @@ def run_edit(options: Namespace) -> None:
             **edit,
         )
         existed = f", {result.before} of them existed" if result.before else ""
-        text = f"{result.pictures} pictures{existed}, in {result.seconds:.1f} s"
+        text = f"{result.pictures} {result.kind}s{existed}, in {result.seconds:.1f} s"
     else:
         text = edit_file(pipeline, options, label, edit)
     print(f"{text}: {printable(options.output)}")
@@ -103,20 +107,23 @@ def run_edit(options: Namespace) -> None:
 def edit_file(
     pipeline: ClassifierGuidedPipeline, options: Namespace, label: int | str, edit: dict[str, Any]
 ) -> str:
-    """Edit one picture and write it and its comparison; the result as text."""
-    from ..sampling import save_image
-    from .folder import check_pictures, describe, find_masks, read_picture, titles
-    from .pictures import comparison
+    """Edit one picture or array and write it and what is beside it; the result as text."""
+    from .files import files_of
+    from .folder import describe, find_masks, titles
 
-    check_pictures(pipeline, [options.source])
-    masks = find_masks(options.mask, {"": options.source}, Path())
-    mask = read_picture(masks[""]) if masks else None
-    picture = read_picture(options.source)
-    result = pipeline.edit(picture, label, mask=mask, **edit)
+    form = files_of(pipeline)
+    if (options.source.suffix.lower() == ".npy") != (form.kind == "array"):
+        raise ValueError(
+            f"IN {options.source}: the model's samples are {form.kind}s; "
+            f"{', '.join(form.suffixes)} are allowed"
+        )
+    form.check([options.source])
+    masks = find_masks(form, options.mask, {"": options.source}, Path())
+    region = form.read_masks([masks[""]]) if masks else None
+    result = pipeline.edit(form.read([options.source]), label, mask=region, **edit)
     (record,) = describe(pipeline, label, result)
-    both = comparison(picture, result.images[0], result.difference[0], titles(record))
-    save_image(both, comparison_path(options.output))
-    save_image(result.images[0], options.output)
+    beside = options.output.with_name(f"{options.output.stem}-{form.beside}{form.suffix}")
+    form.save(options.source, options.output, beside, result, 0, titles(record))
     guesses = [
         f"{record[when]['label']} {record[when]['probability']:.0%}"
         for when in ("before", "after")
@@ -129,18 +136,18 @@ def edit_file(
     )
 
 
-def comparison_path(output: Path) -> Path:
-    """Where the comparison of one edited picture is written."""
-    return output.with_name(f"{output.stem}-comparison.png")
-
-
 def check_options(options: Namespace) -> None:
     """Check the options before any computation."""
     from ..files import check_writable
 
-    source, output, formats = options.source, options.output, (".png", ".jpg", ".jpeg", ".webp")
+    source, output, kind = options.source, options.output, "a picture"
+    formats: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")
+    if source.suffix.lower() == ".npy":
+        formats, kind = (".npy",), "an array"
     if not source.exists():
-        raise ValueError(f"IN {source} doesn't exist; a picture or a folder of pictures is needed")
+        raise ValueError(
+            f"IN {source} doesn't exist; a picture or an array (.npy), or a folder of them, is needed"
+        )
     if source.is_dir():
         if output.suffix.lower() in formats and not output.is_dir():
             raise ValueError(f"OUT {output}: IN is a folder, so a folder is allowed")
@@ -150,9 +157,9 @@ def check_options(options: Namespace) -> None:
                 f"OUT {output}: it and IN {source} are one within the other; use another"
             )
     elif output.suffix.lower() not in formats:
-        raise ValueError(f"OUT {output}: a picture ({', '.join(formats)}) is allowed, as IN is one")
+        raise ValueError(f"OUT {output}: {kind} ({', '.join(formats)}) is allowed, as IN is one")
     elif options.mask is not None and options.mask.is_dir():
-        raise ValueError(f"--mask {options.mask}: a picture is allowed, as IN is one")
+        raise ValueError(f"--mask {options.mask}: {kind} is allowed, as IN is one")
     check_writable(output, "OUT", folder=source.is_dir())
 
 

@@ -1,10 +1,12 @@
-"""A folder of pictures, edited one batch at a time, resumable.
+"""A folder of pictures or arrays, edited one batch at a time, resumable.
 
 OUTPUT/manifest.json             settings, model revision, versions, "complete"
 OUTPUT/NAME.png                  the edited picture of each INPUT/NAME.*
 OUTPUT/comparisons/NAME.png      before, after and difference
 OUTPUT/.records/NAME.json        written last: the picture is finished
 OUTPUT/results.json              of all pictures: change, and probabilities before and after
+
+Of arrays, NAME.npy and differences/NAME.npy, in the data's units.
 """
 
 from __future__ import annotations
@@ -17,31 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..checks import read_json
 from ..files import folder_lock, write_json
-from ..images import as_pair, down_sampling
 from ..likelihood import parse_labels
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
-from ..sampling import open_or_resume, run_settings, save_image, write_manifest
-from .pictures import comparison
+from ..sampling import open_or_resume, run_settings, write_manifest
+from .files import Files, files_of
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-COMPARISONS, RECORDS, RESULTS = "comparisons", ".records", "results.json"
+RECORDS, RESULTS = ".records", "results.json"
 
 
 @dataclass(frozen=True)
 class EditResult:
-    """Result of `edit_folder`: numbers of pictures in the folder and before the call, seconds, and
-    what `results.json` holds."""
+    """Result of `edit_folder`: numbers of pictures, or of arrays by `kind`, in the folder and before
+    the call, seconds, and what `results.json` holds."""
 
     pictures: int
     before: int
     seconds: float
     results: dict[str, dict[str, Any]]
+    kind: str = "picture"
 
 
 def edit_folder(
@@ -57,11 +57,12 @@ def edit_folder(
     progress: bool = True,
     **edit: Any,
 ) -> EditResult:
-    """Edit the pictures of a folder that aren't finished yet; see the module for the files.
+    """Edit the pictures, or arrays, of a folder that aren't finished yet; see the module for the files.
 
     Args:
         label: the new one, an id or a name; None: none.
-        mask: a picture for all, or a folder with a picture of each one's name.
+        mask: a picture for all, or a folder with a picture of each one's name; for arrays, arrays of
+            numbers from 0 to 1 of their size, without channels.
         model, revision: for the manifest, as in `sample_to_folder`.
         edit: further arguments of `pipeline.edit`.
 
@@ -72,9 +73,10 @@ def edit_folder(
     """
     start = time.perf_counter()
     source, output = Path(source), Path(output)
-    files = find_pictures(source)
-    check_pictures(pipeline, [source / file for file in files.values()])
-    masks = find_masks(mask, files, source)
+    form = files_of(pipeline)
+    files = find_files(form, source)
+    form.check([source / file for file in files.values()])
+    masks = find_masks(form, mask, files, source)
     arguments = {"pictures": digest([source / file for file in files.values()]), "label": label}
     arguments |= {"mask": None if mask is None else digest(sorted({*masks.values()})), **edit}
     settings = run_settings(pipeline, model, revision, arguments)
@@ -84,151 +86,95 @@ def edit_folder(
         with tqdm(
             total=len(files),
             initial=len(files) - len(missing),
-            unit="picture",
+            unit=form.kind,
             disable=not progress,
         ) as bar:
             for first in range(0, len(missing), batch_size):
                 names = missing[first : first + batch_size]
-                edit_batch(
-                    pipeline,
-                    {name: source / files[name] for name in names},
-                    masks,
-                    output,
-                    label,
-                    edit,
-                )
+                paths = {name: source / files[name] for name in names}
+                edit_batch(pipeline, form, paths, masks, output, label, edit)
                 bar.update(len(names))
         results = {name: read_json(_record(output, name)) for name in files}
         write_json(results, output / RESULTS)
         write_manifest(output, settings, complete=True)
-    return EditResult(len(files), len(files) - len(missing), time.perf_counter() - start, results)
+    seconds = time.perf_counter() - start
+    return EditResult(len(files), len(files) - len(missing), seconds, results, form.kind)
 
 
-def find_pictures(source: Path) -> dict[str, Path]:
-    """{name without suffix: path within the folder} of all pictures in a folder, sorted.
+def find_files(form: Files, source: Path) -> dict[str, Path]:
+    """{name without suffix: path within the folder} of all pictures or arrays in a folder, sorted.
 
     Raises:
         ValueError: without any, or for two of one name.
     """
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder; a folder of pictures is allowed")
+        raise ValueError(f"{source} is no folder; a folder of {form.kind}s is allowed")
     files: dict[str, Path] = {}
     for path in sorted(source.rglob("*")):
         file = path.relative_to(source)
         is_hidden = any(part.startswith(".") for part in file.parts)
-        if path.suffix.lower() not in SUFFIXES or is_hidden:
+        if path.suffix.lower() not in form.suffixes or is_hidden:
             continue
         name = file.with_suffix("").as_posix()
         if name in files:
             raise ValueError(
-                f"{source / files[name]} and {path}: both would be {name}.png; rename one"
+                f"{source / files[name]} and {path}: both would be {name}{form.suffix}; rename one"
             )
-        if file.parts[0] == COMPARISONS:
-            raise ValueError(f"{path}: the folder {COMPARISONS} is for the output; rename it")
+        if file.parts[0] == f"{form.beside}s":
+            raise ValueError(f"{path}: the folder {form.beside}s is for the output; rename it")
         files[name] = file
     if not files:
-        raise ValueError(f"{source} has no pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{source} has no {form.kind}s ({', '.join(form.suffixes)})")
     return files
 
 
-def find_masks(mask: str | Path | None, files: Mapping[str, Path], source: Path) -> dict[str, Path]:
-    """The path of each picture's mask; empty without masks.
+def find_masks(
+    form: Files, mask: str | Path | None, files: Mapping[str, Path], source: Path
+) -> dict[str, Path]:
+    """The path of each file's mask; empty without masks.
 
     Raises:
-        ValueError: for a missing mask, or one of another size than its picture.
+        ValueError: for a missing mask, or one of another size than its picture or array.
     """
     if mask is None:
         return {}
     mask = Path(mask)
     masks = dict.fromkeys(files, mask)
     if mask.is_dir():
-        found = find_pictures(mask)
+        found = find_files(form, mask)
         if absent := [name for name in files if name not in found]:
-            raise ValueError(f"mask {mask} has no picture for {', '.join(absent[:5])}; add it")
+            raise ValueError(f"mask {mask} has no {form.kind} for {', '.join(absent[:5])}; add it")
         masks = {name: mask / found[name] for name in files}
     for name, path in masks.items():
-        sizes = picture_size(path), picture_size(source / files[name])
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"mask {path} has {sizes[0][0]} x {sizes[0][1]} pixels, {source / files[name]} "
-                f"{sizes[1][0]} x {sizes[1][1]}; one size is allowed"
-            )
+        form.check_mask(path, source / files[name])
     return masks
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture's file.
-
-    Raises:
-        ValueError: naming the file, if it can't be read as one.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except FileNotFoundError:
-        raise ValueError(f"{path} doesn't exist; a picture is needed") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from None
-
-
-def check_pictures(pipeline: ClassifierGuidedPipeline, paths: Sequence[Path]) -> None:
-    """Check that the pictures have the size of the pipeline's images.
-
-    Raises:
-        ValueError: naming the first that doesn't.
-    """
-    size = module_config(pipeline.unet).get("sample_size")
-    if size is None:
-        return
-    pixels = down_sampling(module_config(pipeline.vae))
-    height, width = (pixels * side for side in as_pair(size))
-    for path in paths:
-        if picture_size(path) != (width, height):
-            has = "{} x {}".format(*picture_size(path))
-            raise ValueError(
-                f"{path} has {has} pixels; the model's images have {width} x {height}: resize it"
-            )
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture, read completely.
-
-    Raises:
-        ValueError: naming the file, if it can't be read.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from None
 
 
 def edit_batch(
     pipeline: ClassifierGuidedPipeline,
-    pictures: Mapping[str, Path],
+    form: Files,
+    paths: Mapping[str, Path],
     masks: Mapping[str, Path],
     output: Path,
     label: int | str | None,
     edit: Mapping[str, Any],
 ) -> None:
-    """Edit pictures, {name: path}, and write their files."""
-    images = [read_picture(path) for path in pictures.values()]
-    region = [read_picture(masks[name]) for name in pictures] if masks else None
-    result = pipeline.edit(images, label, mask=region, **edit)
+    """Edit files, {name: path}, and write theirs."""
+    region = form.read_masks([masks[name] for name in paths]) if masks else None
+    result = pipeline.edit(form.read([*paths.values()]), label, mask=region, **edit)
     records = describe(pipeline, label, result)
-    for i, name in enumerate(pictures):
-        picture = comparison(images[i], result.images[i], result.difference[i], titles(records[i]))
-        save_image(picture, output / COMPARISONS / f"{name}.png")
-        save_image(result.images[i], output / f"{name}.png")
+    for i, (name, path) in enumerate(paths.items()):
+        beside = output / f"{form.beside}s" / f"{name}{form.suffix}"
+        form.save(path, output / f"{name}{form.suffix}", beside, result, i, titles(records[i]))
         write_json(records[i], _record(output, name))
 
 
 def describe(
     pipeline: ClassifierGuidedPipeline, label: int | str | None, result: Any
 ) -> list[dict[str, Any]]:
-    """For each image: the mean absolute change (1 is from black to white), and if a classifier knows
-    it, the label and probability before and after, and that of the new label."""
+    """For each image: the mean absolute change (1 is from black to white; of arrays in their units),
+    and if a classifier knows it, the label and probability before and after, and that of the new
+    label."""
     change = np.abs(result.difference).reshape(len(result.difference), -1).mean(1).tolist()
     records = [{"change": value} for value in change]
     if result.probabilities_before is None:
