@@ -223,7 +223,7 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
             sigmoid(f_y) = E[p(y | x_0)^w | x_t],    f_y = log p_y / (1 - p_y) + d_y log w
 
         with p the softmax of the head's first `num_labels` outputs and d the others. At w = 1 this
-        is p(y | x_t), whatever the weights are.
+        is p(y | x_t) for all weights.
 
         Args:
             sample: x_t, (B, C, H, W) for `dims=2`, as the training's forward process left it:

@@ -97,7 +97,7 @@ def training_schedule(scheduler: SchedulerMixin) -> dict[str, Any]:
     config, entries = scheduler.config, {}
     try:
         prediction = prediction_type(scheduler)
-    except ValueError:  # said when it is used
+    except ValueError:  # an error is raised when it is used
         prediction = None
     if is_instance_by_name(scheduler, {"UnCLIPScheduler"}):
         entries["beta_schedule"] = COSINE

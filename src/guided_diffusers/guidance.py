@@ -99,7 +99,7 @@ class Guidance(ABC):
         start, stop: the term is active while `start <= index / count < stop`; fractions of the run
             in [0, 1].
         sigma_interval: (low, high): instead, it is active while low < sigma / alpha <= high,
-            whatever the scheduler (Kynkaanniemi et al. 2024, "Applying guidance in a limited
+            with any scheduler (Kynkaanniemi et al. 2024, "Applying guidance in a limited
             interval improves sample and distribution quality in diffusion models"). None: off.
 
     Raises:
@@ -371,7 +371,7 @@ def x0_value_and_gradient(
 
     Through the network it is exact and costs the network's forward and backward pass. Otherwise the
     Jacobian of x0 is taken as alpha / (alpha^2 + sigma^2), its value for Gaussian data of unit
-    variance, whatever the network predicts; this costs neither.
+    variance, also where a network predicts otherwise; this costs neither.
     """
     if through_network and step.graph is not None:
         x, x0 = step.graph
@@ -402,7 +402,7 @@ def rescale_to_score(grad: torch.Tensor, step: StepContext) -> torch.Tensor:
 class NoiseAwareGuidance(Guidance):
     """Guidance by a network that was trained on noised data: adds `scale * grad_x log p(y | x_t)`.
 
-    The network is matched to the step by its noise-to-signal ratio, whatever the scheduler: it is
+    The network is matched to the step by its noise-to-signal ratio, with any scheduler: it is
     evaluated at z = sample / sqrt(alpha^2 + sigma^2) and the fractional timestep of its own
     schedule with the same sigma / alpha. The chain rule puts 1 / sqrt(alpha^2 + sigma^2) into the
     gradient. Above its highest training noise level, the network is evaluated at that level
@@ -452,7 +452,7 @@ class NoiseAwareGuidance(Guidance):
         return self.log_likelihood(z.to(dtype), t)
 
     def log_factor(self, step: StepContext) -> torch.Tensor:
-        """log p(y | x_t), (B,), whatever the scale: that only shapes how samples get there."""
+        """log p(y | x_t), (B,), at any scale: that only shapes how samples get there."""
         z, t, _ = self.network_input(step.sample, step.level)
         return self.log_probability(z, t)
 

@@ -111,7 +111,7 @@ class ImageClassifierGuidance(Guidance):
         return self.likelihood(logits_of(output))
 
     def log_factor(self, step: StepContext) -> Tensor:
-        """log p(y | decode(x0)), (B,), whatever the scale."""
+        """log p(y | decode(x0)), (B,), at any scale."""
         return self.log_likelihood(step.decode(step.x0), step)
 
     def score(self, step: StepContext) -> Tensor:

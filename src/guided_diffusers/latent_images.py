@@ -247,7 +247,7 @@ class _Network:
 
 
 class _LastStep(tuple):
-    """Result of a step, by position and by name, whatever of it a pipeline takes."""
+    """Result of a step, by position and by name, as pipelines take it."""
 
     prev_sample = pred_original_sample = denoised = property(lambda self: self[0])
 

@@ -41,7 +41,7 @@ class SweepSetting:
     Attributes:
         scheduler: name as of `scheduler_name`.
         guidance_start, guidance_stop: part of the run that is guided; the defaults guide all of
-            it, whatever the pipeline's defaults are.
+            it, also where the pipeline's own differ.
         guidance_algorithm, guidance_every, guidance_tolerance: None: the pipeline's defaults.
 
     With `guidance_scale=0` these have no effect and keep their default values.

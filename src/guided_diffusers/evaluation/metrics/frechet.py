@@ -25,7 +25,7 @@ class Moments(Accumulator):
 
     Args:
         width: D.
-        classes: number of classes K; it takes 8 K D^2 bytes, whatever the number of images.
+        classes: number of classes K; it takes 8 K D^2 bytes for any number of images.
     """
 
     sums = ("count", "mean", "scatter")
