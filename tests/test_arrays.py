@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler, UNet1DModel, UNet2DModel
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.assembly import assembled
-from guided_diffusers.diagnosis.loading import image_format
+from guided_diffusers.cli import main
+from guided_diffusers.diagnosis import diagnose
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
 from guided_diffusers.learning.arrays import LabelledArrays, find_array_column, parse_data_scale
 from guided_diffusers.learning.data import load_splits
@@ -190,8 +191,6 @@ def test_signals_are_trained_on_assembled_and_sampled_in_their_units(
     assert guide.config.id2label == dict(enumerate("abc"))
     pipeline = assembled(unet, classifier)
     pipeline.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="the classifier is one of arrays .*dims=1"):
-        image_format(guide, None)
     images, latents = (
         pipeline(["a", "c"], num_inference_steps=3, latents=torch.ones(2, 2, 8), output_type=kind)
         for kind in ("np", "latent")
@@ -204,6 +203,49 @@ def test_signals_are_trained_on_assembled_and_sampled_in_their_units(
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the classifier's data_mean is"):
         assembled(unet, tmp_path / "other")
+
+
+def test_the_inspect_command_after_a_training_on_arrays(
+    train: Callable[..., Path],
+    place: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """It works as printed; its table is that of the arrays in the classifier's units and labels."""
+    values, labels = signals()
+    folder = write_npy(tmp_path / "data", values.transpose(0, 2, 1), labels)  # channels last
+    line = "--max_train_steps 2 --lr_warmup_steps 0 --resolution 64 --channel_axis last"
+    classifier = train("classifier", line, "classifier", f"--train_data_dir {folder}")
+    printed = capsys.readouterr().out
+    (command,) = (text for text in printed.splitlines() if "guided-diffusers inspect" in text)
+    assert str(folder) in command and command.endswith("# is it fit to guide?")
+    words = command.partition("#")[0].split()[1:]
+    pipeline = ClassifierGuidedPipeline(
+        UNet1DModel(sample_size=8, in_channels=2, out_channels=2, **UNET_1D_MODEL),
+        DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        data_mean=5.0,
+        data_std=3.0,
+    )
+    pipeline.save_pretrained(tmp_path / "unet")
+    replaced = {"UNET": str(tmp_path / "unet"), "DIAGNOSIS": str(tmp_path / "diagnosis")}
+    words = [replaced.get(word, word) for word in words]
+    options = {"levels": 3, "gradient_images": 4}
+    main([*words, "--quiet", "--device", "cpu", "--levels", "3", "--gradient-images", "4"])
+    found = json.loads((tmp_path / "diagnosis" / "diagnosis.json").read_text())
+    guide = NoiseAwareClassifier.from_pretrained(classifier)
+    test = load_splits(str(folder))["test"]
+    scale = guide.config.data_mean, guide.config.data_std
+    data = LabelledArrays(test, "npy", channel_axis="last", scale=scale)
+    assert abs(float(data[0]["pixel_values"].mean())) < 1 and data.shape == (2, 8)
+    parts = {"scheduler": pipeline.scheduler, "unet": pipeline.unet, "progress": False}
+    assert found["levels"] == json.loads(
+        json.dumps(diagnose(guide, data, **parts, **options).levels)
+    )
+    assert not any("[-1, 1]" in text for text in found["mismatches"])
+    with pytest.raises(SystemExit, match=r"no column of arrays, which the classifier \(dims=1"):
+        main(["inspect", str(classifier), "--dataset", str(place.folder), "--quiet"])
+    with pytest.raises(SystemExit, match="image_range=.*None is allowed with arrays"):
+        main([*words, "--image-range", "0,1", "--quiet"])
 
 
 @pytest.mark.parametrize("form", ["npz", "parquet"])
@@ -287,11 +329,26 @@ def test_fields_of_many_channels_and_volumes(train: Callable[..., Path], tmp_pat
     assert classifier.config.dims == 3 and tuple(classifier.config.sample_size) == (4, 4, 8)
 
 
+def test_streamed_columns_of_arrays_are_refused(train: Callable[..., Path], tmp_path: Path) -> None:
+    values, labels = signals()
+    features = {"signal": Array2D((2, 8), "float32"), "label": ClassLabel(names=list("abc"))}
+    rows = {"signal": list(values), "label": labels}
+    (tmp_path / "data").mkdir()
+    dataset = Dataset.from_dict(rows, features=Features(features))
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    line = "--max_train_steps 1 --resolution 64 --streaming"
+    message = r"--streaming True: False is allowed with arrays \(column 'signal'\)"
+    with pytest.raises(SystemExit, match=message):
+        train("classifier", line, data=f"--train_data_dir {tmp_path / 'data'}")
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
         ("unet", "--class_conditional", r"--class_conditional: .*these arrays are \(2, 8\)"),
         ("classifier", "--random_flip", "--random_flip True: False is allowed with arrays"),
+        ("unet", "--streaming", "--streaming True: False is allowed with arrays"),
         ("classifier", "--resolution 16", "--resolution 16: 64 is allowed with arrays"),
         ("classifier", "--data_scale 3", "--data_scale '3': standard"),
         ("unet", "--bits_per_dim_images 5", "--bits_per_dim_images 5: with arrays 0 is allowed"),

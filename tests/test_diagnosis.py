@@ -502,6 +502,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ClassifierGuidedPipeline(unet, DDIMScheduler(), classifier).save_pretrained(root / "pipeline")
     ClassifierGuidedPipeline(unet, DDIMScheduler()).save_pretrained(root / "alone")
     classifier.save_pretrained(root / "classifier")
+    without_null = UNet2DModel.from_config({**unet.config, "num_class_embeds": 3})
+    full = ClassifierGuidedPipeline(without_null, DDIMScheduler(), classifier)
+    full.save_pretrained(root / "full")
     noise = np.random.default_rng(0)
     for split in ("train", "test"):
         for i in range(12):
@@ -595,6 +598,10 @@ def test_the_evidences_of_all_labels_add_up_to_one(
     "arguments, message",
     [
         (["classifier", "--evidence", "4"], "evidence=4 needs the network to be guided"),
+        (
+            ["full", "--evidence", "4"],
+            "evidence: the network needs a label, as it has 3 class embeddings for 3 labels",
+        ),
         (["nothing-like-it"], "model 'nothing-like-it' is not bundled; allowed"),
         (["alone"], "is a pipeline without a classifier"),
         (["./nowhere/at-all"], "nowhere/at-all"),

@@ -268,6 +268,37 @@ def test_options_have_an_effect(place: Path, tmp_path: Path) -> None:
     assert plain["figures"]["precision"]["value"] == other["figures"]["precision"]["value"]
 
 
+def test_real_images_of_another_white_and_alpha(place: Path, tmp_path: Path) -> None:
+    """Those of 12 bits in 16, and shapes in the alpha, are the images of 8 bits, by the options."""
+    for split, count, seed in (("train", 90, 0), ("test", 50, 1)):
+        for i, (array, label) in enumerate(zip(*pixels(count, seed), strict=True)):
+            name = Path(split, "abc"[label], f"{i}.png")
+            deep = (array.astype(float) / 255 * 4095).round().astype(np.uint16)
+            png(deep, tmp_path / "deep" / name)
+            icon = np.zeros((8, 8, 4), np.uint8)
+            icon[..., 3] = 255 - array
+            png(icon, tmp_path / "icons" / name)
+            png(array, tmp_path / "usual" / name)
+    generated = write(tmp_path / "generated", "npz")
+    options = ("--max-features", "50", "--nearest", "5")
+    plain = run(place, generated, *options, "--dataset", str(tmp_path / "usual"))
+    for folder, flag, value in (
+        ("deep", "--image-range", "0,4095"),
+        ("icons", "--alpha-background", "white"),
+    ):
+        line = (*options, "--dataset", str(tmp_path / folder))
+        with pytest.raises(SystemExit, match=flag.replace("-", "_").replace("__", "--")):
+            run(place, generated, *line)
+        for spelling in (flag, f"--{flag[2:].replace('-', '_')}"):
+            result = run(place, generated, *line, spelling, value)
+        for name in ("frechet_distance", "kernel_distance", "nearest_ratio"):  # continuous ones
+            figure = plain["figures"][name]
+            assert result["figures"][name]["value"] == pytest.approx(figure["value"], 0.02, 1e-4)
+        assert result["settings"]["real"][flag[2:].replace("-", "_")]
+    with pytest.raises(SystemExit, match="--image_range '5': LOW,HIGH is allowed"):
+        run(place, generated, "--image-range", "5")
+
+
 def test_several_processes_give_the_same_figures(place: Path, tmp_path: Path) -> None:
     generated = write(tmp_path, "parquet")
     options = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,79 @@ def test_twelve_bits_that_the_file_says_are_read_right(tmp_path: Path) -> None:
     torch.testing.assert_close(
         opened(tmp_path)[0]["pixel_values"], expected(RAMP), atol=1e-3, rtol=0
     )
+
+
+def deep_png(path: Path, values: np.ndarray, alpha: bool = False) -> None:
+    """A PNG of 16-bit colours (rows, columns, 3), which Pillow can't write."""
+    values = np.dstack([values, np.full(values.shape[:2], 65535)]) if alpha else values
+    rows, columns, _ = values.shape
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", columns, rows, 16, 6 if alpha else 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        checksum = zlib.crc32(name + data)
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def deep_tiff(path: Path, values: np.ndarray) -> None:
+    """A TIFF of 16-bit colours (rows, columns, 3)."""
+    rows, columns, _ = values.shape
+    data = struct.pack("<HHH", 16, 16, 16) + values.astype("<u2").tobytes()
+    tags = {256: columns, 257: rows, 259: 1, 262: 2, 273: 14, 277: 3, 278: rows}
+    tags[279] = len(data) - 6
+    entries = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()}
+    entries[258] = struct.pack("<HHII", 258, 3, 3, 8)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    table = b"".join(entries[tag] for tag in sorted(entries))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + data + struct.pack("<H", len(entries)) + table + b"\0" * 4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "alpha.png", "tif"])
+def test_colours_of_sixteen_bits_are_read_right_or_refused(suffix: str, tmp_path: Path) -> None:
+    """Pillow reads their upper 8 bits: black where 12 are used, also with the option."""
+    shades = np.stack([RAMP, RAMP[::-1], RAMP.T], -1)
+
+    def save(folder: Path, high: int) -> Path:
+        for i in range(3):
+            values = (np.roll(shades, i, 0) * high).round()
+            if suffix == "tif":
+                deep_tiff(folder / "ab"[i % 2] / f"{i}.tif", values)
+            else:
+                deep_png(folder / "ab"[i % 2] / f"{i}.png", values, suffix == "alpha.png")
+        return folder
+
+    folder = save(tmp_path / "twelve", 4095)
+    with pytest.raises(ValueError, match=r"brightest .* 16 bits is 4095, .*--image_range LOW,HIGH"):
+        opened(folder, channels=3, check_pixels=True)
+    ramps = [
+        torch.from_numpy(2 * np.roll(shades, i, 0) - 1).float().movedim(-1, 0) for i in range(3)
+    ]
+    whole = save(tmp_path / "sixteen", 65535)
+    for data in (
+        opened(folder, image_range=(0.0, 4095.0)),
+        opened(whole),
+        opened(whole, image_range=(0.0, 65535.0)),
+    ):
+        for i in range(3):
+            pixels = data[i]["pixel_values"]
+            assert min(float((pixels - ramp).abs().max()) for ramp in ramps) < 0.01
+    if suffix == "alpha.png":
+        with pytest.raises(ValueError, match="colours of 16 bits and alpha.*--alpha_background"):
+            opened(folder, image_range=(0.0, 4095.0), alpha_background=(255, 255, 255))
+
+
+def test_eight_bits_have_no_white_above_255(tmp_path: Path) -> None:
+    folder = save_all(tmp_path, lambda i: Image.fromarray((RAMP * 255).astype(np.uint8)))
+    with pytest.raises(ValueError, match="8 bits, whose white is 255 at most, not 4095"):
+        opened(folder, image_range=(0.0, 4095.0))
+    assert opened(folder, image_range=(0.0, 255.0))[0]["pixel_values"].max() > 0.9
 
 
 def icon(colours: bool) -> Callable[[int], Image.Image]:

@@ -110,7 +110,13 @@ BESIDE = {
 }
 ROOMS = ("sampling", "editing", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
 # a room is used through its package, or through these modules of it
-PUBLIC_MODULES = {"evaluation.metrics", "learning.arrays", "learning.data", "learning.losses"}
+PUBLIC_MODULES = {
+    "evaluation.metrics",
+    "learning.arrays",
+    "learning.pixels",
+    "learning.data",
+    "learning.losses",
+}
 
 
 def imports(path: Path, package: Path = PACKAGE) -> set[tuple[str, str, bool]]:

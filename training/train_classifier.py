@@ -433,7 +433,7 @@ def write_diagnosis(
         finite_differences=False,
         progress=False,
     )
-    if options.vae is not None or isinstance(held_out, LabelledArrays):  # which have no range
+    if options.vae is not None:  # latents, which have no range
         diagnosis = replace(diagnosis, mismatches=())
     diagnosis.save(Path(options.output_dir), picture=find_spec("matplotlib") is not None)
     if verbose:
@@ -455,6 +455,9 @@ def next_steps(options: ClassifierOptions) -> list[str]:
         columns = {"image": options.image_column, "label": options.label_column}
         for name, column in columns.items():
             line += f" --{name}-column {quote(column)}" if column else ""
+        for name in ("image_range", "alpha_background"):
+            value = getattr(options, name)
+            line += f" --{name.replace('_', '-')} {quote(value)}" if value else ""
         commands.insert(0, f"{line} --output DIAGNOSIS  # is it fit to guide?")
     return commands
 

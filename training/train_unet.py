@@ -256,8 +256,8 @@ def make_array_denoiser(
     if options.class_conditional:
         raise ValueError(
             "--class_conditional: it is allowed with images, and arrays of two dimensions, whose "
-            f"UNet2DModel has class embeddings; these arrays are {data.shape}, so guide by a "
-            "classifier"
+            f"UNet2DModel has class embeddings; these arrays are {data.shape}, whose "
+            "models, such as UNet1DModel, take no labels, so guide by a classifier"
         )
     if is_other(config):
         return make_model(getattr(diffusers, config["_class_name"]), options, {}, **settings)

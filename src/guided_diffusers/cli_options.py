@@ -214,6 +214,18 @@ def add_shared_options(command: argparse.ArgumentParser, *flags: str) -> None:
         add_shared_option(command, flag)
 
 
+def add_pixel_options(command: argparse.ArgumentParser) -> None:
+    """Add --image-range and --alpha-background, as the training scripts have them; `pixel_options`
+    of `learning.pixels` reads them."""
+    text = "the pixels that are black and white in the dataset, such as 0,4095"
+    option = command.add_argument
+    option(
+        "--image-range", "--image_range", metavar="LOW,HIGH", help=f"{text} (default: by the file)"
+    )
+    text = "the colour under transparent images of the dataset, such as white"
+    option("--alpha-background", "--alpha_background", metavar="COLOUR", help=text)
+
+
 def add_call_options(command: argparse.ArgumentParser) -> Any:
     """Add the arguments of the pipeline's call; those left out are missing in the parsed options.
 
@@ -223,7 +235,13 @@ def add_call_options(command: argparse.ArgumentParser) -> Any:
     description = "Options left out have the model's defaults."
     group = command.add_argument_group("sampling", description, argument_default=argparse.SUPPRESS)
     for name, kind, metavar, help in (
-        ("scale", scale, "SCALE", "classifier; 0: off, 1: exact, more: sharper, less varied"),
+        (
+            "scale",
+            scale,
+            "SCALE",
+            "classifier; 0: off, 1: as it says (exact if it is, and the model gets no label, "
+            "--no-conditional), more: sharper, less varied",
+        ),
         (
             "power",
             number(1),

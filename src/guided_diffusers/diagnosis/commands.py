@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_options import (
+    add_pixel_options,
     add_shared_option,
     add_shared_options,
     count,
@@ -30,7 +31,7 @@ def add_inspect_command(commands: Any) -> None:
     option(
         "model", metavar="MODEL", help="a classifier or pipeline: folder, Hub id or bundled name"
     )
-    help = "labelled images: a Hub name, an image folder or Parquet files"
+    help = "labelled images, or arrays: a Hub name, an image folder, .npy files or Parquet files"
     option("--dataset", required=True, help=help)
     option(
         "--unet",
@@ -53,6 +54,7 @@ def add_inspect_command(commands: Any) -> None:
     ):
         option(flag, type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     add_shared_options(command, "--split", "--image-column", "--label-column")
+    add_pixel_options(command)
     help = "seed of the choice of images and their noise (default: %(default)s)"
     add_shared_option(command, "--seed", help=help)
     add_shared_options(command, "--batch-size", "--device", "--picture", "--quiet")
@@ -63,6 +65,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from ..files import check_writable, folder_lock
+    from ..learning.pixels import pixel_options
     from ..text import printable
     from ..utils import require_matplotlib
     from . import inspect
@@ -81,6 +84,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         options.unet,
         device=select_device(options.device),
         progress=not options.quiet,
+        **pixel_options(options),
         **{name: getattr(options, name) for name in (*names, "seed", "batch_size")},
     )
     with folder_lock(options.output, wait=True):

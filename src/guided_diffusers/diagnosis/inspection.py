@@ -17,9 +17,9 @@ from ..networks import evaluating
 from ..noise import module_config, schedule_config
 from ..text import printable
 from ..utils import load_pipeline, weights_digest
-from .evidence import LabelEvidence, label_evidence
+from .evidence import LabelEvidence, evidence_pipeline, label_evidence
 from .levels import Reference, SamplingRun, default_run, network_reference
-from .loading import image_format, load_classifier, match_labels
+from .loading import load_classifier, match_labels, open_data, reads_arrays
 from .metrics import BINS
 from .mismatches import config_mismatches, measured_mismatches
 from .report import plot, table
@@ -99,7 +99,8 @@ def diagnose(
 
     Args:
         classifier: as of `ClassifierGuidance`, single-label; everything is computed on its device.
-        data: items `{"pixel_values": (C, H, W) in [-1, 1], "label": id}`, such as `LabelledImages`.
+        data: items `{"pixel_values": (C, H, W) in [-1, 1], "label": id}`, such as `LabelledImages`;
+            for a classifier of arrays (C, ...) as it reads them, such as `LabelledArrays`.
         scheduler: of the run. None: DDIM with the classifier's schedule.
         unet: the guided denoiser; with a null label, its gradient is the reference.
         vae: autoencoder of a latent model, which encodes the images.
@@ -125,6 +126,7 @@ def diagnose(
     order = torch.randperm(len(data), generator=generator)[:images].tolist()
     image_shape = torch.as_tensor(data[order[0]]["pixel_values"]).shape
     mismatches = config_mismatches(classifier, unet, run, image_shape if vae is None else None)
+    has_range = vae is None and not reads_arrays(classifier)
 
     cosine_to = "a reference" if reference else "itself under a tenth of other noise"
     if reference is None and module_config(unet).get("num_class_embeds") == num_labels + 1:
@@ -142,7 +144,7 @@ def diagnose(
             bar.update(len(indices))
 
     rows = statistics.rows(log_prior)
-    mismatches += measured_mismatches(rows, statistics.value_range if vae is None else None)
+    mismatches += measured_mismatches(rows, statistics.value_range if has_range else None)
     verdict = assess(rows, *statistics.logits_and_label(), run, reference is not None)
     settings = {"model": type(classifier).__name__, "images": len(order)}
     settings |= {"gradient_images": min(gradient_images, len(order)), "levels": levels}
@@ -192,6 +194,8 @@ def inspect(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    image_range: tuple[float, float] | None = None,
+    alpha_background: tuple[int, int, int] | None = None,
     device: str | torch.device = "cpu",
     evidence: int | None = None,
     **options: Any,
@@ -201,10 +205,12 @@ def inspect(
     Args:
         model: folder or Hub id of a classifier or of a pipeline with one, or a bundled name. A
             pipeline's network is the one to be guided, unless `unet` is given.
-        dataset: a Hub name, an image folder or a folder of Parquet files.
+        dataset: a Hub name, an image folder or a folder of Parquet files; of arrays, as the
+            classifier reads them, or .npy files, for a classifier of arrays.
         unet: folder, Hub id or bundled name of the pipeline whose network is to be guided.
         split, image_column, label_column: of the dataset; default: the first of validation, test
             and train, and the first columns that fit.
+        image_range, alpha_background: of images, as of `LabelledImages`.
         evidence: particles of each population by which `label_evidence` checks whether the labels'
             evidences add up to 1; needs a network. None: off.
         options: of `diagnose`.
@@ -214,30 +220,27 @@ def inspect(
             labels, and as `diagnose`.
         OSError: for files that are missing or broken.
     """
-    from ..learning.data import LabelledImages, are_renumbered, load_splits
+    from ..learning.data import load_splits
 
     classifier, pipeline = load_classifier(model)
     if unet is not None:
         pipeline = load_pipeline(str(unet))
     if evidence is not None and pipeline is None:
         raise ValueError(f"evidence={evidence} needs the network to be guided, unet=PIPELINE")
+    if evidence is not None:
+        evidence_pipeline(pipeline, classifier)  # before the work
     parts: dict[str, Any] = {}
     if pipeline is not None:
         parts = {name: getattr(pipeline, name) for name in ("scheduler", "unet", "vae")}
     vae = parts.get("vae")
-    size, channels = image_format(classifier, vae)
     splits = load_splits(dataset)
     if split is None:
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     if split not in splits:
         raise ValueError(f"split {split!r}: the dataset has {sorted(splits)}")
-    columns = image_column, label_column
-    names = (module_config(classifier).get("id2label") or {}).items()
-    settings = {"center_crop": True, "channels": channels}
-    settings["renumber_labels"] = are_renumbered({int(i): name for i, name in names})
-    data = LabelledImages(splits[split], *columns, size, **settings)
-    if not data.id2label:
-        raise ValueError("dataset: it has no labels; name their column with label_column")
+    columns, pixels = (image_column, label_column), dict(image_range=image_range)
+    pixels["alpha_background"] = alpha_background
+    data = open_data(splits[split], classifier, vae, columns, pixels)
     data, notes = match_labels(data, module_config(classifier).get("id2label"))
     if split == "train":
         notes.append("the split is 'train': metrics on training images don't hold for other images")

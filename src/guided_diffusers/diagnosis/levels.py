@@ -140,9 +140,10 @@ def network_reference(unet: torch.nn.Module, run: SamplingRun, null_label: int) 
 
     def reference(x: Tensor, label: Tensor, eval_level: EvalLevel) -> Tensor:
         model_input = run.model_input(x, eval_level.index).to(parameter_dtype(unet))
+        t = run.timesteps[eval_level.index].to(x.device)
         output = unet(
             torch.cat([model_input] * 2),
-            run.timesteps[eval_level.index].to(x.device),
+            t if x.ndim == 4 else t.expand(2 * len(x)),
             class_labels=torch.cat([label, torch.full_like(label, null_label)]),
             return_dict=False,
         )[0]

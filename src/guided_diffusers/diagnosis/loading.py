@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..classifier import NoiseAwareClassifier
-from ..images import as_pair, down_sampling
+from ..images import as_pair, as_sizes, down_sampling
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..utils import load_pipeline
 from .statistics import Item
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..learning.data import LabelledImages
 
 
@@ -43,17 +45,63 @@ def _is_pipeline(model: str) -> bool:
     return True
 
 
+def reads_arrays(classifier: torch.nn.Module | None) -> bool:
+    """Whether a classifier reads arrays of data, by its config, rather than images in [-1, 1]."""
+    config = module_config(classifier)
+    return (config.get("dims") or 2) != 2 or config.get("data_std") is not None
+
+
+def open_data(
+    rows: Dataset,
+    classifier: torch.nn.Module,
+    vae: torch.nn.Module | None,
+    columns: tuple[str | None, str | None],
+    pixels: Mapping[str, Any],
+) -> LabelledImages:
+    """Labelled images, or arrays, as the classifier, or the autoencoder, reads them.
+
+    Args:
+        columns: of images or arrays, and of labels; None: the first that fits.
+        pixels: `image_range` and `alpha_background` of images.
+
+    Raises:
+        ValueError: for other data, or data without labels.
+    """
+    from ..learning.arrays import arrays_of_shape, find_array_column
+    from ..learning.data import LabelledImages, are_renumbered
+    from ..learning.pixels import check_no_pixel_options
+
+    config = module_config(classifier)
+    names = {int(i): name for i, name in (config.get("id2label") or {}).items()}
+    renumber = {"renumber_labels": are_renumbered(names)}
+    column = find_array_column(rows, *columns)
+    if reads_arrays(classifier):
+        if column is None:
+            raise ValueError(
+                f"dataset: it has no column of arrays, which the classifier (dims="
+                f"{config.get('dims')}, data_std={config.get('data_std')}) reads; image_column "
+                f"names one of {rows.column_names}"
+            )
+        check_no_pixel_options(column, pixels)
+        shape = (config["in_channels"], *as_sizes(config["sample_size"], config.get("dims") or 2))
+        mean, std = config.get("data_mean"), config.get("data_std")
+        scale = (0.0, 1.0) if std is None else (mean, std)
+        data = arrays_of_shape(rows, column, columns[1], shape, scale=scale, **renumber)
+    else:
+        size, channels = image_format(classifier, vae)
+        options = {"center_crop": True, "channels": channels, "check_pixels": True}
+        options |= {**renumber, **pixels}
+        data = LabelledImages(rows, *columns, size, **options)
+    if not data.id2label:
+        raise ValueError("dataset: it has no labels; name their column with label_column")
+    return data
+
+
 def image_format(
     classifier: torch.nn.Module, vae: torch.nn.Module | None
 ) -> tuple[tuple[int, int], int]:
     """(H, W) and channels of the images that the classifier, or the autoencoder, reads."""
     config, vae_config = module_config(classifier), module_config(vae)
-    if config.get("dims", 2) != 2 or config.get("data_std") is not None:
-        raise ValueError(
-            f"the classifier is one of arrays (dims={config.get('dims')}, data_std="
-            f"{config.get('data_std')}); this is for images, and train_classifier.py writes the "
-            "diagnosis of one of arrays"
-        )
     height, width = as_pair(config["sample_size"])
     if vae is None:
         return (height, width), config["in_channels"]

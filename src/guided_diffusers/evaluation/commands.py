@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli_options import (
+    add_pixel_options,
     add_shared_option,
     add_shared_options,
     count,
@@ -48,7 +49,9 @@ def add_evaluate_command(commands: Any) -> None:
     text = "split that the model was trained on, to find the nearest training images; `none`: "
     text += "skip them (default: train, unless that is --split)"
     option("--training-split", metavar=split, help=text)
-    add_shared_options(command, "--image-column", "--label-column", "--features", "--seed")
+    add_shared_options(command, "--image-column", "--label-column")
+    add_pixel_options(command)
+    add_shared_options(command, "--features", "--seed")
     text = "a classifier of the same labels that was never used for guidance: as --features; "
     text += "`none`: no judge (default: the network of --features, if it is a classifier)"
     add_shared_option(command, "--judge", help=text)
@@ -142,14 +145,15 @@ def _check_outputs(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
     from accelerate import PartialState
 
+    from ..learning.pixels import pixel_options
     from .evaluation import evaluate
     from .images import open_generated, open_real
     from .networks import default_features, load_network
 
-    columns = (options.image_column, options.label_column)
+    columns, pixels = (options.image_column, options.label_column), pixel_options(options)
     with PartialState().main_process_first():  # it prepares the datasets' files for the others
         generated = open_generated(options.images, options.images_split, *columns)
-        real = open_real(options.dataset, generated.shape, options.split, *columns)
+        real = open_real(options.dataset, generated.shape, options.split, *columns, **pixels)
         training = _open_training(options, generated, real)
     name = options.features or default_features(generated.description.get("manifest"))
     features, judge = load_network(name, device), None
@@ -164,6 +168,7 @@ def _evaluate(options: argparse.Namespace, device: Any) -> Evaluation:
 
 
 def _open_training(options: argparse.Namespace, generated: Images, real: Images) -> Images | None:
+    from ..learning.pixels import pixel_options
     from .images import open_real
 
     split, real_split = options.training_split, real.description["split"]
@@ -173,9 +178,9 @@ def _open_training(options: argparse.Namespace, generated: Images, real: Images)
         )
     if split == "none" or (split is None and real_split == "train"):
         return None
-    columns = (options.image_column, options.label_column)
+    columns, pixels = (options.image_column, options.label_column), pixel_options(options)
     try:
-        return open_real(options.dataset, generated.shape, split or "train", *columns)
+        return open_real(options.dataset, generated.shape, split or "train", *columns, **pixels)
     except ValueError:
         if split:
             raise
@@ -187,6 +192,7 @@ def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) 
     from accelerate import PartialState
 
     from ..images import as_pair
+    from ..learning.pixels import pixel_options
     from ..noise import module_config
     from ..utils import load_pipeline
     from .bits import measure_bits_per_dim
@@ -197,7 +203,7 @@ def _add_bits(evaluation: Evaluation, options: argparse.Namespace, device: Any) 
     config, columns = module_config(pipeline.unet), (options.image_column, options.label_column)
     shape = (config["in_channels"], *as_pair(config["sample_size"]))
     with PartialState().main_process_first():
-        real = open_real(options.dataset, shape, options.split, *columns)
+        real = open_real(options.dataset, shape, options.split, *columns, **pixel_options(options))
     bootstrap = Bootstrap(options.bootstrap, options.confidence, options.seed)
     evaluation.bits = measure_bits_per_dim(
         pipeline, real, options.bits_per_dim, bootstrap, options.batch_size, not options.quiet

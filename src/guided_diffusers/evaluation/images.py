@@ -17,8 +17,9 @@ import torch
 
 from ..checks import read_json, shown
 from ..images import config_size
-from ..learning.arrays import AXES, LabelledArrays, find_array_column
+from ..learning.arrays import arrays_of_shape, find_array_column
 from ..learning.data import LabelledImages, check_all_read, load_splits
+from ..learning.pixels import check_no_pixel_options
 from .dataset_images import DatasetImages, Item, NativeSizeImages, ParquetImages, Shape
 
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError)
@@ -121,25 +122,31 @@ def open_real(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    image_range: tuple[float, float] | None = None,
+    alpha_background: tuple[int, int, int] | None = None,
 ) -> Images:
     """A split of a dataset (default: validation, test or train), resized to the shape of the
-    generated images.
+    generated images; `image_range` and `alpha_background` as of `LabelledImages`.
 
     Raises:
-        ValueError: for an unknown split, or colour images where the generated ones are grey.
+        ValueError: for an unknown split, colour images where the generated ones are grey, or
+            options of images for arrays.
     """
     splits = _load("dataset", dataset, partial(load_splits, dataset))
     if not split:
         split = next((name for name in ("validation", "test", "train") if name in splits), None)
     rows = _select_split(splits, split, "dataset")
     column = find_array_column(rows, image_column, label_column)
+    pixels = {"image_range": image_range, "alpha_background": alpha_background}
+    pixels = {name: value for name, value in pixels.items() if value is not None}
     if column is not None:
+        check_no_pixel_options(column, pixels)
         images = _array_images(rows, column, label_column, shape)
         images.description = {"dataset": dataset, "split": split, "fingerprint": rows._fingerprint}
         images.description |= {"image_column": column, "label_column": images.items.label_column}
         return images
     resolution = config_size(shape[1:])
-    options: dict[str, Any] = {"resolution": resolution, "center_crop": True}
+    options: dict[str, Any] = {"resolution": resolution, "center_crop": True, **pixels}
     data = LabelledImages(rows, image_column, label_column, **options)
     if data.channels > shape[0]:
         raise ValueError(
@@ -152,25 +159,16 @@ def open_real(
     images.description = {"dataset": dataset, "split": split, "resolution": resolution}
     images.description |= {"fingerprint": rows._fingerprint}
     images.description |= {"image_column": data.image_column, "label_column": data.label_column}
+    images.description |= pixels
     return images
 
 
 def _array_images(
     rows: datasets.Dataset, column: str, label_column: str | None, shape: Shape | None = None
 ) -> DatasetImages:
-    """Arrays (C, ...) in the data's units; with the axis of channels that gives them a shape."""
-    problem = None
-    for axis in (None, *AXES):
-        try:
-            data = LabelledArrays(rows, column, label_column, channel_axis=axis, scale=(0.0, 1.0))
-        except ValueError as error:  # of the arrays, or of this axis
-            problem = problem or error
-            continue
-        if shape is None or data.shape == tuple(shape):
-            return DatasetImages(data, data.id2label, data.label_column is not None)
-    raise problem or ValueError(
-        f"dataset: column {column!r} has no arrays of the shape {tuple(shape)} of the generated ones"
-    )
+    """Arrays (C, ...) in the data's units."""
+    data = arrays_of_shape(rows, column, label_column, shape, scale=(0.0, 1.0))
+    return DatasetImages(data, data.id2label, data.label_column is not None)
 
 
 def _has_arrays(file: Path, column: str | None) -> bool:

@@ -61,6 +61,32 @@ def parse_data_scale(text: str) -> tuple[float, float] | None:
     return (low + high) / 2, (high - low) / 2
 
 
+def arrays_of_shape(
+    dataset: Dataset,
+    column: str,
+    label_column: str | None,
+    shape: Sequence[int] | None,
+    **options: Any,
+) -> LabelledArrays:
+    """Arrays with the axis of channels that gives them a shape (C, ...); None: the usual axis.
+
+    Raises:
+        ValueError: if there is none, and as `LabelledArrays`.
+    """
+    problem = None
+    for axis in (None, *AXES):
+        try:
+            data = LabelledArrays(dataset, column, label_column, channel_axis=axis, **options)
+        except ValueError as error:  # of the arrays, or of this axis
+            problem = problem or error
+            continue
+        if shape is None or data.shape == tuple(shape):
+            return data
+    raise problem or ValueError(
+        f"dataset: column {column!r} has no arrays of the shape {tuple(shape)} that is needed"
+    )
+
+
 @dataclass(eq=False, repr=False)
 class LabelledArrays(LabelledImages):
     """Items of one split, {"pixel_values": (C, ...) float32, (data - data_mean) / data_std, "label":

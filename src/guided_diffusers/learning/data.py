@@ -44,6 +44,8 @@ from .pixels import (
     SIXTEEN_BIT_MODES,
     PixelStatistics,
     check_range,
+    deep_colours,
+    has_deep_colours,
     in_range,
     stored_bits,
     without_alpha,
@@ -463,7 +465,8 @@ class ImageRows(torch.utils.data.Dataset):
         statistics = PixelStatistics(self.image_range is not None)
         for row in rows:
             try:
-                statistics.add(self._decode(row), self._place(row))
+                image = self._decode(row)
+                statistics.add(image, self._place(row), has_deep_colours(row.image))
             except CorruptImage:
                 if not self.skip_corrupt_images:
                     raise
@@ -479,6 +482,8 @@ class ImageRows(torch.utils.data.Dataset):
             image.load()
             image = without_alpha(image, self.alpha_background)
             if self.image_range is not None:
+                if has_deep_colours(row.image):
+                    image = deep_colours(row.image, self.alpha_background)
                 return in_range(image, *self.image_range)
             if bits := stored_bits(image):
                 return in_range(image, 0, 2**bits - 1)

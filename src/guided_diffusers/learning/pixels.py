@@ -6,10 +6,14 @@ that is read wrong becomes a black picture without an error.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 from ..text import printable
 
@@ -41,15 +45,19 @@ def stored_bits(image: Image.Image) -> int | None:
     return bits[0] if is_between else None
 
 
-def in_range(image: Image.Image, low: float, high: float) -> Image.Image:
-    """The image with `low` as 0 and `high` as 255: a grey one in floating point (mode F), RGB in 8
-    bits.
+def in_range(image: Image.Image | np.ndarray, low: float, high: float) -> Image.Image:
+    """The image, or `deep_colours`, with `low` as 0 and `high` as 255: a grey one in floating point
+    (mode F), RGB in 8 bits.
 
     Raises:
         ValueError: for pixels outside.
     """
-    if image.mode not in {"L", "F", *SIXTEEN_BIT_MODES}:
+    if isinstance(image, Image.Image) and image.mode not in {"L", "F", *SIXTEEN_BIT_MODES}:
         image = image.convert("L" if image.mode in GREY_MODES else "RGB")
+    if isinstance(image, Image.Image) and image.mode in ("L", "RGB") and high > 255:
+        raise ValueError(
+            f"its pixels have 8 bits, whose white is 255 at most, not {high:g} (--image_range)"
+        )
     values = np.asarray(image, np.float32)
     if not (low <= values.min() and values.max() <= high):  # also for NaN
         raise ValueError(
@@ -60,6 +68,60 @@ def in_range(image: Image.Image, low: float, high: float) -> Image.Image:
     if scaled.ndim == 2:
         return Image.fromarray(scaled)
     return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def open_undecoded(image: Mapping[str, Any]) -> Image.Image:
+    """An image {"path" or "bytes"}, opened but not read."""
+    content = image.get("bytes")
+    return Image.open(BytesIO(content) if content else image["path"])
+
+
+def has_deep_colours(undecoded: Mapping[str, Any]) -> bool:
+    """Whether an image has colours of 16 bits, of which Pillow reads the upper 8; False if it is no
+    file of this machine."""
+    try:
+        with open_undecoded(undecoded) as image:
+            is_coloured = image.mode in ("RGB", "RGBA")
+            return is_coloured and any(";16" in str(tile.args) for tile in image.tile)
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def deep_colours(
+    undecoded: Mapping[str, Any], background: tuple[int, int, int] | None
+) -> np.ndarray:
+    """The red, green and blue of an image of `has_deep_colours`, (H, W, 3) uint16; alpha is left out,
+    so a `background` is refused with one.
+
+    Pillow reads one of the two bytes of each number: the lower one where it takes the file for one
+    of the other byte order.
+
+    Raises:
+        ValueError: for a file that it can't read so.
+    """
+    other, parts = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}, []
+    for is_lower in (False, True):
+        image, tiles = open_undecoded(undecoded), []
+        if background is not None and image.mode == "RGBA":
+            raise ValueError(
+                "it has colours of 16 bits and alpha, which can't be put on a colour "
+                "(--alpha_background); save it without alpha"
+            )
+        for tile in image.tile if is_lower else ():
+            first, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+            order = first[:-1] + other.get(first[-1], "?")
+            tiles.append(tile._replace(args=(order, *rest) if rest else order))
+        image.tile = tiles or image.tile
+        try:
+            image.load()
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"its colours of 16 bits can't be read completely ({error}); PNG without alpha and "
+                ".npy arrays can"
+            ) from error
+        pixels = np.asarray(ImageOps.exif_transpose(image))
+        parts.append(pixels[..., :3].astype(np.uint16))
+    return parts[0] << 8 | parts[1]
 
 
 def without_alpha(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
@@ -119,6 +181,28 @@ def parse_background(text: str | None) -> tuple[int, int, int] | None:
         ) from None
 
 
+def pixel_options(options: Any) -> dict[str, Any]:
+    """{image_range, alpha_background} of parsed options, as `LabelledImages` takes them."""
+    return {
+        "image_range": parse_image_range(options.image_range),
+        "alpha_background": parse_background(options.alpha_background),
+    }
+
+
+def check_no_pixel_options(column: str, options: dict[str, Any]) -> None:
+    """Refuse options of images for arrays, which have no white and no alpha.
+
+    Raises:
+        ValueError: naming the first that is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value}: None is allowed with arrays (column {column!r}), which are used "
+                "as they are"
+            )
+
+
 class PixelStatistics:
     """What sampled images have in common that makes pictures black.
 
@@ -131,8 +215,8 @@ class PixelStatistics:
         self.constant: list[str] = []
         self.brightest: dict[str, int] = {}  # of images of 16 bits, by their place
 
-    def add(self, image: Image.Image, place: str) -> None:
-        """Count a decoded image."""
+    def add(self, image: Image.Image, place: str, is_deep: bool = False) -> None:
+        """Count a decoded image, of which 8 of 16 bits were read where `is_deep`."""
         self.modes.add(image.mode)
         self.count += 1
         bands = image.convert("RGB") if image.mode == "P" else image
@@ -142,6 +226,8 @@ class PixelStatistics:
             self.constant.append(place)
         if image.mode in SIXTEEN_BIT_MODES:
             self.brightest[place] = int(extrema[0][1])
+        elif is_deep:
+            self.brightest[place] = max(high << 8 | 255 for _, high in extrema[:3])
 
     def check(self) -> None:
         """Warn of constant images.

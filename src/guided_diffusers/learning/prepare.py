@@ -19,7 +19,7 @@ from .data import LabelledImages, is_pattern, load_splits
 from .data_checks import check_data, describe_data
 from .latents import Autoencoder, LatentImages
 from .options import Options, named_errors
-from .pixels import parse_background, parse_image_range
+from .pixels import pixel_options
 from .streaming import StreamedImages, parse_labels
 
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
@@ -60,8 +60,7 @@ def load_data(
         labelled=labelled,
         renumber_labels=options.renumber_labels,
         refuse_colour=options.channels is None and vae is None,
-        image_range=parse_image_range(options.image_range),
-        alpha_background=parse_background(options.alpha_background),
+        **pixel_options(options),
     )
     with named_errors(f"split {options.train_split!r}"):
         train = make(

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli_options import (
     SHARED,
+    add_pixel_options,
     add_shared_option,
     count,
     count_or_none,
@@ -106,6 +107,7 @@ def add_sweep_command(commands: Any) -> None:
     text = "new folder, or one with results under the same options, which the report then includes"
     folder = {"type": path, "default": Path("sweep"), "metavar": "FOLDER"}
     option("--output", **folder, help=f"{text} (default: %(default)s)")
+    add_pixel_options(command)
     for flag in SHARED_FLAGS:
         add_shared_option(command, flag, **CHANGES.get(flag, {}))
 
@@ -115,6 +117,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar as disable_transformers_bar
 
     from ..evaluation import default_features, load_network
+    from ..learning.pixels import pixel_options
     from ..text import printable
     from ..utils import load_pipeline, require_matplotlib
     from .run import check_output, sweep
@@ -135,6 +138,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         judge = load_network(options.judge, device)
     elif options.judge != "none" and features.classes is not None and not features.is_inception:
         judge = features
+    vars(options).update(pixel_options(options))
     keywords = {
         name: getattr(options, name)
         for name, parameter in inspect.signature(sweep).parameters.items()

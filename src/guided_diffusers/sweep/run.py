@@ -50,6 +50,8 @@ def sweep(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    image_range: tuple[float, float] | None = None,
+    alpha_background: tuple[int, int, int] | None = None,
     model: str | None = None,
     progress: bool = True,
 ) -> Verdict:
@@ -80,7 +82,8 @@ def sweep(
         dtype: autocast dtype of the denoiser; sampler and classifier are not affected.
         bootstrap: resamples for the 95% intervals, at least 2.
         max_features: size of the sample of images for metrics that need features of single images.
-        split, image_column, label_column: of the reference.
+        split, image_column, label_column, image_range, alpha_background: of the reference, as of
+            `open_real`.
         model: name in the report.
 
     Raises:
@@ -102,7 +105,7 @@ def sweep(
     steps = steps or [defaults["num_inference_steps"]]
     algorithms = algorithms or (None,)
     settings = sweep_grid(scales, names, steps, intervals, algorithms, every, tolerances)
-    source = (reference, split, image_column, label_column)
+    source = (reference, split, image_column, label_column, image_range, alpha_background)
     options = MeasureOptions(
         num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
     )
@@ -142,6 +145,8 @@ def measure_points(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    image_range: tuple[float, float] | None = None,
+    alpha_background: tuple[int, int, int] | None = None,
     model: str | None = None,
     progress: bool = True,
 ) -> Store:
@@ -153,7 +158,7 @@ def measure_points(
     Raises:
         ValueError, OSError: as `sweep`.
     """
-    source = (reference, split, image_column, label_column)
+    source = (reference, split, image_column, label_column, image_range, alpha_background)
     options = MeasureOptions(
         num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
     )
@@ -163,7 +168,7 @@ def measure_points(
 def _measure(
     pipeline: ClassifierGuidedPipeline,
     settings: Sequence[SweepSetting],
-    source: tuple[str, str | None, str | None, str | None],
+    source: tuple[Any, ...],
     output: str | Path,
     features: Network,
     judge: Network | None,
@@ -221,12 +226,14 @@ def check_networks(
             )
 
 
-def open_reference(
-    pipeline: ClassifierGuidedPipeline, reference: str, *split_and_columns: str | None
-) -> Images:
-    """The labelled real images, as of `open_real`; ValueError without labels, or for too few."""
+def open_reference(pipeline: ClassifierGuidedPipeline, reference: str, *arguments: Any) -> Images:
+    """The labelled real images, as of `open_real` with its further arguments.
+
+    Raises:
+        ValueError: without labels, or for too few.
+    """
     with PartialState().main_process_first():  # the main process prepares the dataset's files
-        real = open_real(reference, image_shape(pipeline), *split_and_columns)
+        real = open_real(reference, image_shape(pipeline), *arguments)
     too_few = f"{len(real)} images; at least {COVERAGE_K + 1} are needed"
     for is_valid, problem in (
         (real.labelled, "no labels; name their column with label_column"),
