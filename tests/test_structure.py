@@ -45,6 +45,8 @@ CORE = {
         "splitting",
         "particles",
     },
+    "presets": {"checks", "defaults", "guidance", "noise", "schedule_checks"},
+    "sizes": {"checks", "guidance", "images", "noise"},
     "arguments": {
         "checks",
         "noise",
@@ -54,7 +56,8 @@ CORE = {
         "images",
         "networks",
         "particles",
-        "schedule_checks",
+        "presets",
+        "sizes",
     },
     "inversion": {"noise"},
     "edits": {
@@ -65,10 +68,13 @@ CORE = {
         "networks",
         "run_checks",
         "arguments",
+        "sizes",
         "inversion",
     },
     "pipeline": {
         "edits",
+        "presets",
+        "sizes",
         "inversion",
         "checks",
         "families",

@@ -4,27 +4,25 @@ terms of guidance."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet1DModel, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .checks import check_bool, check_number, scalar, shown
-from .defaults import ALGORITHMS, DEFAULTS
+from .checks import check_bool, check_number, shown
+from .defaults import DEFAULTS
 from .guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Guidance,
     GuidanceSum,
     check_devices,
-    check_interval,
     scale_tensor,
 )
 from .images import (
-    as_sizes,
     check_precision,
     check_scale_channels,
     down_sampling,
@@ -34,33 +32,12 @@ from .images import (
 )
 from .likelihood import MULTI, SINGLE, Labels, check_power, parse_labels
 from .networks import check_module
-from .noise import has_posterior_variance, is_flow, module_config, prediction_type
+from .noise import has_posterior_variance, module_config, prediction_type
 from .particles import Population
-from .schedule_checks import check_custom_steps
+from .presets import check_settings, is_on, resolve_settings
+from .sizes import check_classifier_size, check_rank, check_sample_shape, resolve_size
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
-MAX_SIZE = 2**14  # height and width of an image
-MAX_LENGTH = 2**31 - 1  # of a dimension of any sample
-MAX_STEPS = 10**5  # of a run in continuous time
-#: of a call, which a preset is measured for: what the network gets, and what steers
-MODES = ("label", "classifier", "classifier_free", "upsampler", "particles")
-#: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
-LIMITS = (
-    "guidance_power",
-    "guidance_start",
-    "guidance_stop",
-    "guidance_every",
-    "guidance_tolerance",
-)
-
-#: what a preset of the mode "particles" may have: the rest has no effect on populations
-PARTICLE_SETTINGS = (
-    "guidance_scale",
-    "guidance_power",
-    "guidance_start",
-    "guidance_stop",
-    "num_inference_steps",
-)
 
 
 @dataclass
@@ -133,7 +110,7 @@ class CallArguments:
         """
         per_label = self.num_images_per_label
         scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, per_label)
-        if _is_on("guidance_scale", self.settings["guidance_scale"]):
+        if is_on("guidance_scale", self.settings["guidance_scale"]):
             return self.terms[0].with_scale(scale), *self.terms[1:]
         if scale.any():
             raise ValueError(
@@ -141,135 +118,6 @@ class CallArguments:
                 "classifier; begin it with a guidance_scale above 0"
             )
         return tuple(self.terms)
-
-
-def check_defaults(defaults: Any) -> dict[str, Any]:
-    """A pipeline's defaults, completed by `DEFAULTS`.
-
-    Args:
-        defaults: {argument: value}, and {mode: {argument: value}} as "modes"; None, also as a value,
-            stands for `DEFAULTS`.
-
-    Raises:
-        ValueError: for other names, or values that no call accepts.
-    """
-    values = defaults or {}
-    _check_preset("defaults", values, (*DEFAULTS, "modes"))
-    modes = values.get("modes") or {}
-    _check_preset("defaults: modes", modes, MODES)
-    for mode, preset in modes.items():
-        allowed = PARTICLE_SETTINGS if mode == "particles" else DEFAULTS
-        _check_preset(f"defaults: modes: {mode}", preset, allowed)
-    return DEFAULTS | {name: value for name, value in values.items() if value is not None}
-
-
-def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
-    if not isinstance(preset, Mapping):
-        raise ValueError(f"{where}={shown(preset)}: a mapping of {sorted(allowed)} is allowed")
-    if unknown := preset.keys() - set(allowed):
-        raise ValueError(
-            f"{where}: {sorted(map(str, unknown))} are unknown; allowed: {sorted(allowed)}"
-        )
-    values = DEFAULTS | {n: v for n, v in preset.items() if n in DEFAULTS and v is not None}
-    try:
-        for name in ("guidance_scale", "classifier_free_scale"):
-            check_number(name, values[name])
-        check_number(
-            "num_inference_steps", values["num_inference_steps"], 1, MAX_STEPS, integer=True
-        )
-        check_settings(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the power, the interval, the algorithm and the rule of reuse.
-
-    Raises:
-        ValueError: naming the argument, the value and what is allowed.
-    """
-    if settings["guidance_power"] is not None:
-        check_number("guidance_power", settings["guidance_power"], 1)
-    check_interval(settings["guidance_start"], settings["guidance_stop"], "guidance_")
-    check_number("guidance_every", settings["guidance_every"], 1, integer=True)
-    if settings["guidance_tolerance"] is not None:
-        check_number("guidance_tolerance", settings["guidance_tolerance"], 0, above=True)
-    algorithm = settings["guidance_algorithm"]
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"guidance_algorithm={shown(algorithm)}: one of {', '.join(ALGORITHMS)} is allowed"
-        )
-
-
-def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> dict[str, Any]:
-    """The `mode` of a call, and the value of each argument in `DEFAULTS`.
-
-    What the call leaves at None has the value in `pipeline.config.defaults`, a preset that was
-    measured for the pipeline's usual mode: "label", without class embeddings "classifier", with a
-    `classifier_free_scale` "classifier_free". In another mode, its `LIMITS` don't apply, so that
-    guidance acts in the whole run and is evaluated at each step, and what `defaults["modes"]` has
-    for that mode does. In the mode "particles", and where the call gives a `guidance_power`, only the
-    number of steps of presets applies, and scale 1, by which a classifier of the power samples
-    p(x) p(y | x)^w. A default of "mean" is "output" where there is no DDPM step, and custom timesteps
-    or sigmas have their own number of steps.
-
-    Args:
-        call: the call's arguments.
-        hidden: whether the network gets its null label instead of the label.
-
-    Raises:
-        ValueError: for wrong custom timesteps or sigmas.
-    """
-    defaults = pipeline.config.defaults
-    given = {name: call[name] for name in DEFAULTS if call.get(name) is not None}
-    preset = {name: defaults[name] for name in DEFAULTS}
-    if hidden:
-        preset["classifier_free_scale"] = 0.0  # it is for labels that the network gets
-    if pipeline.classifier is None:
-        preset["guidance_scale"] = 0.0
-    usual = _mode(pipeline, defaults, hidden=False)
-    mode = _mode(pipeline, {**call, **preset, **given}, hidden)
-    changes = (defaults.get("modes") or {}).get(mode)
-    is_exact = call.get("guidance_power") is not None  # samples of p(x) p(y|x)^w
-    if mode != usual or is_exact:
-        preset |= {name: DEFAULTS[name] for name in LIMITS}
-    if mode == "particles":
-        preset |= {"guidance_algorithm": "mean", "classifier_free_scale": 0.0}
-        preset["guidance_scale"] = float(pipeline.classifier is not None)
-    changes = {name: value for name, value in (changes or {}).items() if value is not None}
-    if is_exact:
-        preset["guidance_scale"] = float(pipeline.classifier is not None)
-        changes = {name: x for name, x in changes.items() if name == "num_inference_steps"}
-    if {"guidance_every", "guidance_tolerance"} & changes.keys():
-        preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
-    preset |= changes
-    if {"guidance_every", "guidance_tolerance"} & given.keys():  # one turns off the other's
-        preset |= {name: DEFAULTS[name] for name in ("guidance_every", "guidance_tolerance")}
-    without_mean = mode != "particles" and not has_posterior_variance(pipeline.scheduler)
-    if preset["guidance_algorithm"] == "mean" and without_mean:
-        preset["guidance_algorithm"] = "output"
-    if call.get("timesteps") is not None and call.get("sigmas") is not None:
-        raise ValueError("timesteps and sigmas: only one is allowed")
-    for name in ("timesteps", "sigmas"):
-        if call.get(name) is not None:
-            steps = check_custom_steps(pipeline.scheduler, name, call[name])
-            given["num_inference_steps"] = len(steps)
-    return {"mode": mode, **preset, **given}
-
-
-def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
-    terms = call.get("guidance")
-    terms = terms if isinstance(terms, (list, tuple)) else (terms,)
-    terms = GuidanceSum([term for term in terms if isinstance(term, Guidance)]).terms()
-    if call.get("particles") is not None:
-        return "particles"
-    if call.get("image") is not None and call.get("strength") is None:
-        return "upsampler"
-    if hidden or pipeline.num_class_embeds is None:
-        return "classifier"
-    is_free = any(isinstance(term, ClassifierFreeGuidance) for term in terms)
-    name = "classifier_free_scale"
-    return "classifier_free" if is_free or _is_on(name, call[name]) else "label"
 
 
 def resolve_arguments(
@@ -318,9 +166,9 @@ def resolve_arguments(
     _check_count(start, batch_size)
     channels, sample_size = None, None
     if sample_shape is None:
-        sample_size = _sample_size(pipeline, *size, given)
+        sample_size = resolve_size(pipeline, *size, given)
     else:
-        channels, *sample_size = _check_sample_shape(sample_shape, *size, given)
+        channels, *sample_size = check_sample_shape(sample_shape, *size, given)
     class_labels = _class_labels(pipeline, mixtures, batch_size, conditional, device)
     condition = Condition(class_labels, low_res, clip_x0)
     settings = _call_settings(pipeline, call, class_labels)
@@ -329,7 +177,7 @@ def resolve_arguments(
     guider_options = _guider_options(pipeline, call, settings)
     terms = _label_terms(pipeline, mixtures, num_images_per_label, call, settings, condition)
     if any(isinstance(term, ClassifierGuidance) for term in terms):
-        _check_classifier_size(pipeline.classifier, sample_size)
+        check_classifier_size(pipeline.classifier, sample_size)
     terms += _extra_terms(pipeline, call["guidance"], condition)
     check_devices(terms, device)
     if particles is not None:
@@ -397,7 +245,7 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
     if pipeline.are_arrays(image):
         start = start_array(image, config.get("in_channels"))
         check_scale_channels(pipeline.config, start.shape[1])
-        _check_rank(pipeline.unet, start)
+        check_rank(pipeline.unet, start)
         return start
     channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
     start = start_image(image, channels)
@@ -413,17 +261,6 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
             f"image has size {tuple(start.shape[2:])}; multiples of {unit} are allowed"
         )
     return start
-
-
-def _check_rank(network: Any, start: torch.Tensor) -> None:
-    """Refuse arrays of another number of dimensions than a UNet's."""
-    dims = len(network_size(network))
-    if isinstance(network, (UNet1DModel, UNet2DModel)) and start.ndim != dims + 2:
-        sizes = "L" if dims == 1 else "H, W"
-        raise ValueError(
-            f"image has shape {tuple(start.shape)}; (B, C, {sizes}) is allowed, as the network is a "
-            f"{type(network).__name__}"
-        )
 
 
 def image_labels(pipeline: Any, label: Labels | None, count: int) -> list[dict[int, float]]:
@@ -547,18 +384,6 @@ def check_names(id2label: Any) -> dict[int, str] | None:
         return {int(i): name for i, name in (id2label or {}).items()} or None
     except (TypeError, ValueError, AttributeError):
         raise ValueError(f"id2label={shown(id2label)}: a mapping {{id: name}} is allowed") from None
-
-
-def check_steps(scheduler: Any, steps: Any) -> int:
-    """`num_inference_steps`, an integer from 1 to the scheduler's number of timesteps.
-
-    Raises:
-        ValueError: for any other value.
-    """
-    most = scheduler.config.get("num_train_timesteps")
-    if is_flow(scheduler) or not isinstance(most, int):  # continuous time
-        most = MAX_STEPS
-    return check_number("num_inference_steps", steps, 1, most, integer=True)
 
 
 def _call_settings(
@@ -707,7 +532,7 @@ def _label_terms(
     if not mixtures:
         if call["guidance_power"] is not None:
             raise ValueError(f"guidance_power={call['guidance_power']} needs a label to steer to")
-        if any(_is_on(name, call[name]) for name in names):
+        if any(is_on(name, call[name]) for name in names):
             raise ValueError(
                 f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "
                 "label to steer to"
@@ -834,109 +659,3 @@ def _batch_size(
         return len(mixtures)
     given = low_res if latents is None else latents
     return num_images_per_label if given is None or num_images_per_label > 1 else len(given)
-
-
-def _check_classifier_size(classifier: Any, sample_size: Sequence[int] | None) -> None:
-    """Refuse samples of a size that the classifier doesn't take, before the network computes."""
-    config = module_config(classifier)
-    if sample_size is None:
-        return
-    dims = config.get("dims")
-    if dims is not None and dims != len(sample_size):
-        raise ValueError(
-            f"samples of {len(sample_size)} dimensions, {tuple(sample_size)}, and a classifier with "
-            f"dims={dims} in its config: use another classifier, or guidance_scale=0"
-        )
-    if config.get("pool") != "attention" or not config.get("sample_size"):
-        return
-    size = as_sizes(config["sample_size"], dims or 2)
-    if size != tuple(sample_size):
-        names = "height and width" if len(size) == 2 else "sample_shape"
-        have, takes = (" x ".join(map(str, sizes)) for sizes in (sample_size, size))
-        raise ValueError(
-            f"{names}: the samples have {have}, the classifier takes {takes} only "
-            "(pool='attention' in its config); use that size, another classifier, or "
-            "guidance_scale=0"
-        )
-
-
-def _check_sample_shape(
-    sample_shape: Any, height: int | None, width: int | None, latents: torch.Tensor | None
-) -> list[int]:
-    """The shape of a sample, (C, ...), as a list."""
-    others = {"height": height, "width": width, "latents": latents}
-    if named := [name for name, value in others.items() if value is not None]:
-        raise ValueError(
-            f"sample_shape={shown(sample_shape)} with {', '.join(named)}: only one of them is allowed"
-        )
-    is_list = isinstance(sample_shape, (list, tuple)) and len(sample_shape) > 0
-    sizes = [scalar(n) for n in sample_shape] if is_list else []
-    if not sizes or not all(type(n) is int and 1 <= n <= MAX_LENGTH for n in sizes):
-        raise ValueError(
-            f"sample_shape={shown(sample_shape)}: (channels, size, ...), positive integers, is "
-            "allowed"
-        )
-    return sizes
-
-
-def network_size(network: Any) -> tuple[int | None, ...]:
-    """Sizes of a network's samples, by its config: a list of any length, or an integer, which stands
-    for all dimensions (`dims`, by default 2, of a UNet1DModel 1); None where it doesn't say."""
-    config = module_config(network)
-    size = config.get("sample_size")
-    if isinstance(size, (list, tuple)):
-        sizes = tuple(size)
-    else:
-        sizes = (size,) * (config.get("dims") or (1 if isinstance(network, UNet1DModel) else 2))
-    if not all(n is None or (isinstance(n, int) and n > 0) for n in sizes):
-        raise ValueError(
-            f"unet: sample_size of its config is {shown(size)}; positive integers, one or one a "
-            "dimension, are allowed"
-        )
-    return sizes
-
-
-def _sample_size(
-    pipeline: Any, height: int | None, width: int | None, latents: torch.Tensor | None
-) -> tuple[int, ...] | None:
-    """Height and width of the samples, from those of the images, which default to the network's;
-    of samples of another rank the network's; None: those of `latents`."""
-    given = {"height": height, "width": width}
-    named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    if latents is not None:
-        if named:
-            raise ValueError(
-                f"{named}: latents has a size, and so has an image to start from; only one of the two "
-                "is allowed"
-            )
-        return None
-    config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
-    size, own = config.get("sample_size"), network_size(pipeline.unet)
-    if named and len(own) != 2:
-        raise ValueError(
-            f"{named}: the network's samples have {len(own)} dimensions, {own}, so they are no "
-            "images; sample_shape=(C, ...) is allowed"
-        )
-    if None in own and None in (height, width):
-        raise ValueError(
-            "height and width, sample_shape, or latents, are needed: the network's config has no "
-            "sample_size"
-        )
-    if not named:
-        return own
-    if size is not None and not config.get("block_out_channels"):  # no UNet
-        raise ValueError(f"{named}: {type(pipeline.unet).__name__} takes images of one size only")
-    height = own[0] * pixels if height is None else height
-    width = own[1] * pixels if width is None else width
-    unit = pixels * down_sampling(config)
-    for value in (height, width):
-        is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
-        if not is_size or value % unit:
-            raise ValueError(
-                f"{named}: multiples of {unit}, from {unit} to {MAX_SIZE}, are allowed"
-            )
-    return height // pixels, width // pixels
-
-
-def _is_on(name: str, scale: Any) -> bool:
-    return scale is not None and bool(scale_tensor(name, scale).any())

@@ -28,6 +28,7 @@ from .likelihood import MULTI, REGRESSION, Labels, logits_of
 from .networks import evaluating
 from .noise import module_config
 from .run_checks import check_images
+from .sizes import check_channels
 
 
 @dataclass
@@ -91,7 +92,7 @@ def inverted(
     decoder._set_timesteps({"num_inference_steps": steps}, None, None, device)
     with evaluating(pipeline.unet, pipeline.vae):
         x0 = pipeline._encode(start)
-        pipeline._check_channels(x0)
+        check_channels(pipeline, x0)
         with pipeline.progress_bar(total=2 * len(flow.levels)) as bar:
 
             def predict(x: torch.Tensor, i: int) -> torch.Tensor:

@@ -27,11 +27,8 @@ from .arguments import (
     CallArguments,
     Condition,
     check_callback,
-    check_defaults,
     check_generator,
     check_names,
-    check_steps,
-    network_size,
     read_start,
     resolve_arguments,
 )
@@ -39,15 +36,12 @@ from .checks import check_bool, check_number, noting, shown
 from .classifier import NoiseAwareClassifier
 from .edits import AnomalyOutput, EditOutput, anomalies, edited, inverted
 from .families import check_training_schedule, training_schedule, training_warning
-from .guidance import Guidance, GuidanceSum
+from .guidance import Guidance
 from .guider import Guider, Prediction, exclusive_use
 from .images import (
-    as_sizes,
     check_data_scale,
-    check_scale_channels,
     convert,
     decode,
-    down_sampling,
     encode,
     in_data_units,
     join_low_resolution,
@@ -77,6 +71,7 @@ from .noise import (
     starting_sigma,
     step_fn,
 )
+from .presets import check_defaults, check_steps
 from .repository import load_pipeline, pipeline_code, save_pipeline, save_pipeline_code
 from .run_checks import (
     check_images,
@@ -92,6 +87,7 @@ from .schedule_checks import (
     check_scheduler_config,
     check_start,
 )
+from .sizes import check_shapes, network_size
 from .weights import check_values
 
 
@@ -542,7 +538,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         first = self._begin(arguments.strength)
         from_noise = latents is None and strength is None
         latents = self._starting_sample(arguments, generator, latents, first)
-        self._check_shapes(latents, arguments, output_type)
+        check_shapes(self, latents, arguments, output_type)
         scheduler_step = step_fn(self.scheduler, generator, eta, batch_size)
         population = arguments.population(self.scheduler, latents, generator, eta)
         options = {"eta": eta, "first": first, "from_noise": from_noise, "population": population}
@@ -786,68 +782,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         check_start(self.scheduler, levels[0])
         if warning := accuracy_warning(self.scheduler, levels):
             logger.warning(warning)
-
-    def _check_channels(
-        self, latents: torch.Tensor, low_res: torch.Tensor | None = None, has_shape: bool = False
-    ) -> None:
-        name = "sample_shape" if has_shape else "latents"
-        channels, size = latents.shape[1], tuple(latents.shape[2:])
-        config = module_config(self.unet)
-        known = (config.get("in_channels") or channels) - (
-            0 if low_res is None else low_res.shape[1]
-        )
-        if channels != known:
-            raise ValueError(f"{name} has {channels} channels; the network's {known} are allowed")
-        if isinstance(self.unet, UNet2DModel) and len(size) != 2:
-            raise ValueError(
-                f"sample_shape={tuple(latents.shape[1:])}: the network, a UNet2DModel, allows (C, H, W)"
-            )
-        unit = down_sampling(config) if isinstance(self.unet, UNet2DModel) else 1
-        if any(n % unit for n in size):
-            raise ValueError(f"{name} has size {size}; multiples of {unit} are allowed")
-
-    def _check_shapes(
-        self, latents: torch.Tensor, arguments: CallArguments, output_type: str
-    ) -> None:
-        low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
-        size = tuple(latents.shape[2:])
-        self._check_channels(latents, low_res, arguments.channels is not None)
-        of_vae = module_config(self.vae).get("latent_channels") or channels
-        if output_type != "latent" and of_vae != channels:
-            raise ValueError(
-                f"vae: it decodes {of_vae} channels and the network's samples have {channels}; use "
-                "the autoencoder of its training, or none for a network of pixels"
-            )
-        for module in GuidanceSum(arguments.terms).modules():
-            guide = module_config(module)
-            dims = guide.get("dims") or len(size)
-            if dims != len(size):
-                raise ValueError(
-                    f"samples of {len(size)} dimensions, {size}; the classifier's {dims} are allowed"
-                )
-            if guide.get("pool") != "attention":
-                continue
-            if (allowed := as_sizes(guide["sample_size"], dims)) != size:
-                raise ValueError(
-                    f"height, width, sample_shape, latents: samples of size {size}; the classifier "
-                    f"allows only {allowed}, as it has pool='attention'"
-                )
-        if low_res is not None and len(low_res) not in (1, batch_size):
-            raise ValueError(
-                f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "
-                "allowed"
-            )
-        check_scale_channels(self.config, channels)
-        if output_type == "pil" and self.are_arrays(latents):
-            raise ValueError(
-                f"output_type='pil': samples {('B', *latents.shape[1:])} of this pipeline are no "
-                "pictures but arrays; 'np', 'pt' and 'latent' are allowed"
-            )
-        if output_type == "pil" and self.vae is None and channels not in (1, 3, 4):
-            raise ValueError(
-                f"output_type='pil': samples of {channels} channels are no pictures; an "
-                "up-sampling network needs image, others allow 'np', 'pt' and 'latent'"
-            )
 
     # ------------------------------------------------------------ the network
 

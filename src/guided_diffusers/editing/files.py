@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..arguments import network_size
 from ..files import aside
 from ..images import as_pair, down_sampling
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import save_image
+from ..sizes import network_size
 from .pictures import comparison
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from ..arguments import resolve_settings
 from ..checks import read_json
 from ..defaults import DEFAULTS
 from ..files import finite, is_abandoned, is_lock, write_json
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
+from ..presets import resolve_settings
 from ..utils import is_hub_id
 
 MANIFEST = "manifest.json"
