@@ -603,6 +603,24 @@ def swept(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def test_real_images_of_another_white(model: Path, data: Path, tmp_path: Path) -> None:
+    """Those of 12 bits in 16 are the images of 8 bits by --image-range, and refused without."""
+    for path in data.glob("**/*.png"):
+        deep = (np.asarray(Image.open(path)) / 255 * 4095).round().astype(np.uint16)
+        copy = tmp_path / "deep" / path.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(deep).save(copy)
+    with pytest.raises(SystemExit, match="--image_range LOW,HIGH"):
+        main(arguments(model, tmp_path / "deep", tmp_path / "out"))
+    distances = []
+    for place, more in ((data, ()), (tmp_path / "deep", ("--image-range", "0,4095"))):
+        main(arguments(model, place, tmp_path / f"of-{place.name}", "--judge", "none", *more))
+        point = tmp_path / f"of-{place.name}" / "points" / "ddim-2-steps-scale-2.json"
+        figures = json.loads(point.read_text())["figures"]
+        distances.append(figures["frechet_distance"]["value"])
+    assert distances[1] == pytest.approx(distances[0], rel=0.02)
+
+
 def test_a_sweep_makes_points_curves_and_reports(swept: Path) -> None:
     names = {path.name for path in swept.iterdir()}
     assert {
