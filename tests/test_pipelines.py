@@ -39,6 +39,7 @@ from test_attach import (
 
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
 from guided_diffusers.attach import guide
+from guided_diffusers.latent_images import DecoderInput
 
 EMBEDS = {
     "prompt_embeds": normal(1, TOKENS, WIDTH, seed=1),
@@ -341,6 +342,44 @@ def test_the_middle_of_a_long_video_takes_the_memory_of_four_frames() -> None:
     assert 0 < sums[33] <= sums[5]
     changed = seen.scores[0].abs().amax((0, 1, 3, 4)).nonzero().flatten().tolist()
     assert changed == [4]  # of nine; frames 13 to 16
+
+
+@pytest.mark.parametrize("temporal", [(False, True, True), (True, True, False)])
+@pytest.mark.parametrize("is_residual", [False, True])
+def test_a_frame_is_decoded_from_what_it_needs_and_equals_that_of_the_video(
+    temporal: tuple[bool, ...], is_residual: bool
+) -> None:
+    """Its gradient is that of the decoded video, of its own latent frame; of the frames before, the
+    last layers make a part."""
+    patches = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True}
+    torch.manual_seed(0)
+    decoder = lively(
+        diffusers.AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=list(temporal),
+            **(patches if is_residual else {}),
+        )
+    ).requires_grad_(False)
+    z = normal(1, 4, 9, 2, 2).requires_grad_()
+    chosen = DecoderInput(decoder, z, (), {"return_dict": False}).chosen_frames
+    made, last = [], decoder.decoder.conv_out
+    handle = last.register_forward_hook(lambda module, args, out: made.append(out.shape[2]))
+    video = decoder.decode(z).sample
+    assert sum(made) == video.shape[2] == 33
+    for number in (0, 1, 6, 21, 32):
+        made.clear()
+        frame = chosen([number])[:, :, 0]
+        assert sum(made) <= 5 and torch.equal(frame, video[:, :, number])
+        (gradient,) = torch.autograd.grad(frame.square().sum(), z)
+        (whole,) = torch.autograd.grad(video[:, :, number].square().sum(), z, retain_graph=True)
+        own = -(-number // 4)
+        torch.testing.assert_close(gradient[:, :, own], whole[:, :, own])
+        assert whole[:, :, own].norm() > 0 and gradient.norm() == gradient[:, :, own].norm()
+    handle.remove()
+    assert "forward" not in vars(decoder.decoder) and not last._forward_pre_hooks
 
 
 def test_the_network_can_be_named() -> None:

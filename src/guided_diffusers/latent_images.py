@@ -12,15 +12,16 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import is_compiled_module
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -183,7 +184,7 @@ class DecoderInput(Exception):
         z = self.z[row, :, : last + 1].to(self.decoder.dtype)
 
         def decode_last(z: torch.Tensor) -> torch.Tensor:
-            with _without_graph(self.decoder.decoder, last):
+            with _for_one_frame(self.decoder.decoder, number, ratio):
                 return self._decode(z, row)[:, :, number - ratio * last - 1]
 
         if is_single or not (torch.is_grad_enabled() and z.requires_grad):
@@ -203,20 +204,51 @@ class DecoderInput(Exception):
         return self.decoder.decode(z, *map(cut, self.args_), **kwargs)[0]
 
 
+class _NotNeeded(Exception):
+    """Ends a decoder's call where what it makes further on isn't needed."""
+
+
 @contextmanager
-def _without_graph(module: torch.nn.Module, calls: int) -> Iterator[None]:
-    """Context in which the first calls of a module have no autograd graph."""
-    remaining = [calls]
+def _for_one_frame(decoder: torch.nn.Module, number: int, ratio: int) -> Iterator[None]:
+    """Context in which a causal decoder, called for one latent frame after the other, makes only
+    what the frame `number` needs of the latent frames before its own, without an autograd graph.
 
-    def detach(module: torch.nn.Module, args: tuple) -> tuple | None:
-        remaining[0] -= 1
-        return (args[0].detach(), *args[1:]) if remaining[0] >= 0 else None
+    The k-th last of its convolutions over three frames needs of its input the frames from
+    `number - 2 k` on. Those before the last temporal upsampling are evaluated at all frames.
+    """
+    convolutions = [
+        (name, module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] > 1
+    ]
+    is_compiled = any(is_compiled_module(m) or m._compiled_call_impl for m in decoder.modules())
+    forward, own = decoder.forward, {k: v for k, v in vars(decoder).items() if k == "forward"}
+    last, current = -(-number // ratio), -1
 
-    handle = module.register_forward_pre_hook(detach)
-    try:
+    def decode(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal current
+        current += 1
+        if current >= last:
+            return forward(x, *args, **kwargs)
+        try:
+            return forward(x.detach(), *args, **kwargs)
+        except _NotNeeded:
+            return x.new_empty(0)  # which torch.cat leaves out
+
+    def end_before(first: int, *_: Any) -> None:
+        if ratio * current < first:
+            raise _NotNeeded
+
+    with ExitStack() as stack:
+        for k, (name, module) in enumerate(reversed(convolutions), 1):
+            if is_compiled or name.endswith("time_conv"):
+                break
+            hook = module.register_forward_pre_hook(partial(end_before, number - 2 * k))
+            stack.callback(hook.remove)
+        stack.callback(vars(decoder).update, own)
+        stack.callback(vars(decoder).pop, "forward")
+        decoder.forward = decode
         yield
-    finally:
-        handle.remove()
 
 
 class _Decoder:
