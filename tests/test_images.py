@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
-from test_attach import sdxl, sdxl_call
 from test_guidance import normal, quiet, sample, small_classifier, small_unet
 from test_terms import assert_equal, slope
 from test_terms_schedulers import Spy
+from tiny_pipelines import sdxl, sdxl_call
 
 from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, gradient, guide
 from guided_diffusers.images import convert, decode, one_by_one

@@ -11,8 +11,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLCoreDenoiseStep,
 )
-from test_attach import SD, Seen, Spy, normal, quiet, sdxl, sdxl_call
 from test_guidance import small_classifier
+from tiny_pipelines import SD, Seen, Spy, normal, quiet, sdxl, sdxl_call
 
 from guided_diffusers import ClassifierFreeGuidance, ClassifierGuidance
 from guided_diffusers.attach import guide

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from test_attach import (
+from tiny_pipelines import (
     PIPELINES,
     SD,
     TOKENS,

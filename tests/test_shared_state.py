@@ -20,11 +20,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from test_attach import SD, plain_unet, sd_call, stable_diffusion, vae
 from test_guidance import Pull, normal, quiet, sample, small_classifier, small_unet, step_at
 from test_image_guidance import tiny_clip
 from test_modular import call as modular_call
 from test_modular import modular
+from tiny_pipelines import SD, plain_unet, sd_call, stable_diffusion, vae
 
 from guided_diffusers import (
     AutoGuidance,
