@@ -15,7 +15,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook, add_hook_to_module
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import (
     PIPELINES,
@@ -28,12 +29,15 @@ from tiny_pipelines import (
     conditional_unet,
     flux,
     flux_call,
+    formula,
     lively,
     normal,
     pictures,
     quiet,
+    sd_call,
     sdxl,
     sdxl_call,
+    stable_diffusion,
     vae,
 )
 
@@ -369,15 +373,16 @@ def test_a_frame_is_decoded_from_what_it_needs_and_equals_that_of_the_video(
     handle = last.register_forward_hook(lambda module, args, out: made.append(out.shape[2]))
     video = decoder.decode(z).sample
     assert sum(made) == video.shape[2] == 33
-    for number in (0, 1, 6, 21, 32):
+    for number in (0, 1, 6, 21, 32):  # at most in two latent frames, of four frames each
         made.clear()
         frame = chosen([number])[:, :, 0]
-        assert sum(made) <= 5 and torch.equal(frame, video[:, :, number])
+        assert sum(made) <= 8 and torch.equal(frame, video[:, :, number])
         (gradient,) = torch.autograd.grad(frame.square().sum(), z)
         (whole,) = torch.autograd.grad(video[:, :, number].square().sum(), z, retain_graph=True)
         own = -(-number // 4)
         torch.testing.assert_close(gradient[:, :, own], whole[:, :, own])
-        assert whole[:, :, own].norm() > 0 and gradient.norm() == gradient[:, :, own].norm()
+        assert whole[:, :, own].any()
+        assert gradient.abs().sum((0, 1, 3, 4)).nonzero().flatten().tolist() == [own]
     handle.remove()
     assert "forward" not in vars(decoder.decoder) and not last._forward_pre_hooks
 
@@ -454,47 +459,128 @@ def test_a_callback_gets_plain_tensors_and_may_change_them() -> None:
 # manners
 
 
-@pytest.mark.parametrize("name", ["slicing", "tiling", "offloading"])
-def test_ways_to_save_memory_change_no_guided_image(name: str) -> None:
+class Leaves(CpuOffload):
+    """`CpuOffload` without an accelerator: weights that aren't on the device are NaN."""
+
+    def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        if not hasattr(self, "weights"):
+            self.weights = [parameter.data for parameter in module.parameters()]
+        for parameter in module.parameters():  # the same parameter with other data, as `to` has it
+            parameter.data = torch.full_like(parameter, float("nan"))
+        return module
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.prev_module_hook is not None:
+            self.prev_module_hook.offload()
+        for parameter, weight in zip(module.parameters(), self.weights, strict=True):
+            parameter.data = weight
+        return args, kwargs
+
+
+def offload_models(*modules: torch.nn.Module) -> list[UserCpuOffloadHook]:
+    """As `enable_model_cpu_offload` does, which wants an accelerator."""
+    hooks: list[UserCpuOffloadHook] = []
+    for module in modules:
+        hook = Leaves("cpu", hooks[-1] if hooks else None)
+        add_hook_to_module(module, hook, append=True)
+        hooks.append(UserCpuOffloadHook(module, hook))
+    return hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "through"),
+    [
+        ("slicing", False),
+        ("models", False),
+        ("models", True),
+        ("layers", False),
+        ("layers", True),
+        ("compiled", True),
+    ],
+)
+def test_ways_to_save_memory_or_time_change_no_guided_image(name: str, through: bool) -> None:
     pipeline, call = MODERN["Flux"]()
-    term = EnergyGuidance(dark_left, 0.1)
-    expected = run(pipeline, call, term)
+    term = EnergyGuidance(dark_left, 0.1, through_network=through)
+    expected, plain, hooks = run(pipeline, call, term), run(pipeline, call, Spy(0.0)), []
+    assert (expected - plain).abs().max() > 1e-3
     if name == "slicing":
         pipeline.vae.enable_slicing()
-    elif name == "tiling":  # of the size of the image, so that nothing is blended
-        pipeline.vae.enable_tiling()
-    else:  # as `enable_model_cpu_offload` does, which wants an accelerator
-        hook = None
+    elif name == "models":
+        hooks = offload_models(pipeline.transformer, pipeline.vae)
+    elif name == "layers":  # as `enable_sequential_cpu_offload` does
         for module in (pipeline.transformer, pipeline.vae):
-            _, hook = cpu_offload_with_hook(module, "cpu", hook)
-        pipeline._all_hooks = [hook]
+            cpu_offload(module, torch.device("cpu"), offload_buffers=True)
+    else:
+        pipeline.transformer = torch.compile(pipeline.transformer, backend="aot_eager")
     torch.testing.assert_close(run(pipeline, call, term), expected, rtol=0, atol=1e-5)
-    assert not torch.equal(run(pipeline, call, EnergyGuidance(dark_left, 0.0)), expected)
+    parameters = [*pipeline.transformer.parameters(), *pipeline.vae.parameters()]
+    assert all(parameter.requires_grad for parameter in parameters)
+    if name == "layers":
+        assert all(parameter.device.type == "meta" for parameter in parameters)
+    if hooks:  # the last network is on the device, the one before has left again
+        assert all(parameter.isnan().all() for parameter in pipeline.transformer.parameters())
+        assert hooks[1].hook.prev_module_hook is hooks[0]
 
 
-def test_weights_that_a_callback_changes_count_from_the_next_step() -> None:
-    """As of adapters that are switched during a run; also in the gradient through the network."""
-    pipeline, call = MODERN["Qwen-Image"]()
-    weight = pipeline.transformer.proj_out.weight
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_terms_see_what_is_decoded_in_tiles(name: str) -> None:
+    pipeline, call = MODERN[name]()
+    whole = run(pipeline, call, EnergyGuidance(dark_left, 0.0))
+    pipeline.vae.enable_tiling()
+    names = ("tile_sample_min_size", "tile_latent_min_size")
+    if name == "Wan":
+        names = ("tile_sample_min_height", "tile_sample_min_width")
+        pipeline.vae.tile_sample_stride_height = pipeline.vae.tile_sample_stride_width = 8
+    for attribute in names:
+        assert hasattr(pipeline.vae, attribute)
+        setattr(pipeline.vae, attribute, 4 if "latent" in attribute else 8)
+    looks, one = Looks(), Looks()
+    plain = run(pipeline, call, looks)
+    assert (plain - whole).abs().max() > 1e-3
+    torch.testing.assert_close(looks.images.clamp(-1, 1), plain, rtol=0, atol=1e-4)
+    if name == "Wan":
+        run(pipeline, call, one, frames="middle")
+        torch.testing.assert_close(one.images, looks.images[:, :, 4])
+    energy = red_first if name in VIDEOS else dark_left
+    guided = run(pipeline, call, EnergyGuidance(energy, 0.1))
+    assert energy(guided).sum() < energy(plain).sum()
 
-    def callback(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if index == 0:
-            with torch.no_grad():
-                weight.mul_(2)
+
+def test_adapters_that_a_callback_switches_count_from_the_next_step() -> None:
+    """Against the step written out, with the gradient through the network."""
+    import peft
+
+    unet = conditional_unet()
+    for seed, name in enumerate(("first", "second")):
+        config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        torch.manual_seed(seed)
+        unet.add_adapter(config, name)
+    scheduler = DDIMScheduler(clip_sample=False, **SD)
+    pipeline = stable_diffusion(scheduler=scheduler, unet=unet)
+    call = sd_call(guidance_scale=1.0, latents=normal(2, 4, 8, 8))
+    scale = 0.05
+
+    def switch(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        unet.set_adapter("second")
         return tensors
 
-    seen = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
-    run(pipeline, {**call, "callback_on_step_end": callback}, seen.term)
-    doubled = seen.scores[0]
-    after = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
-    run(pipeline, call, after.term)  # doubled from the start: the same step from another sample
-    assert not torch.equal(doubled, after.scores[0])
-    with torch.no_grad():
-        weight.div_(2)
-    before = Seen(EnergyGuidance(wave, 0.1, 0.3, 0.6, of="x0", through_network=True))
-    run(pipeline, call, before.term)
-    torch.testing.assert_close(before.steps[0].sample, seen.steps[0].sample)
-    assert not torch.allclose(before.scores[0], doubled)
+    results = {}
+    for callback in (None, switch):
+        unet.set_adapter("first")
+        term = EnergyGuidance(wave, scale, of="x0", through_network=True)
+        call["callback_on_step_end"] = callback
+        results[callback] = Recorder(pipeline)(term, **call)[-1]["next"]
+    unet.requires_grad_(False)
+    x = call["latents"]
+    for index, t in enumerate(scheduler.timesteps):
+        unet.set_adapter("second" if index else "first")
+        alpha, sigma = formula(scheduler, t)
+        x = x.detach().requires_grad_()
+        eps = unet(x, t, call["prompt_embeds"]).sample
+        (gradient,) = torch.autograd.grad(wave((x - sigma * eps) / alpha).sum(), x)
+        x = scheduler.step(eps + sigma * scale * gradient, t, x).prev_sample
+    torch.testing.assert_close(results[switch], x.detach(), rtol=0, atol=2e-4)
+    assert (results[None] - results[switch]).abs().max() > 0.01
 
 
 class InPlace(diffusers.DiffusionPipeline):
@@ -536,18 +622,14 @@ def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
 
 
-def test_the_examples_of_a_packed_and_of_a_video_pipeline_do_what_they_say() -> None:
-    pipeline, call = MODERN["Flux"]()
-    packed, energy = example("energy_packed"), example("energy_packed")["ENERGIES"]["dark left"]
-    values = []
-    for scale in (0.0, 100.0):
-        call["generator"] = torch.Generator().manual_seed(7)
-        values.append(energy(2 * packed["make_images"](pipeline, "dark left", scale, **call) - 1))
-    assert (values[1] < 0.96 * values[0]).all()
-    pipeline, call = wan()
-    video, values = example("energy_video"), []
-    for scale in (0.0, 100.0):
-        call["generator"] = torch.Generator().manual_seed(7)
-        frames = 2 * video["make_video"](pipeline, "red", scale, **call).transpose(1, 2) - 1
-        values.append(video["ENERGIES"]["red"][0](frames[:, :, :1]))
-    assert (values[1] < values[0]).all()
+def test_the_example_of_energies_does_what_it_says_of_images_and_videos() -> None:
+    script = example("energy_pipeline")
+    for name, energy, part in (("Flux", "dark left", 0.96), ("Wan", "red start", 1.0)):
+        (pipeline, call), values = MODERN[name](), []
+        for scale in (0.0, 100.0):
+            call["generator"] = torch.Generator().manual_seed(7)
+            made = 2 * script["make"](pipeline, energy, scale, **call) - 1
+            if name in VIDEOS:
+                made = made.transpose(1, 2)[:, :, :1]
+            values.append(script["ENERGIES"][energy][0](made))
+        assert (values[1] < part * values[0]).all()

@@ -227,6 +227,22 @@ def _in_float32(decoder: torch.nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
+def _without_offloading(decoder: torch.nn.Module) -> Iterator[None]:
+    """Context in which a decoder doesn't move another network off the device before it decodes, as
+    `enable_model_cpu_offload` has it: a gradient that leads through that one needs its weights."""
+    hook = getattr(decoder, "_hf_hook", None)
+    previous = getattr(hook, "prev_module_hook", None)
+    if previous is None:
+        yield
+        return
+    hook.prev_module_hook = None
+    try:
+        yield
+    finally:
+        hook.prev_module_hook = previous
+
+
+@contextmanager
 def _replaced_step(scheduler: SchedulerMixin, method: Callable[..., Any]) -> Iterator[None]:
     """Context in which `scheduler.step(...)` is `method(...)`, with the original's signature, which
     pipelines inspect. Copies and pickles have the original: else a copy would step this one."""
@@ -497,6 +513,8 @@ class GuidanceHook:
             def decode_images(x0: torch.Tensor) -> torch.Tensor:
                 for decoder in self.decoders:
                     stack.enter_context(_in_float32(decoder))
+                    if any(term.through_network for term in terms):
+                        stack.enter_context(_without_offloading(decoder))
                 x0 = x0.repeat(self.repeats, *[1] * (x0.ndim - 1))
                 return decode_x0(self.pipeline, step.ending(), x0, self.frames)
 
