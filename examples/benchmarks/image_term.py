@@ -6,7 +6,8 @@
 The floor of a step is the pipeline's own step, then decoding what the term looks at once forward and once backward by
 the plain decoder, with checkpointing as in `guide`; of a single frame of a video, that of two latent frames, which make
 five. Each case runs in a process of its own, whose largest memory is read from the operating system; that of the loaded
-process is subtracted. Networks are small and have random weights.
+process is subtracted. Networks are small and have random weights. Operations are those of convolutions and matrix
+products, which torch counts; other than seconds they don't depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 
 import diffusers
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from guided_diffusers import EnergyGuidance, guide
 from guided_diffusers.files import write_json
@@ -88,8 +91,22 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], Any, tuple[int,
 }
 
 
+class Operations(TorchDispatchMode):
+    """Counts those of convolutions and matrix products, also in backward passes."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
 def measure(name: str, guided: bool, steps: int) -> dict[str, float]:
-    """Seconds of a step (median), and MiB above those of the loaded process."""
+    """Seconds of a step (median), MiB above those of the loaded process, and 10^9 operations of a
+    step."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     make, frames, shape = CASES[name]
@@ -121,7 +138,17 @@ def measure(name: str, guided: bool, steps: int) -> dict[str, float]:
         pipeline(**call)
     seconds = [after - begin for begin, after in zip(times[1:-1], times[2:], strict=True)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": statistics.median(seconds), "mib": peak / 1024}
+    operations = []
+    for count in (2, 3):
+        call["num_inference_steps"] = count
+        with Operations() as counter, guide(pipeline, term, frames=frames):
+            pipeline(**call)
+        operations.append(counter.total / 1e9)
+    return {
+        "seconds": statistics.median(seconds),
+        "mib": peak / 1024,
+        "gflop": operations[1] - operations[0],
+    }
 
 
 def main() -> None:
@@ -133,17 +160,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     options = parser.parse_args()
     results, context = {}, multiprocessing.get_context("fork")
-    print(
-        f"{'case':>24} {'floor s':>8} {'guided s':>8} {'ratio':>6} {'floor MiB':>9} {'guided MiB':>10}"
-    )
+    print(f"{'case':>24} {'s':>15} {'ratio':>6} {'MiB':>15} {'10^9 operations':>17} {'ratio':>6}")
     for name in options.cases:
         row = {}
         for kind in ("floor", "guided"):
             with context.Pool(1) as pool:
                 row[kind] = pool.apply(measure, (name, kind == "guided", options.steps))
         results[name] = row
-        (s0, m0), (s1, m1) = (row[kind].values() for kind in ("floor", "guided"))
-        print(f"{name:>24} {s0:8.3f} {s1:8.3f} {s1 / s0:6.3f} {m0:9.1f} {m1:10.1f}", flush=True)
+        (s0, m0, f0), (s1, m1, f1) = (row[kind].values() for kind in ("floor", "guided"))
+        seconds, memory = f"{s1:.3f} of {s0:.3f}", f"{m1:.0f} of {m0:.0f}"
+        operations = f"{f1:.2f} of {f0:.2f}"
+        print(
+            f"{name:>24} {seconds:>15} {s1 / s0:6.3f} {memory:>15} {operations:>17} {f1 / f0:6.3f}",
+            flush=True,
+        )
     if options.output:
         write_json(results, options.output)
 
