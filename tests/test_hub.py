@@ -131,7 +131,7 @@ def test_a_saved_folder_holds_the_code_that_the_source_makes(saved: Path) -> Non
     for file, cls in made.items():
         assert (saved / file).read_text() == self_contained(cls)
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["_class_name"] == "ClassifierGuidedPipeline"
+    assert index["_class_name"] == ["pipeline", "ClassifierGuidedPipeline"]
     assert index["classifier"] == ["guided_diffusers_classifier", "NoiseAwareClassifier"]
     assert index["unet"] == ["guided_diffusers_openai_unet", "ADMUNet2DModel"]
 
@@ -207,6 +207,12 @@ def evil(folder: Path) -> None:
             {"_class_name": ["evil", "Evil"]},
             "_class_name is .'evil', 'Evil'., code of the repository",
         ),
+        ({"_class_name": ["ClassifierGuidedPipeline"]}, "_class_name is .'Class.*code of the repos"),
+        (
+            {"_class_name": ["evil", "ClassifierGuidedPipeline", "Evil"]},
+            "a name, or .module, 'ClassifierGuidedPipeline'., is allowed",
+        ),
+        ({"_class_name": None}, "_class_name is None, code of the repository"),
         ({"classifier": ["../evil", "Evil"]}, "no .module, class."),
         (
             {"unet": ["subprocess", "Popen"]},
@@ -226,6 +232,25 @@ def test_loading_refuses_a_foreign_index(folder: Path, changes: dict, message: s
     edit(folder / "model_index.json", **changes)
     with pytest.raises(ValueError, match=message):
         ClassifierGuidedPipeline.from_pretrained(folder)
+    assert not list(folder.rglob("ran"))
+
+
+@pytest.mark.parametrize("name", ["ClassifierGuidedPipeline", ["evil", "ClassifierGuidedPipeline"]])
+def test_an_index_that_names_our_class_runs_no_code_of_the_folder(
+    folder: Path, name: str | list
+) -> None:
+    """Neither by our class nor by Diffusers', with or without trust; a folder of an earlier version has a string."""
+    evil(folder)
+    (folder / "pipeline.py").write_text((folder / "evil.py").read_text())
+    edit(folder / "model_index.json", _class_name=name)
+    expected = images(make_pipeline(adm=True))
+    for loader in (ClassifierGuidedPipeline, DiffusionPipeline):
+        for options in ({}, {"trust_remote_code": True}):
+            pipeline = loader.from_pretrained(folder, **options)
+            assert type(pipeline) is ClassifierGuidedPipeline
+            assert torch.equal(images(pipeline), expected)
+    plain = DDPMPipeline.from_pretrained(folder)
+    assert type(plain) is DDPMPipeline and type(plain.unet) is ADMUNet2DModel
     assert not list(folder.rglob("ran"))
 
 
@@ -740,7 +765,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         "87.5% at timestep 49, 25.0% at 949",
         "license of the weights is mit",
         'from_pretrained("user/model")',
-        'custom_pipeline="user/model", trust_remote_code=True',
+        '"user/model", trust_remote_code=True',
     ):
         assert text in card.text, text
     assert set(re.findall(r"\]\(([\w-]+\.png)\)", card.text)) == {
@@ -929,6 +954,11 @@ LEANS_ON = [  # module, attribute, parameters that we or the generated code give
         "diffusers.pipelines.pipeline_loading_utils",
         "_get_pipeline_class",
         ["getattr(diffusers_module, class_name)"],
+    ),
+    (
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline.from_pretrained",
+        ["= _get_pipeline_class(\n            cls,", "class_name=custom_class_name"],
     ),
     (
         "diffusers.pipelines.pipeline_loading_utils",

@@ -21,7 +21,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
 )
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from test_guidance import NAMES, Pull, WithoutCount, counted, quiet, small_classifier, small_unet
 from test_schedulers import CASES
 
@@ -374,6 +374,29 @@ def test_a_callback_object_that_cuts_off_reads_the_number_of_steps() -> None:
     )
     assert torch.equal(cut, images(pipeline, "cat", 2, guidance_scale=500.0, guidance_stop=0.5))
     assert not torch.equal(cut, whole)
+
+
+OFFICIAL = {  # callbacks of Diffusers: what they change
+    "SDCFGCutoffCallback": "prompt_embeds",
+    "SDXLCFGCutoffCallback": "prompt_embeds, add_text_embeds, add_time_ids",
+    "SDXLControlnetCFGCutoffCallback": "prompt_embeds, add_text_embeds, add_time_ids, image",
+    "SD3CFGCutoffCallback": "prompt_embeds, pooled_prompt_embeds",
+    "IPAdapterScaleCutoffCallback": "the scale of an IP adapter",
+}
+
+
+def test_diffusers_callbacks_of_other_pipelines_are_refused_before_the_run() -> None:
+    classes = [value for value in vars(diffusers.callbacks).values() if isinstance(value, type)]
+    classes = [c for c in classes if issubclass(c, PipelineCallback) and c is not PipelineCallback]
+    assert {cls.__name__ for cls in classes} == OFFICIAL.keys()
+    pipeline = quiet(small_unet(), DDIMScheduler(), small_classifier())
+    calls = told(pipeline.unet)
+    for cls in classes:
+        name, callback = cls.__name__, cls(cutoff_step_ratio=0.5)
+        for given in (callback, MultiPipelineCallbacks([callback])):
+            with pytest.raises(ValueError, match=f"={name}: it changes {OFFICIAL[name]}, which this"):
+                images(pipeline, "cat", callback_on_step_end=given)
+    assert not calls
 
 
 def test_a_callback_sets_the_scale_of_the_next_steps() -> None:

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    PipelineCallback,
+)
 
 from .checks import check_bool, check_number, shown
 from .defaults import DEFAULTS
@@ -361,17 +365,31 @@ def check_generator(generator: Any, particles: int | None = None) -> Any:
     return generators if isinstance(generator, (list, tuple)) else generator
 
 
-def check_callback(callback: Any, tensor_inputs: Any) -> Any:
+def check_callback(callback: Any, tensor_inputs: Any, known: Sequence[str]) -> Any:
     """Names of the tensors that a callback_on_step_end gets: its own, if it is Diffusers'.
 
+    Args:
+        known: the names that the pipeline has.
+
     Raises:
-        ValueError: for a callback that can't be called.
+        ValueError: for a callback that can't be called, or one of Diffusers' that changes what
+            other pipelines have.
     """
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end={shown(callback)}: a function is allowed")
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        return callback.tensor_inputs
-    return tensor_inputs
+    if not isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return tensor_inputs
+    for part in getattr(callback, "callbacks", [callback]):
+        changed = [name for name in part.tensor_inputs if name not in known]
+        if isinstance(part, IPAdapterScaleCutoffCallback):
+            changed = ["the scale of an IP adapter"]
+        if changed:
+            raise ValueError(
+                f"callback_on_step_end={type(part).__name__}: it changes {', '.join(changed)}, which "
+                "this pipeline doesn't have; guidance_stop ends guidance, and callbacks of "
+                f"{', '.join(known)} are allowed"
+            )
+    return callback.tensor_inputs
 
 
 def check_names(id2label: Any) -> dict[int, str] | None:

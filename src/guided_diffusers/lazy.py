@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -16,6 +17,7 @@ PACKAGE = __name__.partition(".")[0]
 #: modules whose components Diffusers loads, and the pipeline that `DiffusionPipeline` loads
 COMPONENT_MODULES = ("classifier", "openai.unet", "openai.schedules")
 PIPELINES = {"ClassifierGuidedPipeline": "pipeline"}
+PIPELINE_LOADER = "diffusers.pipelines.pipeline_utils"
 
 
 def lazy_imports(
@@ -92,10 +94,11 @@ def register_with_diffusers() -> None:
     looked up when Diffusers first needs them. The modules are also registered under their full
     names, which older folders have.
     """
-    if "diffusers" in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, AfterImport("diffusers", _register))
+    for module, register in (("diffusers", _register), (PIPELINE_LOADER, _prefer_own_pipelines)):
+        if module in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, AfterImport(module, register))
 
 
 def _register() -> None:
@@ -106,6 +109,22 @@ def _register() -> None:
     _add_names(import_module("diffusers.pipelines"), modules)
     pipelines = {name: (f"{PACKAGE}.{module}", name) for name, module in PIPELINES.items()}
     _add_names(sys.modules["diffusers"], pipelines)
+
+
+def _prefer_own_pipelines() -> None:
+    """Let Diffusers use this package's class where a model_index.json names the class's copy in
+    the folder, `["pipeline", "ClassifierGuidedPipeline"]`; no code of the folder runs then."""
+    loader = sys.modules[PIPELINE_LOADER]
+    find_class = loader._get_pipeline_class
+
+    @wraps(find_class)
+    def get_pipeline_class(cls: type, *args: Any, class_name: Any = None, **kwargs: Any) -> type:
+        if class_name not in PIPELINES:
+            return find_class(cls, *args, class_name=class_name, **kwargs)
+        is_base = cls.__name__ == "DiffusionPipeline"
+        return getattr(sys.modules["diffusers"], class_name) if is_base else cls
+
+    loader._get_pipeline_class = get_pipeline_class
 
 
 def _add_names(module: Any, names: Mapping[str, tuple[str, str | None]]) -> None:

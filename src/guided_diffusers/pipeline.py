@@ -497,7 +497,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         # 1. Arguments
         return_dict = check_bool("return_dict", return_dict)
         generator = check_generator(generator, particles)
-        tensor_inputs = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensor_inputs = check_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         call = {
             "guidance_scale": guidance_scale,
             "guidance_power": guidance_power,

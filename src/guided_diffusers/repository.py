@@ -1,12 +1,13 @@
 """Code beside a saved pipeline's weights that loads it anywhere, and checks of a folder to load.
 
-    model_index.json    {..., "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"]}
+    model_index.json    {"_class_name": ["pipeline", "ClassifierGuidedPipeline"],
+                         "classifier": ["guided_diffusers_classifier", "NoiseAwareClassifier"], ...}
     pipeline.py         ClassifierGuidedPipeline and all that it needs, in one file (`standalone`)
     classifier/guided_diffusers_classifier.py, ...      the same for each component of this package
 
 If this package is imported, Diffusers finds the components' modules under those names among its
-own, where `lazy.register_with_diffusers` put them, and no code of the repository runs. Without the package it takes the
-files, with `trust_remote_code=True`.
+own and the pipeline's class is this package's (`lazy.register_with_diffusers`): no code of the
+repository runs. Without the package it takes the files, with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .weights import (
 )
 
 LIBRARIES = ("diffusers", "transformers")
+CLASS_NAME = "ClassifierGuidedPipeline"
 ALLOWED_CLASSES = (
     "a model or scheduler of diffusers, transformers, guided_diffusers or an imported module"
 )
@@ -232,10 +234,12 @@ def check_index(folder: Path, components: Collection[str]) -> dict[str, type]:
     if not path.is_file():
         raise OSError(f"{folder} has no model_index.json, so it is no pipeline")
     index = read_json(path)
-    if not isinstance(index.get("_class_name"), str):
+    name = index.get("_class_name")
+    is_own = isinstance(name, list) and len(name) == 2 and name[1] == CLASS_NAME
+    if not isinstance(name, str) and not is_own:
         raise ValueError(
-            f"{path}: _class_name is {index.get('_class_name')!r}, code of the repository; a name "
-            "is allowed, or trust_remote_code=True if you have read that code"
+            f"{path}: _class_name is {name!r}, code of the repository; a name, or [module, "
+            f"{CLASS_NAME!r}], is allowed, or trust_remote_code=True if you have read that code"
         )
     classes = {}
     for component, entry in index.items():
@@ -325,6 +329,8 @@ def save_pipeline_code(pipeline: Any, folder: Path) -> None:
                 component, _, module = file.removesuffix(".py").rpartition("/")
                 if component in config:
                     config[component][0] = module
+                elif not component:  # Diffusers' own loader then needs no custom_pipeline=
+                    config["_class_name"] = [module, type(pipeline).__name__]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

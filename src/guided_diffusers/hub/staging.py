@@ -150,6 +150,7 @@ def model_places(folder: Path, cls: type[Model]) -> set[str]:
     if cls is ClassifierGuidedPipeline:
         index = read_json(folder / "model_index.json")
         names = {".", *(name for name, entry in index.items() if isinstance(entry, list))}
+        names.discard("_class_name")
         for path in folder.glob("*/config.json"):  # a judge, or a CLIP, beside the pipeline
             with suppress(ValueError):
                 model_class(path.parent)

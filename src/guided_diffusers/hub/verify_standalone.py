@@ -66,7 +66,7 @@ def main(folder: str, variant: str, threads: str, output: str) -> None:
     disable_progress_bar()
     options = {"variant": variant or None, "trust_remote_code": True, "use_safetensors": True}
     if (Path(folder) / "model_index.json").exists():
-        model = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, **options)
+        model = DiffusionPipeline.from_pretrained(folder, **options)
     else:
         model = AutoModel.from_pretrained(folder, **options)
     save_file({"output": reference_output(model).contiguous()}, output)
