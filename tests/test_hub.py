@@ -19,8 +19,9 @@ from threading import Event, Thread
 import diffusers
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 from test_clip import make_clip
@@ -207,7 +208,10 @@ def evil(folder: Path) -> None:
             {"_class_name": ["evil", "Evil"]},
             "_class_name is .'evil', 'Evil'., code of the repository",
         ),
-        ({"_class_name": ["ClassifierGuidedPipeline"]}, "_class_name is .'Class.*code of the repos"),
+        (
+            {"_class_name": ["ClassifierGuidedPipeline"]},
+            "_class_name is .'Class.*code of the repos",
+        ),
         (
             {"_class_name": ["evil", "ClassifierGuidedPipeline", "Evil"]},
             "a name, or .module, 'ClassifierGuidedPipeline'., is allowed",
@@ -772,6 +776,31 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         path.name for path in folder.glob("*.png")
     }
     assert not list(folder.glob(".*"))
+
+
+def test_metrics_on_a_dataset_of_the_hub_are_evaluation_results(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "figures.json").write_text(json.dumps({"classifier": {"held_out": HELD_OUT}}))
+    results = folder / ".eval_results"
+    hub.card(folder, picture=False)
+    assert not results.exists()  # on data that the Hub doesn't know
+    hub.card(folder, picture=False, datasets=["someone/clothes"])
+    assert {path.name for path in results.iterdir()} == {"accuracy.yaml", "ece.yaml"}
+    entries = parse_eval_result_entries(yaml.safe_load((results / "accuracy.yaml").read_text()))
+    assert [(e.dataset_id, e.task_id, e.value, e.notes) for e in entries] == [
+        ("someone/clothes", "accuracy", 0.875, "accuracy of classifier, timestep 49"),
+        ("someone/clothes", "accuracy", 0.25, "accuracy of classifier, timestep 949"),
+    ]
+    mine = "- dataset: {id: someone/clothes, task_id: mine}\n  value: 1.0\n"
+    (results / "ece.yaml").write_text(mine)
+    (folder / "figures.json").write_text("{}")
+    hub.staging.prepare(folder, tmp_path / "stage", "user/model", picture=False)
+    staged = {path.name: path.read_text() for path in (tmp_path / "stage/.eval_results").iterdir()}
+    assert staged == {"ece.yaml": mine}  # what a user wrote stays, what has no metrics goes
+    (results / "more.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"no part of a model: \.eval_results/more\.txt"):
+        hub.staging.prepare(folder, tmp_path / "other", "user/model", picture=False)
 
 
 def test_the_charts_show_what_the_figures_say(

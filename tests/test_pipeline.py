@@ -394,7 +394,9 @@ def test_diffusers_callbacks_of_other_pipelines_are_refused_before_the_run() -> 
     for cls in classes:
         name, callback = cls.__name__, cls(cutoff_step_ratio=0.5)
         for given in (callback, MultiPipelineCallbacks([callback])):
-            with pytest.raises(ValueError, match=f"={name}: it changes {OFFICIAL[name]}, which this"):
+            with pytest.raises(
+                ValueError, match=f"={name}: it changes {OFFICIAL[name]}, which this"
+            ):
                 images(pipeline, "cat", callback_on_step_end=given)
     assert not calls
 

@@ -19,6 +19,7 @@ from test_hub import BLOCKS, contents, make_classifier
 
 import guided_diffusers
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
+from guided_diffusers.modular import ClassifierGuidanceBlock
 from guided_diffusers.openai import ADMDDIMScheduler, ADMUNet2DModel
 from guided_diffusers.standalone import STAND_INS, _import_order, self_contained
 
@@ -100,7 +101,7 @@ def imports_of(node: ast.stmt) -> list[str]:
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
-@pytest.mark.parametrize("cls", [ClassifierGuidedPipeline, NoiseAwareCLIP])
+@pytest.mark.parametrize("cls", [ClassifierGuidedPipeline, NoiseAwareCLIP, ClassifierGuidanceBlock])
 def test_the_names_of_concatenated_modules_are_distinct(cls: type) -> None:
     """Else one definition, or one import, would hide another in the file."""
     stand_ins = STAND_INS if cls is ClassifierGuidedPipeline else {}

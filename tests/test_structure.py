@@ -194,7 +194,7 @@ def test_rooms_do_not_use_the_insides_of_each_other() -> None:
 def test_saved_code_has_no_import_of_the_package() -> None:
     """Diffusers would advise to `pip install guided_diffusers`, a name that isn't registered."""
     pattern = r"^\s*(?:from|import)\s+guided_diffusers"  # as in its `check_imports`
-    for name in (*CORE, "clip"):
+    for name in (*CORE, "clip", "modular"):
         assert not re.search(pattern, (PACKAGE / f"{name}.py").read_text(), re.MULTILINE), name
 
 

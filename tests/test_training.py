@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -639,6 +640,43 @@ def test_tensorboard_gets_losses_and_figures(train: Callable[..., Path]) -> None
     assert [event.step for event in events.Scalars("loss")] == [10, 20]
     assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
     assert [event.step for event in events.Scalars("accuracy/t=49")] == [10, 20]
+
+
+class Tracker(SimpleNamespace):
+    """The part of the modules wandb and trackio that Accelerate uses; Image is the picture itself."""
+
+    def __init__(self) -> None:
+        super().__init__(config=SimpleNamespace(update=lambda *_, **__: None), Image=np.asarray)
+        self.settings, self.logged = {}, []
+
+    def init(self, **settings: object) -> Tracker:
+        self.settings = settings
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("name", "run_id"), [("trackio", "name"), ("wandb", "id")])
+def test_trackers_get_losses_and_pictures_of_samples(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, run_id: str
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [name])
+    folder = train("unet", f"--max_train_steps 2 --sample_images 4 --report_to {name}")
+    run = (folder / "tracker_run").read_text()
+    assert tracker.settings == {"project": "out", run_id: run, "resume": "allow"}
+    logged = {
+        (step, key): value for step, values in tracker.logged for key, value in values.items()
+    }
+    assert math.isfinite(logged[2, "loss"])
+    with PILImage.open(folder / "samples-2.png") as picture:
+        expected = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(np.squeeze(logged[2, "samples"]), expected) and expected.any()
 
 
 def test_a_tracker_goes_on_where_the_run_does(train: Callable[..., Path]) -> None:

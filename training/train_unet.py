@@ -68,7 +68,11 @@ from guided_diffusers.cli_options import run_program
 from guided_diffusers.images import as_pair, size_text
 from guided_diffusers.learning.arrays import LabelledArrays
 from guided_diffusers.learning.batches import Batch, StepRandom, collate, generator_for
-from guided_diffusers.learning.distributed import exit_on_value_error, make_accelerator
+from guided_diffusers.learning.distributed import (
+    exit_on_value_error,
+    log_picture,
+    make_accelerator,
+)
 from guided_diffusers.learning.held_out import held_out_metrics
 from guided_diffusers.learning.latents import load_vae, write_latents
 from guided_diffusers.learning.loop import Trainer, save_and_publish
@@ -372,6 +376,8 @@ def evaluate_denoiser(
         pipeline = make_pipeline(unet=model).to(accelerator.device)
         path = Path(options.output_dir) / f"samples-{step}.png"
         draw_samples(pipeline, path, options.sample_images)
+        if path.exists():  # of arrays there is none
+            log_picture(accelerator, "samples", path, step)
     accelerator.wait_for_everyone()
 
     def score(batch: Batch, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,16 @@ the scheduler does:
 
 `label` and `guidance_scale` are `ClassifierGuidance`'s `label` and `scale`. `guide` applies every
 kind of guidance to a modular pipeline, too.
+
+    ClassifierGuidanceBlock().push_to_hub("user/block")    # and without guided-diffusers:
+    block = ModularPipelineBlocks.from_pretrained("user/block", trust_remote_code=True)
 """
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +32,8 @@ from .guidance import ClassifierGuidance, check_devices
 from .guider import Guider, Prediction, StepFinder
 from .networks import evaluating
 from .noise import split_variance
+
+BLOCK_FILE = "guided_diffusers_modular"  # what the block's code is called beside its config
 
 
 class ClassifierGuidanceBlock(ModularPipelineBlocks):
@@ -63,6 +71,21 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
                 description="How strongly, or one per image; 0 is off.",
             ),
         ]
+
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as in Diffusers, with the code that loads the block without guided-diffusers."""
+        cls = type(self)
+        if cls.__module__.partition(".")[0] == "guided_diffusers":
+            code = import_module("guided_diffusers.standalone").self_contained(cls)
+        else:
+            code = Path(inspect.getfile(cls)).read_text()
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{BLOCK_FILE}.py").write_text(code)
+        class_name = f"{BLOCK_FILE}.{cls.__name__}"
+        self.register_to_config(auto_map={ModularPipelineBlocks.__name__: class_name})
+        self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
 from huggingface_hub import get_token
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from PIL import ExifTags, Image
 
 from ..text import printable
@@ -136,6 +137,8 @@ def matches(name: PurePath, pattern: str) -> bool:
 
 def is_model_file(name: Path, places: Collection[str]) -> bool:
     """Whether a path in a model's folder is of a file that belongs to the model."""
+    if name.parent.as_posix() == EVAL_RESULTS_FOLDER:
+        return name.suffix == ".yaml"
     known = name.suffix.lower() in MODEL_SUFFIXES or is_generated_code(name)
     known = known or name.stem.upper() in LEGAL_FILES
     return known and name.parent.as_posix() in places and not name.name.startswith(".")

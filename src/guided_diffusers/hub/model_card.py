@@ -34,6 +34,7 @@ from .card_metrics import (
     words,
 )
 from .charts import draw_example, draw_guided, draw_levels
+from .eval_results import write_eval_results
 from .files import count_parameters
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def write_card(
     datasets: Sequence[str] = (),
     picture: bool = True,
 ) -> Path:
-    """Write README.md, the plots figure-*.png, and example.png if it is missing; returns the path.
+    """Write README.md, the plots figure-*.png, example.png if it is missing, and, of metrics on a
+    dataset of the Hub, `.eval_results`; returns the path.
 
     Args:
         model: the model in the folder.
@@ -130,6 +132,7 @@ def write_card(
         **describe_training(metrics, datasets),
         **describe_model(folder, model),
     )
+    write_eval_results(folder, evaluation_results(metrics, datasets) if datasets else ())
     text = f"{generated}\n"
     with aside(path) as partial:
         partial.write_text(text + MARK.format(digest(text)))

@@ -10,9 +10,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -22,6 +24,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     convert_outputs_to_fp32,
 )
+from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from ..cli_options import timeout_message
@@ -67,6 +70,20 @@ def abort_after_error(kind: type[BaseException], error: BaseException, trace: An
     if (message := timeout_message(error, "--timeout_minutes")) is not None:
         abort_process(f"{Path(sys.argv[0]).name}: error: {message}")
     abort_process("".join(traceback.format_exception(kind, error, trace)))
+
+
+def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> None:
+    """Log a picture to TensorBoard, wandb or trackio, whichever the training reports to."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(image)[None]}, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [image]}, step)
+        elif tracker.name == "trackio":
+            trackio = import_module("trackio")
+            tracker.log({name: trackio.Image(image)}, step)
 
 
 def make_accelerator(options: Options) -> Accelerator:

@@ -372,6 +372,7 @@ class Trainer:
             trackers = {
                 "tensorboard": {"purge_step": self.progress.step + 1},
                 "wandb": {"id": run_id.read_text(), "resume": "allow"},
+                "trackio": {"name": run_id.read_text(), "resume": "allow"},
             }
             config = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.folder.resolve().name, config, trackers)
