@@ -775,7 +775,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert set(re.findall(r"\]\(([\w-]+\.png)\)", card.text)) == {
         path.name for path in folder.glob("*.png")
     }
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".eval_results"]
 
 
 def test_metrics_on_a_dataset_of_the_hub_are_evaluation_results(
@@ -783,9 +783,9 @@ def test_metrics_on_a_dataset_of_the_hub_are_evaluation_results(
 ) -> None:
     (folder / "figures.json").write_text(json.dumps({"classifier": {"held_out": HELD_OUT}}))
     results = folder / ".eval_results"
-    hub.card(folder, picture=False)
+    hub.card(folder, "user/model", picture=False)
     assert not results.exists()  # on data that the Hub doesn't know
-    hub.card(folder, picture=False, datasets=["someone/clothes"])
+    hub.card(folder, "user/model", picture=False, datasets=["someone/clothes"])
     assert {path.name for path in results.iterdir()} == {"accuracy.yaml", "ece.yaml"}
     entries = parse_eval_result_entries(yaml.safe_load((results / "accuracy.yaml").read_text()))
     assert [(e.dataset_id, e.task_id, e.value, e.notes) for e in entries] == [

@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -666,7 +667,7 @@ def test_trackers_get_losses_and_pictures_of_samples(
 ) -> None:
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, name, tracker)
-    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [name])
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType(name)])
     folder = train("unet", f"--max_train_steps 2 --sample_images 4 --report_to {name}")
     run = (folder / "tracker_run").read_text()
     assert tracker.settings == {"project": "out", run_id: run, "resume": "allow"}
