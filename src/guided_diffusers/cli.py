@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 
 from .cli_options import Parser, one_line_errors
+from .demo.commands import add_demo_commands
 from .diagnosis.commands import add_inspect_command
 from .editing.commands import add_edit_command
 from .evaluation.commands import add_evaluate_command
@@ -44,4 +45,5 @@ def make_parser() -> Parser:
     add_evaluate_command(commands)
     add_sweep_command(commands)
     add_hub_commands(commands)
+    add_demo_commands(commands)
     return parser

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_imports
 
 if TYPE_CHECKING:
-    from .folder import edit_folder
+    from .folder import describe, edit_folder, titles
     from .pictures import comparison
 
-__all__ = ["comparison", "edit_folder"]
+__all__ = ["comparison", "describe", "edit_folder", "titles"]
 
 __getattr__, __dir__ = lazy_imports(__name__)

@@ -1,0 +1,69 @@
+"""`guided-diffusers demo` and `space`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ..cli_options import DEFAULT_MODEL, add_shared_options, number, path
+
+MAX_PORT = 2**16 - 1
+
+
+def add_demo_commands(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="try a model in the browser",
+        description="A page in the browser that makes images with and without guidance, edits "
+        "pictures, and shows the code that does the same. It needs Gradio (pip install "
+        "'gradio>=6,<7') and no network for a model that is here. Nothing but this machine "
+        "reaches it, unless --host says so.",
+    )
+    demo.set_defaults(run=run_demo)
+    _add_model_options(demo)
+    help = "address that it listens at; 0.0.0.0: open to other machines (default: %(default)s)"
+    demo.add_argument("--host", default="127.0.0.1", help=help)
+    help = "default: the first free one from 7860"
+    demo.add_argument("--port", type=number(1, MAX_PORT, integer=True), help=help)
+    add_shared_options(demo, "--device")
+
+    space = commands.add_parser(
+        "space",
+        help="write the demo as a Space of the Hub",
+        description="Write a folder with the demo of a model as a Gradio Space of the Hub, with "
+        "all that it needs: `hf upload USER/NAME FOLDER . --repo-type space` publishes it, and "
+        "`python FOLDER/app.py` runs it here.",
+    )
+    space.set_defaults(run=run_space)
+    space.add_argument("folder", metavar="FOLDER", type=path, help="a new or empty folder")
+    _add_model_options(space)
+    help = "of the Space, as the Hub names it (default: that in the model's card, or apache-2.0)"
+    space.add_argument("--license", metavar="NAME", help=help)
+
+
+def _add_model_options(command: Any) -> None:
+    help = "a bundled model, a pipeline folder or a Hub id (default: %(default)s)"
+    command.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help=help)
+    add_shared_options(command, "--revision")
+    help = "a NoiseAwareCLIP, a folder or Hub id, for captions (default: the model's own `clip`)"
+    command.add_argument("--clip", metavar="CLIP", help=help)
+
+
+def run_demo(options: Namespace) -> None:
+    from . import DemoModel, demo_app, require_gradio, serve
+
+    require_gradio()  # before the model is loaded
+    model = DemoModel.load(options.model, options.revision, options.clip, options.device)
+    serve(demo_app(model), options.host, options.port)
+
+
+def run_space(options: Namespace) -> None:
+    from ..text import printable
+    from . import write_space
+
+    write_space(options.folder, options.model, options.revision, options.clip, options.license)
+    folder = printable(options.folder)
+    print(
+        f"saved to {folder}, next: python {folder}/app.py, or "
+        f"hf upload USER/NAME {folder} . --repo-type space"
+    )

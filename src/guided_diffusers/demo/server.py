@@ -1,0 +1,53 @@
+"""Runs the demo's page on this machine."""
+
+from __future__ import annotations
+
+from threading import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+LOOPBACK = "127.0.0.1"
+MAX_UPLOAD = "20mb"
+
+
+def serve(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> None:
+    """Run a page until the process is stopped, and print its address.
+
+    Args:
+        app: as from `demo_app`.
+        host: address that the server listens at. Others than the loopback's let other machines in.
+        port: None: the first free one from 7860.
+
+    Raises:
+        OSError: for an address or a port that can't be used.
+    """
+    url = start(app, host, port)
+    others = "" if host in (LOOPBACK, "localhost") else ", open to other machines"
+    print(f"{url} (Ctrl-C stops it{others})", flush=True)
+    try:
+        Event().wait()
+    finally:
+        app.close(verbose=False)
+
+
+def start(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> str:
+    """Run a page in another thread, without a tunnel, a history or links to other sites; its
+    address."""
+    _, url, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        inbrowser=False,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=["api"],
+        max_file_size=MAX_UPLOAD,
+        quiet=True,
+    )
+    return url

@@ -1,0 +1,522 @@
+"""The demo: its calls and their code, its page in a real browser, and the Space that it becomes."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from huggingface_hub import SpaceCard
+from PIL import Image
+
+from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers.cli import main
+from guided_diffusers.demo import (
+    DemoModel,
+    EditForm,
+    SampleForm,
+    edit_picture,
+    sample_pictures,
+    write_space,
+)
+from guided_diffusers.sampling import image_generator
+
+SNEAKER, BOOT = 7, 9
+FEW = {"steps": 3, "num_images": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> DemoModel:
+    return DemoModel.load("fashion-mnist", device="cpu")
+
+
+def run_code(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names after the code was executed in a folder."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(compile(code, "demo", "exec"), names)  # noqa: S102
+    return names
+
+
+def pixels(image: Any) -> np.ndarray:
+    return np.asarray(image)
+
+
+# ---------------------------------------------------------------- calls and their code
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        SampleForm(labels=[SNEAKER], **FEW),
+        SampleForm(
+            labels=[SNEAKER], scale=2.5, start=0.1, stop=0.8, conditional=True, seed=3, **FEW
+        ),
+        SampleForm(labels=[SNEAKER, BOOT], weights="1, -0.5", scheduler="ddpm", **FEW),
+        SampleForm(labels=[SNEAKER], scale=1.0, power=3, start=0.0, **FEW),
+        SampleForm(labels=[SNEAKER], conditional=True, scale=0, classifier_free_scale=1.5, **FEW),
+        SampleForm(caption="this is a bootie", caption_scale=4, stop=0.9, scheduler="ddim", **FEW),
+        SampleForm(labels=[BOOT], caption="a grey boot", **FEW),
+    ],
+    ids=["preset", "interval", "mixture", "power", "classifier-free", "caption", "both"],
+)
+def test_the_code_makes_the_same_images_bit_for_bit(
+    form: SampleForm, model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = sample_pictures(model, form)
+    names = run_code(result.code, tmp_path, monkeypatch)
+    assert [image.tobytes() for image in names["images"]] == [
+        image.tobytes() for image in result.images
+    ]
+    with Image.open("picture.png") as picture:
+        assert picture.tobytes() == result.guided.tobytes()
+    assert not np.array_equal(pixels(result.guided), pixels(result.unguided))
+    assert result.record.images == 2 and f"{len(result.images)} images in" in result.summary
+
+
+def test_a_form_is_the_call_that_it_says(model: DemoModel) -> None:
+    """Guided and unguided images are those of the pipeline, and of `sample` with the same seed."""
+    form = SampleForm(labels=[SNEAKER], scale=3.0, start=0.2, stop=1.0, seed=5, **FEW)
+    result = sample_pictures(model, form)
+    pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
+
+    def images(**call: Any) -> list[bytes]:
+        generators = [image_generator(5, i) for i in range(2)]
+        call |= {"num_inference_steps": 3, "conditional": False, "generator": generators}
+        return [image.tobytes() for image in pipeline("sneaker", 2, **call).images]
+
+    guided = images(guidance_scale=3.0, guidance_start=0.2, guidance_stop=1.0)
+    assert [image.tobytes() for image in result.images] == guided
+    from guided_diffusers.sampling import grid
+
+    unguided = pipeline(
+        "sneaker",
+        2,
+        num_inference_steps=3,
+        conditional=False,
+        guidance_scale=0,
+        generator=[image_generator(5, i) for i in range(2)],
+    ).images
+    assert result.unguided.tobytes() == grid(unguided).tobytes()
+
+
+def test_each_field_changes_the_images(model: DemoModel) -> None:
+    base = {"labels": [SNEAKER], "scale": 3.0, "start": 0.0, "stop": 1.0, **FEW}
+    changes = [
+        {},
+        {"labels": [BOOT]},
+        {"labels": [SNEAKER, BOOT]},
+        {"labels": [SNEAKER, BOOT], "weights": "1 3"},
+        {"weights": "2"},
+        {"scale": 1.0},
+        {"power": 2},
+        {"start": 0.5},
+        {"stop": 0.5},
+        {"conditional": True},
+        {"conditional": True, "classifier_free_scale": 1.0},
+        {"caption": "a boot"},
+        {"caption": "a boot", "caption_scale": 1.0},
+        {"steps": 4},
+        {"scheduler": "euler"},
+        {"seed": 1},
+        {"num_images": 3},
+    ]
+    results = [sample_pictures(model, SampleForm(**(base | change))) for change in changes]
+    assert len({result.guided.tobytes() for result in results}) == len(changes)
+
+
+def test_every_scheduler_of_the_list_makes_images(model: DemoModel) -> None:
+    assert len(model.schedulers) == len(set(model.schedulers)) >= 6
+    for name in model.schedulers:
+        result = sample_pictures(model, SampleForm(labels=[SNEAKER], scheduler=name, **FEW))
+        assert pixels(result.guided).std() > 10, name
+    assert type(model.scheduler).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_progress_counts_the_steps_of_both_runs(model: DemoModel) -> None:
+    seen: list[tuple[int, int]] = []
+    sample_pictures(model, SampleForm(labels=[SNEAKER], **FEW), lambda *made: seen.append(made))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": []}, r"labels: none is chosen; a label, or a caption, is needed"),
+        ({"weights": "1, 2"}, r"weights='1, 2': 1 numbers?, one for each label"),
+        ({"weights": "much"}, r"weights='much'"),
+        ({"seed": -1}, r"seed=-1: an integer from 0 to"),
+        ({"seed": None}, r"seed=None: an integer from 0 to"),
+        ({"num_images": 0}, r"number of images=0: an integer from 1 to 64"),
+        ({"num_images": 65}, r"number of images=65"),
+        ({"steps": 0}, r"steps=0: an integer from 1"),
+        ({"start": 0.8, "stop": 0.2}, r"guidance_start"),
+        ({"power": 9}, r"guidance_power=9"),
+        ({"scale": float("nan")}, r"guidance_scale"),
+        ({"labels": [], "caption": "a zebra"}, r"not trained on the words \['zebra'\]"),
+        ({"scheduler": "nothing"}, r"scheduler 'nothing' is unknown"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict, message: str, model: DemoModel) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_pictures(model, SampleForm(**({"labels": [SNEAKER], **FEW} | change)))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (50, 40)], ids=["the model's size", "another size"])
+def test_the_code_of_an_edit_makes_the_same_picture(
+    size: tuple[int, int], model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = sample_pictures(model, SampleForm(labels=[SNEAKER], **FEW)).images[0].resize(size)
+    picture.save(tmp_path / "picture.png")
+    form = EditForm(picture, BOOT, SNEAKER, strength=0.7, scale=4.0, steps=4)
+    result = edit_picture(model, form)
+    names = run_code(result.code, tmp_path, monkeypatch)
+    assert names["result"].images[0].tobytes() == result.image.tobytes()
+    assert result.image.size == (28, 28) and result.comparison.width > 3 * 28
+    for change in (
+        {"label": 8},
+        {"source_label": 8},
+        {"strength": 0.3},
+        {"scale": 1},
+        {"steps": 3},
+    ):
+        other = edit_picture(model, EditForm(**(vars(form) | change)))
+        assert other.image.tobytes() != result.image.tobytes(), change
+
+
+def test_a_wrong_edit_is_named(model: DemoModel) -> None:
+    picture = Image.new("L", (28, 28), 100)
+    with pytest.raises(ValueError, match="picture: none is there"):
+        edit_picture(model, EditForm(None, BOOT))
+    with pytest.raises(ValueError, match="label: none is chosen"):
+        edit_picture(model, EditForm(picture, None))
+    with pytest.raises(ValueError, match="strength=2"):
+        edit_picture(model, EditForm(picture, BOOT, strength=2))
+    with pytest.raises(ValueError, match="parts of it are transparent"):
+        edit_picture(model, EditForm(Image.new("RGBA", (28, 28), (9, 9, 9, 0)), BOOT))
+    opaque = Image.new("RGBA", (28, 28), (100, 100, 100, 255))
+    assert edit_picture(model, EditForm(opaque, BOOT, steps=2)).image.size == (28, 28)
+
+
+def tiny_unet(**config: Any) -> UNet2DModel:
+    blocks = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    types = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet2DModel(
+        **({"sample_size": 8, "in_channels": 1, "out_channels": 1} | config), **blocks, **types
+    )
+
+
+def tiny_classifier() -> NoiseAwareClassifier:
+    return NoiseAwareClassifier(
+        8,
+        1,
+        num_labels=3,
+        block_out_channels=(8,),
+        down_block_types=("ResnetDownsampleBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        pool="adaptive",
+        id2label={0: "a", 1: "a", 2: "<b>"},
+    )
+
+
+def test_a_form_offers_what_the_model_has() -> None:
+    unconditional = DemoModel("x", ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler()))
+    assert not (unconditional.labels or unconditional.can_edit or unconditional.can_guide)
+    result = sample_pictures(unconditional, SampleForm(**FEW))
+    assert result.guided.tobytes() == result.unguided.tobytes() and result.record is None
+    with pytest.raises(ValueError, match="caption='boot': the model has no CLIP"):
+        sample_pictures(unconditional, SampleForm(caption="boot", **FEW))
+
+    pipeline = ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler(), tiny_classifier())
+    guided = DemoModel("x", pipeline)
+    assert guided.labels == [("a", 0), ("a", 1), ("<b>", 2)]
+    assert [guided.label(i) for i in range(3)] == [0, 1, "<b>"]
+    assert guided.can_edit and guided.can_guide and not guided.can_hide_label
+    assert guided.max_power is None and guided.picture_size == (8, 8)
+    assert "\n    1,\n" in sample_pictures(guided, SampleForm(labels=[1], **FEW)).code
+
+
+def test_models_that_make_no_pictures_from_noise_are_refused(tmp_path: Path) -> None:
+    pipeline = ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler(), data_mean=1.0, data_std=2.0)
+    pipeline.save_pretrained(tmp_path / "arrays")
+    with pytest.raises(ValueError, match="its samples are arrays"):
+        DemoModel.load(tmp_path / "arrays")
+    upsampler = ClassifierGuidedPipeline(tiny_unet(in_channels=6, out_channels=3), DDPMScheduler())
+    upsampler.save_pretrained(tmp_path / "up")
+    with pytest.raises(ValueError, match="6 input channels"):
+        DemoModel.load(tmp_path / "up")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+class Server:
+    """A process that serves the demo, on a port of the loopback; its output is in a file."""
+
+    def __init__(self, command: list[str], port: int, folder: Path, **variables: str):
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
+        variables |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder / "gradio")}
+        variables |= {"GRADIO_SERVER_NAME": "", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.begin = time.monotonic()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=folder, env=os.environ | variables
+            )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        port = int(self.url.rpartition(":")[2])
+        while self.process.poll() is None:
+            with socket.socket() as place:
+                if place.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port, folder = free_port(), tmp_path_factory.mktemp("demo")
+    command = [
+        sys.executable,
+        "-m",
+        "guided_diffusers",
+        "demo",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    server = Server(command, port, folder)
+    server.wait()
+    yield server
+    server.stop()
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Any]:
+    """A page of a headless Chromium that has loaded the demo."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        reason = f"no browser ({', '.join(BROWSERS)}) is installed: apt-get install chromium"
+        assert not os.environ.get("BROWSER_TEST"), reason  # set by .ci/run
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1250})
+        page.set_default_timeout(120_000)
+        page.requests, page.errors = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(server.url)
+        yield page
+        browser.close()
+
+
+def picture_at(page: Any, place: str) -> np.ndarray:
+    """The picture in an element of the page, waited for."""
+    page.wait_for_selector(f"#{place} img")
+    response = page.request.get(page.get_attribute(f"#{place} img", "src"))
+    with Image.open(io.BytesIO(response.body())) as picture:
+        return np.asarray(picture)
+
+
+def cells(picture: np.ndarray) -> list[bytes]:
+    """The ten images of a grid of two rows."""
+    rows = [np.split(row, 5, axis=1) for row in np.split(picture, 2)]
+    return [cell.tobytes() for row in rows for cell in row]
+
+
+def generate(page: Any) -> None:
+    """Click, and wait until the new picture is there."""
+    image = page.query_selector("#guided img")
+    before = image.get_attribute("src") if image else None
+    page.click("#generate")
+    page.wait_for_function(
+        "before => { const image = document.querySelector('#guided img');"
+        " return image && image.src !== before }",
+        arg=before,
+    )
+
+
+def choose(page: Any, place: str, name: str) -> None:
+    """Choose an entry of a list."""
+    page.click(f"#{place} input")
+    page.click(f"#{place} [role=option][aria-label='{name}']")
+    page.keyboard.press("Escape")
+
+
+def test_in_a_browser_a_label_changes_ten_pictures(
+    page: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page.wait_for_selector("#generate")
+    page.click("#labels [title='Remove 0']")  # the t-shirt
+    choose(page, "labels", "sneaker")
+    generate(page)
+    print(f"first picture after {time.monotonic() - server.begin:.1f} s from the command")
+    sneakers, unguided = picture_at(page, "guided"), picture_at(page, "unguided")
+    assert len(set(cells(sneakers))) == 10
+    changed = [a != b for a, b in zip(cells(sneakers), cells(unguided), strict=True)]
+    assert all(changed)
+    assert picture_at(page, "steps").shape[1] > 1000
+    assert "10 images in" in page.inner_text("#summary")
+    if path := os.environ.get("DEMO_SCREENSHOT"):  # examples/figures/demo.png
+        page.wait_for_timeout(1000)
+        page.screenshot(path=path)
+
+    code = page.inner_text("#code .cm-content")
+    run_code(code, tmp_path, monkeypatch)
+    with Image.open("picture.png") as picture:
+        assert np.array_equal(picture, sneakers)
+
+    choose(page, "labels", "bag")  # a mixture of both
+    generate(page)
+    mixture = picture_at(page, "guided")
+    assert all(a != b for a, b in zip(cells(mixture), cells(sneakers), strict=True))
+    assert np.array_equal(picture_at(page, "unguided"), unguided)  # the same seeds
+
+    page.get_by_role("tab", name="Edit a picture").click()
+    page.click("#take")
+    page.wait_for_selector("#picture img")
+    choose(page, "new-label", "ankle boot")
+    page.click("#edit")
+    assert picture_at(page, "comparison").shape[1] > 500
+
+    own = (server.url, "data:", "blob:")
+    assert not [url for url in page.requests if not url.startswith(own)] and not page.errors
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_in_a_browser_a_wrong_input_is_a_message(page: Any, server: Server) -> None:
+    page.fill("#seed input", "-1")
+    page.click("#generate")
+    page.wait_for_selector("text=seed=-1: an integer from 0 to")
+    page.fill("#seed input", "0")
+    page.click("text=Mixture, caption and interval")
+    page.fill("#caption textarea, #caption input", "<b>zebra</b>")
+    page.click("#generate")
+    page.wait_for_selector("text=<b>zebra</b>")  # as text, not as HTML
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_second_click_waits_for_the_first(server: Server) -> None:
+    from gradio_client import Client
+
+    client = Client(server.url, verbose=False, analytics_enabled=False)
+    first = client.submit(labels=[SNEAKER], steps=40, num_images=4, api_name="/generate")
+    second = client.submit(labels=[BOOT], steps=2, num_images=4, api_name="/generate")
+    seen = set()
+    while not second.done():
+        if not first.done():
+            seen.add(second.status().code.name)
+        time.sleep(0.02)
+    assert "IN_QUEUE" in seen and "PROCESSING" not in seen
+    pictures = [np.asarray(Image.open(job.result()[1])) for job in (first, second)]
+    assert not np.array_equal(*pictures)
+
+
+def test_only_this_machine_reaches_the_demo(server: Server) -> None:
+    process = psutil.Process(server.process.pid)
+    connections = [c for p in (process, *process.children()) for c in p.net_connections("inet")]
+    addresses = [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+    assert addresses and set(addresses) == {"127.0.0.1"}
+    assert all(c.raddr.ip == "127.0.0.1" for c in connections if c.raddr)
+
+
+def test_a_used_port_and_a_wrong_host_are_named(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    with pytest.raises(SystemExit, match=f"demo: --port {port} of 127.0.0.1 can't be used: "):
+        main(["demo", "--port", port])
+    with pytest.raises(SystemExit, match="demo: --host 203.0.113.7 can't be used: "):
+        main(["demo", "--host", "203.0.113.7"])
+
+
+# ---------------------------------------------------------------- the Space
+
+
+def test_a_space_runs_as_it_is_and_answers(tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    folder = tmp_path / "space"
+    main(["space", str(folder)])
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.sdk, card.app_file, card.license) == ("gradio", "app.py", "apache-2.0")
+    requirements = (folder / "requirements.txt").read_text().splitlines()
+    assert f"gradio=={card.sdk_version}" in requirements and "torch>=2.6" in requirements
+    assert not [line for line in requirements if "extra" in line]
+    where = subprocess.run(
+        [sys.executable, "-c", "import guided_diffusers; print(guided_diffusers.__file__)"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(where.stdout.strip()).is_relative_to(folder)  # its own copy of the package
+
+    port = free_port()
+    server = Server([sys.executable, "app.py"], port, folder, PYTHONPATH="")
+    try:
+        server.wait()
+        client = Client(server.url, verbose=False, analytics_enabled=False)
+        fields = {"labels": [SNEAKER], "steps": 2, "num_images": 1, "scale": 3.0}
+        unguided, guided, summary, *_ = client.predict(**fields, api_name="/generate")
+        assert "1 image in" in summary
+        with Image.open(unguided) as before, Image.open(guided) as after:
+            assert before.size == after.size and not np.array_equal(before, after)
+    finally:
+        server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_space_has_the_model_of_a_folder(tmp_path: Path) -> None:
+    pipeline = ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler(), tiny_classifier())
+    pipeline.save_pretrained(tmp_path / "a: model")
+    with pytest.raises(ValueError, match="license: the card of .* names none; give one"):
+        write_space(tmp_path / "space", tmp_path / "a: model")
+    assert not (tmp_path / "space").exists()
+    write_space(tmp_path / "space", tmp_path / "a: model", license="cc-by-4.0")
+    card = SpaceCard.load(tmp_path / "space" / "README.md").data
+    assert card.license == "cc-by-4.0" and card.title == "Guided diffusion, a: model"
+    assert 'DemoModel.load(FOLDER / "model")' in (tmp_path / "space" / "app.py").read_text()
+    copy = ClassifierGuidedPipeline.from_pretrained(tmp_path / "space" / "model")
+    assert torch.equal(copy.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+    models = (tmp_path / "space" / "guided_diffusers" / "bundled").glob("*/model_index.json")
+    assert not list(models)  # nothing that it doesn't show
+    with pytest.raises(ValueError, match="exists; a new or an empty folder is allowed"):
+        write_space(tmp_path / "space", "fashion-mnist")
+
+
+def test_without_gradio_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match=re.escape("demo: the demo needs Gradio 6: pip install")):
+        main(["demo"])
