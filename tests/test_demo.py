@@ -454,7 +454,7 @@ def test_only_this_machine_reaches_the_demo(server: Server) -> None:
 
 def test_a_used_port_and_a_wrong_host_are_named(server: Server) -> None:
     port = server.url.rpartition(":")[2]
-    with pytest.raises(SystemExit, match=f"demo: --port {port} of 127.0.0.1 can't be used: "):
+    with pytest.raises(SystemExit, match=f"demo: --host 127.0.0.1 --port {port} can't be used: "):
         main(["demo", "--port", port])
     with pytest.raises(SystemExit, match="demo: --host 203.0.113.7 can't be used: "):
         main(["demo", "--host", "203.0.113.7"])

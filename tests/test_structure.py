@@ -114,7 +114,17 @@ BESIDE = {
     "image_guidance": {"preprocess", "utils"},
     "speed": {"utils"},
 }
-ROOMS = ("sampling", "editing", "evaluation", "sweep", "diagnosis", "hub", "openai", "learning")
+ROOMS = (
+    "sampling",
+    "editing",
+    "evaluation",
+    "sweep",
+    "diagnosis",
+    "demo",
+    "hub",
+    "openai",
+    "learning",
+)
 # a room is used through its package, or through these modules of it
 PUBLIC_MODULES = {
     "evaluation.metrics",
@@ -304,7 +314,8 @@ def test_help_takes_less_than_a_second_and_imports_no_torch() -> None:
     code = """
 import sys
 from guided_diffusers.cli import main
-for words in ([], ["sample"], ["edit"], ["convert"], ["inspect"], ["evaluate"], ["sweep"], ["push"]):
+for words in ([], ["sample"], ["edit"], ["convert"], ["inspect"], ["evaluate"], ["sweep"], ["push"],
+              ["demo"], ["space"]):
     try:
         main([*words, "--help"])
     except SystemExit as end:
@@ -325,6 +336,7 @@ def test_names_imported_at_first_use_are_those_of_all() -> None:
         ".evaluation",
         ".sweep",
         ".diagnosis",
+        ".demo",
         ".hub",
         ".openai",
     ):

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from .calls import EditForm, SampleForm
     from .model import DemoModel
     from .pictures import edit_picture, sample_pictures
-    from .server import serve
+    from .server import check_address, serve
     from .space import write_space
 
 __all__ = [
     "DemoModel",
     "EditForm",
     "SampleForm",
+    "check_address",
     "demo_app",
     "edit_picture",
     "require_gradio",

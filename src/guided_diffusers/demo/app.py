@@ -34,7 +34,7 @@ def require_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ImportError("the demo needs Gradio 6: pip install 'gradio>=6,<7'") from error
+        raise ImportError("the demo needs Gradio 6: pip install 'gradio>=6.31,<7'") from error
 
 
 def demo_app(model: DemoModel, num_images: int = 10) -> Blocks:

@@ -16,7 +16,7 @@ def add_demo_commands(commands: Any) -> None:
         help="try a model in the browser",
         description="A page in the browser that makes images with and without guidance, edits "
         "pictures, and shows the code that does the same. It needs Gradio (pip install "
-        "'gradio>=6,<7') and no network for a model that is here. Nothing but this machine "
+        "'gradio>=6.31,<7') and no network for a model that is here. Nothing but this machine "
         "reaches it, unless --host says so.",
     )
     demo.set_defaults(run=run_demo)
@@ -50,9 +50,10 @@ def _add_model_options(command: Any) -> None:
 
 
 def run_demo(options: Namespace) -> None:
-    from . import DemoModel, demo_app, require_gradio, serve
+    from . import DemoModel, check_address, demo_app, require_gradio, serve
 
     require_gradio()  # before the model is loaded
+    check_address(options.host, options.port)
     model = DemoModel.load(options.model, options.revision, options.clip, options.device)
     serve(demo_app(model), options.host, options.port)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,22 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 MAX_UPLOAD = "20mb"
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Check that a server can listen at an address.
+
+    Raises:
+        OSError: if it can't, in one line.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except OSError as error:
+        name = f"--host {host}" if port is None else f"--host {host} --port {port}"
+        raise OSError(f"{name} can't be used: {error.strerror or error}; give another") from error
 
 
 def serve(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> None:
@@ -35,6 +53,9 @@ def serve(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> None:
 def start(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> str:
     """Run a page in another thread, without a tunnel, a history or links to other sites; its
     address."""
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it runs
+        known = [os.environ[name]] if os.environ.get(name) else []
+        os.environ[name] = ",".join([*known, LOOPBACK, "localhost", host])
     _, url, _ = app.launch(
         server_name=host,
         server_port=port,
