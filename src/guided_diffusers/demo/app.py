@@ -75,7 +75,7 @@ def _sample_tab(model: DemoModel, num_images: int, first_image: Any) -> None:
                 unguided = _picture("Without guidance", "unguided")
                 guided = _picture("With guidance", "guided")
             summary = gr.Markdown(elem_id="summary")
-            steps = _picture("What guidance does at each step", "steps")
+            steps = _picture("What guidance does at each step", "steps", buttons=())
             label = "Python that makes the same images"
             code = gr.Code(language="python", label=label, interactive=False, elem_id="code")
 
@@ -226,15 +226,14 @@ def _edit_tab(model: DemoModel, first_image: Any) -> None:
     take.click(_taken, first_image, picture, api_name=False)
 
 
-def _picture(title: str, name: str) -> Any:
+def _picture(title: str, name: str, buttons: Sequence[str] = ("download", "fullscreen")) -> Any:
     """The component of a picture that the demo makes, lossless, under its title."""
     import gradio as gr
 
     with gr.Column(min_width=200):
         gr.Markdown(f"**{title}**")
-        buttons = ["download", "fullscreen"]
-        options = {"format": "png", "buttons": buttons, "interactive": False, "elem_id": name}
-        return gr.Image(label=title, show_label=False, **options)
+        options = {"format": "png", "interactive": False, "elem_id": name}
+        return gr.Image(label=title, show_label=False, buttons=[*buttons], **options)
 
 
 def _taken(image: Any) -> Any:
