@@ -121,6 +121,7 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
     )
     with gr.Accordion("Mixture, caption and interval", open=False):
         fields["weights"] = gr.Textbox(
+            "",  # so that a client of the API may leave it out
             label="Weights of a mixture",
             placeholder="1, 0.5",
             info="a number a label; negative: away from it",
@@ -128,7 +129,7 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
             elem_id="weights",
         )
         fields["caption"] = gr.Textbox(
-            label="Caption", info="for the CLIP", visible=has_clip, elem_id="caption"
+            "", label="Caption", info="for the CLIP", visible=has_clip, elem_id="caption"
         )
         fields["caption_scale"] = gr.Number(5.0, label="Caption scale", visible=has_clip)
         fields["start"] = gr.Slider(0, 1, start, step=0.05, label="Guidance starts at")
