@@ -128,11 +128,6 @@ class DemoModel:
         return None if allowed is None else allowed[1]
 
     @property
-    def can_guide(self) -> bool:
-        """Whether anything steers the network."""
-        return bool(self.pipeline.classifier or self.clip) or self.can_hide_label
-
-    @property
     def can_edit(self) -> bool:
         """Whether pictures can be inverted and decoded to another label."""
         try:
