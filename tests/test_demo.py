@@ -84,7 +84,10 @@ def test_the_code_makes_the_same_images_bit_for_bit(
     with Image.open("picture.png") as picture:
         assert picture.tobytes() == result.guided.tobytes()
     assert not np.array_equal(pixels(result.guided), pixels(result.unguided))
-    assert result.record.images == 2 and f"{len(result.images)} images in" in result.summary
+    assert (
+        result.record.images == 2
+        and f"{len(result.images)} images, guidance evaluated" in result.summary
+    )
 
 
 def test_a_form_is_the_call_that_it_says(model: DemoModel) -> None:
@@ -399,7 +402,7 @@ def test_in_a_browser_a_label_changes_ten_pictures(
     changed = [a != b for a, b in zip(cells(sneakers), cells(unguided), strict=True)]
     assert all(changed)
     assert picture_at(page, "steps").shape[1] > 1000
-    assert "10 images in" in page.inner_text("#summary")
+    assert "10 images, guidance evaluated" in page.inner_text("#summary")
     if path := os.environ.get("DEMO_SCREENSHOT"):  # examples/figures/demo.png
         page.wait_for_timeout(1000)
         page.screenshot(path=path)
@@ -459,7 +462,9 @@ def test_a_second_click_waits_for_the_first(server: Server, tmp_path: Path) -> N
         seen.add(second.status().code.name)
         time.sleep(0.02)
     assert "IN_QUEUE" in seen
-    assert "4 images in" in first.result()[2] and "mean change" in second.result()[1]
+    assert (
+        "4 images, guidance evaluated" in first.result()[2] and "mean change" in second.result()[1]
+    )
 
 
 def test_only_this_machine_reaches_the_demo(server: Server) -> None:
@@ -506,7 +511,7 @@ def test_a_space_runs_as_it_is_and_answers(tmp_path: Path) -> None:
         client = client_of(server)
         fields = {"labels": [SNEAKER], "steps": 2, "num_images": 1, "scale": 3.0}
         unguided, guided, summary, *_ = client.predict(**fields, api_name="/generate")
-        assert "1 image in" in summary
+        assert "1 image, guidance evaluated" in summary
         with Image.open(unguided) as before, Image.open(guided) as after:
             assert before.size == after.size and not np.array_equal(before, after)
     finally:

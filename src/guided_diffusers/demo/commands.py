@@ -50,12 +50,17 @@ def _add_model_options(command: Any) -> None:
 
 
 def run_demo(options: Namespace) -> None:
+    import os
+    from tempfile import TemporaryDirectory
+
     from . import DemoModel, check_address, demo_app, require_gradio, serve
 
     require_gradio()  # before the model is loaded
     check_address(options.host, options.port)
     model = DemoModel.load(options.model, options.revision, options.clip, options.device)
-    serve(demo_app(model), options.host, options.port)
+    with TemporaryDirectory(prefix="guided-diffusers-demo-") as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # its own is shared by all users
+        serve(demo_app(model), options.host, options.port)
 
 
 def run_space(options: Namespace) -> None:

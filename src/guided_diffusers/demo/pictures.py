@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,15 +81,13 @@ def sample_pictures(
     call = sample_call(model, form)
     model.pipeline.scheduler = model.scheduler_called(call.scheduler)
     record = GuidanceDiagnostics(call.label)
-    start = time.perf_counter()
     with logged_warnings() as warnings:
         output = _run(model, call, True, watched(record, progress, 0, 1 + call.is_guided))
-        seconds = time.perf_counter() - start
         unguided = output
         if call.is_guided:
             unguided = _run(model, call, False, watched(None, progress, 1, 2))
     noun = "image" if call.num_images == 1 else "images"
-    summary = f"{call.num_images} {noun} in {seconds:.1f} s"
+    summary = f"{call.num_images} {noun}"
     if call.is_guided:
         summary += f", guidance evaluated {output.guidance_evaluations:.1f} times an image"
     return SampleResult(
@@ -159,16 +156,14 @@ def edit_picture(model: DemoModel, form: EditForm) -> EditResult:
     arguments = edit_arguments(model, form)
     before = fitting(model, form.picture)
     model.pipeline.scheduler = model.scheduler
-    start = time.perf_counter()
     with logged_warnings() as warnings:
         result = model.pipeline.edit(before, **arguments)
-    seconds = time.perf_counter() - start
     (record,) = describe(model.pipeline, form.label, result)
     return EditResult(
         image=result.images[0],
         comparison=comparison(before, result.images[0], result.difference[0], titles(record)),
         code=edit_code(model, form),
-        summary=f"in {seconds:.1f} s, mean change {record['change']:.3f} (1 is from black to white)",
+        summary=f"mean change {record['change']:.3f} (1 is from black to white)",
         warnings=warnings,
     )
 
