@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import resolve_settings
 from ..cli_options import select_device
 from ..images import as_pair, down_sampling
 from ..inversion import ProbabilityFlow
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
+from ..presets import resolve_settings
 from ..utils import is_hub_id, load_pipeline, model_folder, scheduler_for, scheduler_name
 
 if TYPE_CHECKING:
