@@ -34,6 +34,7 @@ from guided_diffusers.demo import (
 )
 from guided_diffusers.sampling import grid, image_generator
 
+ROOT = Path(__file__).parents[1]
 SNEAKER, BOOT = 7, 9
 FEW = {"steps": 3, "num_images": 2}
 
@@ -389,7 +390,7 @@ def test_in_a_browser_a_label_changes_ten_pictures(
     assert "10 images, guidance evaluated" in page.inner_text("#summary")
     if path := os.environ.get("DEMO_SCREENSHOT"):  # examples/figures/demo.png
         page.wait_for_timeout(1000)
-        page.screenshot(path=path)
+        page.screenshot(path=ROOT / path)
 
     code = page.inner_text("#code .cm-content")
     run_code(code, tmp_path, monkeypatch)
