@@ -247,6 +247,19 @@ def test_a_form_offers_what_the_model_has() -> None:
     assert "\n    1,\n" in sample_pictures(guided, SampleForm(labels=[1], **FEW)).code
 
 
+def test_what_a_form_shows_holds_against_a_preset() -> None:
+    """A classifier-free scale of 0, and a power of 1, also where the model's preset has others."""
+    pipeline = ClassifierGuidedPipeline.from_bundled("fashion-mnist")
+    pipeline.register_to_config(
+        defaults={**pipeline.config.defaults, "classifier_free_scale": 2.0, "guidance_power": 3}
+    )
+    form = SampleForm([SNEAKER], "", True, 1.0, 1, 0, start=0.0, stop=1.0, **FEW)
+    code = sample_pictures(DemoModel("fashion-mnist", pipeline), form).code
+    assert "classifier_free_scale=0," in code and "guidance_power=1," in code
+    code = sample_pictures(DemoModel.load(), form).code
+    assert "classifier_free_scale" not in code and "guidance_power" not in code
+
+
 def test_models_that_make_no_pictures_from_noise_are_refused(tmp_path: Path) -> None:
     pipeline = ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler(), data_mean=1.0, data_std=2.0)
     pipeline.save_pretrained(tmp_path / "arrays")

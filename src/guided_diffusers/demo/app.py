@@ -106,9 +106,9 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
     """The components of a `SampleForm` that steer."""
     import gradio as gr
 
-    has_labels, has_clip = bool(model.labels), model.clip is not None
+    has_labels = bool(model.labels)
     has_classifier = has_labels and model.pipeline.classifier is not None
-    scale, start, stop, _ = _preset(model, model.can_hide_label)
+    preset = model.preset(model.can_hide_label)
     fields = {}
     fields["labels"] = gr.Dropdown(
         model.labels,
@@ -119,32 +119,16 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
         visible=has_labels,
         elem_id="labels",
     )
-    with gr.Accordion("Mixture, caption and interval", open=False):
-        fields["weights"] = gr.Textbox(
-            "",  # so that a client of the API may leave it out
-            label="Weights of a mixture",
-            placeholder="1, 0.5",
-            info="a number a label; negative: away from it",
-            visible=has_labels,
-            elem_id="weights",
-        )
-        fields["caption"] = gr.Textbox(
-            "", label="Caption", info="for the CLIP", visible=has_clip, elem_id="caption"
-        )
-        fields["caption_scale"] = gr.Number(5.0, label="Caption scale", visible=has_clip)
-        fields["start"] = gr.Slider(0, 1, start, step=0.05, label="Guidance starts at")
-        fields["stop"] = gr.Slider(
-            0, 1, stop, step=0.05, label="Guidance stops at", info="fractions of the run"
-        )
+    fields |= _folded_fields(model)
     fields["scale"] = gr.Number(
-        scale,
+        preset["guidance_scale"],
         label="Guidance scale",
         info="0: off; larger: sharper, less varied",
         visible=has_classifier,
         elem_id="scale",
     )
     fields["power"] = gr.Number(
-        1,
+        preset["guidance_power"] or 1,
         label="Power w",
         info=f"1 (off) to {model.max_power or 1:g}; with scale 1: samples of p(x) p(y | x)^w",
         visible=model.max_power is not None,
@@ -157,11 +141,37 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
         elem_id="conditional",
     )
     fields["classifier_free_scale"] = gr.Number(
-        0,
+        preset["classifier_free_scale"],
         label="Classifier-free scale",
         info="0: off; needs a diffusion model that gets the label",
         visible=model.can_hide_label,
     )
+    return fields
+
+
+def _folded_fields(model: DemoModel) -> dict[str, Any]:
+    """The components of a `SampleForm` that most calls leave as they are."""
+    import gradio as gr
+
+    _, start, stop, _ = _preset(model, model.can_hide_label)
+    has_clip, fields = model.clip is not None, {}
+    with gr.Accordion("Mixture, caption and interval", open=False):
+        fields["weights"] = gr.Textbox(
+            "",  # so that a client of the API may leave it out
+            label="Weights of a mixture",
+            placeholder="1, 0.5",
+            info="a number a label; negative: away from it",
+            visible=bool(model.labels),
+            elem_id="weights",
+        )
+        fields["caption"] = gr.Textbox(
+            "", label="Caption", info="for the CLIP", visible=has_clip, elem_id="caption"
+        )
+        fields["caption_scale"] = gr.Number(5.0, label="Caption scale", visible=has_clip)
+        fields["start"] = gr.Slider(0, 1, start, step=0.05, label="Guidance starts at")
+        fields["stop"] = gr.Slider(
+            0, 1, stop, step=0.05, label="Guidance stops at", info="fractions of the run"
+        )
     return fields
 
 

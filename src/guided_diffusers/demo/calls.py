@@ -128,16 +128,17 @@ def sample_call(model: DemoModel, form: SampleForm) -> SampleCall:
     if caption is not None and model.clip is None:
         raise ValueError(f"caption={shown(caption)}: the model has no CLIP; leave it empty")
     interval = {"start": form.start, "stop": form.stop}
+    preset = model.preset(model.can_hide_label and not form.conditional)
     arguments: dict[str, Any] = {}
     if label is not None and model.pipeline.classifier is not None:
         arguments["guidance_scale"] = form.scale
         arguments |= {f"guidance_{name}": value for name, value in interval.items()}
-        if form.power is not None and form.power != 1:
+        if (form.power, preset["guidance_power"]) != (1, None):
             arguments["guidance_power"] = form.power
     if label is not None and model.can_hide_label:
         if not isinstance(label, dict):
             arguments["conditional"] = bool(form.conditional)
-        if form.classifier_free_scale:
+        if form.classifier_free_scale or preset["classifier_free_scale"]:
             arguments["classifier_free_scale"] = form.classifier_free_scale
     arguments["num_inference_steps"] = _steps(form.steps)
     return SampleCall(
