@@ -601,14 +601,35 @@ def test_conditions_that_the_network_is_not_told_are_refused() -> None:
     record(ClassifierFreeGuidance(1, 0.0), **call)
 
 
-def test_a_combination_that_is_not_affine_is_refused_where_it_matters() -> None:
-    pipeline, call = PIPELINES["SD"]()
-    record, call = Recorder(pipeline), {**call, "guidance_rescale": 0.7}
-    record(EnergyGuidance(lambda x: (x**2).sum((1, 2, 3))), **call)
-    with pytest.raises(
-        ValueError, match="no weighted mean of the batch's parts .*use through_network=False"
+WITHOUT_SOURCE = """
+class Nonlinear(DiffusionPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self):
+        self.scheduler.set_timesteps(3)
+        latents = normal(1, 4, 8, 8)
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t, normal(1, TOKENS, WIDTH)).sample.tanh()
+            latents = self.scheduler.step(output, t, latents).prev_sample
+"""
+
+
+def test_a_combination_that_is_not_affine_and_has_no_source_is_refused_where_it_matters() -> None:
+    exec(WITHOUT_SOURCE, names := {**globals(), "DiffusionPipeline": diffusers.DiffusionPipeline})
+    pipeline = names["Nonlinear"](conditional_unet(), DDIMScheduler(clip_sample=False, **SD))
+    square = lambda x: (x**2).sum((1, 2, 3))  # noqa: E731
+    with guide(pipeline, EnergyGuidance(square)):
+        pipeline()
+    with (
+        pytest.raises(
+            ValueError, match="no weighted mean of the batch's parts .*use through_network=False"
+        ),
+        guide(pipeline, EnergyGuidance(square, through_network=True)),
     ):
-        record(EnergyGuidance(lambda x: (x**2).sum((1, 2, 3)), through_network=True), **call)
+        pipeline()
 
 
 def test_a_network_that_is_not_seen_is_told_of() -> None:

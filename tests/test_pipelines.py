@@ -44,6 +44,7 @@ from tiny_pipelines import (
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
 from guided_diffusers.attach import guide
 from guided_diffusers.latent_images import DecoderInput
+from guided_diffusers.network_calls import join_batches
 
 EMBEDS = {
     "prompt_embeds": normal(1, TOKENS, WIDTH, seed=1),
@@ -277,6 +278,131 @@ def test_the_gradient_through_the_network_is_the_slope_between_runs(name: str) -
     along = -(score.double() * (above - below) / (2 * h)).sum()  # not of tokens that stay
     slope, atol = (up - down) / (2 * h), 0.02 * float(score.norm())
     torch.testing.assert_close(along, slope, rtol=0.03, atol=atol)
+
+
+OTHER = normal(1, TOKENS, WIDTH, seed=5)
+
+
+def animate_diff() -> tuple[Any, dict[str, Any]]:
+    """Text embeddings have a row for each frame in its network."""
+    torch.manual_seed(0)
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(8, 8), motion_layers_per_block=1, motion_norm_num_groups=2
+    )
+    unet = lively(
+        diffusers.UNet2DConditionModel(
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            cross_attention_dim=WIDTH,
+            norm_num_groups=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )
+    scheduler = DDIMScheduler(clip_sample=False, **SD)
+    pipeline = diffusers.AnimateDiffPipeline(vae(), None, None, unet, adapter, scheduler)
+    sizes = {"height": 16, "width": 16, "num_frames": 3, "guidance_scale": 3.0}
+    return quiet(pipeline), {**EMBEDS, **COMMON, **sizes}
+
+
+class Conditional(Guidance):
+    """Adds nothing; keeps x0 without and with its conditions, at the first step."""
+
+    supports_pure_noise = True
+
+    def __init__(self, *conditions: Any):
+        super().__init__()
+        self.conditions, self.kept = conditions, None
+
+    def score(self, step: StepContext) -> torch.Tensor:
+        self.kept = self.kept or (step.x0, *step.condition_x0)
+        return torch.zeros_like(step.sample)
+
+
+def sd_rescaled() -> tuple[Any, dict[str, Any]]:
+    """Two images."""
+    pipeline, call = PIPELINES["SD"]()
+    pipeline.scheduler = DDIMScheduler(clip_sample=False, **SD)
+    return pipeline, {**call, "guidance_rescale": 0.7, "output_type": "pt"}
+
+
+@pytest.mark.parametrize("name", ["AnimateDiff", "Qwen-Image", "Z-Image", "SD rescaled"])
+def test_a_condition_gives_what_the_pipeline_predicts_with_it(name: str) -> None:
+    """With lists, rows for frames, and guidance that is rescaled or normalized: a condition is in the
+    place of both of the pipeline's prompts, as when both are it."""
+    own = {"AnimateDiff": animate_diff, "SD rescaled": sd_rescaled}
+    pipeline, call = {**MODERN, **own}[name]()
+    is_list = name == "Z-Image"
+    value = [OTHER[0]] if is_list else OTHER
+    term, expected = (
+        Conditional({"cap_feats" if is_list else "encoder_hidden_states": value}),
+        Conditional(),
+    )
+    run(pipeline, call, term)
+    value = OTHER.repeat(2, 1, 1) if name == "SD rescaled" else value
+    run(
+        pipeline, call | dict.fromkeys(["prompt_embeds", "negative_prompt_embeds"], value), expected
+    )
+    plain, conditional = term.kept
+    torch.testing.assert_close(conditional, expected.kept[0], rtol=1e-4, atol=1e-4)
+    assert (conditional - plain).norm() > 0.01 * plain.norm()
+
+
+def test_conditions_of_images_in_a_batch_of_frames_keep_their_order() -> None:
+    """Two prompts, three frames: each video gets its own condition."""
+    pipeline, call = animate_diff()
+    names = [f"{kind}prompt_embeds" for kind in ("", "negative_")]
+    call = {**call, **{name: call[name].repeat(2, 1, 1) for name in names}}
+    two = torch.cat([OTHER, normal(1, TOKENS, WIDTH, seed=6)])
+    term, expected = Conditional({"encoder_hidden_states": two}), Conditional()
+    run(pipeline, call, term)
+    run(pipeline, {**call, names[0]: two, names[1]: two}, expected)
+    torch.testing.assert_close(term.kept[1], expected.kept[0], rtol=1e-4, atol=1e-4)
+
+
+def test_conditions_are_not_in_the_batch_of_a_cache_and_positions_have_no_rows() -> None:
+    """As of AnyFlow's network, which keeps keys and values, and CogVideoX's with two positions."""
+    value, rotary = normal(2, 3), (normal(2, 4), normal(2, 4))
+    own = {"hidden_states": normal(2, 5), "text": value, "image_rotary_emb": rotary}
+    joined = join_batches(2, own, [{**own, "text": torch.zeros(1, 3)}])
+    assert joined["hidden_states"].shape == (4, 5) and joined["image_rotary_emb"] == rotary
+    assert torch.equal(joined["text"], torch.cat([value, torch.zeros(2, 3)]))
+    cached = {**own, "kv_cache": {0: normal(2, 2)}}
+    assert join_batches(2, cached, [{**cached, "text": torch.zeros(1, 3)}]) is None
+
+
+def test_the_gradient_through_a_nonlinear_loop_at_the_first_step_is_the_slope() -> None:
+    """There the pipeline's statements run again at another sample."""
+    pipeline, call = sd_rescaled()
+    call, latents = {**call, "output_type": "latent"}, normal(2, 4, 8, 8, seed=9)
+    term = Seen(EnergyGuidance(wave, 1.0, 0.0, 0.3, of="x0", through_network=True))
+    run(pipeline, {**call, "latents": latents}, term.term)
+    direction, values, h = normal(2, 4, 8, 8, seed=8), [], 2e-3
+    for sign in (1, -1):
+        value = Values(1.0, 0.0, 0.3)
+        run(pipeline, {**call, "latents": latents + sign * h * direction}, value)
+        values.append(value.value)
+    along = -(term.scores[0].double() * direction).sum()
+    torch.testing.assert_close(along, (values[0] - values[1]) / (2 * h), rtol=0.03, atol=1e-3)
+
+
+def test_gradients_are_on_again_after_a_run_that_ends_within_the_graph() -> None:
+    """By an exception, and by a pipeline that is interrupted."""
+    pipeline, call = MODERN["Qwen-Image"]()
+    term = EnergyGuidance(wave, 0.1, of="x0", through_network=True)
+
+    def fail(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        raise KeyError("in a callback")
+
+    def interrupt(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    with pytest.raises(KeyError):
+        run(pipeline, {**call, "callback_on_step_end": fail}, term)
+    assert torch.is_grad_enabled()
+    run(pipeline, {**call, "callback_on_step_end": interrupt}, term)
+    assert torch.is_grad_enabled()
 
 
 def test_with_a_timestep_for_each_token_an_energy_falls_too() -> None:

@@ -95,8 +95,9 @@ CORE = {
 }
 # beside the core: of the core whatever they like, of the rest this
 BESIDE = {
-    "attach": {"latent_images", "network_calls", "pipeline_graph"},
+    "attach": {"latent_images", "loop_replay", "network_calls", "pipeline_graph"},
     "latent_images": set(),
+    "loop_replay": {"latent_images"},
     "network_calls": set(),
     "pipeline_graph": set(),
     "modular": set(),

@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from time import process_time
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -41,11 +42,12 @@ from diffusers.utils import logging
 from standins import without_hub
 
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
-from guided_diffusers.attach import guide
+from guided_diffusers.attach import _denoisers, guide
 from guided_diffusers.files import write_json
 
 COLUMNS = ("off", "x0", "image", "through", "condition", "restored")
-TIMEOUT_S = 300
+NO_EFFECT = "no effect"
+TIMEOUT_S = 20  # of this process's time, for a set-up
 
 
 class Viewer(Guidance):
@@ -73,8 +75,16 @@ class SetUp:
         self.test = test
         self.pipeline = test.pipeline_class(**test.get_dummy_components())
         self.pipeline.set_progress_bar_config(disable=True)
+        if hasattr(self.pipeline.scheduler, "final_alpha_cumprod"):  # the last step gives x0
+            self.pipeline.scheduler.final_alpha_cumprod = torch.tensor(1.0)
+        if hasattr(getattr(self.pipeline, "vae", None), "kernel"):  # Allegro's tiles: one latent
+            self.pipeline.vae.kernel = self.pipeline.vae.stride = (8, 16, 16)
         for module in self.modules():
             module.eval()
+        self.changes: dict[str, Any] = {}
+        self.run()
+        if len(self.steps) == 1:  # img2img, at hardly any noise
+            self.changes = {"num_inference_steps": 4}
 
     def modules(self) -> list[torch.nn.Module]:
         return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
@@ -95,6 +105,7 @@ class SetUp:
         scheduler.step = recorded
         get = self.test.get_dummy_inputs
         inputs = get("cpu") if "device" in inspect.signature(get).parameters else get()
+        inputs |= self.changes
         torch.manual_seed(0)
         np.random.seed(0)
         try:
@@ -127,14 +138,31 @@ def falls(values: list[float]) -> bool:
     return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
 
 
+def zeros_of(value: Any) -> Any:
+    """A condition of zeros in the place of a network's argument; None: it is no embedding."""
+    if isinstance(value, dict):
+        found = {key: zeros_of(one) for key, one in value.items()}
+        return next(({key: one} for key, one in found.items() if one is not None), None)
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [torch.zeros_like(value[0])]
+    if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.is_floating_point():
+        return torch.zeros_like(value[:1])
+    return None
+
+
 class Check:
     """The columns of one pipeline; each returns "yes", or why not."""
 
     def __init__(self, set_up: SetUp):
-        self.set_up = set_up
-        self.calls: list[dict[str, Any]] = []
+        self.set_up, self.arguments = set_up, {}
+        handles = [
+            module.register_forward_pre_hook(self._look, with_kwargs=True)
+            for module in _denoisers(set_up.pipeline, None)
+        ]
         self.output = set_up.run()
         self.plain = set_up.steps
+        for handle in handles:
+            handle.remove()
         if not self.plain:
             raise ValueError("its own scheduler makes no step")
 
@@ -145,13 +173,20 @@ class Check:
         return "yes" if all(same) else f"differs at step {same.index(False)}"
 
     def _energies(self, of: str, start: float, value: Callable[[], float]) -> str:
-        for scale in (10.0**power for power in range(-6, 4)):  # the smallest with an effect
+        """Whether the energy falls at a scale with a small effect, where its sign is the slope's."""
+        scale, text = 1e-3, NO_EFFECT
+        while 1e-12 < scale < 1e5:
             self.set_up.run(EnergyGuidance(energy, scale, start, of=of))
             after = value()
-            if after == after and abs(after - self.before) > 2e-7 * self.before:
-                text = f"rises at scale {scale:g}: {self.before:.8g} to {after:.8g}"
+            change = abs(after - self.before) / self.before
+            if change == 0 or change != change or change == float("inf"):
+                scale *= 1e3 if change == 0 else 1e-3
+                continue
+            text = f"rises at scale {scale:g}: {self.before:.8g} to {after:.8g}"
+            if 1e-6 < change < 1e-2:
                 return "yes" if after < self.before else text
-        return "no effect"
+            scale *= min(max(1e-4 / change, 1e-4), 1e4)
+        return text
 
     def x0(self) -> str:
         self.before = energy(self.plain[-1]).sum().item()
@@ -165,7 +200,7 @@ class Check:
             seen = viewer.images
         output = tensor_of(self.output)
         different = ""
-        if seen.ndim == 3:
+        if seen.ndim == 3 or output.ndim < 4:
             different = "; audio, not compared"
         elif seen.shape == output.shape:
             error = (seen.float().clamp(-1, 1) - output).abs().max().item()
@@ -178,12 +213,17 @@ class Check:
             with torch.no_grad():
                 return energy(viewer.decode(self.set_up.steps[-1])).sum().item()
 
-        # at the last step only, since networks with random weights answer in any way
+        # at the last step, since networks with random weights answer in any way to earlier ones;
+        # where that is at hardly any noise, in all steps
         start = max(0.0, 1 - 1.05 / len(self.plain))
-        return self._energies("image", start, value) + different
+        result = self._energies("image", start, value)
+        if result == NO_EFFECT:
+            result = self._energies("image", 0.0, value)
+        return result + different
 
     def through(self) -> str:
-        set_up, count = self.set_up, len(self.plain)
+        set_up = self.set_up  # which may run its schedule several times, for parts of a video
+        count = min(len(self.plain), len(set_up.pipeline.scheduler.timesteps))
         kept: dict[str, torch.Tensor] = {}
 
         class Slope(EnergyGuidance):
@@ -225,34 +265,21 @@ class Check:
             text += f"slope {along:.4g}, finite difference {expected:.4g}; "
         return text
 
+    def _look(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the network's arguments at its first call."""
+        inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        self.arguments = self.arguments or dict(inputs)
+
     def condition(self) -> str:
-        from guided_diffusers.attach import DENOISERS
-
-        names = [
-            name for name in DENOISERS if getattr(self.set_up.pipeline, name, None) is not None
-        ]
-        network, found = getattr(self.set_up.pipeline, names[0]), {}
-
-        def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            first, *others = inputs
-            if isinstance(inputs[first], torch.Tensor):
-                for name in others:
-                    value = inputs[name]
-                    if isinstance(value, torch.Tensor) and value.ndim >= 2:
-                        if value.is_floating_point() and len(value) == len(inputs[first]):
-                            found.setdefault(name, value)
-
-        handle = network.register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            self.set_up.run()
-        finally:
-            handle.remove()
-        if not found:
-            return "its network gets no tensor of the batch's size"
-        name, value = next(iter(found.items()))
-        self.set_up.run(ClassifierFreeGuidance({name: torch.zeros_like(value[:1])}, 0.1))
-        return "yes"
+        _, *others = self.arguments
+        for name in sorted(others, key=lambda name: "hidden_states" not in name):
+            null = zeros_of(self.arguments[name])
+            if null is not None:
+                self.set_up.run(ClassifierFreeGuidance({name: null}, 0.1))
+                steps = self.set_up.steps
+                same = all(torch.equal(a, b) for a, b in zip(self.plain, steps, strict=True))
+                return f"{name} has no effect" if same else "yes"
+        return "its network gets no tensor besides its input"
 
     def restored(self) -> str:
         class Fails(Guidance):
@@ -308,23 +335,27 @@ def find_tests(folder: Path, only: list[str]) -> Iterator[tuple[str, type]]:
                 continue
             if getattr(cls, "__module__", "") == module and pipeline not in seen:
                 seen.add(pipeline)
-                yield f"{pipeline.__name__} ({path.stem})", cls
+                own = next(c for c in pipeline.__mro__ if c.__module__.startswith("diffusers."))
+                yield f"{own.__name__} ({path.stem})", cls
 
 
-def measure(test: type, columns: list[str]) -> dict[str, str]:
+def measure(test: type, columns: list[str]) -> dict[str, Any]:
     """The columns of a pipeline, or {"setup": why it could not be built}."""
+    begin = process_time()
+    torch.set_grad_enabled(True)
     try:
         with without_hub():
-            set_up = SetUp(test())
-            check = Check(set_up)
+            check = Check(SetUp(test()))
             results = {"steps": len(check.plain), "latents": list(check.plain[-1].shape)}
             for column in columns:
                 try:
                     results[column] = getattr(check, column)()
                 except TimeoutError:
-                    raise
+                    results[column] = f"not measured: more than {TIMEOUT_S} s"
+                    break
                 except Exception as error:  # noqa: BLE001
                     results[column] = f"{type(error).__name__}: {error}"
+            results["seconds"] = round(process_time() - begin, 1)
         return results
     except Exception as error:  # noqa: BLE001
         return {"setup": f"{type(error).__name__}: {error}"[:200]}
@@ -390,14 +421,14 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.get_logger("guided_diffusers.guider").setLevel("ERROR")
     sys.path.insert(0, str(options.diffusers))
-    signal.signal(signal.SIGALRM, expire)
+    signal.signal(signal.SIGPROF, expire)
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
     for name, test in find_tests(options.diffusers, options.only):
         if name in results:
             continue
-        signal.alarm(TIMEOUT_S)
+        signal.setitimer(signal.ITIMER_PROF, TIMEOUT_S)
         results[name] = measure(test, options.columns)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(name, {k: str(v)[:110] for k, v in results[name].items()}, flush=True)
         write_json(results, options.json)
     if options.markdown:

@@ -18,8 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import torch
 import transformers
+from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 WIDTH = 32
 #: config entries of a tiny model, used where its config class has them
@@ -30,6 +32,9 @@ SMALL = {
     "d_kv": 8,
     "d_ff": 37,
     "intermediate_size": 37,
+    "ffn_hidden_size": 37,
+    "kv_channels": 8,
+    "padded_vocab_size": 1000,
     "num_layers": 2,
     "num_hidden_layers": 2,
     "num_heads": 4,
@@ -41,6 +46,9 @@ SMALL = {
     "image_size": 32,
     "patch_size": 2,
 }
+#: width of models that tests take from the Hub, by a part of their names
+WIDTHS = {"Qwen2VL": 16}
+INTERPOLATION = {"InterpolationMode": SimpleNamespace(NEAREST="nearest")}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -80,6 +88,8 @@ class StandInTokenizer:
         data = {"input_ids": ids, "attention_mask": masks}
         if options.get("return_length"):
             data["length"] = torch.tensor([longest] * len(rows))
+        if options.get("images") is not None:  # the stand-ins of text encoders get the text only
+            data |= {"pixel_values": None, "image_grid_thw": None}
         return transformers.BatchEncoding(data)
 
     def encode(self, text: Any, **options: Any) -> list[int]:
@@ -90,8 +100,10 @@ class StandInTokenizer:
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         if not options.get("tokenize", True):
             return "a chat"
-        batch = messages if isinstance(messages[0], list) else [messages]
-        encoded = self(["a chat"] * len(batch), **options)
+        is_batch = isinstance(messages[0], list)
+        encoded = self(["a chat"] * len(messages) if is_batch else ["a chat"], **options)
+        if not is_batch and options.get("return_tensors") is None:
+            encoded = transformers.BatchEncoding({key: rows[0] for key, rows in encoded.items()})
         return encoded if options.get("return_dict") else encoded["input_ids"]
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
@@ -115,18 +127,31 @@ class StandInTokenizer:
         return text.split()
 
 
-def small_config(cls: type) -> Any:
-    """A tiny config of a model's config class."""
-    config = cls()
-    names = {name: value for name, value in {**SMALL, **IDS}.items() if hasattr(config, name)}
+def small_config(cls: type, width: int = WIDTH) -> Any:
+    """A tiny config of a model's config class, of its text and of its vision model."""
+    config, names = cls(), {}
+    for name, kind in {**SMALL, **IDS}.items():
+        if hasattr(config, name):
+            names[name] = width if kind == WIDTH else kind
+    for name, kind in getattr(cls, "sub_configs", {}).items():
+        kind = kind if hasattr(kind, "sub_configs") else type(getattr(config, name))
+        names[name] = small_config(kind, width).to_dict()
+    if hasattr(config, "depth"):  # of a vision model of Qwen
+        names |= {"depth": 2, "num_heads": 2, "embed_dim": width, "out_hidden_size": width}
+        names["deepstack_visual_indexes"] = [0]
+    elif "vl_text" in config.model_type:
+        names |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+        names["rope_parameters"] = names["rope_scaling"] = sections
     if names.get("num_hidden_layers") and getattr(config, "layer_types", None):
         names["layer_types"] = config.layer_types[:2]
     return cls(**names)
 
 
-def small_model(cls: type, *args: Any, **options: Any) -> Any:
+def small_model(cls: type, name: Any = "", *args: Any, **options: Any) -> Any:
     torch.manual_seed(0)
-    config = options.get("config") or small_config(cls.config_class)
+    width = next((width for key, width in WIDTHS.items() if key in str(name)), WIDTH)
+    config = options.get("config") or small_config(cls.config_class, width)
     return cls(config).eval()
 
 
@@ -141,6 +166,25 @@ def small_config_of_name(name: str, *args: Any, **options: Any) -> Any:
     return small_config(getattr(transformers, kind))
 
 
+def resize(images: torch.Tensor, size: list[int], **options: Any) -> torch.Tensor:
+    """As torchvision's, to the nearest pixel."""
+    return torch.nn.functional.interpolate(images, size)
+
+
+def small_unet(*args: Any, subfolder: str = "", **options: Any) -> diffusers.UNet2DModel:
+    """Of consistency models' tests, with class labels in their second set-up."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        num_class_embeds=10 if "class" in subfolder else None,
+    ).eval()
+
+
 @contextmanager
 def without_hub() -> Iterator[None]:
     """Context in which `from_pretrained` of transformers gives stand-ins."""
@@ -152,10 +196,16 @@ def without_hub() -> Iterator[None]:
         (transformers.ProcessorMixin, tokenizer),
         (transformers.AutoConfig, staticmethod(small_config_of_name)),
         (transformers.PreTrainedModel, classmethod(small_model)),
+        (transformers.FeatureExtractionMixin, classmethod(lambda cls, *args, **options: cls())),
+        (transformers.ImageProcessingMixin, classmethod(lambda cls, *args, **options: cls())),
+        (ChatGLMTokenizer, tokenizer),
+        (diffusers.UNet2DModel, staticmethod(small_unet)),
     ]
+    vision = SimpleNamespace(functional=SimpleNamespace(resize=resize), **INTERPOLATION)
     ftfy = SimpleNamespace(fix_text=str)  # which pipelines of Wan use without an import, if absent
     with ExitStack() as stack:
         stack.enter_context(patch.object(builtins, "ftfy", ftfy, create=True))
+        stack.enter_context(patch.object(builtins, "transforms", vision, create=True))
         for cls, replacement in replacements:
             stack.enter_context(patch.object(cls, "from_pretrained", replacement))
         yield

@@ -36,16 +36,18 @@ from .latent_images import (
     decode_x0,
     stepping_frame,
 )
+from .loop_replay import LoopReplay, LoopVariables, in_turn
 from .network_calls import (
     NO_REPEAT,
     DenoiserCall,
     OutputCombination,
     clone_if_inference,
-    concat_batch,
     differ,
     find_sample,
-    has_rows,
+    is_batch,
     is_doubled,
+    join_batches,
+    rows_of,
     with_condition,
 )
 from .networks import evaluating, evaluation_mode
@@ -193,6 +195,7 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
         hook.has_foreign_loop = not uses_it_exclusively
         with nullcontext() if uses_it_exclusively else exclusive_use(hook.scheduler):
             outer, hook.thread, hook.steps_in_call = hook.thread, get_ident(), 0
+            has_gradients = torch.is_grad_enabled()
             callback = kwargs.get("callback_on_step_end")
             if callable(callback) and not hasattr(callback, "tensor_inputs"):
                 kwargs["callback_on_step_end"] = hook.graph.wrapped(callback)
@@ -201,6 +204,7 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
             finally:
                 hook.thread = outer
                 hook.graph.stop()
+                torch.set_grad_enabled(has_gradients)  # also if the graph was on when it ended
             hook.check_steps()
             return result
 
@@ -300,6 +304,7 @@ class GuidanceHook:
         self._timesteps: Any = None  # the scheduler's tensor, which is another one in another run
         self._calls: list[DenoiserCall] = []  # since the last step
         self._open_call: DenoiserCall | None = None
+        self._variables: LoopVariables | None = None  # of the loop, since the last step
         self._predicting = False  # whether the network is called by this object
         self.thread: int | None = None  # of the pipeline's call; None: a loop of the user's
         self.steps_in_call = 0  # by the pipeline's call so far
@@ -393,8 +398,10 @@ class GuidanceHook:
             self.check_steps(MOST_CALLS)
         signature = self.signatures[self._index_of(module)]
         self._open_call, bound = None, signature.bind(*args, **kwargs)
-        if not isinstance(next(iter(bound.arguments.values())), torch.Tensor):
-            return None  # a list of images, as in Z-Image
+        if not is_batch(next(iter(bound.arguments.values()))):
+            return None
+        if self._variables is None and any(term._on for term in self.terms.terms()):
+            self._variables = LoopVariables(sys._getframe(1))
         conditions: tuple[Mapping[str, Any], ...] = ()
         if self.terms.conditions:
             timestep = bound.arguments.get("timestep")
@@ -406,8 +413,11 @@ class GuidanceHook:
         if not conditions:
             return None
         name = type(unwrap_module(module)).__name__
-        variants = [with_condition(arguments, condition, name) for condition in conditions]
-        joined = tree_map(partial(concat_batch, len(call.input)), arguments, *variants)
+        call.variants = [with_condition(arguments, condition, name) for condition in conditions]
+        joined = join_batches(len(call.input), arguments, call.variants)
+        if joined is None:  # they are evaluated one after the other, after the pipeline's call
+            return None
+        call.is_joined = True
         return call.with_changes(**joined)
 
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -415,16 +425,32 @@ class GuidanceHook:
         if self._is_other_call(module) or self._open_call is None:
             return None
         call, self._open_call = self._open_call, None
-        first = output if isinstance(output, torch.Tensor) else _first(output)
         rows = len(call.input)
-        if not isinstance(first, torch.Tensor) or len(first) % rows:
-            return self._check_has_output(call)  # it only filled a cache, or gave a list
+        results = [output]
+        if call.is_joined:
+            results = rows_of(output, rows, 1 + len(call.conditions))
+        elif call.conditions:
+            results += self._evaluate_conditions(call)
+        firsts = [value if isinstance(value, torch.Tensor) else _first(value) for value in results]
+        if not all(is_batch(first) and len(first) == rows for first in firsts):
+            return self._check_has_output(call)  # it only filled a cache, or gave something else
         self._calls.append(call)
-        call.output, *call.condition_outputs = first.detach().split(rows)
-        if not call.condition_outputs:
-            return None
-        total = len(first)
-        return tree_map(lambda value: value[:rows] if has_rows(value, total) else value, output)
+        if self._variables is not None:
+            call.results = [tree_map(_detached, result) for result in results]
+        call.output, *call.condition_outputs = map(_detached, firsts)
+        return results[0] if call.is_joined else None
+
+    def _evaluate_conditions(self, call: DenoiserCall) -> list[Any]:
+        """The network's results under each condition."""
+        self._predicting, results = True, []
+        try:
+            with torch.no_grad():
+                for variant in call.variants:
+                    args, kwargs = call.with_changes(**variant)
+                    results.append(call.module(*args, **kwargs))
+        finally:
+            self._predicting = False
+        return results
 
     def _check_has_output(self, call: DenoiserCall) -> None:
         if call.conditions:
@@ -451,12 +477,15 @@ class GuidanceHook:
         graph_input = self.graph.end(sample, output)
         self.start_run(timestep)
         calls, self._calls, self.steps = self._calls, [], self.steps + 1
+        variables, self._variables = self._variables, None
         self.steps_in_call += 1
         terms = self.guider.start_step(self.finder.advance(timestep), len(sample))
         if terms:
             frame = stepping_frame(sys._getframe(1))
             level = self.guider.levels[self.guider.index]
             step = PipelineStep(self.scheduler, bound.arguments, calls, frame, level, graph_input)
+            if variables is not None and frame is not None:
+                step.find_replay = partial(variables.replay, frame, self.denoisers)
             with torch.inference_mode(False), torch.no_grad():  # inference mode has no gradients
                 bound.arguments["model_output"] = self.correct(terms, step)
             bound.arguments["sample"] = sample.detach()
@@ -498,10 +527,7 @@ class GuidanceHook:
             self.name, calls, step.output[:images, : sample.shape[1]].detach(), sample[:images]
         )
         condition_outputs = [
-            step.to_prediction(
-                combine([clone_if_inference(call.condition_outputs[i]) for call in calls])
-            )
-            for i in range(len(conditions))
+            step.to_prediction(self.combined(combine, step, i)) for i in range(len(conditions))
         ]
         with torch.enable_grad():  # of the graph, if there is one
             prediction, variance = split_variance(step.output, sample.shape[1])
@@ -534,6 +560,17 @@ class GuidanceHook:
         corrected = step.from_prediction(corrected, before)
         return corrected if variance is None else torch.cat([corrected, variance], dim=1)
 
+    def combined(self, combine: OutputCombination, step: PipelineStep, index: int) -> torch.Tensor:
+        """The output under a condition, as the pipeline would have made it."""
+        if combine.weights is not None:
+            outputs = [clone_if_inference(call.condition_outputs[index]) for call in step.calls]
+            return combine(outputs)
+        evaluate = in_turn([call.results[1 + index] for call in step.calls])
+        output = step.replayed(evaluate)
+        if output is None:
+            raise ValueError(combine.refusal())
+        return output[: len(combine.made), : combine.made.shape[1]]
+
     def predict(
         self,
         combine: OutputCombination,
@@ -549,20 +586,44 @@ class GuidanceHook:
         own, scaled = (
             scale_model_input(self.scheduler, one, timestep) for one in (step.sample[:images], x)
         )
+        places = [call.with_sample(scaled, own) for call in combine.calls]
+        if combine.weights is None or None in places:
+            return self._predict_by_replay(combine, step, x, network)
         self._predicting = True
         try:
-            for call in combine.calls:
-                arguments = call.with_sample(scaled, own)
-                if arguments is None:
-                    raise ValueError(
-                        f"pipeline {self.name}: the sample {tuple(x.shape)} is no part of its "
-                        f"network's input {tuple(call.input.shape)}, so {NO_REPEAT}"
-                    )
-                args, kwargs = arguments
+            for call, (args, kwargs) in zip(combine.calls, places, strict=True):
                 outputs.append((network or call.module)(*args, **kwargs)[0])
         finally:
             self._predicting = False
         return step.to_prediction(combine(outputs, x))
+
+    def _predict_by_replay(
+        self,
+        combine: OutputCombination,
+        step: PipelineStep,
+        x: torch.Tensor,
+        network: torch.nn.Module | None,
+    ) -> torch.Tensor:
+        """As `predict`, by the statements of the pipeline's loop."""
+        repeated = x.repeat(self.repeats, *[1] * (x.ndim - 1)).to(step.arguments["sample"].dtype)
+        self._predicting = True
+        try:
+            output = step.replayed(
+                lambda module, *args, **kwargs: (network or module)(*args, **kwargs), repeated
+            )
+        finally:
+            self._predicting = False
+        if output is None:
+            reason = (
+                ""
+                if combine.weights is None
+                else (
+                    f"the sample {tuple(x.shape)} is no part of its network's input "
+                    f"{tuple(getattr(combine.calls[0].input, 'shape', []))}"
+                )
+            )
+            raise ValueError(combine.refusal(reason))
+        return step.to_prediction(output[: len(x), : x.shape[1]])
 
     def check_calls(self, calls: Sequence[DenoiserCall]) -> None:
         """Refuse to evaluate the network again where no call of it was seen."""
@@ -590,6 +651,8 @@ class GuidanceHook:
         if not step.calls or torch.equal(scaled, sample):
             return
         network_input = step.calls[0].input
+        if not isinstance(network_input, torch.Tensor):
+            return  # a list of images, as in Z-Image
         has_its_size = network_input.shape[2:] == sample.shape[2:]
         if has_its_size and find_sample(network_input, scaled) is None:
             raise ValueError(
@@ -611,7 +674,12 @@ class PipelineStep:
         graph_input: the sample from which the autograd graph leads to the output; None: there is
             none.
         output, sample: what the pipeline predicts, and at what.
+        find_replay: finds the statements that made the output; None: they can't be run again.
     """
+
+    @staticmethod
+    def find_replay() -> LoopReplay | None:
+        return None
 
     def __init__(
         self,
@@ -640,6 +708,27 @@ class PipelineStep:
             with suppress(LookupError):
                 self._ending = PipelineEnding(frame)
         return self._ending
+
+    def replayed(
+        self, evaluate: Callable[..., Any], sample: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What the pipeline would predict with other outputs of its network, or at another sample.
+
+        None if its loop can't be run again: with the network's own outputs it must give the same
+        prediction again.
+        """
+        replay = self.find_replay()
+        if replay is None:
+            return None
+        with torch.no_grad():
+            again = replay(in_turn([call.results[0] for call in self.calls]))
+        own = self.output.detach()
+        if again is None or again.shape != own.shape:
+            return None
+        if (again - own).float().norm() > 1e-3 * own.float().norm():
+            return None
+        pair = None if sample is None else (self.arguments["sample"], sample)
+        return replay(evaluate, pair)
 
     def to_prediction(self, output: torch.Tensor) -> torch.Tensor:
         """The output whose x0 at the step's noise level is that of the scheduler's step.
@@ -704,6 +793,10 @@ def check_ending(
 def _names_argument(code: CodeType, name: str) -> bool:
     """Whether a method has a call with an argument of this name."""
     return any(isinstance(value, tuple) and name in value for value in code.co_consts)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _first(output: Any) -> Any:

@@ -334,7 +334,7 @@ class PipelineEnding:
                 vars(pipeline)[name] = replacements[id(value)]
         replacements[id(self.pipeline)] = pipeline
         variables = {
-            name: replacements.get(id(value), _copy_variable(name, value))
+            name: replacements.get(id(value), copy_variable(name, value))
             for name, value in self.variables.items()
         }
         if isinstance(count := variables.get("timesteps"), (torch.Tensor, list)):
@@ -354,7 +354,8 @@ class PipelineEnding:
         return None
 
 
-def _copy_variable(name: str, value: Any) -> Any:
+def copy_variable(name: str, value: Any) -> Any:
+    """A variable of a pipeline's method for statements that are run again."""
     if name in CALLBACKS:
         return None
     if name in CHUNKS and value is not None:
@@ -366,7 +367,7 @@ def _copy_variable(name: str, value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return torch.Generator(value.device).set_state(value.get_state())
     if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
-        return [_copy_variable("", one) for one in value]
+        return [copy_variable("", one) for one in value]
     if isinstance(value, torch.Tensor):
         return value.detach().clone()  # pipelines write into their latents
     return tqdm(disable=True) if isinstance(value, tqdm) else value
@@ -375,20 +376,38 @@ def _copy_variable(name: str, value: Any) -> Any:
 @lru_cache(maxsize=64)
 def _ending_code(method: CodeType, line: int, names: tuple[str, ...]) -> CodeType:
     """Code of a function of the method's variables: the method from this line on."""
+    tree = function_tree(method)
+    body = [EffectDropper().visit(node) for node in _statements_from(tree.body, line)]
+    return compile_statements(tree, body, method, names)
+
+
+def function_tree(method: CodeType) -> ast.FunctionDef:
+    """The syntax of a method, with the line numbers of its file.
+
+    Raises:
+        LookupError: if it has no source.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except OSError as error:
         raise LookupError(f"{method.co_name} has no source") from error
     ast.increment_lineno(tree, method.co_firstlineno - 1)
-    function = tree.body[0]
-    function.body = [_EffectDropper().visit(node) for node in _statements_from(function.body, line)]
+    return tree.body[0]
+
+
+def compile_statements(
+    function: ast.FunctionDef, body: list[ast.stmt], method: CodeType, names: Sequence[str]
+) -> CodeType:
+    """Code of a function of these names with this body, in the place of a method's."""
+    function.body = body
     function.args = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
     function.decorator_list, function.returns = [], None
-    code = compile(ast.fix_missing_locations(tree), method.co_filename, "exec")
+    module = ast.fix_missing_locations(ast.Module([function], []))
+    code = compile(module, method.co_filename, "exec")
     return next(constant for constant in code.co_consts if isinstance(constant, CodeType))
 
 
-class _EffectDropper(ast.NodeTransformer):
+class EffectDropper(ast.NodeTransformer):
     """Leaves out calls whose value isn't used (progress bars, caches that are cleared, hooks),
     except for what changes a list or a tensor."""
 
@@ -422,11 +441,15 @@ def _contains(block: list[ast.stmt], line: int) -> bool:
     return block[0].lineno <= line <= block[-1].end_lineno
 
 
-def stepping_frame(frame: FrameType | None) -> FrameType | None:
-    """The frame of the innermost pipeline's method around a frame; None: there is none."""
+def pipeline_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames of pipelines' methods around a frame, the innermost first."""
     while frame is not None:
         is_method = isinstance(frame.f_locals.get("self"), DiffusionPipeline)
         if is_method and not frame.f_code.co_filename.startswith(PACKAGE):
-            return frame
+            yield frame
         frame = frame.f_back
-    return None
+
+
+def stepping_frame(frame: FrameType | None) -> FrameType | None:
+    """The frame of the innermost pipeline's method around a frame; None: there is none."""
+    return next(pipeline_frames(frame), None)

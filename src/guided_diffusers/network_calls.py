@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 NO_REPEAT = (
     "the network can't be evaluated again: use through_network=False, or a start after the first "
@@ -24,11 +24,16 @@ class DenoiserCall:
         arguments: the pipeline's, by name; the first is the network's noisy input.
         module: the network.
         conditions: those of the terms that are expected to be active at the step.
-        output, condition_outputs: the network's output for the pipeline, and under each of the
-            conditions.
+        variants: the arguments under each of the conditions.
+        is_joined: whether these are in the batch of the pipeline's own call.
+        results: what the network gave for the pipeline, and under each of the conditions.
+        output, condition_outputs: the predictions in these: (B, C, ...), or a list of images.
     """
 
     output: torch.Tensor
+    variants: list[dict[str, Any]]
+    results: list[Any]
+    is_joined = False
 
     def __init__(
         self,
@@ -58,6 +63,8 @@ class DenoiserCall:
     def with_sample(self, sample: torch.Tensor, scaled: torch.Tensor) -> tuple[tuple, dict] | None:
         """(args, kwargs) with another sample in the place of the one that was scaled to `scaled`;
         None if the network's input doesn't hold that one."""
+        if not isinstance(self.input, torch.Tensor):
+            return None
         place = find_sample(self.input, scaled)
         if place is None:
             return None
@@ -106,15 +113,22 @@ class OutputCombination:
         self.name, self.calls, self.made, self.sample = name, calls, made, sample
 
     @cached_property
-    def weights(self) -> list[float]:
-        outputs = torch.cat([call.output for call in self.calls])
-        weights = combination_weights(outputs, self.made, self.sample)
-        if weights is None:
-            raise ValueError(
-                f"pipeline {self.name}: it makes of its network's output what is no weighted mean of "
-                f"the batch's parts (guidance rescale, thresholding, ...), so {NO_REPEAT}"
-            )
-        return weights
+    def weights(self) -> list[float] | None:
+        """None if the prediction is no such combination of the outputs."""
+        outputs = [call.output for call in self.calls]
+        if not all(isinstance(output, torch.Tensor) for output in outputs):
+            return None
+        if len({output.shape[1:] for output in outputs}) != 1:
+            return None
+        return combination_weights(torch.cat(outputs), self.made, self.sample)
+
+    def refusal(self, reason: str = "") -> str:
+        """Message where neither this combination nor `LoopReplay` applies."""
+        reason = reason or (
+            "it makes of its network's output what is no weighted mean of the batch's parts "
+            "(guidance rescale, thresholding, ...)"
+        )
+        return f"pipeline {self.name}: {reason}, and its loop can't be run again, so {NO_REPEAT}"
 
     def __call__(
         self, outputs: Sequence[torch.Tensor], sample: torch.Tensor | None = None
@@ -148,6 +162,27 @@ def has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows
 
 
+def is_batch(value: Any) -> bool:
+    """Whether it is a batch, or a list of images, as Z-Image's network gets and gives."""
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return isinstance(value, torch.Tensor) or (
+        is_list and all(isinstance(one, torch.Tensor) for one in value)
+    )
+
+
+def rows_of(output: Any, rows: int, count: int) -> list[Any]:
+    """A network's output for `count` batches of so many rows each, divided."""
+
+    def part(i: int) -> Callable[[Any], Any]:
+        def cut(value: Any) -> Any:
+            is_joined = has_rows(value, count * rows)
+            return value[i * rows : (i + 1) * rows] if is_joined else value
+
+        return cut
+
+    return [tree_map(part(i), output) for i in range(count)]
+
+
 def with_condition(
     arguments: Mapping[str, Any], condition: Mapping[str, Any], network: str
 ) -> dict[str, Any]:
@@ -166,28 +201,82 @@ def with_condition(
     return changed
 
 
-def concat_batch(rows: int, value: Any, *variants: Any) -> Any:
-    """An argument with the rows of several calls: the pipeline's, and one for each condition."""
-    same = all(variant is value for variant in variants)
-    if not isinstance(value, torch.Tensor) or (same and not has_rows(value, rows)):
+def join_batches(
+    rows: int, arguments: Mapping[str, Any], variants: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The arguments of one call for the pipeline's batch and for that under each condition. The
+    variants get their conditions in the rows and the precision of what they replace.
+
+    None where these can't be one batch: with lists, with a cache of keys and values, or with several
+    rows for an image, as for frames.
+    """
+    names = {
+        name for variant in variants for name in arguments if variant[name] is not arguments[name]
+    }
+    for variant in variants:
+        for name in names:
+            variant[name] = _expanded(rows, arguments[name], variant[name])
+    names |= {name for name in arguments if name == "encoder_hidden_states"}
+    tensors = tree_leaves([arguments[name] for name in names])
+    is_list = not isinstance(next(iter(arguments.values())), torch.Tensor)
+    has_cache = any("cache" in name and arguments[name] is not None for name in arguments)
+    has_frames = any(isinstance(x, torch.Tensor) and not has_rows(x, rows) for x in tensors)
+    if is_list or has_cache or has_frames:
+        return None
+    joined = dict(arguments)
+    for name, value in arguments.items():
+        if "rotary_emb" not in name:  # of positions, as many as rows by chance
+            others = [variant[name] for variant in variants]
+            joined[name] = tree_map(partial(_concat_batch, rows), value, *others)
+    return joined
+
+
+def _expanded(rows: int, value: Any, variant: Any) -> Any:
+    """A condition with the rows, the device and the precision of the argument in whose place it is.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if variant is value:
         return value
-    batches = []
-    for variant in (value, *variants):
-        batch = torch.atleast_1d(torch.as_tensor(variant)).to(value.device, value.dtype)
-        if rows % len(batch) or batch.shape[1:] != value.shape[1:]:
+    if isinstance(value, Mapping):
+        return {name: _expanded(rows, own, variant[name]) for name, own in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(variant, (list, tuple)):
+        if not variant or len(value) % len(variant):
             raise ValueError(
-                f"guidance: a condition has shape {tuple(batch.shape)} in the place of "
-                f"{tuple(value.shape)}; one row, or one per image, of that shape is allowed"
+                f"guidance: a condition has {len(variant)} entries in the place of {len(value)}; one, "
+                "or one per image, is allowed"
             )
-        batches.append(batch.repeat(rows // len(batch), *[1] * (batch.ndim - 1)))
-    return torch.cat(batches)
+        changed = [torch.as_tensor(one) for one in variant] * (len(value) // len(variant))
+        pairs = zip(value, changed, strict=True)
+        return type(value)(new.to(own.device, own.dtype) for own, new in pairs)
+    if not isinstance(value, torch.Tensor):
+        return variant
+    batch = torch.atleast_1d(torch.as_tensor(variant)).to(value.device, value.dtype)
+    total = len(value) if value.ndim else 1
+    if total % len(batch) or batch.shape[1:] != value.shape[1:]:
+        raise ValueError(
+            f"guidance: a condition has shape {tuple(batch.shape)} in the place of "
+            f"{tuple(value.shape)}; one row, or one per image, of that shape is allowed"
+        )
+    several = total // rows if total % rows == 0 and rows % len(batch) == 0 else 1  # as for frames
+    repeats = total // several // len(batch)
+    return batch.repeat(repeats, *[1] * (batch.ndim - 1)).repeat_interleave(several, dim=0)
+
+
+def _concat_batch(rows: int, value: Any, *variants: Any) -> Any:
+    """An argument with the rows of several calls: the pipeline's, and one for each condition."""
+    if not has_rows(value, rows):
+        return value
+    return torch.cat([value, *variants])
 
 
 def is_doubled(call: DenoiserCall, output: torch.Tensor, sample: torch.Tensor) -> bool:
     """Whether the batch holds each image twice, as in DiT: two equal halves went into the network,
     came out different, and go into the step equal, the guided half twice. Two images of one seed
     and label come out equal."""
-    if len(sample) % 2 or len(call.input) != len(sample):
+    is_tensor = isinstance(call.input, torch.Tensor) and isinstance(call.output, torch.Tensor)
+    if not is_tensor or len(sample) % 2 or len(call.input) != len(sample):
         return False
     halves = [tensor[:, : sample.shape[1]].chunk(2) for tensor in (call.input, call.output, output)]
     same_input, same_output, same_guided = (torch.equal(*half) for half in halves)

@@ -1,0 +1,163 @@
+"""A pipeline's own arithmetic from its network's outputs to the scheduler's step, run again.
+
+Most pipelines combine the outputs linearly (network_calls.py). Others rescale, normalize, unpack or
+stack them. `LoopReplay` runs the statements of the loop's body on other outputs, or on another
+sample: what reaches `scheduler.step` then is what the pipeline would predict.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import lru_cache
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import torch
+
+from .latent_images import (
+    EffectDropper,
+    compile_statements,
+    copy_variable,
+    function_tree,
+    pipeline_frames,
+)
+
+
+class StepReached(Exception):
+    """The prediction that a pipeline passes to `scheduler.step`; raised in its place."""
+
+    def __init__(self, output: torch.Tensor):
+        super().__init__("step")
+        self.output = output
+
+
+class _Network:
+    """A network that is evaluated by a function."""
+
+    def __init__(self, module: torch.nn.Module, evaluate: Callable[..., Any]):
+        self._module, self._evaluate = module, evaluate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(self._module, *args, **kwargs)
+
+
+class _Scheduler:
+    """A scheduler that doesn't step: it raises the prediction."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise StepReached(model_output)
+
+
+class LoopVariables:
+    """The variables of a pipeline's methods at its first call of the network since the last step.
+
+    Args:
+        frame: from which the methods are looked for.
+    """
+
+    def __init__(self, frame: FrameType | None):
+        self._frames = [(frame, dict(frame.f_locals)) for frame in pipeline_frames(frame)]
+
+    def replay(self, frame: FrameType, denoisers: Sequence[torch.nn.Module]) -> LoopReplay | None:
+        """Of the method that calls `scheduler.step`; None if it has no loop, or no source."""
+        for own, variables in self._frames:
+            if own is frame:
+                names = tuple(name for name in variables if name.isidentifier())
+                try:
+                    code = _body_code(frame.f_code, frame.f_lineno, names)
+                except LookupError:
+                    return None
+                function = FunctionType(code, frame.f_globals)
+                return LoopReplay(function, {name: variables[name] for name in names}, denoisers)
+        return None
+
+
+class LoopReplay:
+    """The body of a pipeline's loop, up to `scheduler.step`, as a function.
+
+    It runs on copies of the pipeline and of the method's variables.
+    """
+
+    def __init__(
+        self,
+        function: FunctionType,
+        variables: dict[str, Any],
+        denoisers: Sequence[torch.nn.Module],
+    ):
+        self.function, self.variables, self.denoisers = function, variables, denoisers
+
+    def __call__(
+        self,
+        evaluate: Callable[..., Any],
+        sample: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
+        """The prediction (B, C, ...), or None where the statements can't be run.
+
+        Args:
+            evaluate: (network, its arguments) -> its output.
+            sample: the loop's, and another one in its place.
+        """
+        pipeline, replacements = self.variables["self"], {}
+        own, changed = copy(pipeline), vars(pipeline).items()
+        for name, value in changed:
+            if any(value is module for module in self.denoisers):
+                replacements[id(value)] = vars(own)[name] = _Network(value, evaluate)
+        scheduler = _Scheduler(pipeline.scheduler)
+        replacements[id(pipeline.scheduler)] = vars(own)["scheduler"] = scheduler
+        replacements[id(pipeline)] = own
+        if sample is not None:
+            replacements[id(sample[0])] = sample[1]
+            if not any(value is sample[0] for value in self.variables.values()):
+                return None
+        variables = {
+            name: replacements[id(value)]
+            if id(value) in replacements
+            else copy_variable(name, value)
+            for name, value in self.variables.items()
+        }
+        try:
+            self.function(**variables)
+        except StepReached as reached:
+            return reached.output
+        except Exception:  # such as a variable that the body has changed
+            return None
+        return None
+
+
+def in_turn(results: Sequence[Any]) -> Callable[..., Any]:
+    """A network's results in the order of its calls, whatever it gets."""
+    remaining: Iterator[Any] = iter(list(results))
+    return lambda *args, **kwargs: next(remaining)
+
+
+@lru_cache(maxsize=64)
+def _body_code(method: CodeType, line: int, names: tuple[str, ...]) -> CodeType:
+    """Code of a function of the method's variables: the body of the loop around this line.
+
+    Raises:
+        LookupError: if there is no loop, or no source.
+    """
+    tree = function_tree(method)
+    loops = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.For, ast.While)) and node.lineno <= line <= node.end_lineno
+    ]
+    if not loops:
+        raise LookupError(f"line {line} is in no loop")
+    inner = max(loops, key=lambda node: node.lineno)
+    inner.body = [EffectDropper().visit(node) for node in inner.body]
+    once = ast.Name("_once", ast.Store())  # a loop, for its `continue` and `break`
+    loop = ast.For(once, ast.Tuple([ast.Constant(0)], ast.Load()), inner.body, [])
+    return compile_statements(tree, [loop], method, names)
