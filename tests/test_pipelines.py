@@ -530,7 +530,8 @@ def test_the_network_can_be_named() -> None:
 
 
 def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_refused() -> None:
-    """During a long run, or at the end of a short one; at scale 0 there is nothing to refuse."""
+    """Before the run where its source says so; else during a long run, or at the end of a short one.
+    At scale 0 there is nothing to refuse."""
 
     class Copies(diffusers.DiffusionPipeline):
         def __init__(self, unet: Any, scheduler: Any):
@@ -540,7 +541,7 @@ def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_refused() -> None:
         @torch.no_grad()
         def __call__(self, steps: int) -> tuple[torch.Tensor]:
             self.scheduler.set_timesteps(steps)
-            scheduler, self.latents = deepcopy(self.scheduler), normal(1, 4, 8, 8)
+            scheduler, self.latents = deepcopy(vars(self)["scheduler"]), normal(1, 4, 8, 8)
             for self.index, t in enumerate(scheduler.timesteps):
                 output = self.unet(self.latents, t, normal(1, TOKENS, WIDTH)).sample
                 self.latents = scheduler.step(output, t, self.latents).prev_sample
@@ -557,6 +558,26 @@ def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_refused() -> None:
         assert pipeline.index == last
     with guide(pipeline, Spy(0.0)):
         assert torch.equal(pipeline(3)[0], plain)
+
+
+def test_a_pipeline_whose_source_steps_copies_only_is_refused_before_its_run() -> None:
+    """As SkyReels V2's diffusion forcing, with a scheduler for each frame."""
+
+    class Forcing(diffusers.DiffusionPipeline):
+        def __init__(self, unet: Any, scheduler: Any):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+        def __call__(self) -> None:
+            schedulers = [deepcopy(self.scheduler)]
+            schedulers[0].step(None, 0, None)
+
+    pipeline = Forcing(conditional_unet(), DDIMScheduler(clip_sample=False, **SD))
+    with pytest.raises(ValueError, match="pipeline Forcing: it steps copies of its scheduler"):
+        with guide(pipeline, Spy(0.1)):
+            pytest.fail("it was not refused")
+    with guide(pipeline, Spy(0.0)):
+        pass
 
 
 def test_what_is_no_image_is_refused_by_a_term_that_looks_at_images() -> None:

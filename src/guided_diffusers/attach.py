@@ -66,6 +66,10 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 #: calls of the network before a pipeline's first step, above which it steps another scheduler
 MOST_CALLS = 16
+COPIES = (
+    "pipeline {name}: it steps copies of its scheduler, or another one, which guide doesn't reach, so "
+    "it can't be guided; a pipeline that steps its own scheduler works"
+)
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
@@ -119,6 +123,8 @@ def guide(
             'steps with, which network="..." can name'
         )
     _check_terms(name, scheduler, terms)
+    if any(term._on for term in GuidanceSum(terms).terms()):
+        _check_steps_its_scheduler(pipeline)
     prediction_type(scheduler)
     total = GuidanceSum(terms)
     hook = GuidanceHook(pipeline, denoisers, total, check_frames(frames))
@@ -155,6 +161,20 @@ def _check_terms(name: str, scheduler: SchedulerMixin, terms: Sequence[Guidance]
         raise ValueError(
             f"pipeline {name} is guided already; give all terms to one guide(pipeline, a, b)"
         )
+
+
+def _check_steps_its_scheduler(pipeline: Any) -> None:
+    """Refuse a pipeline whose call steps copies of its scheduler only, as with one for each frame.
+
+    Raises:
+        ValueError: if its source says so.
+    """
+    try:
+        source = inspect.getsource(type(pipeline).__call__)
+    except (OSError, TypeError):
+        return
+    if "copy(self.scheduler)" in source and "self.scheduler.step(" not in source:
+        raise ValueError(COPIES.format(name=type(pipeline).__name__))
 
 
 def _denoisers(pipeline: Any, network: str | None) -> list[torch.nn.Module]:
@@ -337,10 +357,7 @@ class GuidanceHook:
         """
         is_on = any(term._on for term in self.terms.terms())
         if is_on and not self.steps_in_call and len(self._calls) > most_calls:
-            raise ValueError(
-                f"pipeline {self.name}: it steps copies of its scheduler, or another one, which guide "
-                "doesn't reach, so it can't be guided"
-            )
+            raise ValueError(COPIES.format(name=self.name))
 
     def start_run(self, timestep: Any) -> None:
         """Read the noise levels at the first timestep of a run."""
