@@ -621,13 +621,13 @@ def test_a_combination_that_is_not_affine_and_has_no_source_is_refused_where_it_
     exec(WITHOUT_SOURCE, names := {**globals(), "DiffusionPipeline": diffusers.DiffusionPipeline})
     pipeline = names["Nonlinear"](conditional_unet(), DDIMScheduler(clip_sample=False, **SD))
     square = lambda x: (x**2).sum((1, 2, 3))  # noqa: E731
-    with guide(pipeline, EnergyGuidance(square)):
+    with guide(pipeline, EnergyGuidance(square, of="x0")):
         pipeline()
     with (
         pytest.raises(
             ValueError, match="no weighted mean of the batch's parts .*use through_network=False"
         ),
-        guide(pipeline, EnergyGuidance(square, through_network=True)),
+        guide(pipeline, EnergyGuidance(square, of="x0", through_network=True)),
     ):
         pipeline()
 
