@@ -16,7 +16,10 @@ pipeline runs a few steps, and these are measured without this package's formula
     condition a term with a condition works
     restored  the pipeline is as before, also after an exception
 
-Results are added to the JSON file as they come, so that a run can be continued.
+A set-up that steps once gets four steps of inference, a mask lets something be painted, a scheduler
+of DDIM's kind ends at x0, and Allegro's tiles are of the size of its latents: else a last step has
+hardly any noise, or nothing is decoded. Results are added to the JSON file as they come, so that a
+run can be continued; a set-up gets TIMEOUT_S of processor time.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.utils import logging
+from PIL import Image
 from standins import without_hub
 
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
@@ -59,7 +63,8 @@ class Viewer(Guidance):
     def score(self, step: StepContext) -> torch.Tensor:
         self.decode = step.decode
         if step.index + 1 == step.count or step.index == 0:
-            self.images = step.decode(self.final)
+            self.rows = len(step.sample)  # DiT's sample holds each image twice
+            self.images = step.decode(self.final[: self.rows])
         return torch.zeros_like(step.sample)
 
 
@@ -82,9 +87,11 @@ class SetUp:
         for module in self.modules():
             module.eval()
         self.changes: dict[str, Any] = {}
+        if "prior_token_ids" in inspect.signature(self.pipeline.__call__).parameters:
+            self.changes["prior_token_ids"] = torch.arange(4)[None]  # GLM-Image: not generated
         self.run()
         if len(self.steps) == 1:  # img2img, at hardly any noise
-            self.changes = {"num_inference_steps": 4}
+            self.changes["num_inference_steps"] = 4
 
     def modules(self) -> list[torch.nn.Module]:
         return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
@@ -106,6 +113,9 @@ class SetUp:
         get = self.test.get_dummy_inputs
         inputs = get("cpu") if "device" in inspect.signature(get).parameters else get()
         inputs |= self.changes
+        mask = inputs.get("mask_image")
+        if isinstance(mask, Image.Image) and max(mask.convert("L").getdata()) < 128:
+            inputs["mask_image"] = Image.new("L", mask.size, 255)  # else nothing is painted
         torch.manual_seed(0)
         np.random.seed(0)
         try:
@@ -211,7 +221,7 @@ class Check:
 
         def value() -> float:
             with torch.no_grad():
-                return energy(viewer.decode(self.set_up.steps[-1])).sum().item()
+                return energy(viewer.decode(self.set_up.steps[-1][: viewer.rows])).sum().item()
 
         # at the last step, since networks with random weights answer in any way to earlier ones;
         # where that is at hardly any noise, in all steps
@@ -273,7 +283,9 @@ class Check:
     def condition(self) -> str:
         _, *others = self.arguments
         for name in sorted(others, key=lambda name: "hidden_states" not in name):
-            null = zeros_of(self.arguments[name])
+            value = self.arguments[name]
+            is_label = name == "class_labels" and value is not None
+            null = torch.zeros_like(value[:1]) if is_label else zeros_of(value)
             if null is not None:
                 self.set_up.run(ClassifierFreeGuidance({name: null}, 0.1))
                 steps = self.set_up.steps
@@ -361,6 +373,17 @@ def measure(test: type, columns: list[str]) -> dict[str, Any]:
         return {"setup": f"{type(error).__name__}: {error}"[:200]}
 
 
+OUT_OF_REACH = (
+    "- Helios: the stages of its scheduler change the size of the sample between steps.",
+    "- SkyReels V2 diffusion forcing: it steps a copy of its scheduler for each frame, at noise levels "
+    "of their own. Its other pipelines work.",
+    "- Pipelines of discrete tokens (LLaDA 2, Diffusion Gemma, aMUSEd): tokens have no score.",
+    "- Latent up-samplers, and decoders of one step: they have no loop of denoising.",
+    "- Terms of images where the pipeline makes none of its samples (priors of Kandinsky and of Stable "
+    "Cascade, Shap-E), or not yet: AnyFlow FAR evaluates its network on a finished part of a video "
+    'before it goes on to the next one. Terms with `of="x0"` work.',
+)
+
 HEADINGS = {
     "off": "scale 0 bit for bit",
     "x0": "energy of x0",
@@ -393,12 +416,19 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         sum(str(row.get(c, "")).startswith("yes") for row in built.values()) for c in HEADINGS
     ]
     lines.append(f"| **works in** | | {' | '.join(f'{n} of {len(built)}' for n in counts)} |")
+    compared = [row["image"] for row in built.values() if _is_compared(str(row.get("image", "")))]
+    equal = compared.count("yes")
+    lines += ["", f"What terms see is the output in {equal} of {len(compared)} that were compared."]
+    lines += ["", "## Out of reach", "", *OUT_OF_REACH]
     if missing := sorted(set(results) - set(built)):
-        lines += [
-            "",
-            f"Not built here (something of their tests isn't installed): {', '.join(missing)}.",
-        ]
+        lines += ["", "## Not built here", ""]
+        lines += [f"- {name}: {results[name]['setup'].split(chr(10))[0][:150]}" for name in missing]
     return "\n".join([*lines, ""])
+
+
+def _is_compared(image: str) -> bool:
+    """Whether the images of a row were compared with the pipeline's output."""
+    return image == "yes" or "differ by" in image
 
 
 def expire(*_: Any) -> None:

@@ -47,7 +47,7 @@ SMALL = {
     "patch_size": 2,
 }
 #: width of models that tests take from the Hub, by a part of their names
-WIDTHS = {"Qwen2VL": 16}
+WIDTHS = {"Qwen2VL": 16, "tiny-random-LlamaForCausalLM": 16}
 INTERPOLATION = {"InterpolationMode": SimpleNamespace(NEAREST="nearest")}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
