@@ -44,6 +44,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 from standins import without_hub
+from torch.utils._pytree import tree_map
 
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
 from guided_diffusers.attach import _denoisers, guide
@@ -290,8 +291,29 @@ class Check:
                 self.set_up.run(ClassifierFreeGuidance({name: null}, 0.1))
                 steps = self.set_up.steps
                 same = all(torch.equal(a, b) for a, b in zip(self.plain, steps, strict=True))
+                if same and not self._has_effect(name, null):
+                    return f"yes; with these weights {name} has no effect"
                 return f"{name} has no effect" if same else "yes"
         return "its network gets no tensor besides its input"
+
+    def _has_effect(self, name: str, value: Any) -> bool:
+        """Whether the unguided pipeline is another one with zeros in the place of an argument."""
+        if isinstance(value, dict):
+            return True
+
+        def change(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            if bound.arguments.get(name) is not None:
+                bound.arguments[name] = tree_map(torch.zeros_like, bound.arguments[name])
+            return bound.args, bound.kwargs
+
+        networks = _denoisers(self.set_up.pipeline, None)
+        handles = [net.register_forward_pre_hook(change, with_kwargs=True) for net in networks]
+        self.set_up.run()
+        for handle in handles:
+            handle.remove()
+        steps = self.set_up.steps
+        return not all(torch.equal(a, b) for a, b in zip(self.plain, steps, strict=True))
 
     def restored(self) -> str:
         class Fails(Guidance):

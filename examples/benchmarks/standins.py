@@ -47,7 +47,7 @@ SMALL = {
     "patch_size": 2,
 }
 #: width of models that tests take from the Hub, by a part of their names
-WIDTHS = {"Qwen2VL": 16, "tiny-random-LlamaForCausalLM": 16}
+WIDTHS = {"Qwen2VL": 16, "Qwen3VL": 16, "tiny-random-LlamaForCausalLM": 16}
 INTERPOLATION = {"InterpolationMode": SimpleNamespace(NEAREST="nearest")}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -67,6 +67,7 @@ class StandInTokenizer:
     image_token, image_token_id, cls_token_id, sep_token_id = "<|image_pad|>", 5, 1, 2
 
     def __init__(self) -> None:
+        self.image_processor = SimpleNamespace()
         self.tokenizer, self.init_kwargs, self.added_tokens_encoder = self, {}, {}
 
     def __len__(self) -> int:
@@ -206,6 +207,8 @@ def without_hub() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(builtins, "ftfy", ftfy, create=True))
         stack.enter_context(patch.object(builtins, "transforms", vision, create=True))
+        bucket = "diffusers.pipelines.joyimage.image_processor.find_best_bucket"
+        stack.enter_context(patch(bucket, return_value=(32, 32)))
         for cls, replacement in replacements:
             stack.enter_context(patch.object(cls, "from_pretrained", replacement))
         yield
