@@ -748,7 +748,11 @@ class InPlace(diffusers.DiffusionPipeline):
             latents[:, :4] = self.scheduler.step(output, t, latents[:, :4], return_dict=False)[0]
         assert cache
         cache.clear()
-        for part in latents[:, :4].split(1):
+        latents = latents[:, :4].clone()
+        latents[:, :1] = (
+            latents[:, :1] * latents[:, 1:].square().mean()
+        )  # whose gradient needs both
+        for part in latents.split(1):
             images.append(self.vae.decode(part / 2).sample)
         return (torch.cat(images),)
 
@@ -760,6 +764,11 @@ def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:
     with guide(pipeline, looks):
         assert torch.equal(pipeline()[0], plain)
     torch.testing.assert_close(looks.images, plain)
+    values = [dark_left(plain)]
+    for scale in (1.0, 10.0):  # through what the pipeline writes into its latents
+        with guide(pipeline, EnergyGuidance(dark_left, scale, start=0.6)):
+            values.append(dark_left(pipeline()[0]))
+    assert (values[2] < values[1]).all() and (values[1] < values[0]).all()
 
 
 # the examples

@@ -144,6 +144,8 @@ def small_config(cls: type, width: int = WIDTH) -> Any:
         names |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
         sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
         names["rope_parameters"] = names["rope_scaling"] = sections
+    elif config.model_type == "chatglm":
+        names["original_rope"] = True
     if names.get("num_hidden_layers") and getattr(config, "layer_types", None):
         names["layer_types"] = config.layer_types[:2]
     return cls(**names)

@@ -340,8 +340,11 @@ class PipelineEnding:
         if isinstance(count := variables.get("timesteps"), (torch.Tensor, list)):
             if "i" in variables:
                 variables["i"] = len(count) - 1
+        # pipelines may write into what autograd keeps of their own arithmetic
+        keep_copies = torch.autograd.graph.saved_tensors_hooks(_copy, lambda kept: kept)
         try:
-            self.function(**variables)
+            with keep_copies:
+                self.function(**variables)
         except DecoderInput as reached:
             return reached.with_traceback(None)
         except Exception as error:
@@ -352,6 +355,10 @@ class PipelineEnding:
                 f"run ({error}): use a term with of='x0'"
             ) from error
         return None
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
 
 
 def copy_variable(name: str, value: Any) -> Any:
