@@ -771,6 +771,38 @@ def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:
     assert (values[2] < values[1]).all() and (values[1] < values[0]).all()
 
 
+class WithSound(diffusers.DiffusionPipeline):
+    """Steps its scheduler for the images and a copy of it for something else, as LTX 2 does."""
+
+    def __init__(self, unet: Any, vae: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[torch.Tensor]:
+        self.scheduler.set_timesteps(3)
+        sound_scheduler = deepcopy(self.scheduler)
+        latents, sound = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=3)
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t, normal(1, TOKENS, WIDTH)).sample
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            sound = sound_scheduler.step(output, t, sound, return_dict=False)[0]
+        images = self.vae.decode(latents).sample
+        return images, sound
+
+
+def test_a_copy_of_the_scheduler_for_something_else_is_neither_guided_nor_in_the_way() -> None:
+    pipeline = WithSound(conditional_unet(), vae(), FlowMatchEulerDiscreteScheduler())
+    images, sound = pipeline()
+    looks = Looks()
+    with guide(pipeline, looks):
+        assert torch.equal(pipeline()[0], images)
+    torch.testing.assert_close(looks.images, images)
+    with guide(pipeline, EnergyGuidance(dark_left, 0.1, start=0.6)):  # the last step
+        guided, same = pipeline()
+    assert dark_left(guided) < dark_left(images) and torch.equal(same, sound)
+
+
 # the examples
 
 

@@ -20,7 +20,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -297,6 +297,13 @@ class _Scheduler:
         return _LastStep((self._x0, self._x0))
 
 
+class _OtherScheduler(_Scheduler):
+    """One of something else, such as the sound of a video: its steps change nothing."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **options: Any) -> _LastStep:
+        return _LastStep((sample, sample))
+
+
 class PipelineEnding:
     """The statements of a pipeline from its scheduler's step to its decoder.
 
@@ -333,6 +340,9 @@ class PipelineEnding:
             if id(value) in replacements:
                 vars(pipeline)[name] = replacements[id(value)]
         replacements[id(self.pipeline)] = pipeline
+        for value in self.variables.values():
+            if isinstance(value, SchedulerMixin) and value is not scheduler:
+                replacements[id(value)] = _OtherScheduler(value, x0)
         variables = {
             name: replacements.get(id(value), copy_variable(name, value))
             for name, value in self.variables.items()
