@@ -48,7 +48,7 @@ from standins import without_hub
 from torch.utils._pytree import tree_map
 
 from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
-from guided_diffusers.attach import _denoisers, guide
+from guided_diffusers.attach import DENOISERS, guide
 from guided_diffusers.files import write_json
 
 COLUMNS = ("off", "x0", "image", "through", "condition", "restored")
@@ -97,6 +97,12 @@ class SetUp:
 
     def modules(self) -> list[torch.nn.Module]:
         return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Those that the pipeline steps with."""
+        names = [f"{name}{number}" for name in DENOISERS for number in ("", "_2")]
+        found = [getattr(self.pipeline, name, None) for name in names]
+        return [module for module in found if isinstance(module, torch.nn.Module)]
 
     def run(self, *terms: Guidance, nudge: tuple[int, torch.Tensor] | None = None, **options: Any):
         """The pipeline's output; `nudge`: added to the result of the step of this number."""
@@ -170,7 +176,7 @@ class Check:
         self.set_up, self.arguments = set_up, {}
         handles = [
             module.register_forward_pre_hook(self._look, with_kwargs=True)
-            for module in _denoisers(set_up.pipeline, None)
+            for module in set_up.networks()
         ]
         self.output = set_up.run()
         self.plain = set_up.steps
@@ -220,7 +226,9 @@ class Check:
         if seen.ndim == 3 or output.ndim < 4:
             different = "; audio, not compared"
         elif seen.shape == output.shape:
-            error = (seen.float().clamp(-1, 1) - output).abs().max().item()
+            raw = (output + 1) / 2  # some pipelines output their decoder's values themselves
+            pairs = (seen.clamp(-1, 1), output), (seen, raw), (seen.clamp(-1, 1), raw)
+            error = min((a.float() - b).abs().max().item() for a, b in pairs)
             different = "" if error < 0.02 else f"; seen and output differ by {error:.3f}"
         else:
             different = f"; seen {tuple(seen.shape)}, output {tuple(output.shape)}"
@@ -313,7 +321,7 @@ class Check:
                 bound.arguments[name] = tree_map(torch.zeros_like, bound.arguments[name])
             return bound.args, bound.kwargs
 
-        networks = _denoisers(self.set_up.pipeline, None)
+        networks = self.set_up.networks()
         handles = [net.register_forward_pre_hook(change, with_kwargs=True) for net in networks]
         self.set_up.run()
         for handle in handles:

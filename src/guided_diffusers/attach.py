@@ -89,7 +89,8 @@ def guide(
     to the end of the schedule. A gradient through the network (`through_network`) passes through
     all that the pipeline does between two steps. At the first step of a run, and for conditions or
     another network, the network is evaluated again with the other arguments as the pipeline passed
-    them, so a ControlNet's own Jacobian is left out of the gradient there. Copies of the scheduler
+    them, so a ControlNet's own Jacobian is left out of the gradient there. Where what the pipeline
+    makes of its network's outputs is no weighted sum of them, the statements of its loop are run again. Copies of the scheduler
     or the network that are made within aren't guided.
 
     Args:
