@@ -90,8 +90,8 @@ def guide(
     all that the pipeline does between two steps. At the first step of a run, and for conditions or
     another network, the network is evaluated again with the other arguments as the pipeline passed
     them, so a ControlNet's own Jacobian is left out of the gradient there. Where what the pipeline
-    makes of its network's outputs is no weighted sum of them, the statements of its loop are run again. Copies of the scheduler
-    or the network that are made within aren't guided.
+    makes of its network's outputs is no weighted sum of them, the statements of its loop are run
+    again. Copies of the scheduler or the network that are made within aren't guided.
 
     Args:
         pipeline: with a scheduler, and the network that it steps with as `unet`, `transformer`,
