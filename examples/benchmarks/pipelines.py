@@ -54,7 +54,7 @@ from guided_diffusers.files import write_json
 
 COLUMNS = ("off", "x0", "image", "through", "condition", "restored")
 NO_EFFECT = "no effect"
-TIMEOUT_S = 6  # of processor time, for a set-up
+TIMEOUT_S = 25  # of processor time, for a set-up
 
 
 class Viewer(Guidance):
