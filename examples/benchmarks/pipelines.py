@@ -462,10 +462,12 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         cells = [str(row.get(column, "")).replace("|", "/")[:90] for column in HEADINGS]
         shape = "x".join(map(str, row["latents"][1:]))
         lines.append(f"| {name} | {shape} | {' | '.join(cells)} |")
-    counts = [
-        sum(str(row.get(c, "")).startswith("yes") for row in built.values()) for c in HEADINGS
-    ]
-    lines.append(f"| **works in** | | {' | '.join(f'{n} of {len(built)}' for n in counts)} |")
+    counts = []
+    for column in HEADINGS:
+        cells = [str(row[column]) for row in built.values() if column in row]
+        measured = [cell for cell in cells if not cell.startswith("not measured")]
+        counts.append(f"{sum(c.startswith('yes') for c in measured)} of {len(measured)}")
+    lines.append(f"| **works in** | | {' | '.join(counts)} |")
     compared = [row["image"] for row in built.values() if _is_compared(str(row.get("image", "")))]
     equal = compared.count("yes")
     lines += ["", f"What terms see is the output in {equal} of {len(compared)} that were compared."]
