@@ -251,6 +251,30 @@ def test_shift_repeats_the_edge_and_reaches_all_places() -> None:
     assert seen == set(places)
 
 
+def test_random_scale_magnifies_about_the_middle_and_repeats_the_edge() -> None:
+    ramp = np.tile(np.arange(0, 240, 15, dtype=np.uint8), (16, 1))  # its slope shows the scale
+    data = LabelledImages(split([ramp]), resolution=16, random_scale=0.25)
+    factors = []
+    for seed in range(200):
+        pixels = data[0, seed]["pixel_values"][0] * 127.5
+        rise = (pixels[:, 11] - pixels[:, 4]) / 7
+        torch.testing.assert_close(rise, rise[:1].expand(16))
+        assert abs(pixels.mean() + 15) < 2  # as before
+        factors.append(15 / rise[0].item())
+    assert 0.79 < min(factors) < 0.85 and 1.2 < max(factors) < 1.26
+    below_1 = sum(factor < 1 for factor in factors)
+    assert 70 < below_1 < 130  # 100 +- 4 standard deviations, as log(factor) is symmetric
+    frame = np.full((8, 8), 200, np.uint8)
+    frame[2:6, 2:6] = 30
+    data = LabelledImages(split([frame]), resolution=8, random_scale=0.5)
+    for seed in range(50):  # within a grey level of the frame's
+        assert abs(data[0, seed]["pixel_values"][0, 0, 0] * 127.5 + 127.5 - 200) < 1.5
+    train, held_out = LabelledImages(split([ramp] * 20), resolution=16, random_scale=0.25).hold_out(
+        0.5
+    )
+    assert (train.random_scale, held_out.random_scale) == (0.25, 0)
+
+
 def test_an_item_depends_on_its_index_and_seed_alone() -> None:
     data = LabelledImages(split([RAMP, RAMP.T]), resolution=6, random_flip=True, random_shift=1)
     first = data[1, 7]["pixel_values"]

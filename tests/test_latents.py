@@ -447,6 +447,7 @@ def write_share(
             "--vae {vae} --random_shift 1",
             "--vae .* encodes an image once.*--random_shift is 1",
         ),
+        ("classifier", "--vae {vae} --center_crop --random_scale 0.1", "--random_scale 0.1, 0 is"),
         (
             "classifier",
             "--vae {vae} --center_crop False",

@@ -67,6 +67,7 @@ RECIPE = {
     "use_ema": "EMA of the weights",
     "random_flip": "random flips",
     "random_shift": "random shift (pixels)",
+    "random_scale": "random scale",
     "prediction_type": "prediction type",
     "label_dropout": "label dropout",
     "objective": "objective",

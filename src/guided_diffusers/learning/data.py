@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tarfile
@@ -268,6 +269,18 @@ def mode_of_complete(image: dict[str, Any]) -> str | None:
         return None
 
 
+def scaled(image: PILImage.Image, factor: float) -> PILImage.Image:
+    """The image magnified by a factor about its middle, in its size, the edge repeated."""
+    width, height = image.size
+    margin = max(0, math.ceil(max(width, height) * (1 / factor - 1) / 2))
+    sides = [(margin, margin), (margin, margin), (0, 0)]
+    pixels = np.asarray(image)
+    padded = PILImage.fromarray(np.pad(pixels, sides[: pixels.ndim], mode="edge"))
+    left, top = (padded.width - width / factor) / 2, (padded.height - height / factor) / 2
+    box = (left, top, left + width / factor, top + height / factor)
+    return padded.resize((width, height), PILImage.Resampling.BICUBIC, box=box)
+
+
 class CorruptImage(ValueError):
     """An image that can't be read; the message names its row."""
 
@@ -298,6 +311,7 @@ class ImageRows(torch.utils.data.Dataset):
     center_crop: bool = False
     random_flip: bool = False
     random_shift: int = 0
+    random_scale: float = 0.0
     channels: int | None = None
     labels: dict[int, str] | None = None
     skip_corrupt_images: bool = False
@@ -377,6 +391,8 @@ class ImageRows(torch.utils.data.Dataset):
         else:
             left, top = draw.randint(0, left), draw.randint(0, top)
         image = image.crop((left, top, left + width, top + height))
+        if self.random_scale:
+            image = scaled(image, (1 + self.random_scale) ** draw.uniform(-1, 1))
         pixels = np.array(image, dtype=np.float32).reshape(height, width, self.channels)
         if self.random_flip and draw.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -515,6 +531,8 @@ class LabelledImages(ImageRows):
         center_crop: crop in the middle; otherwise at a random place.
         random_flip: flip horizontally with probability 1/2.
         random_shift: shift by up to this many pixels, the edge repeated; 0: off.
+        random_scale: magnify by a random factor of 1 / (1 + random_scale) to 1 + random_scale, its
+            logarithm uniform, about the middle, the edge repeated; 0: off.
         channels: 1 (grey) or 3 (RGB); by default 1 if sixteen images, evenly spread, are all grey.
         labels: label names of another split, where ids must mean the same.
         skip_corrupt_images: replace an image that can't be read by that of another row, with its
@@ -586,7 +604,7 @@ class LabelledImages(ImageRows):
         if not (rows := held_out_rows(labels, fraction)):
             return self, None
         others = np.setdiff1d(np.arange(len(self)), rows).tolist()
-        plain = {"center_crop": True, "random_flip": False, "random_shift": 0}
+        plain = {"center_crop": True, "random_flip": False, "random_shift": 0, "random_scale": 0.0}
         return self.select(others), self.select(rows, **plain, cache_images=False)
 
     def _all_label_names(self) -> dict[int, str]:

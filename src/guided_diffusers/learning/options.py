@@ -53,7 +53,7 @@ def option(
 GROUPS = {
     "data": "dataset_name dataset_config_name train_data_dir train_split validation_split "
     "image_column label_column streaming shuffle_buffer labels resolution center_crop random_flip "
-    "random_shift cache_images skip_corrupt_images image_range alpha_background "
+    "random_shift random_scale cache_images skip_corrupt_images image_range alpha_background "
     "data_scale channel_axis vae latents_cache dataloader_num_workers",
     "model and noise schedule": "model_config_name_or_path scheduler ddpm_num_steps "
     "ddpm_beta_schedule",
@@ -151,6 +151,9 @@ class Options:
     center_crop: bool = option(False, "crop the center instead of a random place")
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     random_shift: int = option(0, "shift images by up to this many pixels", 0)
+    random_scale: float = option(
+        0.0, "magnify images by a random factor of 1 / (1 + random_scale) to 1 + random_scale", 0, 1
+    )
     cache_images: bool = changeable(False, "keep resized images in the memory of each process")
     skip_corrupt_images: bool = changeable(False, "replace and count images that can't be read")
     image_range: str | None = option(
@@ -260,11 +263,13 @@ class Options:
                 f"--scheduler {self.scheduler} has a noise schedule: --ddpm_num_steps and "
                 "--ddpm_beta_schedule are not allowed with it"
             )
-        if self.vae and (self.random_shift or not self.center_crop):
+        is_augmented = self.random_shift or self.random_scale or not self.center_crop
+        if self.vae and is_augmented:
             raise ValueError(
-                f"--vae {self.vae} encodes an image once, without random crops and shifts: "
-                f"--random_shift is {self.random_shift}, 0 is allowed, and --center_crop is "
-                f"{self.center_crop}, which must be given"
+                f"--vae {self.vae} encodes an image once, without random crops, shifts and "
+                f"scales: --random_shift is {self.random_shift} and --random_scale "
+                f"{self.random_scale}, 0 is allowed, and --center_crop is {self.center_crop}, which "
+                "must be given"
             )
         if self.streaming and self.skip_corrupt_images and self.train_batch_size == 1:
             raise ValueError(
