@@ -34,6 +34,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier, NoiseAwareCLIP
@@ -55,12 +56,23 @@ def parse_arguments() -> argparse.Namespace:
     helps["output"] = "the folder; must exist if no parts are given"
     for name, help in helps.items():
         parser.add_argument(f"--{name}", type=Path, required=name == "output", help=help)
+    help = "further classifiers: each is stored in the folder NAME, in half precision"
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FOLDER", help=help)
+    help = "store the denoiser and the classifier in half precision, too"
+    parser.add_argument("--half", action="store_true", help=help)
+    help = "text files to copy: a card (README.md), licences of the data"
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help=help)
     options = parser.parse_args()
+    for text in options.also:
+        name, _, folder = text.partition("=")
+        if not name.isidentifier() or name in PARTS or not folder:
+            parser.error(f"--also {text}: NAME=FOLDER is allowed, with a name not of {PARTS}")
     missing = [name for name in PARTS if getattr(options, name) is None]
     if missing and not (options.output / "model_index.json").is_file():
         parser.error(f"--{', --'.join(missing)}: needed, as {options.output} holds no model")
-    if len(missing) == len(PARTS) and options.preset is None:
-        parser.error("trained parts, --preset, or both are needed")
+    given = options.preset or options.also or options.text
+    if len(missing) == len(PARTS) and not given:
+        parser.error("trained parts, --preset, --also or --text are needed")
     if options.modes and options.preset is None:
         parser.error(f"--modes {options.modes}: only with --preset")
     return options
@@ -101,6 +113,13 @@ def main() -> None:
         pipeline = ClassifierGuidedPipeline.from_pretrained(options.output, classifier=classifier)
     judge = NoiseAwareClassifier.from_pretrained(folders["judge"]).half()
     clip = NoiseAwareCLIP.from_pretrained(folders["clip"]).half()
+    further = {}
+    for path in options.output.glob("*/config.json"):
+        if path.parent.name not in PARTS:
+            further[path.parent.name] = NoiseAwareClassifier.from_pretrained(path.parent).half()
+    for name, folder in (text.split("=", 1) for text in options.also):
+        further[name] = NoiseAwareClassifier.from_pretrained(folder).half()
+        metrics[name] = training_metrics(Path(folder))
 
     # 2. Scheduler and defaults
     if options.preset:
@@ -114,12 +133,18 @@ def main() -> None:
         metrics["preset"] = {"rows": preset["rows"], "command": preset["command"]}
 
     # 3. Save
+    parts = {".": pipeline, "judge": judge, "clip": clip} | further
+    if options.half:
+        pipeline.to(torch.float16)
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for path, part in {".": pipeline, "judge": judge, "clip": clip}.items():
+    for path, part in parts.items():
         part.save_pretrained(partial / path)
     for path in partial.rglob("*.py"):  # standalone code, which the package doesn't need
         path.unlink()
+    texts = [*options.output.glob("*.md"), *options.output.glob("*.txt"), *options.text]
+    for path in texts:  # a new one replaces that of the same name
+        shutil.copy(path, partial)
     (partial / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(options.output, ignore_errors=True)
     os.replace(partial, options.output)
