@@ -45,18 +45,18 @@ from guided_diffusers.sampling import grid, sample, save_image
 from guided_diffusers.utils import model_folder, scheduler_for
 
 PARTS = ("table", "figures", "sweep")
+UNGUIDED = {"guidance_scale": 0.0, "classifier_free_scale": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "no label, unguided": {"conditional": False, "guidance_scale": 0.0},
-    "label, unguided": {"guidance_scale": 0.0},
+    "no label, unguided": {"conditional": False, **UNGUIDED},
+    "label, unguided": UNGUIDED,
     "label, preset": {},
     "the classifier alone": {"conditional": False},
 }
 SWEEP = {"scheduler": "dpmsolver++", "num_inference_steps": 20}
-SCALES = {
-    True: (0.0, 1.0, 2.0, 4.0),
-    False: (1.0, 3.0, 6.0),
-}  # with and without the network's label
-STARTS = (0.0, 0.2)
+#: of the classifier, and of classifier-free guidance, where the network gets the label
+SCALES = ((0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 1.0), (1.0, 1.0), (2.0, 2.0))
+CLASSIFIER_SCALES = (1.0, 3.0, 6.0)  # where it doesn't
+SWEPT = ("guidance_scale", "classifier_free_scale")
 COMPOSED = ("Food & Drink", "Smileys & Emotion", "Animals & Nature", "Travel & Places")
 CAPTIONS = (
     "country flag", "grinning face", "red heart", "blue square", "clock face", "animal mammal",
@@ -216,15 +216,15 @@ class Report:
         pipeline, steps = self.pipeline, SWEEP["num_inference_steps"]
         pipeline.scheduler = scheduler_for(pipeline.scheduler, SWEEP["scheduler"])
         rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for conditional, scales in SCALES.items():
-            for scale in scales:
-                for start in STARTS if scale else STARTS[:1]:
-                    call = {"guidance_scale": scale, "guidance_start": start}
-                    name = f"{'label' if conditional else 'no label'}, scale {scale}, from {start}"
-                    call |= {"conditional": conditional, "num_inference_steps": steps}
-                    row, _ = self.measure(name, **call)
-                    rows[conditional].append(row)
-                    print(f"  agreement {row['agreement']:.3f}, Frechet {row['frechet']:.3f}")
+        settings = [(True, *scales) for scales in SCALES]
+        settings += [(False, scale, 0.0) for scale in CLASSIFIER_SCALES]
+        for conditional, scale, free in settings:
+            call = {"guidance_scale": scale, "classifier_free_scale": free}
+            call |= {"conditional": conditional, "num_inference_steps": steps}
+            label = "label" if conditional else "no label"
+            row, _ = self.measure(f"{label}, scale {scale}, classifier-free {free}", **call)
+            rows[conditional].append(row)
+            print(f"  agreement {row['agreement']:.3f}, Frechet {row['frechet']:.3f}", flush=True)
         best = {conditional: best_call(part) for conditional, part in rows.items()}
         preset = {
             "scheduler": SWEEP["scheduler"],
@@ -232,7 +232,9 @@ class Report:
             "command": shlex.join(["python", *sys.argv]),
             "rows": rows[True] + rows[False],
         }
-        modes = {"classifier": best[False], "classifier_free": {"guidance_scale": 0.0}}
+        modes = {"classifier": {"guidance_scale": best[False]["guidance_scale"]}}
+        if not best[True]["classifier_free_scale"]:
+            modes["classifier_free"] = {"guidance_scale": 0.0}
         for name, content in (("preset", preset), ("modes", modes)):
             path = self.options.output / f"{name}.json"
             path.write_text(json.dumps(content, indent=2) + "\n")
@@ -244,7 +246,7 @@ class Report:
         """Draw a row a category, guided and unguided, compositions, and captions."""
         names = list(self.pipeline.config.id2label.values())
         self.draw("categories.png", names, names)
-        self.draw("unguided.png", names, names, guidance_scale=0.0)
+        self.draw("unguided.png", names, names, **UNGUIDED)
         self.draw_composition()
         self.draw_captions()
 
@@ -303,7 +305,7 @@ def best_call(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The smallest Frechet distance among the rows whose agreement is within 0.03 of the best."""
     least = max(row["agreement"] for row in rows) - 0.03
     best = min((row for row in rows if row["agreement"] >= least), key=lambda row: row["frechet"])
-    return {name: best["call"][name] for name in ("guidance_scale", "guidance_start")}
+    return {name: best["call"][name] for name in SWEPT}
 
 
 def as_pictures(images: Sequence[torch.Tensor]) -> list[Image.Image]:
