@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.bundled import folder
@@ -172,3 +173,29 @@ def test_the_first_command(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "sneaker.png").is_file() and "2 images of sneaker" in ran.stdout
     assert "step" in ran.stderr  # the progress bar
+
+
+def test_a_bundle_takes_further_classifiers_texts_and_half_precision(tmp_path: Path) -> None:
+    place, trained = tmp_path / "bundle", tmp_path / "vendor"
+    shutil.copytree(folder("fashion-mnist"), place)
+    shutil.copytree(folder("fashion-mnist") / "judge", trained)
+    (trained / "metrics.json").write_text(json.dumps({"step": 7}))
+    (trained / "options.json").write_text(json.dumps({"seed": 3, "output_dir": str(trained)}))
+    (tmp_path / "README.md").write_text("Whose pictures these are")
+    script = Path(__file__).parents[1] / "training/bundle.py"
+    command = [sys.executable, script, "--output", place, "--half", "--also", f"vendor={trained}"]
+    command += ["--text", tmp_path / "README.md"]
+    subprocess.run(command, check=True, timeout=300)
+    for part in ("unet", "classifier", "judge", "clip", "vendor"):
+        name = f"{'judge' if part == 'vendor' else part}/diffusion_pytorch_model.safetensors"
+        before = load_file(folder("fashion-mnist") / name)
+        after = load_file(place / part / "diffusion_pytorch_model.safetensors")
+        assert before.keys() == after.keys()
+        for key, weight in after.items():
+            assert weight.dtype == torch.float16 and torch.equal(weight, before[key].half())
+    figures = json.loads((place / "figures.json").read_text())
+    assert figures["vendor"] == {"step": 7, "options": {"seed": 3}}
+    assert (place / "README.md").read_text() == "Whose pictures these are"
+    assert not list(place.rglob("*.py"))
+    wrong = subprocess.run([*command[:4], "--also", "judge=x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--also judge=x: NAME=FOLDER is allowed" in wrong.stderr
