@@ -35,11 +35,11 @@ for part in ${PARTS:-unet judge classifier vendor clip}; do
             --lr_warmup_steps 100 --seed 1 --validation_steps 0 --diagnosis_images 0 --output_dir "$OUT/classifier" ;;
         vendor) python training/train_classifier.py $OPTIONS --random_flip --random_shift 2 --random_scale 0.15 \
             --model_config_name_or_path $CONFIGS/vendor.json --label_column vendor \
-            --train_batch_size 64 --max_train_steps 400 --learning_rate 2e-3 --lr_scheduler cosine \
+            --train_batch_size 64 --max_train_steps 1600 --learning_rate 2e-3 --lr_scheduler cosine \
             --lr_warmup_steps 100 --seed 4 --validation_steps 0 --diagnosis_images 0 --output_dir "$OUT/vendor" ;;
         clip) python training/train_clip.py $OPTIONS --random_shift 2 --random_scale 0.15 \
             --model_config_name_or_path $CONFIGS/clip_image.json --text_config $CONFIGS/clip_text.json \
-            --caption_column caption --train_batch_size 64 --max_train_steps 900 --learning_rate 1e-3 \
+            --caption_column caption --train_batch_size 64 --max_train_steps 700 --learning_rate 1e-3 \
             --lr_scheduler cosine --lr_warmup_steps 100 --seed 3 --validation_steps 0 --output_dir "$OUT/clip" ;;
         *) echo "PARTS: $part; unet, judge, classifier, vendor and clip are allowed" >&2; exit 2 ;;
     esac
