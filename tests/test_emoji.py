@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
 from PIL import Image
 
@@ -90,3 +92,21 @@ def test_a_package_without_its_list_is_named(tmp_path: Path) -> None:
     assert made.returncode == 1
     assert "twitter/package/emoji.json can't be read (KeyError: 'has_img_twitter')" in made.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_a_shifted_copy_is_found_and_the_preset_is_the_nearest_of_the_best() -> None:
+    report = runpy.run_path(str(SCRIPT.with_name("report.py")))
+    generator = torch.Generator().manual_seed(0)
+    training = torch.ones(5, 3, 8, 8)
+    training[:, :, 2:6, 2:6] = torch.rand(5, 3, 4, 4, generator=generator)
+    copies = training[[3, 1]].roll((1, -1), (2, 3))  # by a pixel down and one to the left
+    others = training[[0]] - 0.5  # 0.5 in each pixel
+    distances, index = report["nearest"](torch.cat([copies, others]), training)
+    assert index[:2].tolist() == [3, 1]
+    torch.testing.assert_close(distances[:2], torch.zeros(2), atol=1e-3, rtol=0)
+    assert 0.3 < distances[2] <= 0.5 + 1e-3
+    rows = []
+    for scale, agreement, frechet in ((0.0, 0.5, 0.1), (1.0, 0.78, 0.3), (2.0, 0.8, 0.4)):
+        call = {"guidance_scale": scale, "classifier_free_scale": 0.0}
+        rows.append({"call": call, "agreement": agreement, "frechet": frechet})
+    assert report["best_call"](rows) == {"guidance_scale": 1.0, "classifier_free_scale": 0.0}

@@ -6,12 +6,12 @@
 # ///
 """Measure the emoji models, and draw what they make.
 
-    python examples/emoji/report.py --data data/emoji --output out/emoji/report     # the bundled ones
-    python examples/emoji/report.py --data data/emoji --output out/emoji/sweep --parts sweep \\
-        --model out/emoji/bundle                                                    # preset.json
-    python examples/emoji/report.py ... --parts figures
+    python examples/emoji/report.py --model out/emoji/bundle --data data/emoji \\
+        --output out/emoji/report                       # the table and the pictures
+    python examples/emoji/report.py --model out/emoji/bundle --data data/emoji \\
+        --output out/emoji/sweep --parts sweep          # preset.json
 
-`table` measures 450 images of each setting against the held-out emoji and writes table.json and
+`table` measures --images samples of each setting against the held-out emoji and writes table.json and
 table.md: what the judge, which never guides, recognises of real held-out pictures and of samples;
 Frechet distance in the judge's features; and how near samples are to training pictures, compared with
 how near held-out pictures are. It draws the nearest pairs. `figures` draws a row for each category,
@@ -42,7 +42,7 @@ from guided_diffusers import (
 from guided_diffusers.cli_options import run_program
 from guided_diffusers.evaluation import DatasetImages, evaluate, load_network, open_real
 from guided_diffusers.sampling import grid, sample, save_image
-from guided_diffusers.utils import model_folder, scheduler_for
+from guided_diffusers.utils import scheduler_for
 
 PARTS = ("table", "figures", "sweep")
 UNGUIDED = {"guidance_scale": 0.0, "classifier_free_scale": 0.0}
@@ -69,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    help = "a folder of training/bundle.py, or a bundled model (default: %(default)s)"
-    parser.add_argument("--model", default="emoji", help=help)
+    help = "a folder of training/bundle.py, which may lack `clip`"
+    parser.add_argument("--model", type=Path, required=True, help=help)
     help = "output of examples/emoji/prepare.py"
     parser.add_argument("--data", type=Path, required=True, help=help)
     parser.add_argument("--output", type=Path, required=True, help="folder of results and pictures")
@@ -148,7 +148,7 @@ class Report:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.folder = options, Path(model_folder(options.model))
+        self.options, self.folder = options, options.model
         self.pipeline = ClassifierGuidedPipeline.from_pretrained(self.folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.judge = load_network(self.folder / "judge")
@@ -248,7 +248,10 @@ class Report:
         self.draw("categories.png", names, names)
         self.draw("unguided.png", names, names, **UNGUIDED)
         self.draw_composition()
-        self.draw_captions()
+        if (self.folder / "clip").is_dir():
+            self.draw_captions()
+        else:
+            print(f"{self.folder}: without a clip, no captions are drawn")
 
     def draw(
         self, file: str, rows: Sequence[str], labels: Sequence[Any], **call: Any
