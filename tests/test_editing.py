@@ -25,9 +25,11 @@ from diffusers import (
 )
 from PIL import Image as PILImage
 from test_hub import BLOCKS, make_classifier
+from test_pixels import deep_png
 
 from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, NoiseAwareClassifier
 from guided_diffusers.cli import main
+from guided_diffusers.editing.files import ArrayFiles, PictureFiles
 from guided_diffusers.edits import inverted
 from guided_diffusers.images import convert
 from guided_diffusers.inversion import ProbabilityFlow, level_grid
@@ -335,6 +337,44 @@ def test_strength_0_is_the_image(vae: bool) -> None:
 def test_wrong_starts_are_refused(call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny()("boot", **call)
+
+
+def test_pictures_of_more_than_8_bits_are_refused() -> None:
+    pipeline = tiny()
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    for values, mode in ((ramp * 65535, "I;16"), (ramp, "F"), (ramp * 65535, "I")):
+        kind = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+        deep = PILImage.fromarray(values.astype(kind))
+        assert deep.mode == mode
+        with pytest.raises(ValueError, match=f"image: a picture of mode {mode}; 8 bits"):
+            pipeline.edit(deep, "boot", num_inference_steps=2)
+        with pytest.raises(ValueError, match=f"mask: a picture of mode {mode}; 8 bits"):
+            pipeline.edit(random_image(1), "boot", mask=deep, num_inference_steps=2)
+
+
+def test_pictures_files_of_more_than_8_bits_are_named(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 64).reshape(8, 8) * 65535
+    PILImage.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.png")
+    deep_png(tmp_path / "colours.png", np.stack([ramp] * 3, -1).round())
+    for name in ("grey", "colours"):
+        for form in (PictureFiles(None), PictureFiles((8, 8))):
+            with pytest.raises(ValueError, match=f"{name}.png: .* 8 bits a channel are allowed"):
+                form.check([tmp_path / f"{name}.png"])
+
+
+def test_a_run_of_no_steps_has_the_checks_and_the_state_of_a_run() -> None:
+    pipeline = tiny()
+    pipeline("boot", num_inference_steps=3, output_type="latent")
+    assert pipeline.num_timesteps == 3
+    pipeline("boot", image=random_image(1), strength=0)
+    assert pipeline.num_timesteps == 0
+    pipeline.register_to_config(data_mean=3.0, data_std=2.0)
+    for start in ({"image": random_image(1)}, {"latents": random_image(1)}):
+        with pytest.raises(ValueError, match="output_type='pil': .* arrays"):
+            pipeline("boot", strength=0, **start)
+    pipeline.register_to_config(data_mean=[1.0, 2.0], data_std=[1.0, 1.0])
+    with pytest.raises(ValueError, match="data_mean in the pipeline's config is of 2 channels"):
+        pipeline("boot", latents=random_image(1)[:, :1], strength=0, output_type="np")
 
 
 def test_an_up_sampling_network_keeps_its_image() -> None:

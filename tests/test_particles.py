@@ -514,6 +514,15 @@ def test_terms_and_latents_that_have_no_weights_are_refused() -> None:
         pipeline(0, callback_on_step_end=lambda *a: {"latents": a[3]["latents"].clone()}, **call)
     with pytest.raises(ValueError, match="changed the latents in place, whose weights are unknown"):
         pipeline(0, callback_on_step_end=lambda *a: {"latents": a[3]["latents"].mul_(1.5)}, **call)
+    for change in (lambda x: x.mul_(1.5), lambda x: x.data.mul_(1.5), lambda x: x.numpy().fill(1)):
+        for returned in (lambda tensors: None, lambda tensors: tensors):
+
+            def callback(*arguments: Any, change: Any = change, returned: Any = returned) -> Any:
+                change(arguments[3]["latents"])
+                return returned(arguments[3])
+
+            with pytest.raises(ValueError, match="changed the latents in place"):
+                pipeline(0, callback_on_step_end=callback, **call)
     half = torch.zeros(4, 1, 1, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="needs samples in float32"):
         Population(pipeline.scheduler, [other], half, seeded(), 2)

@@ -23,12 +23,13 @@ from PIL import Image
 
 from .arguments import check_output_type, image_condition, image_labels, read_start
 from .checks import check_number, shown
+from .images import eight_bits
 from .inversion import ProbabilityFlow, invert
 from .likelihood import MULTI, REGRESSION, Labels, logits_of
 from .networks import evaluating
 from .noise import module_config
 from .run_checks import check_images
-from .sizes import check_channels
+from .sizes import check_channels, check_output
 
 
 @dataclass
@@ -121,7 +122,7 @@ def edited(
     _check_call_arguments(call)
     strength = check_number("strength", strength, 0, 1)
     start = read_start(pipeline, image)
-    output_type = _output_type(output_type, pipeline.are_arrays(start))
+    output_type = _output_type(pipeline, output_type, start)
     region = None if mask is None else read_mask(mask, start)
     steps = _steps(pipeline, num_inference_steps)
     options = {**call, "label": image_labels(pipeline, label, len(start)) or None}
@@ -189,20 +190,16 @@ def _check_call_arguments(call: Mapping[str, Any]) -> None:
             )
 
 
-def _output_type(output_type: str | None, are_arrays: bool) -> str:
+def _output_type(pipeline: Any, output_type: str | None, start: torch.Tensor) -> str:
     """The call's, or its default.
 
     Raises:
-        ValueError: for another, or "pil" for arrays.
+        ValueError: for another, and as `check_output`.
     """
     if output_type is None:
-        return "np" if are_arrays else "pil"
+        output_type = "np" if pipeline.are_arrays(start) else "pil"
     check_output_type(output_type)
-    if are_arrays and output_type == "pil":
-        raise ValueError(
-            "output_type='pil': the pipeline's samples are no pictures but arrays; 'np', 'pt' and "
-            "'latent' are allowed"
-        )
+    check_output(pipeline, start, output_type)
     return output_type
 
 
@@ -239,7 +236,7 @@ def read_mask(mask: Any, images: torch.Tensor) -> torch.Tensor:
     size, count = tuple(images.shape[2:]), len(images)
     pictures = [mask] if isinstance(mask, Image.Image) else mask
     if isinstance(pictures, (list, tuple)) and all(isinstance(m, Image.Image) for m in pictures):
-        pictures = np.stack([np.asarray(m.convert("L"), np.float32) / 255 for m in pictures])
+        pictures = np.stack([eight_bits(picture, "L", "mask") / 255 for picture in pictures])
     try:
         values = torch.as_tensor(pictures).float()
     except (TypeError, ValueError, RuntimeError):

@@ -216,8 +216,35 @@ def read_pictures(image: Any, mode: str, tensor: str) -> torch.Tensor:
     if len({picture.size for picture in pictures}) > 1:
         sizes = sorted({picture.size for picture in pictures})
         raise ValueError(f"image has pictures of the sizes {sizes}; one size is allowed")
-    arrays = [np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) for picture in pictures]
+    arrays = [np.atleast_3d(eight_bits(picture, mode)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def eight_bits(picture: Image.Image, mode: str, name: str = "image") -> np.ndarray:
+    """A picture's values, (H, W) or (H, W, C), in float32 from 0 to 255.
+
+    Args:
+        mode: "L" or "RGB".
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: as `check_bits`.
+    """
+    check_bits(picture.mode, name)
+    return np.asarray(picture.convert(mode), np.float32)
+
+
+def check_bits(mode: str, name: Any) -> None:
+    """Refuse pictures of a mode of more than 8 bits a channel, of which Pillow would drop some.
+
+    Raises:
+        ValueError: for one, naming it `name`.
+    """
+    if mode.startswith(("I", "F")) or ";16" in mode:
+        raise ValueError(
+            f"{name}: a picture of mode {mode}; 8 bits a channel are allowed: convert it, or give a "
+            "tensor"
+        )
 
 
 def low_resolution(

@@ -79,7 +79,6 @@ from .run_checks import (
     check_unit_variance,
     logger,
     replaced_latents,
-    version_of,
 )
 from .schedule_checks import (
     accuracy_warning,
@@ -87,7 +86,7 @@ from .schedule_checks import (
     check_scheduler_config,
     check_start,
 )
-from .sizes import check_shapes, network_size
+from .sizes import check_output, check_shapes, network_size
 from .weights import check_values
 
 
@@ -534,6 +533,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         # 2. The schedule, and the sample that it starts with
         settings = arguments.settings
         self._set_timesteps(settings, timesteps, sigmas, self._execution_device)
+        self._interrupt, self._num_timesteps, self._particles = False, 0, arguments.particles
+        self._guidance_scale = scale = settings["guidance_scale"]
         if arguments.strength == 0:
             images = self._without_steps(arguments, latents, output_type)
             return self._output(images, output_type, return_dict, settings=settings)
@@ -550,9 +551,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         schedule = [*enumerate(zip(sampling_timesteps(self.scheduler), guider.levels, strict=True))]
         guides = [m for term in terms for m in term.modules() if m is not self.unet]
         schedule_of_call = self.scheduler, self.scheduler.timesteps
-        self._interrupt, self._num_timesteps = False, len(levels)
-        self._particles = arguments.particles
-        self._guidance_scale = scale = settings["guidance_scale"]
+        self._num_timesteps = len(levels)
 
         with evaluating(*guides), self.progress_bar(total=len(levels)) as bar:
             for index, (t, level) in schedule[first:]:
@@ -570,11 +569,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "model_output": output}
                     tensors = _callback_tensors(tensor_inputs, guider, prediction, tensors)
-                    version = None if population is None else version_of(latents)
+                    before = None if population is None else latents.clone()
                     with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
                         changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
-                    latents = replaced_latents(changed, tensors, latents, version)
+                    latents = replaced_latents(changed, tensors, latents, before)
                     if self._guidance_scale is not scale:
                         scale = self._guidance_scale
                         guider.terms = arguments.terms_with_scale(scale)
@@ -764,6 +763,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The output of a run of strength 0: the start image, or the images of `latents`."""
         batch_size, start = arguments.batch_size, arguments.start
+        check_output(self, latents if start is None else start, output_type)
         if start is None:
             latents = latents.to(self._execution_device, self.dtype)
             return latents if output_type == "latent" else self._in_units(latents)

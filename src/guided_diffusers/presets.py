@@ -174,4 +174,5 @@ def _mode(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> str:
 
 
 def is_on(name: str, scale: Any) -> bool:
+    """Whether a scale, one or several, acts on any image; None and 0 are off."""
     return scale is not None and bool(scale_tensor(name, scale).any())

@@ -18,8 +18,8 @@ from .noise import NoiseLevel
 logger = get_logger("guided_diffusers.guider")  # of all warnings of a run
 #: values of a sample, over sqrt(alpha^2 + sigma^2), of which no network is trained; noise has 5
 MAX_SAMPLE = 50.0
-
-
+#: of a callback's latents that have weights
+ONLY_READ = "whose weights are unknown: with particles it may only read them"
 #: width of [-1, 1], the range of images; latents, of about unit variance, are hardly wider
 DATA_RANGE = 2.0
 
@@ -80,7 +80,7 @@ def replaced_latents(
     changed: Any,
     tensors: Mapping[str, Any],
     latents: torch.Tensor,
-    weighted_version: int | None = None,
+    weighted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The latents after a callback.
 
@@ -88,14 +88,16 @@ def replaced_latents(
         changed: what the callback returned.
         tensors: what it got.
         latents: of the step.
-        weighted_version: of latents that have weights, `version_of` them before the callback; None:
-            they have no weights, which no other latents have.
+        weighted: a copy, made before the callback, of latents that have weights, which no other
+            latents have; None: they have none.
 
     Raises:
         ValueError: for anything but a dictionary whose "latents", if any, have the same shape, or
             for other tensors in it than it got, or other latents that have no weights, also if they were
             changed in place.
     """
+    if weighted is not None and not torch.allclose(weighted, latents, 0, 0, equal_nan=True):
+        raise ValueError(f"callback_on_step_end changed the latents in place, {ONLY_READ}")
     if changed is None:
         return latents
     if not isinstance(changed, Mapping):
@@ -115,20 +117,9 @@ def replaced_latents(
             f"callback_on_step_end returned latents that are a {type(replaced).__name__} of shape "
             f"{shape}; a torch.Tensor {tuple(latents.shape)} is allowed"
         )
-    is_other = replaced is not latents or weighted_version != version_of(latents)
-    if weighted_version is not None and is_other:
-        how = (
-            "returned other latents" if replaced is not latents else "changed the latents in place"
-        )
-        raise ValueError(
-            f"callback_on_step_end {how}, whose weights are unknown: with particles it may only read them"
-        )
+    if weighted is not None and replaced is not latents:
+        raise ValueError(f"callback_on_step_end returned other latents, {ONLY_READ}")
     return replaced
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place, as torch counts; 0 for one of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _guide_dtype(terms: Sequence[Guidance]) -> torch.dtype:

@@ -49,23 +49,23 @@ def resolve_size(
             )
         return None
     config, pixels = module_config(pipeline.unet), down_sampling(module_config(pipeline.vae))
-    size, own = config.get("sample_size"), network_size(pipeline.unet)
-    if named and len(own) != 2:
+    size, network_sizes = config.get("sample_size"), network_size(pipeline.unet)
+    if named and len(network_sizes) != 2:
         raise ValueError(
-            f"{named}: the network's samples have {len(own)} dimensions, {own}, so they are no "
-            "images; sample_shape=(C, ...) is allowed"
+            f"{named}: the network's samples have {len(network_sizes)} dimensions, {network_sizes}, "
+            "so they are no images; sample_shape=(C, ...) is allowed"
         )
-    if None in own and None in (height, width):
+    if None in network_sizes and None in (height, width):
         raise ValueError(
             "height and width, sample_shape, or latents, are needed: the network's config has no "
             "sample_size"
         )
     if not named:
-        return own
+        return network_sizes
     if size is not None and not config.get("block_out_channels"):  # no UNet
         raise ValueError(f"{named}: {type(pipeline.unet).__name__} takes images of one size only")
-    height = own[0] * pixels if height is None else height
-    width = own[1] * pixels if width is None else width
+    height = network_sizes[0] * pixels if height is None else height
+    width = network_sizes[1] * pixels if width is None else width
     unit = pixels * down_sampling(config)
     for value in (height, width):
         is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
@@ -136,6 +136,15 @@ def check_channels(
     low_res: torch.Tensor | None = None,
     has_shape: bool = False,
 ) -> None:
+    """Refuse samples, (B, C, ...), of channels or of a size that the network doesn't take.
+
+    Args:
+        low_res: (B, C', h, w), whose channels an up-sampling network gets, too.
+        has_shape: whether the call has a sample_shape, for the message.
+
+    Raises:
+        ValueError: for such.
+    """
     name = "sample_shape" if has_shape else "latents"
     channels, size = latents.shape[1], tuple(latents.shape[2:])
     config = module_config(pipeline.unet)
@@ -152,6 +161,12 @@ def check_channels(
 
 
 def check_shapes(pipeline: Any, latents: torch.Tensor, arguments: Any, output_type: str) -> None:
+    """Refuse samples, (B, C, ...), that the network, the autoencoder or a guide doesn't take, or that
+    can't be returned as `output_type`.
+
+    Raises:
+        ValueError: for such.
+    """
     low_res, (batch_size, channels) = arguments.condition.low_res, latents.shape[:2]
     size = tuple(latents.shape[2:])
     check_channels(pipeline, latents, low_res, arguments.channels is not None)
@@ -180,10 +195,20 @@ def check_shapes(pipeline: Any, latents: torch.Tensor, arguments: Any, output_ty
             f"image holds {len(low_res)} images; one, or one for each of the {batch_size}, is "
             "allowed"
         )
+    check_output(pipeline, latents, output_type)
+
+
+def check_output(pipeline: Any, samples: torch.Tensor, output_type: str) -> None:
+    """Check that samples, (B, C, ...), or images to start from, can be returned as `output_type`.
+
+    Raises:
+        ValueError: for "pil" of arrays, or other channels than those of `data_mean` and `data_std`.
+    """
+    channels = samples.shape[1]
     check_scale_channels(pipeline.config, channels)
-    if output_type == "pil" and pipeline.are_arrays(latents):
+    if output_type == "pil" and pipeline.are_arrays(samples):
         raise ValueError(
-            f"output_type='pil': samples {('B', *latents.shape[1:])} of this pipeline are no "
+            f"output_type='pil': samples {('B', *samples.shape[1:])} of this pipeline are no "
             "pictures but arrays; 'np', 'pt' and 'latent' are allowed"
         )
     if output_type == "pil" and pipeline.vae is None and channels not in (1, 3, 4):

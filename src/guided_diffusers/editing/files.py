@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..files import aside
-from ..images import as_pair, down_sampling
+from ..images import as_pair, check_bits, down_sampling
 from ..noise import module_config
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import save_image
@@ -37,8 +37,9 @@ class PictureFiles:
         Raises:
             ValueError: naming the first that doesn't, or can't be read.
         """
-        for path in paths if self.size else ():
-            if (size := self.size_of(path)) != self.size:
+        for path in paths:
+            size = self.size_of(path)
+            if self.size and size != self.size:
                 has, allowed = ("{} x {}".format(*sides) for sides in (size, self.size))
                 raise ValueError(
                     f"{path} has {has} pixels; the model's images have {allowed}: resize it"
@@ -48,15 +49,20 @@ class PictureFiles:
         """(width, height) of a picture's file.
 
         Raises:
-            ValueError: naming the file, if it can't be read as one.
+            ValueError: naming the file, if it can't be read as one, or has more than 8 bits a
+                channel.
         """
+        from ..learning.pixels import has_deep_colours
+
         try:
             with Image.open(path) as picture:
-                return picture.size
+                size, mode = picture.size, picture.mode
         except FileNotFoundError:
             raise ValueError(f"{path} doesn't exist; a picture is needed") from None
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} can't be read as a picture: {error}") from None
+        check_bits(f"{mode};16" if has_deep_colours({"path": path}) else mode, path)
+        return size
 
     def check_mask(self, mask: Path, path: Path) -> None:
         """Raise a `ValueError` unless a mask has its picture's size."""
