@@ -24,12 +24,14 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image as PILImage
+from test_any_rank import unet_1d
 from test_hub import BLOCKS, make_classifier
 from test_pixels import deep_png
 
 from guided_diffusers import ClassifierGuidedPipeline, EnergyGuidance, NoiseAwareClassifier
 from guided_diffusers.cli import main
-from guided_diffusers.editing.files import ArrayFiles, PictureFiles
+from guided_diffusers.editing.files import PictureFiles
+from guided_diffusers.editing.folder import edit_folder
 from guided_diffusers.edits import inverted
 from guided_diffusers.images import convert
 from guided_diffusers.inversion import ProbabilityFlow, level_grid
@@ -709,3 +711,51 @@ def test_arrays_in_files_are_edited_in_their_units(
     ):
         with pytest.raises(SystemExit, match=message):
             main(["edit", *words, *line])
+
+
+def signals() -> ClassifierGuidedPipeline:
+    """A pipeline of signals, (2, 16), in units with a mean of 3 and a deviation of 2."""
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipeline = ClassifierGuidedPipeline(unet_1d(), scheduler, data_mean=3.0, data_std=2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_numbers_that_float32_can_not_hold_stay_outside_a_mask(tmp_path: Path) -> None:
+    random, masked = np.random.default_rng(0), np.arange(16) < 8
+    arrays = {"float64": random.normal(size=(2, 16)) / 3, "float16": np.ones((2, 16), np.float16)}
+    arrays["int64"] = np.full((2, 16), 2**24 + 1)
+    np.save(tmp_path / "mask.npy", masked)
+    (tmp_path / "in").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "in" / f"{name}.npy", array)
+    for out, options in (("masked", {"mask": tmp_path / "mask.npy"}), ("same", {"strength": 0.0})):
+        options |= {"num_inference_steps": 2, "progress": False}
+        edit_folder(signals(), tmp_path / "in", tmp_path / out, None, **options)
+        for name, array in arrays.items():
+            after = np.load(tmp_path / out / f"{name}.npy")
+            outside = slice(8 if out == "masked" else 0, None)
+            assert np.array_equal(after[:, outside], array[:, outside])
+            assert out == "same" or not np.array_equal(after, array)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.ones((2, 16), bool), "1.npy has True and False"),
+        (np.full((2, 16), np.nan), "1.npy has infinite or NaN"),
+        (np.ones((2, 24)), r"1.npy has an array \(2, 24\), .*0.npy one \(2, 16\); one shape"),
+    ],
+)
+def test_arrays_are_checked_before_a_folder_is_edited(
+    bad: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    pipeline = signals()
+    pipeline.unet.register_to_config(sample_size=None)
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "0.npy", np.ones((2, 16)))
+    np.save(tmp_path / "in" / "1.npy", bad)
+    with pytest.raises(ValueError, match=message):
+        edit_folder(pipeline, tmp_path / "in", tmp_path / "out", None, batch_size=1, progress=False)
+    assert not (tmp_path / "out").exists()

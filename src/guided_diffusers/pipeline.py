@@ -481,8 +481,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             resample: whether the images of a population are resampled to equal weights at the end;
                 else they have `.log_weights`.
             strength: the fraction of the run that is made, its end, in [0, 1]: `image` gets noise of
-                the level where that begins, as in Diffusers' img2img. 0 returns the image, 1 starts
-                from the run's first level. Guidance intervals count from there.
+                the level where that begins, as in Diffusers' img2img. 0 returns the image in float32,
+                1 starts from the run's first level. Guidance intervals count from there.
             sample_shape: the shape of a sample, (C, ...) of any rank, where the network's config has
                 no `in_channels` and `sample_size`, or takes others.
 
@@ -650,12 +650,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             image: as in the call with `strength`.
             label: the new label, in any form of the call's, one or one per image. None: no label.
             strength: the fraction of the run that is inverted and made again, in [0, 1]. 0: the
-                images as they are. More changes more.
+                images as they are, in float32. More changes more.
             source_label: the label that the network gets while it inverts, one or one per image.
                 None: its null label.
             mask: where the images may change: PIL, in which white may, or numbers from 0 to 1, (H,
-                W) or (B, H, W), of arrays (...) or (B, ...). Outside, the images stay bit for bit.
-                None: everywhere.
+                W) or (B, H, W), of arrays (...) or (B, ...). Outside, the images, in float32, stay
+                bit for bit. None: everywhere.
             num_inference_steps: as in `invert`, for both directions.
             output_type: as in the call. None: "pil", or for arrays of data "np".
             call: further arguments of the call, such as `guidance_scale`, `guidance`,

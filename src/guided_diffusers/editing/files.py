@@ -114,13 +114,23 @@ class ArrayFiles:
     suffixes, suffix = (".npy",), ".npy"
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Check that the arrays have the shape of the model's samples.
+        """Check that the arrays have the shape of the model's samples, or one shape, and are finite.
 
         Raises:
             ValueError: naming the first that doesn't, or can't be read.
         """
+        first = None
         for path in paths:
-            self.channel_axis(path)
+            axis, array = self.channel_axis(path), self._load(path, mmap_mode="r")
+            if array.dtype.kind == "b":
+                raise ValueError(f"{path} has True and False; numbers are allowed")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{path} has infinite or NaN values; finite ones are allowed")
+            shape = self._with_channels(array, axis).shape
+            if shape != (first := first or shape):
+                raise ValueError(
+                    f"{path} has an array {shape}, {paths[0]} one {first}; one shape is allowed"
+                )
 
     def channel_axis(self, path: Path) -> int | None:
         """Which axis of a file's array has the channels: 0 or -1; None: no axis, one channel.
@@ -142,12 +152,12 @@ class ArrayFiles:
 
     def check_mask(self, mask: Path, path: Path) -> None:
         """Raise a `ValueError` unless a mask has the size of its array, without channels."""
-        (array,) = self.read([path])
+        size = self._with_channels(self._load(path, mmap_mode="r"), self.channel_axis(path)).shape[
+            1:
+        ]
         shape = self._load(mask, mmap_mode="r").shape
-        if shape != array.shape[1:]:
-            raise ValueError(
-                f"mask {mask} has shape {shape}; {array.shape[1:]}, as {path}, is allowed"
-            )
+        if shape != size:
+            raise ValueError(f"mask {mask} has shape {shape}; {size}, as {path}, is allowed")
 
     def read(self, paths: Sequence[Path]) -> np.ndarray:
         """The arrays, (B, C, ...).
@@ -155,11 +165,18 @@ class ArrayFiles:
         Raises:
             ValueError: naming a file that can't be read.
         """
-        arrays = []
-        for path in paths:
-            array, axis = self._load(path), self.channel_axis(path)
-            arrays.append(array[None] if axis is None else np.moveaxis(array, axis, 0))
-        return np.stack(arrays)
+        axes = [self.channel_axis(path) for path in paths]
+        return np.stack(
+            [
+                self._with_channels(self._load(path), axis)
+                for path, axis in zip(paths, axes, strict=True)
+            ]
+        )
+
+    @staticmethod
+    def _with_channels(array: np.ndarray, axis: int | None) -> np.ndarray:
+        """A file's array as (C, ...), with its `channel_axis`."""
+        return array[None] if axis is None else np.moveaxis(array, axis, 0)
 
     def read_masks(self, paths: Sequence[Path]) -> np.ndarray:
         """The masks, (B, ...)."""
@@ -168,10 +185,18 @@ class ArrayFiles:
     def save(
         self, source: Path, output: Path, beside: Path, result: Any, i: int, titles: Sequence[str]
     ) -> None:
-        """Write array i of a result, and its difference to the source, with the axes of that."""
-        axis = self.channel_axis(source)
-        for array, path in ((result.difference[i], beside), (result.images[i], output)):
-            array = array[0] if axis is None else np.moveaxis(array, 0, axis)
+        """Write array i of a result, and its difference to the source, with the axes of that.
+
+        Where the edit changed nothing in float32, the array has the source's values, in float64 if
+        float32 can't hold those of its dtype.
+        """
+        axis, original = self.channel_axis(source), self._load(source)
+        image, difference = (
+            array[0] if axis is None else np.moveaxis(array, 0, axis)
+            for array in (result.images[i], result.difference[i])
+        )
+        image = np.where(image == original.astype(np.float32), original, image)
+        for array, path in ((difference, beside), (image, output)):
             with aside(path) as temporary, temporary.open("wb") as file:
                 np.save(file, array)
 
