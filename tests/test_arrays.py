@@ -12,11 +12,12 @@ import pytest
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
 from diffusers import DDIMScheduler, UNet1DModel, UNet2DModel
+from test_hub import make_classifier
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.assembly import assembled
 from guided_diffusers.cli import main
-from guided_diffusers.diagnosis import diagnose
+from guided_diffusers.diagnosis import diagnose, inspect
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
 from guided_diffusers.learning.arrays import LabelledArrays, find_array_column, parse_data_scale
 from guided_diffusers.learning.data import load_splits
@@ -242,8 +243,19 @@ def test_the_inspect_command_after_a_training_on_arrays(
         json.dumps(diagnose(guide, data, **parts, **options).levels)
     )
     assert not any("[-1, 1]" in text for text in found["mismatches"])
+    scales = (
+        "the classifier's data_mean is {}, the network's 5.0",
+        "data_std is {}, the network's 3.0",
+    )
+    for text, values in zip(scales, scale, strict=True):
+        assert any(text.format(values) in sentence for sentence in found["mismatches"])
     with pytest.raises(SystemExit, match=r"no column of arrays, which the classifier \(dims=1"):
         main(["inspect", str(classifier), "--dataset", str(place.folder), "--quiet"])
+    make_classifier().save_pretrained(tmp_path / "of_images")
+    with pytest.raises(
+        ValueError, match="column 'npy' has arrays, and the classifier reads images"
+    ):
+        inspect(str(tmp_path / "of_images"), str(folder))
     with pytest.raises(SystemExit, match="image_range=.*None is allowed with arrays"):
         main([*words, "--image-range", "0,1", "--quiet"])
 

@@ -759,3 +759,33 @@ def test_arrays_are_checked_before_a_folder_is_edited(
     with pytest.raises(ValueError, match=message):
         edit_folder(pipeline, tmp_path / "in", tmp_path / "out", None, batch_size=1, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def plain_signals() -> ClassifierGuidedPipeline:
+    pipeline = signals()
+    pipeline.register_to_config(data_mean=None, data_std=None)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("make", "image", "message"),
+    [
+        (tiny, torch.zeros(1, 8, 8), r"image has shape \(1, 8, 8\).* the network's 1 channels"),
+        (tiny, torch.zeros(1, 1, 1, 8, 8), r"\(B, C, H, W\) is allowed, .* UNet2DModel"),
+        (tiny, np.zeros((8, 8, 1)), r"image is an array \(8, 8, 1\).*\(B, H, W, C\), are allowed"),
+        (tiny, torch.zeros(0, 1, 8, 8), r"image has shape \(0, 1, 8, 8\)"),
+        (tiny, np.zeros((0, 8, 8, 1)), r"image is an array \(0, 8, 8, 1\)"),
+        (plain_signals, torch.zeros(1, 2, 4, 4), r"\(B, C, L\) is allowed, .* UNet1DModel"),
+        (signals, np.zeros((0, 2, 16)), r"image=an array \(0, 2, 16\)"),
+    ],
+)
+def test_starts_of_another_rank_or_none_are_refused_in_the_words_of_the_network(
+    make: Any, image: Any, message: str
+) -> None:
+    label = "boot" if make is tiny else None
+    for start in (
+        lambda: make()(label, image=image, strength=0.5, num_inference_steps=2, output_type="pt"),
+        lambda: make().edit(image, label, num_inference_steps=2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start()

@@ -39,7 +39,13 @@ from .networks import check_module
 from .noise import has_posterior_variance, module_config, prediction_type
 from .particles import Population
 from .presets import check_settings, is_on, resolve_settings
-from .sizes import check_classifier_size, check_rank, check_sample_shape, resolve_size
+from .sizes import (
+    check_classifier_size,
+    check_rank,
+    check_sample_shape,
+    has_known_rank,
+    resolve_size,
+)
 
 MAX_IMAGES = 10**6  # of a call; more don't fit any memory
 
@@ -246,13 +252,15 @@ def read_start(pipeline: Any, image: Any) -> torch.Tensor:
         ValueError: for others.
     """
     config, vae = module_config(pipeline.unet), module_config(pipeline.vae)
-    if pipeline.are_arrays(image):
+    is_known = has_known_rank(pipeline.unet)
+    if pipeline.has_arrays if is_known else pipeline.are_arrays(image):
         start = start_array(image, config.get("in_channels"))
         check_scale_channels(pipeline.config, start.shape[1])
         check_rank(pipeline.unet, start)
         return start
     channels = vae.get("in_channels", 3) if pipeline.vae is not None else config.get("in_channels")
     start = start_image(image, channels)
+    check_rank(pipeline.unet, start)
     if isinstance(image, torch.Tensor) and 0 <= start.min() and 0.5 < start.max() <= 1:
         warnings.warn(
             "image: all values are from 0 to 1; tensors of pictures are in [-1, 1] (output_type='pt' "

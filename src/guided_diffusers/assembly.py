@@ -85,6 +85,23 @@ def network_mismatches(config: Mapping[str, Any], unet_config: Mapping[str, Any]
     return mismatches
 
 
+def scale_mismatches(config: Mapping[str, Any], pipeline_config: Mapping[str, Any]) -> list[str]:
+    """Differences of a classifier's `data_mean` and `data_std` and a pipeline's, by their configs."""
+    mismatches = []
+    for name in ("data_mean", "data_std"):
+        guide, network = config.get(name), pipeline_config.get(name)
+        is_known = guide is not None and network is not None
+        if guide is not network and not (is_known and _are_close(guide, network)):
+            mismatches.append(f"the classifier's {name} is {guide}, the network's {network}")
+    return mismatches
+
+
+def _are_close(values: Any, others: Any) -> bool:
+    """Whether two scales, each one number or one a channel, are equal up to rounding."""
+    sizes = {np.size(values), np.size(others)} - {1}
+    return len(sizes) < 2 and np.allclose(values, others, rtol=1e-3)
+
+
 def _load(cls: Any, argument: str, part: str | Path) -> torch.nn.Module:
     if not Path(part).exists() and not is_hub_id(part):
         raise ValueError(
@@ -119,11 +136,8 @@ def _check_fit(pipeline: ClassifierGuidedPipeline, network_names: Mapping[int, s
         mismatches.append(
             f"the autoencoder has {latents} latent channels, the network's output {channels}"
         )
-    for name in ("data_mean", "data_std") if pipeline.classifier is not None else ():
-        guide, network = config.get(name), pipeline.config.get(name)
-        is_known = guide is not None and network is not None
-        if guide is not network and not (is_known and np.allclose(guide, network, rtol=1e-3)):
-            mismatches.append(f"the classifier's {name} is {guide}, the network's {network}")
+    if pipeline.classifier is not None:
+        mismatches += scale_mismatches(config, pipeline.config)
     names = pipeline.config.id2label
     if network_names and names and network_names != names:
         mismatches.append(

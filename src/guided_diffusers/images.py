@@ -150,7 +150,8 @@ def start_image(image: Any, channels: int) -> torch.Tensor:
         ValueError: for anything else.
     """
     if isinstance(image, np.ndarray):
-        if image.ndim != 4 or image.dtype.kind != "f" or not (0 <= image.min() <= image.max() <= 1):
+        is_image = image.ndim == 4 and image.dtype.kind == "f" and image.size > 0
+        if not is_image or not (0 <= image.min() <= image.max() <= 1):
             raise ValueError(
                 f"image is an array {image.shape} of {image.dtype}; floating-point numbers in "
                 "[0, 1], (B, H, W, C), are allowed"
@@ -160,7 +161,8 @@ def start_image(image: Any, channels: int) -> torch.Tensor:
         if channels not in (1, 3):
             raise ValueError(f"image: pictures have 1 or 3 channels, the network's are {channels}")
         image = read_pictures(image, "L" if channels == 1 else "RGB", "(B, C, ...)")
-    if not image.is_floating_point() or image.ndim < 3 or image.shape[1] != channels:
+    is_image = image.is_floating_point() and image.ndim >= 3 and image.numel() > 0
+    if not is_image or image.shape[1] != channels:
         raise ValueError(
             f"image has shape {tuple(image.shape)}, {image.dtype}; floating-point numbers (B, C, ...)"
             f" with the network's {channels} channels are allowed (an up-sampling network's "
@@ -184,7 +186,12 @@ def start_array(array: Any, channels: int | None) -> torch.Tensor:
     is_numpy = isinstance(array, np.ndarray) and array.dtype.kind in "fiu"
     values = torch.from_numpy(array.astype(np.float32)) if is_numpy else array
     is_tensor = isinstance(values, torch.Tensor) and not values.is_complex()
-    if not is_tensor or values.ndim < 2 or channels not in (None, values.shape[1]):
+    if (
+        not is_tensor
+        or values.ndim < 2
+        or 0 in values.shape
+        or channels not in (None, values.shape[1])
+    ):
         kind = f"an array {tuple(array.shape)}" if hasattr(array, "shape") else shown(array)
         of_network = "" if channels is None else f" with the network's {channels} channels"
         raise ValueError(

@@ -47,9 +47,21 @@ def check_defaults(defaults: Any) -> dict[str, Any]:
     modes = values.get("modes") or {}
     _check_preset("defaults: modes", modes, MODES)
     for mode, preset in modes.items():
-        allowed = PARTICLE_SETTINGS if mode == "particles" else DEFAULTS
-        _check_preset(f"defaults: modes: {mode}", preset, allowed)
+        where = f"defaults: modes: {mode}"
+        _check_preset(where, preset, DEFAULTS)
+        if mode == "particles":
+            _check_particle_preset(where, preset)
     return DEFAULTS | {name: value for name, value in values.items() if value is not None}
+
+
+def _check_particle_preset(where: str, preset: Mapping[str, Any]) -> None:
+    for name, value in preset.items():
+        is_neutral = value is None or value == DEFAULTS[name]
+        if name not in PARTICLE_SETTINGS and not is_neutral:
+            raise ValueError(
+                f"{where}: {name}={shown(value)} has no effect on populations; allowed: "
+                f"{sorted(PARTICLE_SETTINGS)}"
+            )
 
 
 def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
@@ -137,7 +149,8 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     if mode == "particles":
         preset |= {"guidance_algorithm": "mean", "classifier_free_scale": 0.0}
         preset["guidance_scale"] = float(pipeline.classifier is not None)
-    changes = {name: value for name, value in (changes or {}).items() if value is not None}
+    allowed = PARTICLE_SETTINGS if mode == "particles" else DEFAULTS
+    changes = {n: x for n, x in (changes or {}).items() if x is not None and n in allowed}
     if is_exact:
         preset["guidance_scale"] = float(pipeline.classifier is not None)
         changes = {name: x for name, x in changes.items() if name == "num_inference_steps"}

@@ -119,11 +119,24 @@ def check_classifier_size(classifier: Any, sample_size: Sequence[int] | None) ->
         )
 
 
+def has_known_rank(network: Any) -> bool:
+    """Whether a network's class, or its config (`dims`, or a `sample_size` for each dimension), gives
+    the number of dimensions of its samples."""
+    config = module_config(network)
+    is_listed = isinstance(config.get("sample_size"), (list, tuple)) or bool(config.get("dims"))
+    return is_listed or isinstance(network, (UNet1DModel, UNet2DModel))
+
+
 def check_rank(network: Any, start: torch.Tensor) -> None:
-    """Refuse arrays of another number of dimensions than a UNet's."""
+    """Refuse images or arrays to start from of another number of dimensions than a network's, where
+    that is known.
+
+    Raises:
+        ValueError: for such.
+    """
     dims = len(network_size(network))
-    if isinstance(network, (UNet1DModel, UNet2DModel)) and start.ndim != dims + 2:
-        sizes = "L" if dims == 1 else "H, W"
+    if has_known_rank(network) and start.ndim != dims + 2:
+        sizes = {1: "L", 2: "H, W", 3: "D, H, W"}.get(dims, f"{dims} sizes")
         raise ValueError(
             f"image has shape {tuple(start.shape)}; (B, C, {sizes}) is allowed, as the network is a "
             f"{type(network).__name__}"

@@ -12,6 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
+from ..assembly import scale_mismatches
 from ..files import write_json
 from ..networks import evaluating
 from ..noise import module_config, schedule_config
@@ -242,6 +243,8 @@ def inspect(
     pixels["alpha_background"] = alpha_background
     data = open_data(splits[split], classifier, vae, columns, pixels)
     data, notes = match_labels(data, module_config(classifier).get("id2label"))
+    if pipeline is not None:
+        notes += scale_mismatches(module_config(classifier), pipeline.config)
     if split == "train":
         notes.append("the split is 'train': metrics on training images don't hold for other images")
     for module in filter(None, (classifier, parts.get("unet"), vae)):

@@ -88,6 +88,11 @@ def open_data(
         scale = (0.0, 1.0) if std is None else (mean, std)
         data = arrays_of_shape(rows, column, columns[1], shape, scale=scale, **renumber)
     else:
+        if column is not None:
+            raise ValueError(
+                f"dataset: column {column!r} has arrays, and the classifier reads images (no data_std "
+                "in its config); image_column names a column of images, or use another classifier"
+            )
         size, channels = image_format(classifier, vae)
         options = {"center_crop": True, "channels": channels, "check_pixels": True}
         options |= {**renumber, **pixels}

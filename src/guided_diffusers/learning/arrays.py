@@ -73,7 +73,7 @@ def arrays_of_shape(
     Raises:
         ValueError: if there is none, and as `LabelledArrays`.
     """
-    problem = None
+    problem, shapes = None, []
     for axis in (None, *AXES):
         try:
             data = LabelledArrays(dataset, column, label_column, channel_axis=axis, **options)
@@ -82,8 +82,10 @@ def arrays_of_shape(
             continue
         if shape is None or data.shape == tuple(shape):
             return data
+        shapes.append(data.shape)
     raise problem or ValueError(
-        f"dataset: column {column!r} has no arrays of the shape {tuple(shape)} that is needed"
+        f"dataset: column {column!r} has arrays {', '.join(map(str, dict.fromkeys(shapes)))}, by the "
+        f"axis of channels; the shape {tuple(shape)} is needed"
     )
 
 
