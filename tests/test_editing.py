@@ -705,6 +705,10 @@ def test_arrays_in_files_are_edited_in_their_units(
     PILImage.new("L", (8, 8)).save(tmp_path / "a.png")
     for words, message in (
         ([str(tmp_path / "long.npy"), "o.npy"], r"long.npy has an array \(2, 9, 8\).*\(2, 8, 8\)"),
+        (
+            [str(source), str(tmp_path / "folder.npy")],
+            "OUT .*folder.npy: IN is a folder, so a folder is",
+        ),
         ([files[0], "o.png"], r"OUT o.png: an array \(.npy\) is allowed, as IN is one"),
         ([str(tmp_path / "a.png"), "o.png"], "a.png: the model's samples are arrays; .npy are"),
         ([*files, "--mask", str(tmp_path / "long.npy")], r"mask .*long.npy has shape .*\(8, 8\)"),

@@ -344,6 +344,9 @@ def test_populations_of_a_pipeline_that_is_made_faster_smaller_or_shared(how: st
     expected = plain(["cat", "owl"], generator=seeded(), **call)
     if how == "offloading":
         other.enable_model_cpu_offload(device="cpu")
+        assert all(
+            type(m._hf_hook).__name__ == "CpuOffload" for m in (other.unet, other.classifier)
+        )
     if how == "from_pipe":
         ddim = small(DDIMScheduler(clip_sample=False))
         other = ClassifierGuidedPipeline.from_pipe(ddim, scheduler=scheduler)
@@ -356,7 +359,9 @@ def test_populations_of_a_pipeline_that_is_made_faster_smaller_or_shared(how: st
         result = other(["cat", "owl"], generator=seeded(), **call)
     error = (result.log_evidence - expected.log_evidence).abs().max()
     assert error < (0.05 if how == "bfloat16" else 1e-4)
-    if how != "bfloat16":
+    if how == "bfloat16":  # other noise gives images that differ by 86, at a deviation of 19
+        assert 0 < (result.images - expected.images).abs().max() < 0.5
+    else:
         torch.testing.assert_close(result.images, expected.images, atol=1e-4, rtol=1e-4)
         assert torch.equal(result.ancestors, expected.ancestors)
 

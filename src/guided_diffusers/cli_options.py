@@ -239,8 +239,8 @@ def add_call_options(command: argparse.ArgumentParser) -> Any:
             "scale",
             scale,
             "SCALE",
-            "classifier; 0: off, 1: as it says (exact if it is, and the model gets no label, "
-            "--no-conditional), more: sharper, less varied",
+            "classifier; 0: off; 1: the exact conditional model for an exact classifier with "
+            "--no-conditional; larger: sharper, less varied",
         ),
         (
             "power",

@@ -252,7 +252,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> ClassifierGuidedPipeline:
         """A pipeline that shares another one's components, as in Diffusers; `kwargs` replace them.
 
-        The network's `training_schedule` is that of `pipeline`, also if another scheduler replaces its own.
+        The network's `training_schedule` is that of `pipeline`, also if another scheduler replaces
+        its own.
         """
         if "scheduler" in kwargs and "training_schedule" not in pipeline.config:
             kwargs.setdefault("training_schedule", training_schedule(pipeline.scheduler))

@@ -1,4 +1,4 @@
-"""Pictures and arrays in files, edited: one, or a folder of them; the maps are in `edits` and the pipeline."""
+"""Edits of pictures and arrays in files, one or a folder of them, by the pipeline's `edit`."""
 
 from typing import TYPE_CHECKING
 

@@ -149,7 +149,7 @@ def check_options(options: Namespace) -> None:
             f"IN {source} doesn't exist; a picture or an array (.npy), or a folder of them, is needed"
         )
     if source.is_dir():
-        if output.suffix.lower() in formats and not output.is_dir():
+        if output.suffix.lower() in (*formats, ".npy") and not output.is_dir():
             raise ValueError(f"OUT {output}: IN is a folder, so a folder is allowed")
         inside = output.resolve().is_relative_to(source.resolve())
         if inside or source.resolve().is_relative_to(output.resolve()):

@@ -133,7 +133,8 @@ class ArrayFiles:
                 )
 
     def channel_axis(self, path: Path) -> int | None:
-        """Which axis of a file's array has the channels: 0 or -1; None: no axis, one channel.
+        """Which axis of a file's array has the channels: 0, also where both could have them, or -1;
+        None: no axis, one channel.
 
         Raises:
             ValueError: for an array that the model doesn't take.

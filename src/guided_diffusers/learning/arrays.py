@@ -68,7 +68,8 @@ def arrays_of_shape(
     shape: Sequence[int] | None,
     **options: Any,
 ) -> LabelledArrays:
-    """Arrays with the axis of channels that gives them a shape (C, ...); None: the usual axis.
+    """Arrays with the axis of channels that gives them a shape (C, ...), the first if both do; None:
+    the usual axis.
 
     Raises:
         ValueError: if there is none, and as `LabelledArrays`.
