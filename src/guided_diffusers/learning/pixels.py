@@ -116,8 +116,8 @@ def deep_colours(
             image.load()
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"its colours of 16 bits can't be read completely ({error}); PNG without alpha and "
-                ".npy arrays can"
+                f"its colours of 16 bits can't be read completely ({error}); save it without alpha as "
+                "PNG, or as a .npy array"
             ) from error
         pixels = np.asarray(ImageOps.exif_transpose(image))
         parts.append(pixels[..., :3].astype(np.uint16))
