@@ -23,7 +23,7 @@ from test_guidance import Pull, quiet, sample, small_unet
 
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.attach import guide
-from guided_diffusers.families import training_schedule, training_warning
+from guided_diffusers.families import check_origin, training_schedule, training_warning
 from guided_diffusers.noise import TrainedSchedule
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
@@ -89,6 +89,15 @@ def test_guide_refuses_it_too() -> None:
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="prediction_type='epsilon'"), guide(pipeline, Pull(0.1)):
         pipeline(num_inference_steps=4, output_type="np")
+
+
+def test_what_cosmos_2_adds_to_the_config_of_a_flow_scheduler_is_taken() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
+    check_origin(scheduler)
+    scheduler.register_to_config(prediction_type="epsilon")  # as of EDM's schedulers
+    with pytest.raises(ValueError, match="prediction_type='epsilon', sigma_data=1.0"):
+        check_origin(scheduler)
 
 
 @pytest.mark.parametrize("name", VP)

@@ -369,6 +369,29 @@ def test_conditions_are_not_in_the_batch_of_a_cache_and_positions_have_no_rows()
     assert torch.equal(joined["text"], torch.cat([value, torch.zeros(2, 3)]))
     cached = {**own, "kv_cache": {0: normal(2, 2)}}
     assert join_batches(2, cached, [{**cached, "text": torch.zeros(1, 3)}]) is None
+    layers = {**own, "encoder_hidden_states_llama3": normal(2, 2, 3)}  # HiDream's: (layers, B, C)
+    assert join_batches(2, layers, [{**layers, "text": torch.zeros(1, 3)}]) is None
+
+
+def test_a_mask_for_all_rows_stays_one_and_sizes_of_each_row_are_joined() -> None:
+    """As of Cosmos, whose network repeats the mask for each row, and of JoyImage's several images."""
+    own = {
+        "hidden_states": normal(1, 4, 1, 8, 8),
+        "encoder_hidden_states": normal(1, 3, 8, seed=1),
+        "padding_mask": torch.ones(1, 1, 8, 8),
+    }
+    other = {**own, "encoder_hidden_states": normal(1, 3, 8, seed=2)}
+    joined = join_batches(1, own, [dict(other)])
+    assert [len(value) for value in joined.values()] == [2, 2, 1]
+    for name in ("hidden_states", "encoder_hidden_states"):
+        assert torch.equal(joined[name], torch.cat([own[name], other[name]]))
+    assert torch.equal(joined["padding_mask"], own["padding_mask"])
+    mask = {**own, "padding_mask": torch.zeros(1, 1, 8, 8)}  # a condition of the mask itself
+    assert join_batches(1, own, [mask]) is None
+    sizes = [[(1, 2, 2)], [(1, 4, 4)]]
+    own = {"hidden_states": normal(2, 5), "text": normal(2, 3), "shape_list": sizes}
+    joined = join_batches(2, own, [{**own, "text": torch.zeros(1, 3)}])
+    assert joined["shape_list"] == sizes * 2 and len(sizes) == 2
 
 
 def test_the_gradient_through_a_nonlinear_loop_at_the_first_step_is_the_slope() -> None:
@@ -769,6 +792,72 @@ def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:
         with guide(pipeline, EnergyGuidance(dark_left, scale, start=0.6)):
             values.append(dark_left(pipeline()[0]))
     assert (values[2] < values[1]).all() and (values[1] < values[0]).all()
+
+
+class Predictions(diffusers.DiffusionPipeline):
+    """Appends its results to a list, and decodes that in the end, as Marigold does."""
+
+    def __init__(self, unet: Any, vae: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        results, text = [], normal(1, TOKENS, WIDTH)
+        for start in normal(1, 4, 8, 8).split(1):
+            self.scheduler.set_timesteps(3)
+            for t in self.scheduler.timesteps:
+                output = self.unet(start, t, text).sample
+                start = self.scheduler.step(output, t, start).prev_sample
+            results.append(start)
+        latents = torch.cat(results)
+        return torch.cat([self.vae.decode(part).sample for part in latents.split(1)])
+
+
+def test_a_list_of_results_gets_those_of_the_pipeline_only() -> None:
+    pipeline = Predictions(conditional_unet(), vae(), DDIMScheduler(clip_sample=False, **SD))
+    plain = pipeline()
+    looks = Looks()
+    with guide(pipeline, looks):
+        assert torch.equal(pipeline(), plain)
+    torch.testing.assert_close(looks.images, plain)
+    with guide(pipeline, EnergyGuidance(dark_left, 1.0, start=0.6)):
+        assert dark_left(pipeline()) < dark_left(plain)
+
+
+class Edit(diffusers.DiffusionPipeline):
+    """Latents (B, items, C, F, H, W), of which the last item is the edited image, as JoyImage's."""
+
+    def __init__(self, transformer: Any, vae: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        self.scheduler.set_timesteps(3)
+        latents = normal(2, 2, 4, 1, 2, 2)
+        source = latents[:, :1].clone()
+        for t in self.scheduler.timesteps:
+            latents[:, :1] = source
+            flat, text = latents.flatten(0, 1), normal(4, TOKENS, WIDTH)
+            output = self.transformer(flat, t.expand(4), text).sample.unflatten(0, (2, 2))
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        videos = self.vae.decode(latents.flatten(0, 1)).sample
+        return videos.unflatten(0, (2, 2))[:, -1, :, 0]
+
+
+def test_the_edited_image_is_what_terms_see_of_several_in_the_latents() -> None:
+    parts = wan()[0].components
+    pipeline = Edit(parts["transformer"], parts["vae"], FlowMatchEulerDiscreteScheduler())
+    plain = pipeline()
+    for frames in ("all", "middle"):
+        looks = Looks()
+        with guide(pipeline, looks, frames=frames):
+            assert torch.equal(pipeline(), plain)
+        assert looks.images.shape == plain.shape == (2, 3, *plain.shape[2:])
+        torch.testing.assert_close(looks.images, plain, rtol=1e-4, atol=1e-4)
+    with guide(pipeline, EnergyGuidance(dark_left, 1.0, start=0.6)):
+        assert (dark_left(pipeline()) < dark_left(plain)).all()
 
 
 class WithSound(diffusers.DiffusionPipeline):

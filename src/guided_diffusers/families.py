@@ -72,6 +72,8 @@ def check_origin(scheduler: SchedulerMixin) -> None:
     if cls.__name__ in FLOW:
         fixed = "flow_prediction"
     others = {"sigma_data"}
+    if is_instance_by_name(scheduler, FLOW) and prediction is None:
+        others.clear()  # Cosmos 2 registers it; EDM's schedulers have a prediction_type, too
     if fixed and prediction not in (None, fixed):
         others.add("prediction_type")
     # schedulers with use_flow_sigmas have betas, which they don't use

@@ -75,6 +75,8 @@ def decode_x0(
     reached = ending.decoder_input(x0)
     if reached is None:
         return _check_pixels(pipeline, x0)
+    if x0.ndim == 6 and len(reached.z) > len(x0):  # images before an edit, and the edited one
+        reached.z = reached.z.unflatten(0, (len(x0), -1))[:, -1]
     if frames != "all" and reached.decodes_in_turn:
         return reached.chosen_frames(frames)
     images = reached.images(len(x0))
@@ -322,6 +324,9 @@ class PipelineEnding:
         self.pipeline = frame.f_locals["self"]
         names = tuple(name for name in frame.f_locals if name.isidentifier())
         self.variables = {name: frame.f_locals[name] for name in names}
+        for name, value in self.variables.items():
+            if type(value) is list:  # which the pipeline goes on appending to
+                self.variables[name] = value.copy()
         self.function = FunctionType(
             _ending_code(frame.f_code, frame.f_lineno, names), frame.f_globals
         )
@@ -387,6 +392,8 @@ def copy_variable(name: str, value: Any) -> Any:
         return [copy_variable("", one) for one in value]
     if isinstance(value, torch.Tensor):
         return value.detach().clone()  # pipelines write into their latents
+    if type(value) is list:
+        return value.copy()  # and append to what they decode in the end
     return tqdm(disable=True) if isinstance(value, tqdm) else value
 
 

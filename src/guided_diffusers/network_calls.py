@@ -15,6 +15,11 @@ NO_REPEAT = (
     "the network can't be evaluated again: use through_network=False, or a start after the first "
     "step, no conditions and no other network"
 )
+#: arguments that networks repeat for each row of their batch: with one row, it is by chance that
+#: they have as many as the batch
+SHARED_BY_ROWS = {"padding_mask"}
+#: arguments whose first dimension is that of a text encoder's layers
+LAYERS_FIRST = {"encoder_hidden_states_llama3"}
 
 
 class DenoiserCall:
@@ -207,8 +212,8 @@ def join_batches(
     """The arguments of one call for the pipeline's batch and for that under each condition. The
     variants get their conditions in the rows and the precision of what they replace.
 
-    None where these can't be one batch: with lists, with a cache of keys and values, or with several
-    rows for an image, as for frames.
+    None where these can't be one batch: with lists, with a cache of keys and values, with several
+    rows for an image, as for frames, or with a text encoder's layers before the batch.
     """
     names = {
         name for variant in variants for name in arguments if variant[name] is not arguments[name]
@@ -221,14 +226,26 @@ def join_batches(
     is_list = not isinstance(next(iter(arguments.values())), torch.Tensor)
     has_cache = any("cache" in name and arguments[name] is not None for name in arguments)
     has_frames = any(isinstance(x, torch.Tensor) and not has_rows(x, rows) for x in tensors)
-    if is_list or has_cache or has_frames:
+    has_layers = not LAYERS_FIRST.isdisjoint(arguments)
+    if is_list or has_cache or has_frames or has_layers or names & SHARED_BY_ROWS:
         return None
     joined = dict(arguments)
     for name, value in arguments.items():
-        if "rotary_emb" not in name:  # of positions, as many as rows by chance
-            others = [variant[name] for variant in variants]
+        others = [variant[name] for variant in variants]
+        if _has_entry_per_row(value, rows):
+            joined[name] = sum(others, value)
+        elif "rotary_emb" not in name and name not in SHARED_BY_ROWS:
             joined[name] = tree_map(partial(_concat_batch, rows), value, *others)
     return joined
+
+
+def _has_entry_per_row(value: Any, rows: int) -> bool:
+    """Whether it is a list with the sizes of each row's images."""
+    return (
+        isinstance(value, list)
+        and len(value) == rows
+        and all(isinstance(entry, (list, tuple)) for entry in value)
+    )
 
 
 def _expanded(rows: int, value: Any, variant: Any) -> Any:
