@@ -441,6 +441,7 @@ def measure(test: type, columns: list[str], timeout: float) -> dict[str, Any]:
 
 
 OUT_OF_REACH = (
+    "- Cosmos 1: it steps its scheduler twice with each prediction, with other batches.",
     "- Helios: the stages of its scheduler change the size of the sample between steps.",
     "- SkyReels V2 diffusion forcing: it steps a copy of its scheduler for each frame, at noise levels "
     "of their own. Its other pipelines work.",
