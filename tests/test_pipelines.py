@@ -33,6 +33,7 @@ from tiny_pipelines import (
     lively,
     normal,
     pictures,
+    plain_unet,
     quiet,
     sd_call,
     sdxl,
@@ -41,7 +42,13 @@ from tiny_pipelines import (
     vae,
 )
 
-from guided_diffusers import ClassifierFreeGuidance, EnergyGuidance, Guidance, StepContext
+from guided_diffusers import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    EnergyGuidance,
+    Guidance,
+    StepContext,
+)
 from guided_diffusers.attach import guide
 from guided_diffusers.latent_images import DecoderInput
 from guided_diffusers.network_calls import join_batches
@@ -407,6 +414,42 @@ def test_the_gradient_through_a_nonlinear_loop_at_the_first_step_is_the_slope() 
         values.append(value.value)
     along = -(term.scores[0].double() * direction).sum()
     torch.testing.assert_close(along, (values[0] - values[1]) / (2 * h), rtol=0.03, atol=1e-3)
+
+
+class Nonlinear(diffusers.DiffusionPipeline):
+    """Its loop normalizes; statements before its network's call use the loop's state up."""
+
+    def __init__(self, unet: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, mode: str) -> torch.Tensor:
+        generator, factor = torch.Generator().manual_seed(0), 1.0
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(3)
+        for t in self.scheduler.timesteps:
+            if mode == "state":
+                factor = factor * 0.5
+            noise = torch.randn(latents.shape, generator=generator) if mode == "noise" else 0
+            output = self.unet(latents * factor + noise, t)[0]
+            output = (output / output.std()).sign() * (output / output.std()).abs().sqrt()
+            latents = self.scheduler.step(output, t, latents)[0]
+        return latents
+
+
+@pytest.mark.parametrize("mode", ["plain", "state", "noise"])
+def test_a_loop_is_run_again_only_if_its_network_gets_the_same(mode: str) -> None:
+    """The difference to the network itself is nothing; what has changed before its call is refused."""
+    network = lively(plain_unet(4))
+    pipeline = quiet(Nonlinear(network, DDIMScheduler(clip_sample=False)))
+    expected = pipeline(mode)
+    with guide(pipeline, AutoGuidance(deepcopy(network), 1.0)):
+        if mode == "plain":
+            torch.testing.assert_close(pipeline(mode), expected, rtol=1e-4, atol=1e-4)
+            return
+        with pytest.raises(ValueError, match="its loop can't be run again"):
+            pipeline(mode)
 
 
 def test_gradients_are_on_again_after_a_run_that_ends_within_the_graph() -> None:

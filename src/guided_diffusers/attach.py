@@ -36,7 +36,7 @@ from .latent_images import (
     decode_x0,
     stepping_frame,
 )
-from .loop_replay import LoopReplay, LoopVariables, in_turn
+from .loop_replay import LoopReplay, LoopVariables, in_turn, is_close, repeated
 from .network_calls import (
     NO_REPEAT,
     DenoiserCall,
@@ -732,18 +732,15 @@ class PipelineStep:
     ) -> torch.Tensor | None:
         """What the pipeline would predict with other outputs of its network, or at another sample.
 
-        None if its loop can't be run again: with the network's own outputs it must give the same
-        prediction again.
+        None if its loop can't be run again: with the network's own outputs it must give the network
+        the same arguments, and the same prediction, again.
         """
         replay = self.find_replay()
         if replay is None:
             return None
         with torch.no_grad():
-            again = replay(in_turn([call.results[0] for call in self.calls]))
-        own = self.output.detach()
-        if again is None or again.shape != own.shape:
-            return None
-        if (again - own).float().norm() > 1e-3 * own.float().norm():
+            again = replay(repeated(self.calls))
+        if not is_close(again, self.output):
             return None
         pair = None if sample is None else (self.arguments["sample"], sample)
         return replay(evaluate, pair)

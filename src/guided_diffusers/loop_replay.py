@@ -23,6 +23,7 @@ from .latent_images import (
     function_tree,
     pipeline_frames,
 )
+from .network_calls import DenoiserCall
 
 
 class StepReached(Exception):
@@ -139,6 +140,45 @@ def in_turn(results: Sequence[Any]) -> Callable[..., Any]:
     """A network's results in the order of its calls, whatever it gets."""
     remaining: Iterator[Any] = iter(list(results))
     return lambda *args, **kwargs: next(remaining)
+
+
+def repeated(calls: Sequence[DenoiserCall]) -> Callable[..., Any]:
+    """The network's own results in the order of its calls, if it gets the same arguments again.
+
+    Statements before the call that use up a generator, or change a variable, would otherwise run
+    twice unnoticed.
+
+    Raises:
+        ValueError: by the function, where a tensor differs.
+    """
+    remaining = iter(calls)
+
+    def evaluate(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = next(remaining)
+        again = call.arguments.signature.bind(*args, **kwargs).arguments
+        for name, value in call.arguments.arguments.items():
+            if not _is_close(again.get(name), value):
+                raise ValueError(f"{name} differs from the pipeline's own call")
+        return call.results[0]
+
+    return evaluate
+
+
+def _is_close(again: Any, value: Any) -> bool:
+    """Whether tensors, also of lists, are equal up to rounding; all else is."""
+    if isinstance(value, (list, tuple)):
+        return len(again) == len(value) and all(map(_is_close, again, value))
+    if not isinstance(value, torch.Tensor):
+        return True
+    return is_close(again, value)
+
+
+def is_close(again: Any, value: torch.Tensor) -> bool:
+    """Whether a tensor was computed again, up to rounding."""
+    if not isinstance(again, torch.Tensor) or again.shape != value.shape:
+        return False
+    again, value = again.detach().float(), value.detach().float()
+    return bool((again - value).norm() <= 1e-3 * value.norm())
 
 
 @lru_cache(maxsize=64)
