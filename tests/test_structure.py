@@ -97,7 +97,7 @@ CORE = {
 BESIDE = {
     "attach": {"latent_images", "loop_replay", "network_calls", "pipeline_graph"},
     "latent_images": set(),
-    "loop_replay": {"latent_images"},
+    "loop_replay": {"latent_images", "network_calls"},
     "network_calls": set(),
     "pipeline_graph": set(),
     "modular": set(),
