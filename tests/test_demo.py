@@ -32,6 +32,7 @@ from guided_diffusers.demo import (
     sample_pictures,
     write_space,
 )
+from guided_diffusers.demo.pictures import fitting
 from guided_diffusers.sampling import grid, image_generator
 
 ROOT = Path(__file__).parents[1]
@@ -245,6 +246,23 @@ def test_a_form_offers_what_the_model_has() -> None:
     assert guided.can_edit and not guided.can_hide_label
     assert guided.max_power is None and guided.picture_size == (8, 8)
     assert "\n    1,\n" in sample_pictures(guided, SampleForm(labels=[1], **FEW)).code
+
+
+def test_labels_of_a_model_without_a_classifier_are_the_networks() -> None:
+    torch.manual_seed(0)
+    names = {0: "a", 1: "b", 2: "c"}
+    network = tiny_unet(num_class_embeds=4)  # the last one is the null label
+    pipeline = ClassifierGuidedPipeline(network, DDPMScheduler(), id2label=names)
+    model = DemoModel("x", pipeline)
+    assert model.has_null_label and not model.can_hide_label
+    shown = [sample_pictures(model, SampleForm(labels=[i], **FEW)).guided for i in (0, 1)]
+    assert shown[0].tobytes() != shown[1].tobytes()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"picture: a picture of mode {mode}; 8 bits"):
+        fitting(DemoModel.load(), Image.new(mode, (50, 40)))
 
 
 def test_what_a_form_shows_holds_against_a_preset() -> None:

@@ -217,6 +217,8 @@ def evil(folder: Path) -> None:
             "a name, or .module, 'ClassifierGuidedPipeline'., is allowed",
         ),
         ({"_class_name": None}, "_class_name is None, code of the repository"),
+        ({"_class_name": [1, "ClassifierGuidedPipeline"]}, "code of the repository"),
+        ({"_class_name": ["../evil", "ClassifierGuidedPipeline"]}, "code of the repository"),
         ({"classifier": ["../evil", "Evil"]}, "no .module, class."),
         (
             {"unet": ["subprocess", "Popen"]},
@@ -256,6 +258,16 @@ def test_an_index_that_names_our_class_runs_no_code_of_the_folder(
     plain = DDPMPipeline.from_pretrained(folder)
     assert type(plain) is DDPMPipeline and type(plain.unet) is ADMUNet2DModel
     assert not list(folder.rglob("ran"))
+
+
+def test_diffusers_loads_a_folder_without_the_pipelines_code_by_the_package(folder: Path) -> None:
+    """As one that was downloaded without .py files; another class is still Diffusers' to judge."""
+    (folder / "pipeline.py").unlink(missing_ok=True)
+    edit(folder / "model_index.json", _class_name=["pipeline", "ClassifierGuidedPipeline"])
+    assert type(DiffusionPipeline.from_pretrained(folder)) is ClassifierGuidedPipeline
+    edit(folder / "model_index.json", _class_name=["pipeline", ["x"]])
+    with pytest.raises((TypeError, ValueError)):
+        DiffusionPipeline.from_pretrained(folder)
 
 
 def test_loading_refuses_foreign_weights_and_configs(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,17 @@ def test_at_scale_0_the_latents_are_the_same_bit_for_bit() -> None:
     assert torch.equal(call(pipeline, label="cat", guidance_scale=0.0), plain)
     assert not torch.equal(call(pipeline, label="cat"), plain)
     assert all(p.requires_grad for p in pipeline.classifier.parameters())
+
+
+class Mine(ClassifierGuidanceBlock):
+    """A user's block, in a file that holds more than it."""
+
+
+def test_the_file_of_a_users_block_is_not_saved_with_it(tmp_path: Path) -> None:
+    Mine().save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir() and not list(tmp_path.rglob("*.py"))
+    ClassifierGuidanceBlock().save_pretrained(tmp_path / "block")
+    assert len(list(tmp_path.rglob("*.py"))) == 1
 
 
 def test_it_is_the_plain_pipeline_under_guide() -> None:

@@ -118,11 +118,17 @@ def _prefer_own_pipelines() -> None:
     find_class = loader._get_pipeline_class
 
     @wraps(find_class)
-    def get_pipeline_class(cls: type, *args: Any, class_name: Any = None, **kwargs: Any) -> type:
-        if class_name not in PIPELINES:
-            return find_class(cls, *args, class_name=class_name, **kwargs)
+    def get_pipeline_class(
+        cls: type, config: Any = None, *args: Any, class_name: Any = None, **kwargs: Any
+    ) -> type:
+        name = class_name
+        if name is None and kwargs.get("custom_pipeline") is None and config is not None:
+            entry = config.get("_class_name")  # where the folder lacks the file, pipeline.py
+            name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if not isinstance(name, str) or name not in PIPELINES:
+            return find_class(cls, config, *args, class_name=class_name, **kwargs)
         is_base = cls.__name__ == "DiffusionPipeline"
-        return getattr(sys.modules["diffusers"], class_name) if is_base else cls
+        return getattr(sys.modules["diffusers"], name) if is_base else cls
 
     loader._get_pipeline_class = get_pipeline_class
 

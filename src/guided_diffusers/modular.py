@@ -75,12 +75,19 @@ class ClassifierGuidanceBlock(ModularPipelineBlocks):
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as in Diffusers, with the code that loads the block without guided-diffusers."""
+        """Save as in Diffusers, with the code that loads the block without guided-diffusers.
+
+        Of a subclass from elsewhere no code is saved: its file may hold more than the class.
+        """
         cls = type(self)
-        if cls.__module__.partition(".")[0] == "guided_diffusers":
+        package = cls.__module__.partition(".")[0]
+        if package == "guided_diffusers":
             code = import_module("guided_diffusers.standalone").self_contained(cls)
-        else:
+        elif package == "diffusers_modules":  # it was loaded from such a file
             code = Path(inspect.getfile(cls)).read_text()
+        else:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            return
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{BLOCK_FILE}.py").write_text(code)
         class_name = f"{BLOCK_FILE}.{cls.__name__}"

@@ -236,6 +236,7 @@ def check_index(folder: Path, components: Collection[str]) -> dict[str, type]:
     index = read_json(path)
     name = index.get("_class_name")
     is_own = isinstance(name, list) and len(name) == 2 and name[1] == CLASS_NAME
+    is_own = is_own and isinstance(name[0], str) and name[0].isidentifier()
     if not isinstance(name, str) and not is_own:
         raise ValueError(
             f"{path}: _class_name is {name!r}, code of the repository; a name, or [module, "

@@ -137,14 +137,14 @@ def _guidance_fields(model: DemoModel) -> dict[str, Any]:
     fields["conditional"] = gr.Checkbox(
         not model.can_hide_label,
         label="The diffusion model gets the label, too",
-        visible=model.can_hide_label and has_classifier,
+        visible=model.can_hide_label,
         elem_id="conditional",
     )
     fields["classifier_free_scale"] = gr.Number(
         preset["classifier_free_scale"],
         label="Classifier-free scale",
         info="0: off; needs a diffusion model that gets the label",
-        visible=model.can_hide_label,
+        visible=model.has_null_label,
     )
     return fields
 

@@ -135,8 +135,8 @@ def sample_call(model: DemoModel, form: SampleForm) -> SampleCall:
         arguments |= {f"guidance_{name}": value for name, value in interval.items()}
         if (form.power, preset["guidance_power"]) != (1, None):
             arguments["guidance_power"] = form.power
-    if label is not None and model.can_hide_label:
-        if not isinstance(label, dict):
+    if label is not None and model.has_null_label:
+        if model.can_hide_label and not isinstance(label, dict):
             arguments["conditional"] = bool(form.conditional)
         if form.classifier_free_scale or preset["classifier_free_scale"]:
             arguments["classifier_free_scale"] = form.classifier_free_scale

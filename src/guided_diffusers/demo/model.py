@@ -117,9 +117,14 @@ class DemoModel:
         return name if is_name and [n for n, _ in self.labels].count(name) == 1 else i
 
     @property
-    def can_hide_label(self) -> bool:
-        """Whether the network knows labels, and can do without, so that only guidance steers."""
+    def has_null_label(self) -> bool:
+        """Whether the network knows labels, and can do without."""
         return self.pipeline.null_label is not None
+
+    @property
+    def can_hide_label(self) -> bool:
+        """Whether it may do without, since a classifier steers."""
+        return self.has_null_label and self.pipeline.classifier is not None
 
     @property
     def max_power(self) -> float | None:

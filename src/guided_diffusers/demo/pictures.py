@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ..diagnosis import GuidanceDiagnostics
 from ..editing import comparison, describe, titles
+from ..images import check_bits
 from ..sampling import grid, image_generator
 from .calls import (
     EditForm,
@@ -172,8 +173,9 @@ def fitting(model: DemoModel, picture: Image.Image) -> Image.Image:
     """A picture in the size of the model's.
 
     Raises:
-        ValueError: for a picture with transparent parts.
+        ValueError: for a picture with transparent parts, or of more than 8 bits a channel.
     """
+    check_bits(picture.mode, "picture")
     if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
         raise ValueError("picture: parts of it are transparent; put it on a background first")
     if model.picture_size in (None, picture.size):
