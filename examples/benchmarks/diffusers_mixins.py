@@ -100,7 +100,7 @@ class Pipeline:
 
 
 class SavesSafetensors(ClassifierGuidedPipeline):
-    """Saves in safetensors, whatever `safe_serialization` says."""
+    """Saves in safetensors, also with `safe_serialization=False`."""
 
     def save_pretrained(self, folder: Any, safe_serialization: bool = True, **options: Any) -> None:
         super().save_pretrained(folder, **options)

@@ -137,7 +137,7 @@ class LoopReplay:
 
 
 def in_turn(results: Sequence[Any]) -> Callable[..., Any]:
-    """A network's results in the order of its calls, whatever it gets."""
+    """A network's results in the order of its calls, for any arguments."""
     remaining: Iterator[Any] = iter(list(results))
     return lambda *args, **kwargs: next(remaining)
 
