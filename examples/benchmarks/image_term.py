@@ -6,8 +6,9 @@
 The floor of a step is the pipeline's own step, then decoding what the term looks at once forward and once backward by
 the plain decoder, with checkpointing as in `guide`; of a single frame of a video, that of four frames: the last of the
 five that two latent frames make, the fewest that this decoder can make four of. Each case runs in a process of its own,
-whose largest memory is read from the operating system; that of the loaded process is subtracted. Networks are small and have random weights. Operations are those of convolutions and matrix
-products, which torch counts; other than seconds they don't depend on what else the machine does.
+whose largest memory is read from the operating system; that of the loaded process is subtracted. Networks are small,
+with random weights. Operations are those of convolutions and matrix products, which torch counts; other than seconds
+they don't depend on what else the machine does.
 """
 
 from __future__ import annotations
