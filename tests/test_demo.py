@@ -29,6 +29,7 @@ from guided_diffusers.demo import (
     DemoModel,
     EditForm,
     SampleForm,
+    demo_app,
     edit_picture,
     sample_pictures,
     write_space,
@@ -264,6 +265,18 @@ def test_labels_of_a_model_without_a_classifier_are_the_networks() -> None:
 def test_pictures_of_more_than_8_bits_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=f"picture: a picture of mode {mode}; 8 bits"):
         fitting(DemoModel.load(), Image.new(mode, (50, 40)))
+
+
+def test_each_model_has_a_page(model: DemoModel) -> None:
+    app = demo_app(model, model)
+    assert app.pages == [("", "Home", True), ("fashion-mnist-1", "fashion-mnist", True)]
+    public = [fn.api_name for fn in app.fns.values() if fn.api_visibility == "public"]
+    assert public == ["generate", "edit", "generate_1", "edit_1"]
+
+
+def test_options_of_one_model_are_refused_for_several() -> None:
+    with pytest.raises(SystemExit, match="--clip: only for one MODEL; 2 are given"):
+        main(["demo", "a", "b", "--clip", "c"])
 
 
 def test_what_a_form_shows_holds_against_a_preset() -> None:

@@ -2,6 +2,13 @@
 
 from pathlib import Path
 
+ROOT = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names of the bundled models."""
+    return sorted(path.parent.name for path in ROOT.glob("*/model_index.json"))
+
 
 def folder(name: str) -> Path:
     """Folder of a bundled model: a pipeline, and in `judge` a classifier not used for guidance.
@@ -9,8 +16,6 @@ def folder(name: str) -> Path:
     Raises:
         ValueError: for an unknown name.
     """
-    root = Path(__file__).parent
-    names = sorted(path.parent.name for path in root.glob("*/model_index.json"))
-    if name not in names:
-        raise ValueError(f"model {name!r} is not bundled; allowed: {names}")
-    return root / name
+    if name not in names():
+        raise ValueError(f"model {name!r} is not bundled; allowed: {names()}")
+    return ROOT / name

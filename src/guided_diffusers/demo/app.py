@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli_options import EXPECTED
@@ -37,11 +38,11 @@ def require_gradio() -> None:
         raise ImportError("the demo needs Gradio 6: pip install 'gradio>=6.31,<7'") from error
 
 
-def demo_app(model: DemoModel, num_images: int = 10) -> Blocks:
-    """A Gradio app for a model; `serve` runs it, or its own `launch`.
+def demo_app(*models: DemoModel, num_images: int = 10) -> Blocks:
+    """A Gradio app for models, a page for each; `serve` runs it, or its own `launch`.
 
     Args:
-        model: what the page shows.
+        models: what the pages show. The first has the address `/`, others have their name there.
         num_images: what the field for it has at first.
 
     Raises:
@@ -50,16 +51,30 @@ def demo_app(model: DemoModel, num_images: int = 10) -> Blocks:
     require_gradio()
     import gradio as gr
 
-    title = f"guided-diffusers: {model.name}"
+    names = [Path(model.name).name for model in models]
+    title = "guided-diffusers" if len(models) > 1 else f"guided-diffusers: {models[0].name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as app:
-        gr.Markdown(f"## {markdown(title)}\nThe same noise without and with guidance.")
-        first_image = gr.State()  # of the last run
-        with gr.Tab("New images"):
-            _sample_tab(model, num_images, first_image)
-        if model.can_edit:
-            with gr.Tab("Edit a picture"):
-                _edit_tab(model, first_image)
+        _page(models[0], names, num_images)
+    for i, model in enumerate(models[1:], 1):
+        with app.route(names[i], names[i] if names[i] not in names[:i] else f"{names[i]}-{i}"):
+            _page(model, names, num_images)
     return app
+
+
+def _page(model: DemoModel, names: Sequence[str], num_images: int) -> None:
+    """The page of a model, with links to those of the others."""
+    import gradio as gr
+
+    if len(names) > 1:
+        gr.Navbar(main_page_name=names[0])
+    title = f"guided-diffusers: {model.name}"
+    gr.Markdown(f"## {markdown(title)}\nThe same noise without and with guidance.")
+    first_image = gr.State()  # of the last run
+    with gr.Tab("New images"):
+        _sample_tab(model, num_images, first_image)
+    if model.can_edit:
+        with gr.Tab("Edit a picture"):
+            _edit_tab(model, first_image)
 
 
 def _sample_tab(model: DemoModel, num_images: int, first_image: Any) -> None:
@@ -92,7 +107,7 @@ def _sample_tab(model: DemoModel, num_images: int, first_image: Any) -> None:
     button.click(generate, inputs, outputs, **events)
     presets = [fields[name] for name in ("scale", "start", "stop", "steps")]
     hidden = fields["conditional"]
-    hidden.input(lambda value: _preset(model, not value), hidden, presets, api_name=False)
+    hidden.input(lambda value: _preset(model, not value), hidden, presets, api_visibility="private")
 
 
 def _preset(model: DemoModel, hidden: bool) -> tuple[float, float, float, int]:
@@ -234,7 +249,7 @@ def _edit_tab(model: DemoModel, first_image: Any) -> None:
     inputs = [picture, label, source, strength, scale, count]
     events = {"api_name": "edit", "show_progress_on": comparison, **ONE_AT_A_TIME}
     button.click(edit, inputs, [comparison, summary, code], **events)
-    take.click(_taken, first_image, picture, api_name=False)
+    take.click(_taken, first_image, picture, api_visibility="private")
 
 
 def _picture(title: str, name: str, buttons: Sequence[str] = ("download", "fullscreen")) -> Any:
