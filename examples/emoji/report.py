@@ -54,7 +54,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SWEEP = {"scheduler": "dpmsolver++", "num_inference_steps": 20}
 #: of the classifier, and of classifier-free guidance, where the network gets the label
-SCALES = ((0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 1.0), (1.0, 1.0), (2.0, 2.0))
+SCALES = (
+    (0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 1.0), (0.0, 2.0), (1.0, 1.0), (2.0, 1.0),
+    (2.0, 2.0), (4.0, 2.0),
+)  # fmt: skip
 CLASSIFIER_SCALES = (1.0, 3.0, 6.0)  # where it doesn't
 SWEPT = ("guidance_scale", "classifier_free_scale")
 COMPOSED = ("Food & Drink", "Smileys & Emotion", "Animals & Nature", "Travel & Places")
