@@ -601,6 +601,41 @@ def test_conditions_that_the_network_is_not_told_are_refused() -> None:
     record(ClassifierFreeGuidance(1, 0.0), **call)
 
 
+def test_a_condition_for_some_of_the_images_is_refused() -> None:
+    """Of two prompts with two images each, whose rows are 0, 0, 1, 1 and not 0, 1, 0, 1."""
+    pipeline, call = PIPELINES["SD"]()
+    rows = {"encoder_hidden_states": normal(2, TOKENS, WIDTH)}
+    with (
+        pytest.raises(ValueError, match="'encoder_hidden_states' has 2 rows for 4 images; one row"),
+        guide(pipeline, ClassifierFreeGuidance(rows, 2.0)),
+    ):
+        pipeline(**call, num_images_per_prompt=2)
+
+
+def test_a_pipeline_with_the_same_network_and_its_own_scheduler_is_guided_by_its_own_terms() -> (
+    None
+):
+    first = stable_diffusion(scheduler=DDIMScheduler(clip_sample=False, **SD))
+    second = stable_diffusion(
+        diffusers.StableDiffusionPipeline, EulerDiscreteScheduler(**SD), first.unet
+    )
+    null = {"encoder_hidden_states": normal(1, TOKENS, WIDTH)}
+    terms = ClassifierFreeGuidance(null, 2.0), ClassifierFreeGuidance(null, 3.0)
+
+    def images(pipeline: Any) -> torch.Tensor:
+        return pipeline(**sd_call(), generator=torch.Generator().manual_seed(0)).images
+
+    plain, guided = images(second), []
+    for pipeline, term in zip((first, second), terms, strict=True):
+        with guide(pipeline, term):
+            guided.append(images(pipeline))
+    with guide(first, terms[0]):
+        assert torch.equal(images(second), plain)
+        with guide(second, terms[1]):
+            assert torch.equal(images(second), guided[1])
+            assert torch.equal(images(first), guided[0])
+
+
 WITHOUT_SOURCE = """
 class Nonlinear(DiffusionPipeline):
     def __init__(self, unet, scheduler):

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload, UserCpuOffloadHook, add_hook_to_module
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import PipelineCallback
 from tiny_pipelines import (
     PIPELINES,
     SD,
@@ -30,6 +32,7 @@ from tiny_pipelines import (
     flux,
     flux_call,
     formula,
+    ldm,
     lively,
     normal,
     pictures,
@@ -471,6 +474,33 @@ def test_gradients_are_on_again_after_a_run_that_ends_within_the_graph() -> None
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("output_type", ["np", "latent"])
+@pytest.mark.parametrize("way", ["interrupted", "denoising_end"])
+def test_a_run_that_ends_before_its_last_step_gives_images_without_a_graph(
+    way: str, output_type: str
+) -> None:
+    """They are those of the term that goes through the network at the steps that there were."""
+    pipeline, call = sdxl(), sdxl_call()
+    if way == "denoising_end":
+        call["denoising_end"] = 0.7
+
+    def interrupt(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.vae.decode(tensors["latents"])  # a preview
+        pipe._interrupt = way == "interrupted" and index == 1
+        return tensors
+
+    call |= {"callback_on_step_end": interrupt, "output_type": output_type}
+    term = EnergyGuidance(wave, 0.01, of="x0", through_network=True)
+    calls, kept = [], []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    with guide(pipeline, term):
+        for _ in range(2):
+            images = pipeline(**deepcopy(call), generator=torch.Generator().manual_seed(7)).images
+            kept.append(torch.as_tensor(images))
+    assert not kept[0].requires_grad and torch.equal(*kept) and torch.is_grad_enabled()
+    assert len(calls) == 6  # two steps, and the first one's is evaluated again
+
+
 def test_with_a_timestep_for_each_token_an_energy_falls_too() -> None:
     """The scheduler takes the opposite sign of the output there."""
     pipeline, call = ltx_condition()
@@ -510,7 +540,7 @@ def test_frames_of_a_video_can_be_chosen() -> None:
     torch.testing.assert_close(some.images, every.images[:, :, [0, 8]])
     with pytest.raises(ValueError, match=r"frames=\[9\]: the video has 9 frames"):
         run(pipeline, call, some, frames=[9])
-    for frames in ("first", [], [0.5], 3):
+    for frames in ("first", [], [0.5], 3, np.array([0, 1])):
         with pytest.raises(
             ValueError, match="frames=.*: 'all', 'middle' or a list of frame numbers"
         ):
@@ -664,9 +694,16 @@ def test_a_callback_gets_plain_tensors_and_may_change_them() -> None:
         tensors["latents"].numpy()
         return tensors
 
+    class Official(PipelineCallback):
+        tensor_inputs = ["latents"]  # noqa: RUF012, of the pipeline's contract
+
+        def callback_fn(self, *args: Any) -> dict[str, Any]:
+            return {**callback(*args), "note": None}
+
     expected = run(pipeline, call, term)
-    assert torch.equal(run(pipeline, {**call, "callback_on_step_end": callback}, term), expected)
-    assert kept == [(False, False)] * 3
+    for one in (callback, Official(cutoff_step_ratio=None, cutoff_step_index=1)):
+        assert torch.equal(run(pipeline, {**call, "callback_on_step_end": one}, term), expected)
+    assert kept == [(False, False)] * 6
 
 
 # manners
@@ -821,6 +858,52 @@ class InPlace(diffusers.DiffusionPipeline):
         for part in latents.split(1):
             images.append(self.vae.decode(part / 2).sample)
         return (torch.cat(images),)
+
+
+class Helped(diffusers.LDMPipeline):
+    """Steps in a method of its own."""
+
+    def denoise(self, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return self.scheduler.step(self.unet(latents, t).sample, t, latents).prev_sample
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[torch.Tensor]:
+        self.scheduler.set_timesteps(3)
+        latents = normal(1, 3, 8, 8)
+        for t in self.scheduler.timesteps:
+            latents = self.denoise(t, latents)
+        return (self.vqvae.decode(latents / self.vqvae.config.scaling_factor).sample,)
+
+
+def test_latents_of_three_channels_that_another_method_decodes_are_no_images() -> None:
+    pipeline, looks = Helped(**ldm().components), Looks()
+    with guide(pipeline, looks):
+        torch.testing.assert_close(pipeline()[0], looks.images)
+
+
+class Settings(diffusers.StableDiffusionPipeline):
+    """Changes a dictionary in its loop, and before it decodes."""
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[torch.Tensor]:
+        self.scheduler.set_timesteps(3)
+        latents, settings = normal(1, 4, 8, 8), {"factor": 1.0, "unknown": True}
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t, normal(1, TOKENS, WIDTH)).sample.tanh()
+            settings["factor"] *= 2
+            latents = self.scheduler.step(output, t, latents).prev_sample
+        settings.update(offset=5.0)
+        settings.pop("unknown")
+        return (self.vae.decode(latents * settings.pop("factor") + settings.pop("offset")).sample,)
+
+
+def test_a_dictionary_is_changed_before_decoding_and_is_the_pipelines_own() -> None:
+    parts = stable_diffusion(scheduler=DDIMScheduler(clip_sample=False, **SD)).components
+    pipeline, looks = Settings(**parts, requires_safety_checker=False), Looks()
+    plain = pipeline()[0]
+    with guide(pipeline, looks):
+        assert torch.equal(pipeline()[0], plain)
+    torch.testing.assert_close(looks.images, plain)
 
 
 def test_what_terms_see_changes_nothing_of_the_pipelines_run() -> None:

@@ -29,6 +29,7 @@ from .checks import shown
 from .guidance import Guidance, GuidanceSum, check_devices
 from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
 from .latent_images import (
+    CALLBACKS,
     DECODERS,
     Frames,
     PipelineEnding,
@@ -41,6 +42,7 @@ from .network_calls import (
     NO_REPEAT,
     DenoiserCall,
     OutputCombination,
+    check_rows,
     clone_if_inference,
     differ,
     find_sample,
@@ -141,6 +143,8 @@ def guide(
             stack.enter_context(before)
             after = denoiser.register_forward_hook(hook.after_call, with_kwargs=True)
             stack.enter_context(after)
+        for part in [part for decoder in hook.decoders for part in decoder.children()]:
+            stack.enter_context(part.register_forward_pre_hook(hook.before_decoder))
         stack.callback(hook.graph.stop)
         scheduler.step.guided_by = total
         yield pipeline
@@ -217,17 +221,19 @@ def _one_call_at_a_time(pipeline: Any, hook: GuidanceHook) -> Iterator[None]:
         with nullcontext() if uses_it_exclusively else exclusive_use(hook.scheduler):
             outer, hook.thread, hook.steps_in_call = hook.thread, get_ident(), 0
             has_gradients = torch.is_grad_enabled()
-            callback = kwargs.get("callback_on_step_end")
-            if callable(callback) and not hasattr(callback, "tensor_inputs"):
-                kwargs["callback_on_step_end"] = hook.graph.wrapped(callback)
+            for name in CALLBACKS:
+                if callable(callback := kwargs.get(name)):
+                    if hasattr(callback, "tensor_inputs"):  # pipelines know that by its class
+                        kwargs[f"{name}_tensor_inputs"] = callback.tensor_inputs
+                    kwargs[name] = hook.graph.wrapped(callback)
             try:
                 result = cls.__call__(self, *args, **kwargs)
             finally:
                 hook.thread = outer
-                hook.graph.stop()
+                ended_within = hook.graph.stop()
                 torch.set_grad_enabled(has_gradients)  # also if the graph was on when it ended
             hook.check_steps()
-            return result
+            return tree_map(_detached, result) if ended_within else result
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call, **names})
@@ -438,6 +444,10 @@ class GuidanceHook:
         call.is_joined = True
         return call.with_changes(**joined)
 
+    def before_decoder(self, module: torch.nn.Module, args: tuple) -> None:
+        """End the graph of a pipeline that left its loop before its last step."""
+        self.graph.stop()
+
     def after_call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Store the network's output, and return the pipeline's part of it."""
         if self._is_other_call(module) or self._open_call is None:
@@ -479,7 +489,12 @@ class GuidanceHook:
 
     def _is_other_call(self, module: torch.nn.Module) -> bool:
         """Whether a call is not one of the guided pipeline's."""
-        return self._predicting or self._index_of(module) is None or self._is_elsewhere()
+        if self._predicting or self._index_of(module) is None or self._is_elsewhere():
+            return True
+        frame = stepping_frame(sys._getframe(1)) if self.thread is None else None
+        if frame is None or (owner := frame.f_locals["self"]) is self.pipeline:
+            return False
+        return getattr(owner, "scheduler", None) is not self.scheduler
 
     def _index_of(self, module: torch.nn.Module) -> int | None:
         return next((i for i, own in enumerate(self.denoisers) if own is module), None)
@@ -538,9 +553,12 @@ class GuidanceHook:
                 "terms are active wasn't known; terms with conditions can't be active in part of "
                 "the run"
             )
+        images = len(sample) // self.repeats
         if conditions:
             self.check_calls(calls)
-        images = len(sample) // self.repeats
+        for call in calls:
+            for condition in conditions:
+                check_rows(condition, call.arguments.arguments, images)
         combine = OutputCombination(
             self.name, calls, step.output[:images, : sample.shape[1]].detach(), sample[:images]
         )

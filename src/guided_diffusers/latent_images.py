@@ -38,6 +38,8 @@ FRAMES_FIRST = {"AutoencoderKLAllegro"}
 #: variables of pipelines with the number of frames that are decoded at once
 CHUNKS = ("decode_chunk_size",)
 CALLBACKS = ("callback", "callback_on_step_end")
+#: methods of lists and dictionaries that change them
+CHANGES = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault"}
 Frames = str | Sequence[int]
 
 
@@ -47,7 +49,7 @@ def check_frames(frames: Any) -> Frames:
     Raises:
         ValueError: unless it is "all", "middle" or a list of frame numbers.
     """
-    if frames in ("all", "middle"):
+    if isinstance(frames, str) and frames in ("all", "middle"):
         return frames
     is_list = isinstance(frames, (list, tuple)) and len(frames) > 0
     if not is_list or not all(type(frame) is int for frame in frames):
@@ -63,8 +65,9 @@ def decode_x0(
     """Images in [-1, 1] of a pipeline's predicted x0: (B, C, H, W), of a video (B, C, F, H, W).
 
     Args:
-        ending: of the pipeline's method that steps the scheduler. None: a loop of the user's, whose
-            latents are decoded by the autoencoder's config.
+        ending: of the pipeline's method that steps the scheduler. None, or one that ends without
+            the pipeline's decoder: a loop of the user's, whose latents are decoded by the
+            autoencoder's config.
         frames: of a video: "all", "middle" for that one, (B, C, H, W), or their numbers.
 
     Raises:
@@ -74,7 +77,7 @@ def decode_x0(
         return _without_ending(pipeline, x0)
     reached = ending.decoder_input(x0)
     if reached is None:
-        return _check_pixels(pipeline, x0)
+        return _without_ending(pipeline, x0)
     if x0.ndim == 6 and len(reached.z) > len(x0):  # images before an edit, and the edited one
         reached.z = reached.z.unflatten(0, (len(x0), -1))[:, -1]
     if frames != "all" and reached.decodes_in_turn:
@@ -325,7 +328,7 @@ class PipelineEnding:
         names = tuple(name for name in frame.f_locals if name.isidentifier())
         self.variables = {name: frame.f_locals[name] for name in names}
         for name, value in self.variables.items():
-            if type(value) is list:  # which the pipeline goes on appending to
+            if type(value) in (list, dict):  # which the pipeline goes on changing
                 self.variables[name] = value.copy()
         self.function = FunctionType(
             _ending_code(frame.f_code, frame.f_lineno, names), frame.f_globals
@@ -392,7 +395,7 @@ def copy_variable(name: str, value: Any) -> Any:
         return [copy_variable("", one) for one in value]
     if isinstance(value, torch.Tensor):
         return value.detach().clone()  # pipelines write into their latents
-    if type(value) is list:
+    if type(value) in (list, dict):
         return value.copy()  # and append to what they decode in the end
     return tqdm(disable=True) if isinstance(value, tqdm) else value
 
@@ -433,12 +436,13 @@ def compile_statements(
 
 class EffectDropper(ast.NodeTransformer):
     """Leaves out calls whose value isn't used (progress bars, caches that are cleared, hooks),
-    except for what changes a list or a tensor."""
+    except for what changes a variable that is a list or a dictionary, or a tensor."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:  # noqa: N802, as ast wants it
         function = getattr(node.value, "func", None)
         name = getattr(function, "attr", "")
-        is_kept = name in ("append", "extend", "insert") or name.endswith("_")
+        is_variable = isinstance(getattr(function, "value", None), ast.Name)
+        is_kept = (is_variable and name in CHANGES) or name.endswith("_")
         return node if is_kept else ast.copy_location(ast.Pass(), node)
 
 
@@ -449,8 +453,12 @@ def _statements_from(body: list[ast.stmt], line: int) -> Iterator[ast.stmt]:
     blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
     inner = next((block for block in blocks if block and _contains(block, line)), None)
     if inner is None:
-        if not any(getattr(node, "attr", "") == "step" for node in ast.walk(statement)):
+        calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        steps = [call for call in calls if getattr(call.func, "attr", "") == "step"]
+        if not steps:
             raise LookupError(f"line {line} has no call of step")
+        if len(steps) == 1:  # whose arguments may be the network's call
+            steps[0].args, steps[0].keywords = [], []
         yield statement
     elif isinstance(statement, (ast.For, ast.While)):
         once = ast.Name("_once", ast.Store())

@@ -239,6 +239,26 @@ def join_batches(
     return joined
 
 
+def check_rows(condition: Mapping[str, Any], arguments: Mapping[str, Any], images: int) -> None:
+    """Refuse a condition with several rows for more images: whose they are isn't known.
+
+    Raises:
+        ValueError: naming its argument.
+    """
+    for name, value in condition.items():
+        own = arguments[name]
+        if isinstance(value, Mapping):
+            check_rows(value, own, images)
+        elif isinstance(own, (torch.Tensor, list, tuple)):
+            is_list = isinstance(value, (list, tuple))
+            rows = len(value if is_list else torch.atleast_1d(torch.as_tensor(value)))
+            if 1 < rows < len(own) and rows % images:
+                raise ValueError(
+                    f"guidance: the condition {name!r} has {rows} rows for {images} images; one row, "
+                    "or one per image, is allowed"
+                )
+
+
 def _has_entry_per_row(value: Any, rows: int) -> bool:
     """Whether it is a list with the sizes of each row's images."""
     return (

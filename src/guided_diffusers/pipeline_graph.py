@@ -7,12 +7,13 @@ returns a sample that requires a gradient, and gradients are on until the next s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from .networks import no_parameter_grad
 
@@ -61,31 +62,40 @@ class PipelineGraph:
             return start
         return sample if _leads_to(output, sample) else None
 
-    def stop(self) -> None:
-        """Gradients are as before."""
-        self._start = None
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
+    def stop(self) -> bool:
+        """Gradients are as before; whether they were on.
+
+        By the next step, or before: at the pipeline's decoder, or its end, where it leaves its loop
+        early (interrupted, `denoising_end`).
+        """
+        stack, self._stack, self._start = self._stack, None, None
+        if stack is not None:
             stack.close()
+        return stack is not None
 
     def wrapped(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """A pipeline's `callback_on_step_end` that gets tensors without a graph; one that it gives
-        back as it got it keeps its graph."""
+        """A pipeline's callback that gets tensors without a graph; one that it gives back as it got
+        it keeps its graph."""
 
         @wraps(callback)
-        def plain(pipeline: Any, index: int, t: Any, tensors: Mapping[str, Any]) -> Any:
-            detached = {
-                name: value.detach() if isinstance(value, torch.Tensor) else value
-                for name, value in tensors.items()
-            }
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._start is None):
-                changed = callback(pipeline, index, t, dict(detached))
-            if not isinstance(changed, Mapping):
-                return changed
-            return {
-                name: tensors[name] if value is detached.get(name) else value
-                for name, value in changed.items()
-            }
+        def plain(*args: Any) -> Any:
+            originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+            def detached(value: Any) -> Any:
+                if not isinstance(value, torch.Tensor):
+                    return value
+                pair = value.detach(), value
+                originals[id(pair[0])] = pair
+                return pair[0]
+
+            recorded, is_on = (self._stack, self._start), self._start is not None
+            self._stack = self._start = None  # a decoder that the callback calls doesn't end it
+            try:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not is_on):
+                    changed = callback(*tree_map(detached, args))
+            finally:
+                self._stack, self._start = recorded
+            return tree_map(lambda value: originals.get(id(value), (value, value))[1], changed)
 
         return plain
 
