@@ -34,10 +34,10 @@ TINY = (
 )
 
 
-def load_script(name: str) -> ModuleType:
-    """The module of `training/NAME.py`, loaded from its path once."""
+def load_script(name: str, folder: Path = TRAINING) -> ModuleType:
+    """The module of `training/NAME.py`, or of another folder, loaded from its path once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from .checks import shown
 from .guidance import Guidance, GuidanceSum, check_devices
-from .guider import Guider, Prediction, StepFinder, as_number, exclusive_use
+from .guider import Guider, Prediction, StepFinder, exclusive_use
 from .latent_images import (
     CALLBACKS,
     DECODERS,
@@ -430,7 +430,7 @@ class GuidanceHook:
         if self.terms.conditions:
             timestep = bound.arguments.get("timestep")
             self.start_run(timestep)
-            index = self.finder.next(as_number(timestep))
+            index = self.finder.next(self.finder.number(timestep))
             conditions = GuidanceSum(self.guider.active_terms(index)).conditions
         arguments = dict(bound.arguments)
         call = self._open_call = DenoiserCall(module, bound, conditions)

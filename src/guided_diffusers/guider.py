@@ -430,6 +430,17 @@ class StepFinder:
         self.first = first or 0
         self.last = self.first - 1
 
+    def number(self, timestep: Any) -> float | None:
+        """A timestep as a number. That of one of the schedule's own, a view, is known by its place,
+        so that an accelerator isn't waited for."""
+        own = self.schedule._base if self.schedule._is_view() else self.schedule
+        if isinstance(timestep, torch.Tensor) and timestep._is_view() and timestep._base is own:
+            place = timestep.storage_offset() - self.schedule.storage_offset()
+            index, rest = divmod(place, self.schedule.stride(0))
+            if not rest and 0 <= index < len(self.timesteps):
+                return self.timesteps[index]
+        return as_number(timestep)
+
     def next(self, number: float | None) -> int:
         """The first step after the last one at this timestep; else the first with it (a repeated
         run); else the next step of all."""
@@ -446,7 +457,7 @@ class StepFinder:
             ValueError: if the schedule has none.
             RuntimeError: if another call, in another thread or a callback, uses the scheduler.
         """
-        number = as_number(timestep)
+        number = self.number(timestep)
         index = self.next(number)
         if self.scheduler.timesteps is not self.schedule:
             raise RuntimeError(

@@ -66,7 +66,7 @@ class LabelLikelihood:
             )
         rows = [[label.get(i, 0.0) for i in range(logits.shape[1])] for label in self.labels]
         with torch.inference_mode(False):  # kept, and then used where gradients are taken
-            return torch.tensor(rows, device=logits.device)
+            return torch.tensor(rows).to(logits.device, non_blocking=True)
 
     def conditions(self) -> list[dict[int, float]]:
         """What each image, or all of them, is conditioned on."""

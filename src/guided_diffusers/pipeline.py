@@ -571,7 +571,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     tensors = {"latents": latents, "model_output": output}
                     tensors = _callback_tensors(tensor_inputs, guider, prediction, tensors)
                     before = None if population is None else latents.clone()
-                    with noting(f"in callback_on_step_end at step {index} (timestep {t:g})"):
+                    number = guider.timesteps[
+                        index
+                    ]  # t itself would have to be read from the device
+                    with noting(f"in callback_on_step_end at step {index} (timestep {number:g})"):
                         changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
                     latents = replaced_latents(changed, tensors, latents, before)
@@ -849,7 +852,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             x = torch.cat([x] * len(class_labels))
         kwargs = {}
         if class_labels[0] is not None:
-            rows = [labels.to(x.device).expand(batch_size) for labels in class_labels]
+            rows = [labels.to(x.device, non_blocking=True) for labels in class_labels]
+            rows = [labels.expand(batch_size) for labels in rows]
             kwargs["class_labels"] = torch.cat(rows)
         if self._is_dit or x.ndim != 4:  # a DiT takes no timestep without a dimension
             t = t.expand(len(x))
