@@ -5,7 +5,11 @@ Shown on a simulated device (`examples/benchmarks/host_reads.py`), on which a ru
 
 from __future__ import annotations
 
+import json
+import runpy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -259,3 +263,42 @@ def test_guide_reads_nothing_between_the_first_and_the_last_step() -> None:
     assert device.reads("diffusers") == []
     # of the last step: whether it gave the predicted x0
     assert of_package(device, "guided_diffusers") == {("read", "attach.py, check_ending")}
+
+
+# ------------------------------------------------------------ the benchmark
+
+
+def run_benchmark(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    command = ["gpu", "--size", "tiny", "--processes", "--json", str(path), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
+    return json.loads(path.read_text())["sizes"]["tiny"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_benchmark_prints_each_row(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--device", device, "--turns", "1", "--no-compile", "--reading-term"]
+    results = run_benchmark(monkeypatch, tmp_path / "gpu.json", *arguments)
+    text = capsys.readouterr().out
+    for row in results["waits"]:
+        assert f"| {row['guidance']} | {row['scheduler']} | (2, 1, 8, 8) | " in text
+    own = [row for row in results["waits"] if "reads" not in row["guidance"]]
+    reading = next(row for row in results["waits"] if "reads" in row["guidance"])
+    tolerance = [row for row in own if "tolerance" in row["guidance"]]
+    assert [row["waits"]["guided_diffusers"] > 0 for row in tolerance] == [True]
+    others = [row for row in own if row not in tolerance]
+    assert [row["waits"]["guided_diffusers"] for row in others] == [0] * 5
+    assert reading["waits"]["gpu.py"] == 1  # the counter counts
+    if device == "meta":
+        assert "steps" not in results and " ms " not in text
+        return
+    names = [row["step"] for row in results["steps"]]
+    assert names[:3] == ["floor", "unguided", "guided"] and len(names) == 7
+    assert all(row["ms"] > 0 and f"| {row['step']} | " in text for row in results["steps"])
+    assert results["steps"][0]["ratio"] == 1
+    plain = next(row for row in own if row["guidance"] == "classifier")
+    counts = [sum(row["profiler"].values()) for row in (own[0], plain, reading)]
+    assert counts == [0, 2, 3]  # on a CPU: two checks a step, and the term's read

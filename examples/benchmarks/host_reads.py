@@ -219,6 +219,7 @@ def in_loop(network: torch.nn.Module, device: Any, step: int = 0) -> Iterator[No
         with patch.object(Guider, "check_finite", stop):
             yield
     finally:
+        device.is_on = False
         handle.remove()
 
 

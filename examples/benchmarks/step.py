@@ -39,7 +39,14 @@ from guided_diffusers.files import write_json
 from guided_diffusers.speed import optimize
 
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
-SIZES: dict[str, dict[str, Any]] = {  # that of the bundled models, and 64 channels at 64x64
+SIZES: dict[str, dict[str, Any]] = {  # of a test, of the bundled models, and 64 channels at 64x64
+    "tiny": {
+        "batch": 2,
+        "image": (1, 8),
+        "unet": (32, 32),
+        "classifier": (32, 32),
+        "groups": 8,
+    },
     "small": {
         "batch": 16,
         "image": (1, 28),
@@ -315,7 +322,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--size", choices=SIZES, action="append", help="a size (default: all)")
+    option("--size", choices=SIZES, action="append", help="a size (default: small and large)")
     option("--steps", type=int, default=50, help="timed steps per kind (default: %(default)s)")
     option("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     option("--cpu-time", action="store_true", help="CPU time of the process, not wall-clock time")
@@ -335,7 +342,7 @@ def main() -> None:
         print(json.dumps(peak_memory(options.size[0], options.device, options.probe)))
         return
     results = {}
-    for size in options.size or SIZES:
+    for size in options.size or ("small", "large"):
         results[size] = measure(size, options)
         print_results(size, results[size])
     if options.output:
