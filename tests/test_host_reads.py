@@ -211,15 +211,12 @@ def test_a_decision_by_values_reads_them_once_a_step_and_nothing_else() -> None:
 SCHEDULERS = {  # whether its own steps read values
     "DDIMScheduler": True,
     "DDPMScheduler": True,
-    "LCMScheduler": True,
     "DPMSolverMultistepScheduler": False,
     "DPMSolverSinglestepScheduler": False,
     "UniPCMultistepScheduler": False,
     "EulerDiscreteScheduler": False,
     "EulerAncestralDiscreteScheduler": False,
-    "HeunDiscreteScheduler": False,
     "FlowMatchEulerDiscreteScheduler": False,
-    "EDMEulerScheduler": False,
 }
 
 

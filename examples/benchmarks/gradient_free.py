@@ -169,6 +169,7 @@ def rules(threshold: float) -> list[Rule]:
         Rule("label only", None, ((0.0, 0.0),)),
         Rule(CLASSIFIER_FREE, classifier_free, (late,)),
         Rule("by confidence and label, x0", both, (late,)),
+        Rule(CLASSIFIER_FREE, classifier_free, ((0.5, 0.4),)),
         Rule("by confidence, x0", confidence, ((2.0, 0.4),)),
         Rule("by label, x0", label, (late,)),
         Rule("preset: classifier", None, (late,), 0.1),

@@ -1,4 +1,8 @@
-"""Finds where a run makes the host wait for its device, also where there is none.
+"""Finds where a run makes the host wait for its device, also where there is none; used by `gpu.py`.
+
+    python examples/benchmarks/gpu.py --device meta --size tiny
+
+In Python:
 
     with SimulatedDevice() as device, in_loop(pipeline.unet, device):
         to_device(pipeline.unet, pipeline.classifier)
