@@ -21,8 +21,8 @@ def pipeline(logits: list[float]) -> ClassifierGuidedPipeline:
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     unet = small_unet(**ONE_LEVEL, **blocks, num_class_embeds=4)
     classifier = small_classifier(**ONE_LEVEL, down_block_types=("ResnetDownsampleBlock2D",))
-    torch.nn.init.zeros_(classifier.head[-1].weight)
-    classifier.head[-1].bias.data = torch.tensor(logits)
+    torch.nn.init.zeros_(classifier.head[-1].out.weight)
+    classifier.head[-1].out.bias.data = torch.tensor(logits)
     return quiet(unet, diffusers.DDIMScheduler(clip_sample=False), classifier)
 
 
