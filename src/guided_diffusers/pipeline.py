@@ -571,9 +571,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     tensors = {"latents": latents, "model_output": output}
                     tensors = _callback_tensors(tensor_inputs, guider, prediction, tensors)
                     before = None if population is None else latents.clone()
-                    number = guider.timesteps[
-                        index
-                    ]  # t itself would have to be read from the device
+                    number = guider.timesteps[index]  # t would be read from the device
                     with noting(f"in callback_on_step_end at step {index} (timestep {number:g})"):
                         changed = callback_on_step_end(self, index - first, t, tensors)
                     check_unchanged(self.scheduler, *schedule_of_call)
