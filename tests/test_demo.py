@@ -9,12 +9,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -35,6 +38,7 @@ from guided_diffusers.demo import (
     write_space,
 )
 from guided_diffusers.demo.pictures import fitting
+from guided_diffusers.demo.server import is_loopback, start
 from guided_diffusers.sampling import grid, image_generator
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +296,15 @@ def test_what_a_form_shows_holds_against_a_preset() -> None:
     assert "classifier_free_scale" not in code and "guidance_power" not in code
 
 
+def test_where_nothing_steers_the_pictures_are_made_once(model: DemoModel) -> None:
+    seen: list[tuple[int, int]] = []
+    form = SampleForm([SNEAKER], "", True, 0, 1, 0, 0.0, 1.0, steps=2, num_images=1)
+    result = sample_pictures(model, form, lambda *step: seen.append(step))
+    assert seen[-1] == (2, 2) and result.record is None and result.summary == "1 image"
+    assert result.guided.tobytes() == result.unguided.tobytes()
+    assert sample_pictures(model, replace(form, scale=None)).record is not None  # the preset's
+
+
 def test_models_that_make_no_pictures_from_noise_are_refused(tmp_path: Path) -> None:
     pipeline = ClassifierGuidedPipeline(tiny_unet(), DDPMScheduler(), data_mean=1.0, data_std=2.0)
     pipeline.save_pretrained(tmp_path / "arrays")
@@ -519,6 +532,53 @@ def test_only_this_machine_reaches_the_demo(server: Server) -> None:
     assert all(c.raddr.ip == "127.0.0.1" for c in connections if c.raddr)
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "::", "192.168.1.2", "localhost.example")),
+    ],
+)
+def test_which_hosts_are_open_to_other_machines(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_a_full_queue_is_a_message_and_an_unexpected_error_is_logged(
+    model: DemoModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    from gradio_client import Client
+
+    begun, finish = threading.Event(), threading.Event()
+
+    def sample(*_: Any) -> None:
+        begun.set()
+        finish.wait(60)
+        raise LookupError("an accident")
+
+    monkeypatch.setattr("guided_diffusers.demo.app.sample_pictures", sample)
+    monkeypatch.setattr("guided_diffusers.demo.app.MAX_WAITING", 2)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = demo_app(model)
+    try:
+        client = Client(start(app), verbose=False, analytics_enabled=False)
+        calls = [client.submit(api_name="/generate")]
+        assert begun.wait(60)
+        calls += [client.submit(api_name="/generate") for _ in range(3)]  # one more than may wait
+        deadline = time.monotonic() + 60
+        while not any(call.done() for call in calls) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        finish.set()
+        messages = [str(call.exception(60)) for call in calls]
+    finally:
+        finish.set()
+        app.close(verbose=False)
+    assert sum("full" in message for message in messages) == 1, messages
+    assert sum("unexpected LookupError: an accident" in message for message in messages) == 3
+    assert caplog.text.count("Traceback") == caplog.text.count("LookupError: an accident") == 3
+
+
 def test_a_used_port_and_a_wrong_host_are_named(server: Server) -> None:
     port = server.url.rpartition(":")[2]
     with pytest.raises(SystemExit, match=f"demo: --host 127.0.0.1 --port {port} can't be used: "):
@@ -558,6 +618,8 @@ def test_a_space_runs_as_it_is_and_answers(tmp_path: Path) -> None:
         assert "1 image, guidance evaluated" in summary
         with Image.open(unguided) as before, Image.open(guided) as after:
             assert before.size == after.size and not np.array_equal(before, after)
+        large = {"files": ("large.png", bytes(21 * 2**20))}
+        assert httpx.post(f"{server.url}/gradio_api/upload", files=large).status_code == 413
     finally:
         server.stop()
     assert "Traceback" not in server.log.read_text()

@@ -157,9 +157,11 @@ def results(hub: Hub, stranger: Path, tmp_path_factory: pytest.TempPathFactory) 
         guided_diffusers.hub.push("model", "user/model", picture=False)
         CLASSIFIER.push_to_hub("user/classifier")
         ClassifierGuidanceBlock().push_to_hub("user/block")
+        guided_diffusers.hub.push("block", "user/folder-of-block")
     """
     client(hub, place, publish, sys.executable)
     assert {"README.md", *contents(place / "block")} == hub.head("user/block").keys()
+    assert contents(place / "block").keys() == hub.head("user/folder-of-block").keys()
     results = {}
     for package, python in ((True, sys.executable), (False, stranger)):
         results[package] = client(hub, place, DOORS, python)

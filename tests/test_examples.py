@@ -449,6 +449,49 @@ def test_python_code_of_a_readme_runs_in_its_order(
         assert ((made - plain).square().mean((1, 2, 3)) < 0.25 * plain.var((1, 2, 3))).all()
 
 
+def test_code_of_the_chinese_readme_is_the_readmes() -> None:
+    """Each block of code, and each command in a line, letter by letter."""
+    chinese, english = ((ROOT / path).read_text() for path in ("examples/README.zh.md", "README.md"))
+    indented = re.findall(r"(?:^ {4}.*\n)+", re.sub(r"^```.*?^```", "", chinese, flags=re.M | re.S), re.M)
+    blocks = python_blocks("examples/README.zh.md") + indented
+    assert len(blocks) == 6 and all(block in english for block in blocks)
+    lines = commands(chinese)
+    assert len(lines) == 8 and set(lines) <= set(commands(english))
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", chinese)
+    assert len(links) > 10 and all((EXAMPLES / link).exists() for link in links)
+    assert "](examples/README.zh.md)" in english.split("\n\n")[1]
+
+
+def test_every_picture_of_the_gallery_has_its_command_in_one_script() -> None:
+    made = runpy.run_path(str(EXAMPLES / "gallery.py"))["COMMANDS"]
+    text = (EXAMPLES / "README.md").read_text()
+    files = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    names = {"emoji" if file.startswith("emoji/") else Path(file).stem for file in files}
+    assert names | {"fashion-mnist"} == made.keys()  # the README's first picture
+    text = re.sub(r"\\?\s+", " ", text)  # also of continued lines
+    for name in names:
+        assert made[name] in text, name
+    for file in files:
+        assert (EXAMPLES / file).exists() and file.endswith(".png")
+
+
+def test_the_gallery_makes_a_picture_and_skips_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    module = runpy.run_path(str(EXAMPLES / "gallery.py"))
+    module["COMMANDS"]["energy"] += " --images 1 --num-inference-steps 2"
+    module["NEEDS"]["edits"] = ["data/nowhere"]
+    module["COMMANDS"]["mnist1d"], module["NEEDS"]["mnist1d"] = "exit 3", []
+    monkeypatch.chdir(tmp_path)
+    names = ["energy", "edits", "mnist1d"]
+    monkeypatch.setattr(sys, "argv", ["gallery", "--only", *names, "--output", "a folder"])
+    with pytest.raises(SystemExit, match="^these commands failed: mnist1d$"):
+        module["main"]()
+    with Image.open(tmp_path / "a folder/energy.png") as picture:
+        assert picture.height == 4 * 84
+    assert "edits: skipped; missing: data/nowhere (" in capfd.readouterr().out
+
+
 PROGRAMS = ("guided-diffusers ", "python ", "accelerate launch ", "torchrun ", "sh ")
 #: what "..." stands for where no earlier command of the file has it
 CONTEXT = {"evaluate": "out/images --dataset photos", "train": "--train_data_dir photos"}

@@ -804,11 +804,13 @@ def test_metrics_on_a_dataset_of_the_hub_are_evaluation_results(
         ("someone/clothes", "accuracy", 0.875, "accuracy of classifier, timestep 49"),
         ("someone/clothes", "accuracy", 0.25, "accuracy of classifier, timestep 949"),
     ]
-    mine = "- dataset: {id: someone/clothes, task_id: mine}\n  value: 1.0\n"
-    (results / "ece.yaml").write_text(mine)
+    windows = (results / "accuracy.yaml").read_bytes().replace(b"\n", b"\r\n")
+    (results / "accuracy.yaml").write_bytes(windows)  # of git on Windows
+    mine = "- dataset: {id: someone/clothes, task_id: Genauigkeit für mich}\n".encode("latin-1")
+    (results / "ece.yaml").write_bytes(mine)
     (folder / "figures.json").write_text("{}")
     hub.staging.prepare(folder, tmp_path / "stage", "user/model", picture=False)
-    staged = {path.name: path.read_text() for path in (tmp_path / "stage/.eval_results").iterdir()}
+    staged = {path.name: path.read_bytes() for path in (tmp_path / "stage/.eval_results").iterdir()}
     assert staged == {"ece.yaml": mine}  # what a user wrote stays, what has no metrics goes
     (results / "more.txt").write_text("x")
     with pytest.raises(ValueError, match=r"no part of a model: \.eval_results/more\.txt"):

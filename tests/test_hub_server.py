@@ -554,7 +554,13 @@ def test_pull_overwrites_only_what_it_wrote(hub: Hub, place: Path) -> None:
     hub.commit(
         "user/hidden-files",
         "main",
-        {**files, ".cache/guided_diffusers/pull.json": b"{}", "a/.b.json": b"{}"},
+        {
+            **files,
+            ".cache/guided_diffusers/pull.json": b"{}",
+            "a/.b.json": b"{}",
+            ".eval_results/accuracy.yaml": b"[]",
+            ".eval_results/x.py": b"",
+        },
     )
     script = """
         from guided_diffusers import hub
@@ -605,7 +611,8 @@ def test_pull_overwrites_only_what_it_wrote(hub: Hub, place: Path) -> None:
     )
     assert "model.BIN" in said["pickles"][0] and not (place / "pulled-pickles").exists()
     assert said["empty"][0].startswith("ValueError: user/empty has no file of a model")
-    assert said["hidden-files files"] == sorted(f"pulled-hidden-files/{name}" for name in files)
+    pulled = sorted([*files, ".eval_results/accuracy.yaml"])
+    assert said["hidden-files files"] == [f"pulled-hidden-files/{name}" for name in pulled]
     assert said["first"] == ["nothing was raised", False]
 
     hub.commit("user/files", "main", later)

@@ -18,6 +18,7 @@ PACKAGE = __name__.partition(".")[0]
 COMPONENT_MODULES = ("classifier", "openai.unet", "openai.schedules")
 PIPELINES = {"ClassifierGuidedPipeline": "pipeline"}
 PIPELINE_LOADER = "diffusers.pipelines.pipeline_utils"
+MODULAR_LOADER = "diffusers.pipelines.pipeline_loading_utils"  # what `ModularPipeline` imports from
 
 
 def lazy_imports(
@@ -113,7 +114,8 @@ def _register() -> None:
 
 def _prefer_own_pipelines() -> None:
     """Let Diffusers use this package's class where a model_index.json names the class's copy in
-    the folder, `["pipeline", "ClassifierGuidedPipeline"]`; no code of the folder runs then."""
+    the folder, `["pipeline", "ClassifierGuidedPipeline"]`; no code of the folder runs then.
+    `ModularPipeline` refuses such a folder."""
     loader = sys.modules[PIPELINE_LOADER]
     find_class = loader._get_pipeline_class
 
@@ -127,10 +129,16 @@ def _prefer_own_pipelines() -> None:
             name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if not isinstance(name, str) or name not in PIPELINES:
             return find_class(cls, config, *args, class_name=class_name, **kwargs)
+        if any(base.__name__ == "ModularPipeline" for base in cls.__mro__):
+            raise ValueError(
+                f"{cls.__name__}: this is a {name}, which has no modular blocks; load it by "
+                "DiffusionPipeline.from_pretrained"
+            )
         is_base = cls.__name__ == "DiffusionPipeline"
         return getattr(sys.modules["diffusers"], name) if is_base else cls
 
-    loader._get_pipeline_class = get_pipeline_class
+    for module in (loader, sys.modules[MODULAR_LOADER]):
+        module._get_pipeline_class = get_pipeline_class
 
 
 def _add_names(module: Any, names: Mapping[str, tuple[str, str | None]]) -> None:

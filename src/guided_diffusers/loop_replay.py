@@ -108,6 +108,9 @@ class LoopReplay:
         Args:
             evaluate: (network, its arguments) -> its output.
             sample: the loop's, and another one in its place.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: of the statements.
         """
         pipeline, replacements = self.variables["self"], {}
         own, changed = copy(pipeline), vars(pipeline).items()
@@ -131,6 +134,8 @@ class LoopReplay:
             self.function(**variables)
         except StepReached as reached:
             return reached.output
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # such as a variable that the body has changed
             return None
         return None

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers.utils.logging import get_logger
+
 from ..cli_options import EXPECTED
 from ..text import markdown, one_line
 from .calls import MAX_IMAGES, PICTURE_FILE, EditForm, SampleForm
@@ -19,8 +21,10 @@ from .pictures import edit_picture, plot_of, sample_pictures
 if TYPE_CHECKING:
     from gradio import Blocks
 
+logger = get_logger(__name__)
 #: all that runs the model shares one place in the queue, as it has one scheduler
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "multiple"}
+MAX_WAITING = 20  # calls in the queue; more are refused with a message
 HOUR = 3600
 EDIT_SCALE = 3.0
 
@@ -58,7 +62,7 @@ def demo_app(*models: DemoModel, num_images: int = 10) -> Blocks:
     for i, model in enumerate(models[1:], 1):
         with app.route(names[i], names[i] if names[i] not in names[:i] else f"{names[i]}-{i}"):
             _page(model, names, num_images)
-    return app
+    return app.queue(max_size=MAX_WAITING)
 
 
 def _page(model: DemoModel, names: Sequence[str], num_images: int) -> None:
@@ -285,7 +289,7 @@ def _progress() -> Callable[[int, int], None]:
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
     """Context manager in which errors become the page's messages, in one line; what isn't an error
-    of the input is named as a bug."""
+    of the input is named as a bug, and logged with its traceback."""
     import gradio as gr
 
     try:
@@ -293,5 +297,6 @@ def errors_as_messages() -> Iterator[None]:
     except Exception as error:
         message = one_line(error) or type(error).__name__
         if not isinstance(error, EXPECTED):
+            logger.exception("unexpected error in the demo")
             message = f"unexpected {type(error).__name__}: {message}; this is a bug"
         raise gr.Error(escape(message), duration=None, print_exception=False) from None

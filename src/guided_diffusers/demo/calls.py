@@ -81,6 +81,7 @@ class SampleCall:
         arguments: further ones of the call, plain values.
         caption: for the CLIP; None: none.
         caption_arguments: of its term.
+        is_guided: whether anything steers.
     """
 
     label: Label | None
@@ -90,11 +91,7 @@ class SampleCall:
     scheduler: str
     seed: int
     num_images: int
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether anything steers."""
-        return self.label is not None or self.caption is not None
+    is_guided: bool
 
     def term(self, model: DemoModel) -> NoiseAwareCLIPGuidance | None:
         """The guidance by the caption.
@@ -141,14 +138,20 @@ def sample_call(model: DemoModel, form: SampleForm) -> SampleCall:
         if form.classifier_free_scale or preset["classifier_free_scale"]:
             arguments["classifier_free_scale"] = form.classifier_free_scale
     arguments["num_inference_steps"] = _steps(form.steps)
+    caption_arguments = _given({"scale": form.caption_scale, **interval})
+    scales = [caption_arguments.get("scale", 1)] if caption is not None else []
+    for name in ("guidance_scale", "classifier_free_scale"):
+        if name in arguments:
+            scales.append(preset[name] if arguments[name] is None else arguments[name])
     return SampleCall(
         label,
         _given(arguments),
         caption,
-        _given({"scale": form.caption_scale, **interval}),
+        caption_arguments,
         form.scheduler or scheduler_name(model.scheduler),
         seed,
         count,
+        any(scales),
     )
 
 

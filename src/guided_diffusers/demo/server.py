@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
+from contextlib import suppress
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,13 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 MAX_UPLOAD = "20mb"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at this address or name."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -42,7 +51,7 @@ def serve(app: Blocks, host: str = LOOPBACK, port: int | None = None) -> None:
         OSError: for an address or a port that can't be used.
     """
     url = start(app, host, port)
-    others = "" if host in (LOOPBACK, "localhost") else ", open to other machines"
+    others = "" if is_loopback(host) else ", open to other machines"
     print(f"{url} (Ctrl-C stops it{others})", flush=True)
     try:
         Event().wait()

@@ -20,6 +20,7 @@ from ..text import markdown, printable
 from ..utils import is_hub_id
 from .app import require_gradio
 from .model import DemoModel
+from .server import MAX_UPLOAD
 
 PACKAGE = Path(__file__).parents[1]
 DEFAULT_LICENSE = "apache-2.0"  # of this package and its models
@@ -34,7 +35,7 @@ FOLDER = Path(__file__).parent
 demo = demo_app(DemoModel.load({arguments}))
 
 if __name__ == "__main__":
-    demo.launch(footer_links=["api"], run_history=False)
+    demo.launch(footer_links=["api"], run_history=False, max_file_size="{max_upload}")
 '''
 README = """\
 ---
@@ -95,7 +96,9 @@ def write_space(
                 loaded.clip.save_pretrained(partial / "clip")
                 arguments.append('clip=FOLDER / "clip"')
         _copy_package(partial / "guided_diffusers", bundled)
-        (partial / "app.py").write_text(APP.format(arguments=", ".join(arguments)))
+        (partial / "app.py").write_text(
+            APP.format(arguments=", ".join(arguments), max_upload=MAX_UPLOAD)
+        )
         (partial / "requirements.txt").write_text("\n".join([*_requirements(), ""]))
         name = Path(model).resolve().name if is_folder else str(model)
         text = _readme(f"Guided diffusion, {name}", license, str(model))

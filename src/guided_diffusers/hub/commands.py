@@ -20,7 +20,8 @@ def add_hub_commands(commands: Any) -> None:
         "of `hf auth login` or of HF_TOKEN.",
     )
     push.set_defaults(run=run_push)
-    push.add_argument("folder", type=path, help=FOLDER)
+    help = "a folder with a pipeline, a classifier, a CLIP or a Modular block"
+    push.add_argument("folder", type=path, help=help)
     push.add_argument("repo", metavar="REPO", help="user/model; created if missing")
     push.add_argument(
         "--private",

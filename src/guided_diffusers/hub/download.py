@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from glob import escape
 from pathlib import Path, PurePosixPath
 
 from diffusers.utils.logging import get_logger
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..files import check_writable, folder_lock, write_json
@@ -77,8 +79,7 @@ def pull(
                 revision=info.sha,
                 token=token,
                 local_dir=folder,
-                allow_patterns=[f"*.{suffix}" for suffix in SUFFIXES],
-                ignore_patterns=[".*", "*/.*"],
+                allow_patterns=[escape(name) for name in sorted(downloads)],
             )
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -161,6 +162,8 @@ def _is_equal(path: Path, url: str, token: str | None) -> bool:
 
 
 def _is_downloaded(name: str) -> bool:
+    if PurePosixPath(name).parent.as_posix() == EVAL_RESULTS_FOLDER:
+        return name.endswith(".yaml")
     hidden = any(part.startswith(".") for part in name.split("/"))
     return not hidden and name.rpartition(".")[2] in SUFFIXES and "." in name
 

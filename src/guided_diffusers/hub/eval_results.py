@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
-MARK = "# Written by guided-diffusers from the metrics in this repository.\n"
+MARK = "# Written by guided-diffusers from the metrics in this repository."
 
 
 def write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
@@ -23,7 +23,7 @@ def write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
     """
     directory = folder / EVAL_RESULTS_FOLDER
     for path in directory.glob("*.yaml"):
-        if path.read_text(encoding="utf-8").startswith(MARK):
+        if path.read_bytes().partition(b"\n")[0].strip() == MARK.encode():  # also with \r\n
             path.unlink()
     by_metric: dict[str, list[EvalResultEntry]] = {}
     for result in results:
@@ -39,4 +39,4 @@ def write_eval_results(folder: Path, results: Sequence[EvalResult]) -> None:
         if not path.exists():
             directory.mkdir(exist_ok=True)
             text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-            path.write_text(MARK + text)
+            path.write_text(f"{MARK}\n{text}")

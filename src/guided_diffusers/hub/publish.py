@@ -18,7 +18,7 @@ from ..utils import hub_time_limit
 from ..weights import weight_patterns, weights_stem
 from .files import is_link_out
 from .model_card import is_generated, write_card
-from .staging import Model, collect, complete, refuse_card_data
+from .staging import Model, collect, collect_block, complete, is_block, refuse_card_data
 from .target import check_datasets, check_target
 from .verification import check
 
@@ -39,7 +39,7 @@ def push(
     include: Sequence[str] = (),
     **card: Any,
 ) -> CommitInfo:
-    """Publish a folder with a pipeline, a classifier or a CLIP; the folder isn't changed.
+    """Publish a folder with a pipeline, a classifier, a CLIP or a block; the folder isn't changed.
 
     A README.md on the Hub that a user wrote or edited is kept, unless the folder has such a
     README.md, too.
@@ -65,14 +65,20 @@ def push(
     api = HfApi(token=token)
     with hub_time_limit(), tempfile.TemporaryDirectory() as directory:
         stage = Path(directory) / "repository"
-        collect(Path(folder), stage, include)
-        _check_access(api, repo_id)
-        model = complete(Path(folder), stage, repo_id, variant, **card)
-        check(stage, model, variant, include)
+        model = None  # of a block
+        if is_block(Path(folder)):
+            _check_block_options(card | {"variant": variant})
+            collect_block(Path(folder), stage, include)
+            _check_access(api, repo_id)
+        else:
+            collect(Path(folder), stage, include)
+            _check_access(api, repo_id)
+            model = complete(Path(folder), stage, repo_id, variant, **card)
+            check(stage, model, variant, include)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if is_generated(Path(folder) / "README.md"):
+        if model is not None and is_generated(Path(folder) / "README.md"):
             readme = (PurePosixPath(subfolder or "") / "README.md").as_posix()
             if api.file_exists(repo_id, readme, revision=revision):
                 remote = api.hf_hub_download(
@@ -88,6 +94,15 @@ def push(
             create_pr=create_pr,
             commit_message=commit_message or "Upload with guided-diffusers",
             delete_patterns=_replaced_weights(stage),
+        )
+
+
+def _check_block_options(options: dict[str, Any]) -> None:
+    """Refuse what is of weights or their card."""
+    if names := [name for name in ("license", "datasets", "variant") if options.get(name)]:
+        raise ValueError(
+            f"{', '.join(names)}: a block has no weights and no card is written for it; write its "
+            "README.md"
         )
 
 

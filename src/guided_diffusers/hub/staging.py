@@ -96,6 +96,36 @@ def collect(folder: Path, stage: Path, include: Sequence[str] = ()) -> None:
     check_files(stage, {}, include)
 
 
+def is_block(folder: Path) -> bool:
+    """Whether it is the folder of a block of Modular Diffusers."""
+    return (folder / "modular_config.json").is_file()
+
+
+def collect_block(folder: Path, stage: Path, include: Sequence[str] = ()) -> None:
+    """As `collect`, of a block's folder, with its code, which is written again.
+
+    Raises:
+        ValueError: for another block than this package's; as `select_files` and `check_files`.
+    """
+    from ..modular import BLOCK_FILE, ClassifierGuidanceBlock
+
+    name = read_json(folder / "modular_config.json").get("_class_name")
+    if name != ClassifierGuidanceBlock.__name__:
+        raise ValueError(
+            f"{folder} contains the block {name}; {ClassifierGuidanceBlock.__name__} is allowed, "
+            "others have Diffusers' push_to_hub"
+        )
+    names, _ = select_files(folder, {"."}, include)
+    stage.mkdir(parents=True)
+    for name in names:
+        if not is_generated_code(Path(name)):
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, stage / name)
+    ClassifierGuidanceBlock().save_pretrained(stage)
+    code = f"{BLOCK_FILE}.py"
+    check_files(stage, {code: (stage / code).read_text()}, include)
+
+
 def complete(
     folder: Path, stage: Path, repo_id: str | None, variant: str | None = None, **card: Any
 ) -> Model:
