@@ -20,7 +20,13 @@ import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    ModularPipeline,
+    UNet2DModel,
+)
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
@@ -135,6 +141,14 @@ def test_a_saved_folder_holds_the_code_that_the_source_makes(saved: Path) -> Non
     assert index["_class_name"] == ["pipeline", "ClassifierGuidedPipeline"]
     assert index["classifier"] == ["guided_diffusers_classifier", "NoiseAwareClassifier"]
     assert index["unet"] == ["guided_diffusers_openai_unet", "ADMUNet2DModel"]
+
+
+def test_a_modular_pipeline_of_the_folder_is_refused_in_a_line(saved: Path) -> None:
+    message = (
+        "this is a ClassifierGuidedPipeline, which has no modular blocks; load it by Diffusion"
+    )
+    with pytest.raises(ValueError, match=message):
+        ModularPipeline.from_pretrained(saved)
 
 
 def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:

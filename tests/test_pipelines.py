@@ -455,6 +455,18 @@ def test_a_loop_is_run_again_only_if_its_network_gets_the_same(mode: str) -> Non
             pipeline(mode)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_too_little_memory_in_a_loop_run_again_is_no_refusal(error: type[Exception]) -> None:
+    def run_out(*_: Any) -> None:
+        raise error("out of memory")
+
+    network = lively(plain_unet(4))
+    pipeline, other = quiet(Nonlinear(network, DDIMScheduler(clip_sample=False))), deepcopy(network)
+    other.register_forward_pre_hook(run_out)
+    with guide(pipeline, AutoGuidance(other, 1.0)), pytest.raises(error, match="^out of memory$"):
+        pipeline("plain")
+
+
 def test_gradients_are_on_again_after_a_run_that_ends_within_the_graph() -> None:
     """By an exception, and by a pipeline that is interrupted."""
     pipeline, call = MODERN["Qwen-Image"]()
