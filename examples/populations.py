@@ -6,7 +6,7 @@
 The images of a population are guided by the gradient of log p(label | x_t), which is never exact, and weighted by
 the classifier's values at each step, so that they are samples of p(x) p(label | x). Writes a picture of two rows, of
 the same noise: the guided images, from the largest to the smallest weight, and the population that is resampled by its
-weights, at the end and where they become unequal before. Prints the weights, the effective sample size, and the estimate of log p(label).
+weights. Prints the weights, the effective sample size, and the estimate of log p(label).
 """
 
 import argparse
