@@ -473,7 +473,7 @@ def test_every_picture_of_the_gallery_has_its_command_in_one_script() -> None:
     files = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     names = {"emoji" if file.startswith("emoji/") else Path(file).stem for file in files}
     assert names | {"fashion-mnist"} == made.keys()  # the README's first picture
-    text = re.sub(r"\\?\s+", " ", text)  # also of continued lines
+    text = re.sub(r"\s*\\\n\s*|\s+", " ", text)  # also of continued lines
     for name in names:
         assert made[name] in text, name
     for file in files:

@@ -463,7 +463,7 @@ def test_too_little_memory_in_a_loop_run_again_is_no_refusal(error: type[Excepti
     network = lively(plain_unet(4))
     pipeline, other = quiet(Nonlinear(network, DDIMScheduler(clip_sample=False))), deepcopy(network)
     other.register_forward_pre_hook(run_out)
-    with guide(pipeline, AutoGuidance(other, 1.0)), pytest.raises(error, match="^out of memory$"):
+    with guide(pipeline, AutoGuidance(other, 1.0)), pytest.raises(error, match="^out of memory"):
         pipeline("plain")
 
 
