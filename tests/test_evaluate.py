@@ -44,6 +44,7 @@ from guided_diffusers.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     precision_recall,
+    sliced_wasserstein,
 )
 from guided_diffusers.evaluation.report import draw_confusion
 from guided_diffusers.learning.losses import bits_per_dim
@@ -195,6 +196,9 @@ def test_figures_are_those_of_the_judges_features(
     assert value["frechet_distance"] == pytest.approx(frechet_distance(real, features), rel=1e-5)
     assert value["kernel_distance"] == pytest.approx(
         float(kernel_distance(real, features)), rel=1e-4
+    )
+    assert value["sliced_wasserstein"] == pytest.approx(
+        float(sliced_wasserstein(real, features)), rel=1e-4
     )
     assert (value["precision"], value["recall"]) == pytest.approx(precision_recall(real, features))
     assert (value["density"], value["coverage"]) == pytest.approx(density_coverage(real, features))
@@ -800,6 +804,7 @@ def test_only_features_of_inception_make_an_fid(
     network = load_inception(tmp_path / "weights.pth")
     found = evaluate(images, images, network, bootstrap=5, progress=False)
     assert found.metrics["frechet_distance"]["name"] == "FID" and "Inception score" in str(found)
+    assert found.metrics["sliced_wasserstein"]["name"] == "MIND"
     grey, _ = pixels(50, 1)
     assert torch.equal(
         network(stacked(images)[0])[0], torch.from_numpy(grey).flatten(1)[:, :8].float()
@@ -807,6 +812,7 @@ def test_only_features_of_inception_make_an_fid(
     other = evaluate(images, images, wrap_module(torch.nn.Flatten()), bootstrap=5, progress=False)
     assert (
         other.metrics["frechet_distance"]["name"] == "Frechet distance"
+        and other.metrics["sliced_wasserstein"]["name"] == "sliced Wasserstein distance"
         and "class_score" not in other.metrics
     )
 

@@ -741,6 +741,7 @@ GUIDED = [
     {"guidance_scale": scale, "agreement": agreement, "frechet_distance": distance, "images": 100}
     for scale, agreement, distance in ((0.0, 0.115, 2.25), (3.0, 0.915, 1.125))
 ]
+GUIDED[1]["sliced_wasserstein"] = 2.5
 
 
 def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -758,6 +759,11 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         },
     }
     (folder / "figures.json").write_text(json.dumps(figures))
+    evaluation = {
+        "frechet_distance": {"value": 0.25, "interval": [0.125, 0.5], "better": "less"},
+        "sliced_wasserstein": {"value": 0.75, "interval": None, "name": "MIND", "better": "less"},
+    }
+    (folder / "evaluation.json").write_text(json.dumps({"figures": evaluation, "confusion": None}))
     main(["card", str(folder), "--repo", "user/model", "--license", "mit"])
     assert "README.md is written" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
@@ -782,6 +788,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         ("agreement", "scale 3", 0.915),
         ("frechet_distance", "unguided", 2.25),
         ("frechet_distance", "scale 3", 1.125),
+        ("sliced_wasserstein", "scale 3", 2.5),
     }
     for text in (
         "boot, coat, hat",
@@ -790,6 +797,7 @@ def test_the_card(folder: Path, capsys: pytest.CaptureFixture) -> None:
         "![Metrics of guided images](figure-judge_agreement.png)",
         "| 49 | 0.875 | 0.3 | 0.021 |",
         "| scale 3 | 3 | 0.915 | 1.125 | 100 |",
+        "| frechet distance | 0.25 | 0.125 to 0.5 |\n| MIND | 0.75 |  |",
         "`python examples/benchmarks/judge_agreement.py --scales 0 3`",
         "| learning rate | 0.0006 |",
         "87.5% at timestep 49, 25.0% at 949",

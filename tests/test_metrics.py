@@ -28,6 +28,7 @@ from guided_diffusers.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     precision_recall,
+    sliced_wasserstein,
 )
 from guided_diffusers.evaluation.metrics.frechet import gaussian_frechet_distance
 
@@ -183,6 +184,52 @@ def test_kernel_distance_is_unbiased() -> None:
         ]
     )
     assert abs(float(found.mean())) < 4 * float(found.std()) / 20
+
+
+def test_sliced_wasserstein_of_a_translation_and_of_one_set() -> None:
+    """W(u . x, u . (x + m)) = (u . m)^2, and sum_k (u_k . m)^2 = |m|^2 over a basis: 3 |m|^2."""
+    x, m = features(50, 7, 0), torch.linspace(-1, 2, 7).double()
+    assert float(sliced_wasserstein(x, x)) < 1e-10
+    assert float(sliced_wasserstein(x + 1e3, x + 1e3 + m)) == pytest.approx(
+        3 * float(m.square().sum()), rel=1e-9
+    )
+    assert float(sliced_wasserstein(x, x[torch.arange(50).repeat(3)] + m)) == pytest.approx(
+        3 * float(m.square().sum()), rel=1e-9
+    )  # each three times: the same distribution from more rows
+
+
+def test_sliced_wasserstein_of_gaussians() -> None:
+    """Between N(m, s^2 I) and N(n, t^2 I): 3 |m - n|^2 + 3 D (s - t)^2, three Frechet distances."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, 4, generator=generator).double() for count in (10_000, 8000))
+    expected = 3 * (4 * 0.5**2 + 4 * 0.5**2)
+    assert float(sliced_wasserstein(x, 1.5 * y + 0.5, directions=40)) == pytest.approx(
+        expected, rel=0.05
+    )
+    assert 3 * frechet_distance(x, 1.5 * y + 0.5) == pytest.approx(expected, rel=0.05)
+
+
+def test_sliced_wasserstein_on_a_line_is_optimal_transport() -> None:
+    """Between 6 and 4 numbers, whose cheapest transport splits each into parts of 1 / 12; and the
+    weights of a resample repeat numbers."""
+    x, y = features(6, 1, 0), features(4, 1, 1)
+    fine = (x.repeat_interleave(2, 0).sort(0).values, y.repeat_interleave(3, 0).sort(0).values)
+    expected = 3 * float((fine[0] - fine[1]).square().mean())
+    assert float(sliced_wasserstein(x, y)) == pytest.approx(expected, rel=1e-10)
+    weights = torch.tensor([[0, 3, 1, 2], [1, 1, 1, 1]]).double()
+    repeated = y.repeat_interleave(weights[0].long(), 0)
+    found = sliced_wasserstein(x, y, weights).tolist()
+    assert found == pytest.approx([float(sliced_wasserstein(x, repeated)), expected], rel=1e-10)
+
+
+def test_sliced_wasserstein_needs_no_gaussians() -> None:
+    """Of two points at 1 and -1 against a normal distribution, whose Frechet distance is 0:
+    the integral of (F^-1(q) - sign)^2 is 2 - 2 E|z| = 2 - 2 sqrt(2 / pi)."""
+    z = torch.special.ndtri((torch.arange(4000).double() + 0.5) / 4000)[:, None]
+    assert float(sliced_wasserstein(z, z.sign(), directions=1)) == pytest.approx(
+        3 * (2 - 2 * (2 / np.pi) ** 0.5), rel=1e-3
+    )
+    assert frechet_distance(z, z.sign()) == pytest.approx(0, abs=1e-5)
 
 
 def test_class_score_of_sure_and_of_silent_answers() -> None:
@@ -389,13 +436,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.84 < held / 300 < 0.95
 
 
-@pytest.mark.parametrize("name", ["score", "frechet"])
+@pytest.mark.parametrize("name", ["score", "frechet", "sliced"])
 def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
     """The spread of the replicates of one draw against that over fresh draws."""
     scale, real = torch.linspace(0.5, 3, 5).double(), Moments(5)
-    real.update(
-        torch.randn(2000, 5, generator=torch.Generator().manual_seed(999), dtype=torch.float64)
+    reference = torch.randn(
+        2000, 5, generator=torch.Generator().manual_seed(999), dtype=torch.float64
     )
+    real.update(reference)
 
     def figures(seed: int) -> torch.Tensor:
         x = scale * torch.randn(
@@ -410,6 +458,10 @@ def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
                     ),
                 ]
             )
+        if name == "sliced":
+            sample, weights = reference, bootstrap_weights(300, 20, seed)
+            value = sliced_wasserstein(sample, x, directions=20)[None]
+            return torch.cat([value, sliced_wasserstein(sample, x, weights, directions=20)])
         score = ClassScore(5, 100, seed)
         score.update(torch.arange(300), x)
         return score.compute()
@@ -422,6 +474,8 @@ def test_intervals_are_as_wide_as_the_figure_varies(name: str) -> None:
     "call, message",
     [
         (lambda: kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "two or more rows"),
+        (lambda: sliced_wasserstein(torch.zeros(0, 2), torch.zeros(5, 2)), "one or more rows"),
+        (lambda: sliced_wasserstein(torch.zeros(3, 2), torch.zeros(5, 1)), "number of columns"),
         (
             lambda: class_diversity(torch.zeros(2, 2), torch.tensor([0, 1])),
             "two of one class are needed",

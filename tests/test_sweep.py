@@ -642,6 +642,7 @@ def test_a_sweep_makes_points_curves_and_reports(swept: Path) -> None:
         assert {
             "frechet_distance",
             "kernel_distance",
+            "sliced_wasserstein",
             "precision",
             "recall",
             "density",

@@ -33,7 +33,11 @@ from guided_diffusers import (
     NoiseAwareCLIPGuidance,
 )
 from guided_diffusers.bundled import folder
-from guided_diffusers.evaluation.metrics import frechet_distance, precision_recall
+from guided_diffusers.evaluation.metrics import (
+    frechet_distance,
+    precision_recall,
+    sliced_wasserstein,
+)
 from guided_diffusers.files import write_json
 from guided_diffusers.learning.data import LabelledImages, load_splits
 from guided_diffusers.sampling import grid, image_generator
@@ -212,6 +216,7 @@ def quality(
     metrics = {
         "agreement": correct.mean().item(),
         "frechet_distance": frechet_distance(real_features, features),
+        "sliced_wasserstein": float(sliced_wasserstein(real_features, features)),
         "precision": precision,
         "recall": recall,
     }

@@ -19,10 +19,12 @@ from .metrics import (
     count_in_balls,
     frechet_distance,
     kernel_distance,
+    sliced_wasserstein,
 )
 from .summary import Summary
 
 PRECISION_K, COVERAGE_K = 3, 5  # neighbours, as in the papers
+RESAMPLED_DIRECTIONS = 100  # of resamples, whose spread comes from the images
 INF, ALL = float("inf"), slice(None)
 Metric = dict[str, Any]  # as of `Evaluation.metrics`
 
@@ -104,7 +106,7 @@ def compare(
 def _distances(
     generated: Summary, real: Summary, bootstrap: Bootstrap, inception: bool
 ) -> dict[str, Metric]:
-    """The Frechet and the kernel distance."""
+    """The Frechet, the kernel and the sliced Wasserstein distance."""
     features, real_features = generated.sample.features, real.sample.features
     moments, real_moments = generated.overall_moments(), real.overall_moments()
     distance = frechet_distance(real_moments, moments)
@@ -117,7 +119,11 @@ def _distances(
     fields = {"name": "KID, of all pairs" if inception else "kernel distance"}
     fields |= {"images": len(features), "real_images": len(real_features)}
     kernel = bootstrap.metric(float(distances[0]), distances[1:], "less", **fields)
-    return {"frechet_distance": frechet, "kernel_distance": kernel}
+    distance = float(sliced_wasserstein(real_features, features))
+    replicates = sliced_wasserstein(real_features, features, weights[1:], RESAMPLED_DIRECTIONS)
+    fields["name"] = "MIND" if inception else "sliced Wasserstein distance"
+    sliced = bootstrap.metric(distance, replicates, "less", 0.0, **fields)
+    return {"frechet_distance": frechet, "kernel_distance": kernel, "sliced_wasserstein": sliced}
 
 
 def _neighbourhoods(generated: Summary, real: Summary, bootstrap: Bootstrap) -> dict[str, Metric]:

@@ -2,8 +2,8 @@
 
 The folder's `metrics` are {name: content}: each JSON file's content under the file's name, and
 figures.json's entries under their own names. Training writes `held_out` and `guided-diffusers
-inspect` writes `levels`, one row a noise level. Rows with `agreement` or `frechet_distance` measure
-guided images.
+inspect` writes `levels`, one row a noise level. Rows with `agreement` or a distance measure
+guided images. An `evaluation.json` has its metrics as `figures`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ MAX_UNFOLDED_ROWS = 3
 GUIDED_METRICS = {
     "agreement": "judge accuracy",
     "frechet_distance": "Frechet distance (lower is better)",
+    "sliced_wasserstein": "sliced Wasserstein distance (lower is better)",
     "recall": "recall",
 }
+GUIDED_DISTANCES = ("frechet_distance", "sliced_wasserstein")
 OLD_NAMES = {"judge_agreement": "agreement"}
 #: entries that are not shown as numbers
 HIDDEN = ("made_of", "options", "command", "verdict", "settings", "mismatches", "weights")
@@ -150,6 +152,8 @@ def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, An
             if key not in HIDDEN and is_rows(rows):
                 folded = name not in guided and len(rows) > MAX_UNFOLDED_ROWS
                 tables.append((table_title(key, rows), rows_table(rows), folded))
+        if rows := evaluation_rows(entry):
+            tables.insert(0, ("Metrics of generated images", rows_table(rows), False))
         variables.append(
             {
                 "title": markdown(words(name)),
@@ -162,6 +166,19 @@ def sections(metrics: Metrics, pictures: Mapping[str, str]) -> list[dict[str, An
             }
         )
     return variables
+
+
+def evaluation_rows(entry: Mapping[str, Any]) -> list[Row]:
+    """The metrics of an `evaluation.json` with their intervals; empty for any other entry."""
+    rows = []
+    metrics = entry.get("figures")
+    for name, metric in metrics.items() if isinstance(metrics, dict) else ():
+        if isinstance(metric, dict) and is_number(metric.get("value")):
+            low, high = metric.get("interval") or (None, None)
+            interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+            title = metric.get("name", words(name))
+            rows.append({"metric": title, "value": metric["value"], "interval": interval})
+    return rows
 
 
 def scalars(entry: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from ..files import aside
 from ..noise import prediction_type
 from ..text import code_literal, markdown, markdown_code, markdown_table, printable
 from .card_metrics import (
+    GUIDED_DISTANCES,
     Metrics,
     Row,
     cell,
@@ -205,7 +206,7 @@ def evaluation_results(metrics: Metrics, datasets: list[str]) -> list[EvalResult
             add(labels_task, part, row, timestep, "accuracy", "zero_shot", "ece")
     for part, rows in guided_rows(metrics).items():
         for row in rows:
-            add(images_task, part, row, row["guidance"], "agreement", "frechet_distance")
+            add(images_task, part, row, row["guidance"], "agreement", *GUIDED_DISTANCES)
     return results
 
 

@@ -33,6 +33,7 @@ METRICS = {  # explained in templates/glossary.html.j2
     ACCURACY: Metric("judge accuracy", "more", ".1%"),
     FRECHET: Metric("Frechet distance", "less", ".3g"),
     "kernel_distance": Metric("kernel distance", "less", ".3g"),
+    "sliced_wasserstein": Metric("sliced Wasserstein distance", "less", ".3g"),
     "precision": Metric("precision", "more"),
     "recall": Metric("recall", "more"),
     "density": Metric("density", "more"),

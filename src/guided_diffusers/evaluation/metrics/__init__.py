@@ -26,6 +26,7 @@ from .pairwise import (
     kernel_distance,
     precision_recall,
 )
+from .sliced import sliced_wasserstein
 
 __all__ = [
     "Accumulator",
@@ -45,6 +46,7 @@ __all__ = [
     "hash_indices",
     "kernel_distance",
     "precision_recall",
+    "sliced_wasserstein",
 ]
 
 __getattr__ = renamed(
