@@ -817,6 +817,48 @@ def test_only_features_of_inception_make_an_fid(
     )
 
 
+def test_dinov2_is_one_of_torch_fidelitys_extractors(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for its registry, which has classes (name, layers) -> images -> (features,)."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"need torch-fidelity 0.4: pip install"):
+        load_network("dinov2-vit-b-14")
+
+    class Tiny(torch.nn.Module):
+        def __init__(self, name: str, layers: list[str]):
+            super().__init__()
+            assert (name, layers) == ("dinov2-tiny", ["dinov2"])
+            self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 192 * 4).reshape(192, 4))
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return {"fid": "dinov2"}[metric]
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8)
+            return (x.flatten(1).float() @ self.weight,)
+
+    registry = types.ModuleType("torch_fidelity.registry")
+    registry.FEATURE_EXTRACTORS_REGISTRY = {"inception-v3-compat": Tiny}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    with pytest.raises(ImportError, match="an older one is installed"):
+        load_network("dinov2-vit-b-14")
+    registry.FEATURE_EXTRACTORS_REGISTRY["dinov2-tiny"] = Tiny
+    with pytest.raises(ValueError, match=r"'dinov2-vit-b-14' is unknown; dinov2-tiny"):
+        load_network("dinov2-vit-b-14")
+    network = load_network("dinov2-tiny")
+    images = open_real(str(place / "real"), (1, 8, 8))
+    grey, _ = pixels(50, 1)
+    colours = torch.from_numpy(grey).flatten(1).repeat(1, 3).float()
+    found, logits = network(stacked(images)[0])
+    assert torch.allclose(found, colours @ network.module.weight) and logits is None
+    metrics = evaluate(images, images, network, bootstrap=0, progress=False).metrics
+    assert metrics["frechet_distance"]["name"] == "Frechet distance"
+    assert metrics["sliced_wasserstein"]["value"] < 1e-6 and "top_1" not in metrics
+
+
 def pipeline() -> ClassifierGuidedPipeline:
     torch.manual_seed(0)
     unet = UNet2DModel(

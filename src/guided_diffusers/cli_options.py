@@ -175,9 +175,9 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--features": {
         "metavar": "NETWORK",
-        "help": "feature network of the distances: inception (needs torch-fidelity; only then is "
-        "it an FID), a bundled model (its judge), or the folder or Hub id of a "
-        "NoiseAwareClassifier or a transformers vision model (default: the bundled judge)",
+        "help": "feature network of the distances: inception (needs torch-fidelity; only then are "
+        "they FID and MIND), dinov2-vit-b-14 (needs torch-fidelity 0.4), a bundled model (its judge), or "
+        "the folder or Hub id of a NoiseAwareClassifier or a transformers vision model (default: the bundled judge)",
     },
     "--seed": {"type": seed, "default": 0, "help": "random seed (default: %(default)s)"},
     "--batch-size": {"type": count, "default": 64, "help": "images a batch (default: %(default)s)"},

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .networks import (
         Network,
         default_features,
+        load_dinov2,
         load_inception,
         load_network,
         wrap_classifier,
@@ -53,6 +54,7 @@ __all__ = [
     "compare",
     "default_features",
     "evaluate",
+    "load_dinov2",
     "load_inception",
     "load_network",
     "open_generated",

@@ -23,6 +23,7 @@ from ..utils import model_folder
 from ..weights import check_weights
 
 INCEPTION = "inception"
+DINOV2 = "dinov2-"  # beginning of the names of torch-fidelity's feature extractors
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
     """A network as named on the command line.
 
     Args:
-        name: `inception` (torch-fidelity's), a bundled model (its judge), or the folder or Hub id
-            of a `NoiseAwareClassifier` (evaluated at t = 0), of a `transformers` image classifier
-            or of another vision model.
+        name: `inception` or `dinov2-vit-b-14` (torch-fidelity's), a bundled model (its judge), or
+            the folder or Hub id of a `NoiseAwareClassifier` (evaluated at t = 0), of a
+            `transformers` image classifier or of another vision model.
 
     Raises:
         ValueError: for another name.
@@ -81,6 +82,8 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
     name, config = str(name), {}
     if name == INCEPTION:
         network = load_inception()
+    elif name.startswith(DINOV2):
+        network = load_dinov2(name)
     elif "/" not in name and not Path(name).exists():
         judge = NoiseAwareClassifier.from_pretrained(bundled.folder(name) / "judge")
         network = wrap_classifier(judge, f"{name}/judge")
@@ -234,11 +237,52 @@ def load_inception(weights: str | Path | None = None) -> Network:
     layers = ["2048", "logits_unbiased"]
     model = published.FeatureExtractorInceptionV3(INCEPTION, layers, str(weights))
 
-    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return tuple(model(pixels.expand(-1, 3, -1, -1)))
+    return Network(INCEPTION, model, lambda images: tuple(model(_as_rgb(images))), classes=1008)
 
-    return Network(INCEPTION, model, forward, classes=1008)
+
+def load_dinov2(name: str = "dinov2-vit-b-14") -> Network:
+    """A DINOv2 network (Oquab et al., DINOv2: learning robust visual features without supervision,
+    2023), as torch-fidelity runs it: a feature space of no labels, for a second opinion beside
+    Inception's (Stein et al., Exposing flaws of generative model evaluation metrics, 2023).
+
+    On first use `torch.hub` downloads its code and weights from GitHub's facebookresearch/dinov2, and
+    runs that code.
+
+    Args:
+        name: `dinov2-vit-s-14`, `-b-14`, `-l-14` or `-g-14`, with 384 to 1536 features.
+
+    Raises:
+        ImportError: without torch-fidelity 0.4, with the package to install.
+        ValueError: for another name.
+        OSError: if it can't be downloaded.
+    """
+    try:
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as extractors
+    except ImportError as error:
+        raise ImportError(
+            f"features {name!r} need torch-fidelity 0.4: pip install 'torch-fidelity>=0.4' ({error})"
+        ) from error
+    known = sorted(key for key in extractors if key.startswith(DINOV2))
+    if not known:
+        raise ImportError(
+            f"features {name!r} need torch-fidelity 0.4; an older one is installed: "
+            "pip install 'torch-fidelity>=0.4'"
+        )
+    if name not in known:
+        raise ValueError(f"features: {name!r} is unknown; {', '.join(known)} are allowed")
+    kind = extractors[name]
+    model = kind(name, [kind.get_default_feature_layer_for_metric("fid")])
+
+    def forward(images: Tensor) -> tuple[Tensor, None]:
+        return model(_as_rgb(images))[0].flatten(1), None
+
+    return Network(name, model, forward)
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) in [-1, 1] as colours of 8 bits, (B, 3, H, W)."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1)
 
 
 def default_features(manifest: Mapping[str, Any] | None) -> str:
@@ -253,7 +297,7 @@ def default_features(manifest: Mapping[str, Any] | None) -> str:
     except ValueError as error:
         raise ValueError(
             "features: the images weren't made by a bundled model, so a network must be named: "
-            "inception, a bundled model, or the folder or Hub id of a vision model. For one of your "
-            "labels train a judge: train_classifier.py --max_timestep 0"
+            "inception, dinov2-vit-b-14, a bundled model, or the folder or Hub id of a vision model. For "
+            "one of your labels train a judge: train_classifier.py --max_timestep 0"
         ) from error
     return model
