@@ -154,6 +154,7 @@ def test_how_guidance_acts_has_an_effect(folder: str, tmp_path: Path) -> None:
         ["--guidance-algorithm", "strang"],
         ["--guidance-every", "3"],
         ["--guidance-tolerance", "10"],
+        ["--guidance-schedule", "0.1:0.5,10:3"],
     ):
         run(
             folder,

@@ -28,7 +28,7 @@ from guided_diffusers import (
     gradient,
     noise_levels,
 )
-from guided_diffusers.guidance import GuidanceSum
+from guided_diffusers.guidance import GuidanceSum, ScaleSchedule
 from guided_diffusers.likelihood import parse_labels
 from guided_diffusers.networks import no_parameter_grad
 from guided_diffusers.noise import x0_coefficients
@@ -306,6 +306,65 @@ def test_terms_in_a_sum_keep_their_own_intervals() -> None:
         active = GuidanceSum([term for term in total.terms() if term.active(index, 10, level)])
         scores.append(float((active.score(step_at(level, x, index)) / x).mean()))
     assert scores == pytest.approx([-1] * 3 + [-11] * 2 + [-10] * 5)
+
+
+def test_a_schedule_is_linear_in_the_logarithm_of_the_noise_level() -> None:
+    schedule = ScaleSchedule({"sigmas": [0.1, 10.0], "scales": [1.0, 5.0]}, [1.0, 3.0])
+    for ratio, factor in ((0.01, 1), (0.1, 1), (1, 3), (10**0.5, 4), (10, 5), (500, 5)):
+        assert schedule(level_at(ratio)).tolist() == pytest.approx([factor, 3 * factor])
+    noise, clean = (NoiseLevel(alpha, sigma, 1.0, 1.0) for alpha, sigma in ((0, 1), (1, 0)))
+    assert (schedule.factor(noise), schedule.factor(clean)) == (5.0, 1.0)
+
+
+def test_a_schedule_multiplies_the_scale_of_each_image(mixture: Mixture) -> None:
+    """As the term whose scale is that function; the same for 1, unguided for a scale of 0."""
+    schedule = {"sigmas": [0.1, 10.0], "scales": [0.5, 4.0]}
+    classifier = OracleClassifier(mixture)
+    pipeline = quiet(OracleUNet(mixture, "epsilon", Clock()), DDIMScheduler(), classifier)
+    call = {"num_inference_steps": 4, "guidance_scale": [1.0, 3.0]}
+    found = sample(pipeline, [0, 1], guidance_schedule=schedule, **call)
+    term = ClassifierGuidance(classifier, [0, 1], ScaleSchedule(schedule, [1.0, 3.0]))
+    off = {**call, "guidance_scale": 0.0}
+    assert torch.equal(found, sample(pipeline, [0, 1], guidance=term, **off))
+    plain = sample(pipeline, [0, 1], **call)
+    same = {"sigmas": [1.0], "scales": [1.0]}
+    assert torch.equal(plain, sample(pipeline, [0, 1], guidance_schedule=same, **call))
+    assert not torch.allclose(plain, found, atol=1e-3)
+    unguided = sample(pipeline, [0, 1], **off)
+    assert torch.equal(unguided, sample(pipeline, [0, 1], guidance_schedule=schedule, **off))
+
+    def double(pipeline: Any, index: int, t: Any, tensors: dict) -> dict:
+        pipeline._guidance_scale = torch.tensor([2.0, 6.0])
+        return {}
+
+    steps = {"callback_on_step_end": double, "guidance_start": 0.25, "guidance_schedule": schedule}
+    changed = sample(pipeline, [0, 1], **steps, **call)
+    doubled = {**steps, "callback_on_step_end": None, "guidance_scale": [2.0, 6.0]}
+    assert torch.equal(changed, sample(pipeline, [0, 1], **{**call, **doubled}))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"sigmas": [1.0, 1.0], "scales": [1.0, 2.0]},
+        {"sigmas": [0.0, 1.0], "scales": [1.0, 2.0]},
+        {"sigmas": [1.0, float("inf")], "scales": [1.0, 2.0]},
+        {"sigmas": [1.0], "scales": [1.0, 2.0]},
+        {"sigmas": [1.0, 2.0], "scales": [0.0, 0.0]},
+        {"sigmas": [1.0], "scales": [float("nan")]},
+        {"sigmas": [], "scales": []},
+        {"sigmas": [1.0], "scales": ["a"]},
+        {"sigmas": [1.0]},
+        {"sigmas": [1.0], "scales": [1.0], "x": [1.0]},
+        [1.0, 2.0],
+    ],
+)
+def test_wrong_schedules_are_refused(schedule: Any, mixture: Mixture) -> None:
+    parts = OracleUNet(mixture, "epsilon", Clock()), DDIMScheduler(), OracleClassifier(mixture)
+    with pytest.raises(ValueError, match=r"^guidance_schedule=.*: \{\"sigmas\": .* is allowed"):
+        sample(quiet(*parts), 1, guidance_schedule=schedule)
+    with pytest.raises(ValueError, match="^defaults: guidance_schedule="):
+        quiet(*parts, defaults={"guidance_schedule": schedule})
 
 
 @pytest.mark.parametrize(

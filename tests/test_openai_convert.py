@@ -107,6 +107,7 @@ def test_the_command_writes_a_pipeline(
     assert pipeline.config.defaults == {
         "guidance_scale": 2.5,
         "guidance_power": None,
+        "guidance_schedule": None,
         "guidance_start": 0.0,
         "guidance_stop": 1.0,
         "classifier_free_scale": 0.0,
@@ -338,6 +339,7 @@ def test_every_preset_at_full_size(
     assert pipeline.config.defaults == {
         "guidance_scale": SCALES.get(name, 0.0),
         "guidance_power": None,
+        "guidance_schedule": None,
         "guidance_start": 0.0,
         "guidance_stop": 1.0,
         "classifier_free_scale": 0.0,

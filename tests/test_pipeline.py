@@ -517,8 +517,14 @@ PRESET = {
     "guidance_start": 0.5,
     "guidance_stop": 0.75,
     "guidance_tolerance": 0.1,
+    "guidance_schedule": {"sigmas": [0.1, 10.0], "scales": [0.5, 2.0]},
 }
-NEUTRAL = {"guidance_start": 0.0, "guidance_stop": 1.0, "guidance_tolerance": None}
+NEUTRAL = {
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "guidance_tolerance": None,
+    "guidance_schedule": None,
+}
 MIXTURE = {"cat": 1.0, "dog": 0.5}
 
 
@@ -634,9 +640,12 @@ def test_a_preset_of_the_usual_mode_leaves_its_limits() -> None:
     assert (hidden["guidance_start"], hidden["guidance_scale"]) == (0.0, 1.0)
 
 
+LIMITED = {name: value for name, value in PRESET.items() if name != "guidance_schedule"}
+
+
 def test_a_batch_of_two_modes_is_warned_of() -> None:
     parts = small_unet(**CONDITIONAL), DDIMScheduler(clip_sample=False), small_classifier()
-    preset = quiet(*parts, defaults=PRESET)
+    preset = quiet(*parts, defaults=LIMITED)
     with pytest.warns(
         UserWarning, match=r"single labels and mixtures differ in \['guidance_start'"
     ):

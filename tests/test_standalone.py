@@ -73,6 +73,7 @@ def make(kind: str) -> ClassifierGuidedPipeline:
         defaults["classifier_free_scale"] = 2.0
     if kind == "spared":
         defaults |= {"guidance_algorithm": "strang", "guidance_every": 2}
+        defaults["guidance_schedule"] = {"sigmas": [0.1, 10.0], "scales": [0.5, 2.0]}
     return ClassifierGuidedPipeline(unet, scheduler, make_classifier(), vae, defaults=defaults)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from test_guidance import NAMES, quiet, small_classifier, small_unet
 from guided_diffusers import ClassifierGuidedPipeline
 from guided_diffusers.cli import main
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
-from guided_diffusers.sampling import sample_to_folder
+from guided_diffusers.evaluation.metrics import sliced_wasserstein
+from guided_diffusers.sampling import sample, sample_to_folder
 from guided_diffusers.speed import computing_in
 from guided_diffusers.sweep import (
     Result,
@@ -40,6 +42,7 @@ from guided_diffusers.sweep import (
     verdict_of,
     write_report,
 )
+from guided_diffusers.sweep.learn import knot_levels, labelled_features, nelder_mead
 from guided_diffusers.sweep.metrics import METRICS
 from guided_diffusers.utils import scheduler_for, scheduler_name
 
@@ -1045,3 +1048,99 @@ def test_what_quality_costs_and_the_preset_that_follows(
     assert (tmp_path / "quality_cost.png").exists()
     monkeypatch.setattr("guided_diffusers.sweep.measure.sample", None)  # nothing is sampled again
     assert run(*parts) == run("quality") == figures  # the other parts stay
+
+
+# learned schedules
+
+
+def test_nelder_mead_finds_the_lowest_point_of_a_narrow_valley() -> None:
+    """(1 - x)^2 + 100 (y - x^2)^2 is 0 at (1, 1); each evaluation is counted."""
+    calls: list[list[float]] = []
+
+    def rosenbrock(point: list[float]) -> float:
+        calls.append(point)
+        x, y = point
+        return (1 - x) ** 2 + 100 * (y - x * x) ** 2
+
+    assert nelder_mead(rosenbrock, [-1.0, 2.0], 0.5, 200) == pytest.approx([1, 1], abs=1e-3)
+    assert len(calls) == 200 and calls[0] == [-1.0, 2.0]
+    for count in range(3, 30):
+        calls.clear()
+        best = nelder_mead(rosenbrock, [-1.0, 2.0], 0.5, count)
+        assert len(calls) == count and best == min(calls, key=rosenbrock)
+
+
+def test_labelled_features_tell_images_of_another_label() -> None:
+    """Two classes at -1 and 1 in one feature: with exchanged labels the images are the same set, and
+    in 3 dimensions each is off by (2, r, r) along the cheapest transport at most."""
+    labels = torch.tensor([0, 1] * 20)
+    x = (2.0 * labels - 1)[:, None] + 0.01 * torch.randn(
+        40, 1, generator=torch.Generator().manual_seed(0)
+    )
+    right, wrong = (
+        SimpleNamespace(sample=SimpleNamespace(features=x, labels=ids))
+        for ids in (labels, 1 - labels)
+    )
+    real = labelled_features(right, right, 2)
+    radius = float((x - x.mean(0)).square().mean().sqrt())
+    assert torch.equal(real[:, 1:], radius * torch.nn.functional.one_hot(labels, 2))
+    assert torch.equal(labelled_features(right, right, 0), x.double())
+    exchanged = labelled_features(wrong, right, 2)
+    assert sliced_wasserstein(real[:, :1], exchanged[:, :1]) < 1e-10
+    assert 0.1 < float(sliced_wasserstein(real, exchanged)) <= 3 * (4 + 2 * radius**2)
+
+
+def test_knots_are_levels_of_the_run() -> None:
+    pipeline = quiet(small_unet(), DDIMScheduler(timestep_spacing="trailing"), small_classifier())
+    levels = knot_levels(pipeline, "ddim", 5, 9)
+    alphas = DDIMScheduler().alphas_cumprod[[199, 399, 599, 799, 999]].double()
+    assert levels == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-4)
+    assert knot_levels(pipeline, "ddim", 5, 3) == levels[::2]
+    assert knot_levels(pipeline, "ddim", 5, 1) == levels[:1]
+
+
+def test_a_schedule_is_learned_measured_and_resumed(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    learn = ("--steps", "3", "--learn", "2", "--evaluations", "6", "--seed", "4")
+    main(arguments(model, data, tmp_path / "out", *learn))
+    path = tmp_path / "out" / "learned" / "ddim-3-steps.json"
+    content = json.loads(path.read_text())
+    rows = content["evaluations"]
+    assert content["protocol"]["seed"] == 5 and 4 <= len(rows) <= 6  # equal points count once
+    assert rows[0]["scales"] == [3.0, 3.0] and rows[1]["scales"] == [6.0, 3.0]
+    best = min(rows, key=lambda row: row["distance"])["scales"]
+    (point,) = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "out" / "points").glob("*schedule*.json")
+    )
+    schedule = {"sigmas": content["protocol"]["sigmas"], "scales": best}
+    assert point["point"]["guidance_schedule"] == [
+        list(k) for k in zip(*schedule.values(), strict=True)
+    ]
+    assert point["settings"]["seed"] == 4 and point["figures"]["sliced_wasserstein"]["interval"]
+    preset = json.loads((path.parent / "ddim-3-steps-preset.json").read_text())
+    assert (preset["mode"], preset["scheduler"]) == ("label", "ddim")
+    assert preset["defaults"] == {"num_inference_steps": 3, "guidance_schedule": schedule}
+    assert [row["guidance"] for row in preset["rows"]] == ["no guidance", "learned schedule"]
+
+    # the preset's images, from a saved pipeline, are those that were measured
+    pipeline = ClassifierGuidedPipeline.from_pretrained(model)
+    pipeline.register_to_config(defaults=preset["defaults"])
+    pipeline.save_pretrained(tmp_path / "saved")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "saved")
+    pipeline.set_progress_bar_config(disable=True)
+    ((_, images),) = sample(pipeline, range(3), 4, 50, range(10), output_type="pt")
+    strip = Image.open(tmp_path / "out" / "points" / point["pictures"])
+    pixels = torch.cat(list((images.float() * 255).round()), dim=2)[0].to(torch.uint8)
+    assert torch.equal(torch.from_numpy(np.asarray(strip).copy()), pixels)
+
+    # killed after three evaluations, it ends the same
+    content["evaluations"] = rows[:3]
+    path.write_text(json.dumps(content))
+    main(arguments(model, data, tmp_path / "out", *learn))
+    assert json.loads(path.read_text())["evaluations"] == rows
+    with pytest.raises(SystemExit, match="ddim-3-steps.json has distances under other settings"):
+        main(arguments(model, data, tmp_path / "out", *learn[:-2], "--seed", "4", "--learn", "3"))
+    with pytest.raises(SystemExit, match=r"evaluations=3: at least learn \+ 2 = 4 is allowed"):
+        main(arguments(model, data, tmp_path / "new", *learn, "--evaluations", "3"))

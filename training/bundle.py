@@ -125,6 +125,12 @@ def main() -> None:
     if options.preset:
         preset = json.loads(options.preset.read_text())
         scheduler = scheduler_for(pipeline.scheduler, preset["scheduler"])
+        usual = "classifier" if pipeline.num_class_embeds is None else "label"
+        if preset.get("mode", usual) != usual:
+            raise ValueError(
+                f"--preset {options.preset}: it is for calls of the mode {preset['mode']!r}; one for "
+                f"{usual!r} is allowed, and its defaults can be in the file of --modes"
+            )
         modes = json.loads(options.modes.read_text()) if options.modes else None
         defaults = {**preset["defaults"], "modes": modes}
         pipeline = ClassifierGuidedPipeline(

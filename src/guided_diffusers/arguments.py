@@ -23,6 +23,7 @@ from .guidance import (
     ClassifierGuidance,
     Guidance,
     GuidanceSum,
+    ScaleSchedule,
     check_devices,
     scale_tensor,
 )
@@ -121,7 +122,7 @@ class CallArguments:
         per_label = self.num_images_per_label
         scale = _image_scale("pipeline._guidance_scale", scale, self.batch_size, per_label)
         if is_on("guidance_scale", self.settings["guidance_scale"]):
-            return self.terms[0].with_scale(scale), *self.terms[1:]
+            return self.terms[0].with_scale(_scheduled(scale, self.settings)), *self.terms[1:]
         if scale.any():
             raise ValueError(
                 f"pipeline._guidance_scale={scale.tolist()}: the call began without guidance by a "
@@ -335,6 +336,11 @@ def _check_particles(call: Mapping[str, Any], num_images: Any) -> tuple[int | No
                 f"{name}={shown(call[name])}: with particles, guidance is evaluated at every step, "
                 "since its values are their weights; leave it out"
             )
+    if call["guidance_schedule"] is not None:
+        raise ValueError(
+            f"guidance_schedule={shown(call['guidance_schedule'])}: with particles, guidance has one "
+            "scale; leave it out"
+        )
     if call["guidance_algorithm"] not in (None, "mean"):
         raise ValueError(
             f"guidance_algorithm={shown(call['guidance_algorithm'])}: with particles, 'mean' is allowed, "
@@ -576,6 +582,7 @@ def _label_terms(
         power = settings["guidance_power"]
         if call["guidance_power"] is None and any(list(m.values()) != [1] for m in mixtures):
             power = settings["guidance_power"] = None  # a default is for single labels
+        scale = _scheduled(scale, settings)
         term = ClassifierGuidance(pipeline.classifier, mixtures, scale, *interval, power=power)
         terms.append(term)
     if free_scale.any():
@@ -591,6 +598,12 @@ def _label_terms(
             )
         terms.append(ClassifierFreeGuidance(null, free_scale))
     return terms
+
+
+def _scheduled(scale: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor | ScaleSchedule:
+    """The scale times the `guidance_schedule`, if there is one."""
+    schedule = settings["guidance_schedule"]
+    return scale if schedule is None else ScaleSchedule(schedule, scale)
 
 
 def _check_guidance_power(pipeline: Any, call: Mapping[str, Any], scale: torch.Tensor) -> None:

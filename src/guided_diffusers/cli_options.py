@@ -203,6 +203,18 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
+def schedule(text: str) -> dict[str, list[float]]:
+    """The knots of SIGMA:SCALE,SIGMA:SCALE,..."""
+    try:
+        knots = [tuple(map(float, knot.split(":"))) for knot in text.split(",")]
+        sigmas, scales = zip(*knots, strict=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not SIGMA:SCALE,SIGMA:SCALE,..., numbers such as 0.5:0,2:1,20:3"
+        ) from error
+    return {"sigmas": list(sigmas), "scales": list(scales)}
+
+
 def add_shared_option(command: argparse.ArgumentParser, flag: str, **changes: Any) -> None:
     """Add an option of `SHARED` to a command; `changes` replace parts of its definition."""
     command.add_argument(flag, **{**SHARED[flag], **changes})
@@ -248,6 +260,12 @@ def add_call_options(command: argparse.ArgumentParser) -> Any:
             "W",
             "sample p(x) p(y|x)^W, with a classifier trained with --max_power; with --no-conditional, if "
             "the model knows labels",
+        ),
+        (
+            "schedule",
+            schedule,
+            "SIGMA:SCALE,...",
+            "multiply the scale at noise level sigma / alpha, linear in its logarithm between these",
         ),
         ("start", fraction, "FRACTION", "fraction of the run at which guidance starts, in [0, 1]"),
         ("stop", fraction, "FRACTION", "fraction of the run at which guidance stops, in [0, 1]"),

@@ -4,6 +4,7 @@ ALGORITHMS = ("output", "mean", "lie_trotter", "strang")
 DEFAULTS = {
     "guidance_scale": 1.0,
     "guidance_power": None,
+    "guidance_schedule": None,
     "guidance_start": 0.0,
     "guidance_stop": 1.0,
     "classifier_free_scale": 0.0,

@@ -26,6 +26,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import inf, isfinite, log
 from numbers import Integral
 from typing import Any, Literal
 
@@ -253,6 +255,51 @@ def scale_tensor(name: str, scale: Any) -> torch.Tensor:
     if not valid or numbers.ndim > 1 or not numbers.numel() or not numbers.isfinite().all():
         raise ValueError(f"{name}={shown(scale)}: a finite number or one per image is allowed")
     return numbers
+
+
+class ScaleSchedule:
+    """A scale as a function of the noise level, for the `scale` of a term:
+
+        scale * f(log sigma / alpha),    f linear between the knots, constant outside them
+
+    Args:
+        schedule: {"sigmas": [...], "scales": [...]}, the knots: rising noise-to-signal ratios
+            sigma / alpha above 0, and the values of f there, of which one at least isn't 0.
+        scale: a number, or one per image (B,).
+
+    Raises:
+        ValueError: for another schedule, naming `guidance_schedule`.
+    """
+
+    def __init__(self, schedule: Mapping[str, Sequence[float]], scale: Any = 1.0):
+        try:
+            sigmas, scales = (list(map(float, schedule[name])) for name in ("sigmas", "scales"))
+            valid = len(schedule) == 2 and 0 < len(sigmas) == len(scales)
+        except (TypeError, ValueError, KeyError, OverflowError):
+            valid, sigmas, scales = False, [], []
+        rising = all(low < high for low, high in pairwise([0.0, *sigmas, inf]))
+        if not valid or not rising or not any(scales) or not all(map(isfinite, scales)):
+            raise ValueError(
+                f'guidance_schedule={shown(schedule)}: {{"sigmas": [...], "scales": [...]}} is allowed, '
+                "as many finite scales as sigmas (sigma / alpha, rising, above 0), not all 0"
+            )
+        self.log_sigmas, self.scales = [log(sigma) for sigma in sigmas], scales
+        self.scale = scale_tensor("scale", scale)
+
+    def factor(self, level: NoiseLevel) -> float:
+        """f of the level."""
+        x = log(level.sigma / level.alpha) if level.sigma and level.alpha else inf
+        if x <= self.log_sigmas[0] or not level.sigma:
+            return self.scales[0]
+        for (low, high), (a, b) in zip(
+            pairwise(self.log_sigmas), pairwise(self.scales), strict=True
+        ):
+            if x <= high:
+                return a + (b - a) * (x - low) / (high - low)
+        return self.scales[-1]
+
+    def __call__(self, level: NoiseLevel) -> torch.Tensor:
+        return self.scale * self.factor(level)
 
 
 def differ_within(values: Sequence[Any], particles: int) -> bool:

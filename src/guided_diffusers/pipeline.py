@@ -3,7 +3,7 @@ classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
@@ -149,10 +149,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             config; network and classifier then work on its latents. None: they work on pixels.
         id2label: names of the labels, if there is no classifier that has them.
         defaults: values of the call's arguments that are left at `None`, saved with the pipeline.
-            By default guidance_scale=1.0, guidance_power=None, guidance_start=0.0, guidance_stop=1.0,
-            classifier_free_scale=0.0, num_inference_steps=50, guidance_algorithm="output",
-            guidance_every=1 and guidance_tolerance=None; a value of None is that default. They are
-            for the usual call: a network that can gets the label. For other calls, guidance_power,
+            By default guidance_scale=1.0, guidance_power=None, guidance_schedule=None,
+            guidance_start=0.0, guidance_stop=1.0, classifier_free_scale=0.0,
+            num_inference_steps=50, guidance_algorithm="output", guidance_every=1 and
+            guidance_tolerance=None; a value of None is that default. They are for the usual call: a
+            network that can gets the label. For other calls, guidance_power, guidance_schedule,
             guidance_start, guidance_stop, guidance_every and guidance_tolerance are ignored, and
             defaults["modes"], {mode: {argument: value}}, is used: "classifier" where it alone
             steers (conditional=False, mixtures), "classifier_free" with classifier-free guidance,
@@ -399,6 +400,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
+        guidance_schedule: Mapping[str, Sequence[float]] | None = None,
         particles: int | None = None,
         resample: bool = True,
         strength: float | None = None,
@@ -472,6 +474,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 mixtures. p(x) is the network's, so conditional=False if it knows labels. Of the
                 defaults, num_inference_steps applies only. None: the gradient of log p(y | x_t),
                 which is w = 1.
+            guidance_schedule: {"sigmas": [...], "scales": [...]}: by what `guidance_scale` is
+                multiplied at each noise level, linear in log sigma / alpha between these rising
+                knots and constant outside them (`ScaleSchedule`); `guided-diffusers sweep --learn`
+                fits one. None: by 1.
             particles: each so many consecutive images are a population: samples with weights, and
                 resampled by them, of p(x) p(y | x), or p(x) exp(-scale E(x)) with an energy, where p
                 is the scheduler's density without guidance (`Population`). That is exact for any
@@ -503,6 +509,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         call = {
             "guidance_scale": guidance_scale,
             "guidance_power": guidance_power,
+            "guidance_schedule": guidance_schedule,
             "guidance_start": guidance_start,
             "guidance_stop": guidance_stop,
             "classifier_free_scale": classifier_free_scale,

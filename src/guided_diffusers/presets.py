@@ -7,7 +7,14 @@ from typing import Any
 
 from .checks import check_number, shown
 from .defaults import ALGORITHMS, DEFAULTS
-from .guidance import ClassifierFreeGuidance, Guidance, GuidanceSum, check_interval, scale_tensor
+from .guidance import (
+    ClassifierFreeGuidance,
+    Guidance,
+    GuidanceSum,
+    ScaleSchedule,
+    check_interval,
+    scale_tensor,
+)
 from .noise import has_posterior_variance, is_flow
 from .schedule_checks import check_custom_steps
 
@@ -17,6 +24,7 @@ MODES = ("label", "classifier", "classifier_free", "upsampler", "particles")
 #: arguments that a preset limits guidance with; in other modes than its own they keep `DEFAULTS`
 LIMITS = (
     "guidance_power",
+    "guidance_schedule",
     "guidance_start",
     "guidance_stop",
     "guidance_every",
@@ -84,13 +92,15 @@ def _check_preset(where: str, preset: Any, allowed: Collection[str]) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the power, the interval, the algorithm and the rule of reuse.
+    """Check the power, the schedule, the interval, the algorithm and the rule of reuse.
 
     Raises:
         ValueError: naming the argument, the value and what is allowed.
     """
     if settings["guidance_power"] is not None:
         check_number("guidance_power", settings["guidance_power"], 1)
+    if settings["guidance_schedule"] is not None:
+        ScaleSchedule(settings["guidance_schedule"])
     check_interval(settings["guidance_start"], settings["guidance_stop"], "guidance_")
     check_number("guidance_every", settings["guidance_every"], 1, integer=True)
     if settings["guidance_tolerance"] is not None:

@@ -15,8 +15,10 @@ is measured once, on the same seeds, and kept as a JSON file. An interrupted swe
 and several processes can share one. The report says which scale is best, which settings are worth
 their cost, and where guidance is worse than no guidance.
 
-Modules, each importing only earlier ones: settings, metrics, store, schedulers, measure, verdict,
-plots, report, run, commands.
+`learn_schedule` fits the scale as a function of the noise level to the real images.
+
+Modules, each importing only earlier ones: settings, metrics, store, measure, learn, verdict, plots,
+report, run, commands.
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_imports
 
 if TYPE_CHECKING:
+    from .learn import learn_schedule, nelder_mead
     from .metrics import Result
     from .report import write_report
     from .run import measure_points, sweep
@@ -37,7 +40,9 @@ __all__ = [
     "Store",
     "SweepSetting",
     "Verdict",
+    "learn_schedule",
     "measure_points",
+    "nelder_mead",
     "pareto_front",
     "sweep",
     "sweep_grid",

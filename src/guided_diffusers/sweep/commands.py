@@ -52,6 +52,18 @@ LISTS: dict[str, tuple[Callable[[str], Any], str, Any, str]] = {  # type, metava
     ),
 }
 NUMBERS = {
+    "--learn": (
+        count_or_none,
+        0,
+        "also fit a schedule of the guidance scale over noise levels, with so many knots, 4 for "
+        "example, for each scheduler and number of steps, and measure it on other seeds; its preset "
+        "is OUTPUT/learned/NAME-preset.json; 0: off",
+    ),
+    "--evaluations": (
+        count,
+        40,
+        "for --learn: how often images are generated and compared, --num-images each time",
+    ),
     "--num-images": (count, 1000, "images per setting, labels in turn"),
     "--bootstrap": (count_or_none, 100, "resamples for the 95%% intervals"),
     "--max-features": (

@@ -102,6 +102,21 @@ class PointEvaluator:
 
         `on_batch` is called with the number of images of each batch.
         """
+        summary, first_images, cost = self.generate(setting, on_batch)
+        strip = torch.cat(first_images, dim=2).to(torch.uint8).permute(1, 2, 0).numpy()
+        strip = strip[:, :, 0] if strip.shape[2] == 1 else strip
+        picture = f"{setting.name}.png"
+        save_image(Image.fromarray(strip), folder / picture)
+        metrics = compare(summary, self.real, self.bootstrap, self.features.is_inception)
+        per_class: Sequence[dict[str, Any]] = ()
+        if self.settings.classes:
+            per_class = by_class(summary, self.real, self.class_names, self.bootstrap)
+        return Result(setting, metrics, cost, picture, tuple(per_class))
+
+    def generate(
+        self, setting: SweepSetting, on_batch: Callable[[int], object]
+    ) -> tuple[Summary, list[torch.Tensor], dict[str, Any]]:
+        """The summary of a setting's images, the first `PICTURES` of them, and the cost."""
         scheduler = scheduler_for(self.pipeline.scheduler, setting.scheduler)
         pipeline = quiet_copy(self.pipeline, scheduler)
         classes, count = self.settings.classes, self.options.num_images
@@ -119,21 +134,13 @@ class PointEvaluator:
                 first_images += pixels[: PICTURES - len(first_images)]
                 self._update(summary, indices, pixels / 127.5 - 1)
                 on_batch(len(indices))
-        strip = torch.cat(first_images, dim=2).to(torch.uint8).permute(1, 2, 0).numpy()
-        strip = strip[:, :, 0] if strip.shape[2] == 1 else strip
-        picture = f"{setting.name}.png"
-        save_image(Image.fromarray(strip), folder / picture)
-        metrics = compare(summary, self.real, self.bootstrap, self.features.is_inception)
         cost = {
             "network_evaluations": sum(network_batches) / count,
             "classifier_evaluations": sum(classifier_batches) / count,
             "seconds": seconds / count,
             **cost_conditions(pipeline.device, self.options.batch_size),
         }
-        per_class: Sequence[dict[str, Any]] = ()
-        if classes:
-            per_class = by_class(summary, self.real, self.class_names, self.bootstrap)
-        return Result(setting, metrics, cost, picture, tuple(per_class))
+        return summary, first_images, cost
 
     def _sample(
         self, pipeline: ClassifierGuidedPipeline, setting: SweepSetting

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..checks import check_number
 from ..defaults import DEFAULTS
 from ..evaluation import COVERAGE_K, Images, Network, open_real
 from ..files import check_writable, folder_lock
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, resolve_defaults, weights_hash
 from ..utils import require_matplotlib, scheduler_for, scheduler_name
+from .learn import learn_schedule, write_preset
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
@@ -40,6 +43,8 @@ def sweep(
     algorithms: Sequence[str] | None = None,
     every: Sequence[int] = (),
     tolerances: Sequence[float] = (),
+    learn: int = 0,
+    evaluations: int = 40,
     num_images: int = 1000,
     seed: int = 0,
     batch_size: int = 50,
@@ -75,6 +80,12 @@ def sweep(
             pipeline's default.
         algorithms: `guidance_algorithm`s. None: the pipeline's default.
         every, tolerances: `guidance_every` and `guidance_tolerance`, which are not combined.
+        learn: number of knots of a `guidance_schedule` that is fitted for each scheduler and number
+            of steps (`learn_schedule`), and then measured as the other settings are; 0: none. The
+            seed of the fitted images is `seed` + 1, so that the measured ones are others. Writes
+            the presets `learned/NAME-preset.json`.
+        evaluations: for each fit: how often `num_images` images are generated and compared, at least
+            learn + 2.
         num_images: images per setting, at least 10; labels take turns. Image i depends only on
             the seed and i.
         conditional: as in the pipeline's call. False: the denoiser does not get the label, so that
@@ -109,14 +120,37 @@ def sweep(
     options = MeasureOptions(
         num_images, seed, batch_size, conditional, dtype, bootstrap, max_features
     )
-    store = _measure(pipeline, settings, source, output, features, judge, options, model, progress)
     default_scale = float(defaults["guidance_scale"])
+    learned = []
+    if _check_learn(learn, evaluations):
+        runs = [(name, int(count)) for name, count in product(names, sorted(steps))]
+        fit = (learn, evaluations, default_scale or 1.0)
+        bench = (pipeline, source, output, features, judge, options, model, progress)
+        learned = _learn(runs, fit, *bench)
+    settings = [*settings, *learned]
+    store = _measure(pipeline, settings, source, output, features, judge, options, model, progress)
     if not PartialState().is_main_process:
         return verdict_of(store.all(), default_scale)
+    for setting in learned:
+        command = f"guided-diffusers sweep --learn {learn} --evaluations {evaluations}"
+        write_preset(pipeline, store, setting, conditional, command, Path(output) / "learned")
     label_names = [name for _, name in sorted(class_names(pipeline).items())]
     columns = [label_names[i % len(label_names)] for i in range(min(PICTURES, num_images))]
     with folder_lock(Path(output), wait=True):
         return write_report(Path(output), store.all(), store.protocol, default_scale, columns)
+
+
+def _check_learn(learn: int, evaluations: int) -> bool:
+    """Whether schedules are learned.
+
+    Raises:
+        ValueError: for other values.
+    """
+    check_number("learn", learn, 0, integer=True)
+    check_number("evaluations", evaluations, 1, integer=True)
+    if learn and evaluations < learn + 2:
+        raise ValueError(f"evaluations={evaluations}: at least learn + 2 = {learn + 2} is allowed")
+    return learn > 0
 
 
 def check_output(output: Path) -> None:
@@ -177,18 +211,7 @@ def _measure(
     progress: bool,
 ) -> Store:
     """Measure the settings that the folder lacks, with a progress bar over all images."""
-    check_networks(pipeline, features, judge)
-    real = open_reference(pipeline, *source)
-    reference = {"name": source[0], "split": real.description["split"], "images": len(real)}
-    protocol = {
-        "model": model or type(pipeline).__name__,
-        **pipeline_protocol(pipeline, options.conditional),
-        "reference": {**reference, "digest": fingerprint(real)},
-        "features": {"network": features.name, "weights": features.digest()},
-        "judge": judge and {"network": judge.name, "weights": judge.digest()},
-        "device": pipeline.device.type,
-        **asdict(options),
-    }
+    real, protocol = _open(pipeline, source, features, judge, options, model)
     store = Store(output, protocol)
     store.all()  # refuses results of another protocol before any computation
     show = progress and PartialState().is_main_process
@@ -207,6 +230,53 @@ def _measure(
 
         store.fill(settings, measure)
     return store
+
+
+def _learn(
+    runs: Sequence[tuple[str, int]],
+    fit: tuple[int, int, float],
+    pipeline: ClassifierGuidedPipeline,
+    source: tuple[Any, ...],
+    output: str | Path,
+    features: Network,
+    judge: Network | None,
+    options: MeasureOptions,
+    model: str | None,
+    progress: bool,
+) -> list[SweepSetting]:
+    """A learned setting for each (scheduler, steps); `fit`: knots, evaluations, first scale."""
+    real, protocol = _open(pipeline, source, features, judge, options, model)
+    Store(output, protocol).all()  # refuses a folder with other results before the fit
+    options, show = replace(options, seed=options.seed + 1), PartialState().is_main_process
+    show, cache = progress and show, Path(output) / ".real"
+    evaluator = PointEvaluator(pipeline, real, features, judge, options, cache, show)
+    where, protocol = Path(output) / "learned", {**protocol, "seed": options.seed}
+    with WarnOnce():
+        return [learn_schedule(evaluator, *run, *fit, protocol, where, show) for run in runs]
+
+
+def _open(
+    pipeline: ClassifierGuidedPipeline,
+    source: tuple[Any, ...],
+    features: Network,
+    judge: Network | None,
+    options: MeasureOptions,
+    model: str | None,
+) -> tuple[Images, dict[str, Any]]:
+    """The real images, and what results depend on apart from the setting, as JSON."""
+    check_networks(pipeline, features, judge)
+    real = open_reference(pipeline, *source)
+    reference = {"name": source[0], "split": real.description["split"], "images": len(real)}
+    protocol = {
+        "model": model or type(pipeline).__name__,
+        **pipeline_protocol(pipeline, options.conditional),
+        "reference": {**reference, "digest": fingerprint(real)},
+        "features": {"network": features.name, "weights": features.digest()},
+        "judge": judge and {"network": judge.name, "weights": judge.digest()},
+        "device": pipeline.device.type,
+        **asdict(options),
+    }
+    return real, protocol
 
 
 def check_networks(
@@ -263,8 +333,9 @@ def pipeline_protocol(
     defaults = {}
     values = resolve_defaults(pipeline, {"conditional": conditional})
     for name, value in values.items():
-        reuse = name in ("guidance_every", "guidance_tolerance") and value != DEFAULTS[name]
-        if reuse or name in ("classifier_free_scale", "guidance_algorithm"):
+        limits = ("guidance_every", "guidance_tolerance", "guidance_schedule")
+        is_changed = name in limits and value != DEFAULTS[name]
+        if is_changed or name in ("classifier_free_scale", "guidance_algorithm"):
             defaults[name] = value
     hashed = weights_hash(pipeline)
     return {"weights": hashed, "own_scheduler": scheduler, "defaults": defaults}

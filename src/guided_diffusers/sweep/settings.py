@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -43,6 +44,7 @@ class SweepSetting:
         guidance_start, guidance_stop: part of the run that is guided; the defaults guide all of
             it, also where the pipeline's own differ.
         guidance_algorithm, guidance_every, guidance_tolerance: None: the pipeline's defaults.
+        guidance_schedule: its knots (sigma / alpha, scale). None: the pipeline's default.
 
     With `guidance_scale=0` these have no effect and keep their default values.
     """
@@ -55,6 +57,12 @@ class SweepSetting:
     guidance_algorithm: str | None = None
     guidance_every: int | None = None
     guidance_tolerance: float | None = None
+    guidance_schedule: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_schedule is not None:  # lists, from JSON
+            knots = tuple((float(sigma), float(scale)) for sigma, scale in self.guidance_schedule)
+            object.__setattr__(self, "guidance_schedule", knots)
 
     @property
     def name(self) -> str:
@@ -74,6 +82,9 @@ class SweepSetting:
             parts.append(f"every {self.guidance_every}")
         if self.guidance_tolerance is not None:
             parts.append(f"tolerance {self.guidance_tolerance:.12g}")
+        if self.guidance_schedule is not None:
+            digest = hashlib.sha256(repr(self.guidance_schedule).encode()).hexdigest()
+            parts.append(f"by schedule {digest[:6]}")
         return ", ".join(parts)
 
     @property
@@ -93,7 +104,11 @@ class SweepSetting:
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
         items = asdict(self).items()
-        return {name: value for name, value in items if name != "scheduler" and value is not None}
+        call = {name: value for name, value in items if name != "scheduler" and value is not None}
+        if self.guidance_schedule is not None:
+            sigmas, scales = map(list, zip(*self.guidance_schedule, strict=True))
+            call["guidance_schedule"] = {"sigmas": sigmas, "scales": scales}
+        return call
 
     def __str__(self) -> str:
         return f"{self.curve}, scale {self.scale_text}"
