@@ -1067,12 +1067,13 @@ def test_nelder_mead_finds_the_lowest_point_of_a_narrow_valley() -> None:
     for count in range(3, 30):
         calls.clear()
         best = nelder_mead(rosenbrock, [-1.0, 2.0], 0.5, count)
-        assert len(calls) == count and best == min(calls, key=rosenbrock)
+        tried = list(calls)
+        assert len(tried) == count and rosenbrock(best) == min(map(rosenbrock, tried))
 
 
 def test_labelled_features_tell_images_of_another_label() -> None:
     """Two classes at -1 and 1 in one feature: with exchanged labels the images are the same set, and
-    in 3 dimensions each is off by (2, r, r) along the cheapest transport at most."""
+    with their labels each is off by (0, r, -r), or there is a cheaper transport."""
     labels = torch.tensor([0, 1] * 20)
     x = (2.0 * labels - 1)[:, None] + 0.01 * torch.randn(
         40, 1, generator=torch.Generator().manual_seed(0)
@@ -1083,11 +1084,12 @@ def test_labelled_features_tell_images_of_another_label() -> None:
     )
     real = labelled_features(right, right, 2)
     radius = float((x - x.mean(0)).square().mean().sqrt())
-    assert torch.equal(real[:, 1:], radius * torch.nn.functional.one_hot(labels, 2))
+    one_hot = torch.nn.functional.one_hot(labels, 2).double()
+    assert torch.allclose(real[:, 1:], radius * one_hot, rtol=1e-5)
     assert torch.equal(labelled_features(right, right, 0), x.double())
     exchanged = labelled_features(wrong, right, 2)
     assert sliced_wasserstein(real[:, :1], exchanged[:, :1]) < 1e-10
-    assert 0.1 < float(sliced_wasserstein(real, exchanged)) <= 3 * (4 + 2 * radius**2)
+    assert 0.1 < float(sliced_wasserstein(real, exchanged)) <= 3 * 2 * radius**2 + 1e-6
 
 
 def test_knots_are_levels_of_the_run() -> None:
