@@ -11,7 +11,7 @@ on. All settings have their first group before any has its second: the table is 
 
 Each group of --few images is a small measurement. The many images that it is compared with are those of the other
 groups: no image is on both sides. Frechet distance, kernel distance and sliced Wasserstein distance (MIND, in these
-features) are between the generated and all real images. Columns of the table, the mean and the range over the groups:
+features) are between the generated and the real images. Columns of the table, the mean and the range over the groups:
 
     itself          rank correlation of the distance of few images with the same distance of many
     best third      the same over the third of the settings that has the lowest Frechet distance of many images
@@ -173,7 +173,7 @@ def report(options: argparse.Namespace, settings: dict[str, dict[str, Any]]) -> 
     groups = complete_groups(options, names)
     if len(groups) < 2:
         raise SystemExit(f"{len(groups)} of two groups are complete; run the command again")
-    real = read_features(options.output / "real.safetensors")
+    real = read_features(options.output / "real.safetensors")[: options.real_images]
     values: dict[str, list[list[float]]] = {name: [] for name in DISTANCES}
     members = torch.eye(len(groups)).double().repeat_interleave(options.few, dim=1)
     weights = torch.cat([members, 1 - members, torch.ones_like(members[:1])])  # few, others, all
@@ -236,6 +236,7 @@ def main() -> None:
     option("--features", help="feature network, as of `guided-diffusers evaluate` (default: judge)")
     option("--images", type=int, default=5000, help="of each setting (default: %(default)s)")
     option("--few", type=int, default=500, help="images of a group (default: %(default)s)")
+    option("--real-images", type=int, help="a random sample of the real images (default: all)")
     option("--steps", type=int, nargs="+", default=[5, 10, 20], help="(default: 5 10 20)")
     option("--seed", type=int, default=0)
     option("--batch-size", type=int, default=100)
