@@ -245,6 +245,7 @@ EFFECTS: list[dict[str, Any]] = [
     {"norm_num_groups": 16},
     {"norm_eps": 1e-3},
     {"time_proj_dim": 64},
+    {"patch_size": 2},
     *({"pool": pool} for pool in POOLS[1:]),
 ]
 SIZES = {1: (24,), 2: (16, 12), 3: (8, 4, 6)}  # sample sizes by `dims`
@@ -255,6 +256,16 @@ def test_every_argument_has_an_effect(changes: dict[str, Any]) -> None:
     expected, model = small()(images(), 40).logits, small(**changes)
     got = model(images(2, model.config.in_channels, 16, 16), 40).logits
     assert got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 15])
+def test_patches_divide_the_size_rounded_up(size: int) -> None:
+    """At patch size 1 the kernel is the published one, 3 x 3 at stride 1."""
+    for patch, places in ((1, size), (2, 8), (4, 4)):
+        model = small(patch_size=patch, pool="adaptive", sample_size=size)
+        assert model.conv_in(images(1, 3, size, size)).shape[2:] == (places, places)
+        assert model.conv_in.kernel_size == (2 * patch + 1,) * 2
+        assert model(images(1, 3, size, size), 40).logits.shape == (1, 3)
 
 
 def test_downsample_type_rules_the_blocks_with_attention() -> None:
@@ -318,6 +329,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dims": 4}, "dims is 4; allowed: 1, 2 or 3"),
     ({"dims": 2.0}, "dims is 2.0; allowed: 1, 2 or 3"),
     ({"sample_size": 0, "pool": "adaptive"}, "sample_size is 0"),
+    ({"patch_size": 0}, "patch_size is 0; allowed: a positive integer"),
+    ({"patch_size": 3}, "sample_size is 16; allowed: positive multiples of 6"),
+    ({"patch_size": 16, "pool": "adaptive"}, "sample_size is 16; allowed: .* at least 17"),
     ({"in_channels": 0}, "in_channels is 0; allowed: a positive integer"),
     ({"num_labels": 0}, "num_labels is 0; allowed: a positive integer"),
     ({"layers_per_block": 0}, "layers_per_block is 0; allowed: a positive integer"),

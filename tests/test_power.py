@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from helpers import NAMES, apart, weights
+from diffusers import DDIMScheduler, DDPMScheduler
+from helpers import NAMES, apart, load_script, weights
 from torch import Tensor, nn
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.classifier import log_odds
 from guided_diffusers.learning.classifier_losses import power_losses
-from guided_diffusers.learning.teacher import Teacher
+from guided_diffusers.learning.teacher import NoisyTeacher, Teacher
 from guided_diffusers.learning.warm_start import classifier_config, copy_weights
 
 MEAN, WIDTH, PEAK = (
@@ -179,7 +179,7 @@ def test_the_loss_is_least_at_the_expectation() -> None:
     power = torch.full((2,), 3.0, dtype=torch.float64)
     mean = torch.tensor([(0.2**3 + 0.9**3) / 2, (0.8**3 + 0.1**3) / 2], dtype=torch.float64)
     f = torch.logit(mean).requires_grad_()
-    loss = power_losses(f.expand(2, 2), log_p, power).sum()
+    loss = power_losses(f.expand(2, 2), power[:, None] * log_p).sum()
     assert torch.autograd.grad(loss, f)[0].abs().max() < 1e-12
     expected = -(mean * mean.log() + (1 - mean) * (1 - mean).log()).sum()
     torch.testing.assert_close(loss.detach() / 2, expected)
@@ -263,6 +263,28 @@ def test_a_teacher_is_calibrated_and_its_labels_are_matched_by_name() -> None:
         Teacher("t", network, {}, 4, data_names)
 
 
+@pytest.mark.parametrize("power", [None, 3.0])
+def test_a_noise_aware_teacher_sees_the_students_noise(power: float | None) -> None:
+    """On another schedule it is evaluated at the same sigma / alpha; labels go by name."""
+    names = {0: "a", 1: "b", 2: "c"}
+    classifier = random_classifier(id2label=names)
+    student = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.015)
+    data_names = {0: "c", 1: "a", 2: "b"}
+    teacher = NoisyTeacher("t", classifier, data_names, student, 100, 900)
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([300, 700])
+    log_q = teacher.log_targets(torch.zeros(0), x_t, t, power)
+    ratios = (1 / DDPMScheduler().alphas_cumprod - 1).sqrt()  # of the classifier, by timestep
+    for i, ratio in enumerate((1 / student.alphas_cumprod[t] - 1).sqrt()):
+        near = int((ratios - ratio).abs().argmin())  # the levels of two timesteps differ by < 1.5%
+        logits = classifier(x_t[i : i + 1], near, power=power).logits[:, [2, 0, 1]]
+        expected = logits.log_softmax(dim=1) if power is None else logits.sigmoid().log()
+        torch.testing.assert_close(log_q[i : i + 1], expected, rtol=0.02, atol=0.01)
+    assert teacher.figures == {"teacher": "t", "input": "x_t"}
+    low_noise = random_classifier(trained_betas=[1e-4] * 50, num_train_timesteps=50)
+    with pytest.raises(ValueError, match="--teacher t knows no noise as of timestep 900"):
+        NoisyTeacher("t", low_noise, names, student, 0, 900)
+
+
 # ---------------------------------------------------------------- the training
 
 POWERS = "--max_power 8 --train_batch_size 16 --validation_samples 12 --learning_rate 1e-3"
@@ -289,6 +311,16 @@ def test_training_with_powers(train: Callable[..., Path]) -> None:
     # without --max_power: the teacher's probabilities as soft labels, an ordinary classifier
     plain = train("classifier", f"--teacher {teacher} --max_train_steps 2", "plain")
     assert NoiseAwareClassifier.from_pretrained(plain).config.power_range is None
+    assert json.loads((plain / "metrics.json").read_text())["teacher"]["temperature"] > 0
+    # a noise-aware teacher sees x_t, unless it lacks the powers to learn
+    line = f"--teacher {whole} --max_power 8 --max_train_steps 2"
+    student = train("classifier", line, "student")
+    metrics = json.loads((student / "metrics.json").read_text())
+    assert metrics["teacher"] == {"teacher": str(whole), "input": "x_t"}
+    sees_noise = load_script("train_classifier").sees_noise
+    assert sees_noise(model, 8.0) and sees_noise(random_classifier(power_range=None), None)
+    assert not sees_noise(model, 9.0)
+    assert not sees_noise(NoiseAwareClassifier.from_pretrained(teacher), None)
 
 
 def test_the_loss_learns_the_expectation_of_a_known_teacher() -> None:
@@ -299,7 +331,7 @@ def test_the_loss_learns_the_expectation_of_a_known_teacher() -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(600):
         side, power = torch.randint(2, (256,)), torch.exp(torch.rand(256) * math.log(8))
-        loss = power_losses(net(power.log()[:, None]), log_p[side], power).mean()
+        loss = power_losses(net(power.log()[:, None]), power[:, None] * log_p[side]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,6 +19,8 @@
         --score_model out/unet
     accelerate launch train_classifier.py ... --init_from out/classifier --teacher out/classifier \\
         --max_power 8                                                  # for guidance_power
+    accelerate launch train_classifier.py ... --teacher out/classifier \\
+        --model_config_name_or_path student.json                       # a smaller one that guides
     accelerate launch train_classifier.py ... --push_to_hub --hub_model_id user/classifier
     accelerate launch --multi_gpu --num_processes 2 train_classifier.py ...
     torchrun --standalone --nproc_per_node 2 train_classifier.py --cpu ...      # two CPU processes
@@ -78,7 +80,7 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.teacher import Teacher
+from guided_diffusers.learning.teacher import NoisyTeacher, Teacher
 from guided_diffusers.learning.warm_start import (
     classifier_config,
     copy_weights,
@@ -139,14 +141,14 @@ class ClassifierOptions(Options):
     )
     teacher: str | None = option(
         None,
-        "classifier of clean images whose probabilities, calibrated on the held-out images, replace "
-        "the labels: folder or Hub id of a noise-aware classifier, evaluated without noise, or of "
-        "an image classifier of transformers",
+        "classifier whose probabilities replace the labels: folder or Hub id. A noise-aware one sees "
+        "x_t, if it also knows the powers to learn; other ones, and image classifiers of "
+        "transformers, see clean images, and are calibrated on the held-out ones first",
     )
     max_power: float | None = option(
         None,
         "also learn E[p(y | x_0)^w | x_t] for powers w from 1 to this, for guidance_power; needs "
-        "--teacher",
+        "--teacher, on clean images or one that knows these powers",
         1,
         1000,
         open=True,
@@ -274,22 +276,31 @@ def array_settings(data: Images | TargetedImages) -> dict[str, Any]:
 
 
 def make_teacher(
-    options: ClassifierOptions, accelerator: Accelerator, data: Images, held_out: Images | None
-) -> Teacher | None:
-    """The calibrated --teacher; None without."""
+    options: ClassifierOptions,
+    accelerator: Accelerator,
+    data: Images,
+    held_out: Images | None,
+    scheduler: DDPMScheduler,
+    max_timestep: int,
+) -> Teacher | NoisyTeacher | None:
+    """The --teacher, which sees x_t, or is calibrated on clean images; None without."""
     name = options.teacher
     if name is None:
         return None
-    if held_out is None:
-        raise ValueError(
-            f"--teacher {name}: held-out images are needed to calibrate it: a validation split, or "
-            "--validation_fraction above 0"
-        )
     with named_errors(f"--teacher {name}"):
         network = load_network(name, accelerator.device)
         if network.classes is None:
             raise ValueError("it is no classifier")
     network.module.requires_grad_(False)
+    if sees_noise(network.module, options.max_power):
+        accelerator.print(printable(f"teacher {name}: sees x_t, as the student"))
+        levels = options.min_timestep, max_timestep
+        return NoisyTeacher(name, network.module, data.id2label, scheduler, *levels)
+    if held_out is None:
+        raise ValueError(
+            f"--teacher {name}: held-out images are needed to calibrate it: a validation split, or "
+            "--validation_fraction above 0"
+        )
     teacher = Teacher(name, network, network.names, network.classes, data.id2label)
     count, batch_size = TEACHER_IMAGES, options.train_batch_size
     progress = options.progress and accelerator.is_main_process
@@ -308,13 +319,23 @@ def make_teacher(
     return teacher
 
 
+def sees_noise(classifier: torch.nn.Module, max_power: float | None) -> bool:
+    """Whether a teacher knows noisy images, and the powers that are to be learned."""
+    if not isinstance(classifier, NoiseAwareClassifier):
+        return False
+    config = classifier.config
+    powers = config.power_range or (1.0, 1.0)
+    knows_powers = max_power is None or max_power <= powers[1]
+    return config.problem_type == SINGLE and config.num_train_timesteps > 1 and knows_powers
+
+
 def make_loss(
     options: ClassifierOptions,
     accelerator: Accelerator,
     scheduler: DDPMScheduler,
     max_timestep: int,
     data: Images | TargetedImages,
-    teacher: Teacher | None = None,
+    teacher: Teacher | NoisyTeacher | None = None,
 ) -> ClassifierLoss:
     """The loss that the options define."""
     first, kind = options.min_timestep, options.problem_type
@@ -390,7 +411,8 @@ def evaluate_classifier(
         for power in powers:
             odds = model(x_t, t, power=power).logits
             scores.append(odds.sigmoid().sum(dim=1))
-            scores.append((power * loss.teacher(batch["pixel_values"])).exp().sum(dim=1))
+            log_q = loss.teacher.log_targets(batch["pixel_values"], x_t, t, power)
+            scores.append(log_q.exp().sum(dim=1))
         return torch.stack(scores)
 
     names, num_timesteps = (*METRICS[kind], *calibration), loss.max_timestep + 1
@@ -490,7 +512,7 @@ def main() -> None:
         if initial is not None:
             accelerator.print(copy_weights(model, initial, options.init_from))
         max_timestep = schedule["num_train_timesteps"] - 1
-        teacher = make_teacher(options, accelerator, data, held_out)
+        teacher = make_teacher(options, accelerator, data, held_out, scheduler, max_timestep)
         loss = make_loss(options, accelerator, scheduler, max_timestep, data, teacher)
         trainer = Trainer(options, accelerator, model, data)
         settings = {"workers": options.dataloader_num_workers, "progress": options.progress}

@@ -173,7 +173,7 @@ def train(mixture: Mixture, steps: int, seed: int = 0) -> tuple[SmallClassifier,
         alpha, sigma = coefficients(model.alpha_bar, t)
         x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
         log_p = mixture.log_labels(x0, one, zero)
-        loss = power_losses(model(x_t, t, power).logits, log_p, power).mean()
+        loss = power_losses(model(x_t, t, power).logits, power[:, None] * log_p).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

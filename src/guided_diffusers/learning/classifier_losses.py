@@ -78,23 +78,24 @@ def label_losses(
     return losses.mean(dim=1)
 
 
-def power_losses(log_odds: Tensor, log_p: Tensor, power: Tensor) -> Tensor:
+def power_losses(log_odds: Tensor, log_q: Tensor) -> Tensor:
     """Binary cross entropy of E[p(y | x_0)^w | x_t], summed over the labels, (B,):
 
-        - sum_k [q_k log sigmoid(f_k) + (1 - q_k) log sigmoid(-f_k)],    q_k = p(k | x_0)^w
+        - sum_k [q_k log sigmoid(f_k) + (1 - q_k) log sigmoid(-f_k)]
 
-    It is smallest at sigmoid(f_k) = E[q_k | x_t], as the minimiser of contrastive energy prediction
-    (Lu et al. 2023, "Contrastive energy prediction for exact energy-guided diffusion sampling in
-    offline reinforcement learning", section 3.2) is up to a factor of no gradient.
+    with q_k = p(k | x_0)^w or its mean given x_t. It is smallest at sigmoid(f_k) = E[q_k | x_t], as
+    the minimiser of contrastive energy prediction (Lu et al. 2023, "Contrastive energy prediction
+    for exact energy-guided diffusion sampling in offline reinforcement learning", section 3.2) is
+    up to a factor of no gradient.
 
     Args:
         log_odds: f, (B, K), of a classifier that was called with the power.
-        log_p: log p(k | x_0), (B, K), of the clean images.
-        power: w, (B,).
+        log_q: log q_k, (B, K).
     """
     f = log_odds.to(torch.promote_types(log_odds.dtype, torch.float32))
-    q = (power[:, None] * log_p).exp().to(f.dtype)
-    return F.binary_cross_entropy_with_logits(f, q, reduction="none").sum(dim=1)
+    return F.binary_cross_entropy_with_logits(f, log_q.exp().to(f.dtype), reduction="none").sum(
+        dim=1
+    )
 
 
 def log_likelihood(logits: Tensor, y: Tensor, problem_type: str = SINGLE) -> Tensor:

@@ -32,7 +32,7 @@ from .classifier_losses import (
 )
 from .losses import LossSecondMomentSampler, draw_steps, weighted_mean
 from .prepare import Images
-from .teacher import Teacher
+from .teacher import NoisyTeacher, Teacher
 
 
 @dataclass
@@ -54,7 +54,9 @@ class ClassifierLoss:
     score: ScoreModel | None = None  # for `score_matching_losses`; None: off
     score_weight: float = 0.0
     sampler: LossSecondMomentSampler | None = None  # counts from `min_timestep`; None: uniform
-    teacher: Teacher | None = None  # whose probabilities are the targets; None: the labels
+    teacher: Teacher | NoisyTeacher | None = (
+        None  # whose probabilities are the targets; None: the labels
+    )
     max_power: float | None = None  # of `power_losses`; None: off. Needs a teacher
 
     def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> Tensor:
@@ -64,13 +66,14 @@ class ClassifierLoss:
         t, eps = self.min_timestep + k, draws.randn(*x0.shape[1:])
         if self.mixup_alpha:
             x0, y = mixup(x0, soft_labels(y, self.num_labels), self.mixup_shares(draws))
-        options, log_p = {}, None
-        if self.teacher is not None:
-            log_p = self.teacher(x0)
-            y = log_p.exp()
+        options, log_q = {}, None
         if self.max_power is not None:
             options["power"] = torch.exp(draws.rand() * math.log(self.max_power))  # log-uniform
         x_t, score_losses = self.scheduler.add_noise(x0, eps, t), 0.0
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                log_q = self.teacher.log_targets(x0, x_t, t, **options)
+            y = log_q.exp()
 
         def of_logits(logits: Tensor) -> Tensor:
             kind = (self.problem_type, self.class_weights, self.label_smoothing, self.variance)
@@ -78,7 +81,7 @@ class ClassifierLoss:
 
         def of_images(x: Tensor) -> Tensor:
             logits = model(x, t, **options).logits
-            return power_losses(logits, log_p, **options) if options else of_logits(logits)
+            return power_losses(logits, log_q) if options else of_logits(logits)
 
         if self.score is not None:
             with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative

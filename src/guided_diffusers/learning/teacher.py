@@ -1,14 +1,19 @@
-"""A classifier of clean images whose probabilities are a noise-aware classifier's targets."""
+"""Classifiers whose probabilities are a noise-aware classifier's targets."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..classifier import NoiseAwareClassifier
+from ..noise import SMALLEST_ALPHA, NoiseLevel, TrainedSchedule, schedule_config
 from .batches import collate
 from .data import evenly_spread
 
@@ -47,15 +52,12 @@ class Teacher:
     ):
         self.name, self.network, self.logit_scale = name, network, 1.0
         self.figures: dict[str, Any] = {}
-        names, known = list(data_id2label.values()), {label: i for i, label in id2label.items()}
-        if missing := [label for label in names if known and label not in known]:
-            raise ValueError(f"--teacher {name}: it doesn't know the data's labels {missing[:5]}")
-        if not known and num_labels != len(names):
-            raise ValueError(
-                f"--teacher {name}: it has {num_labels} labels without names and the data has "
-                f"{len(names)}; the same number, or names, are allowed"
-            )
-        self.columns = [known[label] for label in names] if known else list(range(len(names)))
+        self.columns = label_columns(name, id2label, num_labels, data_id2label)
+
+    def log_targets(self, x0: Tensor, x_t: Tensor, t: Tensor, power: Any = None) -> Tensor:
+        """log p(y | x0)^w, (B, K); `power` is w, a number or (B,), None: 1."""
+        log_p = self(x0)
+        return log_p if power is None else torch.as_tensor(power).reshape(-1, 1) * log_p
 
     @torch.no_grad()
     def __call__(self, x0: Tensor) -> Tensor:
@@ -119,3 +121,80 @@ class Teacher:
             "calibration_error_before": before[1],
         }
         return self.figures
+
+
+class NoisyTeacher:
+    """A noise-aware classifier that sees the x_t of its student:
+
+        log q_y = log p(y | x_t), or log E[p(y | x_0)^w | x_t] of a power w
+
+    These are the expectations of the targets on clean images, given x_t, so the student's optimum
+    is the same, and the loss has less noise. They aren't calibrated again.
+
+    Args:
+        name: --teacher, for messages.
+        classifier: frozen and in evaluation mode; single labels.
+        data_id2label: the labels to predict, in their order.
+        scheduler: the student's; the teacher is evaluated at the same noise-to-signal ratio.
+        min_timestep, max_timestep: of the student's training.
+
+    Attributes:
+        figures: {"teacher", "input"}.
+
+    Raises:
+        ValueError: if it doesn't know the labels or the noise levels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classifier: NoiseAwareClassifier,
+        data_id2label: Mapping[int, str],
+        scheduler: DDPMScheduler,
+        min_timestep: int,
+        max_timestep: int,
+    ):
+        self.classifier, config = classifier, classifier.config
+        self.columns = label_columns(name, config.id2label or {}, config.num_labels, data_id2label)
+        self.figures = {"teacher": name, "input": "x_t"}
+        schedule = TrainedSchedule(schedule_config(classifier), pure_noise=False)
+        alpha_bar = scheduler.alphas_cumprod.double().clamp(min=SMALLEST_ALPHA**2)
+        pairs = zip(alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist(), strict=True)
+        levels = [NoiseLevel(alpha, sigma, 0.0, 0.0) for alpha, sigma in pairs]
+        for t in (min_timestep, max_timestep):
+            ratio = math.log(levels[t].sigma / levels[t].alpha)
+            if not schedule.log_ratio[0] - 1e-3 <= ratio <= schedule.log_ratio[-1] + 1e-3:
+                raise ValueError(
+                    f"--teacher {name} knows no noise as of timestep {t} of this schedule; its own "
+                    "(--scheduler), or --min_timestep and --max_timestep within it, are allowed"
+                )
+        self.timesteps = torch.tensor([schedule.timestep(level) for level in levels])
+
+    @torch.no_grad()
+    def log_targets(self, x0: Tensor, x_t: Tensor, t: Tensor, power: Any = None) -> Tensor:
+        """log q of the data's labels, (B, K), float32; `t` (B,) is the student's timestep."""
+        timesteps = self.timesteps.to(x_t.device)[t]
+        logits = self.classifier(x_t, timesteps, power=power).logits.float()[:, self.columns]
+        return logits.log_softmax(dim=1) if power is None else F.logsigmoid(logits)
+
+
+def label_columns(
+    name: str,
+    id2label: Mapping[int, str],
+    num_labels: int | None,
+    data_id2label: Mapping[int, str],
+) -> list[int]:
+    """The teacher's output of each of the data's labels, in their order.
+
+    Raises:
+        ValueError: if it doesn't know the labels.
+    """
+    names, known = list(data_id2label.values()), {label: i for i, label in id2label.items()}
+    if missing := [label for label in names if known and label not in known]:
+        raise ValueError(f"--teacher {name}: it doesn't know the data's labels {missing[:5]}")
+    if not known and num_labels != len(names):
+        raise ValueError(
+            f"--teacher {name}: it has {num_labels} labels without names and the data has "
+            f"{len(names)}; the same number, or names, are allowed"
+        )
+    return [known[label] for label in names] if known else list(range(len(names)))
