@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import runpy
@@ -19,11 +20,13 @@ import pytest
 import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.cli import main
+from guided_diffusers.noise import TrainedSchedule, noise_levels
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -134,6 +137,60 @@ def test_an_off_the_shelf_classifier_is_trained_and_its_gradients_compared(
     off, cheap, exact = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [off["scale"], cheap["scale"], exact["scale"]] == [0, 5, 5]
     assert len({row["mean_log_p"] for row in (off, cheap, exact)}) == 3
+
+
+def test_settings_of_few_steps_are_found_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting found is no worse than the first guesses on the tuning seeds, and it is what is measured."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    data = ["--data", tiny_data(tmp_path / "data"), "--output", "few"]
+    search = ["--search", "2", "--evaluations", "4", "--search-images", "20"]
+    run("benchmarks/few_steps", [*data, *search], tmp_path, monkeypatch)
+    found = json.loads((tmp_path / "few/found.json").read_text())["2"]
+    assert found["tuning"]["value"] <= min(guess["value"] for guess in found["first_guesses"])
+    assert 999 >= found["timesteps"][0] > found["timesteps"][1] >= 0
+    run(
+        "benchmarks/few_steps", [*data, "--steps", "2", "--num-images", "20"], tmp_path, monkeypatch
+    )
+    rows = json.loads((tmp_path / "few/few_steps.json").read_text())
+    assert rows["found-2"].items() >= {k: found[k] for k in ("timesteps", "scales")}.items()
+    assert rows["even-2"]["timesteps"] == [999, 499]
+    for row in rows.values():
+        assert (row["images"], row["network_evaluations"], row["guide_evaluations"]) == (20, 2, 2)
+        low, high = row["frechet_distance_interval"]
+        assert low <= row["frechet_distance"] <= high
+
+
+def test_each_timestep_has_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    few_steps = importlib.import_module("few_steps")
+    scheduler = DPMSolverMultistepScheduler()
+    timesteps = [900, 500, 20]
+    scheduler.set_timesteps(timesteps=timesteps)
+    schedule = TrainedSchedule({"num_train_timesteps": 1000})
+    scale = few_steps.ScaleByTimestep(schedule, timesteps, [1.0, 2.0, 3.0])
+    assert [scale(level) for level in noise_levels(scheduler)] == [1.0, 2.0, 3.0]
+    setting = {"solver_order": 1, "timesteps": [900, 500], "scales": [1.0, 2.0]}
+    other = few_steps.changed(setting, [-1.0, 1.0, 0.5, -0.5], 999)
+    assert other == {"solver_order": 1, "timesteps": [860, 540], "scales": [1.5, 1.5]}
+    assert few_steps.changed(setting, [-10.0, 0.0, 0.0, 0.0], 999) is None  # they must fall
+    assert few_steps.changed(setting, [0.0, 0.0, -2.0, 0.0], 999) is None  # scales of 0 and above
+
+
+def test_light_classifiers_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    bundled = EXAMPLES.parent / "src/guided_diffusers/bundled/fashion-mnist/classifier"
+    arguments = ["--reference", tiny_data(tmp_path / "data"), "--output", "students", "--quiet"]
+    arguments += ["--classifiers", f"bundled={bundled}", "--settings", "label-15"]
+    arguments += ["--num-images", "20", "--batch-size", "20", "--repeats", "1"]
+    run("benchmarks/students", arguments, tmp_path, monkeypatch)
+    results = json.loads((tmp_path / "students/students.json").read_text())
+    assert results["classifiers"]["bundled"]["parameters"] == 919_700
+    assert results["classifiers"]["bundled"]["relative_cost"] > 0.2
+    (row,) = results["rows"]
+    assert 1 <= row["classifier_evaluations"] < 9 and row["surcharge"] > 0
+    assert "| label-15 | bundled |" in (tmp_path / "students/students.md").read_text()
 
 
 def test_the_table_of_guidances_goes_on_where_it_stopped(

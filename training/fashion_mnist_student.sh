@@ -1,8 +1,8 @@
 #!/bin/sh
 # Light classifiers that learn from the bundled one at every noise level, powers 1 to 8 included:
 #     sh training/fashion_mnist_student.sh                # all architectures of training/configs/students
-#     sh training/fashion_mnist_student.sh half           # one
-# OUT is where everything goes, TEACHER the classifier to learn from, STEPS the length of the training.
+#     sh training/fashion_mnist_student.sh half_wide      # one
+# half_wide starts from the teacher's weights, in so far as they fit. OUT is where everything goes, TEACHER the classifier to learn from, STEPS the length of the training.
 # examples/benchmarks/students.py compares them. Started again, it goes on where it was stopped.
 set -e
 cd "$(dirname "$0")/.."
@@ -14,11 +14,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 test -d data/fashion-mnist || python training/prepare_fashion_mnist.py --source "$SOURCE" --output data/fashion-mnist
 
-for name in ${@:-half quarter full}; do
+for name in ${@:-half_wide half quarter full}; do
+    init=
+    if [ "$name" = half_wide ]; then init="--init_from $TEACHER"; fi
     python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 1 \
         --model_config_name_or_path "training/configs/students/$name.json" --teacher "$TEACHER" --max_power 8 \
         --mixed_precision bf16 --train_batch_size 128 --max_train_steps "$STEPS" \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200 --adam_beta2 0.99 --seed 21 \
         --checkpointing_steps 250 --validation_steps 1000 --validation_samples 200 --diagnosis_images 0 \
-        --resume_from_checkpoint latest --output_dir "$OUT/students/$name"
+        --resume_from_checkpoint latest --output_dir "$OUT/students/$name" $init
 done

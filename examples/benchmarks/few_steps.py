@@ -80,7 +80,7 @@ class FewSteps:
         self.data = load_splits(options.data)
 
     def real_features(self, split: str) -> torch.Tensor:
-        images = LabelledImages(self.data[split], self.pipeline.unet.config.sample_size)
+        images = LabelledImages(self.data[split], resolution=self.pipeline.unet.config.sample_size)
         count = min(len(images), REAL_IMAGES)
         return self.judge(torch.stack([images[i]["pixel_values"] for i in range(count)]))[1]
 
@@ -121,13 +121,12 @@ class FewSteps:
 
     def search(self, steps: int, real: torch.Tensor) -> dict[str, Any]:
         """The best setting of so many steps, with its metrics on the tuning seeds."""
-        rng, best = random.Random(steps), None
+        rng, guesses = random.Random(steps), []
         for order in {1, min(steps, 2)}:
-            setting = {"solver_order": order, **first_guess(steps, self.last)}
-            setting |= {"tuning": self.objective(setting, real)}
-            print(steps, setting, flush=True)
-            if best is None or setting["tuning"]["value"] < best["tuning"]["value"]:
-                best = setting
+            guesses.append({"solver_order": order, **first_guess(steps, self.last)})
+            guesses[-1]["tuning"] = self.objective(guesses[-1], real)
+            print(steps, guesses[-1], flush=True)
+        best = min(guesses, key=lambda setting: setting["tuning"]["value"])
         size, left = 1.0, self.options.evaluations
         while left > 0:
             changes = [rng.gauss(0, size) * (rng.random() < 0.5) for _ in range(2 * steps)]
@@ -142,7 +141,7 @@ class FewSteps:
                     print(steps, best, flush=True)
                     break
             size = min(1.2 * size, 2.0) if improved else max(0.9 * size, 0.1)
-        return best
+        return best | {"first_guesses": [guess["tuning"] for guess in guesses]}
 
     # ------------------------------------------------------------ the measurement
 

@@ -75,7 +75,7 @@ def copy_weights(model: NoiseAwareClassifier, initial: ModelMixin, path: str) ->
     """
     target, source = model.state_dict(), initial.state_dict()
     if isinstance(initial, NoiseAwareClassifier):
-        for name in last_layer_names(model):
+        for name in [name for name in last_layer_names(model) if name in source]:
             rows = source[name][: model.config.num_labels]
             if (
                 rows.shape[0] == model.config.num_labels
