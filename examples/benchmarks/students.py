@@ -3,6 +3,8 @@
     sh training/fashion_mnist_student.sh                                # trains them
     python examples/benchmarks/students.py --reference data/fashion-mnist \\
         --classifiers bundled=src/guided_diffusers/bundled/fashion-mnist/classifier half=out/students/half
+    python examples/benchmarks/students.py --reference data/fashion-mnist \\
+        --configs training/configs/students/*.json                      # untrained: only what they cost
     python examples/benchmarks/students.py ... --num-images 200 --settings label-15
 
 The settings are the bundled preset's (`label-15`: the network gets the label, 15 steps, guidance from 40% of the run
@@ -72,6 +74,12 @@ def relative_cost(bench: Benchmark) -> float:
     return statistics.median(ratios[1:])
 
 
+def cost(bench: Benchmark) -> dict[str, float]:
+    """Number of parameters of the classifier, and what its gradient costs."""
+    parameters = sum(parameter.numel() for parameter in bench.pipeline.classifier.parameters())
+    return {"parameters": parameters, "relative_cost": relative_cost(bench)}
+
+
 def surcharges(bench: Benchmark, point: SweepSetting, give_label: bool) -> list[float]:
     """Time with guidance over that without, less 1, of each turn."""
     conditional, turns = bench.conditional(give_label), []
@@ -124,15 +132,9 @@ def parse_options() -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--reference", required=True, help="labelled real images")
-    help = "folders of classifiers, for the first row on"
-    option(
-        "--classifiers",
-        nargs="+",
-        type=named_folder,
-        required=True,
-        metavar="NAME=FOLDER",
-        help=help,
-    )
+    named = {"type": named_folder, "nargs": "+", "default": []}
+    option("--classifiers", **named, metavar="NAME=FOLDER", help="classifiers to compare")
+    option("--configs", nargs="+", type=Path, default=[], help="JSON files of architectures")
     option("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     option("--model", default="fashion-mnist", help="bundled model, folder or Hub id")
     option("--judge", default="fashion-mnist", help="a classifier that never guides")
@@ -150,14 +152,22 @@ def main() -> None:
     options = parse_options()
     path = options.output / "students.json"
     results = json.loads(path.read_text()) if path.exists() else {"classifiers": {}, "rows": []}
+    for config in options.configs:
+        bench = Benchmark(options)
+        pipeline, name = bench.pipeline, f"{config.stem}, untrained"
+        shared = {"num_labels": len(pipeline.config.id2label), "power_range": (1.0, 8.0)}
+        shared |= {key: pipeline.unet.config[key] for key in ("sample_size", "in_channels")}
+        classifier = NoiseAwareClassifier(**shared, **json.loads(config.read_text()))
+        pipeline.register_modules(classifier=classifier.to(options.device).eval())
+        results["classifiers"][name] = cost(bench)
+        write_json(results, path)
+        print(name, results["classifiers"][name], flush=True)
     for name, folder in options.classifiers:
         bench = Benchmark(options)
         classifier = NoiseAwareClassifier.from_pretrained(folder).to(options.device)
         bench.pipeline.register_modules(classifier=classifier)
         if name not in results["classifiers"]:
-            parameters = sum(parameter.numel() for parameter in classifier.parameters())
-            cost = {"parameters": parameters, "relative_cost": relative_cost(bench)}
-            results["classifiers"][name] = cost
+            results["classifiers"][name] = cost(bench)
             write_json(results, path)
         done = {row["setting"] for row in results["rows"] if row["classifier"] == name}
         for setting in [setting for setting in options.settings if setting not in done]:
