@@ -263,6 +263,19 @@ def test_a_teacher_is_calibrated_and_its_labels_are_matched_by_name() -> None:
         Teacher("t", network, {}, 4, data_names)
 
 
+def test_a_warm_start_with_another_head_and_first_layer() -> None:
+    """What fits is copied; the first and the last layer stay."""
+    initial = random_classifier()
+    model = NoiseAwareClassifier.from_config(initial.config, pool="adaptive", patch_size=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "parameters" in copy_weights(model, initial, "x")
+    after, source = model.state_dict(), initial.state_dict()
+    name = "mid_block.resnets.0.conv1.weight"
+    assert torch.equal(after[name], source[name]) and not torch.equal(before[name], source[name])
+    for name in ("conv_in.weight", "head.4.weight"):
+        assert torch.equal(after[name], before[name])
+
+
 @pytest.mark.parametrize("power", [None, 3.0])
 def test_a_noise_aware_teacher_sees_the_students_noise(power: float | None) -> None:
     """On another schedule it is evaluated at the same sigma / alpha; labels go by name."""
