@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
+from guided_diffusers import (
+    ClassifierGuidance,
+    ClassifierGuidedPipeline,
+    NoiseAwareClassifier,
+    NoiseAwareCLIP,
+    NoiseAwareCLIPGuidance,
+)
 from guided_diffusers.bundled import folder
 from guided_diffusers.sampling import sample
 
@@ -107,6 +113,23 @@ def test_the_presets_are_those_that_were_measured(pipeline: ClassifierGuidedPipe
     assert pipeline.config.defaults["num_inference_steps"] == 15
 
 
+def test_four_steps_by_timesteps_and_a_schedule_that_a_search_found(
+    pipeline: ClassifierGuidedPipeline,
+) -> None:
+    """The call in examples/benchmarks/README.md; evenly spaced steps end too early."""
+    schedule = {"sigmas": [0.128, 1.33, 5.95, 64.8], "scales": [2.97, 4.85, 0.68, 3.76]}
+    call = {"conditional": False, "guidance_scale": 1.0, "guidance_schedule": schedule}
+    call |= {"guidance_start": 0.0, "guidance_every": 1, "timesteps": [907, 594, 314, 35]}
+    generators = [torch.Generator().manual_seed(i) for i in range(40)]
+    labels = [i % 10 for i in range(40)]
+    result = pipeline(labels, generator=generators, output_type="latent", **call)
+    judge = NoiseAwareClassifier.from_pretrained(folder("fashion-mnist") / "judge")
+    with torch.no_grad():
+        found = judge(result.images.clamp(-1, 1), 0).logits.argmax(-1)
+    assert result.guidance_evaluations == 4
+    assert (found == torch.tensor(labels)).float().mean() > 0.85
+
+
 def test_a_bundle_takes_a_preset(tmp_path: Path) -> None:
     """training/bundle.py: scheduler and defaults change, the weights don't; a call that says nothing takes them."""
     place, preset = tmp_path / "bundle", tmp_path / "preset.json"
@@ -199,3 +222,80 @@ def test_a_bundle_takes_further_classifiers_texts_and_half_precision(tmp_path: P
     assert not list(place.rglob("*.py"))
     wrong = subprocess.run([*command[:4], "--also", "judge=x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--also judge=x: NAME=FOLDER is allowed" in wrong.stderr
+
+
+# Emoji
+
+
+EMOJI = folder("emoji")
+CATEGORIES = [
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+]
+
+
+def test_the_emoji_models_are_small_and_name_whose_pictures_they_learned() -> None:
+    files = [path for path in EMOJI.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".md", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 10e6
+    card = (EMOJI / "README.md").read_text()
+    for words in ("Noto Emoji", "Apache License\n  2.0", "Twemoji", "CC-BY\n  4.0", "emoji-data"):
+        assert words in card
+    figures = json.loads((EMOJI / "figures.json").read_text())
+    assert {"unet", "classifier", "judge", "vendor", "clip", "preset"} <= figures.keys()
+    steps = figures["unet"]["options"]["max_train_steps"]
+    script = (Path(__file__).parents[1] / "examples/emoji/train.sh").read_text()
+    assert f"UNET_STEPS:-{steps}" in script  # the script that made them
+
+
+@pytest.fixture(scope="module")
+def emoji() -> ClassifierGuidedPipeline:
+    pipeline = ClassifierGuidedPipeline.from_bundled("emoji")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def emoji_samples(pipeline: ClassifierGuidedPipeline, labels: list, **call: object) -> torch.Tensor:
+    batches = sample(pipeline, labels, 0, 45, range(45), output_type="latent", **call)
+    return torch.cat([images for _, images in batches]).clamp(-1, 1)
+
+
+def test_the_judge_agrees_more_with_guided_emoji(emoji: ClassifierGuidedPipeline) -> None:
+    """Its agreement with real held-out pictures is 55%: a category has more than one look."""
+    assert list(emoji.config.id2label.values()) == CATEGORIES
+    judge = NoiseAwareClassifier.from_pretrained(EMOJI / "judge")
+    agreed = []
+    for call in ({"guidance_scale": 0.0, "classifier_free_scale": 0.0, "conditional": False}, {}):
+        images = emoji_samples(emoji, CATEGORIES, num_inference_steps=10, **call)
+        assert images.shape == (45, 3, 32, 32)
+        with torch.no_grad():
+            found = judge(images, 0).logits.argmax(-1)
+        agreed.append((found == torch.arange(45) % 9).float().mean().item())
+    assert agreed[0] < 0.3 and agreed[1] > 0.5  # chance is 0.11
+
+
+def test_vendor_and_caption_steer_the_emoji(emoji: ClassifierGuidedPipeline) -> None:
+    """Each term makes what it guides to more likely than the same seeds without it."""
+    vendor = NoiseAwareClassifier.from_pretrained(EMOJI / "vendor")
+    clip = NoiseAwareCLIP.from_pretrained(EMOJI / "clip")
+    call = {"num_inference_steps": 10, "conditional": False, "guidance_scale": 0.0}
+    plain = emoji_samples(emoji, CATEGORIES, **call)
+    styled = emoji_samples(
+        emoji, CATEGORIES, guidance=ClassifierGuidance(vendor, "twitter", 3.0), **call
+    )
+    captioned = emoji_samples(
+        emoji, CATEGORIES, guidance=NoiseAwareCLIPGuidance(clip, "country flag", 4.0), **call
+    )
+    timestep = torch.zeros(45, dtype=torch.long)
+    with torch.no_grad():
+        likely = [vendor(x, timestep).logits.softmax(-1)[:, 1].mean() for x in (plain, styled)]
+        texts = clip.encode_prompts("country flag")
+        near = [(clip.encode_image(x, timestep) @ texts.T).mean() for x in (plain, captioned)]
+    assert likely[1] > likely[0] + 0.1 and near[1] > near[0] + 0.1

@@ -499,6 +499,16 @@ def test_in_a_browser_a_wrong_input_is_a_message(page: Any, server: Server) -> N
     assert "Traceback" not in server.log.read_text()
 
 
+def test_in_a_browser_each_bundled_model_has_a_page(page: Any, server: Server) -> None:
+    page.wait_for_selector("#generate")
+    page.get_by_role("link", name="emoji").or_(page.get_by_role("button", name="emoji")).click()
+    page.wait_for_url("**/emoji")
+    page.wait_for_selector("text=guided-diffusers: emoji")
+    generate(page)
+    assert picture_at(page, "guided").ndim == 3  # in colour
+    assert not page.errors
+
+
 def client_of(server: Server) -> Any:
     from gradio_client import Client
 

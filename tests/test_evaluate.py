@@ -1107,7 +1107,7 @@ def test_broken_images_are_named_and_nothing_is_written(
         (["--bits-per-dim", "51", "--model", "MODEL"], "bits_per_dim=51: 1 to 50"),
         (
             ["--features", "imagenet"],
-            r"model 'imagenet' is not bundled; allowed: \['fashion-mnist'\]",
+            r"model 'imagenet' is not bundled; allowed: \['emoji', 'fashion-mnist'\]",
         ),
         (["--dataset", "DAMAGED"], "dataset: .* can't be read"),
     ],

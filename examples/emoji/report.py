@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     help = "images a row of a picture (default: %(default)s)"
     parser.add_argument("--columns", type=int, default=10, help=help)
     parser.add_argument("--caption-scale", type=float, default=4.0, help="(default: %(default)s)")
-    parser.add_argument("--vendor-scale", type=float, default=3.0, help="(default: %(default)s)")
+    parser.add_argument("--vendor-scale", type=float, default=10.0, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     options = parser.parse_args()
     if options.images < 30:
@@ -299,7 +299,8 @@ class Report:
         prompts = [caption for caption in CAPTIONS for _ in range(self.options.columns)]
         term = NoiseAwareCLIPGuidance(clip, prompts, self.options.caption_scale)
         pipeline = self.pipeline
-        self.pipeline = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler)
+        names = pipeline.config.id2label  # by which the null label is known
+        self.pipeline = ClassifierGuidedPipeline(pipeline.unet, pipeline.scheduler, id2label=names)
         self.pipeline.set_progress_bar_config(disable=True)
         steps = pipeline.config.defaults["num_inference_steps"]
         call = {"guidance": term, "conditional": False, "num_inference_steps": steps}

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 SOURCE=${SOURCE:-data/emoji-npm}
 DATA=${DATA:-data/emoji}
 OUT=${OUT:-out/emoji}
-UNET_STEPS=${UNET_STEPS:-5500}
+UNET_STEPS=${UNET_STEPS:-16000}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 CONFIGS=examples/emoji/configs
 OPTIONS="--train_data_dir $DATA --resolution 32 --cache_images --mixed_precision bf16 --adam_beta2 0.99 --no_progress
