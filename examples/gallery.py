@@ -38,7 +38,8 @@ COMMANDS = {
     "--output examples/figures/off_the_shelf_imagenet.png",
     "edits": "python examples/benchmarks/editing.py --data data/fashion-mnist "
     "--parts counterfactuals --per-pair 5 --output out/editing --report examples/figures",
-    "emoji": "sh examples/emoji/train.sh",
+    "emoji": "python examples/emoji/report.py --data data/emoji --parts figures --columns 8 "
+    "--output examples/emoji/figures",
     "mnist1d": "python examples/mnist1d_signals.py --output out/mnist1d "
     "--picture examples/figures/mnist1d.png",
 }

@@ -39,6 +39,7 @@ from guided_diffusers import (
     NoiseAwareCLIP,
     NoiseAwareCLIPGuidance,
 )
+from guided_diffusers.bundled import folder
 from guided_diffusers.cli_options import run_program
 from guided_diffusers.evaluation import DatasetImages, evaluate, load_network, open_real
 from guided_diffusers.sampling import grid, sample, save_image
@@ -72,8 +73,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    help = "a folder of training/bundle.py, which may lack `clip`"
-    parser.add_argument("--model", type=Path, required=True, help=help)
+    help = "a folder of training/bundle.py, which may lack `clip` (default: the bundled models)"
+    parser.add_argument("--model", type=Path, default=folder("emoji"), help=help)
     help = "output of examples/emoji/prepare.py"
     parser.add_argument("--data", type=Path, required=True, help=help)
     parser.add_argument("--output", type=Path, required=True, help="folder of results and pictures")
