@@ -37,6 +37,7 @@ from guided_diffusers.demo import (
     sample_pictures,
     write_space,
 )
+from guided_diffusers.demo.app import _preset
 from guided_diffusers.demo.pictures import fitting
 from guided_diffusers.demo.server import is_loopback, start
 from guided_diffusers.sampling import grid, image_generator
@@ -273,9 +274,25 @@ def test_pictures_of_more_than_8_bits_are_refused(mode: str) -> None:
 
 def test_each_model_has_a_page(model: DemoModel) -> None:
     app = demo_app(model, model)
-    assert app.pages == [("", "Home", True), ("fashion-mnist-1", "fashion-mnist", True)]
+    assert app.pages == [("", "Home", True), ("1-fashion-mnist", "fashion-mnist", True)]
     public = [fn.api_name for fn in app.fns.values() if fn.api_visibility == "public"]
     assert public == ["generate", "edit", "generate_1", "edit_1"]
+
+
+def test_the_preset_of_a_form_has_all_scales_that_change_with_it() -> None:
+    """The emoji preset is classifier-free where the network gets the label, else the classifier's."""
+    found = [_preset(DemoModel.load("emoji", device="cpu"), hidden) for hidden in (True, False)]
+    assert [(scale, free) for scale, *_, free in found] == [(6.0, 0.0), (0.0, 2.0)]
+
+
+def test_a_folder_without_a_pipeline_does_not_hide_a_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert DemoModel.load("emoji", device="cpu").name == "emoji"
+    with pytest.raises(ValueError, match="models=.*one or more of DemoModel"):
+        demo_app()
 
 
 def test_options_of_one_model_are_refused_for_several() -> None:

@@ -484,7 +484,7 @@ def test_python_code_of_a_readme_runs_in_its_order(
         if line.startswith("guided-diffusers assemble "):
             main(shlex.split(line, comments=True)[1:])
     blocks = python_blocks(path)
-    assert len(blocks) >= 2 and 2 * len(blocks) == (ROOT / path).read_text().count("```")
+    assert blocks and 2 * len(blocks) == (ROOT / path).read_text().count("```")
     names: dict[str, Any] = {}
     for block in blocks:
         for name, folder in STAND_INS.items():

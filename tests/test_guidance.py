@@ -317,7 +317,7 @@ def test_a_schedule_is_linear_in_the_logarithm_of_the_noise_level() -> None:
 
 
 def test_a_schedule_multiplies_the_scale_of_each_image(mixture: Mixture) -> None:
-    """As the term whose scale is that function; the same for 1, unguided for a scale of 0."""
+    """As the term whose scale is that function; the same for 1, refused where it has no effect."""
     schedule = {"sigmas": [0.1, 10.0], "scales": [0.5, 4.0]}
     classifier = OracleClassifier(mixture)
     pipeline = quiet(OracleUNet(mixture, "epsilon", Clock()), DDIMScheduler(), classifier)
@@ -330,8 +330,10 @@ def test_a_schedule_multiplies_the_scale_of_each_image(mixture: Mixture) -> None
     same = {"sigmas": [1.0], "scales": [1.0]}
     assert torch.equal(plain, sample(pipeline, [0, 1], guidance_schedule=same, **call))
     assert not torch.allclose(plain, found, atol=1e-3)
-    unguided = sample(pipeline, [0, 1], **off)
-    assert torch.equal(unguided, sample(pipeline, [0, 1], guidance_schedule=schedule, **off))
+    with pytest.raises(
+        ValueError, match="^guidance_schedule=.* has no effect with guidance_scale=0"
+    ):
+        sample(pipeline, [0, 1], guidance_schedule=schedule, **off)
 
     def double(pipeline: Any, index: int, t: Any, tensors: dict) -> dict:
         pipeline._guidance_scale = torch.tensor([2.0, 6.0])

@@ -330,7 +330,12 @@ def test_training_with_powers(train: Callable[..., Path]) -> None:
     student = train("classifier", line, "student")
     metrics = json.loads((student / "metrics.json").read_text())
     assert metrics["teacher"] == {"teacher": str(whole), "input": "x_t"}
-    sees_noise = load_script("train_classifier").sees_noise
+    script = load_script("train_classifier")
+    size, channels = model.config.sample_size, model.config.in_channels
+    for count, same in ((channels, True), (channels + 2, False)):  # a teacher of other samples
+        images = SimpleNamespace(resolution=size, channels=count)
+        assert script.has_samples(model, images) is same
+    sees_noise = script.sees_noise
     assert sees_noise(model, 8.0) and sees_noise(random_classifier(power_range=None), None)
     assert not sees_noise(model, 9.0)
     assert not sees_noise(NoiseAwareClassifier.from_pretrained(teacher), None)

@@ -1094,7 +1094,9 @@ def test_labelled_features_tell_images_of_another_label() -> None:
 
 def test_knots_are_levels_of_the_run() -> None:
     pipeline = quiet(small_unet(), DDIMScheduler(timestep_spacing="trailing"), small_classifier())
-    levels = knot_levels(pipeline, "ddim", 5, 9)
+    with pytest.raises(ValueError, match="learn=9: ddim with 5 steps has 5 noise levels"):
+        knot_levels(pipeline, "ddim", 5, 9)
+    levels = knot_levels(pipeline, "ddim", 5, 5)
     alphas = DDIMScheduler().alphas_cumprod[[199, 399, 599, 799, 999]].double()
     assert levels == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-4)
     assert knot_levels(pipeline, "ddim", 5, 3) == levels[::2]

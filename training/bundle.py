@@ -83,6 +83,9 @@ def training_metrics(folder: Path) -> dict[str, Any]:
     options = json.loads((folder / "options.json").read_text())
     for name in LOCAL_OPTIONS:
         options.pop(name, None)
+    for name, value in options.items():
+        if isinstance(value, str) and Path(value).is_absolute():  # of this machine
+            options[name] = Path(value).name
     return {**json.loads((folder / "metrics.json").read_text()), "options": options}
 
 
@@ -126,6 +129,8 @@ def main() -> None:
         preset = json.loads(options.preset.read_text())
         scheduler = scheduler_for(pipeline.scheduler, preset["scheduler"])
         usual = "classifier" if pipeline.num_class_embeds is None else "label"
+        if usual == "label" and preset["defaults"].get("classifier_free_scale"):
+            usual = "classifier_free"
         if preset.get("mode", usual) != usual:
             raise ValueError(
                 f"--preset {options.preset}: it is for calls of the mode {preset['mode']!r}; one for "

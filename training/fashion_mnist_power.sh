@@ -1,6 +1,6 @@
 #!/bin/sh
 # The bundled classifier learns powers 1 to 8, for `guidance_power`; its own probabilities without noise are the targets.
-# START is the classifier to start from and the teacher, OUT where everything goes. Started again, it goes on where it
+# (A START that knows powers would itself be shown the noisy images.) START is the classifier to start from and the teacher, OUT where everything goes. Started again, it goes on where it
 # was stopped. It takes three quarters of an hour on one CPU core with bfloat16.
 set -e
 cd "$(dirname "$0")/.."

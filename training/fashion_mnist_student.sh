@@ -2,7 +2,8 @@
 # Light classifiers that learn from the bundled one at every noise level, powers 1 to 8 included:
 #     sh training/fashion_mnist_student.sh                # all architectures of training/configs/students
 #     sh training/fashion_mnist_student.sh half_wide      # one
-# half_wide starts from the teacher's weights, in so far as they fit. OUT is where everything goes, TEACHER the classifier to learn from, STEPS the length of the training.
+# half_wide starts from the teacher's weights, in so far as they fit. OUT is where everything goes, TEACHER the
+# classifier to learn from, STEPS the length of the training.
 # examples/benchmarks/students.py compares them. Started again, it goes on where it was stopped.
 set -e
 cd "$(dirname "$0")/.."

@@ -33,6 +33,7 @@ regressor R^2, of the held-out split at ten noise levels); `diagnosis.json` and 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -292,7 +293,7 @@ def make_teacher(
         if network.classes is None:
             raise ValueError("it is no classifier")
     network.module.requires_grad_(False)
-    if sees_noise(network.module, options.max_power):
+    if sees_noise(network.module, options.max_power) and has_samples(network.module, data):
         accelerator.print(printable(f"teacher {name}: sees x_t, as the student"))
         levels = options.min_timestep, max_timestep
         return NoisyTeacher(name, network.module, data.id2label, scheduler, *levels)
@@ -327,6 +328,14 @@ def sees_noise(classifier: torch.nn.Module, max_power: float | None) -> bool:
     powers = config.power_range or (1.0, 1.0)
     knows_powers = max_power is None or max_power <= powers[1]
     return config.problem_type == SINGLE and config.num_train_timesteps > 1 and knows_powers
+
+
+def has_samples(classifier: NoiseAwareClassifier, data: Images | TargetedImages) -> bool:
+    """Whether it takes samples as the student does: of the same shape, in the same units."""
+    samples = {"sample_size": data.resolution, "in_channels": data.channels}
+    samples |= {"dims": 2, "data_mean": None, "data_std": None, **array_settings(data)}
+    own = {name: classifier.config[name] for name in samples}
+    return json.loads(json.dumps(own)) == json.loads(json.dumps(samples))
 
 
 def make_loss(

@@ -576,6 +576,10 @@ def _label_terms(
     )
     terms: list[Guidance] = []
     _check_guidance_power(pipeline, call, scale)
+    if call["guidance_schedule"] is not None and not scale.any():
+        raise ValueError(
+            f"guidance_schedule={shown(call['guidance_schedule'])} has no effect with guidance_scale=0"
+        )
     if scale.any():
         _check_classifier(pipeline, scale)
         interval = settings["guidance_start"], settings["guidance_stop"]

@@ -273,8 +273,10 @@ class ScaleSchedule:
 
     def __init__(self, schedule: Mapping[str, Sequence[float]], scale: Any = 1.0):
         try:
-            sigmas, scales = (list(map(float, schedule[name])) for name in ("sigmas", "scales"))
+            knots = [schedule[name] for name in ("sigmas", "scales")]
+            sigmas, scales = (list(map(float, values)) for values in knots)
             valid = len(schedule) == 2 and 0 < len(sigmas) == len(scales)
+            valid = valid and not any(isinstance(values, str) for values in knots)
         except (TypeError, ValueError, KeyError, OverflowError):
             valid, sigmas, scales = False, [], []
         rising = all(low < high for low, high in pairwise([0.0, *sigmas, inf]))

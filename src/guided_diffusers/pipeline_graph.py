@@ -78,7 +78,7 @@ class PipelineGraph:
         it keeps its graph."""
 
         @wraps(callback)
-        def plain(*args: Any) -> Any:
+        def plain(*args: Any, **kwargs: Any) -> Any:
             originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
             def detached(value: Any) -> Any:
@@ -92,7 +92,7 @@ class PipelineGraph:
             self._stack = self._start = None  # a decoder that the callback calls doesn't end it
             try:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not is_on):
-                    changed = callback(*tree_map(detached, args))
+                    changed = callback(*tree_map(detached, args), **tree_map(detached, kwargs))
             finally:
                 self._stack, self._start = recorded
             return tree_map(lambda value: originals.get(id(value), (value, value))[1], changed)

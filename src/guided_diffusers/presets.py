@@ -143,7 +143,7 @@ def resolve_settings(pipeline: Any, call: Mapping[str, Any], hidden: bool) -> di
     Raises:
         ValueError: for wrong custom timesteps or sigmas.
     """
-    defaults = pipeline.config.defaults
+    defaults = check_defaults(pipeline.config.defaults)  # also of `register_to_config`
     given = {name: call[name] for name in DEFAULTS if call.get(name) is not None}
     preset = {name: defaults[name] for name in DEFAULTS}
     if hidden:

@@ -57,13 +57,20 @@ def is_hub_id(model: str | Path) -> bool:
     return is_id is not None and not Path(model).exists()
 
 
+def is_bundled(model: str | Path) -> bool:
+    """Whether it is the name of a bundled model, and no pipeline's folder here has that name."""
+    return str(model) in bundled.names() and not Path(model, "model_index.json").exists()
+
+
 def model_folder(model: str | Path) -> str | Path:
-    """Folder of a bundled model, given its name; an existing path or a Hub id is returned as it is.
+    """Folder of a bundled model, given its name; a path or a Hub id is returned as it is.
+
+    A folder of that name comes first only if it holds a pipeline.
 
     Raises:
         ValueError: for a name without "/" that is neither a path nor a bundled model.
     """
-    if is_hub_id(model) or Path(model).exists():
+    if is_hub_id(model) or (Path(model).exists() and not is_bundled(model)):
         return model
     if set("/\\~") & set(str(model)) or not str(model):
         raise ValueError(f"model {str(model)!r}: no such folder, and a Hub id is user/model")

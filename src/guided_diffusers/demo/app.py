@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.utils.logging import get_logger
 
+from ..checks import shown
 from ..cli_options import EXPECTED
 from ..text import markdown, one_line
 from .calls import MAX_IMAGES, PICTURE_FILE, EditForm, SampleForm
@@ -55,12 +57,15 @@ def demo_app(*models: DemoModel, num_images: int = 10) -> Blocks:
     require_gradio()
     import gradio as gr
 
-    names = [Path(model.name).name for model in models]
+    if not models or not all(isinstance(model, DemoModel) for model in models):
+        raise ValueError(f"models={shown(models)}: one or more of DemoModel are allowed")
+    names = [Path(model.name).name or Path(model.name).resolve().name for model in models]
     title = "guided-diffusers" if len(models) > 1 else f"guided-diffusers: {models[0].name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as app:
         _page(models[0], names, num_images)
     for i, model in enumerate(models[1:], 1):
-        with app.route(names[i], names[i] if names[i] not in names[:i] else f"{names[i]}-{i}"):
+        address = re.sub(r"[^A-Za-z0-9._~-]", "-", names[i])
+        with app.route(names[i], address if names.count(names[i]) == 1 else f"{i}-{address}"):
             _page(model, names, num_images)
     return app.queue(max_size=MAX_WAITING)
 
@@ -109,16 +114,18 @@ def _sample_tab(model: DemoModel, num_images: int, first_image: Any) -> None:
     outputs = [unguided, guided, summary, steps, code, first_image]
     events = {"api_name": "generate", "show_progress_on": guided, **ONE_AT_A_TIME}
     button.click(generate, inputs, outputs, **events)
-    presets = [fields[name] for name in ("scale", "start", "stop", "steps")]
+    names = ("scale", "start", "stop", "steps", "classifier_free_scale")
+    presets = [fields[name] for name in names]
     hidden = fields["conditional"]
     hidden.input(lambda value: _preset(model, not value), hidden, presets, api_visibility="private")
 
 
-def _preset(model: DemoModel, hidden: bool) -> tuple[float, float, float, int]:
-    """Scale, start, stop and steps that suit the network with or without the label."""
+def _preset(model: DemoModel, hidden: bool) -> tuple[float, float, float, int, float]:
+    """Scale, start, stop, steps and classifier-free scale that suit the network with or without the
+    label."""
     preset = model.preset(hidden)
     names = ("guidance_scale", "guidance_start", "guidance_stop", "num_inference_steps")
-    return tuple(preset[name] for name in names)
+    return tuple(preset[name] for name in (*names, "classifier_free_scale"))
 
 
 def _guidance_fields(model: DemoModel) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def _folded_fields(model: DemoModel) -> dict[str, Any]:
     """The components of a `SampleForm` that most calls leave as they are."""
     import gradio as gr
 
-    _, start, stop, _ = _preset(model, model.can_hide_label)
+    _, start, stop, *_ = _preset(model, model.can_hide_label)
     has_clip, fields = model.clip is not None, {}
     with gr.Accordion("Mixture, caption and interval", open=False):
         fields["weights"] = gr.Textbox(

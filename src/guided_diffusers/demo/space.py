@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, SpaceCardData
 
 from ..files import new_folder
 from ..text import markdown, printable
-from ..utils import is_hub_id
+from ..utils import is_bundled, is_hub_id
 from .app import require_gradio
 from .model import DemoModel
 from .server import MAX_UPLOAD
@@ -78,7 +78,7 @@ def write_space(
     """
     require_gradio()
     loaded, bundled = DemoModel.load(model, revision, clip, "cpu"), None
-    is_folder = Path(model).exists()
+    is_folder = Path(model).exists() and not is_bundled(model)
     if not is_folder and not is_hub_id(model):
         bundled = str(model)
     license = license or (_card_license(Path(model)) if is_folder else DEFAULT_LICENSE)

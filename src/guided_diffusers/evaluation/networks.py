@@ -82,7 +82,7 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Networ
     name, config = str(name), {}
     if name == INCEPTION:
         network = load_inception()
-    elif name.startswith(DINOV2):
+    elif name.startswith(DINOV2) and not Path(name).exists():
         network = load_dinov2(name)
     elif "/" not in name and not Path(name).exists():
         judge = NoiseAwareClassifier.from_pretrained(bundled.folder(name) / "judge")

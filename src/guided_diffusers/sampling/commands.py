@@ -185,7 +185,8 @@ def describe_settings(pipeline: ClassifierGuidedPipeline, call: dict[str, Any], 
     if values["guidance_power"] is not None:
         parts.insert(1, f"power {values['guidance_power']:g}")
     if values["guidance_schedule"] is not None:
-        knots = zip(*values["guidance_schedule"].values(), strict=True)
+        schedule = values["guidance_schedule"]
+        knots = zip(schedule["sigmas"], schedule["scales"], strict=True)
         parts.insert(1, "times " + ", ".join("{1:g} at {0:g}".format(*knot) for knot in knots))
     interval = values["guidance_start"], values["guidance_stop"]
     if interval != (0, 1):

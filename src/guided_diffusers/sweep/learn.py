@@ -125,7 +125,7 @@ def write_preset(
 def knot_levels(
     pipeline: ClassifierGuidedPipeline, scheduler: str, steps: int, knots: int
 ) -> list[float]:
-    """sigma / alpha, rising, at steps that are evenly chosen from the run's, at most `knots`."""
+    """sigma / alpha, rising, at steps that are evenly chosen from the run's."""
     probe = copy(scheduler_for(pipeline.scheduler, scheduler))
     probe.set_timesteps(steps)
     ratios = {
@@ -138,8 +138,12 @@ def knot_levels(
         raise ValueError(
             f"steps={steps}: {scheduler} has no step with noise and signal to guide at"
         )
-    count = min(knots, len(levels))
-    chosen = torch.linspace(0, len(levels) - 1, count).round().int().tolist()
+    if knots > len(levels):
+        raise ValueError(
+            f"learn={knots}: {scheduler} with {steps} steps has {len(levels)} noise levels, so at most "
+            f"{len(levels)} are allowed"
+        )
+    chosen = torch.linspace(0, len(levels) - 1, knots).round().int().tolist()
     return [float(f"{levels[i]:.6g}") for i in chosen]
 
 

@@ -53,7 +53,7 @@ def write_report(
         rows = [pair for pair in zip(along, paths, strict=True) if pair[1].is_file()]
         if rows:
             strips[curve] = rows
-    at_default = [r for r in results if default_scale and r.setting.guidance_scale == default_scale]
+    at_default = [r for r in results if default_scale and r.setting.at_scale(default_scale)]
     context = {
         "results": results,
         "verdict": verdict,
@@ -128,6 +128,7 @@ def describe_protocol(protocol: Mapping[str, Any], results: Sequence[Result]) ->
         True: ["the denoiser gets the label"],
         False: ["the denoiser does not get the label, so that only guidance steers"],
     }
+    free = (protocol.get("defaults") or {}).get("classifier_free_scale")
     devices = ", ".join(sorted({result.cost["device"] for result in results}))
     parts = [
         f"{protocol['num_images']:,} images per setting, labels in turn, the same seeds in each",
@@ -136,6 +137,7 @@ def describe_protocol(protocol: Mapping[str, Any], results: Sequence[Result]) ->
         networks,
         f"denoiser in {protocol['dtype']}",
         *conditional[protocol["conditional"]],
+        *([f"classifier-free guidance at {free:g} in all, also without guidance"] if free else []),
         f"{results[0].cost['clock']} time on {devices}",
     ]
     return f"{'; '.join(parts)}."

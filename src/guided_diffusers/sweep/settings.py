@@ -100,6 +100,10 @@ class SweepSetting:
         """The baseline: same scheduler and steps, no guidance."""
         return SweepSetting(self.scheduler, self.num_inference_steps, 0.0)
 
+    def at_scale(self, scale: float | None) -> bool:
+        """Whether it has this scale at all noise levels."""
+        return self.guidance_scale == scale and self.guidance_schedule is None
+
     @property
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""

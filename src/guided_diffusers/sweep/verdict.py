@@ -121,10 +121,10 @@ def _judge_default_scale(
     if not default_scale:
         return [], []
     text = f"model's default scale, {default_scale:.12g},"
-    count = sum(result.setting.guidance_scale == default_scale for result in results)
+    count = sum(result.setting.at_scale(default_scale) for result in results)
     if not count:
         return [f"The {text} was not measured."], []
-    worse = [setting for setting in harmful if setting.guidance_scale == default_scale]
+    worse = [s for s in harmful if s.at_scale(default_scale)]
     if not worse:
         return [f"The {text} is never worse than no guidance."], []
     where = "" if count == 1 else f" in {len(worse)} of {count} settings"
