@@ -232,8 +232,9 @@ def test_a_model_is_a_bundled_name_a_folder_or_a_hub_id(
     assert model_folder(tmp_path) == tmp_path and not is_hub_id(tmp_path)
     assert model_folder("user/model") == "user/model" and is_hub_id("user/model")
     monkeypatch.chdir(tmp_path)
-    for name in ("fashion-mnist", "user/model"):  # an existing folder comes first
+    for name in ("fashion-mnist", "user/model"):  # the folder of a model comes first
         Path(name).mkdir(parents=True)
+        Path(name, "config.json").write_text("{}")
         assert model_folder(name) == name and not is_hub_id(name)
     with pytest.raises(ValueError, match="model 'unknown' is not bundled; allowed"):
         model_folder("unknown")

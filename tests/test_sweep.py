@@ -1131,6 +1131,7 @@ def test_a_schedule_is_learned_measured_and_resumed(
     # the preset's images, from a saved pipeline, are those that were measured
     pipeline = ClassifierGuidedPipeline.from_pretrained(model)
     pipeline.register_to_config(defaults=preset["defaults"])
+    assert pipeline(0, output_type="pt").settings["guidance_schedule"] == schedule
     pipeline.save_pretrained(tmp_path / "saved")
     pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "saved")
     pipeline.set_progress_bar_config(disable=True)

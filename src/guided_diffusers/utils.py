@@ -58,14 +58,15 @@ def is_hub_id(model: str | Path) -> bool:
 
 
 def is_bundled(model: str | Path) -> bool:
-    """Whether it is the name of a bundled model, and no pipeline's folder here has that name."""
-    return str(model) in bundled.names() and not Path(model, "model_index.json").exists()
+    """Whether it is the name of a bundled model, and no model's folder here has that name."""
+    files = ("model_index.json", "config.json")
+    return str(model) in bundled.names() and not any(Path(model, name).exists() for name in files)
 
 
 def model_folder(model: str | Path) -> str | Path:
     """Folder of a bundled model, given its name; a path or a Hub id is returned as it is.
 
-    A folder of that name comes first only if it holds a pipeline.
+    A folder of that name comes first if it holds a model.
 
     Raises:
         ValueError: for a name without "/" that is neither a path nor a bundled model.
