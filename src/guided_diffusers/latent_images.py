@@ -441,9 +441,11 @@ class EffectDropper(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:  # noqa: N802, as ast wants it
         function = getattr(node.value, "func", None)
         name = getattr(function, "attr", "")
-        is_variable = isinstance(getattr(function, "value", None), ast.Name)
-        is_kept = (is_variable and name in CHANGES) or name.endswith("_")
-        return node if is_kept else ast.copy_location(ast.Pass(), node)
+        kept: ast.stmt = node if name.endswith("_") else ast.Pass()
+        if name in CHANGES and isinstance(function.value, ast.Name):
+            test = ast.parse(f"isinstance({function.value.id}, (list, dict))", mode="eval").body
+            kept = ast.If(test, [node], [])
+        return ast.fix_missing_locations(ast.copy_location(kept, node))
 
 
 def _statements_from(body: list[ast.stmt], line: int) -> Iterator[ast.stmt]:
