@@ -99,10 +99,11 @@ def _without_ending(pipeline: Any, x0: torch.Tensor) -> torch.Tensor:
     decoder = next(filter(None, (getattr(pipeline, name, None) for name in DECODERS)), None)
     if decoder is None:
         return _check_pixels(pipeline, x0)
-    if x0.ndim != 4:
+    channels = decoder.config.get("latent_channels") or x0.shape[1]
+    if x0.ndim != 4 or x0.shape[1] != channels:
         raise ValueError(
             f"pipeline {type(pipeline).__name__}: latents {tuple(x0.shape)} of a loop that is not "
-            "the pipeline's own can't be decoded; (B, C, H, W) are allowed, or of='x0'"
+            f"the pipeline's own can't be decoded; (B, {channels}, H, W) are allowed, or of='x0'"
         )
     if getattr(pipeline, "movq", None) is decoder:  # Kandinsky: no scaling, no quantization
         x0 = x0.to(decoder.dtype)
