@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 from helpers import NAMES, apart, load_script, weights
 from torch import Tensor, nn
 
 from guided_diffusers import ClassifierGuidance, ClassifierGuidedPipeline, NoiseAwareClassifier
 from guided_diffusers.classifier import log_odds
+from guided_diffusers.learning.batches import StepRandom
 from guided_diffusers.learning.classifier_losses import power_losses
+from guided_diffusers.learning.classifier_objective import ClassifierLoss
 from guided_diffusers.learning.teacher import NoisyTeacher, Teacher
 from guided_diffusers.learning.warm_start import classifier_config, copy_weights
 
@@ -298,6 +301,49 @@ def test_a_noise_aware_teacher_sees_the_students_noise(power: float | None) -> N
         NoisyTeacher("t", low_noise, names, student, 0, 900)
 
 
+@pytest.mark.parametrize("max_power", [None, 8.0])
+def test_the_loss_with_a_teachers_gradient_is_the_formula(max_power: float | None) -> None:
+    """Half of the labels are the image's, the others any; the teacher itself has no error left."""
+    names, scheduler, count = {0: "a", 1: "b", 2: "c"}, DDPMScheduler(), 8
+    classifier = random_classifier(id2label=names).requires_grad_(False)
+    student = random_classifier(id2label=names)
+    torch.nn.init.normal_(student.conv_in.weight, std=0.1)
+    teacher = NoisyTeacher("t", classifier, names, scheduler, 0, 999)
+
+    def draws() -> StepRandom:
+        return StepRandom(torch.Generator().manual_seed(0), count, 0, 1, torch.device("cpu"))
+
+    batch = {"pixel_values": torch.rand(count, 1, 8, 8), "label": torch.arange(count) % 3}
+
+    def loss(model: nn.Module, weight: float) -> Tensor:
+        kind = {"teacher": teacher, "max_power": max_power, "gradient_weight": weight}
+        return ClassifierLoss(Accelerator(cpu=True), scheduler, 3, 0, 999, **kind)(
+            model, batch, draws()
+        )
+
+    again = draws()
+    t, eps = again.randint(1000), again.randn(1, 8, 8)
+    power = None if max_power is None else torch.exp(again.rand() * math.log(max_power))
+    label = torch.where(again.rand() < 0.5, batch["label"], again.randint(3))
+    assert (label != batch["label"]).any()
+    x = scheduler.add_noise(batch["pixel_values"], eps, t).requires_grad_()
+
+    def sigma_gradient(model: nn.Module) -> Tensor:
+        logits = model(x, t, power=power).logits
+        log_p = logits.log_softmax(dim=1) if power is None else nn.functional.logsigmoid(logits)
+        (gradient,) = torch.autograd.grad(log_p[torch.arange(count), label].sum(), x)
+        return ((1 - scheduler.alphas_cumprod[t]).sqrt()[:, None, None, None] * gradient).flatten(1)
+
+    exact = sigma_gradient(classifier)
+    error = (sigma_gradient(student) - exact).square().sum(dim=1)
+    expected = (error / (1 + exact.square().sum(dim=1))).mean()
+    found = loss(student, 2.0)
+    torch.testing.assert_close(found - loss(student, 0.0), 2 * expected, rtol=1e-3, atol=1e-6)
+    found.backward()
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    torch.testing.assert_close(loss(classifier, 2.0), loss(classifier, 0.0), rtol=1e-6, atol=1e-7)
+
+
 # ---------------------------------------------------------------- the training
 
 POWERS = "--max_power 8 --train_batch_size 16 --validation_samples 12 --learning_rate 1e-3"
@@ -330,6 +376,10 @@ def test_training_with_powers(train: Callable[..., Path]) -> None:
     student = train("classifier", line, "student")
     metrics = json.loads((student / "metrics.json").read_text())
     assert metrics["teacher"] == {"teacher": str(whole), "input": "x_t"}
+    matched = train("classifier", f"{line} --teacher_gradient_weight 1", "matched")
+    assert apart(weights(student), weights(matched)) > 0
+    with pytest.raises(SystemExit, match="--teacher_gradient_weight 1: --teacher .* sees clean"):
+        train("classifier", f"--teacher {teacher} --teacher_gradient_weight 1", "unmatched")
     script = load_script("train_classifier")
     size, channels = model.config.sample_size, model.config.in_channels
     for count, same in ((channels, True), (channels + 2, False)):  # a teacher of other samples

@@ -33,6 +33,7 @@ from guided_diffusers.learning.classifier_losses import (
     REGRESSION,
     SINGLE,
     balanced_weights,
+    gradient_matching_losses,
     held_out_scores,
     label_losses,
     log_likelihood,
@@ -316,6 +317,42 @@ def test_the_exact_gradient_is_the_best_for_score_matching(mixture: Mixture) -> 
     mean = torch.stack(denoised)[data.y, torch.arange(4000)]
     left = (data.eps - (x - ALPHA * mean) / SIGMA).square().mean().item()
     assert losses[1] == pytest.approx(left, rel=1e-9)
+
+
+# A teacher's gradient
+
+
+def test_gradient_matching_is_the_formula() -> None:
+    """log p = w x^2 / 2 has the gradient w x: relative above norm 1, absolute below, 0 where equal."""
+    w = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[0.1, 0.2], [3.0, -4.0]], dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    losses = gradient_matching_losses((w * x.square() / 2).sum(dim=1), x, sigma, 2 * x.detach())
+    norm = x.detach().square().sum(dim=1) * sigma.square()  # |sigma x|^2
+    torch.testing.assert_close(losses, norm * (w - 2) ** 2 / (1 + 4 * norm))
+    (slope,) = torch.autograd.grad(losses.sum(), w)
+    torch.testing.assert_close(slope, (norm * 2 * (w - 2) / (1 + 4 * norm)).sum())
+    same = gradient_matching_losses((w * x.square() / 2).sum(dim=1), x, sigma, (w * x).detach())
+    assert not same.any()
+
+
+def test_gradient_matching_makes_the_gradient_right(mixture: Mixture) -> None:
+    """Soft targets of the exact classifier against the same with its gradient, at equal steps."""
+    levels, errors = torch.tensor([[ALPHA, SIGMA]], dtype=torch.float64), []
+    for weight in (0.0, 1.0):
+
+        def loss(net: nn.Module, data: SimpleNamespace, _: Any, weight: float = weight) -> Any:
+            x, rows = data.x_t.requires_grad_(), torch.arange(len(data.y))
+            log_q = mixture.log_joint(x, ALPHA, SIGMA).log_softmax(dim=1)
+            (exact,) = torch.autograd.grad(log_q[rows, data.y].sum(), x)
+            logits, sigma = net(x), torch.full((len(x),), SIGMA, dtype=torch.float64)
+            log_p = log_likelihood(logits, data.y)
+            matching = gradient_matching_losses(log_p, x, sigma, exact)
+            return label_losses(logits, log_q.detach().exp()) + weight * matching
+
+        net = learned(mixture, loss, steps=400, count=32)
+        errors.append(gradient_error(mixture, net, levels))
+    assert errors[1] < 0.65 * errors[0], errors
 
 
 # Robust training
@@ -708,6 +745,12 @@ def test_importance_sampling_goes_on_as_it_was(train: Callable[..., Path]) -> No
         ({**DLSM, "mixup": 1.0}, "--dlsm_weight 1.0: with --mixup 1.0"),
         ({**DLSM, "problem_type": REGRESSION}, "--dlsm_weight 1.0: .*regression"),
         ({**DLSM, "gradient_checkpointing": True}, "--dlsm_weight 1.0 differentiates twice"),
+        ({"teacher_gradient_weight": 1.0}, "--teacher_gradient_weight 1 needs --teacher"),
+        (
+            {"teacher": "x", "teacher_gradient_weight": 1.0, "gradient_checkpointing": True},
+            "--teacher_gradient_weight 1.0 differentiates twice",
+        ),
+        ({"teacher": "x", "teacher_gradient_weight": -1.0}, "--teacher_gradient_weight -1.0: 0 or"),
         (
             {"label_smoothing": 0.1, "problem_type": REGRESSION},
             "--label_smoothing 0.1: none and 0 are allowed",

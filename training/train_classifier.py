@@ -146,6 +146,13 @@ class ClassifierOptions(Options):
         "x_t, if it also knows the powers to learn; other ones, and image classifiers of "
         "transformers, see clean images, and are calibrated on the held-out ones first",
     )
+    teacher_gradient_weight: float = option(
+        0.0,
+        "weight of the squared distance to the gradient of a --teacher that sees x_t, which guidance "
+        "uses; 0: off, 1: usual",
+        0,
+        open=True,
+    )
     max_power: float | None = option(
         None,
         "also learn E[p(y | x_0)^w | x_t] for powers w from 1 to this, for guidance_power; needs "
@@ -193,14 +200,20 @@ class ClassifierOptions(Options):
                 f"{weight}: with --mixup {self.mixup} and --problem_type {self.problem_type} 0 is "
                 "allowed, since there is no p(y | x_t) of these images"
             )
-        if self.dlsm_weight and self.gradient_checkpointing:
-            twice = "differentiates twice, which --gradient_checkpointing can't"
-            raise ValueError(f"{weight} {twice}: 0 is allowed with it")
+        for name in ("dlsm_weight", "teacher_gradient_weight"):
+            if getattr(self, name) and self.gradient_checkpointing:
+                twice = "differentiates twice, which --gradient_checkpointing can't"
+                raise ValueError(f"--{name} {getattr(self, name)} {twice}: 0 is allowed with it")
 
     def _check_teacher(self) -> None:
         if self.max_power is not None and self.teacher is None:
             raise ValueError(
                 f"--max_power {self.max_power:g} needs --teacher, whose p(y | x_0)^w are the targets"
+            )
+        if self.teacher_gradient_weight and self.teacher is None:
+            raise ValueError(
+                f"--teacher_gradient_weight {self.teacher_gradient_weight:g} needs --teacher, whose "
+                "gradient is learned"
             )
         if self.max_power == 1:
             raise ValueError("--max_power 1: a number above 1 is allowed, or none without powers")
@@ -362,8 +375,15 @@ def make_loss(
                 f"--label_column {options.label_column}: all images have the same number in one of "
                 f"its {data.num_labels} places; numbers that differ can be learned"
             )
+    for name in ("dlsm_weight", "teacher_gradient_weight"):
+        check_second_derivatives(name, getattr(options, name), accelerator)
+    if options.teacher_gradient_weight and not isinstance(teacher, NoisyTeacher):
+        raise ValueError(
+            f"--teacher_gradient_weight {options.teacher_gradient_weight:g}: --teacher "
+            f"{options.teacher} sees clean images; a noise-aware one, for samples of this shape, "
+            "that knows the powers to learn is allowed"
+        )
     if options.dlsm_weight:
-        check_second_derivatives(options.dlsm_weight, accelerator)
         score = ScoreModel(options.score_model, scheduler, first, max_timestep, data)
     if options.timestep_sampler == "second_moment":
         sampler = LossSecondMomentSampler(max_timestep + 1 - first)
@@ -371,12 +391,14 @@ def make_loss(
     noise = accelerator, scheduler, len(data.id2label), first, max_timestep
     labels = kind, class_weights, variance, options.label_smoothing, options.mixup
     robust = options.robust_epsilon, options.robust_steps
-    targets = teacher, options.max_power
+    targets = teacher, options.max_power, options.teacher_gradient_weight
     return ClassifierLoss(*noise, *labels, *robust, score, options.dlsm_weight, sampler, *targets)
 
 
-def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
-    """Raise a `ValueError` if --dlsm_weight, which needs them, isn't possible."""
+def check_second_derivatives(name: str, weight: float, accelerator: Accelerator) -> None:
+    """Raise a `ValueError` if an option whose weight needs them isn't possible."""
+    if not weight:
+        return
     kind, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
     twice = "differentiates twice, which"
     checks = [
@@ -395,7 +417,7 @@ def check_second_derivatives(weight: float, accelerator: Accelerator) -> None:
     ]
     for ok, reason in checks:
         if not ok:
-            raise ValueError(f"--dlsm_weight {weight} {reason}")
+            raise ValueError(f"--{name} {weight} {reason}")
 
 
 def evaluate_classifier(

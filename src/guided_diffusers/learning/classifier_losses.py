@@ -198,10 +198,42 @@ def score_matching_losses(
         eps, sigma: noise (B, ...) of x_t, and its level (B,).
         score: s(x_t), of an unconditional diffusion model.
     """
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(log_p.sum(), x_t, create_graph=True)
     sigma = per_image(sigma, x_t)
-    return (sigma * (grad + score) + eps).square().flatten(1).mean(dim=1)
+    residual = sigma * (differentiable_gradient(log_p, x_t) + score) + eps
+    return residual.square().flatten(1).mean(dim=1)
+
+
+def gradient_matching_losses(
+    log_p: Tensor, x_t: Tensor, sigma: Tensor, teacher_gradient: Tensor
+) -> Tensor:
+    """Squared distance of the gradient to a teacher's, relative where that is large, (B,):
+
+        |sigma grad_x log p(y | x_t) - sigma g|^2 / (1 + |sigma g|^2)
+
+    Soft targets teach a student p(y | x_t); its gradient, which guidance uses, says as many numbers
+    of each image as it has pixels (Czarnecki et al. 2017, "Sobolev training for neural networks",
+    section 3). sigma g is the teacher's guidance in units of eps, whose norm is sqrt(dimensions):
+    below norm 1 its error is counted as it is, above it relative to the norm.
+
+    Args:
+        log_p: log p(y | x_t), (B,), as for `score_matching_losses`.
+        sigma: noise level of x_t, (B,).
+        teacher_gradient: g, the gradient of the teacher's log p(y | x_t), (B, ...).
+    """
+    sigma = per_image(sigma, x_t)
+    error = sigma * (differentiable_gradient(log_p, x_t) - teacher_gradient)
+    return squared_norm(error) / (1 + squared_norm(sigma * teacher_gradient))
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """|x|^2 of each row of (B, ...), (B,)."""
+    return x.square().flatten(1).sum(dim=1)
+
+
+def differentiable_gradient(log_p: Tensor, x_t: Tensor) -> Tensor:
+    """grad_x log p(y | x_t), (B, ...), which can be differentiated again."""
+    with torch.enable_grad():
+        return torch.autograd.grad(log_p.sum(), x_t, create_graph=True)[0]
 
 
 def held_out_scores(

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..images import config_size, size_text
@@ -22,6 +23,7 @@ from .batches import Batch, StepRandom
 from .classifier_losses import (
     SINGLE,
     balanced_weights,
+    gradient_matching_losses,
     label_losses,
     log_likelihood,
     mixup,
@@ -58,6 +60,7 @@ class ClassifierLoss:
         None  # whose probabilities are the targets; None: the labels
     )
     max_power: float | None = None  # of `power_losses`; None: off. Needs a teacher
+    gradient_weight: float = 0.0  # of `gradient_matching_losses`; 0: off. Needs a `NoisyTeacher`
 
     def __call__(self, model: torch.nn.Module, batch: Batch, draws: StepRandom) -> Tensor:
         x0, y = batch["pixel_values"], batch["label"]
@@ -66,36 +69,59 @@ class ClassifierLoss:
         t, eps = self.min_timestep + k, draws.randn(*x0.shape[1:])
         if self.mixup_alpha:
             x0, y = mixup(x0, soft_labels(y, self.num_labels), self.mixup_shares(draws))
-        options, log_q = {}, None
+        options, label = {}, None
         if self.max_power is not None:
             options["power"] = torch.exp(draws.rand() * math.log(self.max_power))  # log-uniform
-        x_t, score_losses = self.scheduler.add_noise(x0, eps, t), 0.0
+        if self.gradient_weight:  # the image's label, or any
+            label = torch.where(draws.rand() < 0.5, y, draws.randint(self.num_labels))
+        x_t, log_q, teacher_gradient = self.scheduler.add_noise(x0, eps, t), None, None
         if self.teacher is not None:
-            with self.accelerator.autocast():
-                log_q = self.teacher.log_targets(x0, x_t, t, **options)
+            log_q, teacher_gradient = self.teacher_targets(x0, x_t, t, options, label)
             y = log_q.exp()
 
         def of_logits(logits: Tensor) -> Tensor:
+            if options:
+                return power_losses(logits, log_q)
             kind = (self.problem_type, self.class_weights, self.label_smoothing, self.variance)
             return label_losses(logits, y, *kind)
 
         def of_images(x: Tensor) -> Tensor:
-            logits = model(x, t, **options).logits
-            return power_losses(logits, log_q) if options else of_logits(logits)
+            return of_logits(model(x, t, **options).logits)
 
+        if self.score is None and not self.gradient_weight:
+            losses = of_images(worst_case(of_images, x_t, self.robust_epsilon, self.robust_steps))
+            return weighted_mean(losses, k, weight, self.sampler, self.accelerator)
+
+        x_t.requires_grad_()
+        sigma = (1 - self.scheduler.alphas_cumprod.to(x_t.device)[t]).sqrt()
+        with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative
+            logits = model(x_t, t, **options).logits
         if self.score is not None:
-            with sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no second derivative
-                logits = model(x_t.requires_grad_(), t).logits
-            sigma = (1 - self.scheduler.alphas_cumprod.to(x_t.device)[t]).sqrt()
             log_p = log_likelihood(logits, y, self.problem_type)
-            score_losses = score_matching_losses(log_p, x_t, eps, sigma, self.score(x_t, t))
-        if self.score is None or self.robust_epsilon:
-            x_t = worst_case(of_images, x_t, self.robust_epsilon, self.robust_steps)
-            losses = of_images(x_t)
+            score = self.score(x_t, t)
+            of_gradient = self.score_weight * score_matching_losses(log_p, x_t, eps, sigma, score)
+        else:
+            log_p = F.logsigmoid(logits) if options else logits.log_softmax(dim=1)
+            log_p = log_p.gather(1, label[:, None])
+            matching = gradient_matching_losses(log_p, x_t, sigma, teacher_gradient)
+            of_gradient = self.gradient_weight * matching
+        if self.robust_epsilon:
+            losses = of_images(worst_case(of_images, x_t, self.robust_epsilon, self.robust_steps))
         else:
             losses = of_logits(logits)
-        losses = losses + self.score_weight * score_losses
-        return weighted_mean(losses, k, weight, self.sampler, self.accelerator)
+        return weighted_mean(losses + of_gradient, k, weight, self.sampler, self.accelerator)
+
+    def teacher_targets(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, options: dict[str, Tensor], label: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """log q (B, K), and the gradient in x_t of that of `label` (B,), if there is one."""
+        x_t = x_t.detach().requires_grad_(label is not None)
+        with self.accelerator.autocast():
+            log_q = self.teacher.log_targets(x0, x_t, t, **options)
+        if label is None:
+            return log_q, None
+        (gradient,) = torch.autograd.grad(log_q.gather(1, label[:, None]).sum(), x_t)
+        return log_q.detach(), gradient
 
     def mixup_shares(self, draws: StepRandom) -> Tensor:
         """Shares from Beta(mixup_alpha, mixup_alpha), (B,).

@@ -170,9 +170,9 @@ class NoisyTeacher:
                 )
         self.timesteps = torch.tensor([schedule.timestep(level) for level in levels])
 
-    @torch.no_grad()
     def log_targets(self, x0: Tensor, x_t: Tensor, t: Tensor, power: Any = None) -> Tensor:
-        """log q of the data's labels, (B, K), float32; `t` (B,) is the student's timestep."""
+        """log q of the data's labels, (B, K), float32; `t` (B,) is the student's timestep. It can be
+        differentiated in x_t."""
         timesteps = self.timesteps.to(x_t.device)[t]
         logits = self.classifier(x_t, timesteps, power=power).logits.float()[:, self.columns]
         return logits.log_softmax(dim=1) if power is None else F.logsigmoid(logits)
