@@ -532,25 +532,6 @@ def client_of(server: Server) -> Any:
     return Client(server.url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 300})
 
 
-def test_a_second_click_waits_for_the_first(server: Server, tmp_path: Path) -> None:
-    """Also one of the other tab: the pipeline refuses a call while another one uses its scheduler."""
-    from gradio_client import handle_file
-
-    client = client_of(server)
-    Image.new("L", (28, 28), 100).save(tmp_path / "grey.png")
-    fields = {"picture": handle_file(tmp_path / "grey.png"), "label": BOOT, "source_label": SNEAKER}
-    first = client.submit(labels=[SNEAKER], steps=40, num_images=4, api_name="/generate")
-    second = client.submit(**fields, strength=0.6, scale=3.0, steps=2, api_name="/edit")
-    seen = set()
-    while not second.done():
-        seen.add(second.status().code.name)
-        time.sleep(0.02)
-    assert "IN_QUEUE" in seen
-    assert (
-        "4 images, guidance evaluated" in first.result()[2] and "mean change" in second.result()[1]
-    )
-
-
 def test_only_this_machine_reaches_the_demo(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     connections = [c for p in (process, *process.children()) for c in p.net_connections("inet")]
@@ -570,11 +551,62 @@ def test_which_hosts_are_open_to_other_machines(host: str, expected: bool) -> No
     assert is_loopback(host) is expected
 
 
-def test_a_full_queue_is_a_message_and_an_unexpected_error_is_logged(
-    model: DemoModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
-) -> None:
+@pytest.fixture
+def client(model: DemoModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Of an app in this process, where at most two calls wait."""
     from gradio_client import Client
 
+    monkeypatch.setattr("guided_diffusers.demo.app.MAX_WAITING", 2)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = demo_app(model)
+    try:
+        yield Client(start(app), verbose=False, analytics_enabled=False)
+    finally:
+        app.close(verbose=False)
+
+
+def test_a_second_click_waits_for_the_first(
+    client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also one of the other tab: the pipeline refuses a call while another one uses its scheduler."""
+    from gradio_client import handle_file
+
+    begun, finish, order = threading.Event(), threading.Event(), []
+
+    def sample(*arguments: Any) -> Any:
+        begun.set()
+        assert finish.wait(60)
+        pictures = sample_pictures(*arguments)
+        order.append("sampled")
+        return pictures
+
+    def edit(*arguments: Any) -> Any:
+        order.append("edit begins")
+        return edit_picture(*arguments)
+
+    monkeypatch.setattr("guided_diffusers.demo.app.sample_pictures", sample)
+    monkeypatch.setattr("guided_diffusers.demo.app.edit_picture", edit)
+    Image.new("L", (28, 28), 100).save(tmp_path / "grey.png")
+    picture = handle_file(tmp_path / "grey.png")
+    first = client.submit(labels=[SNEAKER], steps=2, num_images=1, api_name="/generate")
+    assert begun.wait(60)
+    fields = {"picture": picture, "label": BOOT, "source_label": SNEAKER, "steps": 2}
+    second = client.submit(**fields, strength=0.6, scale=3.0, api_name="/edit")
+    deadline = time.monotonic() + 60
+    while second.status().code.name != "IN_QUEUE" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not order
+    finish.set()
+    assert "1 image, guidance evaluated" in first.result(60)[2]
+    assert "mean change" in second.result(60)[1]
+    assert order == ["sampled", "edit begins"]
+
+
+def test_a_full_queue_is_a_message_and_an_unexpected_error_is_logged(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     begun, finish = threading.Event(), threading.Event()
 
     def sample(*_: Any) -> None:
@@ -583,24 +615,14 @@ def test_a_full_queue_is_a_message_and_an_unexpected_error_is_logged(
         raise LookupError("an accident")
 
     monkeypatch.setattr("guided_diffusers.demo.app.sample_pictures", sample)
-    monkeypatch.setattr("guided_diffusers.demo.app.MAX_WAITING", 2)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    app = demo_app(model)
-    try:
-        client = Client(start(app), verbose=False, analytics_enabled=False)
-        calls = [client.submit(api_name="/generate")]
-        assert begun.wait(60)
-        calls += [client.submit(api_name="/generate") for _ in range(3)]  # one more than may wait
-        deadline = time.monotonic() + 60
-        while not any(call.done() for call in calls) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        finish.set()
-        messages = [str(call.exception(60)) for call in calls]
-    finally:
-        finish.set()
-        app.close(verbose=False)
+    calls = [client.submit(api_name="/generate")]
+    assert begun.wait(60)
+    calls += [client.submit(api_name="/generate") for _ in range(3)]  # one more than may wait
+    deadline = time.monotonic() + 60
+    while not any(call.done() for call in calls) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    finish.set()
+    messages = [str(call.exception(60)) for call in calls]
     assert sum("full" in message for message in messages) == 1, messages
     assert sum("unexpected LookupError: an accident" in message for message in messages) == 3
     assert caplog.text.count("Traceback") == caplog.text.count("LookupError: an accident") == 3
