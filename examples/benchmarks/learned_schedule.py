@@ -68,7 +68,14 @@ def hand_search(function: Objective, evaluations: int) -> float:
 
 
 def simplex(function: Objective, evaluations: int) -> float:
-    return function(nelder_mead(function, [1.0] * KNOTS, 1.0, evaluations))
+    values = []
+
+    def kept(scales: Sequence[float]) -> float:
+        values.append(function(scales))
+        return values[-1]
+
+    nelder_mead(kept, [1.0] * KNOTS, 1.0, evaluations)
+    return min(values)
 
 
 def evolution(function: Objective, evaluations: int, seed: int = 0) -> float:

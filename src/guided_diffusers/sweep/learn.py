@@ -8,6 +8,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -40,7 +41,7 @@ def learn_schedule(
     folder: Path,
     progress: bool = True,
 ) -> SweepSetting:
-    """Fit the scales of a schedule by Nelder and Mead's simplex, on the same seeds each time.
+    """Fit the scales of a schedule by Nelder and Mead's simplex (1965), on the same seeds each time.
 
     It minimises the sliced Wasserstein distance between generated and real images in their features
     and labels (`labelled_features`), so that images must show their label, too. Galashov et al.,
@@ -159,39 +160,30 @@ def labelled_features(summary: Summary, real: Summary, classes: int) -> torch.Te
 
 
 def nelder_mead(
-    function: Callable[[list[float]], float], start: Sequence[float], step: float, evaluations: int
-) -> list[float]:
-    """The best of `evaluations` points: Nelder & Mead, A simplex method for function minimization
-    (1965), with the usual coefficients; the first simplex is `start` and start + step in each
-    coordinate."""
-    points: list[tuple[float, list[float]]] = []
-    used = 0
+    function: Callable[[Sequence[float]], float],
+    start: Sequence[float],
+    step: float,
+    evaluations: int,
+) -> None:
+    """Evaluate a function at `evaluations` points by SciPy's Nelder-Mead, to find a low one; the
+    first simplex is `start` and start + step in each coordinate."""
+    minimize = require_scipy()
+    simplex = np.array(start) + step * np.eye(len(start) + 1, len(start), k=-1)
+    options = {"initial_simplex": simplex, "maxfev": evaluations, "xatol": 0, "fatol": 0}
+    minimize(function, start, method="Nelder-Mead", options=options)
 
-    def evaluate(x: list[float]) -> tuple[float, list[float]]:
-        nonlocal used
-        used += 1
-        return function(x), x
 
-    def towards(x: Sequence[float], y: Sequence[float], share: float) -> list[float]:
-        return [a + share * (b - a) for a, b in zip(x, y, strict=True)]
+def require_scipy() -> Callable[..., Any]:
+    """SciPy's `minimize`.
 
-    for i in range(-1, len(start)):
-        points.append(evaluate([x + step * (i == j) for j, x in enumerate(start)]))
-    while used < evaluations:
-        points.sort(key=lambda point: point[0])
-        best, worst = points[0], points[-1]
-        middle = [sum(x) / len(start) for x in zip(*(p[1] for p in points[:-1]), strict=True)]
-        new = evaluate(towards(worst[1], middle, 2.0))
-        if new[0] < best[0] and used < evaluations:
-            new = min(new, evaluate(towards(worst[1], middle, 3.0)))
-        elif new[0] >= points[-2][0] and used < evaluations:
-            new = min(new, evaluate(towards(min(new, worst)[1], middle, 0.5)))
-        if new[0] < worst[0]:
-            points[-1] = new
-            continue
-        for i in range(1, min(len(points), 1 + evaluations - used)):
-            points[i] = evaluate(towards(points[i][1], best[1], 0.5))
-    return min(points)[1]
+    Raises:
+        ImportError: without SciPy; the message says how to install it.
+    """
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise ImportError(f"learn needs SciPy: pip install 'scipy>=1.13' ({error})") from error
+    return minimize
 
 
 def _read(path: Path, protocol: Mapping[str, Any]) -> dict[tuple[float, ...], float]:

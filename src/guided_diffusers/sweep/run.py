@@ -20,7 +20,7 @@ from ..files import check_writable, folder_lock
 from ..pipeline import ClassifierGuidedPipeline
 from ..sampling import WarnOnce, module_hash, resolve_defaults, weights_hash
 from ..utils import require_matplotlib, scheduler_for, scheduler_name
-from .learn import learn_schedule, write_preset
+from .learn import learn_schedule, require_scipy, write_preset
 from .measure import MeasureOptions, PointEvaluator, class_names, quiet_copy
 from .metrics import PICTURES, Result
 from .report import write_report
@@ -150,6 +150,8 @@ def _check_learn(learn: int, evaluations: int) -> bool:
     check_number("evaluations", evaluations, 1, integer=True)
     if learn and evaluations < learn + 2:
         raise ValueError(f"evaluations={evaluations}: at least learn + 2 = {learn + 2} is allowed")
+    if learn:
+        require_scipy()
     return learn > 0
 
 
