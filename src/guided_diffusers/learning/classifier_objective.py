@@ -102,7 +102,7 @@ class ClassifierLoss:
             of_gradient = self.score_weight * score_matching_losses(log_p, x_t, eps, sigma, score)
         else:
             log_p = F.logsigmoid(logits) if options else logits.log_softmax(dim=1)
-            log_p = log_p.gather(1, label[:, None])
+            log_p = log_p.gather(1, label[:, None]).squeeze(1)
             matching = gradient_matching_losses(log_p, x_t, sigma, teacher_gradient)
             of_gradient = self.gradient_weight * matching
         if self.robust_epsilon:
