@@ -1,7 +1,7 @@
 #!/bin/sh
-# Light classifiers that learn from the bundled one at every noise level, powers 1 to 8 included:
-#     sh training/fashion_mnist_student.sh                # all architectures of training/configs/students
-#     sh training/fashion_mnist_student.sh half_wide      # one
+# Light classifiers that learn probabilities and gradients of another one at every noise level, powers 1 to 8 included:
+#     sh training/fashion_mnist_student.sh half_wide           # 80 minutes of a core
+#     STEPS=600 OUT=out/short sh training/fashion_mnist_student.sh    # all architectures of training/configs/students
 # half_wide starts from the teacher's weights, in so far as they fit. OUT is where everything goes, TEACHER the
 # classifier to learn from, STEPS the length of the training.
 # examples/benchmarks/students.py compares them. Started again, it goes on where it was stopped.
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 SOURCE=${SOURCE:-/usr/share/datasets/fashion-mnist}
 OUT=${OUT:-out}
 TEACHER=${TEACHER:-src/guided_diffusers/bundled/fashion-mnist/classifier}
-STEPS=${STEPS:-1000}
+STEPS=${STEPS:-8000}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 test -d data/fashion-mnist || python training/prepare_fashion_mnist.py --source "$SOURCE" --output data/fashion-mnist
@@ -20,7 +20,7 @@ for name in ${@:-half_wide half quarter full}; do
     if [ "$name" = half_wide ]; then init="--init_from $TEACHER"; fi
     python training/train_classifier.py --train_data_dir data/fashion-mnist --resolution 28 --random_shift 1 \
         --model_config_name_or_path "training/configs/students/$name.json" --teacher "$TEACHER" --max_power 8 \
-        --mixed_precision bf16 --train_batch_size 128 --max_train_steps "$STEPS" \
+        --teacher_gradient_weight 1 --train_batch_size 128 --max_train_steps "$STEPS" \
         --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200 --adam_beta2 0.99 --seed 21 \
         --checkpointing_steps 250 --validation_steps 1000 --validation_samples 200 --diagnosis_images 0 \
         --resume_from_checkpoint latest --output_dir "$OUT/students/$name" $init
