@@ -1,15 +1,15 @@
 #!/bin/sh
-# Light classifiers that learn probabilities and gradients of another one at every noise level, powers 1 to 8 included:
-#     sh training/fashion_mnist_student.sh half_wide           # 80 minutes of a core
-#     STEPS=600 OUT=out/short sh training/fashion_mnist_student.sh    # all architectures of training/configs/students
-# half_wide starts from the teacher's weights, in so far as they fit. OUT is where everything goes, TEACHER the
-# classifier to learn from, STEPS the length of the training.
-# examples/benchmarks/students.py compares them. Started again, it goes on where it was stopped.
+# Light classifiers learn the probabilities and the gradients of TEACHER at every noise level, powers 1 to 8 included:
+#     sh training/fashion_mnist_student.sh half_wide                  # the bundled one, 80 minutes of a core
+#     STEPS=600 OUT=out/short TEACHER=out/fashion-mnist-power sh training/fashion_mnist_student.sh half full quarter
+# An argument is the name of a file in training/configs/students, OUT where everything goes. half_wide starts from the
+# teacher's weights, in so far as they fit. examples/benchmarks/students.py compares them. Started again, it goes on
+# where it was stopped.
 set -e
 cd "$(dirname "$0")/.."
 SOURCE=${SOURCE:-/usr/share/datasets/fashion-mnist}
 OUT=${OUT:-out}
-TEACHER=${TEACHER:-src/guided_diffusers/bundled/fashion-mnist/classifier}
+TEACHER=${TEACHER:-$OUT/fashion-mnist-power}
 STEPS=${STEPS:-8000}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
