@@ -334,6 +334,8 @@ def test_a_schedule_multiplies_the_scale_of_each_image(mixture: Mixture) -> None
         ValueError, match="^guidance_schedule=.* has no effect with guidance_scale=0"
     ):
         sample(pipeline, [0, 1], guidance_schedule=schedule, **off)
+    with pytest.raises(ValueError, match="^guidance_schedule=.* needs a label to steer to"):
+        pipeline(guidance_schedule=schedule)
 
     def double(pipeline: Any, index: int, t: Any, tensors: dict) -> dict:
         pipeline._guidance_scale = torch.tensor([2.0, 6.0])

@@ -1071,7 +1071,9 @@ def test_nelder_mead_finds_the_lowest_point_of_a_narrow_valley(
         assert len(calls) == count and calls[:3] == [[-1, 2], [-0.5, 2], [-1, 2.5]]
     assert min(list(calls), key=rosenbrock) == pytest.approx([1, 1], abs=1e-3)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match="learn needs SciPy: pip install 'scipy>=1.13'"):
+    with pytest.raises(
+        ImportError, match=r"learn needs SciPy: pip install 'guided-diffusers\[learn\]'"
+    ):
         _check_learn(1, 3)
 
 
@@ -1153,3 +1155,17 @@ def test_a_schedule_is_learned_measured_and_resumed(
         main(arguments(model, data, tmp_path / "out", *learn[:-2], "--seed", "4", "--learn", "3"))
     with pytest.raises(SystemExit, match=r"evaluations=3: at least learn \+ 2 = 4 is allowed"):
         main(arguments(model, data, tmp_path / "new", *learn, "--evaluations", "3"))
+
+
+def test_a_schedule_is_learned_again_for_a_scheduler_with_an_infinite_setting(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """`lambda_min_clipped` of DPM-Solver++ is -inf, which JSON doesn't have."""
+    shutil.copytree(model, tmp_path / "model")
+    pipeline = ClassifierGuidedPipeline.from_pretrained(model)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "model")
+    learn = ("--steps", "3", "--learn", "1", "--evaluations", "3")
+    for _ in range(2):
+        main(arguments(tmp_path / "model", data, tmp_path / "out", *learn))
+    assert (tmp_path / "out/learned/dpmsolver++-3-steps-preset.json").is_file()

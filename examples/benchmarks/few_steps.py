@@ -49,6 +49,7 @@ TUNING_SEED = 10**6
 REAL_IMAGES = 10_000  # at most, of a split
 #: smallest distance of two timesteps, as a share of the schedule's length
 GAP = 0.02
+MAX_SEARCH = 30  # steps; more, evenly spaced, are nearly as near as `GAP`
 
 
 class ScaleByTimestep:
@@ -227,7 +228,10 @@ def parse_options() -> argparse.Namespace:
     option("--batch-size", type=int, default=100)
     option("--dtype", default="bfloat16", choices=list(DTYPES), help="autocast dtype")
     option("--output", type=Path, default=Path("out/few_steps"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.search and not 1 <= min(options.search) <= max(options.search) <= MAX_SEARCH:
+        parser.error(f"--search {options.search}: 1 to {MAX_SEARCH} steps are allowed")
+    return options
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def evolution(function: Objective, evaluations: int, seed: int = 0) -> float:
 
 def spsa(function: Objective, evaluations: int, seed: int = 0) -> float:
     """Spall's simultaneous perturbation, with a third evaluation of each new point; its first step
-    has length 1 in each coordinate."""
+    has length 4^-0.602 = 0.43 in each coordinate."""
     random, x, best, rate = np.random.default_rng(seed), np.ones(KNOTS), np.inf, None
     for k in range(evaluations // 3):
         signs, width = random.choice([-1.0, 1.0], KNOTS), 0.3 / (k + 1) ** 0.101

@@ -564,6 +564,10 @@ def _label_terms(
     if not mixtures:
         if call["guidance_power"] is not None:
             raise ValueError(f"guidance_power={call['guidance_power']} needs a label to steer to")
+        if call["guidance_schedule"] is not None:
+            raise ValueError(
+                f"guidance_schedule={shown(call['guidance_schedule'])} needs a label to steer to"
+            )
         if any(is_on(name, call[name]) for name in names):
             raise ValueError(
                 f"guidance_scale={call[names[0]]}, classifier_free_scale={call[names[1]]} need a "

@@ -477,7 +477,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             guidance_schedule: {"sigmas": [...], "scales": [...]}: by what `guidance_scale` is
                 multiplied at each noise level, linear in log sigma / alpha between these rising
                 knots and constant outside them (`ScaleSchedule`); `guided-diffusers sweep --learn`
-                fits one. None: by 1.
+                fits one. Where an evaluation is reused (guidance_every, guidance_tolerance), it is
+                reused with its scale, or extrapolated with it. None: by 1.
             particles: each so many consecutive images are a population: samples with weights, and
                 resampled by them, of p(x) p(y | x), or p(x) exp(-scale E(x)) with an energy, where p
                 is the scheduler's density without guidance (`Population`). That is exact for any

@@ -56,8 +56,9 @@ NUMBERS = {
         count_or_none,
         0,
         "also fit a schedule of the guidance scale over noise levels, with so many knots, 4 for "
-        "example, for each scheduler and number of steps, and measure it on other seeds; its preset "
-        "is OUTPUT/learned/NAME-preset.json; 0: off",
+        "example, for each scheduler and number of steps, and measure it on other seeds, in the "
+        "whole run, else with the pipeline's defaults; needs SciPy (extra `learn`); its preset is "
+        "OUTPUT/learned/NAME-preset.json; 0: off",
     ),
     "--evaluations": (
         count,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..defaults import DEFAULTS
 from ..evaluation import Summary
 from ..evaluation.metrics import sliced_wasserstein
-from ..files import file_lock, write_json
+from ..files import file_lock, finite, write_json
 from ..guidance import NO_SIGNAL
 from ..noise import noise_levels
 from ..pipeline import ClassifierGuidedPipeline
@@ -60,11 +60,16 @@ def learn_schedule(
         The best setting; `folder/NAME.json` has all that were tried.
 
     Raises:
-        ValueError: for a folder with distances under another protocol.
+        ValueError: for a folder with distances under another protocol, or real images with labels
+            that the judge doesn't know.
     """
     sigmas = knot_levels(evaluator.pipeline, scheduler, steps, knots)
     path = folder / f"{scheduler}-{steps}-steps.json"
-    protocol = json.loads(json.dumps({**protocol, "sigmas": sigmas, "start": start}))
+    protocol = json.loads(json.dumps(finite({**protocol, "sigmas": sigmas, "start": start})))
+    if evaluator.settings.classes and (evaluator.real.sample.labels < 0).any():
+        raise ValueError(
+            "reference: learn needs the judge's label of each real image; some have none"
+        )
     real = labelled_features(evaluator.real, evaluator.real, evaluator.settings.classes)
 
     def setting_of(scales: Sequence[float]) -> SweepSetting:
@@ -182,7 +187,9 @@ def require_scipy() -> Callable[..., Any]:
     try:
         from scipy.optimize import minimize
     except ImportError as error:
-        raise ImportError(f"learn needs SciPy: pip install 'scipy>=1.13' ({error})") from error
+        raise ImportError(
+            f"learn needs SciPy: pip install 'guided-diffusers[learn]', or 'scipy>=1.13' ({error})"
+        ) from error
     return minimize
 
 
