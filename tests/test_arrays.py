@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
 from diffusers import DDIMScheduler, UNet1DModel, UNet2DModel
+from helpers import load_script
 from test_hub import make_classifier
 
 from guided_diffusers import ClassifierGuidedPipeline, NoiseAwareClassifier
@@ -19,6 +20,7 @@ from guided_diffusers.assembly import assembled
 from guided_diffusers.cli import main
 from guided_diffusers.diagnosis import diagnose, inspect
 from guided_diffusers.evaluation import evaluate, load_network, open_generated, open_real
+from guided_diffusers.evaluation.networks import wrap_classifier
 from guided_diffusers.learning.arrays import LabelledArrays, find_array_column, parse_data_scale
 from guided_diffusers.learning.data import load_splits
 from guided_diffusers.sampling import sample_to_folder
@@ -55,6 +57,23 @@ def write_npy(root: Path, values: np.ndarray, labels: list[int]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / f"{i:03d}.npy", value)
     return root
+
+
+def test_a_teacher_of_clean_arrays_gets_them_in_the_datas_units(tmp_path: Path) -> None:
+    """The dataset's items are standardised, and so is what its network gets: not twice."""
+    values, labels = signals()
+    data = LabelledArrays(load_splits(str(write_npy(tmp_path, 5 + values, labels)))["train"], "npy")
+    config = {"sample_size": 8, "in_channels": 2, "num_labels": 3, "dims": 1}
+    config |= {"block_out_channels": (8,), "down_block_types": ("ResnetDownsampleBlock2D",)}
+    config |= {"norm_num_groups": 4, "num_train_timesteps": 1, "attention_head_dim": 8}
+    scale = {"data_mean": data.data_mean, "data_std": data.data_std}
+    torch.manual_seed(0)
+    model = NoiseAwareClassifier(**config, **scale).eval()
+    torch.nn.init.normal_(model.last_layer.weight)
+    items = torch.stack([data[i]["pixel_values"] for i in range(5)])
+    teacher = load_script("train_classifier").clean_input(wrap_classifier(model), data)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(items)[1], model(items, 0).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_columns_of_arrays_and_lists_and_npy_files_are_the_same_data(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from guided_diffusers.diagnosis import (
     with_calibration,
 )
 from guided_diffusers.evaluation import load_network
+from guided_diffusers.images import in_data_units
 from guided_diffusers.learning.annotations import TargetedImages
 from guided_diffusers.learning.arrays import LabelledArrays
 from guided_diffusers.learning.batches import Batch
@@ -81,7 +82,7 @@ from guided_diffusers.learning.prepare import (
     make_model,
     trained_schedule,
 )
-from guided_diffusers.learning.teacher import NoisyTeacher, Teacher
+from guided_diffusers.learning.teacher import Network, NoisyTeacher, Teacher
 from guided_diffusers.learning.warm_start import (
     classifier_config,
     copy_weights,
@@ -315,7 +316,8 @@ def make_teacher(
             f"--teacher {name}: held-out images are needed to calibrate it: a validation split, or "
             "--validation_fraction above 0"
         )
-    teacher = Teacher(name, network, network.names, network.classes, data.id2label)
+    sees = clean_input(network, data)
+    teacher = Teacher(name, sees, network.names, network.classes, data.id2label)
     count, batch_size = TEACHER_IMAGES, options.train_batch_size
     progress = options.progress and accelerator.is_main_process
 
@@ -331,6 +333,14 @@ def make_teacher(
         )
     )
     return teacher
+
+
+def clean_input(network: Network, data: Images) -> Network:
+    """A network of clean samples, as a function of the dataset's items; arrays are in units of their
+    standard deviation there, and the network gets those of the data."""
+    if not isinstance(data, LabelledArrays):
+        return network
+    return lambda x0: network(in_data_units(x0, data.data_mean, data.data_std))
 
 
 def sees_noise(classifier: torch.nn.Module, max_power: float | None) -> bool:
